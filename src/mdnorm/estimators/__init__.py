@@ -1,0 +1,57 @@
+"""Where the coefficients come from: one strategy a file, all behind ``MetadataNorm(estimator=…)``."""
+
+import torch
+
+from mdnorm.estimators.base import Estimator
+from mdnorm.estimators.batch import BatchEstimator
+from mdnorm.estimators.dataset import DatasetEstimator
+
+__all__ = ["ESTIMATORS", "BatchEstimator", "DatasetEstimator", "Estimator", "make_estimator"]
+
+ESTIMATORS: dict[str, type[Estimator]] = {
+    estimator.name: estimator for estimator in (BatchEstimator, DatasetEstimator)
+}
+
+
+def make_estimator(
+    estimator: str | Estimator,
+    *,
+    momentum: float | None = 0.1,
+    ridge: float = 0.0,
+    center: bool = False,
+    window: float | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Estimator:
+    """Return a new estimator by name, or the given one as it is.
+
+    Parameters
+    ----------
+    estimator : str or Estimator
+        A key of `ESTIMATORS`, or an instance (a subclass of your own, say), which brings its own settings.
+    momentum, ridge, center, window, device, dtype
+        Settings of an estimator made by name; see `Estimator`.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown, or the instance already serves another layer.
+    TypeError
+        Neither a name nor an instance.
+    """
+    if isinstance(estimator, Estimator):
+        if estimator.knows_design:
+            raise ValueError(
+                f"this {type(estimator).__name__} already holds the state of a layer: "
+                "each layer needs an instance of its own."
+            )
+        return estimator
+    if not isinstance(estimator, str):
+        raise TypeError(
+            f"estimator must be a name or an instance of mdnorm.estimators.Estimator, got {estimator!r}."
+        )
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {sorted(ESTIMATORS)}, got {estimator!r}.")
+    return ESTIMATORS[estimator](
+        momentum=momentum, ridge=ridge, center=center, window=window, device=device, dtype=dtype
+    )

@@ -1,0 +1,257 @@
+"""The contract of an estimator: state, evaluation, and what a subclass has to say."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm import functional
+from mdnorm.functional import Gram
+
+_UNKNOWN = (0,)  # feature shape of the empty buffers that stand in until the first features come
+
+
+class Estimator(nn.Module, ABC):
+    """Base class of the strategies that estimate the metadata's effect on the features.
+
+    An estimator owns the state of its layer. A subclass implements `forward`, the training step: it returns
+    the corrected features and updates `coefficients`. Evaluation is the same for all: the remembered
+    coefficients times the metadata, no label needed.
+
+    Parameters
+    ----------
+    momentum : float or None
+        Share of a new batch in the running state, 0 < momentum ≤ 1, as in `torch.nn.BatchNorm1d`; None
+        keeps a cumulative average. The average is weighted by samples: a partial last batch counts for what
+        it has, and the first batch counts in full (no bias towards the initial value).
+    window : float or None
+        Instead of `momentum`, how many samples the running state looks back: a batch of n samples then
+        has ``momentum = min(1, n / window)``, whatever the batch size. One to a few epochs is a good start.
+    ridge : float
+        See `mdnorm.functional.coefficient_operator`.
+    center : bool
+        Remove the intercept as well, as the authors' code does.
+    device, dtype
+        Where and in what precision the coefficients are kept (float32 at least), as for any torch layer.
+
+    Attributes
+    ----------
+    coefficients : (R, *feature_shape) buffer
+        What evaluation removes: β_m, and with `center` one more row, the intercept at the mean metadata.
+        float32 at least.
+    gram_mean, gram_covariance, gram_count : (K,), (K, K), (1,) buffers, float64
+        The Gram matrix of the design (see `mdnorm.functional.Gram`), from the training set or running.
+    """
+
+    name: ClassVar[str]
+    """How the estimator is called in ``MetadataNorm(estimator=…)``."""
+    uses_training_gram: ClassVar[bool] = False
+    """Whether `set_gram` must be called before training."""
+
+    precise: ClassVar[frozenset[str]] = frozenset({"gram_mean", "gram_covariance", "gram_count"})
+    """Buffers of design statistics, which are small and kept in float64."""
+
+    coefficients: Tensor
+    placement: Tensor
+    gram_mean: Tensor
+    gram_covariance: Tensor
+    gram_count: Tensor
+
+    def __init__(
+        self,
+        momentum: float | None = 0.1,
+        ridge: float = 0.0,
+        center: bool = False,
+        *,
+        window: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if momentum is not None and not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1] or None, got {momentum}.")
+        if not 0 <= ridge < float("inf"):
+            raise ValueError(f"ridge must be a finite number ≥ 0, got {ridge}.")
+        if window is not None and not 0 < window < float("inf"):
+            raise ValueError(f"window must be a positive number of samples or None, got {window}.")
+        self.momentum = momentum
+        self.window = window
+        self.ridge = float(ridge)
+        self.center = bool(center)
+        for buffer in self.state_shapes(0, 0, ()):
+            self.register_buffer(buffer, None)
+        # Remembers device and dtype until the sizes are known; moved by `.to()` like any buffer.
+        self.register_buffer("placement", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    # -- state ------------------------------------------------------------------------------------------
+
+    def state_shapes(
+        self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Return the shape of each buffer. A subclass with more state extends the dict.
+
+        Buffers named in `precise` are kept in float64, the others in the layer's dtype.
+        """
+        columns = num_metadata + num_labels
+        return {
+            "gram_mean": (columns,),
+            "gram_covariance": (columns, columns),
+            "gram_count": (1,),
+            "coefficients": (num_metadata + self.center, *feature_shape),
+        }
+
+    @property
+    def knows_design(self) -> bool:
+        """Whether the numbers of metadata and label columns are known (the Gram buffers exist)."""
+        return self._buffers["gram_mean"] is not None
+
+    @property
+    def is_allocated(self) -> bool:
+        """Whether all sizes are known and all buffers have their final shape."""
+        return self.feature_shape is not None
+
+    @property
+    def num_metadata(self) -> int | None:
+        """K_m, or None while unknown."""
+        return self.coefficients.shape[0] - self.center if self.knows_design else None
+
+    @property
+    def num_labels(self) -> int | None:
+        """K_y, or None while unknown."""
+        return self.gram_mean.shape[0] - (self.num_metadata or 0) if self.knows_design else None
+
+    @property
+    def feature_shape(self) -> tuple[int, ...] | None:
+        """Shape of a sample's coefficients, or None while unknown."""
+        if not self.knows_design or self.coefficients.shape[1:] == _UNKNOWN:
+            return None
+        return tuple(self.coefficients.shape[1:])
+
+    def allocate(
+        self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...] | None = None
+    ) -> None:
+        """Create the buffers, all zero, except those which exist in their final shape. Called by the layer.
+
+        While `feature_shape` is unknown (None) the feature buffers are empty, and only the Gram matrix of
+        the design can be stored.
+        """
+        device = self.placement.device
+        dtype = torch.promote_types(self.placement.dtype, torch.float32)
+        shape = _UNKNOWN if feature_shape is None else feature_shape
+        for name, size in self.state_shapes(num_metadata, num_labels, shape).items():
+            old = self._buffers[name]
+            if old is not None and old.shape == size:
+                continue
+            precision = functional.statistics_dtype(device) if name in self.precise else dtype
+            self._buffers[name] = torch.zeros(size, device=device, dtype=precision)
+
+    @property
+    def gram(self) -> Gram:
+        """The Gram matrix in the buffers."""
+        return Gram(self.gram_mean, self.gram_covariance, self.gram_count, self.num_metadata or 0)
+
+    def set_gram(self, gram: Gram) -> None:
+        """Store a Gram matrix (of the training set)."""
+        expected = self.gram_mean.shape[0]
+        if gram.num_metadata != self.num_metadata or gram.mean.shape[0] != expected:
+            raise ValueError(
+                f"the Gram matrix has {gram.num_metadata} metadata and "
+                f"{gram.mean.shape[0] - gram.num_metadata} label columns, the layer has "
+                f"num_metadata={self.num_metadata} and num_labels={self.num_labels}."
+            )
+        self._store_gram(gram)
+
+    @torch.no_grad()
+    def _store_gram(self, gram: Gram) -> None:
+        self.gram_mean.copy_(gram.mean)
+        self.gram_covariance.copy_(gram.covariance)
+        self.gram_count.copy_(gram.count)
+
+    def check_ready(self) -> None:
+        """Raise RuntimeError where something must be given before training. Nothing by default."""
+
+    def reset(self) -> None:
+        """Forget everything learned: all buffers back to zero."""
+        for buffer in self.buffers():
+            buffer.zero_()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Estimator:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is None or new is None:
+                continue
+            # model.half() and model.bfloat16() move the state to the new device but never below float32.
+            if torch.finfo(new.dtype).bits < 32:
+                new = old.to(new.device)
+            # model.to(memory_format=...) restrides 4-d buffers; the updates need the plain layout.
+            self._buffers[name] = new.contiguous()
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        version = local_metadata.get("version")
+        if version is not None and version > self._version:
+            raise RuntimeError(
+                f"this checkpoint of {type(self).__name__} has version {version}; this mdnorm reads up to "
+                f"version {self._version}: update mdnorm."
+            )
+        coefficients, mean = state_dict.get(prefix + "coefficients"), state_dict.get(prefix + "gram_mean")
+        if not self.is_allocated and coefficients is not None and mean is not None:
+            num_metadata = coefficients.shape[0] - self.center
+            self.allocate(num_metadata, mean.shape[0] - num_metadata, tuple(coefficients.shape[1:]))
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    _version = 1
+
+    # -- running averages -------------------------------------------------------------------------------
+
+    def usable(self, moments: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Return a batch's moments, in the dtype of the state, and the number of samples they count for.
+
+        An overflowed step of mixed-precision training must not enter the state, since it would never leave:
+        where a moment is not finite, all of them come back as zero and count for nothing. (No branch, so
+        nothing waits for a GPU.)
+        """
+        finite = torch.isfinite(moments.sum())
+        count = torch.full((1,), num_samples, dtype=self.gram_count.dtype, device=moments.device)
+        moments = torch.where(finite, moments, 0.0).to(self.coefficients.dtype)
+        return moments, torch.where(finite, count, 0.0)
+
+    def decay(self, count: Tensor) -> Tensor:
+        """Return what a batch of `count` samples leaves of the weight of the past: an empty one, all."""
+        if self.window is not None:
+            return (1 - count / self.window).clamp_min(0)
+        kept = 1.0 if self.momentum is None else 1.0 - self.momentum
+        return torch.where(count > 0, torch.full_like(count, kept), 1.0)
+
+    # -- forward ----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Training step: update the state and return the corrected features.
+
+        Parameters
+        ----------
+        features : (N, ...) tensor
+        columns : (N, K) tensor, float64
+            Checked design columns [m, y].
+        positions : tuple of int
+            Dimensions that share a coefficient.
+        """
+
+    def evaluate(self, features: Tensor, metadata: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Remove the remembered effect of the metadata columns (N, K_m) from features (N, ...)."""
+        basis = functional.effect_basis(metadata, self.gram_mean[: metadata.shape[1]], self.center)
+        return functional.remove_effect(features, basis, self.coefficients.flatten(1), positions)
+
+    def extra_repr(self) -> str:
+        """Return the settings, for ``print(model)``."""
+        memory = f"momentum={self.momentum}" if self.window is None else f"window={self.window}"
+        return f"{memory}, ridge={self.ridge}, center={self.center}"

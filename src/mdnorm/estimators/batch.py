@@ -1,0 +1,81 @@
+"""Ordinary least squares within the batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mdnorm import functional
+from mdnorm.estimators.base import Estimator
+from mdnorm.functional import Gram
+
+
+class BatchEstimator(Estimator):
+    """Gram matrix and cross moment of the batch; evaluation by least squares on running moments.
+
+    In training the residuals are orthogonal to the metadata within every batch. That needs batches clearly
+    larger than the number of design columns: with fewer samples than columns the fit takes the features'
+    own variation away.
+
+    For evaluation, means and (co)variances of design and features are kept as running averages, weighted by
+    samples, and solved together: the least-squares fit over the last ``1 / momentum`` batches or so.
+
+    Attributes
+    ----------
+    feature_mean : (*feature_shape) buffer
+        Running mean of the features.
+    cross_covariance : (K, *feature_shape) buffer
+        Running covariance of design columns and features.
+    """
+
+    name: ClassVar[str] = "batch"
+
+    feature_mean: Tensor
+    cross_covariance: Tensor
+
+    def state_shapes(
+        self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Add the running feature moments to the base state."""
+        return super().state_shapes(num_metadata, num_labels, feature_shape) | {
+            "feature_mean": feature_shape,
+            "cross_covariance": (num_metadata + num_labels, *feature_shape),
+        }
+
+    def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Remove the least-squares fit of this batch and update the running moments."""
+        num_metadata = self.gram.num_metadata
+        batch = Gram.from_columns(columns, num_metadata)
+        out, moments = functional.remove_regression(
+            features,
+            functional.effect_basis(columns[:, :num_metadata], batch.mean[:num_metadata], self.center),
+            functional.removal_operator(batch, ridge=self.ridge, center=self.center),
+            functional.moment_rows(columns, batch.mean),
+            positions,
+        )
+        self._update(batch, moments, features.shape[0])
+        return out
+
+    @torch.no_grad()
+    def _update(self, batch: Gram, moments: Tensor, num_samples: int) -> None:
+        moments, count = self.usable(moments, num_samples)
+        merged = self.gram.merge(dataclasses.replace(batch, count=count), self.decay(count))
+        share = (count / merged.count.clamp_min(1e-30)).to(moments.dtype)
+        step = (batch.mean - self.gram_mean).to(moments.dtype)
+        cross, mean = moments[:-1], moments[-1]
+        old_cross, old_mean = _rows(self.cross_covariance), self.feature_mean.view(-1)
+        # Same pairwise update as Gram.merge, for the design columns against the features.
+        old_cross.lerp_(cross, share)
+        old_cross.addr_(step * share * (1 - share), mean - old_mean)
+        old_mean.lerp_(mean, share)
+        self._store_gram(merged)
+        operator = functional.removal_operator(merged, ridge=self.ridge, center=self.center)
+        running = torch.cat([old_cross, old_mean.unsqueeze(0)])
+        _rows(self.coefficients).copy_(operator.to(running.dtype) @ running)
+
+
+def _rows(buffer: Tensor) -> Tensor:
+    return buffer.view(buffer.shape[0], -1)

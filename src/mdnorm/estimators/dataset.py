@@ -1,0 +1,89 @@
+"""The paper's estimator: Gram matrix of the training set, cross moment of the batch."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from mdnorm import functional
+from mdnorm.estimators.base import Estimator
+from mdnorm.functional import Gram
+
+
+class DatasetEstimator(Estimator):
+    """``β = G⁻¹ · mean over the batch of x fᵀ`` with `G` from the training set (Lu et al., section 3).
+
+    The Gram matrix must be known before training: ``mdnorm.fit_gram(model, metadata, labels)``. Evaluation
+    uses a running average of β.
+
+    Attributes
+    ----------
+    weight : (1,) buffer, float64
+        Decayed number of samples behind the running β.
+    """
+
+    name: ClassVar[str] = "dataset"
+    uses_training_gram: ClassVar[bool] = True
+    precise: ClassVar[frozenset[str]] = Estimator.precise | {"weight"}
+
+    operator: Tensor | None
+    weight: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # Follows from the Gram matrix, so it is not saved but made again where that changes.
+        self.register_buffer("operator", None, persistent=False)
+
+    def state_shapes(
+        self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Add the weight of the running average to the base state."""
+        return super().state_shapes(num_metadata, num_labels, feature_shape) | {"weight": (1,)}
+
+    def set_gram(self, gram: Gram) -> None:
+        """Store the Gram matrix of the training set, replacing any before."""
+        super().set_gram(gram)
+        self._make_operator()
+
+    def reset(self) -> None:
+        """Forget the coefficients and the Gram matrix."""
+        super().reset()
+        self.operator = None
+
+    def check_ready(self) -> None:
+        """Raise RuntimeError before the Gram matrix of the training set is known."""
+        if self.operator is None:
+            raise RuntimeError(
+                "estimator='dataset' needs the Gram matrix of the training set before training: call "
+                "mdnorm.fit_gram(model, metadata, labels) once with all training metadata (and labels), "
+                "or choose estimator='batch'."
+            )
+
+    def _make_operator(self) -> None:
+        self.operator = functional.removal_operator(self.gram, ridge=self.ridge, center=self.center)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.operator = None
+        if self.knows_design and float(self.gram_count) > 0:
+            self._make_operator()
+
+    def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Remove the batch's estimate of the effect and update the running coefficients."""
+        self.check_ready()
+        assert self.operator is not None
+        num_metadata = self.gram.num_metadata
+        basis = functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center)
+        rows = self.operator @ functional.moment_rows(columns, self.gram_mean)
+        out, coefficients = functional.remove_regression(features, basis, None, rows, positions)
+        self._update(coefficients, features.shape[0])
+        return out
+
+    @torch.no_grad()
+    def _update(self, coefficients: Tensor, num_samples: int) -> None:
+        coefficients, count = self.usable(coefficients, num_samples)
+        self.weight.mul_(self.decay(count)).add_(count)
+        share = (count / self.weight.clamp_min(1e-30)).to(coefficients.dtype)
+        self.coefficients.view(self.coefficients.shape[0], -1).lerp_(coefficients, share)

@@ -1,0 +1,1 @@
+"""The settings of the paper, each with its data, networks, baselines, table and figures."""

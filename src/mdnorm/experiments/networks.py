@@ -1,0 +1,56 @@
+"""Networks of the experiments, each with a slot for a normalisation after every layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from mdnorm.layer import MetadataNorm
+
+SLOTS = {"conv1": (16, 28, 28), "conv2": (32, 24, 24), "fc1": (84,)}
+"""Where a normalisation can sit in `SyntheticNetwork`, before the ReLU, and the features' shape there."""
+
+LAST_SLOT = "fc1"
+
+
+class SyntheticNetwork(nn.Module):
+    """Convolution 5×5 (16), convolution 5×5 (32), linear 84, linear 1: the paper's network for 32×32 images.
+
+    Parameters
+    ----------
+    normalization : callable
+        Called with a slot's name and feature shape, returns the module that sits there (`nn.Identity()` for
+        none).
+    """
+
+    def __init__(self, normalization: Callable[[str, tuple[int, ...]], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 5)
+        self.conv2 = nn.Conv2d(16, 32, 5)
+        self.fc1 = nn.Linear(32 * 24 * 24, 84)
+        self.fc2 = nn.Linear(84, 1)
+        self.normalization = nn.ModuleDict(
+            {name: normalization(name, shape) for name, shape in SLOTS.items()}
+        )
+
+    def features(self, images: Tensor, metadata: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the (N, 84) features behind the last normalisation, before the ReLU."""
+        hidden = images
+        for name in SLOTS:
+            hidden = getattr(self, name)(hidden if name != LAST_SLOT else hidden.flatten(1))
+            module = self.normalization[name]
+            inputs = (hidden, metadata, labels) if isinstance(module, MetadataNorm) else (hidden,)
+            hidden = module(*inputs)
+            if name != LAST_SLOT:
+                hidden = hidden.relu()
+        return hidden
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the (N,) logits of group B from the features."""
+        logits: Tensor = self.fc2(features.relu())
+        return logits.squeeze(1)
+
+    def forward(self, images: Tensor, metadata: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Return the (N,) logits. Labels are needed in training only, and by `MetadataNorm` only."""
+        return self.classify(self.features(images, metadata, labels))

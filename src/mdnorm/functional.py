@@ -1,0 +1,704 @@
+"""Regression of features on metadata: the maths of Metadata Normalization, stateless and differentiable.
+
+Notation (Lu et al., CVPR 2021, section 3). Each of N samples has metadata `m` (K_m columns), label columns
+`y` (K_y) and features `f` (D values). The model is ``f = m·β_m + y·β_y + β_0 + r``; only the metadata part
+is removed::
+
+    out = f − (m − m̄)·β_m                       (the mean of the features stays)
+    out = f − m·β_m − β_0                        (``center=True``, the authors' form)
+
+The label columns are in the regression only so that an effect which label and metadata share is not thrown
+away with the metadata.
+
+How the coefficients are computed. With `x = [m, y]`, its covariance `S` and its cross covariance `C` with
+the features, the Frisch–Waugh–Lovell theorem gives the metadata rows of the full regression as
+
+    β_m = (S_mm − S_my S_yy⁺ S_ym)⁺ (C_m − S_my S_yy⁺ C_y),
+
+that is, a matrix `Q` that depends on the design alone, times `C`. Everything is a mean over samples, so
+nothing depends on the batch size. The pseudo-inverses are taken in the space of whitened metadata columns,
+where a direction either varies or does not: constant and collinear columns are handled, the result does not
+depend on how the metadata are coded (units, reference category), and where the labels determine a direction
+of the metadata exactly, what is removed is uncorrelated with that direction, so the label is protected.
+
+The map from features to output is linear, ``out = (I − B P) f`` with `B` and `P` made of the design, so the
+gradient needs no activation: only `B` and `P` (N numbers a column) are saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = [
+    "Gram",
+    "coefficient_operator",
+    "design_columns",
+    "metadata_norm",
+    "position_dims",
+    "remove_effect",
+    "remove_regression",
+]
+
+Granularity = Literal["element", "channel"]
+
+# A column counts as constant when its standard deviation is below this fraction of its mean, a direction as
+# collinear (or as determined by the labels) when it keeps less than this share of its variance. Both are far
+# above float64 rounding and far below anything a measured column shows.
+_CONSTANT_RTOL = 1e-12
+_COLLINEAR_RTOL = 1e-11
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which K×K statistics are kept on `device`: float64 wherever it exists."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def compute_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype in which features are regressed: their own, but never below float32."""
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Design: metadata and labels -> columns
+# --------------------------------------------------------------------------------------------------------
+
+
+def _as_columns(values: Tensor | ArrayLike, name: str, device: torch.device | None) -> Tensor:
+    tensor = values if isinstance(values, Tensor) else _from_array(values, name)
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real, got dtype {tensor.dtype}.")
+    if tensor.ndim == 1:
+        tensor = tensor.unsqueeze(1)
+    if tensor.ndim != 2:
+        raise ValueError(
+            f"{name} must have shape (num_samples,) or (num_samples, num_columns), got {tuple(tensor.shape)}."
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but the features are on {device}: "
+            f"move it with {name}.to({str(device)!r})."
+        )
+    return tensor.detach().to(statistics_dtype(tensor.device))
+
+
+def _from_array(values: ArrayLike, name: str) -> Tensor:
+    import numpy as np
+
+    array = np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise TypeError(
+            f"{name} must be numeric, got an array of dtype {array.dtype}: encode categories as columns "
+            "(one-hot) first."
+        )
+    return torch.from_numpy(np.ascontiguousarray(array))
+
+
+def _check_finite(columns: Tensor, name: str) -> None:
+    finite = torch.isfinite(columns)
+    if bool(finite.all()):
+        return
+    bad_rows, bad_columns = (~finite).nonzero(as_tuple=True)
+    rows = sorted(set(bad_rows.tolist()))
+    shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+    raise ValueError(
+        f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) {shown} "
+        f"({len(rows)} of {columns.shape[0]} rows): drop or impute these rows before they reach the layer."
+    )
+
+
+def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor | ArrayLike:
+    """Turn class indices into one-hot columns where the number of label columns asks for it.
+
+    Parameters
+    ----------
+    labels : (N,) or (N, K_y)
+        Class indices (integer dtype, shape (N,) or (N, 1)), or label columns.
+    num_labels : int or None
+        Number of label columns expected. Integer labels of one column become one-hot columns when this is
+        above 1; with 1 they stay one column (a binary or ordinal label).
+
+    Raises
+    ------
+    ValueError
+        A class index is outside 0 … num_labels − 1.
+    """
+    if num_labels is None or num_labels < 2:
+        return labels
+    tensor = labels if isinstance(labels, Tensor) else _from_array(labels, "labels")
+    single = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)
+    if not single or tensor.is_floating_point() or tensor.is_complex():
+        return tensor
+    indices = tensor.reshape(-1).long()
+    if not torch.compiler.is_compiling() and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= num_labels:
+            raise ValueError(
+                f"labels has class index {low if low < 0 else high}, but num_labels={num_labels} allows "
+                f"0 to {num_labels - 1} only."
+            )
+    # A comparison instead of one_hot: it needs no check of its own, so it can be traced.
+    return indices.unsqueeze(1) == torch.arange(num_labels, device=indices.device)
+
+
+def design_columns(
+    metadata: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike | None = None,
+    *,
+    num_samples: int | None = None,
+    num_metadata: int | None = None,
+    num_labels: int | None = None,
+    device: torch.device | None = None,
+    check_finite: bool = True,
+) -> tuple[Tensor, int]:
+    """Check metadata and labels and put them side by side as the columns `x = [m, y]` of the design.
+
+    The intercept is not a column: it is handled by centring.
+
+    Parameters
+    ----------
+    metadata : (N,) or (N, K_m)
+        Tensor or array of any real dtype, booleans included.
+    labels : (N,) or (N, K_y), optional
+        Label columns; integer class indices become one-hot columns (see `label_columns`).
+    num_samples, num_metadata, num_labels : int, optional
+        What is expected of N, K_m and K_y; None accepts anything.
+    device : torch.device, optional
+        Where the columns must be; None accepts any device.
+    check_finite : bool
+        Look for NaN and infinite values (on a GPU this waits for the device).
+
+    Returns
+    -------
+    columns : (N, K_m + K_y) tensor, float64 (float32 on devices without float64)
+    num_metadata : int
+        K_m.
+
+    Raises
+    ------
+    TypeError
+        A complex or non-numeric input.
+    ValueError
+        A wrong number of dimensions, rows or columns, a wrong device, a NaN or infinite value.
+    """
+    metadata_block = _as_columns(metadata, "metadata", device)
+    blocks = [("metadata", metadata_block, num_metadata)]
+    if labels is not None:
+        blocks.append(
+            ("labels", _as_columns(label_columns(labels, num_labels), "labels", device), num_labels)
+        )
+    rows = metadata_block.shape[0] if num_samples is None else num_samples
+    for name, block, expected in blocks:
+        if block.shape[0] != rows:
+            raise ValueError(
+                f"{name} has {block.shape[0]} rows but there are {rows} samples: one row a sample is needed."
+            )
+        if expected is not None and block.shape[1] != expected:
+            raise ValueError(
+                f"{name} has {block.shape[1]} column(s) but num_{name}={expected} was expected "
+                f"(shape {tuple(block.shape)})."
+            )
+        # While a graph is traced nothing can be looked at; eager calls check every batch.
+        if check_finite and not torch.compiler.is_compiling():
+            _check_finite(block, name)
+    if metadata_block.shape[1] == 0:
+        raise ValueError("metadata has no columns: there is nothing to remove.")
+    return torch.cat([block for _, block, _ in blocks], dim=1), metadata_block.shape[1]
+
+
+@dataclass(frozen=True)
+class Gram:
+    """Gram matrix of the design `[m, y, 1]`, kept as mean and covariance and updated by batches.
+
+    Mean and centred covariance carry the same information as ``E[x xᵀ]`` and do not lose digits when a
+    column is far from zero (a year of birth, a time stamp).
+
+    Attributes
+    ----------
+    mean : (K,) tensor
+        Mean of the columns `[m, y]`, K = K_m + K_y.
+    covariance : (K, K) tensor
+        Their covariance with divisor N.
+    count : (1,) tensor
+        Number of samples (a weight; any non-negative number). Not 0-dimensional: torch.compile takes a
+        0-dimensional float64 buffer for a constant and loses its updates.
+    num_metadata : int
+        K_m: the first columns are metadata, the rest labels.
+    """
+
+    mean: Tensor
+    covariance: Tensor
+    count: Tensor
+    num_metadata: int
+
+    @classmethod
+    def from_columns(cls, columns: Tensor, num_metadata: int) -> Gram:
+        """Return the Gram matrix of design columns (N, K), N ≥ 0."""
+        # max(N, 1): an empty batch has mean 0, covariance 0 and weight 0, and no NaN.
+        divisor = max(columns.shape[0], 1)
+        mean = columns.sum(0) / divisor
+        centred = columns - mean
+        covariance = centred.mT @ centred / divisor
+        count = torch.full((1,), columns.shape[0], dtype=columns.dtype, device=columns.device)
+        return cls(mean, covariance, count, num_metadata)
+
+    @classmethod
+    def from_data(
+        cls,
+        metadata: Tensor | ArrayLike | Iterable[Any],
+        labels: Tensor | ArrayLike | None = None,
+        *,
+        num_metadata: int | None = None,
+        num_labels: int | None = None,
+    ) -> Gram:
+        """Return the Gram matrix of a whole training set, in one call or streamed.
+
+        Parameters
+        ----------
+        metadata : (N, K_m) tensor or array, or an iterable of batches
+            Each batch of an iterable (a `DataLoader`, a generator) is `metadata`, a pair
+            `(metadata, labels)` or a dict with the keys "metadata" and, with labels, "labels".
+        labels : (N, K_y), optional
+            Only with metadata given as one table.
+
+        Raises
+        ------
+        ValueError
+            No sample at all, or what `design_columns` refuses.
+        """
+        gram: Gram | None = None
+        for batch_metadata, batch_labels in _batches(metadata, labels):
+            columns, width = design_columns(
+                batch_metadata, batch_labels, num_metadata=num_metadata, num_labels=num_labels
+            )
+            batch = cls.from_columns(columns, width)
+            if gram is not None and batch.mean.shape != gram.mean.shape:
+                raise ValueError(
+                    f"a batch has {batch.mean.shape[0]} design columns, the batches before it "
+                    f"had {gram.mean.shape[0]}."
+                )
+            gram = batch if gram is None else gram.merge(batch)
+        if gram is None or float(gram.count) == 0:
+            raise ValueError("no samples: the Gram matrix needs the metadata of the training set.")
+        return gram
+
+    def merge(self, other: Gram, decay: float | Tensor = 1.0) -> Gram:
+        """Return the Gram matrix of both sets together, this one's weight first multiplied by `decay`.
+
+        Exact pairwise update of mean and covariance (Chan, Golub & LeVeque 1983).
+        """
+        count = self.count * decay + other.count
+        share = other.count / count.clamp_min(torch.finfo(count.dtype).tiny)
+        step = other.mean - self.mean
+        covariance = (
+            (1 - share) * self.covariance
+            + share * other.covariance
+            + share * (1 - share) * torch.outer(step, step)
+        )
+        return Gram(self.mean + share * step, covariance, count, self.num_metadata)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The Gram matrix ``E[x xᵀ]`` of `x = [m, y, 1]`, shape (K + 1, K + 1) (paper, section 3)."""
+        extended = torch.cat([self.mean, self.mean.new_ones(1)])
+        matrix = torch.outer(extended, extended)
+        matrix[:-1, :-1] += self.covariance
+        return matrix
+
+
+def _batches(metadata: Any, labels: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(metadata, Tensor) or hasattr(metadata, "__array__"):
+        yield metadata, labels
+        return
+    if isinstance(metadata, (list, tuple)) and metadata and _is_number_table(metadata):
+        yield metadata, labels
+        return
+    if labels is not None:
+        raise ValueError("labels come with each batch, as (metadata, labels), when metadata is an iterable.")
+    for batch in metadata:
+        if isinstance(batch, dict):
+            yield batch["metadata"], batch.get("labels")
+        elif isinstance(batch, (tuple, list)):
+            if len(batch) != 2:
+                raise ValueError(
+                    f"a batch must be metadata or (metadata, labels), got {len(batch)} items: "
+                    "select the two from your loader, e.g. ((b[1], b[2]) for b in loader)."
+                )
+            yield batch[0], batch[1]
+        else:
+            yield batch, None
+
+
+def _is_number_table(values: list[Any] | tuple[Any, ...]) -> bool:
+    first = values[0]
+    if isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    return isinstance(first, (bool, int, float))
+
+
+# --------------------------------------------------------------------------------------------------------
+# Coefficients: covariance of the design -> the operator Q with β = Q C
+# --------------------------------------------------------------------------------------------------------
+
+
+def coefficient_operator(gram: Gram, ridge: float = 0.0) -> Tensor:
+    """Return `Q` with ``[β_m; β_y] = Q C``, `C` the cross covariance of design columns and features.
+
+    Parameters
+    ----------
+    gram : Gram
+        Of the batch or of the training set.
+    ridge : float
+        λ ≥ 0, added to the variance of each standardised metadata column. The label columns are not
+        penalised: that would let part of their effect be removed with the metadata. With λ > 0 the result
+        depends on how the metadata are coded, as ridge regression does.
+
+    Returns
+    -------
+    (K, K) tensor
+        Rows in the order of the columns, [m, y]. Constant columns get a zero row; where metadata columns
+        are collinear the removed part ``(m − m̄)·β_m`` is still unique; where the labels determine a
+        direction of the metadata exactly, the removed part is uncorrelated with that direction.
+    """
+    num_metadata = gram.num_metadata
+    scale = _column_scale(gram)
+    correlation = gram.covariance / torch.outer(scale, scale)
+    s_mm = correlation[:num_metadata, :num_metadata]
+    s_my = correlation[:num_metadata, num_metadata:]
+    s_yy_inverse = _symmetric_pinv(correlation[num_metadata:, num_metadata:])
+    # Rows of [I, −S_my S_yy⁺]: what is left of the metadata once the labels have explained their share.
+    protection = s_my @ s_yy_inverse
+    partial = s_mm - protection @ s_my.mT
+    if ridge > 0:
+        identity = torch.eye(num_metadata, dtype=partial.dtype, device=partial.device)
+        partial_inverse = torch.linalg.solve_ex(partial + ridge * identity, identity)[0]
+    else:
+        whitening = _whitening(s_mm)
+        partial_inverse = (
+            whitening @ _symmetric_pinv(whitening.mT @ partial @ whitening, top=1.0) @ whitening.mT
+        )
+    metadata_rows = torch.cat([partial_inverse, -partial_inverse @ protection], dim=1)
+    selector = torch.eye(correlation.shape[0], dtype=partial.dtype, device=partial.device)[num_metadata:]
+    label_rows = s_yy_inverse @ (selector - s_my.mT @ metadata_rows)
+    return torch.cat([metadata_rows, label_rows]) / torch.outer(scale, scale)
+
+
+def _column_scale(gram: Gram) -> Tensor:
+    """Standard deviation of each column, infinite for a constant one: its correlations and rows become 0."""
+    deviation = gram.covariance.diagonal().clamp_min(0).sqrt()
+    threshold = _CONSTANT_RTOL * gram.mean.abs() + torch.finfo(deviation.dtype).tiny ** 0.5
+    return torch.where(deviation > threshold, deviation, torch.inf)
+
+
+def _whitening(matrix: Tensor) -> Tensor:
+    """Return `W` with ``Wᵀ matrix W`` = identity on the range of `matrix` and zero elsewhere."""
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > _COLLINEAR_RTOL * values[-1:].clamp_min(torch.finfo(values.dtype).tiny)
+    return cast(Tensor, vectors * torch.where(kept, values, torch.inf).rsqrt())
+
+
+def _symmetric_pinv(matrix: Tensor, top: float | None = None) -> Tensor:
+    """Pseudo-inverse of a positive semi-definite matrix; `top` stands in for its largest eigenvalue."""
+    if matrix.shape[0] == 0:
+        return matrix
+    values, vectors = torch.linalg.eigh(matrix)
+    yardstick = values[-1:].clamp_min(torch.finfo(values.dtype).tiny) if top is None else top
+    inverse = torch.where(values > _COLLINEAR_RTOL * yardstick, values, torch.inf).reciprocal()
+    return cast(Tensor, (vectors * inverse) @ vectors.mT)
+
+
+def removal_operator(gram: Gram, *, ridge: float = 0.0, center: bool = False) -> Tensor:
+    """Return the operator from feature moments to the coefficients that are removed.
+
+    Parameters
+    ----------
+    gram : Gram
+        Of the batch or of the training set, mean `μ = [μ_m, μ_y]`.
+    ridge : float
+        See `coefficient_operator`.
+    center : bool
+        Whether the intercept is removed too.
+
+    Returns
+    -------
+    (R, K + 1) tensor
+        R = K_m, or K_m + 1 with `center`. Times the moments ``[E[(x − μ) fᵀ]; E[fᵀ]]`` it gives the rows of
+        β_m and, with `center`, the intercept of the centred metadata, ``β_0 + μ_m β_m = f̄ − μ_y β_y``.
+    """
+    operator = coefficient_operator(gram, ridge)
+    removed = torch.nn.functional.pad(operator[: gram.num_metadata], (0, 1))
+    if not center:
+        return removed
+    intercept = torch.cat(
+        [-gram.mean[gram.num_metadata :] @ operator[gram.num_metadata :], gram.mean.new_ones(1)]
+    )
+    return torch.cat([removed, intercept.unsqueeze(0)])
+
+
+def moment_rows(columns: Tensor, mean: Tensor) -> Tensor:
+    """Return the (K + 1, N) matrix that takes features to their moments ``[E[(x − μ) fᵀ]; E[fᵀ]]``."""
+    divisor = max(columns.shape[0], 1)
+    return torch.cat([(columns - mean).mT, columns.new_ones(1, columns.shape[0])]) / divisor
+
+
+def effect_basis(metadata: Tensor, mean: Tensor, center: bool) -> Tensor:
+    """Return the (N, R) columns that multiply the removed coefficients: `m − μ_m` and, with `center`, 1."""
+    basis = metadata - mean
+    return torch.cat([basis, basis.new_ones(basis.shape[0], 1)], dim=1) if center else basis
+
+
+# --------------------------------------------------------------------------------------------------------
+# Features
+# --------------------------------------------------------------------------------------------------------
+
+
+def position_dims(features: Tensor, granularity: Granularity, channel_dim: int = 1) -> tuple[int, ...]:
+    """Return the dimensions over which one coefficient is shared: none for "element", else all positions.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor
+        At least 2 dimensions, the first one the samples.
+    granularity : "element" or "channel"
+        "element": every value of a sample has its own coefficients (the paper). "channel": one set of
+        coefficients a channel, shared by all positions, of which there can be any number.
+    channel_dim : int
+        Where the channels are: 1 for (N, C, H, W), −1 for tokens (N, T, D).
+
+    Raises
+    ------
+    ValueError
+        Fewer than 2 dimensions, an unknown granularity, or a channel_dim that is not a feature dimension.
+    """
+    if features.ndim < 2:
+        raise ValueError(
+            f"features must have shape (num_samples, ...) with at least 2 dimensions, got "
+            f"{tuple(features.shape)}."
+        )
+    if granularity == "element":
+        return ()
+    if granularity != "channel":
+        raise ValueError(f"granularity must be 'element' or 'channel', got {granularity!r}.")
+    channel = channel_dim + features.ndim if channel_dim < 0 else channel_dim
+    if not 1 <= channel < features.ndim:
+        raise ValueError(
+            f"channel_dim={channel_dim} is not a feature dimension of features with shape "
+            f"{tuple(features.shape)} (dimension 0 holds the samples)."
+        )
+    return tuple(dim for dim in range(1, features.ndim) if dim != channel)
+
+
+def _as_matrix(features: Tensor, positions: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Reduce features to the (N, D) matrix that is regressed: flattened, or averaged over the positions.
+
+    Averaging is exact: all positions of a sample share its design row, so regressing every position is
+    regressing their mean.
+    """
+    if positions:
+        return features.to(dtype).mean(positions)
+    return features.flatten(1).to(dtype)
+
+
+def _expand(matrix: Tensor, positions: tuple[int, ...]) -> Tensor:
+    for dim in positions:
+        matrix = matrix.unsqueeze(dim)
+    return matrix
+
+
+def remove_effect(
+    features: Tensor, basis: Tensor, coefficients: Tensor, positions: tuple[int, ...] = ()
+) -> Tensor:
+    """Return ``features − basis @ coefficients``, the coefficients taken as given (evaluation).
+
+    Parameters
+    ----------
+    features : (N, ...) tensor, any floating dtype
+    basis : (N, R) tensor
+    coefficients : (R, D) tensor
+        D: the number of values of a sample, or of channels where `positions` are given.
+    positions : tuple of int
+        Dimensions that share a coefficient, from `position_dims`.
+
+    Returns
+    -------
+    (N, ...) tensor, dtype of the features. The gradient reaches the features unchanged.
+    """
+    dtype = compute_dtype(features)
+    basis, coefficients = basis.to(dtype), coefficients.to(dtype)
+    # Autocast would run these products below float32.
+    with torch.autocast(features.device.type, enabled=False):
+        if positions:
+            return (features - _expand(basis @ coefficients, positions)).to(features.dtype)
+        matrix = _as_matrix(features, positions, dtype)
+        return torch.addmm(matrix, basis, coefficients, alpha=-1).to(features.dtype).reshape(features.shape)
+
+
+class _RemoveRegression(torch.autograd.Function):
+    """``out = f − B Q A f`` and its transpose, each one fused product; saves the design, not the features."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        features: Tensor, basis: Tensor, operator: Tensor | None, rows: Tensor, positions: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        matrix = _as_matrix(features, positions, rows.dtype)
+        moments = rows @ matrix
+        coefficients = moments if operator is None else operator @ moments
+        if positions:
+            out = features - _expand(basis @ coefficients, positions)
+        else:
+            out = torch.addmm(matrix, basis, coefficients, alpha=-1).reshape(features.shape)
+        return out.to(features.dtype), moments
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        features, basis, operator, rows, ctx.positions = inputs
+        ctx.shape = features.shape
+        ctx.save_for_backward(basis, rows if operator is None else operator @ rows)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        basis, projector = ctx.saved_tensors
+        positions = ctx.positions
+        with torch.autocast(grad.device.type, enabled=False):
+            if positions:
+                count = 1
+                for dim in positions:
+                    count *= ctx.shape[dim]
+                shared = projector.mT @ (basis.mT @ grad.to(basis.dtype).sum(positions)) / max(count, 1)
+                result = grad - _expand(shared, positions)
+            else:
+                matrix = _as_matrix(grad, positions, basis.dtype)
+                result = torch.addmm(matrix, projector.mT, basis.mT @ matrix, alpha=-1).reshape(grad.shape)
+        return result.to(grad.dtype), None, None, None, None
+
+
+def remove_regression(
+    features: Tensor,
+    basis: Tensor,
+    operator: Tensor | None,
+    rows: Tensor,
+    positions: tuple[int, ...] = (),
+) -> tuple[Tensor, Tensor]:
+    """Return ``features − basis @ operator @ rows @ features`` and the moments ``rows @ features``.
+
+    The coefficients ``operator @ rows @ features`` come from the features themselves, and the gradient flows
+    through them as well as through the features (paper, section 3). Basis, operator and rows are constants.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor, any floating dtype
+    basis : (N, R) tensor
+    operator : (R, L) tensor, or None for the identity
+    rows : (L, N) tensor
+    positions : tuple of int
+        Dimensions that share a coefficient, from `position_dims`.
+
+    Returns
+    -------
+    out : (N, ...) tensor, dtype of the features
+    moments : (L, D) tensor, float32 or float64, without gradient
+    """
+    dtype = compute_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        out, moments = _RemoveRegression.apply(  # type: ignore[no-untyped-call]
+            features,
+            basis.to(dtype),
+            None if operator is None else operator.to(dtype),
+            rows.to(dtype),
+            positions,
+        )
+    return out, moments
+
+
+def metadata_norm(
+    features: Tensor,
+    metadata: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike | None = None,
+    gram: Gram | None = None,
+    *,
+    granularity: Granularity = "element",
+    channel_dim: int = 1,
+    ridge: float = 0.0,
+    center: bool = False,
+    check_finite: bool = True,
+) -> Tensor:
+    """Remove from features what the metadata explain, by least squares in this batch.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor
+        Floating dtype; (N, D), (N, C, L), (N, C, H, W), (N, C, T, H, W), (N, T, D), …
+    metadata : (N,) or (N, K_m)
+        What is removed. Constants: no gradient flows to them.
+    labels : (N,) or (N, K_y), optional
+        What is protected: in the regression, never removed.
+    gram : Gram, optional
+        Gram matrix of the training set (the paper's form: β = G⁻¹ · mean over the batch of x fᵀ). None takes
+        the batch's own (ordinary least squares: residuals orthogonal to the metadata within the batch).
+    granularity, channel_dim
+        See `position_dims`.
+    ridge : float
+        See `coefficient_operator`.
+    center : bool
+        Remove the intercept as well, as the authors' code does.
+    check_finite : bool
+        Look for NaN and infinite metadata.
+
+    Returns
+    -------
+    (N, ...) tensor, dtype of the features
+        With fewer samples than columns, or one sample, the directions that vary within the batch are
+        removed; with none (one sample, constant metadata, an empty batch) the features come back unchanged
+        (`center=False`).
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `design_columns` and `position_dims`.
+
+    References
+    ----------
+    Lu et al., Metadata Normalization, CVPR 2021 (arXiv:2104.09052), section 3.
+    """
+    positions = position_dims(features, granularity, channel_dim)
+    check_floating(features)
+    columns, num_metadata = design_columns(
+        metadata,
+        labels,
+        num_samples=features.shape[0],
+        num_metadata=None if gram is None else gram.num_metadata,
+        num_labels=None if gram is None or labels is None else gram.mean.shape[0] - gram.num_metadata,
+        device=features.device,
+        check_finite=check_finite,
+    )
+    if gram is None:
+        gram = Gram.from_columns(columns, num_metadata)
+    elif gram.mean.shape[0] != columns.shape[1]:
+        raise ValueError(
+            f"gram was made with {gram.mean.shape[0] - num_metadata} label column(s), but labels "
+            f"{'is None' if labels is None else f'has {columns.shape[1] - num_metadata}'}."
+        )
+    out, _ = remove_regression(
+        features,
+        effect_basis(columns[:, :num_metadata], gram.mean[:num_metadata], center),
+        removal_operator(gram, ridge=ridge, center=center),
+        moment_rows(columns, gram.mean),
+        positions,
+    )
+    return out
+
+
+def check_floating(features: Tensor) -> None:
+    """Raise TypeError where features are not real floating-point numbers."""
+    if not features.is_floating_point():
+        raise TypeError(f"features must have a floating-point dtype, got {features.dtype}.")

@@ -1,0 +1,5 @@
+"""Metadata Normalization in whole models."""
+
+from mdnorm.integration.gram import fit_gram
+
+__all__ = ["fit_gram"]

@@ -1,0 +1,291 @@
+"""`MetadataNorm`: the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm import functional
+from mdnorm.estimators import Estimator, make_estimator
+from mdnorm.functional import Gram, Granularity
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["MetadataNorm"]
+
+
+class MetadataNorm(nn.Module):
+    """Remove from the features what the metadata explain (Lu et al., CVPR 2021, arXiv:2104.09052).
+
+    For features `f` with metadata `m` and labels `y`, fits ``f = m·β_m + y·β_y + β_0 + r`` by least squares
+    and returns ``f − (m − m̄)·β_m``. In training the gradient flows through the coefficients as well;
+    in evaluation remembered coefficients are used and labels are not needed. There are no parameters.
+
+    Parameters
+    ----------
+    num_features : int, tuple of int, or None
+        Shape of a sample's features ("element"; an int is a 1-tuple) or number of channels ("channel").
+        None takes it from the first batch or from a loaded state_dict.
+    num_metadata : int or None
+        Number of metadata columns, K_m ≥ 1. None takes it from the first batch, `fit_gram` or a state_dict.
+    num_labels : int or None
+        Number of label columns, K_y. 0 (default): labels are not used, and an effect that label and
+        metadata share is removed. C for C classes given as indices or one-hot; 1 for a binary or continuous
+        label. None takes it from the first batch in the same way (where no labels come with it: 0).
+    estimator : str or Estimator
+        Where the coefficients come from: "dataset" (the paper: Gram matrix of the training set, given once
+        by `mdnorm.fit_gram`), "batch" (least squares in the batch), or an instance of
+        `mdnorm.estimators.Estimator`, which brings its own settings.
+    granularity : "element" or "channel"
+        "element" (the paper): every value of a sample has its own coefficients. "channel": one set of
+        coefficients a channel, shared by all positions, of which there may be any number.
+    momentum : float or None
+        Share of a new batch in the running state; None for a cumulative average. See `Estimator`.
+    window : float or None
+        Instead of `momentum`: how many samples the running state looks back, whatever the batch size.
+        Prefer it where batches are large against the data set: at one batch an epoch, momentum 0.1 would
+        average coefficients over ten epochs of moving weights.
+    ridge : float
+        Shrinkage of the metadata coefficients; see `mdnorm.functional.coefficient_operator`.
+    center : bool
+        Remove the intercept as well, as the authors' code does. The default keeps the mean of the features,
+        so that the layers behind need not follow its moving estimate.
+    channel_dim : int
+        With "channel", where the channels are: 1 for (N, C, H, W), −1 for tokens (N, T, D).
+    check_finite : bool
+        Look for NaN and infinite metadata in every batch; on a GPU this waits for the device.
+    device, dtype
+        Where and in what precision the state is kept. Statistics are never below float32: `model.half()`
+        leaves them in float32.
+
+    Shape
+    -----
+    features (N, ...), N ≥ 0, in float64, float32, bfloat16 or float16 → the same shape and dtype.
+
+    Notes
+    -----
+    - A batch of any size works, the last partial one included; 1 sample has no variation within the batch,
+      so "batch" returns it unchanged in training.
+    - Before the first training batch (or a loaded state) evaluation returns the features unchanged.
+    - A batch whose features overflow to infinity or NaN passes them on but does not enter the state.
+
+    Raises
+    ------
+    ValueError, TypeError
+        Wrong sizes, devices or values; the message names the argument and what was expected.
+    RuntimeError
+        Training with "dataset" before `mdnorm.fit_gram`.
+
+    Examples
+    --------
+    >>> layer = MetadataNorm(84, num_metadata=1, num_labels=1, estimator="batch")
+    >>> features, age, diagnosis = torch.randn(20, 84), torch.rand(20, 1), torch.rand(20, 1).round()
+    >>> layer(features, age, diagnosis).shape
+    torch.Size([20, 84])
+    >>> layer.eval()(features, age).shape
+    torch.Size([20, 84])
+    """
+
+    estimator: Estimator
+
+    def __init__(
+        self,
+        num_features: int | Sequence[int] | None,
+        num_metadata: int | None,
+        num_labels: int | None = 0,
+        *,
+        estimator: str | Estimator = "dataset",
+        granularity: Granularity = "element",
+        momentum: float | None = 0.1,
+        ridge: float = 0.0,
+        center: bool = False,
+        window: float | None = None,
+        channel_dim: int = 1,
+        check_finite: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if granularity not in ("element", "channel"):
+            raise ValueError(f"granularity must be 'element' or 'channel', got {granularity!r}.")
+        shape = _feature_shape(num_features, granularity)
+        for name, value, least in (("num_metadata", num_metadata, 1), ("num_labels", num_labels, 0)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be an int ≥ {least} or None, got {value!r}.")
+        self.granularity: Granularity = granularity
+        self.channel_dim = channel_dim
+        self.check_finite = check_finite
+        self.estimator = make_estimator(
+            estimator,
+            momentum=momentum,
+            ridge=ridge,
+            center=center,
+            window=window,
+            device=device,
+            dtype=dtype,
+        )
+        # What was asked for; what is, is read off the estimator's state once that exists.
+        self._requested = (shape, num_metadata, num_labels)
+        if shape is not None and num_metadata is not None and num_labels is not None:
+            self.estimator.allocate(num_metadata, num_labels, shape)
+
+    @property
+    def num_metadata(self) -> int | None:
+        """Number of metadata columns K_m, or None while unknown."""
+        return self.estimator.num_metadata if self.estimator.knows_design else self._requested[1]
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of label columns K_y, or None while unknown."""
+        return self.estimator.num_labels if self.estimator.knows_design else self._requested[2]
+
+    @property
+    def num_features(self) -> tuple[int, ...] | None:
+        """Shape of a sample's features ("element") or (channels,) ("channel"); None while unknown."""
+        return self.estimator.feature_shape if self.estimator.is_allocated else self._requested[0]
+
+    # -- sizes ------------------------------------------------------------------------------------------
+
+    def set_gram(self, gram: Gram) -> None:
+        """Give the layer the Gram matrix of the training set; see `mdnorm.fit_gram`.
+
+        Raises
+        ------
+        ValueError
+            Its numbers of metadata or label columns are not the layer's.
+        """
+        num_labels = gram.mean.shape[0] - gram.num_metadata
+        if not self.estimator.knows_design:
+            for name, have, want in (
+                ("metadata", gram.num_metadata, self._requested[1]),
+                ("labels", num_labels, self._requested[2]),
+            ):
+                if want is not None and have != want:
+                    raise ValueError(
+                        f"the Gram matrix has {have} {name} column(s), the layer num_{name}={want}."
+                    )
+            self.estimator.allocate(gram.num_metadata, num_labels, self._requested[0])
+        self.estimator.set_gram(gram)
+
+    def _shape_of_coefficients(self, features: Tensor, positions: tuple[int, ...]) -> tuple[int, ...]:
+        if not positions and self.granularity == "element":
+            return tuple(features.shape[1:])
+        return tuple(length for dim, length in enumerate(features.shape) if dim > 0 and dim not in positions)
+
+    def _check_features(self, features: Tensor, positions: tuple[int, ...]) -> None:
+        expected = self.num_features
+        shape = self._shape_of_coefficients(features, positions)
+        if expected is None or shape == expected:
+            return
+        if self.granularity == "channel":
+            raise ValueError(
+                f"features have {shape[0]} channels in dimension {self.channel_dim} "
+                f"(shape {tuple(features.shape)}), the layer was built for {expected[0]}."
+            )
+        raise ValueError(
+            f"features of a sample have shape {shape}, the layer was built for {expected}; "
+            "granularity='channel' accepts any spatial size."
+        )
+
+    def _allocate(
+        self, features: Tensor, positions: tuple[int, ...], columns: Tensor, num_metadata: int
+    ) -> None:
+        shape = self._shape_of_coefficients(features, positions)
+        if 0 in shape:
+            raise ValueError(f"features have no values: shape {tuple(features.shape)}.")
+        num_labels = self.num_labels
+        if num_labels is None:
+            num_labels = columns.shape[1] - num_metadata
+        self.estimator.allocate(num_metadata, num_labels, shape)
+
+    # -- forward ----------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        features: Tensor,
+        metadata: Tensor | ArrayLike,
+        labels: Tensor | ArrayLike | None = None,
+    ) -> Tensor:
+        """Return the features without the effect of the metadata.
+
+        Parameters
+        ----------
+        features : (N, ...) tensor
+        metadata : (N,) or (N, K_m)
+            Tensor on the features' device, or an array.
+        labels : (N,) or (N, K_y), optional
+            Needed in training where the layer has label columns, ignored in evaluation.
+
+        Returns
+        -------
+        (N, ...) tensor, dtype of the features
+        """
+        functional.check_floating(features)
+        positions = functional.position_dims(features, self.granularity, self.channel_dim)
+        self._check_features(features, positions)
+        if not self.training:
+            return self._evaluate(features, metadata, positions)
+        num_labels = self.num_labels
+        if labels is None and num_labels:
+            raise ValueError(
+                f"labels are needed in training: the layer has num_labels={num_labels}. "
+                "In evaluation (model.eval()) they are not."
+            )
+        if labels is not None and num_labels == 0:
+            raise ValueError(
+                "labels were given but the layer has num_labels=0: build it with the number of label columns "
+                "to protect them, or leave the labels out."
+            )
+        columns, num_metadata = functional.design_columns(
+            metadata,
+            labels,
+            num_samples=features.shape[0],
+            num_metadata=self.num_metadata,
+            num_labels=num_labels,
+            device=features.device,
+            check_finite=self.check_finite,
+        )
+        self.estimator.check_ready()
+        if not self.estimator.is_allocated:
+            self._allocate(features, positions, columns, num_metadata)
+        out: Tensor = self.estimator(features, columns, positions)
+        return out
+
+    def _evaluate(self, features: Tensor, metadata: Tensor | ArrayLike, positions: tuple[int, ...]) -> Tensor:
+        columns, _ = functional.design_columns(
+            metadata,
+            num_samples=features.shape[0],
+            num_metadata=self.num_metadata,
+            device=features.device,
+            check_finite=self.check_finite,
+        )
+        if not self.estimator.is_allocated:
+            return features
+        return self.estimator.evaluate(features, columns, positions)
+
+    def extra_repr(self) -> str:
+        """Return the sizes, for ``print(model)``."""
+        shape = self.num_features
+        text = f"{shape[0] if shape is not None and len(shape) == 1 else shape}"
+        text += f", num_metadata={self.num_metadata}, num_labels={self.num_labels}"
+        text += f", granularity={self.granularity!r}"
+        return text if self.channel_dim == 1 else text + f", channel_dim={self.channel_dim}"
+
+
+def _feature_shape(
+    num_features: int | Sequence[int] | None, granularity: Granularity
+) -> tuple[int, ...] | None:
+    if num_features is None:
+        return None
+    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
+    is_valid = shape and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
+    if not is_valid or (granularity == "channel" and len(shape) != 1):
+        wanted = (
+            "a positive int or a tuple of them" if granularity == "element" else "a positive int (channels)"
+        )
+        raise ValueError(f"num_features must be {wanted}, or None, got {num_features!r}.")
+    return shape

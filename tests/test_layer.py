@@ -1,0 +1,406 @@
+import copy
+import io
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load, save
+from torch import nn
+
+from mdnorm import MetadataNorm, fit_gram
+from mdnorm.estimators import BatchEstimator, DatasetEstimator, Estimator
+from reference import residual
+
+ESTIMATORS = ["batch", "dataset"]
+INPUTS = {
+    "(N, D)": ((6,), "element", 1),
+    "(N, C, L)": ((3, 5), "element", 1),
+    "(N, C, H, W)": ((3, 4, 5), "element", 1),
+    "(N, C, T, H, W)": ((2, 3, 4, 5), "element", 1),
+    "tokens (N, T, D)": ((7, 4), "element", 1),
+    "(N, D) by channel": ((6,), "channel", 1),
+    "(N, C, L) by channel": ((3, 5), "channel", 1),
+    "(N, C, H, W) by channel": ((3, 4, 5), "channel", 1),
+    "(N, C, T, H, W) by channel": ((2, 3, 4, 5), "channel", 1),
+    "tokens (N, T, D) by channel": ((7, 4), "channel", -1),
+}
+
+
+def inputs(n=30, shape=(6,), k_m=2, k_y=1):
+    metadata, labels = torch.randn(n, k_m), torch.randn(n, k_y)
+    features = torch.randn(n, *shape) + metadata[:, :1].reshape(n, *[1] * len(shape))
+    return features, metadata, labels
+
+
+def build(estimator, num_features=6, k_m=2, k_y=1, **options):
+    return MetadataNorm(num_features, k_m, k_y, estimator=estimator, **options)
+
+
+def prepared(estimator, *args, **options):
+    layer = build(estimator, *args, **options)
+    _, metadata, labels = inputs(100)
+    fit_gram(layer, metadata, labels)
+    return layer
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_every_input_shape_and_batch_size(estimator, kind):
+    shape, granularity, channel_dim = INPUTS[kind]
+    size = shape if granularity == "element" else shape[0 if channel_dim == 1 else -1]
+    layer = prepared(estimator, size, granularity=granularity, channel_dim=channel_dim)
+    for n in (30, 7, 1, 0, 30):
+        features, metadata, labels = inputs(n, shape)
+        features.requires_grad_()
+        out = layer.train()(features, metadata, labels)
+        out.sum().backward()
+        assert out.shape == features.shape == features.grad.shape
+        assert torch.isfinite(out).all()
+        out = layer.eval()(features, metadata)
+        assert out.shape == features.shape
+        assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_evaluation_removes_a_known_effect(estimator):
+    metadata, label = torch.randn(4000, 1, dtype=torch.float64), torch.randn(4000, 1, dtype=torch.float64)
+    metadata = metadata + label
+    truth = torch.tensor([[1.0, -2.0, 0.0]], dtype=torch.float64)
+    features = metadata @ truth + 5 * label + 7 + 0.1 * torch.randn(4000, 3).double()
+    layer = MetadataNorm(3, 1, 1, estimator=estimator, momentum=None, dtype=torch.float64)
+    fit_gram(layer, metadata, label)
+    for part in torch.arange(4000).split(64):
+        layer(features[part], metadata[part], label[part])
+    out = layer.eval()(features, metadata)
+    np.testing.assert_allclose(layer.estimator.coefficients, truth, atol=0.02)
+    np.testing.assert_allclose(out.mean(0), features.mean(0), atol=1e-6)
+    np.testing.assert_allclose(np.polyfit(label[:, 0], out, 1)[0], 5, atol=0.02)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_evaluation_does_not_depend_on_the_batch_or_the_labels(estimator):
+    layer = prepared(estimator)
+    features, metadata, labels = inputs()
+    layer(features, metadata, labels)
+    layer.eval()
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    whole = layer(features, metadata)
+    parts = torch.cat([layer(f, m) for f, m in zip(features.split(7), metadata.split(7), strict=True)])
+    torch.testing.assert_close(whole, parts)
+    assert torch.equal(layer(features, metadata, torch.full((30, 1), float("nan"))), whole)
+    assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
+
+
+def test_evaluation_before_training_changes_nothing():
+    for layer in (build("batch"), MetadataNorm(None, None, None)):
+        features, metadata, _ = inputs()
+        assert torch.equal(layer.eval()(features, metadata), features)
+
+
+class TestState:
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("lazy", [False, True])
+    @pytest.mark.parametrize("route", ["torch", "safetensors"])
+    def test_survives_saving_bit_exactly(self, estimator, lazy, route):
+        layer = prepared(estimator, (3, 4), center=True)
+        for n in (20, 3):
+            layer(*inputs(n, (3, 4)))
+        if route == "torch":
+            buffer = io.BytesIO()
+            torch.save(layer.state_dict(), buffer)
+            buffer.seek(0)
+            state = torch.load(buffer, weights_only=True)
+        else:
+            state = load(save(layer.state_dict()))
+        sizes = (None, None, None) if lazy else ((3, 4), 2, 1)
+        other = build(estimator, *sizes, center=True)
+        other.load_state_dict(state)
+        assert (other.num_features, other.num_metadata, other.num_labels) == ((3, 4), 2, 1)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, other.state_dict()[key]), key
+            assert value.dtype == other.state_dict()[key].dtype
+        batch = inputs(9, (3, 4))
+        assert torch.equal(layer(*batch), other(*batch))
+        assert torch.equal(layer.eval()(*batch), other.eval()(*batch))
+
+    def test_gram_survives_saving_before_the_first_batch_of_a_lazy_layer(self):
+        layer = prepared("dataset", None, None, None)
+        other = MetadataNorm(None, None, None)
+        other.load_state_dict(layer.state_dict())
+        batch = inputs()
+        assert torch.equal(layer(*batch), other(*batch))
+
+    def test_keys_and_version_are_stable(self):
+        state = build("dataset").state_dict()
+        assert list(state) == [
+            "estimator.gram_mean",
+            "estimator.gram_covariance",
+            "estimator.gram_count",
+            "estimator.coefficients",
+            "estimator.weight",
+        ]
+        assert [key for key in build("batch").state_dict() if key not in state] == [
+            "estimator.feature_mean",
+            "estimator.cross_covariance",
+        ]
+        assert state._metadata["estimator"] == {"version": 1}
+
+    def test_a_checkpoint_from_the_future_is_refused(self):
+        layer = build("dataset")
+        state = layer.state_dict()
+        state._metadata["estimator"]["version"] = 99
+        with pytest.raises(RuntimeError, match="version 99"):
+            layer.load_state_dict(state)
+
+    def test_another_estimator_or_size_is_refused(self):
+        with pytest.raises(RuntimeError, match=r"estimator\.feature_mean"):
+            build("batch").load_state_dict(build("dataset").state_dict())
+        with pytest.raises(RuntimeError, match=r"size mismatch for estimator\.coefficients"):
+            build("dataset", 5).load_state_dict(build("dataset", 6).state_dict())
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_deepcopy_goes_its_own_way(self, estimator):
+        layer = prepared(estimator)
+        twin = copy.deepcopy(layer)
+        batch = inputs()
+        assert torch.equal(layer(*batch), twin(*batch))
+        layer(*inputs())
+        assert not torch.equal(layer.estimator.coefficients, twin.estimator.coefficients)
+
+    def test_no_parameters(self):
+        assert list(build("batch").parameters()) == []
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_momentum_is_weighted_by_samples(self, estimator):
+        """A last batch of one sample must not count like a whole batch."""
+        layer = prepared(estimator)
+        for _ in range(5):
+            layer(*inputs(1000))
+        before = layer.estimator.coefficients.clone()
+        features, metadata, labels = inputs(1)
+        layer(features + 100, metadata, labels)
+        change = (layer.estimator.coefficients - before).abs().max()
+        assert change < 0.1
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_window_is_a_momentum_that_follows_the_batch_size(self, estimator):
+        by_window, by_momentum = prepared(estimator, window=100), prepared(estimator, momentum=0.2)
+        for _ in range(4):
+            batch = inputs(20)
+            by_window(*batch)
+            by_momentum(*batch)
+        for key, value in by_momentum.state_dict().items():
+            torch.testing.assert_close(by_window.state_dict()[key], value)
+        # A batch beyond the window replaces the past.
+        batch, fresh = inputs(150), prepared(estimator)
+        fresh.load_state_dict(prepared(estimator).state_dict())
+        if estimator == "dataset":
+            fresh.set_gram(by_window.estimator.gram)
+        torch.testing.assert_close(by_window(*batch), fresh(*batch))
+        torch.testing.assert_close(by_window.estimator.coefficients, fresh.estimator.coefficients)
+        assert "window=100" in repr(by_window)
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+    def test_half_leaves_the_statistics(self, estimator, dtype):
+        layer = prepared(estimator)
+        layer(*inputs())
+        before = {key: value.clone() for key, value in layer.state_dict().items()}
+        layer.to(dtype)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(value, before[key])
+            assert value.dtype == before[key].dtype
+        features, metadata, labels = inputs()
+        for mode in (True, False):
+            assert layer.train(mode)(features.to(dtype), metadata, labels).dtype == dtype
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_double(self, estimator):
+        layer = prepared(estimator).double()
+        assert all(value.dtype == torch.float64 for value in layer.state_dict().values())
+        assert layer(*(x.double() for x in inputs())).dtype == torch.float64
+
+    def test_lazy_layer_remembers_its_dtype(self):
+        layer = MetadataNorm(None, None, None, estimator="batch").double()
+        layer(*inputs())
+        assert layer.estimator.coefficients.dtype == torch.float64
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_channels_last(self, estimator):
+        """`model.to(memory_format=…)` restrides 4-d buffers, too: updates must not be lost."""
+        plain = prepared(estimator, (3, 4, 5))
+        moved = copy.deepcopy(plain).to(memory_format=torch.channels_last)
+        features, metadata, labels = inputs(shape=(3, 4, 5))
+        expected = plain(features, metadata, labels)
+        out = moved(features.to(memory_format=torch.channels_last), metadata, labels)
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(moved.estimator.coefficients, plain.estimator.coefficients)
+        assert moved.estimator.coefficients.any()
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_gpu_equals_cpu(self, estimator):
+        layer = prepared(estimator, (3, 4))
+        twin = copy.deepcopy(layer).cuda()
+        batch = inputs(shape=(3, 4))
+        torch.testing.assert_close(layer(*batch), twin(*(x.cuda() for x in batch)).cpu())
+        torch.testing.assert_close(layer.eval()(*batch), twin.eval()(*(x.cuda() for x in batch)).cpu())
+
+
+class TestLabels:
+    def test_class_indices_equal_one_hot(self):
+        features, metadata, _ = inputs()
+        classes = torch.arange(30) % 3
+        outs = []
+        for labels in (classes, nn.functional.one_hot(classes), classes[:, None], classes.numpy()):
+            outs.append(build("batch", k_y=3)(features, metadata, labels))
+        for out in outs[1:]:
+            assert torch.equal(out, outs[0])
+        expected = residual(features, metadata, nn.functional.one_hot(classes)[:, :2])
+        np.testing.assert_allclose(outs[0], expected, atol=1e-5)
+
+    def test_binary_indices_stay_one_column(self):
+        features, metadata, _ = inputs()
+        labels = torch.arange(30) % 2
+        out = build("batch")(features, metadata, labels)
+        torch.testing.assert_close(out, build("batch")(features, metadata, labels.float()[:, None]))
+
+    def test_errors(self):
+        features, metadata, labels = inputs()
+        with pytest.raises(ValueError, match=r"labels are needed in training.*num_labels=1"):
+            build("batch")(features, metadata)
+        with pytest.raises(ValueError, match="labels were given but the layer has num_labels=0"):
+            build("batch", k_y=0)(features, metadata, labels)
+        with pytest.raises(ValueError, match="num_labels=3"):
+            build("batch", k_y=3)(features, metadata, labels)
+
+
+class TestBadInput:
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("lazy", [False, True])
+    def test_nan_metadata(self, training, lazy):
+        layer = build("batch", *((None, None, None) if lazy else ())).train(training)
+        features, metadata, labels = inputs()
+        metadata[3, 1] = float("nan")
+        with pytest.raises(
+            ValueError, match=r"metadata has NaN.*column\(s\) \[1\], row\(s\) 3 \(1 of 30 rows\)"
+        ):
+            layer(features, metadata, labels)
+        assert not lazy or layer.num_features is None
+
+    def test_the_check_can_be_left_out(self):
+        layer = build("batch", k_y=0, check_finite=False)
+        features, metadata, _ = inputs()
+        metadata[3, 1] = float("nan")
+        assert torch.isnan(layer(features, metadata)).any()
+
+    def test_shapes(self):
+        layer = build("batch", (3, 4))
+        features, metadata, labels = inputs(shape=(3, 4))
+        with pytest.raises(ValueError, match=r"features of a sample have shape \(3, 5\).*built for \(3, 4\)"):
+            layer(torch.randn(30, 3, 5), metadata, labels)
+        with pytest.raises(ValueError, match="metadata has 29 rows but there are 30 samples"):
+            layer(features, metadata[1:], labels)
+        with pytest.raises(ValueError, match=r"metadata has 1 column\(s\) but num_metadata=2"):
+            layer(features, metadata[:, :1], labels)
+        with pytest.raises(ValueError, match=r"features have 4 channels.*built for 3"):
+            build("batch", 3, granularity="channel")(torch.randn(30, 4, 5), metadata, labels)
+        with pytest.raises(ValueError, match="features have no values"):
+            MetadataNorm(None, 2, 1, estimator="batch")(torch.randn(30, 0), metadata, labels)
+        with pytest.raises(TypeError, match="floating-point"):
+            layer(features.int(), metadata, labels)
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "error", "message"),
+        [
+            ((0, 1), {}, ValueError, "num_features must be"),
+            (((3, -1), 1), {}, ValueError, "num_features must be"),
+            (((3, 4), 1), {"granularity": "channel"}, ValueError, r"positive int \(channels\)"),
+            ((4, 0), {}, ValueError, "num_metadata must be an int ≥ 1"),
+            ((4, 1, -1), {}, ValueError, "num_labels must be an int ≥ 0"),
+            ((4, 1), {"granularity": "pixel"}, ValueError, "granularity must be"),
+            ((4, 1), {"momentum": 0.0}, ValueError, "momentum must be in"),
+            ((4, 1), {"momentum": 1.5}, ValueError, "momentum must be in"),
+            ((4, 1), {"window": 0}, ValueError, "window must be"),
+            ((4, 1), {"window": float("inf")}, ValueError, "window must be"),
+            ((4, 1), {"ridge": -1.0}, ValueError, "ridge must be"),
+            ((4, 1), {"ridge": float("nan")}, ValueError, "ridge must be"),
+            ((4, 1), {"estimator": "magic"}, ValueError, r"one of \['batch', 'dataset'\], got 'magic'"),
+            ((4, 1), {"estimator": 3}, TypeError, "estimator must be a name"),
+        ],
+    )
+    def test_arguments(self, arguments, options, error, message):
+        with pytest.raises(error, match=message):
+            MetadataNorm(*arguments, **options)
+
+
+class TestEstimatorArgument:
+    def test_instance_brings_its_settings(self):
+        layer = MetadataNorm(4, 1, estimator=BatchEstimator(momentum=0.5, ridge=0.1, center=True))
+        assert layer.estimator.coefficients.shape == (2, 4)
+        assert layer.estimator.momentum == 0.5
+
+    def test_instance_serves_one_layer(self):
+        estimator = DatasetEstimator()
+        MetadataNorm(4, 1, estimator=estimator)
+        with pytest.raises(ValueError, match="an instance of its own"):
+            MetadataNorm(4, 1, estimator=estimator)
+
+    def test_own_subclass(self):
+        class Frozen(Estimator):
+            """Removes a coefficient known beforehand."""
+
+            name = "frozen"
+
+            def forward(self, features, columns, positions):
+                self.coefficients.fill_(2.0)
+                return self.evaluate(features, columns[:, : self.num_metadata], positions)
+
+        layer = MetadataNorm(4, 1, estimator=Frozen())
+        features, metadata = torch.randn(3, 4), torch.randn(3, 1)
+        torch.testing.assert_close(layer(features, metadata), features - 2 * metadata)
+        torch.testing.assert_close(layer.eval()(features, metadata), features - 2 * metadata)
+
+
+def test_repr_names_the_sizes_and_settings():
+    text = repr(build("dataset", (3, 4), momentum=0.2))
+    assert "(3, 4), num_metadata=2, num_labels=1, granularity='element'" in text
+    assert "DatasetEstimator(momentum=0.2, ridge=0.0, center=False)" in text
+    assert "None, num_metadata=2" in repr(MetadataNorm(None, 2))
+
+
+def test_metadata_as_numpy_array():
+    features, metadata, labels = inputs()
+    out = build("batch")(features, metadata.numpy(), labels.numpy())
+    torch.testing.assert_close(out, build("batch")(features, metadata, labels))
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_gradcheck_through_the_layer(estimator):
+    layer = prepared(estimator, 3).double()
+    features, metadata, labels = inputs(8, (3,))
+    assert torch.autograd.gradcheck(
+        lambda f: layer(f, metadata, labels), features.double().requires_grad_(), nondet_tol=0
+    )
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("training", [True, False])
+# Raised inside torch while it traces any autograd function.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_compiles_to_one_graph(estimator, training):
+    layer = prepared(estimator).train(training)
+    twin = copy.deepcopy(layer)
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    for n in (30, 7):
+        features, metadata, labels = inputs(n)
+        a, b = features.clone().requires_grad_(), features.clone().requires_grad_()
+        expected, actual = layer(a, metadata, labels), compiled(b, metadata, labels)
+        torch.testing.assert_close(actual, expected)
+        expected.pow(2).sum().backward()
+        actual.pow(2).sum().backward()
+        torch.testing.assert_close(b.grad, a.grad)
+    for key, value in layer.state_dict().items():
+        torch.testing.assert_close(twin.state_dict()[key], value)
