@@ -1,0 +1,50 @@
+# `make help` lists what there is. Everything happens in .venv, made here with pinned versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit bench full format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+demo: $(VENV)/.demo ## See it work: the synthetic experiment in a few minutes, results in results/demo
+	$(BIN)/mdnorm experiment synthetic --quick --out results/demo
+
+test: lint types unit ## Run everything that CI runs
+
+lint: $(VENV)/.dev ## Check style (ruff)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## Check types (mypy --strict)
+	$(BIN)/mypy
+
+unit: $(VENV)/.dev ## Run the tests
+	$(BIN)/python -m pytest -n 2
+
+bench: $(VENV)/.dev ## Run the benchmarks, tables and JSON in results/bench
+	$(BIN)/python benchmarks/layer.py --json results/bench/layer.json
+	$(BIN)/python benchmarks/distance_correlation.py --json results/bench/distance_correlation.json
+
+full: $(VENV)/.demo ## Run the whole synthetic table (about an hour on two cores), resumable
+	$(BIN)/mdnorm experiment synthetic --methods all --out results/synthetic
+
+format: $(VENV)/.dev ## Format the code
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the environment and caches (results stay)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[experiments]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+	@touch $@ $(VENV)/.demo

@@ -1,0 +1,290 @@
+"""Setting 1 of the paper: two groups of synthetic images with a known confounder (Lu et al., section 4.1)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from mdnorm.experiments.data.synthetic import SyntheticData, make_synthetic
+from mdnorm.experiments.files import atomic_path
+from mdnorm.experiments.networks import LAST_SLOT, SyntheticNetwork
+from mdnorm.experiments.results import Row
+from mdnorm.integration import fit_gram
+from mdnorm.layer import MetadataNorm
+from mdnorm.metrics import distance_correlation_sqr
+
+BATCH_SIZES = (20, 200, 1000, 2000)
+SEEDS = {200: 5}
+DEFAULT_SEEDS = 3
+GROUPS = ("A", "B")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: its title, and which normalisation sits where.
+
+    Attributes
+    ----------
+    title : str
+        As in tables and figures.
+    layers : "none", "last" or "every"
+        Where `MetadataNorm` sits.
+    other : callable or None
+        Makes another normalisation for every layer, from its number of channels and of spatial dimensions.
+    degree : int
+        The confounder enters as a polynomial of this degree.
+    options : dict
+        Of `MetadataNorm`.
+    """
+
+    title: str
+    layers: str = "none"
+    other: Callable[[int, int], nn.Module] | None = None
+    degree: int = 1
+    options: dict[str, Any] | None = None
+
+
+def _batch_norm(channels: int, spatial_dims: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if spatial_dims else nn.BatchNorm1d(channels)
+
+
+def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
+    return nn.GroupNorm(4, channels)
+
+
+# The running coefficients look back one epoch (2000 images), whatever the batch size.
+_RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000}
+_AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
+
+METHODS = {
+    "none": Method("No normalisation"),
+    "batchnorm": Method("BatchNorm", other=_batch_norm),
+    "groupnorm": Method("GroupNorm", other=_group_norm),
+    "mdn-last": Method("MDN, last layer", "last", degree=3, options=_RECIPE),
+    "mdn-every": Method("MDN, every layer", "every", degree=3, options=_RECIPE),
+    "mdn-last-authors": Method("MDN, last layer, authors' settings", "last", options=_AUTHORS),
+    "mdn-every-authors": Method("MDN, every layer, authors' settings", "every", options=_AUTHORS),
+}
+DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last", "mdn-every")
+
+# Epochs and learning rate by batch size, tuned for the network without normalisation to reach its plateau.
+_SCHEDULES = {20: (10, 1e-4), 200: (20, 1e-4), 1000: (30, 3e-4), 2000: (40, 3e-4)}
+
+
+def schedule(batch_size: int) -> tuple[int, float]:
+    """Return (epochs, learning rate) for a batch size: those of the nearest tuned one."""
+    nearest = min(_SCHEDULES, key=lambda size: abs(math.log(size / batch_size)))
+    return _SCHEDULES[nearest]
+
+
+@dataclass(frozen=True)
+class SyntheticRun:
+    """Settings of one training. Everything that can change its row is here.
+
+    Attributes
+    ----------
+    method : str
+        A key of `METHODS`.
+    batch_size, seed, epochs : int
+    learning_rate : float
+        Of Adam at the start; it falls to 0 by a half cosine.
+    group_size, test_group_size : int
+        Images a group in the training and the held-out data.
+    features_file : str or None
+        Where to keep the held-out features, for the projection figure; not part of the settings.
+    """
+
+    method: str
+    batch_size: int
+    seed: int
+    epochs: int
+    learning_rate: float
+    group_size: int = 1000
+    test_group_size: int = 2000
+    features_file: str | None = None
+
+    def settings(self) -> Row:
+        """Return the settings as JSON values, those of the method included."""
+        row: Row = {"setting": "synthetic"} | asdict(self)
+        del row["features_file"]
+        method = METHODS[self.method]
+        if method.layers != "none":
+            row |= {"degree": method.degree, "options": method.options or {}}
+        return row
+
+
+def plan(
+    methods: Sequence[str] = DEFAULT_METHODS,
+    batch_sizes: Sequence[int] = BATCH_SIZES,
+    seeds: int | None = None,
+    *,
+    first_seed: int = 0,
+    epochs: int | None = None,
+    learning_rate: float | None = None,
+    group_size: int = 1000,
+    test_group_size: int = 2000,
+    features_dir: Path | None = None,
+) -> list[SyntheticRun]:
+    """Return the runs of the table, seed by seed, so that an interrupted table is as complete as can be.
+
+    Parameters
+    ----------
+    methods : sequence of str
+        Keys of `METHODS`.
+    batch_sizes : sequence of int
+    seeds : int, optional
+        Seeds a cell; None takes 5 at batch size 200 and 3 elsewhere.
+    first_seed : int
+    epochs, learning_rate
+        None takes those tuned for the batch size.
+    group_size, test_group_size : int
+    features_dir : Path, optional
+        Folder for the held-out features of each cell's first seed.
+
+    Raises
+    ------
+    ValueError
+        An unknown method, or a size below 1.
+    """
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown method(s) {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
+    for name, values in (
+        ("batch size", batch_sizes),
+        ("number of seeds", [1 if seeds is None else seeds]),
+        ("number of epochs", [1 if epochs is None else epochs]),
+    ):
+        if any(value < 1 for value in values):
+            raise ValueError(f"{name} must be at least 1, got {min(values)}.")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
+    if min(group_size, test_group_size) < 4:
+        raise ValueError("groups need at least 4 images: the distance correlation is not defined below.")
+    runs = []
+    for batch_size in dict.fromkeys(batch_sizes):
+        tuned_epochs, tuned_rate = schedule(batch_size)
+        for seed in range(seeds if seeds is not None else SEEDS.get(batch_size, DEFAULT_SEEDS)):
+            for method in dict.fromkeys(methods):
+                file = f"{method}-batch{batch_size}-seed{first_seed}.safetensors"
+                runs.append(
+                    SyntheticRun(
+                        method,
+                        batch_size,
+                        first_seed + seed,
+                        epochs or tuned_epochs,
+                        learning_rate or tuned_rate,
+                        group_size,
+                        test_group_size,
+                        str(features_dir / file) if features_dir is not None and seed == 0 else None,
+                    )
+                )
+    return sorted(runs, key=lambda run: run.seed)
+
+
+def confounder_basis(confounder: Tensor, degree: int) -> Tensor:
+    """Return the powers 1 … degree of the confounder as metadata columns, shape (N, degree).
+
+    A flexible basis is what lets the regression see a non-linear function of the confounder (a step between
+    the groups, say) as metadata; with the plain column the protected label explains it and keeps it.
+    """
+    # A fixed affine map to about [-1, 1]; the layer's result does not depend on it, rounding does.
+    scaled = (confounder - 3.5) / 2.5
+    return torch.stack([scaled**power for power in range(1, degree + 1)], 1)
+
+
+def build(run: SyntheticRun) -> SyntheticNetwork:
+    """Return the untrained network of a run; its weights depend on the seed alone."""
+    method = METHODS[run.method]
+
+    def normalization(slot: str, shape: tuple[int, ...]) -> nn.Module:
+        if method.other is not None:
+            return method.other(shape[0], len(shape) - 1)
+        if method.layers == "every" or (method.layers == "last" and slot == LAST_SLOT):
+            return MetadataNorm(shape, method.degree, 1, **(method.options or {}))
+        return nn.Identity()
+
+    torch.manual_seed(run.seed)
+    return SyntheticNetwork(normalization)
+
+
+def train(run: SyntheticRun, epoch_done: Callable[[], None]) -> Row:
+    """Train one network and measure it on held-out data.
+
+    Parameters
+    ----------
+    run : SyntheticRun
+    epoch_done : callable
+        Called after each epoch.
+
+    Returns
+    -------
+    dict
+        "bacc" and "accuracy" (by group), fractions; "dcor2" by group, between the 84 features of the last
+        layer and the confounder; "seconds_per_epoch"; "train_loss" of the last epoch.
+    """
+    data = make_synthetic(run.group_size, seed=2 * run.seed)
+    network = build(run)
+    metadata = confounder_basis(data.confounder, METHODS[run.method].degree)
+    if any(isinstance(module, MetadataNorm) for module in network.modules()):
+        fit_gram(network, metadata, data.labels)
+    optimizer = torch.optim.Adam(network.parameters(), lr=run.learning_rate)
+    steps = run.epochs * math.ceil(len(data) / run.batch_size)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    generator = torch.Generator().manual_seed(run.seed)
+    start = time.perf_counter()
+    network.train()
+    loss_sum = 0.0
+    for _ in range(run.epochs):
+        loss_sum = 0.0
+        for rows in torch.randperm(len(data), generator=generator).split(run.batch_size):
+            optimizer.zero_grad()
+            logits = network(data.images[rows], metadata[rows], data.labels[rows])
+            loss = binary_cross_entropy_with_logits(logits, data.labels[rows])
+            loss.backward()
+            optimizer.step()
+            scheduler.step()
+            loss_sum += loss.item() * len(rows)
+        epoch_done()
+    seconds = (time.perf_counter() - start) / run.epochs
+    held_out = make_synthetic(run.test_group_size, seed=2 * run.seed + 1)
+    measured = evaluate(network, held_out, METHODS[run.method].degree, run.features_file)
+    return measured | {"train_loss": loss_sum / len(data), "seconds_per_epoch": seconds}
+
+
+@torch.no_grad()
+def evaluate(
+    network: SyntheticNetwork, data: SyntheticData, degree: int, features_file: str | None = None
+) -> Row:
+    """Return accuracy and dependence on the confounder, by group; keep the features in a file if asked to."""
+    from safetensors.torch import save
+    from sklearn.metrics import balanced_accuracy_score
+
+    network.eval()
+    metadata = confounder_basis(data.confounder, degree)
+    features = torch.cat(
+        [network.features(x, m) for x, m in zip(data.images.split(500), metadata.split(500), strict=True)]
+    )
+    predicted = network.classify(features) > 0
+    correct = predicted == data.labels.bool()
+    accuracy, dependence = {}, {}
+    for index, group in enumerate(GROUPS):
+        inside = data.labels == index
+        accuracy[group] = float(correct[inside].double().mean())
+        dependence[group] = float(distance_correlation_sqr(features[inside], data.confounder[inside]))
+    if features_file is not None:
+        tensors = {"features": features, "labels": data.labels, "confounder": data.confounder}
+        with atomic_path(Path(features_file)) as temporary:
+            temporary.write_bytes(save(tensors))
+    return {
+        "bacc": float(balanced_accuracy_score(data.labels.numpy(), predicted.numpy())),
+        "accuracy": accuracy,
+        "dcor2": dependence,
+    }
