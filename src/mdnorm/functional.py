@@ -610,7 +610,7 @@ def remove_regression(
     """
     dtype = compute_dtype(features)
     with torch.autocast(features.device.type, enabled=False):
-        out, moments = _RemoveRegression.apply(
+        out, moments = _RemoveRegression.apply(  # type: ignore[no-untyped-call]
             features,
             basis.to(dtype),
             None if operator is None else operator.to(dtype),

@@ -1,0 +1,5 @@
+"""``python -m mdnorm``."""
+
+from mdnorm.cli import main
+
+main()

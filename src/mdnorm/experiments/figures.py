@@ -1,0 +1,220 @@
+"""Figures of the experiments, in colours that colour-blind readers tell apart; no global matplotlib state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from mdnorm.experiments.data.synthetic import (
+    ACCURACY_WITH_CONFOUNDER,
+    ACCURACY_WITHOUT_CONFOUNDER,
+    SyntheticData,
+)
+from mdnorm.experiments.files import atomic_path
+from mdnorm.experiments.report import summarise
+from mdnorm.experiments.results import Row
+
+# Okabe & Ito (2008), in an order that keeps neighbours apart.
+PALETTE = ("#000000", "#E69F00", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#009E73")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+_WIDTH = 7.0
+_EFFECT, _CONFOUNDER = "#56B4E9", "#E69F00"
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure as PNG (150 dots an inch) to `path`, and as PDF beside it."""
+    for target, options in (
+        (path, {"dpi": 150}),
+        (path.with_suffix(".pdf"), {"metadata": {"CreationDate": None}}),
+    ):
+        with atomic_path(target) as temporary:
+            figure.savefig(temporary, **options)
+    return path
+
+
+def example_images(data: SyntheticData, count: int = 4) -> Figure:
+    """Show `count` images a group, the quadrants of effect and confounder outlined."""
+    figure = Figure(figsize=(_WIDTH, 4.1), layout="constrained")
+    axes = figure.subplots(2, count, squeeze=False)
+    picture = None
+    for index, group in enumerate("AB"):
+        rows = (data.labels == index).nonzero()[:count, 0].tolist()
+        for column, axis in enumerate(axes[index]):
+            axis.set_axis_off()
+            if column >= len(rows):
+                continue
+            row = rows[column]
+            picture = axis.imshow(data.images[row, 0], cmap="gray", vmin=0, vmax=6)
+            for x, y, colour in ((0, 0, _EFFECT), (16, 16, _EFFECT), (0, 16, _CONFOUNDER)):
+                axis.add_patch(_square(x, y, colour))
+            axis.set_title(
+                f"effect {data.effect[row]:.1f}, confounder {data.confounder[row]:.1f}", fontsize=7, pad=3
+            )
+        axes[index, 0].text(
+            -0.08,
+            0.5,
+            f"Group {group}",
+            rotation=90,
+            va="center",
+            ha="right",
+            transform=axes[index, 0].transAxes,
+        )
+    if picture is not None:
+        figure.colorbar(picture, ax=axes, label="pixel value", shrink=0.8)
+    figure.supxlabel(
+        "outlined: true effect (blue, on the diagonal), confounder (orange, lower left)", fontsize=8
+    )
+    return figure
+
+
+def _square(x: int, y: int, colour: str) -> Any:
+    from matplotlib.patches import Rectangle
+
+    return Rectangle((x + 0.2, y + 0.2), 14.6, 14.6, fill=False, edgecolor=colour, linewidth=1.5)
+
+
+def accuracy_by_batch_size(rows: Sequence[Row], names: Mapping[str, str]) -> Figure:
+    """Balanced accuracy, mean ± standard deviation over seeds, with the two analytic limits."""
+    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
+    axis = figure.subplots()
+    for limit, text in (
+        (ACCURACY_WITH_CONFOUNDER, "with the\nconfounder"),
+        (ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
+    ):
+        axis.axhline(100 * limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
+        axis.annotate(
+            f"{100 * limit:.1f} %\n{text}",
+            (1, 100 * limit),
+            xycoords=("axes fraction", "data"),
+            xytext=(4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8,
+            color="0.3",
+        )
+    sizes = _draw_cells(axis, rows, names, lambda cell: (100 * cell["bacc"], 100 * (cell["bacc_sd"] or 0)))
+    axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    axis.set_xlabel("batch size")
+    axis.set_ylabel("balanced accuracy on held-out data (%)")
+    _legend(figure, axis)
+    return figure
+
+
+def dependence_by_group(rows: Sequence[Row], names: Mapping[str, str]) -> Figure:
+    """Distance correlation of features and confounder within each group, mean ± standard deviation."""
+    figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
+    groups = sorted({group for row in rows for group in row["dcor2"]})
+    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+    for axis, group in zip(axes, groups, strict=True):
+        axis.axhline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
+
+        def value(cell: Row, group: str = group) -> tuple[float, float]:
+            return cell["dcor2"][group], cell["dcor2_sd"][group] or 0
+
+        sizes = _draw_cells(axis, rows, names, value)
+        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+        axis.set_xlabel("batch size")
+        axis.set_title(f"Group {group}", fontsize=10)
+    axes[0].set_ylabel("dcor² (features, confounder)")
+    _legend(figure, axes[0])
+    return figure
+
+
+def _draw_cells(axis: Axes, rows: Sequence[Row], names: Mapping[str, str], value: Any) -> list[int]:
+    cells = summarise(rows)
+    sizes = sorted({cell["batch_size"] for cell in cells})
+    methods = [name for name in names if any(cell["method"] == name for cell in cells)]
+    for index, method in enumerate(methods):
+        mine = {cell["batch_size"]: value(cell) for cell in cells if cell["method"] == method}
+        # Side by side, or the error bars of methods at the same limit would hide each other.
+        shift = (index - (len(methods) - 1) / 2) * 0.7 / max(len(methods), 1)
+        x = [sizes.index(size) + shift for size in mine]
+        means, deviations = zip(*mine.values(), strict=True)
+        style = list(names).index(method) % len(PALETTE)
+        axis.errorbar(
+            x,
+            means,
+            yerr=deviations,
+            label=names[method],
+            color=PALETTE[style],
+            marker=MARKERS[style],
+            markersize=5,
+            linestyle="none",
+            capsize=2,
+            linewidth=1,
+        )
+    for boundary in range(1, len(sizes)):
+        axis.axvline(boundary - 0.5, color="0.9", linewidth=0.8, zorder=0)
+    axis.set_xlim(-0.5, max(len(sizes), 1) - 0.5)
+    axis.spines[["top", "right"]].set_visible(False)
+    return sizes
+
+
+def _legend(figure: Figure, axis: Axes) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """What a panel of `projections` shows.
+
+    Attributes
+    ----------
+    title : str
+    features : (N, D) array
+    labels : (N,) array
+        0 in group A, 1 in group B.
+    confounder : (N,) array
+    """
+
+    title: str
+    features: NDArray[Any]
+    labels: NDArray[Any]
+    confounder: NDArray[Any]
+
+
+def projections(panels: Sequence[Projection], most: int = 400) -> Figure:
+    """First two principal components within each group, coloured by the confounder, a column for each panel.
+
+    Within a group the label is constant, so what colour shows there is the confounder's own effect. The axes
+    say which share of the features' variance a component has, since each fills its axis.
+
+    Parameters
+    ----------
+    panels : sequence of Projection
+    most : int
+        Points drawn a group: the first ones.
+    """
+    from sklearn.decomposition import PCA
+
+    figure = Figure(figsize=(_WIDTH, 5.2), layout="constrained")
+    axes = figure.subplots(2, len(panels), squeeze=False)
+    for index, group in enumerate("AB"):
+        points = None
+        for axis, panel in zip(axes[index], panels, strict=True):
+            rows = np.flatnonzero(panel.labels == index)
+            # The full solver: exact, and the same on every call.
+            projection = PCA(2, svd_solver="full").fit(np.asarray(panel.features[rows], float))
+            components = projection.transform(np.asarray(panel.features[rows[:most]], float))
+            points = axis.scatter(
+                *components.T, c=panel.confounder[rows[:most]], cmap="viridis", s=10, linewidths=0, alpha=0.85
+            )
+            shares = 100 * projection.explained_variance_ratio_
+            axis.set_xlabel(f"1st component ({shares[0]:.2f} % of variance)", fontsize=7.5)
+            axis.set_ylabel(f"2nd component ({shares[1]:.2f} %)", fontsize=7.5)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[["top", "right"]].set_visible(False)
+            if index == 0:
+                axis.set_title(panel.title, fontsize=8)
+        if points is not None:
+            figure.colorbar(points, ax=list(axes[index]), label=f"confounder, group {group}")
+    return figure

@@ -1,0 +1,197 @@
+"""The table and the page that an experiment leaves behind."""
+
+from __future__ import annotations
+
+import base64
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mdnorm.experiments.data.synthetic import ACCURACY_WITH_CONFOUNDER, ACCURACY_WITHOUT_CONFOUNDER
+from mdnorm.experiments.files import write_text_atomically
+from mdnorm.experiments.results import Row
+
+CHEATING_MARGIN = 0.015
+"""Accuracy this far above the limit of the true effect cannot be chance: the confounder was used."""
+
+
+def summarise(rows: Sequence[Row]) -> list[Row]:
+    """Return one row for each method and batch size, ordered by batch size and first appearance.
+
+    Returns
+    -------
+    list of dict
+        "method", "batch_size", "seeds" (their number); means under the names of the rows ("bacc", "dcor2" by
+        group, "seconds_per_epoch"), standard deviations (divisor n − 1; None for one seed) under
+        "bacc_sd" and "dcor2_sd".
+    """
+    cells: dict[tuple[int, str], list[Row]] = {}
+    for row in rows:
+        cells.setdefault((row["batch_size"], row["method"]), []).append(row)
+    summary = []
+    for (batch_size, method), members in sorted(cells.items(), key=lambda cell: cell[0][0]):
+        accuracies = [row["bacc"] for row in members]
+        by_group = {group: [row["dcor2"][group] for row in members] for group in members[0]["dcor2"]}
+        summary.append(
+            {
+                "method": method,
+                "batch_size": batch_size,
+                "seeds": len(members),
+                "bacc": statistics.fmean(accuracies),
+                "bacc_sd": _deviation(accuracies),
+                "dcor2": {group: statistics.fmean(values) for group, values in by_group.items()},
+                "dcor2_sd": {group: _deviation(values) for group, values in by_group.items()},
+                "seconds_per_epoch": statistics.fmean(row["seconds_per_epoch"] for row in members),
+            }
+        )
+    return summary
+
+
+def _deviation(values: Sequence[float]) -> float | None:
+    return statistics.stdev(values) if len(values) > 1 else None
+
+
+def _with_deviation(mean: float, deviation: float | None, digits: int) -> str:
+    # "+ 0.0" turns the −0 of a rounded small negative number into 0.
+    text = f"{round(mean, digits) + 0.0:.{digits}f}".replace("-", "−")
+    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+@dataclass(frozen=True)
+class TableLine:
+    """A cell of the experiment as text.
+
+    Attributes
+    ----------
+    cells : tuple of str
+        In the order of `HEADINGS`.
+    uses_confounder : bool
+        Whether the accuracy lies above what the true effect allows, by more than `CHEATING_MARGIN`.
+    """
+
+    cells: tuple[str, ...]
+    uses_confounder: bool
+
+
+HEADINGS = ("Method", "Batch size", "Seeds", "Accuracy (%)", "dcor² A", "dcor² B", "s / epoch")
+
+
+def table_lines(rows: Sequence[Row], names: Mapping[str, str]) -> list[TableLine]:
+    """Return the table as text, methods in the order of `names` within each batch size."""
+    order = list(names)
+    cells = sorted(
+        summarise(rows),
+        key=lambda cell: (
+            cell["batch_size"],
+            order.index(cell["method"]) if cell["method"] in names else len(order),
+        ),
+    )
+    return [
+        TableLine(
+            (
+                names.get(cell["method"], cell["method"]),
+                str(cell["batch_size"]),
+                str(cell["seeds"]),
+                _with_deviation(
+                    100 * cell["bacc"], None if cell["bacc_sd"] is None else 100 * cell["bacc_sd"], 1
+                ),
+                *(_with_deviation(cell["dcor2"][group], cell["dcor2_sd"][group], 3) for group in ("A", "B")),
+                f"{cell['seconds_per_epoch']:.1f}",
+            ),
+            cell["bacc"] > ACCURACY_WITHOUT_CONFOUNDER + CHEATING_MARGIN,
+        )
+        for cell in cells
+    ]
+
+
+def limits_text() -> str:
+    """Return the sentence on the analytic limits."""
+    return (
+        f"Analytic limits: {100 * ACCURACY_WITHOUT_CONFOUNDER:.1f} % from the true effect alone, "
+        f"{100 * ACCURACY_WITH_CONFOUNDER:.1f} % with the confounder; dcor² 0 without it."
+    )
+
+
+def markdown_table(rows: Sequence[Row], names: Mapping[str, str]) -> str:
+    """Return the table in Markdown, the analytic limits below."""
+    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
+    for line in table_lines(rows, names):
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line.cells) + " |")
+    return "\n".join([*lines, "", limits_text() + " Mean ± standard deviation over seeds.", ""])
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure of the page.
+
+    Attributes
+    ----------
+    path : Path
+        PNG file; it is embedded.
+    title, alternative, caption : str
+        Heading, text for readers who do not see it, and what it shows.
+    """
+
+    path: Path
+    title: str
+    alternative: str
+    caption: str
+
+    @property
+    def data(self) -> str:
+        """The image as a data URL."""
+        return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode("ascii")
+
+
+def write_report(
+    out: Path,
+    *,
+    title: str,
+    introduction: Sequence[str],
+    rows: Sequence[Row],
+    names: Mapping[str, str],
+    figures: Sequence[ReportFigure],
+    settings: Mapping[str, Any],
+    command: str,
+) -> Path:
+    """Write ``report.html`` into `out`: one file, images inside, nothing loaded from elsewhere.
+
+    Parameters
+    ----------
+    out : Path
+        An existing folder.
+    title, introduction
+        Heading and paragraphs above the table.
+    rows, names
+        See `table_lines`.
+    figures : sequence of ReportFigure
+    settings : mapping
+        Shown as a list at the end.
+    command : str
+        The command that makes the page.
+
+    Returns
+    -------
+    Path
+        Of the page.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("mdnorm.experiments"), autoescape=True, undefined=StrictUndefined
+    )
+    page = environment.get_template("report.html").render(
+        title=title,
+        introduction=introduction,
+        headings=HEADINGS,
+        lines=table_lines(rows, names),
+        limits=limits_text(),
+        figures=figures,
+        settings=settings,
+        command=command,
+    )
+    path = out / "report.html"
+    write_text_atomically(path, page)
+    return path
