@@ -1,7 +1,7 @@
 """`mdnorm.metrics.distance_correlation_sqr` beside `dcor.u_distance_correlation_sqr`.
 
-Medians, interleaved in one process with a fixed number of threads. dcor builds several n × n matrices in float64:
-it is left out where those would not fit into the memory allowed for it.
+Medians, interleaved in one process with a fixed number of threads. dcor builds many n × n matrices in
+float64: it is left out where those would not fit into the memory allowed for it.
 
     python benchmarks/distance_correlation.py --n 1000 2000
 """

@@ -1,7 +1,8 @@
 """Forward and backward of `MetadataNorm` beside BatchNorm and the textbook form.
 
-Ratios of medians on the same tensor, interleaved in one process with a fixed number of threads; absolute times
-on a shared machine mean little. Memory is what one step allocates: output, gradient, everything in between.
+Ratios of medians on the same tensor, interleaved in one process with a fixed number of threads; absolute
+times on a shared machine mean little. Memory is what one step allocates: output, gradient, everything in
+between.
 
     python benchmarks/layer.py --quick
 """

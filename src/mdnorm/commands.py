@@ -217,10 +217,10 @@ def _print_table(rows: Sequence[Row], names: dict[str, str]) -> None:
         table.add_column(heading, justify="left" if is_name else "right", no_wrap=not is_name)
     previous = None
     for line in table_lines(rows, names):
-        if previous is not None and previous != line.cells[1]:
+        if previous is not None and previous != line[1]:
             table.add_section()
-        previous = line.cells[1]
-        table.add_row(*map(escape, line.cells))
+        previous = line[1]
+        table.add_row(*map(escape, line))
     console = Console()
     if not console.is_terminal:
         # In a file or a pipe there is no edge to keep to.

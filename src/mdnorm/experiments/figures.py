@@ -51,7 +51,7 @@ def example_images(data: SyntheticData, count: int = 4) -> Figure:
             if column >= len(rows):
                 continue
             row = rows[column]
-            picture = axis.imshow(data.images[row, 0], cmap="gray", vmin=0, vmax=6)
+            picture = axis.imshow(data.images[row, 0].numpy(), cmap="gray", vmin=0, vmax=6)
             for x, y, colour in ((0, 0, _EFFECT), (16, 16, _EFFECT), (0, 16, _CONFOUNDER)):
                 axis.add_patch(_square(x, y, colour))
             axis.set_title(

@@ -147,6 +147,9 @@ class Runner(Generic[RunT]):
                 process.terminate()
             raise
         pool.shutdown()
+        # Workers flush what they have told when they end, so now the count is complete.
+        for _ in range(_drain(epochs)):
+            progress.epoch_done()
         return failures
 
 

@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from mdnorm.experiments import figures
+from mdnorm.experiments.data.synthetic import make_synthetic
+
+NAMES = {"none": "No normalisation", "batchnorm": "BatchNorm", "mdn-last": "MDN, last layer"}
+
+
+def rows(methods=NAMES, sizes=(20, 200), seeds=3):
+    return [
+        {
+            "method": method,
+            "batch_size": size,
+            "seed": seed,
+            "bacc": 0.8 + 0.01 * seed,
+            "dcor2": {"A": 0.1 * seed, "B": 0.3},
+            "seconds_per_epoch": 1.0,
+        }
+        for method in methods
+        for size in sizes
+        for seed in range(seeds)
+    ]
+
+
+def means(axis):
+    return {
+        c.get_label(): tuple(np.asarray(v, float) for v in c[0].get_data()[::-1]) for c in axis.containers
+    }
+
+
+def test_accuracy_shows_means_deviations_and_both_limits():
+    axis = figures.accuracy_by_batch_size(rows(), NAMES).axes[0]
+    for values, _ in means(axis).values():
+        np.testing.assert_allclose(values, [81, 81])
+    (bars,) = axis.containers[0].lines[2]
+    segment = bars.get_segments()[0]
+    np.testing.assert_allclose(segment[:, 1], [80, 82])
+    horizontal = {round(line.get_ydata()[0], 2) for line in axis.lines if line.get_linestyle() == "--"}
+    assert horizontal == {83.33, 94.44}
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["20", "200"]
+
+
+def test_methods_stand_side_by_side():
+    axis = figures.accuracy_by_batch_size(rows(), NAMES).axes[0]
+    positions = [x[0] for _, x in means(axis).values()]
+    assert len({round(x, 3) for x in positions}) == 3
+    assert max(positions) - min(positions) < 0.8
+
+
+def test_dependence_has_a_panel_a_group():
+    axes = figures.dependence_by_group(rows(), NAMES).axes
+    assert [axis.get_title() for axis in axes] == ["Group A", "Group B"]
+    np.testing.assert_allclose(means(axes[0])["BatchNorm"][0], [0.1, 0.1])
+    np.testing.assert_allclose(means(axes[1])["BatchNorm"][0], [0.3, 0.3])
+
+
+@pytest.mark.parametrize("draw", [figures.accuracy_by_batch_size, figures.dependence_by_group])
+def test_gaps_single_seeds_and_single_sizes(draw, tmp_path):
+    incomplete = [*rows(["none"], (20,), 1), *rows(["mdn-last"], (200,), 2)]
+    for table in (incomplete, rows(["mdn-last"], (200,), 1)):
+        figures.save_figure(draw(table, NAMES), tmp_path / "figure.png")
+    assert means(draw(incomplete, NAMES).axes[0])["No normalisation"][1].tolist() == pytest.approx([-0.175])
+
+
+def test_a_method_keeps_its_colour_whatever_is_beside_it():
+    def colour(methods):
+        axis = figures.accuracy_by_batch_size(rows(methods), NAMES).axes[0]
+        return {c.get_label(): c[0].get_color() for c in axis.containers}["MDN, last layer"]
+
+    assert colour(["mdn-last"]) == colour(NAMES)
+
+
+def test_projection_separates_what_was_put_in(tmp_path):
+    generator = np.random.default_rng(0)
+    labels = np.repeat([0, 1], 50)
+    confounder = generator.normal(size=100)
+    features = np.outer(confounder, [3.0, 0, 0]) + 0.01 * generator.normal(size=(100, 3))
+    panel = figures.Projection("title", features, labels, confounder)
+    figure = figures.projections([panel, panel])
+    offsets = figure.axes[0].collections[0].get_offsets()
+    assert len(offsets) == 50
+    assert abs(np.corrcoef(offsets[:, 0], confounder[:50])[0, 1]) > 0.999
+    assert "100.00 %" in figure.axes[0].get_xlabel()
+    figures.save_figure(figure, tmp_path / "projection.png")
+
+
+def test_files_are_png_and_pdf_and_the_same_each_time(tmp_path):
+    data = make_synthetic(4)
+    path = figures.save_figure(figures.example_images(data), tmp_path / "examples.png")
+    first = [path.read_bytes(), path.with_suffix(".pdf").read_bytes()]
+    assert first[0].startswith(b"\x89PNG")
+    assert first[1].startswith(b"%PDF")
+    assert len(first[0]) > 10_000
+    figures.save_figure(figures.example_images(data), path)
+    assert [path.read_bytes(), path.with_suffix(".pdf").read_bytes()] == first
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_fewer_images_than_asked_for():
+    figure = figures.example_images(make_synthetic(2), count=4)
+    assert sum(bool(axis.images) for axis in figure.axes) == 4

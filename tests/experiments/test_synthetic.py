@@ -1,0 +1,156 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mdnorm import MetadataNorm
+from mdnorm.experiments import synthetic
+from mdnorm.experiments.results import ResultStore
+from mdnorm.experiments.runner import Runner, one_thread
+from mdnorm.metrics import distance_correlation_sqr
+
+
+def small(method="mdn-last", **options):
+    settings = {"batch_size": 64, "seed": 0, "epochs": 1, "learning_rate": 1e-3, "group_size": 40}
+    return synthetic.SyntheticRun(method, **(settings | {"test_group_size": 30} | options))
+
+
+class TestPlan:
+    def test_default_table(self):
+        runs = synthetic.plan()
+        assert len(runs) == 5 * (3 + 5 + 3 + 3)
+        assert sum(run.batch_size == 200 for run in runs) == 25
+        assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+        assert len({json.dumps(run.settings()) for run in runs}) == len(runs)
+
+    def test_repeated_names_count_once(self):
+        assert len(synthetic.plan(["none", "none"], [20, 20], 1)) == 1
+
+    def test_features_are_kept_for_the_first_seed(self, tmp_path):
+        runs = synthetic.plan(["none"], [20], 2, first_seed=5, features_dir=tmp_path)
+        assert [run.seed for run in runs] == [5, 6]
+        assert runs[0].features_file.endswith("none-batch20-seed5.safetensors")
+        assert runs[1].features_file is None
+        assert "features_file" not in runs[0].settings()
+
+    def test_schedule_of_the_nearest_batch_size(self):
+        assert synthetic.schedule(16) == synthetic.schedule(20)
+        assert synthetic.schedule(10_000) == synthetic.schedule(2000)
+        assert synthetic.plan(["none"], [20], 1, epochs=3, learning_rate=0.1)[0].epochs == 3
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"methods": ["none", "magic"]}, r"unknown method\(s\) magic: choose from none, "),
+            ({"batch_sizes": [0]}, "batch size must be at least 1"),
+            ({"seeds": 0}, "number of seeds"),
+            ({"epochs": -1}, "number of epochs"),
+            ({"learning_rate": float("nan")}, "learning rate"),
+            ({"learning_rate": -1.0}, "learning rate"),
+            ({"group_size": 3}, "at least 4 images"),
+        ],
+    )
+    def test_errors(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            synthetic.plan(**arguments)
+
+
+class TestNetworks:
+    @pytest.mark.parametrize(
+        ("method", "kinds"),
+        [
+            ("none", [nn.Identity] * 3),
+            ("batchnorm", [nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm1d]),
+            ("groupnorm", [nn.GroupNorm] * 3),
+            ("mdn-last", [nn.Identity, nn.Identity, MetadataNorm]),
+            ("mdn-every", [MetadataNorm] * 3),
+        ],
+    )
+    def test_what_sits_where(self, method, kinds):
+        network = synthetic.build(small(method))
+        assert [type(module) for module in network.normalization.values()] == kinds
+
+    def test_all_methods_start_from_the_same_weights(self):
+        weights = [synthetic.build(small(method)).fc1.weight for method in synthetic.METHODS]
+        assert all(torch.equal(weight, weights[0]) for weight in weights)
+        assert not torch.equal(synthetic.build(small(seed=1)).fc1.weight, weights[0])
+
+    def test_authors_settings_remove_the_intercept(self):
+        layer = synthetic.build(small("mdn-last-authors")).normalization["fc1"]
+        assert (layer.estimator.center, layer.num_metadata) == (True, 1)
+
+
+class TestTraining:
+    @pytest.mark.parametrize("method", synthetic.METHODS)
+    def test_every_method_trains_with_a_partial_last_batch(self, method):
+        epochs = []
+        row = synthetic.train(small(method, batch_size=17), lambda: epochs.append(1))
+        assert epochs == [1]
+        assert 0 <= row["bacc"] <= 1
+        assert row["bacc"] == pytest.approx(np.mean(list(row["accuracy"].values())))
+        json.dumps(row, allow_nan=False)
+
+    def test_same_seed_same_row(self):
+        def measured():
+            with one_thread():
+                row = synthetic.train(small("mdn-every"), lambda: None)
+            del row["seconds_per_epoch"]
+            return row
+
+        assert measured() == measured()
+
+    def test_rows_do_not_depend_on_the_number_of_jobs(self, tmp_path):
+        runs = [small("none"), small("mdn-last")]
+        tables = []
+        for jobs in (1, 2):
+            store = ResultStore(tmp_path / f"{jobs}.json")
+            rows = Runner(store, synthetic.train, jobs).run(runs)
+            tables.append([{k: v for k, v in row.items() if k != "seconds_per_epoch"} for row in rows])
+        assert tables[0] == tables[1]
+
+    def test_kept_features_are_those_that_were_measured(self, tmp_path):
+        path = tmp_path / "features.safetensors"
+        row = synthetic.train(small(features_file=str(path)), lambda: None)
+        kept = load_file(path)
+        assert kept["features"].shape == (60, 84)
+        inside = kept["labels"] == 1
+        dependence = distance_correlation_sqr(kept["features"][inside], kept["confounder"][inside])
+        assert row["dcor2"]["B"] == pytest.approx(float(dependence), abs=1e-12)
+
+    def test_the_effect_shows(self):
+        """A short training already separates the two: the network without correction uses the confounder."""
+        options = {"batch_size": 200, "epochs": 5, "learning_rate": 3e-4, "group_size": 1000}
+        rows = {
+            method: synthetic.train(small(method, **options, test_group_size=500), lambda: None)
+            for method in ("none", "mdn-last")
+        }
+        assert rows["none"]["bacc"] > 0.91
+        assert min(rows["none"]["dcor2"].values()) > 0.2
+        assert rows["mdn-last"]["bacc"] < 0.87
+        assert max(rows["mdn-last"]["dcor2"].values()) < 0.06
+
+
+def test_basis_columns_are_powers():
+    basis = synthetic.confounder_basis(torch.tensor([1.0, 3.5, 6.0]), 3)
+    torch.testing.assert_close(basis, torch.tensor([[-1.0, 1, -1], [0, 0, 0], [1, 1, 1]]))
+
+
+def test_outputs(tmp_path):
+    features = tmp_path / "features"
+    features.mkdir()
+    runs = synthetic.plan(
+        ["none", "mdn-last"], [64], 2, epochs=1, group_size=40, test_group_size=30, features_dir=features
+    )
+    rows = Runner(ResultStore(tmp_path / "results.json"), synthetic.train).run(runs)
+    report = synthetic.write_outputs(tmp_path, runs, rows, command="mdnorm experiment synthetic")
+    text = report.read_text(encoding="utf-8")
+    assert text.count("<img") == 4
+    assert "MDN, last layer" in (tmp_path / "table.md").read_text(encoding="utf-8")
+    names = sorted(file.name for file in (tmp_path / "figures").glob("*.png"))
+    assert names == ["accuracy.png", "dependence.png", "examples.png", "projection.png"]
+    for file in features.iterdir():
+        file.unlink()
+    assert synthetic.write_outputs(tmp_path, runs, rows, command="").read_text().count("<img") == 3

@@ -1,0 +1,143 @@
+import json
+import subprocess
+import sys
+
+import pytest
+from filelock import FileLock
+from typer.testing import CliRunner
+
+import mdnorm
+from mdnorm.commands import app
+
+SMALL = [
+    "--methods",
+    "none,mdn-last",
+    "--batch-sizes",
+    "64",
+    "--seeds",
+    "1",
+    "--epochs",
+    "1",
+    "--group-size",
+    "30",
+]
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def synthetic(out, *arguments):
+    return call("experiment", "synthetic", *SMALL, "--jobs", "1", "--out", out, *arguments)
+
+
+def test_experiment_from_start_to_report_and_again_without_work(tmp_path):
+    out = tmp_path / "new" / "folder"
+    first = synthetic(out, "--json")
+    assert first.exit_code == 0, first.output
+    rows = json.loads(first.stdout)
+    assert [row["method"] for row in rows] == ["none", "mdn-last"]
+    assert json.loads((out / "results.json").read_text()) == rows
+    assert (out / "report.html").stat().st_size > 50_000
+    before = (out / "results.json").stat().st_mtime_ns
+    second = synthetic(out)
+    assert second.exit_code == 0
+    assert "2 of 2 trainings are already finished" in second.stderr
+    assert "MDN, last layer" in second.stdout
+    assert "83.3 %" in second.stdout
+    assert (out / "results.json").stat().st_mtime_ns == before
+    more = synthetic(out, "--seeds", "2", "--json")
+    assert "2 of 4 trainings are already finished" in more.stderr
+    assert [row for row in json.loads(more.stdout) if row["seed"] == 0] == rows
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "none,magic"], "unknown method(s) magic"),
+        (["--methods", ","], "at least one method"),
+        (["--batch-sizes", "20;200"], "not a list of whole numbers"),
+        (["--batch-sizes", "0"], "batch size must be at least 1"),
+        (["--learning-rate", "-1"], "learning rate must be a positive number"),
+        (["--epochs", "0"], "--epochs"),
+    ],
+)
+def test_bad_options_end_with_2(tmp_path, arguments, message):
+    result = synthetic(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "results.json").exists()
+
+
+def test_a_damaged_result_file_ends_with_2_and_stays(tmp_path):
+    (tmp_path / "results.json").write_text('[{"meth')
+    result = synthetic(tmp_path)
+    assert result.exit_code == 2
+    assert "not complete JSON" in " ".join(result.stderr.split())
+    assert (tmp_path / "results.json").read_text() == '[{"meth'
+
+
+def test_two_writers_are_kept_apart(tmp_path):
+    tmp_path.joinpath("features").mkdir()
+    with FileLock(tmp_path / ".lock"):
+        result = synthetic(tmp_path)
+    assert result.exit_code == 2
+    assert "another process is writing" in " ".join(result.stderr.split())
+
+
+def test_an_output_folder_that_cannot_be(tmp_path):
+    (tmp_path / "file").write_text("")
+    result = synthetic(tmp_path / "file" / "out")
+    assert result.exit_code == 2
+    assert "cannot write to" in result.stderr
+
+
+def test_a_failed_training_ends_with_1_and_keeps_the_others(tmp_path):
+    result = synthetic(tmp_path, "--learning-rate", "1e30")
+    assert result.exit_code == 1
+    assert "some trainings failed" in result.stderr
+    assert "NaN or infinite" in " ".join(result.stderr.split())
+
+
+def test_info():
+    facts = json.loads(call("info", "--json").stdout)
+    assert facts["mdnorm"] == mdnorm.__version__
+    assert facts["estimators"] == ["batch", "dataset"]
+    assert "estimators    batch, dataset" in call("info").stdout
+
+
+@pytest.mark.parametrize("arguments", [[], ["experiment"], ["experiment", "synthetic", "--help"]])
+def test_help(arguments):
+    output = call(*arguments).output
+    assert "Usage" in output
+    assert "experiment" in output
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def test_without_the_extra_the_command_line_says_what_to_install():
+    result = run_python("import sys; sys.modules['typer'] = None\nimport mdnorm.cli\nmdnorm.cli.main()")
+    assert result.returncode == 1
+    assert "pip install 'mdnorm[experiments]'" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_import_is_light():
+    result = run_python(
+        "import sys, mdnorm\n"
+        "heavy = {'sklearn', 'scipy', 'matplotlib', 'pandas', 'typer', 'rich', 'jinja2', 'safetensors'}\n"
+        "print(sorted(heavy & {name.split('.')[0] for name in sys.modules}))"
+    )
+    assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_module_can_be_run():
+    result = subprocess.run(
+        [sys.executable, "-m", "mdnorm", "info"], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert mdnorm.__version__ in result.stdout
