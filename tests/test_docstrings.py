@@ -1,0 +1,26 @@
+"""The examples in the docstrings give what they say."""
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import mdnorm
+
+# `mdnorm.__main__` runs the command line when imported.
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(mdnorm.__path__, "mdnorm.")
+    if not module.name.endswith("__main__")
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name):
+    result = doctest.testmod(importlib.import_module(name))
+    assert result.failed == 0
+
+
+def test_some_examples_were_found():
+    assert doctest.testmod(importlib.import_module("mdnorm.layer")).attempted > 0
