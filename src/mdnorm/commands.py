@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -157,6 +158,8 @@ def _run_all(runs: Sequence[Any], train: Any, out: Path, jobs: int) -> list[Row]
         (out / "features").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         _fail(f"cannot write to {out}: {error.strerror}.", BAD_INPUT)
+    # A scheduler's SIGTERM ends like Ctrl-C: workers stopped, finished rows kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with FileLock(out / ".lock", timeout=0):
             runner: Runner[Any] = Runner(ResultStore(out / "results.json"), train, jobs)

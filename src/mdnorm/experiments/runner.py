@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -180,6 +181,10 @@ def _train_in_worker(train: Callable[..., Row], run: Any) -> Row:
 
 
 def _epoch_done() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        # Killed outright: nobody would store the row.
+        os._exit(1)
     if _epochs is not None:
         _epochs.put(1)
 
