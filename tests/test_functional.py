@@ -359,8 +359,13 @@ class TestBadInput:
             metadata_norm(torch.ones(4, 2, dtype=torch.long), torch.ones(4))
         with pytest.raises(TypeError, match="metadata must be real"):
             metadata_norm(self.features, torch.ones(4, dtype=torch.complex64))
-        with pytest.raises(TypeError, match="metadata must be numeric, got an array of dtype"):
+        with pytest.raises(TypeError, match="metadata must be real and numeric, got an array of dtype"):
             metadata_norm(self.features, np.array(["a", "b", "c", "d"]))
+
+        with pytest.raises(TypeError, match="metadata must be a tensor or an array, got None"):
+            metadata_norm(self.features, None)
+        with pytest.raises(TypeError, match=r"features must be a torch\.Tensor, got list"):
+            metadata_norm([[1.0, 2.0]], torch.ones(1))
 
     def test_device(self):
         with pytest.raises(
@@ -399,6 +404,29 @@ def test_any_real_dtype_of_metadata_and_labels_counts_the_same():
     for metadata in (torch.tensor(values), np.array(values, np.uint8), torch.tensor(values).half(), values):
         for labels in (torch.tensor(flags), np.array(flags), torch.tensor(flags).int()):
             torch.testing.assert_close(metadata_norm(features, metadata, labels), expected)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.arange(6.0)[::-1],
+        np.broadcast_to(np.float32(2), 6),
+        np.arange(6, dtype=">f8"),
+        np.arange(12.0)[::2],
+    ],
+)
+def test_arrays_that_tensors_cannot_share(values):
+    features = torch.randn(6, 2, dtype=torch.float64)
+    expected = metadata_norm(features, torch.tensor(values.tolist()))
+    torch.testing.assert_close(metadata_norm(features, values), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
+def test_any_scale_of_metadata_and_features(scale):
+    features, metadata, labels = make()
+    expected = metadata_norm(features, metadata, labels)
+    torch.testing.assert_close(metadata_norm(features, metadata * scale, labels), expected)
+    torch.testing.assert_close(metadata_norm(features * scale, metadata, labels) / scale, expected)
 
 
 def test_class_indices_become_one_hot():

@@ -91,6 +91,43 @@ def test_evaluation_does_not_depend_on_the_batch_or_the_labels(estimator):
     assert all(torch.equal(value, state[key]) for key, value in layer.state_dict().items())
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_first_batch_under_inference_mode_does_not_spoil_the_state(estimator):
+    layer = prepared(estimator, None, None, None)
+    with torch.inference_mode():
+        layer(*inputs())
+    features, metadata, labels = inputs()
+    layer(features.requires_grad_(), metadata, labels).sum().backward()
+    assert features.grad is not None
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_functional_call_leaves_the_layers_own_state(estimator):
+    layer = prepared(estimator)
+    state = {key: value.clone() for key, value in layer.state_dict().items()}
+    torch.func.functional_call(layer, state, inputs())
+    assert not layer.estimator.coefficients.any()
+    assert state["estimator.coefficients"].any()
+
+
+def test_averaged_copies_evaluate():
+    layer = prepared("dataset")
+    averaged = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    layer(*inputs())
+    averaged.update_parameters(layer)
+    features, metadata, _ = inputs()
+    assert averaged.eval()(features, metadata).shape == features.shape
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_an_empty_first_batch(estimator):
+    layer = prepared(estimator)
+    assert layer(*inputs(0)).shape == (0, 6)
+    assert not layer.estimator.coefficients.any()
+    layer(*inputs())
+    assert all(torch.isfinite(value).all() for value in layer.state_dict().values())
+
+
 def test_evaluation_before_training_changes_nothing():
     for layer in (build("batch"), MetadataNorm(None, None, None)):
         features, metadata, _ = inputs()

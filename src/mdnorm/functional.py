@@ -34,6 +34,8 @@ from typing import TYPE_CHECKING, Any, Literal, cast
 import torch
 from torch import Tensor
 
+from mdnorm.arrays import as_real_tensor
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
@@ -72,9 +74,7 @@ def compute_dtype(features: Tensor) -> torch.dtype:
 
 
 def _as_columns(values: Tensor | ArrayLike, name: str, device: torch.device | None) -> Tensor:
-    tensor = values if isinstance(values, Tensor) else _from_array(values, name)
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real, got dtype {tensor.dtype}.")
+    tensor = as_real_tensor(values, name)
     if tensor.ndim == 1:
         tensor = tensor.unsqueeze(1)
     if tensor.ndim != 2:
@@ -87,18 +87,6 @@ def _as_columns(values: Tensor | ArrayLike, name: str, device: torch.device | No
             f"move it with {name}.to({str(device)!r})."
         )
     return tensor.detach().to(statistics_dtype(tensor.device))
-
-
-def _from_array(values: ArrayLike, name: str) -> Tensor:
-    import numpy as np
-
-    array = np.asarray(values)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(
-            f"{name} must be numeric, got an array of dtype {array.dtype}: encode categories as columns "
-            "(one-hot) first."
-        )
-    return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def _check_finite(columns: Tensor, name: str) -> None:
@@ -132,9 +120,9 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor 
     """
     if num_labels is None or num_labels < 2:
         return labels
-    tensor = labels if isinstance(labels, Tensor) else _from_array(labels, "labels")
+    tensor = as_real_tensor(labels, "labels")
     single = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)
-    if not single or tensor.is_floating_point() or tensor.is_complex():
+    if not single or tensor.is_floating_point():
         return tensor
     indices = tensor.reshape(-1).long()
     if not torch.compiler.is_compiling() and indices.numel():
@@ -670,8 +658,8 @@ def metadata_norm(
     ----------
     Lu et al., Metadata Normalization, CVPR 2021 (arXiv:2104.09052), section 3.
     """
-    positions = position_dims(features, granularity, channel_dim)
     check_floating(features)
+    positions = position_dims(features, granularity, channel_dim)
     columns, num_metadata = design_columns(
         metadata,
         labels,
@@ -699,6 +687,8 @@ def metadata_norm(
 
 
 def check_floating(features: Tensor) -> None:
-    """Raise TypeError where features are not real floating-point numbers."""
+    """Raise TypeError where features are not a tensor of real floating-point numbers."""
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}.")
     if not features.is_floating_point():
         raise TypeError(f"features must have a floating-point dtype, got {features.dtype}.")

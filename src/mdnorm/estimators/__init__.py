@@ -1,6 +1,6 @@
 """Where the coefficients come from: one strategy a file, all behind ``MetadataNorm(estimator=…)``."""
 
-import torch
+from typing import Any
 
 from mdnorm.estimators.base import Estimator
 from mdnorm.estimators.batch import BatchEstimator
@@ -13,24 +13,15 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 }
 
 
-def make_estimator(
-    estimator: str | Estimator,
-    *,
-    momentum: float | None = 0.1,
-    ridge: float = 0.0,
-    center: bool = False,
-    window: float | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Estimator:
+def make_estimator(estimator: str | Estimator, **settings: Any) -> Estimator:
     """Return a new estimator by name, or the given one as it is.
 
     Parameters
     ----------
     estimator : str or Estimator
         A key of `ESTIMATORS`, or an instance (a subclass of your own, say), which brings its own settings.
-    momentum, ridge, center, window, device, dtype
-        Settings of an estimator made by name; see `Estimator`.
+    **settings
+        Arguments of `Estimator`, for an estimator made by name.
 
     Raises
     ------
@@ -52,6 +43,4 @@ def make_estimator(
         )
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {sorted(ESTIMATORS)}, got {estimator!r}.")
-    return ESTIMATORS[estimator](
-        momentum=momentum, ridge=ridge, center=center, window=window, device=device, dtype=dtype
-    )
+    return ESTIMATORS[estimator](**settings)

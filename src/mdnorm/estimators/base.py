@@ -147,7 +147,9 @@ class Estimator(nn.Module, ABC):
             if old is not None and old.shape == size:
                 continue
             precision = functional.statistics_dtype(device) if name in self.precise else dtype
-            self._buffers[name] = torch.zeros(size, device=device, dtype=precision)
+            # A state made under inference mode could never be trained on.
+            with torch.inference_mode(False):
+                self._buffers[name] = torch.zeros(size, device=device, dtype=precision)
 
     @property
     def gram(self) -> Gram:

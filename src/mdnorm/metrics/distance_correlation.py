@@ -20,9 +20,10 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, overload
 
-import numpy as np
 import torch
 from torch import Tensor
+
+from mdnorm.arrays import as_real_tensor
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -154,24 +155,10 @@ def distance_correlation_sqr(
 
 def _as_rows(values: Tensor | ArrayLike, name: str) -> Tensor:
     """Return `values` as a float64 tensor of shape (n, p) that carries no gradient."""
-    if isinstance(values, Tensor):
-        rows = values.detach()
-        if rows.is_complex():
-            raise TypeError(
-                f"{name} must be real, got dtype {rows.dtype}: pass its real and imaginary part as columns."
-            )
-        if rows.device.type == "mps":
-            rows = rows.cpu()
-        rows = rows.to(torch.float64)
-    else:
-        array = np.asarray(values)
-        if array.dtype.kind not in "biuf":
-            raise TypeError(
-                f"{name} must be real and numeric, got an array of dtype {array.dtype}: encode categories as "
-                "columns (one-hot) first."
-            )
-        # A copy, since tensors cannot share read-only, byte-swapped or negatively strided memory.
-        rows = torch.from_numpy(np.array(array, dtype=np.float64, order="C"))
+    rows = as_real_tensor(values, name).detach()
+    if rows.device.type == "mps":
+        rows = rows.cpu()
+    rows = rows.to(torch.float64)
     shape = tuple(rows.shape)
     if rows.ndim not in (1, 2):
         raise ValueError(
