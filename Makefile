@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit bench full format clean
+.PHONY: help demo test lint types unit bench full ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -30,6 +30,9 @@ bench: $(VENV)/.dev ## Run the benchmarks, tables and JSON in results/bench
 
 full: $(VENV)/.demo ## Run the whole synthetic table (about an hour on two cores), resumable
 	$(BIN)/mdnorm experiment synthetic --methods all --out results/synthetic
+
+ablation: $(VENV)/.demo ## Measure what each part of the recipe contributes (half an hour), resumable
+	$(BIN)/python benchmarks/synthetic_ablation.py --out results/ablation
 
 format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff check --fix .

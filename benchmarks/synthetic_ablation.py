@@ -22,7 +22,7 @@ from mdnorm.experiments.synthetic import METHODS, plan, train
 RECIPE = METHODS["mdn-last"]
 OPTIONS = RECIPE.options or {}
 VARIANTS = {
-    "recipe": RECIPE,
+    "recipe": replace(RECIPE, title="recipe"),
     "recipe-linear": replace(RECIPE, title="confounder linear", degree=1),
     "recipe-center": replace(RECIPE, title="intercept removed", options=OPTIONS | {"center": True}),
     "recipe-linear-center": replace(
@@ -31,15 +31,7 @@ VARIANTS = {
     "recipe-momentum": replace(
         RECIPE, title="momentum 0.1 instead of a window", options={"estimator": "dataset", "momentum": 0.1}
     ),
-    "recipe-batch": replace(RECIPE, title="estimator 'batch'", options=OPTIONS | {"estimator": "batch"}),
-    "recipe-batch-every": replace(
-        RECIPE,
-        title="estimator 'batch', every layer",
-        layers="every",
-        options=OPTIONS | {"estimator": "batch"},
-    ),
 }
-VARIANTS["recipe"] = replace(RECIPE, title="recipe")
 # At module level, since worker processes import this file anew.
 METHODS.update(VARIANTS)
 

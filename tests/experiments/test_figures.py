@@ -3,6 +3,7 @@ import pytest
 
 from mdnorm.experiments import figures
 from mdnorm.experiments.data.synthetic import make_synthetic
+from mdnorm.experiments.synthetic import METHODS
 
 NAMES = {"none": "No normalisation", "batchnorm": "BatchNorm", "mdn-last": "MDN, last layer"}
 
@@ -69,6 +70,11 @@ def test_a_method_keeps_its_colour_whatever_is_beside_it():
         return {c.get_label(): c[0].get_color() for c in axis.containers}["MDN, last layer"]
 
     assert colour(["mdn-last"]) == colour(NAMES)
+
+
+def test_every_method_has_a_colour_and_a_marker_of_its_own():
+    assert len(METHODS) <= len(figures.PALETTE) == len(set(figures.PALETTE))
+    assert len(figures.PALETTE) == len(set(figures.MARKERS))
 
 
 def test_projection_separates_what_was_put_in(tmp_path):

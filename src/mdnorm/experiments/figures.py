@@ -21,9 +21,19 @@ from mdnorm.experiments.files import atomic_path
 from mdnorm.experiments.report import summarise
 from mdnorm.experiments.results import Row
 
-# Okabe & Ito (2008), in an order that keeps neighbours apart.
-PALETTE = ("#000000", "#E69F00", "#56B4E9", "#D55E00", "#0072B2", "#CC79A7", "#009E73")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+# Okabe & Ito (2008), in an order that keeps neighbours apart, then two of Tol's muted colours.
+PALETTE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#D55E00",
+    "#0072B2",
+    "#CC79A7",
+    "#009E73",
+    "#882255",
+    "#999933",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*")
 _WIDTH = 7.0
 _EFFECT, _CONFOUNDER = "#56B4E9", "#E69F00"
 

@@ -62,6 +62,7 @@ def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
 
 # The running coefficients look back one epoch (2000 images), whatever the batch size.
 _RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000}
+_BATCH = _RECIPE | {"estimator": "batch"}
 _AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
 
 METHODS = {
@@ -70,6 +71,8 @@ METHODS = {
     "groupnorm": Method("GroupNorm", other=_group_norm),
     "mdn-last": Method("MDN, last layer", "last", degree=3, options=_RECIPE),
     "mdn-every": Method("MDN, every layer", "every", degree=3, options=_RECIPE),
+    "mdn-last-batch": Method("MDN, last layer, batch", "last", degree=3, options=_BATCH),
+    "mdn-every-batch": Method("MDN, every layer, batch", "every", degree=3, options=_BATCH),
     "mdn-last-authors": Method("MDN, last layer, authors' settings", "last", options=_AUTHORS),
     "mdn-every-authors": Method("MDN, every layer, authors' settings", "every", options=_AUTHORS),
 }
