@@ -170,6 +170,7 @@ class TestState:
     def test_keys_and_version_are_stable(self):
         state = build("dataset").state_dict()
         assert list(state) == [
+            "estimator.num_columns",
             "estimator.gram_mean",
             "estimator.gram_covariance",
             "estimator.gram_count",
@@ -194,6 +195,13 @@ class TestState:
             build("batch").load_state_dict(build("dataset").state_dict())
         with pytest.raises(RuntimeError, match=r"size mismatch for estimator\.coefficients"):
             build("dataset", 5).load_state_dict(build("dataset", 6).state_dict())
+
+    @pytest.mark.parametrize("center", [True, False])
+    def test_a_lazy_layer_with_another_center_is_refused(self, center):
+        """The rows of the coefficients alone do not tell metadata columns from an intercept."""
+        state = build("dataset", center=center).state_dict()
+        with pytest.raises(RuntimeError, match=r"size mismatch for estimator\.coefficients"):
+            MetadataNorm(None, None, None, center=not center).load_state_dict(state)
 
     @pytest.mark.parametrize("estimator", ESTIMATORS)
     def test_deepcopy_goes_its_own_way(self, estimator):

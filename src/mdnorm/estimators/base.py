@@ -43,6 +43,8 @@ class Estimator(nn.Module, ABC):
     coefficients : (R, *feature_shape) buffer
         What evaluation removes: β_m, and with `center` one more row, the intercept at the mean metadata.
         float32 at least.
+    num_columns : (2,) buffer, float64
+        K_m and K_y: a saved state describes itself, whatever `center` is.
     gram_mean, gram_covariance, gram_count : (K,), (K, K), (1,) buffers, float64
         The Gram matrix of the design (see `mdnorm.functional.Gram`), from the training set or running.
     """
@@ -52,11 +54,14 @@ class Estimator(nn.Module, ABC):
     uses_training_gram: ClassVar[bool] = False
     """Whether `set_gram` must be called before training."""
 
-    precise: ClassVar[frozenset[str]] = frozenset({"gram_mean", "gram_covariance", "gram_count"})
+    precise: ClassVar[frozenset[str]] = frozenset(
+        {"num_columns", "gram_mean", "gram_covariance", "gram_count"}
+    )
     """Buffers of design statistics, which are small and kept in float64."""
 
     coefficients: Tensor
     placement: Tensor
+    num_columns: Tensor
     gram_mean: Tensor
     gram_covariance: Tensor
     gram_count: Tensor
@@ -98,6 +103,7 @@ class Estimator(nn.Module, ABC):
         """
         columns = num_metadata + num_labels
         return {
+            "num_columns": (2,),
             "gram_mean": (columns,),
             "gram_covariance": (columns, columns),
             "gram_count": (1,),
@@ -150,6 +156,8 @@ class Estimator(nn.Module, ABC):
             # A state made under inference mode could never be trained on.
             with torch.inference_mode(False):
                 self._buffers[name] = torch.zeros(size, device=device, dtype=precision)
+        with torch.inference_mode(False), torch.no_grad():
+            self.num_columns[0], self.num_columns[1] = num_metadata, num_labels
 
     @property
     def gram(self) -> Gram:
@@ -177,9 +185,10 @@ class Estimator(nn.Module, ABC):
         """Raise RuntimeError where something must be given before training. Nothing by default."""
 
     def reset(self) -> None:
-        """Forget everything learned: all buffers back to zero."""
-        for buffer in self.buffers():
-            buffer.zero_()
+        """Forget everything learned: all statistics back to zero."""
+        for name, buffer in self.named_buffers():
+            if name != "num_columns":
+                buffer.zero_()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Estimator:
         before = dict(self._buffers)
@@ -204,10 +213,10 @@ class Estimator(nn.Module, ABC):
                 f"this checkpoint of {type(self).__name__} has version {version}; this mdnorm reads up to "
                 f"version {self._version}: update mdnorm."
             )
-        coefficients, mean = state_dict.get(prefix + "coefficients"), state_dict.get(prefix + "gram_mean")
-        if not self.is_allocated and coefficients is not None and mean is not None:
-            num_metadata = coefficients.shape[0] - self.center
-            self.allocate(num_metadata, mean.shape[0] - num_metadata, tuple(coefficients.shape[1:]))
+        coefficients, widths = state_dict.get(prefix + "coefficients"), state_dict.get(prefix + "num_columns")
+        if not self.is_allocated and coefficients is not None and widths is not None:
+            num_metadata, num_labels = (int(width) for width in widths)
+            self.allocate(num_metadata, num_labels, tuple(coefficients.shape[1:]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     _version = 1
