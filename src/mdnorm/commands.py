@@ -227,6 +227,6 @@ def _print_table(rows: Sequence[Row], names: dict[str, str]) -> None:
     console = Console()
     if not console.is_terminal:
         # In a file or a pipe there is no edge to keep to.
-        console.width = 120
+        console.width = 140
     console.print(table)
     typer.echo(limits_text())
