@@ -37,7 +37,7 @@ _MIN_SAMPLES = 4
 _NUM_ANCHORS = 16
 
 # Distances in one tile, and rows at least. On a CPU the two tiles should stay in the cache (2^17 float64
-# values are 1 MiB), but a tile of few rows spends its time waiting for threads where the cores are shared.
+# values are 1 MiB), but a tile of few rows spends its time waiting for threads where cores are shared.
 # Elsewhere it should be large enough to hide the cost of a kernel launch.
 _TILE_ELEMENTS_CPU = 2**17
 _TILE_ELEMENTS_ACCELERATOR = 2**24
