@@ -1,13 +1,24 @@
 """Metadata Normalization: remove what metadata explain from a network's features, and measure what is left.
 
-The layer is `MetadataNorm`; `fit_gram` prepares the paper's estimator; `mdnorm.functional` holds the maths,
+The layer is `MetadataNorm`; `fit_gram` prepares the paper's estimator, `recalibrate` makes the coefficients
+of a trained network exact; `mdnorm.functional` holds the maths, `mdnorm.basis` flexible metadata columns,
 `mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence.
 """
 
-from mdnorm import estimators, functional, metrics
-from mdnorm.integration import fit_gram
+from mdnorm import basis, estimators, functional, metrics
+from mdnorm.integration import fit_gram, parameter_groups, penalty_loss, recalibrate
 from mdnorm.layer import MetadataNorm
 
-__all__ = ["MetadataNorm", "estimators", "fit_gram", "functional", "metrics"]
+__all__ = [
+    "MetadataNorm",
+    "basis",
+    "estimators",
+    "fit_gram",
+    "functional",
+    "metrics",
+    "parameter_groups",
+    "penalty_loss",
+    "recalibrate",
+]
 
 __version__ = "0.1.0"

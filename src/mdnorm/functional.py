@@ -43,10 +43,15 @@ __all__ = [
     "Gram",
     "coefficient_operator",
     "design_columns",
+    "feature_moments",
+    "merge_cross_moments_",
     "metadata_norm",
     "position_dims",
+    "recursive_update",
     "remove_effect",
     "remove_regression",
+    "remove_running_regression",
+    "rescale",
 ]
 
 Granularity = Literal["element", "channel"]
@@ -356,7 +361,7 @@ def coefficient_operator(gram: Gram, ridge: float = 0.0) -> Tensor:
         direction of the metadata exactly, the removed part is uncorrelated with that direction.
     """
     num_metadata = gram.num_metadata
-    scale = _column_scale(gram)
+    scale = column_scale(gram)
     correlation = gram.covariance / torch.outer(scale, scale)
     s_mm = correlation[:num_metadata, :num_metadata]
     s_my = correlation[:num_metadata, num_metadata:]
@@ -378,8 +383,8 @@ def coefficient_operator(gram: Gram, ridge: float = 0.0) -> Tensor:
     return torch.cat([metadata_rows, label_rows]) / torch.outer(scale, scale)
 
 
-def _column_scale(gram: Gram) -> Tensor:
-    """Standard deviation of each column, infinite for a constant one: its correlations and rows become 0."""
+def column_scale(gram: Gram) -> Tensor:
+    """Return each column's standard deviation (K,), infinite for a constant one (what it divides is 0)."""
     deviation = gram.covariance.diagonal().clamp_min(0).sqrt()
     threshold = _CONSTANT_RTOL * gram.mean.abs() + torch.finfo(deviation.dtype).tiny ** 0.5
     return torch.where(deviation > threshold, deviation, torch.inf)
@@ -528,6 +533,40 @@ def remove_effect(
         return torch.addmm(matrix, basis, coefficients, alpha=-1).to(features.dtype).reshape(features.shape)
 
 
+def rescale(
+    features: Tensor, basis: Tensor, coefficients: Tensor, mean: Tensor, positions: tuple[int, ...] = ()
+) -> Tensor:
+    """Return ``mean + (features − mean) · exp(−½ basis @ coefficients)``: an effect on log-variances removed.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor, any floating dtype
+    basis : (N, R) tensor
+    coefficients : (R, D) tensor
+        Effects on the log-variance.
+    mean : (D,) tensor
+        What stays in place.
+    positions : tuple of int
+        Dimensions that share a coefficient, from `position_dims`.
+
+    Returns
+    -------
+    (N, ...) tensor, dtype of the features
+    """
+    dtype = compute_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        effect = basis.to(dtype) @ coefficients.to(dtype)
+        # ±30 is a factor of 3 million: far beyond any effect, and it keeps a wild one from overflowing.
+        factor = torch.exp(-0.5 * effect.clamp(-30, 30))
+        centre = mean.to(dtype).unsqueeze(0)
+        if positions:
+            factor, centre = _expand(factor, positions), _expand(centre, positions)
+        else:
+            factor = factor.reshape(features.shape)
+            centre = centre.reshape(1, *features.shape[1:])
+        return torch.lerp(centre.expand_as(features), features.to(dtype), factor).to(features.dtype)
+
+
 class _RemoveRegression(torch.autograd.Function):
     """``out = f − B Q A f`` and its transpose, each one fused product; saves the design, not the features."""
 
@@ -606,6 +645,211 @@ def remove_regression(
             positions,
         )
     return out, moments
+
+
+class _RemoveRunningRegression(torch.autograd.Function):
+    """``out = f − B β`` with a running β, and the running adjoint of its estimate in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        basis: Tensor,
+        coefficients: Tensor,
+        projector: Tensor,
+        adjoint: Tensor,
+        weight: Tensor,
+        count: Tensor,
+        decay: Tensor,
+        positions: tuple[int, ...],
+    ) -> Tensor:
+        ctx.positions, ctx.shape = positions, features.shape
+        # The two buffers are state, updated in the backward pass: the version of a saved tensor is guarded.
+        ctx.adjoint, ctx.weight = adjoint, weight
+        ctx.save_for_backward(basis, projector, count, decay)
+        if positions:
+            return (features - _expand(basis @ coefficients, positions)).to(features.dtype)
+        matrix = _as_matrix(features, positions, basis.dtype)
+        out = torch.addmm(matrix, basis, coefficients, alpha=-1)
+        return out.to(features.dtype).reshape(features.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        basis, projector, count, decay = ctx.saved_tensors
+        positions = ctx.positions
+        with torch.autocast(grad.device.type, enabled=False):
+            if positions:
+                matrix = grad.to(basis.dtype).sum(positions)
+            else:
+                matrix = _as_matrix(grad, positions, basis.dtype)
+            adjoint = _update_adjoint(basis.mT @ matrix, ctx.adjoint, ctx.weight, count, decay)
+            if positions:
+                sharing = 1
+                for dim in positions:
+                    sharing *= ctx.shape[dim]
+                result = grad - _expand(projector.mT @ adjoint / max(sharing, 1), positions)
+            else:
+                result = torch.addmm(matrix, projector.mT, adjoint, alpha=-1).reshape(grad.shape)
+        return (result.to(grad.dtype), *(None,) * 8)
+
+
+def _update_adjoint(batch: Tensor, adjoint: Tensor, weight: Tensor, count: Tensor, decay: Tensor) -> Tensor:
+    """Move the running adjoint towards that of the batch, in place; return it in the batch's dtype."""
+    # An overflowed gradient (a skipped step of mixed-precision training) must not enter the state.
+    finite = torch.isfinite(batch.sum())
+    count = torch.where(finite, count, 0.0)
+    weight.mul_(torch.where(finite, decay, 1.0)).add_(count)
+    share = (count / weight.clamp_min(1e-30)).to(adjoint.dtype)
+    adjoint.lerp_(torch.where(finite, batch, 0.0).to(adjoint.dtype), share)
+    return adjoint.to(batch.dtype)
+
+
+def remove_running_regression(
+    features: Tensor,
+    basis: Tensor,
+    coefficients: Tensor,
+    projector: Tensor,
+    adjoint: Tensor,
+    weight: Tensor,
+    *,
+    count: Tensor,
+    decay: Tensor,
+    positions: tuple[int, ...] = (),
+) -> Tensor:
+    """Return ``features − basis @ coefficients``; the gradient is that of least squares over many batches.
+
+    Over a whole data set of N samples the coefficients are ``P f`` with a matrix `P` (R, N) of the design,
+    and the gradient is ``g − Pᵀ Bᵀ g``: besides the batch at hand it needs a sum over all samples, ``Bᵀ g``.
+    This function keeps a running mean of it, the *adjoint* of the coefficients, as the estimators keep a
+    running mean of the moments in the forward pass. With fixed weights the expected gradient tends to the
+    one over the whole data set as the window grows.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor, any floating dtype
+    basis : (N, R) tensor
+        What multiplies the coefficients.
+    coefficients : (R, D) tensor
+        Constants here.
+    projector : (R, N) tensor
+        The batch's rows of `P`, scaled as if the batch were the whole data set: operator @ moment rows.
+    adjoint : (R, D) tensor
+        State, updated in place by the backward pass.
+    weight : (1,) tensor
+        State: the decayed number of samples behind `adjoint`.
+    count : (1,) tensor
+        What this batch weighs.
+    decay : (1,) tensor
+        What the past keeps of its weight.
+    positions : tuple of int
+        Dimensions that share a coefficient, from `position_dims`.
+
+    Returns
+    -------
+    (N, ...) tensor, dtype of the features. Can be differentiated once.
+
+    Notes
+    -----
+    The loss is taken to be a mean over the batch (or any fixed multiple of one): a sum would give a partial
+    batch's adjoint less than its share. A change of the loss scale reaches the running adjoint within its
+    window.
+    """
+    dtype = compute_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        out: Tensor = _RemoveRunningRegression.apply(  # type: ignore[no-untyped-call]
+            features,
+            basis.to(dtype),
+            coefficients.to(dtype),
+            projector.to(dtype),
+            adjoint,
+            weight,
+            count,
+            decay,
+            positions,
+        )
+    return out
+
+
+@torch.no_grad()
+def feature_moments(features: Tensor, rows: Tensor, positions: tuple[int, ...] = ()) -> Tensor:
+    """Return the moments ``rows @ features``, without gradient.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor, any floating dtype
+    rows : (L, N) tensor
+        See `moment_rows`. The product is in the wider of its dtype and that of the features if that is
+        float64, else in float32.
+    positions : tuple of int
+        Dimensions that share a coefficient, from `position_dims`.
+
+    Returns
+    -------
+    (L, D) tensor
+    """
+    dtype = compute_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        return rows.to(dtype) @ _as_matrix(features, positions, dtype)
+
+
+def merge_cross_moments_(
+    cross: Tensor, mean: Tensor, batch: Tensor, step: Tensor, share: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Update the running cross covariance and mean of features in place by those of a batch.
+
+    The pairwise update of `Gram.merge`, for the design columns against the features.
+
+    Parameters
+    ----------
+    cross : (K, D) tensor
+        Running covariance of columns and features, changed in place.
+    mean : (D,) tensor
+        Running mean of the features, changed in place.
+    batch : (K + 1, D) tensor
+        The batch's moments ``[E[(x − x̄) fᵀ]; E[fᵀ]]``, x̄ the batch's own mean.
+    step : (K,) tensor
+        Mean of the batch's columns minus their running mean.
+    share : (1,) tensor
+        Weight of the batch in the result.
+    """
+    cross.lerp_(batch[:-1], share)
+    cross.addr_(step * share * (1 - share), batch[-1] - mean)
+    mean.lerp_(batch[-1], share)
+    return cross, mean
+
+
+def recursive_update(factor: Tensor, rows: Tensor, decay: Tensor | float, limit: float) -> Tensor:
+    """One step of recursive least squares: the square root of the covariance of the coefficients.
+
+    ``P' = (decay · P⁻¹ + XᵀX)⁻¹`` for ``P = factor factorᵀ``, in K×K arithmetic whatever the batch size. The
+    square root is what is kept, so `P` is symmetric and positive semi-definite by construction after any
+    number of steps, in float32 too, and its condition number is only that of the root.
+
+    Parameters
+    ----------
+    factor : (K, K) tensor
+        Any square root of `P`.
+    rows : (N, K) tensor
+        Rows `X` of the design, N ≥ 0.
+    decay : float or (1,) tensor
+        Forgetting factor, 0 < decay ≤ 1.
+    limit : float
+        Largest eigenvalue `P` may reach. Without it a direction that the data do not excite (a constant
+        column) would grow by 1 / decay a step, for ever.
+
+    Returns
+    -------
+    (K, K) tensor
+        A square root of P'.
+    """
+    left, values, _ = torch.linalg.svd(factor / decay**0.5)
+    root = left * values.clamp_max(limit**0.5)
+    scaled = rows @ root
+    identity = torch.eye(root.shape[0], dtype=root.dtype, device=root.device)
+    cholesky = torch.linalg.cholesky_ex(identity + scaled.mT @ scaled)[0]
+    # root (I + rootᵀ XᵀX root)⁻¹ rootᵀ: multiply the root by the inverse transposed Cholesky factor.
+    return cast(Tensor, torch.linalg.solve_triangular(cholesky, root.mT, upper=False).mT)
 
 
 def metadata_norm(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
 from mdnorm import functional
-from mdnorm.estimators import Estimator, make_estimator
+from mdnorm.estimators import Estimator, LogVarianceEstimator, make_estimator
 from mdnorm.functional import Gram, Granularity
 
 if TYPE_CHECKING:
@@ -23,7 +23,8 @@ class MetadataNorm(nn.Module):
 
     For features `f` with metadata `m` and labels `y`, fits ``f = m·β_m + y·β_y + β_0 + r`` by least squares
     and returns ``f − (m − m̄)·β_m``. In training the gradient flows through the coefficients as well;
-    in evaluation remembered coefficients are used and labels are not needed. There are no parameters.
+    in evaluation remembered coefficients are used and labels are not needed. There are no parameters
+    (except with "penalty").
 
     Parameters
     ----------
@@ -38,13 +39,15 @@ class MetadataNorm(nn.Module):
         label. None takes it from the first batch in the same way (where no labels come with it: 0).
     estimator : str or Estimator
         Where the coefficients come from: "dataset" (the paper: Gram matrix of the training set, given once
-        by `mdnorm.fit_gram`), "batch" (least squares in the batch), or an instance of
-        `mdnorm.estimators.Estimator`, which brings its own settings.
+        by `mdnorm.fit_gram`), "batch" (least squares in the batch), "running" (least squares over the last
+        `window` samples, forward and backward: any batch size), "recursive" (R-MDN), "penalty" (PMDN), or an
+        instance of `mdnorm.estimators.Estimator`, which brings its own settings.
     granularity : "element" or "channel"
         "element" (the paper): every value of a sample has its own coefficients. "channel": one set of
         coefficients a channel, shared by all positions, of which there may be any number.
-    momentum : float or None
-        Share of a new batch in the running state; None for a cumulative average. See `Estimator`.
+    momentum : float, None or "auto"
+        Share of a new batch in the running state; None for a cumulative average; "auto": 0.1 with "batch" and
+        "dataset", a window with "running" (1000 samples) and "recursive" (2000). See `Estimator`.
     window : float or None
         Instead of `momentum`: how many samples the running state looks back, whatever the batch size.
         Prefer it where batches are large against the data set: at one batch an epoch, momentum 0.1 would
@@ -54,6 +57,9 @@ class MetadataNorm(nn.Module):
     center : bool
         Remove the intercept as well, as the authors' code does. The default keeps the mean of the features,
         so that the layers behind need not follow its moving estimate.
+    scale : bool
+        Remove the metadata's effect on the features' log-variance as well, before that on their mean; see
+        `mdnorm.estimators.LogVarianceEstimator`.
     channel_dim : int
         With "channel", where the channels are: 1 for (N, C, H, W), −1 for tokens (N, T, D).
     check_finite : bool
@@ -91,6 +97,7 @@ class MetadataNorm(nn.Module):
     """
 
     estimator: Estimator
+    scale_estimator: LogVarianceEstimator | None
 
     def __init__(
         self,
@@ -100,10 +107,11 @@ class MetadataNorm(nn.Module):
         *,
         estimator: str | Estimator = "dataset",
         granularity: Granularity = "element",
-        momentum: float | None = 0.1,
+        momentum: float | Literal["auto"] | None = "auto",
         ridge: float = 0.0,
         center: bool = False,
         window: float | None = None,
+        scale: bool = False,
         channel_dim: int = 1,
         check_finite: bool = True,
         device: torch.device | str | None = None,
@@ -128,10 +136,18 @@ class MetadataNorm(nn.Module):
             device=device,
             dtype=dtype,
         )
+        self.scale_estimator = None
+        if scale:
+            self.scale_estimator = LogVarianceEstimator(window=window, device=device, dtype=dtype)
         # What was asked for; what is, is read off the estimator's state once that exists.
         self._requested = (shape, num_metadata, num_labels)
         if shape is not None and num_metadata is not None and num_labels is not None:
-            self.estimator.allocate(num_metadata, num_labels, shape)
+            for part in self._parts:
+                part.allocate(num_metadata, num_labels, shape)
+
+    @property
+    def _parts(self) -> list[Estimator]:
+        return [self.estimator] if self.scale_estimator is None else [self.scale_estimator, self.estimator]
 
     @property
     def num_metadata(self) -> int | None:
@@ -191,16 +207,18 @@ class MetadataNorm(nn.Module):
             "granularity='channel' accepts any spatial size."
         )
 
-    def _allocate(
+    def allocate_for(
         self, features: Tensor, positions: tuple[int, ...], columns: Tensor, num_metadata: int
     ) -> None:
+        """Create the state for these features and design columns, where sizes were left open."""
         shape = self._shape_of_coefficients(features, positions)
         if 0 in shape:
             raise ValueError(f"features have no values: shape {tuple(features.shape)}.")
         num_labels = self.num_labels
         if num_labels is None:
             num_labels = columns.shape[1] - num_metadata
-        self.estimator.allocate(num_metadata, num_labels, shape)
+        for part in self._parts:
+            part.allocate(num_metadata, num_labels, shape)
 
     # -- forward ----------------------------------------------------------------------------------------
 
@@ -251,9 +269,10 @@ class MetadataNorm(nn.Module):
         )
         self.estimator.check_ready()
         if not self.estimator.is_allocated:
-            self._allocate(features, positions, columns, num_metadata)
-        out: Tensor = self.estimator(features, columns, positions)
-        return out
+            self.allocate_for(features, positions, columns, num_metadata)
+        for part in self._parts:
+            features = part(features, columns, positions)
+        return features
 
     def _evaluate(self, features: Tensor, metadata: Tensor | ArrayLike, positions: tuple[int, ...]) -> Tensor:
         columns, _ = functional.design_columns(
@@ -265,7 +284,9 @@ class MetadataNorm(nn.Module):
         )
         if not self.estimator.is_allocated:
             return features
-        return self.estimator.evaluate(features, columns, positions)
+        for part in self._parts:
+            features = part.evaluate(features, columns, positions)
+        return features
 
     def extra_repr(self) -> str:
         """Return the sizes, for ``print(model)``."""

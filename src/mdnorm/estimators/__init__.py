@@ -5,11 +5,32 @@ from typing import Any
 from mdnorm.estimators.base import Estimator
 from mdnorm.estimators.batch import BatchEstimator
 from mdnorm.estimators.dataset import DatasetEstimator
+from mdnorm.estimators.log_variance import LogVarianceEstimator
+from mdnorm.estimators.penalty import PenaltyEstimator
+from mdnorm.estimators.recursive import RecursiveEstimator
+from mdnorm.estimators.running import RunningEstimator
 
-__all__ = ["ESTIMATORS", "BatchEstimator", "DatasetEstimator", "Estimator", "make_estimator"]
+__all__ = [
+    "ESTIMATORS",
+    "BatchEstimator",
+    "DatasetEstimator",
+    "Estimator",
+    "LogVarianceEstimator",
+    "PenaltyEstimator",
+    "RecursiveEstimator",
+    "RunningEstimator",
+    "make_estimator",
+]
 
 ESTIMATORS: dict[str, type[Estimator]] = {
-    estimator.name: estimator for estimator in (BatchEstimator, DatasetEstimator)
+    estimator.name: estimator
+    for estimator in (
+        BatchEstimator,
+        DatasetEstimator,
+        RunningEstimator,
+        RecursiveEstimator,
+        PenaltyEstimator,
+    )
 }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +24,11 @@ class Estimator(nn.Module, ABC):
 
     Parameters
     ----------
-    momentum : float or None
+    momentum : float, None or "auto"
         Share of a new batch in the running state, 0 < momentum ≤ 1, as in `torch.nn.BatchNorm1d`; None
         keeps a cumulative average. The average is weighted by samples: a partial last batch counts for what
-        it has, and the first batch counts in full (no bias towards the initial value).
+        it has, and the first batch counts in full (no bias towards the initial value). "auto" is the
+        estimator's own choice: `default_momentum`, or `default_window` where it has one.
     window : float or None
         Instead of `momentum`, how many samples the running state looks back: a batch of n samples then
         has ``momentum = min(1, n / window)``, whatever the batch size. One to a few epochs is a good start.
@@ -52,7 +53,9 @@ class Estimator(nn.Module, ABC):
     name: ClassVar[str]
     """How the estimator is called in ``MetadataNorm(estimator=…)``."""
     uses_training_gram: ClassVar[bool] = False
-    """Whether `set_gram` must be called before training."""
+    """Whether `fit_gram` gives it the Gram matrix of the training set."""
+    default_momentum: ClassVar[float | None] = 0.1
+    default_window: ClassVar[float | None] = None
 
     precise: ClassVar[frozenset[str]] = frozenset(
         {"num_columns", "gram_mean", "gram_covariance", "gram_count"}
@@ -68,7 +71,7 @@ class Estimator(nn.Module, ABC):
 
     def __init__(
         self,
-        momentum: float | None = 0.1,
+        momentum: float | Literal["auto"] | None = "auto",
         ridge: float = 0.0,
         center: bool = False,
         *,
@@ -77,8 +80,11 @@ class Estimator(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if momentum is not None and not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1] or None, got {momentum}.")
+        if momentum == "auto":
+            momentum = self.default_momentum
+            window = self.default_window if window is None else window
+        if isinstance(momentum, str) or (momentum is not None and not 0 < momentum <= 1):
+            raise ValueError(f"momentum must be in (0, 1], None or 'auto', got {momentum!r}.")
         if not 0 <= ridge < float("inf"):
             raise ValueError(f"ridge must be a finite number ≥ 0, got {ridge}.")
         if window is not None and not 0 < window < float("inf"):
@@ -180,6 +186,21 @@ class Estimator(nn.Module, ABC):
         self.gram_mean.copy_(gram.mean)
         self.gram_covariance.copy_(gram.covariance)
         self.gram_count.copy_(gram.count)
+
+    @torch.no_grad()
+    def set_moments(self, gram: Gram, moments: Tensor) -> None:
+        """Replace the state by the exact least-squares fit of given moments (`mdnorm.recalibrate`).
+
+        Parameters
+        ----------
+        gram : Gram
+            Of the design columns.
+        moments : (K + 1, D) tensor
+            ``[E[(x − μ) fᵀ]; E[fᵀ]]`` over the same samples, μ the mean of `gram`.
+        """
+        self.set_gram(gram)
+        operator = functional.removal_operator(gram, ridge=self.ridge, center=self.center)
+        self.coefficients.flatten(1).copy_(operator.to(moments.dtype) @ moments)
 
     def check_ready(self) -> None:
         """Raise RuntimeError where something must be given before training. Nothing by default."""

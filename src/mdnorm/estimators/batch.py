@@ -60,21 +60,30 @@ class BatchEstimator(Estimator):
         return out
 
     @torch.no_grad()
-    def _update(self, batch: Gram, moments: Tensor, num_samples: int) -> None:
+    def set_moments(self, gram: Gram, moments: Tensor) -> None:
+        """Replace the running moments, too."""
+        super().set_moments(gram, moments)
+        _rows(self.cross_covariance).copy_(moments[:-1])
+        self.feature_mean.view(-1).copy_(moments[-1])
+
+    @torch.no_grad()
+    def _update(self, batch: Gram, moments: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+        """Merge a batch into the running moments and solve for the coefficients.
+
+        Returns the weight of the batch (1,) and the operator (R, K + 1) of the merged Gram matrix.
+        """
         moments, count = self.usable(moments, num_samples)
         merged = self.gram.merge(dataclasses.replace(batch, count=count), self.decay(count))
         share = (count / merged.count.clamp_min(1e-30)).to(moments.dtype)
         step = (batch.mean - self.gram_mean).to(moments.dtype)
-        cross, mean = moments[:-1], moments[-1]
-        old_cross, old_mean = _rows(self.cross_covariance), self.feature_mean.view(-1)
-        # Same pairwise update as Gram.merge, for the design columns against the features.
-        old_cross.lerp_(cross, share)
-        old_cross.addr_(step * share * (1 - share), mean - old_mean)
-        old_mean.lerp_(mean, share)
+        cross, mean = functional.merge_cross_moments_(
+            _rows(self.cross_covariance), self.feature_mean.view(-1), moments, step, share
+        )
         self._store_gram(merged)
         operator = functional.removal_operator(merged, ridge=self.ridge, center=self.center)
-        running = torch.cat([old_cross, old_mean.unsqueeze(0)])
+        running = torch.cat([cross, mean.unsqueeze(0)])
         _rows(self.coefficients).copy_(operator.to(running.dtype) @ running)
+        return count, operator
 
 
 def _rows(buffer: Tensor) -> Tensor:

@@ -24,6 +24,8 @@ class SyntheticNetwork(nn.Module):
         none).
     """
 
+    num_features = SLOTS[LAST_SLOT][0]
+
     def __init__(self, normalization: Callable[[str, tuple[int, ...]], nn.Module]) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(1, 16, 5)

@@ -11,19 +11,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
 
-from mdnorm.experiments.data.synthetic import SyntheticData, make_synthetic
+from mdnorm import basis
+from mdnorm.experiments.adversary import Adversary
+from mdnorm.experiments.data.synthetic import NUM_SITES, VARIANTS, SyntheticData, make_synthetic
 from mdnorm.experiments.files import atomic_path
 from mdnorm.experiments.networks import LAST_SLOT, SyntheticNetwork
 from mdnorm.experiments.results import Row
-from mdnorm.integration import fit_gram
+from mdnorm.integration import fit_gram, parameter_groups, penalty_loss, recalibrate
 from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import distance_correlation_sqr
 
-BATCH_SIZES = (20, 200, 1000, 2000)
-SEEDS = {200: 5}
-DEFAULT_SEEDS = 3
+BATCH_SIZES = (1, 4, 20, 200, 2000)
 GROUPS = ("A", "B")
 
 
@@ -43,6 +43,14 @@ class Method:
         The confounder enters as a polynomial of this degree.
     options : dict
         Of `MetadataNorm`.
+    penalty : dict
+        Of the optimiser's group of the coefficients, for the estimator "penalty".
+    adversary : dict
+        Options of `Adversary`, for BR-Net.
+    seeds : int
+        Seeds a cell of the table.
+    in_table : bool
+        Whether it is one of "all": the others serve a variant of the data.
     """
 
     title: str
@@ -50,6 +58,10 @@ class Method:
     other: Callable[[int, int], nn.Module] | None = None
     degree: int = 1
     options: dict[str, Any] | None = None
+    penalty: dict[str, Any] | None = None
+    adversary: dict[str, Any] | None = None
+    seeds: int = 3
+    in_table: bool = True
 
 
 def _batch_norm(channels: int, spatial_dims: int) -> nn.Module:
@@ -63,18 +75,43 @@ def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
 # The running coefficients look back one epoch (2000 images), whatever the batch size.
 _RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000}
 _BATCH = _RECIPE | {"estimator": "batch"}
+_RUNNING = _RECIPE | {"estimator": "running", "window": 1000}
+_RECURSIVE = _RECIPE | {"estimator": "recursive"}
+_PENALTY: dict[str, Any] = {"estimator": "penalty"}
+_PENALTY_GROUP = {"lr": 0.01}
 _AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
 
 METHODS = {
-    "none": Method("No normalisation"),
+    "none": Method("No normalisation", seeds=5),
     "batchnorm": Method("BatchNorm", other=_batch_norm),
     "groupnorm": Method("GroupNorm", other=_group_norm),
-    "mdn-last": Method("MDN, last layer", "last", degree=3, options=_RECIPE),
-    "mdn-every": Method("MDN, every layer", "every", degree=3, options=_RECIPE),
-    "mdn-last-batch": Method("MDN, last layer, batch", "last", degree=3, options=_BATCH),
-    "mdn-every-batch": Method("MDN, every layer, batch", "every", degree=3, options=_BATCH),
+    "brnet": Method("BR-Net", adversary={"strength": 1.0, "learning_rate": 1e-3, "steps": 1}),
+    "mdn-last": Method("MDN, last layer", "last", degree=3, options=_RECIPE, seeds=5),
+    "mdn-every": Method("MDN, every layer", "every", degree=3, options=_RECIPE, seeds=5),
+    "mdn-last-batch": Method("MDN, last layer, batch", "last", degree=3, options=_BATCH, seeds=5),
+    "mdn-every-batch": Method("MDN, every layer, batch", "every", degree=3, options=_BATCH, seeds=5),
+    "mdn-last-running": Method("MDN, last layer, running", "last", degree=3, options=_RUNNING, seeds=5),
+    "mdn-every-running": Method("MDN, every layer, running", "every", degree=3, options=_RUNNING, seeds=5),
+    "mdn-last-recursive": Method("MDN, last layer, recursive", "last", degree=3, options=_RECURSIVE),
+    "mdn-every-recursive": Method("MDN, every layer, recursive", "every", degree=3, options=_RECURSIVE),
+    "mdn-last-penalty": Method(
+        "MDN, last layer, penalty", "last", degree=3, options=_PENALTY, penalty=_PENALTY_GROUP
+    ),
+    "mdn-every-penalty": Method(
+        "MDN, every layer, penalty", "every", degree=3, options=_PENALTY, penalty=_PENALTY_GROUP
+    ),
     "mdn-last-authors": Method("MDN, last layer, authors' settings", "last", options=_AUTHORS),
     "mdn-every-authors": Method("MDN, every layer, authors' settings", "every", options=_AUTHORS),
+    "mdn-last-linear": Method(
+        "MDN, last layer, running, plain column", "last", options=_RUNNING, in_table=False
+    ),
+    "mdn-last-scale": Method(
+        "MDN, last layer, running, with scale",
+        "last",
+        degree=3,
+        options=_RUNNING | {"scale": True},
+        in_table=False,
+    ),
 }
 DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last", "mdn-every")
 
@@ -101,6 +138,8 @@ class SyntheticRun:
         Of Adam at the start; it falls to 0 by a half cosine.
     group_size, test_group_size : int
         Images a group in the training and the held-out data.
+    variant : str
+        Of the data; see `mdnorm.experiments.data.synthetic`.
     features_file : str or None
         Where to keep the held-out features, for the projection figure; not part of the settings.
     """
@@ -112,13 +151,22 @@ class SyntheticRun:
     learning_rate: float
     group_size: int = 1000
     test_group_size: int = 2000
+    variant: str = "plain"
     features_file: str | None = None
 
     def settings(self) -> Row:
         """Return the settings as JSON values, those of the method included."""
         row: Row = {"setting": "synthetic"} | asdict(self)
         del row["features_file"]
+        if self.variant == "plain":
+            # Rows of the first version have no variant.
+            del row["variant"]
         method = METHODS[self.method]
+        row |= {
+            name: value
+            for name, value in (("penalty", method.penalty), ("adversary", method.adversary))
+            if value is not None
+        }
         if method.layers != "none":
             row |= {"degree": method.degree, "options": method.options or {}}
         return row
@@ -134,6 +182,7 @@ def plan(
     learning_rate: float | None = None,
     group_size: int = 1000,
     test_group_size: int = 2000,
+    variant: str = "plain",
     features_dir: Path | None = None,
 ) -> list[SyntheticRun]:
     """Return the runs of the table, seed by seed, so that an interrupted table is as complete as can be.
@@ -144,18 +193,20 @@ def plan(
         Keys of `METHODS`.
     batch_sizes : sequence of int
     seeds : int, optional
-        Seeds a cell; None takes 5 at batch size 200 and 3 elsewhere.
+        Seeds a cell; None takes those of the method.
     first_seed : int
     epochs, learning_rate
         None takes those tuned for the batch size.
     group_size, test_group_size : int
+    variant : str
+        Of the data.
     features_dir : Path, optional
         Folder for the held-out features of each cell's first seed.
 
     Raises
     ------
     ValueError
-        An unknown method, or a size below 1.
+        An unknown method or variant, or a size below 1.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
@@ -169,13 +220,15 @@ def plan(
             raise ValueError(f"{name} must be at least 1, got {min(values)}.")
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}.")
     if min(group_size, test_group_size) < 4:
         raise ValueError("groups need at least 4 images: the distance correlation is not defined below.")
     runs = []
     for batch_size in dict.fromkeys(batch_sizes):
         tuned_epochs, tuned_rate = schedule(batch_size)
-        for seed in range(seeds if seeds is not None else SEEDS.get(batch_size, DEFAULT_SEEDS)):
-            for method in dict.fromkeys(methods):
+        for method in dict.fromkeys(methods):
+            for seed in range(seeds if seeds is not None else METHODS[method].seeds):
                 file = f"{method}-batch{batch_size}-seed{first_seed}.safetensors"
                 runs.append(
                     SyntheticRun(
@@ -186,24 +239,42 @@ def plan(
                         learning_rate or tuned_rate,
                         group_size,
                         test_group_size,
+                        variant,
                         str(features_dir / file) if features_dir is not None and seed == 0 else None,
                     )
                 )
     return sorted(runs, key=lambda run: run.seed)
 
 
-def confounder_basis(confounder: Tensor, degree: int) -> Tensor:
-    """Return the powers 1 … degree of the confounder as metadata columns, shape (N, degree).
+def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
+    """Return the metadata columns of a data set, shape (2N, K_m).
 
     A flexible basis is what lets the regression see a non-linear function of the confounder (a step between
     the groups, say) as metadata; with the plain column the protected label explains it and keeps it.
+
+    Parameters
+    ----------
+    data : SyntheticData
+    variant : str
+        Of the data. "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27
+        without effect), 45 with age as a straight line.
+    degree : int
+        Of the polynomial of the confounder in the other variants.
     """
-    # A fixed affine map to about [-1, 1]; the layer's result does not depend on it, rounding does.
-    scaled = (confounder - 3.5) / 2.5
-    return torch.stack([scaled**power for power in range(1, degree + 1)], 1)
+    if variant == "sites":
+        sites = one_hot(data.site, NUM_SITES)
+        # Knots at fixed ages, so that held-out data get the same columns.
+        age = (
+            (data.age - 50).unsqueeze(1) / 30
+            if degree == 1
+            else basis.spline(data.age, torch.tensor([10.0, 30.0, 50.0, 70.0, 90.0]))
+        )
+        return torch.cat([sites, data.sex.unsqueeze(1), age, data.nuisance], 1)
+    low, high = {"plain": (1, 6), "quadratic": (-1, 1), "variance": (0, 1)}[variant]
+    return basis.polynomial(data.confounder, degree, low=low, high=high)
 
 
-def build(run: SyntheticRun) -> SyntheticNetwork:
+def build(run: SyntheticRun, num_metadata: int) -> SyntheticNetwork:
     """Return the untrained network of a run; its weights depend on the seed alone."""
     method = METHODS[run.method]
 
@@ -211,7 +282,7 @@ def build(run: SyntheticRun) -> SyntheticNetwork:
         if method.other is not None:
             return method.other(shape[0], len(shape) - 1)
         if method.layers == "every" or (method.layers == "last" and slot == LAST_SLOT):
-            return MetadataNorm(shape, method.degree, 1, **(method.options or {}))
+            return MetadataNorm(shape, num_metadata, 1, **(method.options or {}))
         return nn.Identity()
 
     torch.manual_seed(run.seed)
@@ -231,16 +302,22 @@ def train(run: SyntheticRun, epoch_done: Callable[[], None]) -> Row:
     -------
     dict
         "bacc" and "accuracy" (by group), fractions; "dcor2" by group, between the 84 features of the last
-        layer and the confounder; "seconds_per_epoch"; "train_loss" of the last epoch.
+        layer and the confounder; "seconds_per_epoch"; "train_loss" of the last epoch; for MDN "recalibrated",
+        with "bacc", "accuracy" and "dcor2" after `mdnorm.recalibrate` on the training data.
     """
-    data = make_synthetic(run.group_size, seed=2 * run.seed)
-    network = build(run)
-    metadata = confounder_basis(data.confounder, METHODS[run.method].degree)
-    if any(isinstance(module, MetadataNorm) for module in network.modules()):
+    method = METHODS[run.method]
+    data = make_synthetic(run.group_size, seed=2 * run.seed, variant=run.variant)
+    metadata = metadata_columns(data, run.variant, method.degree)
+    network = build(run, metadata.shape[1])
+    has_layers = any(isinstance(module, MetadataNorm) for module in network.modules())
+    if has_layers:
         fit_gram(network, metadata, data.labels)
-    optimizer = torch.optim.Adam(network.parameters(), lr=run.learning_rate)
+    groups = parameter_groups(network, method.penalty) if method.penalty else network.parameters()
+    # Fused: three times faster at batch size 1, where the 1.5 million weights cost more than the images.
+    optimizer = torch.optim.Adam(groups, lr=run.learning_rate, fused=True)
     steps = run.epochs * math.ceil(len(data) / run.batch_size)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    adversary = Adversary(network.num_features, steps, **method.adversary) if method.adversary else None
     generator = torch.Generator().manual_seed(run.seed)
     start = time.perf_counter()
     network.train()
@@ -249,32 +326,42 @@ def train(run: SyntheticRun, epoch_done: Callable[[], None]) -> Row:
         loss_sum = 0.0
         for rows in torch.randperm(len(data), generator=generator).split(run.batch_size):
             optimizer.zero_grad()
-            logits = network(data.images[rows], metadata[rows], data.labels[rows])
-            loss = binary_cross_entropy_with_logits(logits, data.labels[rows])
+            features = network.features(data.images[rows], metadata[rows], data.labels[rows])
+            loss = task_loss = binary_cross_entropy_with_logits(network.classify(features), data.labels[rows])
+            if method.penalty:
+                loss = loss + penalty_loss(network)
+            if adversary is not None:
+                loss = loss + adversary.step(features, data.confounder[rows], data.labels[rows])
             loss.backward()
             optimizer.step()
             scheduler.step()
-            loss_sum += loss.item() * len(rows)
+            loss_sum += task_loss.item() * len(rows)
         epoch_done()
     seconds = (time.perf_counter() - start) / run.epochs
-    held_out = make_synthetic(run.test_group_size, seed=2 * run.seed + 1)
-    measured = evaluate(network, held_out, METHODS[run.method].degree, run.features_file)
+    held_out = make_synthetic(run.test_group_size, seed=2 * run.seed + 1, variant=run.variant)
+    columns = metadata_columns(held_out, run.variant, method.degree)
+    measured = evaluate(network, held_out, columns, run.features_file)
+    if has_layers:
+        recalibrate(network, _batches(data, metadata), progress=False)
+        measured["recalibrated"] = evaluate(network, held_out, columns)
     return measured | {"train_loss": loss_sum / len(data), "seconds_per_epoch": seconds}
+
+
+def _batches(data: SyntheticData, metadata: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    parts = (data.images.split(500), metadata.split(500), data.labels.split(500))
+    return list(zip(*parts, strict=True))
 
 
 @torch.no_grad()
 def evaluate(
-    network: SyntheticNetwork, data: SyntheticData, degree: int, features_file: str | None = None
+    network: SyntheticNetwork, data: SyntheticData, metadata: Tensor, features_file: str | None = None
 ) -> Row:
     """Return accuracy and dependence on the confounder, by group; keep the features in a file if asked to."""
     from safetensors.torch import save
     from sklearn.metrics import balanced_accuracy_score
 
     network.eval()
-    metadata = confounder_basis(data.confounder, degree)
-    features = torch.cat(
-        [network.features(x, m) for x, m in zip(data.images.split(500), metadata.split(500), strict=True)]
-    )
+    features = torch.cat([network.features(images, m) for images, m, _ in _batches(data, metadata)])
     predicted = network.classify(features) > 0
     correct = predicted == data.labels.bool()
     accuracy, dependence = {}, {}

@@ -10,11 +10,19 @@ a classifier can get wrong:
 
 A classifier that does not use the confounder is therefore at 83.3 %, and what lies above was got from the
 confounder.
+
+Variants change what is known of the confounder, not what a confounder-free classifier can reach:
+
+- "sites": the third blob's magnitude is the sum of the offsets of 16 sites, a curve of age and an effect of
+  sex, all of which differ between the groups; 27 more columns explain nothing;
+- "quadratic": the magnitude is a quadratic function of the metadata, symmetric about zero, so that a straight
+  line explains nothing of it;
+- "variance": the metadata change the spread of the magnitude and not its mean, as noisier scanners do.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -37,19 +45,30 @@ class SyntheticData:
     effect : (2N,) tensor, float32
         Magnitude of the true effect.
     confounder : (2N,) tensor, float32
-        Magnitude of the confounder.
+        What the features must not depend on: the magnitude of the third blob ("plain", "sites") or the one
+        metadata column ("quadratic", "variance").
+    site, sex, age : (2N,) tensors
+        Of the variant "sites": 0 … 15 (int64), 0 or 1 (float32), years (float32); empty in the others.
+    nuisance : (2N, 27) tensor, float32
+        Of the variant "sites": columns without effect, the first five correlated with the label.
     """
 
     images: Tensor
     labels: Tensor
     effect: Tensor
     confounder: Tensor
+    site: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    sex: Tensor = field(default_factory=lambda: torch.empty(0))
+    age: Tensor = field(default_factory=lambda: torch.empty(0))
+    nuisance: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def __len__(self) -> int:
         return self.labels.shape[0]
 
 
-def make_synthetic(group_size: int = 1000, *, seed: int = 0, noise: float = 0.01) -> SyntheticData:
+def make_synthetic(
+    group_size: int = 1000, *, seed: int = 0, noise: float = 0.01, variant: str = "plain"
+) -> SyntheticData:
     """Generate the data set.
 
     Parameters
@@ -60,27 +79,67 @@ def make_synthetic(group_size: int = 1000, *, seed: int = 0, noise: float = 0.01
         The same seed gives the same data.
     noise : float
         Standard deviation of the pixel noise; a blob's peak is its magnitude.
+    variant : "plain", "sites", "quadratic" or "variance"
+        See the module.
 
     Raises
     ------
     ValueError
-        group_size below 1 or a negative noise.
+        group_size below 1, a negative noise or an unknown variant.
     """
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}.")
     if noise < 0:
         raise ValueError(f"noise must not be negative, got {noise}.")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(2).repeat_interleave(group_size)
     low, high = torch.tensor(RANGES)[labels].unbind(1)
-    effect, confounder = low + (high - low) * torch.rand(2, len(labels), generator=generator)
-    images = noise * torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    effect, magnitude = low + (high - low) * torch.rand(2, len(labels), generator=generator)
+    pixel_noise = noise * torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    confounder, extra = magnitude, {}
+    if variant == "sites":
+        extra = _sites(magnitude, labels, generator)
+    elif variant == "quadratic":
+        sign = torch.randint(0, 2, (len(labels),), generator=generator) * 2 - 1
+        confounder = sign * ((magnitude - 1) / 5).sqrt()
+    elif variant == "variance":
+        confounder = (magnitude - 1) / 5
+        spread = 0.1 * torch.exp(3 * confounder)
+        magnitude = 3.5 + spread * torch.randn(len(labels), generator=generator).clamp(-3, 3)
+    return SyntheticData(_draw(pixel_noise, effect, magnitude), labels.float(), effect, confounder, **extra)
+
+
+VARIANTS = ("plain", "sites", "quadratic", "variance")
+NUM_SITES = 16
+_NUM_NUISANCE = 27
+
+
+def _draw(images: Tensor, effect: Tensor, magnitude: Tensor) -> Tensor:
     half = IMAGE_SIZE // 2
     blob = _blob(half)
     images[:, 0, :half, :half] += effect[:, None, None] * blob
     images[:, 0, half:, half:] += effect[:, None, None] * blob
-    images[:, 0, half:, :half] += confounder[:, None, None] * blob
-    return SyntheticData(images, labels.float(), effect, confounder)
+    images[:, 0, half:, :half] += magnitude[:, None, None] * blob
+    return images
+
+
+def _sites(magnitude: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw metadata that add up to the magnitudes: offset of the site + effect of sex + curve of age."""
+    # The sites' offsets are the same in every data set; sites with a large one see large magnitudes.
+    offsets = torch.linspace(-0.8, 0.8, NUM_SITES)[
+        torch.randperm(NUM_SITES, generator=torch.Generator().manual_seed(0))
+    ]
+    logits = -0.5 * (magnitude.unsqueeze(1) - 3.5 - 2 * offsets) ** 2
+    site = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    sex = (torch.rand(len(labels), generator=generator) < torch.sigmoid(magnitude - 3.5)).float()
+    rest = (magnitude - 3.5 - offsets[site] - 0.6 * (sex - 0.5)) / 4
+    # Strictly increasing, so a curve of age gives `rest` back exactly.
+    age = 50 + 40 * (rest + 0.25 * torch.sin(torch.pi * rest))
+    nuisance = torch.randn(len(labels), _NUM_NUISANCE, generator=generator)
+    nuisance[:, :5] += labels.unsqueeze(1)
+    return {"site": site, "sex": sex, "age": age, "nuisance": nuisance}
 
 
 def _blob(size: int) -> Tensor:

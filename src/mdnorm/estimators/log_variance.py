@@ -1,0 +1,92 @@
+"""The metadata's effect on the scale of the features: ``MetadataNorm(scale=True)``."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from mdnorm import functional
+from mdnorm.estimators.batch import BatchEstimator
+from mdnorm.functional import Gram
+
+
+class LogVarianceEstimator(BatchEstimator):
+    """Removes what the metadata explain of the log-variance of the features' residuals.
+
+    With the residual `r` of the regression on metadata, labels and intercept, fits
+    ``log r² = m·γ_m + y·γ_y + γ_0 + noise`` by least squares (Harvey 1976) over running moments, and returns
+    ``f̄ + (f − f̄) · exp(−½ (m − m̄)·γ_m)``. For metadata that are sites this is ComBat's division by the
+    site's scale (Johnson et al. 2007), for continuous metadata its smooth form. The metadata's effect on the
+    mean is removed behind it, by the estimator of the layer.
+
+    The features are scaled about their overall mean, since the label, which would give each class a mean of
+    its own, is not there in evaluation. The factors are constants for the gradient.
+
+    Attributes
+    ----------
+    log_mean : (*feature_shape) buffer
+        Running mean of ``log r²``.
+    log_cross_covariance : (K, *feature_shape) buffer
+        Running covariance of design columns and ``log r²``.
+    coefficients : (K_m, *feature_shape) buffer
+        γ_m.
+    """
+
+    name: ClassVar[str] = "log_variance"
+    default_momentum: ClassVar[float | None] = None
+    default_window: ClassVar[float | None] = 2000
+
+    log_mean: Tensor
+    log_cross_covariance: Tensor
+
+    def state_shapes(
+        self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...]
+    ) -> dict[str, tuple[int, ...]]:
+        """Add the running moments of the log-variance to the state."""
+        return super().state_shapes(num_metadata, num_labels, feature_shape) | {
+            "log_mean": feature_shape,
+            "log_cross_covariance": (num_metadata + num_labels, *feature_shape),
+        }
+
+    def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Update the running moments and remove the effect on the scale that they show."""
+        self._update_scale(features.detach(), columns, positions)
+        return self.evaluate(features, columns[:, : self.gram.num_metadata], positions)
+
+    @torch.no_grad()
+    def _update_scale(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> None:
+        batch = Gram.from_columns(columns, self.gram.num_metadata)
+        rows = functional.moment_rows(columns, batch.mean)
+        step = batch.mean - self.gram_mean
+        moments = functional.feature_moments(features, rows, positions)
+        count, operator = self._update(batch, moments, columns.shape[0])
+        full = functional.coefficient_operator(self.gram, self.ridge).to(self.cross_covariance.dtype)
+        slopes = full @ self.cross_covariance.flatten(1)
+        basis = functional.effect_basis(columns, self.gram_mean, True)
+        fitted = torch.cat([slopes, self.feature_mean.view(1, -1)])
+        residual = functional.remove_effect(features, basis, fitted, positions)
+        squared = residual.to(self.log_mean.dtype).square()
+        # A residual of zero (a dead unit, a fit with as many columns as samples) has no logarithm.
+        floor = 1e-6 * squared.mean(0, keepdim=True) + torch.finfo(squared.dtype).tiny
+        log_moments = functional.feature_moments((squared + floor).log(), rows, positions)
+        log_moments = torch.where(torch.isfinite(log_moments), log_moments, 0.0)
+        share = (count / self.gram_count.clamp_min(1e-30)).to(log_moments.dtype)
+        cross, mean = functional.merge_cross_moments_(
+            self.log_cross_covariance.flatten(1),
+            self.log_mean.view(-1),
+            log_moments,
+            step.to(log_moments.dtype),
+            share,
+        )
+        log_operator = operator[: self.gram.num_metadata].to(cross.dtype)
+        log_running = torch.cat([cross, mean.unsqueeze(0)])
+        self.coefficients[: self.gram.num_metadata].flatten(1).copy_(log_operator @ log_running)
+
+    def evaluate(self, features: Tensor, metadata: Tensor, positions: tuple[int, ...]) -> Tensor:
+        """Remove the remembered effect of the metadata columns (N, K_m) on the scale of features (N, ...)."""
+        basis = functional.effect_basis(metadata, self.gram_mean[: metadata.shape[1]], False)
+        return functional.rescale(
+            features, basis, self.coefficients.flatten(1), self.feature_mean.view(-1), positions
+        )

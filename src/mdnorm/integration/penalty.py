@@ -1,0 +1,79 @@
+"""Training with ``estimator="penalty"``: its loss and its parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm.estimators import PenaltyEstimator
+
+__all__ = ["parameter_groups", "penalty_loss"]
+
+
+def _estimators(model: nn.Module) -> list[PenaltyEstimator]:
+    found = [module for module in model.modules() if isinstance(module, PenaltyEstimator)]
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no MetadataNorm with estimator='penalty'.")
+    return found
+
+
+def penalty_loss(model: nn.Module) -> Tensor:
+    """Return the sum of the losses that the last training forward left in the "penalty" layers.
+
+    Add it to the loss of the task. Only the layers' coefficients receive its gradient.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With at least one ``MetadataNorm(estimator="penalty")``.
+
+    Returns
+    -------
+    0-dimensional tensor
+
+    Raises
+    ------
+    ValueError
+        No such layer.
+    RuntimeError
+        A layer has seen no training forward since it was made, reset or copied.
+    """
+    losses = [estimator.loss for estimator in _estimators(model)]
+    ready = [loss for loss in losses if loss is not None]
+    if len(ready) < len(losses):
+        raise RuntimeError(
+            "a layer with estimator='penalty' has no loss yet: call penalty_loss after a forward pass of the "
+            "model in training mode."
+        )
+    return torch.stack(ready).sum()
+
+
+def parameter_groups(model: nn.Module, penalty: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
+    """Return two parameter groups for an optimiser: the network's, and the "penalty" coefficients.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With at least one ``MetadataNorm(estimator="penalty")`` whose sizes are known.
+    penalty : mapping, optional
+        Options of the second group, ``{"lr": 0.1}`` say. Weight decay is off there unless given.
+
+    Raises
+    ------
+    ValueError
+        No such layer, or one whose sizes are not known yet.
+    """
+    coefficients = []
+    for estimator in _estimators(model):
+        if estimator.weight is None:
+            raise ValueError(
+                "a layer with estimator='penalty' does not know its sizes yet: give num_features, "
+                "num_metadata and num_labels, or run one batch first."
+            )
+        coefficients.append(estimator.weight)
+    own = {id(parameter) for parameter in coefficients}
+    network = [parameter for parameter in model.parameters() if id(parameter) not in own]
+    return [{"params": network}, {"params": coefficients, "weight_decay": 0.0} | dict(penalty or {})]

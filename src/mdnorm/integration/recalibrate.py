@@ -1,0 +1,201 @@
+"""Exact coefficients for a trained network, layer after layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm import functional
+from mdnorm.functional import Gram
+from mdnorm.layer import MetadataNorm
+
+__all__ = ["recalibrate"]
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+def recalibrate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    forward: Forward | None = None,
+    progress: bool = True,
+) -> list[str]:
+    """Replace the coefficients of every layer by the exact least-squares fit over a data set.
+
+    Running coefficients lag behind the weights and have the noise of their window; these have neither. One
+    pass over the data a layer, in the order in which the layers run, since a layer's input changes with the
+    correction of those before it; moments are accumulated in float64, so memory does not depend on the size
+    of the data set.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With `MetadataNorm` layers; left in the mode (train or eval) it came in.
+    loader : iterable of batches
+        Iterated once for each layer and once more to find their order, so it must not be exhausted after one
+        pass (a `DataLoader`, a list; not a generator). The training data, as a rule. Labels must reach the
+        layers that have label columns.
+    forward : callable, optional
+        ``forward(model, batch)`` runs the model. Default: ``model(**batch)`` for a dict, ``model(*batch)``
+        for a tuple or list, else ``model(batch)``.
+    progress : bool
+        Show a progress bar (on a terminal, where tqdm is installed).
+
+    Returns
+    -------
+    list of str
+        Names of the recalibrated layers, in the order in which they run.
+
+    Raises
+    ------
+    ValueError
+        No layer, none that runs, no samples, an iterator, or labels missing.
+
+    Notes
+    -----
+    A layer that runs several times in a forward pass gets the fit over all its inputs. A layer with
+    ``scale=True`` keeps its running scale, and the fit is made behind it.
+    """
+    if isinstance(loader, Iterable) and iter(loader) is loader:
+        raise ValueError(
+            "loader is exhausted after one pass, but one is needed for each layer: give a DataLoader or "
+            "a list."
+        )
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
+    run = forward or _call
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            order = _running_order(model, layers, loader, run)
+            for index, name in enumerate(order):
+                description = f"recalibrate {name or 'layer'} ({index + 1}/{len(order)})"
+                _recalibrate_layer(model, name, layers[name], _bar(loader, description, progress), run)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return order
+
+
+def _call(model: nn.Module, batch: Any) -> Any:
+    if isinstance(batch, dict):
+        return model(**batch)
+    if isinstance(batch, (tuple, list)):
+        return model(*batch)
+    return model(batch)
+
+
+def _bar(loader: Iterable[Any], description: str, progress: bool) -> Iterable[Any]:
+    if not progress:
+        return loader
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        return loader
+    bar: Iterable[Any] = tqdm(loader, desc=description, disable=None, leave=False)
+    return bar
+
+
+def _running_order(
+    model: nn.Module, layers: dict[str, MetadataNorm], loader: Iterable[Any], run: Forward
+) -> list[str]:
+    order: list[str] = []
+
+    def noting(name: str) -> Callable[..., None]:
+        def note(*_: Any) -> None:
+            if name not in order:
+                order.append(name)
+
+        return note
+
+    handles = [layer.register_forward_pre_hook(noting(name)) for name, layer in layers.items()]
+    try:
+        for batch in loader:
+            run(model, batch)
+            break
+        else:
+            raise ValueError("no samples: the loader is empty.")
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not order:
+        raise ValueError("no MetadataNorm layer ran in the forward pass.")
+    return order
+
+
+class _Accumulator:
+    """Float64 moments of the design and the input of one layer."""
+
+    def __init__(self, name: str, layer: MetadataNorm) -> None:
+        self.name = name
+        self.layer = layer
+        self.gram: Gram | None = None
+        self.cross = torch.empty(0)
+        self.mean = torch.empty(0)
+
+    def add(self, features: Tensor, metadata: Any, labels: Any = None) -> None:
+        layer = self.layer
+        if labels is None and layer.num_labels:
+            raise ValueError(
+                f"the layer {self.name!r} has num_labels={layer.num_labels} but got no labels: the forward "
+                "pass of recalibrate must hand them on, as in training."
+            )
+        if layer.num_labels == 0:
+            labels = None
+        columns, num_metadata = functional.design_columns(
+            metadata,
+            labels,
+            num_samples=features.shape[0],
+            num_metadata=layer.num_metadata,
+            num_labels=layer.num_labels,
+            device=features.device,
+            check_finite=layer.check_finite,
+        )
+        if columns.shape[0] == 0:
+            return
+        positions = functional.position_dims(features, layer.granularity, layer.channel_dim)
+        if layer.scale_estimator is not None and layer.scale_estimator.is_allocated:
+            features = layer.scale_estimator.evaluate(features, columns[:, :num_metadata], positions)
+        if not layer.estimator.is_allocated:
+            layer.allocate_for(features, positions, columns, num_metadata)
+        batch = Gram.from_columns(columns, num_metadata)
+        moments = functional.feature_moments(
+            features.to(columns.dtype), functional.moment_rows(columns, batch.mean), positions
+        )
+        if not bool(torch.isfinite(moments).all()):
+            raise ValueError(f"the features at the layer {self.name!r} have NaN or infinite values.")
+        if self.gram is None:
+            self.gram, self.cross, self.mean = batch, moments[:-1].clone(), moments[-1].clone()
+            return
+        step = batch.mean - self.gram.mean
+        self.gram = self.gram.merge(batch)
+        share = batch.count / self.gram.count
+        functional.merge_cross_moments_(self.cross, self.mean, moments, step, share)
+
+    def finish(self) -> None:
+        if self.gram is None:
+            raise ValueError("no samples: the loader is empty.")
+        self.layer.estimator.set_moments(self.gram, torch.cat([self.cross, self.mean.unsqueeze(0)]))
+
+
+def _recalibrate_layer(
+    model: nn.Module, name: str, layer: MetadataNorm, loader: Iterable[Any], run: Forward
+) -> None:
+    accumulator = _Accumulator(name, layer)
+
+    def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        accumulator.add(*arguments, **keywords)
+
+    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        for batch in loader:
+            run(model, batch)
+    finally:
+        handle.remove()
+    accumulator.finish()
