@@ -86,6 +86,16 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
+def _methods(text: str) -> list[str]:
+    from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS
+
+    if text == "default":
+        return list(DEFAULT_METHODS)
+    if text == "all":
+        return [name for name, method in METHODS.items() if method.in_table]
+    return _names(text)
+
+
 @experiment.command()
 def synthetic(
     out: Annotated[Path, typer.Option(help="Folder for results, figures and the report.")] = Path(
@@ -117,10 +127,9 @@ def synthetic(
     the command to go on.
     """
     from mdnorm.experiments import synthetic as setting
+    from mdnorm.experiments.methods import METHODS
 
-    chosen = {"default": list(setting.DEFAULT_METHODS), "all": list(setting.METHODS)}.get(methods) or _names(
-        methods
-    )
+    chosen = _methods(methods)
     sizes, seed_count = ([200], seeds or 2) if quick else (_numbers(batch_sizes), seeds)
     if not chosen or not sizes:
         _fail("at least one method and one batch size are needed.", BAD_INPUT)
@@ -142,7 +151,7 @@ def synthetic(
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        _print_table(rows, {name: method.title for name, method in setting.METHODS.items()})
+        _print_table(rows, {name: method.title for name, method in METHODS.items()})
         typer.echo(f"\nReport: {report}\nTable:  {out / 'table.md'}\nRows:   {out / 'results.json'}")
 
 

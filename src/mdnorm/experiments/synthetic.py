@@ -3,117 +3,24 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, one_hot
+from torch import Tensor
+from torch.nn.functional import one_hot
 
 from mdnorm import basis
-from mdnorm.experiments.adversary import Adversary
 from mdnorm.experiments.data.synthetic import NUM_SITES, VARIANTS, SyntheticData, make_synthetic
-from mdnorm.experiments.files import atomic_path
-from mdnorm.experiments.networks import LAST_SLOT, SyntheticNetwork
+from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS, build
 from mdnorm.experiments.results import Row
-from mdnorm.integration import fit_gram, parameter_groups, penalty_loss, recalibrate
-from mdnorm.layer import MetadataNorm
-from mdnorm.metrics import distance_correlation_sqr
+from mdnorm.experiments.training import GROUPS, batches, evaluate, fit, has_metadata_norm
+from mdnorm.integration import fit_gram, recalibrate
 
 BATCH_SIZES = (1, 4, 20, 200, 2000)
-GROUPS = ("A", "B")
 
-
-@dataclass(frozen=True)
-class Method:
-    """A row of the table: its title, and which normalisation sits where.
-
-    Attributes
-    ----------
-    title : str
-        As in tables and figures.
-    layers : "none", "last" or "every"
-        Where `MetadataNorm` sits.
-    other : callable or None
-        Makes another normalisation for every layer, from its number of channels and of spatial dimensions.
-    degree : int
-        The confounder enters as a polynomial of this degree.
-    options : dict
-        Of `MetadataNorm`.
-    penalty : dict
-        Of the optimiser's group of the coefficients, for the estimator "penalty".
-    adversary : dict
-        Options of `Adversary`, for BR-Net.
-    seeds : int
-        Seeds a cell of the table.
-    in_table : bool
-        Whether it is one of "all": the others serve a variant of the data.
-    """
-
-    title: str
-    layers: str = "none"
-    other: Callable[[int, int], nn.Module] | None = None
-    degree: int = 1
-    options: dict[str, Any] | None = None
-    penalty: dict[str, Any] | None = None
-    adversary: dict[str, Any] | None = None
-    seeds: int = 3
-    in_table: bool = True
-
-
-def _batch_norm(channels: int, spatial_dims: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if spatial_dims else nn.BatchNorm1d(channels)
-
-
-def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
-    return nn.GroupNorm(4, channels)
-
-
-# The running coefficients look back one epoch (2000 images), whatever the batch size.
-_RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000}
-_BATCH = _RECIPE | {"estimator": "batch"}
-_RUNNING = _RECIPE | {"estimator": "running", "window": 1000}
-_RECURSIVE = _RECIPE | {"estimator": "recursive"}
-_PENALTY: dict[str, Any] = {"estimator": "penalty"}
-_PENALTY_GROUP = {"lr": 0.01}
-_AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
-
-METHODS = {
-    "none": Method("No normalisation", seeds=5),
-    "batchnorm": Method("BatchNorm", other=_batch_norm),
-    "groupnorm": Method("GroupNorm", other=_group_norm),
-    "brnet": Method("BR-Net", adversary={"strength": 1.0, "learning_rate": 1e-3, "steps": 1}),
-    "mdn-last": Method("MDN, last layer", "last", degree=3, options=_RECIPE, seeds=5),
-    "mdn-every": Method("MDN, every layer", "every", degree=3, options=_RECIPE, seeds=5),
-    "mdn-last-batch": Method("MDN, last layer, batch", "last", degree=3, options=_BATCH, seeds=5),
-    "mdn-every-batch": Method("MDN, every layer, batch", "every", degree=3, options=_BATCH, seeds=5),
-    "mdn-last-running": Method("MDN, last layer, running", "last", degree=3, options=_RUNNING, seeds=5),
-    "mdn-every-running": Method("MDN, every layer, running", "every", degree=3, options=_RUNNING, seeds=5),
-    "mdn-last-recursive": Method("MDN, last layer, recursive", "last", degree=3, options=_RECURSIVE),
-    "mdn-every-recursive": Method("MDN, every layer, recursive", "every", degree=3, options=_RECURSIVE),
-    "mdn-last-penalty": Method(
-        "MDN, last layer, penalty", "last", degree=3, options=_PENALTY, penalty=_PENALTY_GROUP
-    ),
-    "mdn-every-penalty": Method(
-        "MDN, every layer, penalty", "every", degree=3, options=_PENALTY, penalty=_PENALTY_GROUP
-    ),
-    "mdn-last-authors": Method("MDN, last layer, authors' settings", "last", options=_AUTHORS),
-    "mdn-every-authors": Method("MDN, every layer, authors' settings", "every", options=_AUTHORS),
-    "mdn-last-linear": Method(
-        "MDN, last layer, running, plain column", "last", options=_RUNNING, in_table=False
-    ),
-    "mdn-last-scale": Method(
-        "MDN, last layer, running, with scale",
-        "last",
-        degree=3,
-        options=_RUNNING | {"scale": True},
-        in_table=False,
-    ),
-}
-DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last", "mdn-every")
 
 # Epochs and learning rate by batch size, tuned for the network without normalisation to reach its plateau.
 _SCHEDULES = {20: (10, 1e-4), 200: (20, 1e-4), 1000: (30, 3e-4), 2000: (40, 3e-4)}
@@ -161,15 +68,7 @@ class SyntheticRun:
         if self.variant == "plain":
             # Rows of the first version have no variant.
             del row["variant"]
-        method = METHODS[self.method]
-        row |= {
-            name: value
-            for name, value in (("penalty", method.penalty), ("adversary", method.adversary))
-            if value is not None
-        }
-        if method.layers != "none":
-            row |= {"degree": method.degree, "options": method.options or {}}
-        return row
+        return row | METHODS[self.method].settings()
 
 
 def plan(
@@ -274,21 +173,6 @@ def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
     return basis.polynomial(data.confounder, degree, low=low, high=high)
 
 
-def build(run: SyntheticRun, num_metadata: int) -> SyntheticNetwork:
-    """Return the untrained network of a run; its weights depend on the seed alone."""
-    method = METHODS[run.method]
-
-    def normalization(slot: str, shape: tuple[int, ...]) -> nn.Module:
-        if method.other is not None:
-            return method.other(shape[0], len(shape) - 1)
-        if method.layers == "every" or (method.layers == "last" and slot == LAST_SLOT):
-            return MetadataNorm(shape, num_metadata, 1, **(method.options or {}))
-        return nn.Identity()
-
-    torch.manual_seed(run.seed)
-    return SyntheticNetwork(normalization)
-
-
 def train(run: SyntheticRun, epoch_done: Callable[[], None]) -> Row:
     """Train one network and measure it on held-out data.
 
@@ -308,76 +192,28 @@ def train(run: SyntheticRun, epoch_done: Callable[[], None]) -> Row:
     method = METHODS[run.method]
     data = make_synthetic(run.group_size, seed=2 * run.seed, variant=run.variant)
     metadata = metadata_columns(data, run.variant, method.degree)
-    network = build(run, metadata.shape[1])
-    has_layers = any(isinstance(module, MetadataNorm) for module in network.modules())
-    if has_layers:
+    network = build(method, metadata.shape[1], run.seed)
+    corrected = has_metadata_norm(network)
+    if corrected:
         fit_gram(network, metadata, data.labels)
-    groups = parameter_groups(network, method.penalty) if method.penalty else network.parameters()
-    # Fused: three times faster at batch size 1, where the 1.5 million weights cost more than the images.
-    optimizer = torch.optim.Adam(groups, lr=run.learning_rate, fused=True)
-    steps = run.epochs * math.ceil(len(data) / run.batch_size)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    adversary = Adversary(network.num_features, steps, **method.adversary) if method.adversary else None
-    generator = torch.Generator().manual_seed(run.seed)
-    start = time.perf_counter()
-    network.train()
-    loss_sum = 0.0
-    for _ in range(run.epochs):
-        loss_sum = 0.0
-        for rows in torch.randperm(len(data), generator=generator).split(run.batch_size):
-            optimizer.zero_grad()
-            features = network.features(data.images[rows], metadata[rows], data.labels[rows])
-            loss = task_loss = binary_cross_entropy_with_logits(network.classify(features), data.labels[rows])
-            if method.penalty:
-                loss = loss + penalty_loss(network)
-            if adversary is not None:
-                loss = loss + adversary.step(features, data.confounder[rows], data.labels[rows])
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            loss_sum += task_loss.item() * len(rows)
-        epoch_done()
-    seconds = (time.perf_counter() - start) / run.epochs
+    trained = fit(
+        network,
+        method,
+        data,
+        metadata,
+        batch_size=run.batch_size,
+        epochs=run.epochs,
+        learning_rate=run.learning_rate,
+        seed=run.seed,
+        epoch_done=epoch_done,
+    )
     held_out = make_synthetic(run.test_group_size, seed=2 * run.seed + 1, variant=run.variant)
     columns = metadata_columns(held_out, run.variant, method.degree)
     measured = evaluate(network, held_out, columns, run.features_file)
-    if has_layers:
-        recalibrate(network, _batches(data, metadata), progress=False)
+    if corrected:
+        recalibrate(network, batches(data, metadata), progress=False)
         measured["recalibrated"] = evaluate(network, held_out, columns)
-    return measured | {"train_loss": loss_sum / len(data), "seconds_per_epoch": seconds}
-
-
-def _batches(data: SyntheticData, metadata: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    parts = (data.images.split(500), metadata.split(500), data.labels.split(500))
-    return list(zip(*parts, strict=True))
-
-
-@torch.no_grad()
-def evaluate(
-    network: SyntheticNetwork, data: SyntheticData, metadata: Tensor, features_file: str | None = None
-) -> Row:
-    """Return accuracy and dependence on the confounder, by group; keep the features in a file if asked to."""
-    from safetensors.torch import save
-    from sklearn.metrics import balanced_accuracy_score
-
-    network.eval()
-    features = torch.cat([network.features(images, m) for images, m, _ in _batches(data, metadata)])
-    predicted = network.classify(features) > 0
-    correct = predicted == data.labels.bool()
-    accuracy, dependence = {}, {}
-    for index, group in enumerate(GROUPS):
-        inside = data.labels == index
-        accuracy[group] = float(correct[inside].double().mean())
-        dependence[group] = float(distance_correlation_sqr(features[inside], data.confounder[inside]))
-    if features_file is not None:
-        tensors = {"features": features, "labels": data.labels, "confounder": data.confounder}
-        with atomic_path(Path(features_file)) as temporary:
-            temporary.write_bytes(save(tensors))
-    return {
-        "bacc": float(balanced_accuracy_score(data.labels.numpy(), predicted.numpy())),
-        "accuracy": accuracy,
-        "dcor2": dependence,
-    }
+    return measured | trained
 
 
 _INTRODUCTION = (

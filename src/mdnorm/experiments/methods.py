@@ -1,0 +1,128 @@
+"""The methods that experiments compare: which normalisation sits where, with which settings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from mdnorm.experiments.networks import LAST_SLOT, SyntheticNetwork
+from mdnorm.experiments.results import Row
+from mdnorm.layer import MetadataNorm
+
+
+@dataclass(frozen=True)
+class Method:
+    """A row of the table: its title, and which normalisation sits where.
+
+    Attributes
+    ----------
+    title : str
+        As in tables and figures.
+    layers : "none", "last" or "every"
+        Where `MetadataNorm` sits.
+    other : callable or None
+        Makes another normalisation for every layer, from its number of channels and of spatial dimensions.
+    degree : int
+        The confounder enters as a polynomial of this degree.
+    options : dict
+        Of `MetadataNorm`.
+    penalty : dict
+        Of the optimiser's group of the coefficients, for the estimator "penalty".
+    adversary : dict
+        Options of `Adversary`, for BR-Net.
+    seeds : int
+        Seeds a cell of the table.
+    in_table : bool
+        Whether it is one of "all": the others serve a variant of the data.
+    """
+
+    title: str
+    layers: str = "none"
+    other: Callable[[int, int], nn.Module] | None = None
+    degree: int = 1
+    options: dict[str, Any] | None = None
+    penalty: dict[str, Any] | None = None
+    adversary: dict[str, Any] | None = None
+    seeds: int = 3
+    in_table: bool = True
+
+    def settings(self) -> Row:
+        """Return what can change a result, as JSON values."""
+        settings: Row = {
+            name: value
+            for name, value in (("penalty", self.penalty), ("adversary", self.adversary))
+            if value is not None
+        }
+        if self.layers != "none":
+            settings |= {"degree": self.degree, "options": self.options or {}}
+        return settings
+
+
+def _batch_norm(channels: int, spatial_dims: int) -> nn.Module:
+    return nn.BatchNorm2d(channels) if spatial_dims else nn.BatchNorm1d(channels)
+
+
+def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
+    return nn.GroupNorm(4, channels)
+
+
+# The running coefficients look back one epoch (2000 images), whatever the batch size.
+_RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000}
+_BATCH = _RECIPE | {"estimator": "batch"}
+_RUNNING = _RECIPE | {"estimator": "running", "window": 1000}
+_RECURSIVE = _RECIPE | {"estimator": "recursive"}
+_PENALTY: dict[str, Any] = {"estimator": "penalty"}
+_PENALTY_GROUP = {"lr": 0.01}
+_AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
+
+METHODS = {
+    "none": Method("No normalisation", seeds=5),
+    "batchnorm": Method("BatchNorm", other=_batch_norm),
+    "groupnorm": Method("GroupNorm", other=_group_norm),
+    "brnet": Method("BR-Net", adversary={"strength": 1.0, "learning_rate": 1e-3, "steps": 1}),
+    "mdn-last": Method("MDN, last layer", "last", degree=3, options=_RECIPE, seeds=5),
+    "mdn-every": Method("MDN, every layer", "every", degree=3, options=_RECIPE, seeds=5),
+    "mdn-last-batch": Method("MDN, last layer, batch", "last", degree=3, options=_BATCH, seeds=5),
+    "mdn-every-batch": Method("MDN, every layer, batch", "every", degree=3, options=_BATCH, seeds=5),
+    "mdn-last-running": Method("MDN, last layer, running", "last", degree=3, options=_RUNNING, seeds=5),
+    "mdn-every-running": Method("MDN, every layer, running", "every", degree=3, options=_RUNNING, seeds=5),
+    "mdn-last-recursive": Method("MDN, last layer, recursive", "last", degree=3, options=_RECURSIVE),
+    "mdn-every-recursive": Method("MDN, every layer, recursive", "every", degree=3, options=_RECURSIVE),
+    "mdn-last-penalty": Method(
+        "MDN, last layer, penalty", "last", degree=3, options=_PENALTY, penalty=_PENALTY_GROUP
+    ),
+    "mdn-every-penalty": Method(
+        "MDN, every layer, penalty", "every", degree=3, options=_PENALTY, penalty=_PENALTY_GROUP
+    ),
+    "mdn-last-authors": Method("MDN, last layer, authors' settings", "last", options=_AUTHORS),
+    "mdn-every-authors": Method("MDN, every layer, authors' settings", "every", options=_AUTHORS),
+    "mdn-last-linear": Method(
+        "MDN, last layer, running, plain column", "last", options=_RUNNING, in_table=False
+    ),
+    "mdn-last-scale": Method(
+        "MDN, last layer, running, with scale",
+        "last",
+        degree=3,
+        options=_RUNNING | {"scale": True},
+        in_table=False,
+    ),
+}
+DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last", "mdn-every")
+
+
+def build(method: Method, num_metadata: int, seed: int) -> SyntheticNetwork:
+    """Return an untrained network with the method's normalisation; its weights depend on the seed alone."""
+
+    def normalization(slot: str, shape: tuple[int, ...]) -> nn.Module:
+        if method.other is not None:
+            return method.other(shape[0], len(shape) - 1)
+        if method.layers == "every" or (method.layers == "last" and slot == LAST_SLOT):
+            return MetadataNorm(shape, num_metadata, 1, **(method.options or {}))
+        return nn.Identity()
+
+    torch.manual_seed(seed)
+    return SyntheticNetwork(normalization)
