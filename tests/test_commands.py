@@ -60,6 +60,7 @@ def test_experiment_from_start_to_report_and_again_without_work(tmp_path):
         (["--batch-sizes", "0"], "batch size must be at least 1"),
         (["--learning-rate", "-1"], "learning rate must be a positive number"),
         (["--epochs", "0"], "--epochs"),
+        (["--variant", "cubic"], "unknown variant 'cubic': choose from plain, sites, quadratic, variance"),
     ],
 )
 def test_bad_options_end_with_2(tmp_path, arguments, message):
@@ -102,8 +103,8 @@ def test_a_failed_training_ends_with_1_and_keeps_the_others(tmp_path):
 def test_info():
     facts = json.loads(call("info", "--json").stdout)
     assert facts["mdnorm"] == mdnorm.__version__
-    assert facts["estimators"] == ["batch", "dataset"]
-    assert "estimators    batch, dataset" in call("info").stdout
+    assert facts["estimators"] == ["batch", "dataset", "penalty", "recursive", "running"]
+    assert "estimators    batch, dataset, penalty, recursive, running" in call("info").stdout
 
 
 @pytest.mark.parametrize("arguments", [[], ["experiment"], ["experiment", "synthetic", "--help"]])

@@ -101,12 +101,17 @@ def synthetic(
     out: Annotated[Path, typer.Option(help="Folder for results, figures and the report.")] = Path(
         "results/synthetic"
     ),
-    methods: Annotated[
-        str, typer.Option(help="Comma-separated methods, 'default' (the five of the paper's table) or 'all'.")
-    ] = "default",
-    batch_sizes: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "20,200,1000,2000",
+    methods: Annotated[str, typer.Option(help="Comma-separated methods, 'default' or 'all'.")] = "default",
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,4,20,200,2000",
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="Of the data: plain, sites (50 metadata columns), quadratic or variance (a confounder that "
+            "a straight line does not see)."
+        ),
+    ] = "plain",
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds a cell. [default: 5 at batch size 200, 3 elsewhere]")
+        int | None, typer.Option(min=1, help="Seeds a cell. [default: 3 or 5, by method]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
     epochs: Annotated[int | None, typer.Option(min=1, help="[default: tuned for the batch size]")] = None,
@@ -142,6 +147,7 @@ def synthetic(
             epochs=epochs,
             learning_rate=learning_rate,
             group_size=group_size,
+            variant=variant,
             features_dir=out / "features",
         )
     except ValueError as error:

@@ -3,9 +3,11 @@ import pytest
 
 from mdnorm.experiments import figures
 from mdnorm.experiments.data.synthetic import make_synthetic
-from mdnorm.experiments.synthetic import METHODS
+from mdnorm.experiments.methods import METHODS
+from mdnorm.experiments.synthetic import _panels
 
 NAMES = {"none": "No normalisation", "batchnorm": "BatchNorm", "mdn-last": "MDN, last layer"}
+ONE_PANEL = {"": NAMES}
 
 
 def rows(methods=NAMES, sizes=(20, 200), seeds=3):
@@ -31,7 +33,7 @@ def means(axis):
 
 
 def test_accuracy_shows_means_deviations_and_both_limits():
-    axis = figures.accuracy_by_batch_size(rows(), NAMES).axes[0]
+    axis = figures.accuracy_by_batch_size(rows(), ONE_PANEL).axes[0]
     for values, _ in means(axis).values():
         np.testing.assert_allclose(values, [81, 81])
     (bars,) = axis.containers[0].lines[2]
@@ -43,15 +45,15 @@ def test_accuracy_shows_means_deviations_and_both_limits():
 
 
 def test_methods_stand_side_by_side():
-    axis = figures.accuracy_by_batch_size(rows(), NAMES).axes[0]
+    axis = figures.accuracy_by_batch_size(rows(), ONE_PANEL).axes[0]
     positions = [x[0] for _, x in means(axis).values()]
     assert len({round(x, 3) for x in positions}) == 3
     assert max(positions) - min(positions) < 0.8
 
 
 def test_dependence_has_a_panel_a_group():
-    axes = figures.dependence_by_group(rows(), NAMES).axes
-    assert [axis.get_title() for axis in axes] == ["Group A", "Group B"]
+    axes = figures.dependence_by_group(rows(), ONE_PANEL).axes
+    assert [axis.texts[0].get_text() for axis in axes] == ["group A", "group B"]
     np.testing.assert_allclose(means(axes[0])["BatchNorm"][0], [0.1, 0.1])
     np.testing.assert_allclose(means(axes[1])["BatchNorm"][0], [0.3, 0.3])
 
@@ -60,21 +62,39 @@ def test_dependence_has_a_panel_a_group():
 def test_gaps_single_seeds_and_single_sizes(draw, tmp_path):
     incomplete = [*rows(["none"], (20,), 1), *rows(["mdn-last"], (200,), 2)]
     for table in (incomplete, rows(["mdn-last"], (200,), 1)):
-        figures.save_figure(draw(table, NAMES), tmp_path / "figure.png")
-    assert means(draw(incomplete, NAMES).axes[0])["No normalisation"][1].tolist() == pytest.approx([-0.175])
+        figures.save_figure(draw(table, ONE_PANEL), tmp_path / "figure.png")
+    assert means(draw(incomplete, ONE_PANEL).axes[0])["No normalisation"][1].tolist() == pytest.approx(
+        [-0.175]
+    )
 
 
 def test_a_method_keeps_its_colour_whatever_is_beside_it():
     def colour(methods):
-        axis = figures.accuracy_by_batch_size(rows(methods), NAMES).axes[0]
+        axis = figures.accuracy_by_batch_size(rows(methods), ONE_PANEL).axes[0]
         return {c.get_label(): c[0].get_color() for c in axis.containers}["MDN, last layer"]
 
     assert colour(["mdn-last"]) == colour(NAMES)
 
 
-def test_every_method_has_a_colour_and_a_marker_of_its_own():
-    assert len(METHODS) <= len(figures.PALETTE) == len(set(figures.PALETTE))
+def test_methods_of_a_panel_have_a_colour_and_a_marker_of_their_own():
+    names = {name: method.title for name, method in METHODS.items() if method.in_table}
+    panels = _panels(names)
+    assert [name for group in panels.values() for name in group] == list(names)
+    assert max(map(len, panels.values())) <= len(figures.PALETTE) == len(set(figures.PALETTE))
     assert len(figures.PALETTE) == len(set(figures.MARKERS))
+
+
+@pytest.mark.parametrize("draw", [figures.accuracy_by_batch_size, figures.dependence_by_group])
+def test_panels_are_stacked_and_titled(draw, tmp_path):
+    panels = {"Without": {"none": "No normalisation"}, "With": {"mdn-last": "MDN, last layer"}}
+    figure = draw(rows(), panels)
+    legends = [axis.get_legend() for axis in figure.axes if axis.get_legend() is not None]
+    assert [legend.get_title().get_text() for legend in legends] == ["Without", "With"]
+    assert [[text.get_text() for text in legend.get_texts()] for legend in legends] == [
+        ["No normalisation"],
+        ["MDN, last layer"],
+    ]
+    figures.save_figure(figure, tmp_path / "figure.png")
 
 
 def test_projection_separates_what_was_put_in(tmp_path):

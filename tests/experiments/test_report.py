@@ -27,9 +27,13 @@ def row(method, batch_size, seed, bacc, a=0.1, b=0.2, seconds=1.0):
     }
 
 
+def recalibrated(bacc):
+    return {"recalibrated": {"bacc": bacc, "dcor2": {"A": 0.003, "B": -0.001}}}
+
+
 ROWS = [
-    row("mdn-last", 200, 0, 0.82, a=-0.0001, b=0.01, seconds=1),
-    row("mdn-last", 200, 1, 0.84, a=-0.0003, b=0.03, seconds=2),
+    row("mdn-last", 200, 0, 0.82, a=-0.0001, b=0.01, seconds=1) | recalibrated(0.81),
+    row("mdn-last", 200, 1, 0.84, a=-0.0003, b=0.03, seconds=2) | recalibrated(0.83),
     row("none", 200, 0, 0.944),
     row("none", 20, 0, 0.5),
 ]
@@ -43,12 +47,20 @@ def test_means_and_standard_deviations():
     assert cell["dcor2"] == pytest.approx({"A": -0.0002, "B": 0.02})
     assert cell["dcor2_sd"]["B"] == pytest.approx(0.01 * 2**0.5)
     assert cell["seconds_per_epoch"] == 1.5
+    assert cell["recalibrated"]["bacc"] == pytest.approx(0.82)
+    assert cell["recalibrated"]["dcor2"] == pytest.approx({"A": 0.003, "B": -0.001})
+
+
+def test_recalibration_of_some_seeds_only_is_not_shown():
+    """A mean over fewer seeds than the cell says would mislead."""
+    partial = [{key: value for key, value in ROWS[0].items() if key != "recalibrated"}, ROWS[1]]
+    assert summarise(partial)[0]["recalibrated"] is None
 
 
 def test_lines_are_ordered_and_rounded():
     assert table_lines(ROWS, NAMES) == [
-        ("No normalisation", "20", "1", "50.0", "below the limit", "0.100", "0.200", "1.0"),
-        ("No normalisation", "200", "1", "94.4", "confounded", "0.100", "0.200", "1.0"),
+        ("No normalisation", "20", "1", "50.0", "below the limit", "0.100", "0.200", "–", "–", "1.0"),
+        ("No normalisation", "200", "1", "94.4", "confounded", "0.100", "0.200", "–", "–", "1.0"),
         (
             "MDN, last layer",
             "200",
@@ -57,6 +69,8 @@ def test_lines_are_ordered_and_rounded():
             "at the limit",
             "0.000 ± 0.000",
             "0.020 ± 0.014",
+            "82.0 ± 1.4",
+            "0.003 / −0.001",
             "1.5",
         ),
     ]

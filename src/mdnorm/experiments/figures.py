@@ -90,10 +90,24 @@ def _square(x: int, y: int, colour: str) -> Any:
     return Rectangle((x + 0.2, y + 0.2), 14.6, 14.6, fill=False, edgecolor=colour, linewidth=1.5)
 
 
-def accuracy_by_batch_size(rows: Sequence[Row], names: Mapping[str, str]) -> Figure:
-    """Balanced accuracy, mean ± standard deviation over seeds, with the two analytic limits."""
-    figure = Figure(figsize=(_WIDTH, 4.2), layout="constrained")
-    axis = figure.subplots()
+Panels = Mapping[str, Mapping[str, str]]
+"""Title of a panel → identifier → title of its methods. One panel with all methods needs no title."""
+
+
+def accuracy_by_batch_size(rows: Sequence[Row], panels: Panels) -> Figure:
+    """Balanced accuracy, mean ± standard deviation over seeds, with the analytic limits; panels stacked."""
+    figure = Figure(figsize=(_WIDTH, 0.9 + 3.3 * len(panels)), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+        _draw_limits(axis)
+        _draw_cells(axis, rows, names, lambda cell: (100 * cell["bacc"], 100 * (cell["bacc_sd"] or 0)))
+        axis.set_ylabel("balanced accuracy on\nheld-out data (%)")
+        _legend(axis, title, ncols=3)
+    axes[-1].set_xlabel("batch size")
+    return figure
+
+
+def _draw_limits(axis: Axes) -> None:
     for limit, text in (
         (ACCURACY_WITH_CONFOUNDER, "with the\nconfounder"),
         (ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
@@ -109,35 +123,33 @@ def accuracy_by_batch_size(rows: Sequence[Row], names: Mapping[str, str]) -> Fig
             fontsize=8,
             color="0.3",
         )
-    sizes = _draw_cells(axis, rows, names, lambda cell: (100 * cell["bacc"], 100 * (cell["bacc_sd"] or 0)))
-    axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
-    axis.set_xlabel("batch size")
-    axis.set_ylabel("balanced accuracy on held-out data (%)")
-    _legend(figure, axis)
-    return figure
 
 
-def dependence_by_group(rows: Sequence[Row], names: Mapping[str, str]) -> Figure:
-    """Distance correlation of features and confounder within each group, mean ± standard deviation."""
-    figure = Figure(figsize=(_WIDTH, 4.0), layout="constrained")
+def dependence_by_group(rows: Sequence[Row], panels: Panels) -> Figure:
+    """Distance correlation of features and confounder by group, mean ± standard deviation; panels stacked."""
+    figure = Figure(figsize=(_WIDTH, 0.9 + 3.1 * len(panels)), layout="constrained")
     groups = sorted({group for row in rows for group in row["dcor2"]})
-    axes = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axis, group in zip(axes, groups, strict=True):
-        axis.axhline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
+    # A scale for each panel: what correction leaves would be a flat line on the scale of what it removes.
+    grid = figure.subplots(len(panels), len(groups), sharey="row", squeeze=False)
+    for axes, (title, names) in zip(grid, panels.items(), strict=True):
+        for axis, group in zip(axes, groups, strict=True):
+            axis.axhline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
 
-        def value(cell: Row, group: str = group) -> tuple[float, float]:
-            return cell["dcor2"][group], cell["dcor2_sd"][group] or 0
+            def value(cell: Row, group: str = group) -> tuple[float, float]:
+                return cell["dcor2"][group], cell["dcor2_sd"][group] or 0
 
-        sizes = _draw_cells(axis, rows, names, value)
-        axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+            _draw_cells(axis, rows, names, value)
+            axis.annotate(
+                f"group {group}", (0.98, 0.96), xycoords="axes fraction", ha="right", va="top", fontsize=9
+            )
+        axes[0].set_ylabel("dcor²\n(features, confounder)")
+        _legend(axes[0], title, ncols=3, span=len(groups))
+    for axis in grid[-1]:
         axis.set_xlabel("batch size")
-        axis.set_title(f"Group {group}", fontsize=10)
-    axes[0].set_ylabel("dcor² (features, confounder)")
-    _legend(figure, axes[0])
     return figure
 
 
-def _draw_cells(axis: Axes, rows: Sequence[Row], names: Mapping[str, str], value: Any) -> list[int]:
+def _draw_cells(axis: Axes, rows: Sequence[Row], names: Mapping[str, str], value: Any) -> None:
     cells = summarise(rows)
     sizes = sorted({cell["batch_size"] for cell in cells})
     methods = [name for name in names if any(cell["method"] == name for cell in cells)]
@@ -163,13 +175,23 @@ def _draw_cells(axis: Axes, rows: Sequence[Row], names: Mapping[str, str], value
     for boundary in range(1, len(sizes)):
         axis.axvline(boundary - 0.5, color="0.9", linewidth=0.8, zorder=0)
     axis.set_xlim(-0.5, max(len(sizes), 1) - 0.5)
+    axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
     axis.spines[["top", "right"]].set_visible(False)
-    return sizes
 
 
-def _legend(figure: Figure, axis: Axes) -> None:
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+def _legend(axis: Axes, title: str, *, ncols: int, span: int = 1) -> None:
+    axis.legend(
+        title=title or None,
+        loc="lower left",
+        # Above the axis, over the width of `span` axes.
+        bbox_to_anchor=(0, 1.0, span, 0),
+        mode="expand",
+        ncols=ncols,
+        frameon=False,
+        fontsize=8,
+        title_fontsize=9,
+        alignment="left",
+    )
 
 
 @dataclass(frozen=True)

@@ -34,28 +34,35 @@ def summarise(rows: Sequence[Row]) -> list[Row]:
     list of dict
         "method", "batch_size", "seeds" (their number); means under the names of the rows ("bacc", "dcor2" by
         group, "seconds_per_epoch"), standard deviations (divisor n − 1; None for one seed) under
-        "bacc_sd" and "dcor2_sd".
+        "bacc_sd" and "dcor2_sd"; "recalibrated", these four of the recalibrated networks, or None where a row
+        has none.
     """
     cells: dict[tuple[int, str], list[Row]] = {}
     for row in rows:
         cells.setdefault((row["batch_size"], row["method"]), []).append(row)
     summary = []
     for (batch_size, method), members in sorted(cells.items(), key=lambda cell: cell[0][0]):
-        accuracies = [row["bacc"] for row in members]
-        by_group = {group: [row["dcor2"][group] for row in members] for group in members[0]["dcor2"]}
+        recalibrated = [row["recalibrated"] for row in members if "recalibrated" in row]
         summary.append(
-            {
-                "method": method,
-                "batch_size": batch_size,
-                "seeds": len(members),
-                "bacc": statistics.fmean(accuracies),
-                "bacc_sd": _deviation(accuracies),
-                "dcor2": {group: statistics.fmean(values) for group, values in by_group.items()},
-                "dcor2_sd": {group: _deviation(values) for group, values in by_group.items()},
+            {"method": method, "batch_size": batch_size, "seeds": len(members)}
+            | _means(members)
+            | {
+                "recalibrated": _means(recalibrated) if len(recalibrated) == len(members) else None,
                 "seconds_per_epoch": statistics.fmean(row["seconds_per_epoch"] for row in members),
             }
         )
     return summary
+
+
+def _means(members: Sequence[Row]) -> Row:
+    accuracies = [row["bacc"] for row in members]
+    by_group = {group: [row["dcor2"][group] for row in members] for group in members[0]["dcor2"]}
+    return {
+        "bacc": statistics.fmean(accuracies),
+        "bacc_sd": _deviation(accuracies),
+        "dcor2": {group: statistics.fmean(values) for group, values in by_group.items()},
+        "dcor2_sd": {group: _deviation(values) for group, values in by_group.items()},
+    }
 
 
 def _deviation(values: Sequence[float]) -> float | None:
@@ -76,6 +83,8 @@ HEADINGS = (
     "Verdict",
     "dcor² A",
     "dcor² B",
+    "Recalibrated (%)",
+    "dcor² A / B",
     "s / epoch",
 )
 
@@ -98,15 +107,25 @@ def table_lines(rows: Sequence[Row], names: Mapping[str, str]) -> list[tuple[str
             names.get(cell["method"], cell["method"]),
             str(cell["batch_size"]),
             str(cell["seeds"]),
-            _with_deviation(
-                100 * cell["bacc"], None if cell["bacc_sd"] is None else 100 * cell["bacc_sd"], 1
-            ),
+            _percent(cell),
             verdict(cell["bacc"]),
             *(_with_deviation(cell["dcor2"][group], cell["dcor2_sd"][group], 3) for group in ("A", "B")),
+            *_recalibrated(cell["recalibrated"]),
             f"{cell['seconds_per_epoch']:.1f}",
         )
         for cell in cells
     ]
+
+
+def _percent(cell: Row) -> str:
+    deviation = None if cell["bacc_sd"] is None else 100 * cell["bacc_sd"]
+    return _with_deviation(100 * cell["bacc"], deviation, 1)
+
+
+def _recalibrated(cell: Row | None) -> tuple[str, str]:
+    if cell is None:
+        return "–", "–"
+    return _percent(cell), " / ".join(_with_deviation(cell["dcor2"][group], None, 3) for group in ("A", "B"))
 
 
 def limits_text() -> str:

@@ -256,8 +256,9 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     examples = figures.example_images(make_synthetic(4, seed=0))
-    accuracy = figures.accuracy_by_batch_size(rows, names)
-    dependence = figures.dependence_by_group(rows, names)
+    panels = _panels(names)
+    accuracy = figures.accuracy_by_batch_size(rows, panels)
+    dependence = figures.dependence_by_group(rows, panels)
     shown = [
         ReportFigure(
             figures.save_figure(examples, folder / "examples.png"),
@@ -278,11 +279,11 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
             "Bias-corrected squared distance correlation; 0 is right.",
         ),
     ]
-    panels = _projection_panels(runs, rows)
-    if panels:
+    projected = _projection_panels(runs, rows)
+    if projected:
         shown.append(
             ReportFigure(
-                figures.save_figure(figures.projections(panels), folder / "projection.png"),
+                figures.save_figure(figures.projections(projected), folder / "projection.png"),
                 "The features, before and after",
                 "Two principal components of each model's features by group, coloured by the confounder.",
                 "Each point is a held-out image. Without correction the colour runs along the main "
@@ -318,6 +319,22 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
         settings=settings,
         command=command,
     )
+
+
+def _panels(names: dict[str, str]) -> dict[str, dict[str, str]]:
+    """Methods by where they correct, if there are more than one panel can tell apart."""
+    if len(names) <= 6:
+        return {"": names}
+    titles = {
+        "none": "Without Metadata Normalization",
+        "last": "Metadata Normalization on the last layer",
+        "every": "Metadata Normalization on every layer",
+    }
+    groups = {
+        title: {name: text for name, text in names.items() if METHODS[name].layers == layers}
+        for layers, title in titles.items()
+    }
+    return {title: group for title, group in groups.items() if group}
 
 
 def _projection_panels(runs: Sequence[SyntheticRun], rows: Sequence[Row]) -> list[Any]:
