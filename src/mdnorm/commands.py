@@ -31,6 +31,7 @@ from rich.table import Table
 import mdnorm
 
 if TYPE_CHECKING:
+    from mdnorm.experiments.report import ReportTable
     from mdnorm.experiments.results import Row
 
 app = typer.Typer(
@@ -133,6 +134,7 @@ def synthetic(
     """
     from mdnorm.experiments import synthetic as setting
     from mdnorm.experiments.methods import METHODS
+    from mdnorm.experiments.report import synthetic_table
 
     chosen = _methods(methods)
     sizes, seed_count = ([200], seeds or 2) if quick else (_numbers(batch_sizes), seeds)
@@ -157,7 +159,8 @@ def synthetic(
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        _print_table(rows, {name: method.title for name, method in METHODS.items()})
+        titles = {name: method.title for name, method in METHODS.items()}
+        _print_table(synthetic_table(rows, titles), section=1)
         typer.echo(f"\nReport: {report}\nTable:  {out / 'table.md'}\nRows:   {out / 'results.json'}")
 
 
@@ -226,22 +229,21 @@ def _progress_bar(epochs: int, runs: int) -> Iterator[_Bar]:
         yield _Bar(progress, epochs, runs)
 
 
-def _print_table(rows: Sequence[Row], names: dict[str, str]) -> None:
-    from mdnorm.experiments.report import HEADINGS, limits_text, table_lines
-
+def _print_table(report_table: ReportTable, section: int | None = None) -> None:
+    """Print a table, a rule where the cell number `section` changes."""
     table = Table(box=box.SIMPLE)
-    for heading in HEADINGS:
-        is_name = heading == HEADINGS[0]
-        table.add_column(heading, justify="left" if is_name else "right", no_wrap=not is_name)
+    for index, heading in enumerate(report_table.headings):
+        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
     previous = None
-    for line in table_lines(rows, names):
-        if previous is not None and previous != line[1]:
-            table.add_section()
-        previous = line[1]
+    for line in report_table.lines:
+        if section is not None:
+            if previous is not None and previous != line[section]:
+                table.add_section()
+            previous = line[section]
         table.add_row(*map(escape, line))
     console = Console()
     if not console.is_terminal:
         # In a file or a pipe there is no edge to keep to.
         console.width = 140
     console.print(table)
-    typer.echo(limits_text())
+    typer.echo(report_table.limits)

@@ -6,8 +6,9 @@ import pytest
 from mdnorm.experiments.report import (
     HEADINGS,
     ReportFigure,
-    markdown_table,
+    ReportTable,
     summarise,
+    synthetic_table,
     table_lines,
     verdict,
     write_report,
@@ -95,7 +96,7 @@ def test_verdict(accuracy, expected):
 
 
 def test_markdown():
-    lines = markdown_table([row("a|b", 20, 0, 0.8, a=-0.012)], {}).splitlines()
+    lines = synthetic_table([row("a|b", 20, 0, 0.8, a=-0.012)], {}).markdown().splitlines()
     assert lines[0].count("|") == len(HEADINGS) + 1 == lines[1].count("|")
     assert lines[2].startswith("| a\\|b | 20 | 1 | 80.0 | below the limit | −0.012 | 0.200 |")
     assert "83.3 %" in lines[-1]
@@ -128,8 +129,12 @@ def test_page_is_complete_and_stands_alone(tmp_path):
         tmp_path,
         title="A <title> & more",
         introduction=["One.", "<script>alert(1)</script>"],
-        rows=[*ROWS, row("<b>", 20, 0, 0.8)],
-        names=NAMES,
+        tables=[
+            synthetic_table([*ROWS, row("<b>", 20, 0, 0.8)], NAMES),
+            ReportTable(
+                ["Name", "Value"], [["second", "7"]], "No limits.", "A legend.", title="Another table"
+            ),
+        ],
         figures=[ReportFigure(image, "Figure one", 'alt "quoted"', "A caption")],
         settings={"seeds": "0, 1"},
         command="mdnorm experiment synthetic --out 'a b'",
@@ -150,9 +155,13 @@ def test_page_is_complete_and_stands_alone(tmp_path):
         "--out 'a b'",
         "Figure one",
         "A caption",
+        "83.3\u00a0%",
+        "more than 1.5 points above",
+        "Another table",
+        "No limits. A legend.",
     ):
         assert text in page.text
-    assert sum(tag == "tr" for tag, _ in page.tags) == 1 + 4
+    assert sum(tag == "tr" for tag, _ in page.tags) == 1 + 4 + 1 + 1
     assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "report.html"]
 
 
@@ -163,8 +172,7 @@ def test_a_missing_figure_is_not_hidden(tmp_path):
             tmp_path,
             title="t",
             introduction=[],
-            rows=ROWS,
-            names=NAMES,
+            tables=[],
             figures=[figure],
             settings={},
             command="",

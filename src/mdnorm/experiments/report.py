@@ -136,12 +136,46 @@ def limits_text() -> str:
     )
 
 
-def markdown_table(rows: Sequence[Row], names: Mapping[str, str]) -> str:
-    """Return the table in Markdown, the analytic limits below."""
-    lines = ["| " + " | ".join(HEADINGS) + " |", "| --- |" + " ---: |" * (len(HEADINGS) - 1)]
-    for line in table_lines(rows, names):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
-    return "\n".join([*lines, "", limits_text() + " Mean ± standard deviation over seeds.", ""])
+LEGEND = (
+    "Mean ± standard deviation over seeds, on held-out data. dcor² is bias-corrected, so it can be slightly "
+    "negative. “Confounded”: more than 1.5 points above what the true effect allows."
+)
+
+
+@dataclass(frozen=True)
+class ReportTable:
+    """A table of text: printed, in ``table.md`` and on the page.
+
+    Attributes
+    ----------
+    headings : sequence of str
+    lines : sequence of sequences of str
+        Cells in the order of `headings`; the first names the line.
+    limits : str
+        The sentence on the analytic limits, below the table everywhere.
+    legend : str
+        What else must be known to read it; on the page only.
+    title : str
+        Heading above the table on the page.
+    """
+
+    headings: Sequence[str]
+    lines: Sequence[Sequence[str]]
+    limits: str
+    legend: str = LEGEND
+    title: str = "Results"
+
+    def markdown(self) -> str:
+        """Return the table in Markdown, the analytic limits below."""
+        text = ["| " + " | ".join(self.headings) + " |", "| --- |" + " ---: |" * (len(self.headings) - 1)]
+        for line in self.lines:
+            text.append("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |")
+        return "\n".join([*text, "", self.limits + " Mean ± standard deviation over seeds.", ""])
+
+
+def synthetic_table(rows: Sequence[Row], names: Mapping[str, str]) -> ReportTable:
+    """Return the table of `table_lines` with the limits of the synthetic images."""
+    return ReportTable(HEADINGS, table_lines(rows, names), limits_text())
 
 
 @dataclass(frozen=True)
@@ -172,8 +206,7 @@ def write_report(
     *,
     title: str,
     introduction: Sequence[str],
-    rows: Sequence[Row],
-    names: Mapping[str, str],
+    tables: Sequence[ReportTable],
     figures: Sequence[ReportFigure],
     settings: Mapping[str, Any],
     command: str,
@@ -185,9 +218,8 @@ def write_report(
     out : Path
         An existing folder.
     title, introduction
-        Heading and paragraphs above the table.
-    rows, names
-        See `table_lines`.
+        Heading and paragraphs above the tables.
+    tables : sequence of ReportTable
     figures : sequence of ReportFigure
     settings : mapping
         Shown as a list at the end.
@@ -207,9 +239,7 @@ def write_report(
     page = environment.get_template("report.html").render(
         title=title,
         introduction=introduction,
-        headings=HEADINGS,
-        lines=table_lines(rows, names),
-        limits=limits_text(),
+        tables=tables,
         figures=figures,
         settings=settings,
         command=command,

@@ -247,12 +247,13 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     from mdnorm import __version__
     from mdnorm.experiments import figures
     from mdnorm.experiments.files import write_text_atomically
-    from mdnorm.experiments.report import ReportFigure, markdown_table, write_report
+    from mdnorm.experiments.report import ReportFigure, synthetic_table, write_report
 
     names = {
         name: method.title for name, method in METHODS.items() if any(run.method == name for run in runs)
     }
-    write_text_atomically(out / "table.md", markdown_table(rows, names))
+    table = synthetic_table(rows, names)
+    write_text_atomically(out / "table.md", table.markdown())
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     examples = figures.example_images(make_synthetic(4, seed=0))
@@ -313,8 +314,7 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
         out,
         title="Metadata Normalization on synthetic images",
         introduction=_INTRODUCTION,
-        rows=rows,
-        names=names,
+        tables=[table],
         figures=shown,
         settings=settings,
         command=command,
