@@ -14,7 +14,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from mdnorm.experiments.report import markdown_table
+from mdnorm.experiments.report import synthetic_table
 from mdnorm.experiments.results import ResultStore
 from mdnorm.experiments.runner import Runner
 from mdnorm.experiments.synthetic import METHODS, plan, train
@@ -48,7 +48,7 @@ def main() -> None:
     runs = plan(list(VARIANTS), arguments.batch_sizes, arguments.seeds)
     store = ResultStore(arguments.out / "results.json")
     rows = Runner(store, train, os.cpu_count() or 1).run(runs)
-    table = markdown_table(rows, {name: method.title for name, method in VARIANTS.items()})
+    table = synthetic_table(rows, {name: method.title for name, method in VARIANTS.items()}).markdown()
     (arguments.out / "table.md").write_text(table, encoding="utf-8")
     print(table)
 

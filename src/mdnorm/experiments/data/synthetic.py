@@ -28,7 +28,9 @@ import torch
 from torch import Tensor
 
 IMAGE_SIZE = 32
-RANGES = ((1.0, 4.0), (3.0, 6.0))
+Ranges = tuple[tuple[float, float], tuple[float, float]]
+"""Lowest and highest magnitude in group A and in group B."""
+RANGES: Ranges = ((1.0, 4.0), (3.0, 6.0))
 ACCURACY_WITHOUT_CONFOUNDER = 1 - 1 / 2 * 1 / 3
 ACCURACY_WITH_CONFOUNDER = 1 - 1 / 2 * 1 / 3 * 1 / 3
 
@@ -67,7 +69,14 @@ class SyntheticData:
 
 
 def make_synthetic(
-    group_size: int = 1000, *, seed: int = 0, noise: float = 0.01, variant: str = "plain"
+    group_size: int = 1000,
+    *,
+    seed: int = 0,
+    noise: float = 0.01,
+    variant: str = "plain",
+    effect_ranges: Ranges = RANGES,
+    confounder_ranges: Ranges = RANGES,
+    stratified: bool = False,
 ) -> SyntheticData:
     """Generate the data set.
 
@@ -81,11 +90,17 @@ def make_synthetic(
         Standard deviation of the pixel noise; a blob's peak is its magnitude.
     variant : "plain", "sites", "quadratic" or "variance"
         See the module.
+    effect_ranges, confounder_ranges : ((low A, high A), (low B, high B))
+        What the magnitudes are drawn from; those of the confounder are fixed in all variants but "plain".
+    stratified : bool
+        Draw each magnitude of a group once from each of N equal parts of its range, in random order. The
+        distributions stay the same, but the share of a group that lies in the overlap hardly varies, and so
+        neither does the accuracy that an ideal rule gets.
 
     Raises
     ------
     ValueError
-        group_size below 1, a negative noise or an unknown variant.
+        group_size below 1, a negative noise, an unknown variant, or ranges that do not go with it.
     """
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}.")
@@ -93,10 +108,19 @@ def make_synthetic(
         raise ValueError(f"noise must not be negative, got {noise}.")
     if variant not in VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    if variant != "plain" and confounder_ranges != RANGES:
+        raise ValueError(
+            f"the variant {variant!r} has confounder ranges of its own, got {confounder_ranges}."
+        )
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(2).repeat_interleave(group_size)
-    low, high = torch.tensor(RANGES)[labels].unbind(1)
-    effect, magnitude = low + (high - low) * torch.rand(2, len(labels), generator=generator)
+    low, high = torch.tensor([effect_ranges, confounder_ranges])[:, labels].unbind(2)
+    uniform = torch.rand(2, len(labels), generator=generator)
+    if stratified:
+        # One row of parts a group and magnitude.
+        parts = [torch.randperm(group_size, generator=generator) for _ in range(4)]
+        uniform = (torch.cat(parts).view(2, -1) + uniform) / group_size
+    effect, magnitude = low + (high - low) * uniform
     pixel_noise = noise * torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
     confounder, extra = magnitude, {}
     if variant == "sites":
