@@ -7,11 +7,15 @@ import torch
 from safetensors.torch import load, save
 from torch import nn
 
-from mdnorm import MetadataNorm, fit_gram
+from mdnorm import MetadataNorm, fit_gram, penalty_loss
 from mdnorm.estimators import BatchEstimator, DatasetEstimator, Estimator
 from reference import residual
 
-ESTIMATORS = ["batch", "dataset"]
+ESTIMATORS = ["batch", "dataset", "running", "recursive", "penalty"]
+AVERAGING = [name for name in ESTIMATORS if name != "penalty"]
+# Where the gradient is the derivative of one forward pass: "running" has that of many, "recursive" (which
+# takes its coefficients for constants) has the state move between the evaluations of a numeric derivative.
+ONE_PASS = ["batch", "dataset", "penalty"]
 INPUTS = {
     "(N, D)": ((6,), "element", 1),
     "(N, C, L)": ((3, 5), "element", 1),
@@ -40,7 +44,21 @@ def prepared(estimator, *args, **options):
     layer = build(estimator, *args, **options)
     _, metadata, labels = inputs(100)
     fit_gram(layer, metadata, labels)
+    if estimator == "penalty" and layer.estimator.weight is not None:
+        # As after some steps of the optimiser.
+        nn.init.normal_(layer.estimator.weight)
     return layer
+
+
+def step(layer, features, metadata, labels):
+    """A training step: the forward pass, and the optimiser's where coefficients are a parameter."""
+    out = layer(features, metadata, labels)
+    if list(layer.parameters()):
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.3)
+        optimizer.zero_grad()
+        penalty_loss(layer).backward()
+        optimizer.step()
+    return out
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -70,7 +88,7 @@ def test_evaluation_removes_a_known_effect(estimator):
     layer = MetadataNorm(3, 1, 1, estimator=estimator, momentum=None, dtype=torch.float64)
     fit_gram(layer, metadata, label)
     for part in torch.arange(4000).split(64):
-        layer(features[part], metadata[part], label[part])
+        step(layer, features[part], metadata[part], label[part])
     out = layer.eval()(features, metadata)
     np.testing.assert_allclose(layer.estimator.coefficients, truth, atol=0.02)
     np.testing.assert_allclose(out.mean(0), features.mean(0), atol=1e-6)
@@ -123,7 +141,7 @@ def test_averaged_copies_evaluate():
 def test_an_empty_first_batch(estimator):
     layer = prepared(estimator)
     assert layer(*inputs(0)).shape == (0, 6)
-    assert not layer.estimator.coefficients.any()
+    assert estimator == "penalty" or not layer.estimator.coefficients.any()
     layer(*inputs())
     assert all(torch.isfinite(value).all() for value in layer.state_dict().values())
 
@@ -141,7 +159,8 @@ class TestState:
     def test_survives_saving_bit_exactly(self, estimator, lazy, route):
         layer = prepared(estimator, (3, 4), center=True)
         for n in (20, 3):
-            layer(*inputs(n, (3, 4)))
+            features, metadata, labels = inputs(n, (3, 4))
+            step(layer, features.requires_grad_(), metadata, labels).pow(2).mean().backward()
         if route == "torch":
             buffer = io.BytesIO()
             torch.save(layer.state_dict(), buffer)
@@ -160,9 +179,10 @@ class TestState:
         assert torch.equal(layer(*batch), other(*batch))
         assert torch.equal(layer.eval()(*batch), other.eval()(*batch))
 
-    def test_gram_survives_saving_before_the_first_batch_of_a_lazy_layer(self):
-        layer = prepared("dataset", None, None, None)
-        other = MetadataNorm(None, None, None)
+    @pytest.mark.parametrize("estimator", ["dataset", "recursive", "penalty"])
+    def test_gram_survives_saving_before_the_first_batch_of_a_lazy_layer(self, estimator):
+        layer = prepared(estimator, None, None, None)
+        other = build(estimator, None, None, None)
         other.load_state_dict(layer.state_dict())
         batch = inputs()
         assert torch.equal(layer(*batch), other(*batch))
@@ -180,6 +200,30 @@ class TestState:
         assert [key for key in build("batch").state_dict() if key not in state] == [
             "estimator.feature_mean",
             "estimator.cross_covariance",
+        ]
+        added = {
+            "running": ["feature_mean", "cross_covariance", "adjoint", "adjoint_weight"],
+            "recursive": ["factor", "all_coefficients", "column_mean", "column_scale"],
+            "penalty": ["weight"],
+        }
+        base = set(build("batch").state_dict()) & set(state)
+        for estimator, names in added.items():
+            keys = set(build(estimator).state_dict())
+            assert keys == base | {f"estimator.{name}" for name in names}
+        scale = [key for key in build("batch", scale=True).state_dict() if key.startswith("scale_estimator")]
+        assert [key.removeprefix("scale_estimator.") for key in scale] == [
+            "num_columns",
+            "gram_mean",
+            "gram_covariance",
+            "gram_count",
+            "coefficients",
+            "feature_mean",
+            "cross_covariance",
+            "log_mean",
+            "log_cross_covariance",
+            "log_gram_mean",
+            "log_gram_covariance",
+            "log_gram_count",
         ]
         assert state._metadata["estimator"] == {"version": 1}
 
@@ -209,13 +253,24 @@ class TestState:
         twin = copy.deepcopy(layer)
         batch = inputs()
         assert torch.equal(layer(*batch), twin(*batch))
-        layer(*inputs())
+        step(layer, *inputs())
+        layer(*batch)
         assert not torch.equal(layer.estimator.coefficients, twin.estimator.coefficients)
 
-    def test_no_parameters(self):
-        assert list(build("batch").parameters()) == []
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_parameters(self, estimator):
+        names = [name for name, _ in build(estimator, scale=True).named_parameters()]
+        assert names == (["estimator.weight"] if estimator == "penalty" else [])
 
     @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_reset_forgets_everything(self, estimator):
+        layer, fresh = prepared(estimator), build(estimator)
+        step(layer, *inputs())
+        layer.estimator.reset()
+        for key, value in fresh.state_dict().items():
+            assert torch.equal(layer.state_dict()[key], value), key
+
+    @pytest.mark.parametrize("estimator", AVERAGING)
     def test_momentum_is_weighted_by_samples(self, estimator):
         """A last batch of one sample must not count like a whole batch."""
         layer = prepared(estimator)
@@ -227,7 +282,7 @@ class TestState:
         change = (layer.estimator.coefficients - before).abs().max()
         assert change < 0.1
 
-    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("estimator", AVERAGING)
     def test_window_is_a_momentum_that_follows_the_batch_size(self, estimator):
         _, metadata, labels = inputs(100)
         layers = [
@@ -268,6 +323,28 @@ class TestPrecision:
         layer = prepared(estimator).double()
         assert all(value.dtype == torch.float64 for value in layer.state_dict().values())
         assert layer(*(x.double() for x in inputs())).dtype == torch.float64
+
+    @pytest.mark.parametrize("scale", [False, True])
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_autocast_does_not_lower_the_state(self, estimator, scale):
+        layer = build(estimator, scale=scale)
+        fit_gram(layer, *inputs(100)[1:])
+        twin = copy.deepcopy(layer)
+        for _ in range(2):
+            batch = inputs()
+            expected = step(layer, *batch)
+            with torch.autocast("cpu", torch.bfloat16):
+                out = twin(*batch)
+            if estimator == "penalty":
+                twin.zero_grad()
+                penalty_loss(twin).backward()
+                torch.optim.SGD(twin.parameters(), lr=0.3).step()
+            assert torch.equal(out, expected)
+        layer.eval()(*batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            twin.eval()(*batch)
+        for key, value in layer.state_dict().items():
+            assert torch.equal(twin.state_dict()[key], value), key
 
     def test_lazy_layer_remembers_its_dtype(self):
         layer = MetadataNorm(None, None, None, estimator="batch").double()
@@ -374,7 +451,9 @@ class TestBadInput:
             ((4, 1), {"window": float("inf")}, ValueError, "window must be"),
             ((4, 1), {"ridge": -1.0}, ValueError, "ridge must be"),
             ((4, 1), {"ridge": float("nan")}, ValueError, "ridge must be"),
-            ((4, 1), {"estimator": "magic"}, ValueError, r"one of \['batch', 'dataset'\], got 'magic'"),
+            ((4, 1), {"estimator": "magic"}, ValueError, r"one of \['batch', 'dataset', .*\], got 'magic'"),
+            ((4, 1), {"momentum": "often"}, ValueError, "momentum must be in"),
+            ((4, 1), {"estimator": "recursive", "ridge": 0.1}, ValueError, "takes no ridge"),
             ((4, 1), {"estimator": 3}, TypeError, "estimator must be a name"),
         ],
     )
@@ -410,6 +489,64 @@ class TestEstimatorArgument:
         torch.testing.assert_close(layer(features, metadata), features - 2 * metadata)
         torch.testing.assert_close(layer.eval()(features, metadata), features - 2 * metadata)
 
+    def test_own_subclass_with_state_of_its_own(self):
+        """What CONTRIBUTING.md promises: more state is allocated, saved, moved and kept precise."""
+
+        class Median(Estimator):
+            """Removes the running average of the slope through the batch's extreme metadata."""
+
+            name = "extremes"
+            precise = Estimator.precise | {"seen"}
+
+            def state_shapes(self, num_metadata, num_labels, feature_shape):
+                return super().state_shapes(num_metadata, num_labels, feature_shape) | {"seen": (1,)}
+
+            def forward(self, features, columns, positions):
+                low, high = columns[:, 0].argmin(), columns[:, 0].argmax()
+                rise = (features[high] - features[low]) / (columns[high, 0] - columns[low, 0])
+                slope, count = self.usable(rise.detach().flatten().unsqueeze(0), len(columns))
+                self.seen.mul_(self.decay(count)).add_(count)
+                self.coefficients.flatten(1).lerp_(slope, (count / self.seen).to(slope.dtype))
+                return self.evaluate(features, columns[:, : self.num_metadata], positions)
+
+        layer = MetadataNorm(None, None, None, estimator=Median(window=20))
+        metadata = torch.arange(10.0)
+        features = metadata[:, None, None] * torch.ones(3, 2)
+        assert layer(features, metadata).abs().max() == 0
+        layer(2 * features, metadata)
+        torch.testing.assert_close(layer.estimator.coefficients, torch.full((1, 3, 2), 5 / 3))
+        other = MetadataNorm(None, None, None, estimator=Median(window=20)).half()
+        other.load_state_dict(layer.state_dict())
+        assert other.estimator.seen.dtype == torch.float64
+        assert torch.equal(other.eval()(features, metadata), layer.eval()(features, metadata))
+
+
+@pytest.mark.parametrize(
+    ("estimator", "momentum", "window"),
+    [
+        ("batch", 0.1, None),
+        ("dataset", 0.1, None),
+        ("running", None, 1000),
+        ("recursive", None, 2000),
+    ],
+)
+def test_auto_momentum(estimator, momentum, window):
+    chosen = build(estimator).estimator
+    assert (chosen.momentum, chosen.window) == (momentum, window)
+    assert build(estimator, window=50).estimator.window == 50
+    cumulative = build(estimator, momentum=None).estimator
+    assert (cumulative.momentum, cumulative.window) == (None, None)
+    assert build(estimator, momentum=0.3).estimator.window is None
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("sizes", [((6,), None, None), (6, 2, None), (None, 2, 1)])
+def test_sizes_known_in_part_with_scale(estimator, sizes):
+    layer = prepared(estimator, *sizes, scale=True)
+    batch = inputs()
+    assert layer(*batch).shape == (30, 6)
+    assert layer.eval()(*batch).shape == (30, 6)
+
 
 def test_repr_names_the_sizes_and_settings():
     text = repr(build("dataset", (3, 4), momentum=0.2))
@@ -424,7 +561,7 @@ def test_metadata_as_numpy_array():
     torch.testing.assert_close(out, build("batch")(features, metadata, labels))
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("estimator", ONE_PASS)
 def test_gradcheck_through_the_layer(estimator):
     layer = prepared(estimator, 3).double()
     features, metadata, labels = inputs(8, (3,))
@@ -438,6 +575,7 @@ def test_gradcheck_through_the_layer(estimator):
 # Raised inside torch while it traces any autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 def test_compiles_to_one_graph(estimator, training):
+    torch._dynamo.reset()
     layer = prepared(estimator).train(training)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")

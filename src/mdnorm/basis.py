@@ -6,6 +6,7 @@ from data (knots, a range) is an argument, so that training and inference use th
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -53,8 +54,8 @@ def polynomial(values: Tensor | ArrayLike, degree: int, *, low: float, high: flo
     """
     if degree < 1:
         raise ValueError(f"degree must be at least 1, got {degree}.")
-    if not low < high:
-        raise ValueError(f"low must be below high, got low={low} and high={high}.")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low must be below high and both finite, got low={low} and high={high}.")
     scaled = (_as_vector(values) - (low + high) / 2) / ((high - low) / 2)
     return torch.stack([scaled**power for power in range(1, degree + 1)], 1)
 
@@ -85,7 +86,8 @@ def spline_knots(values: Tensor | ArrayLike, num_columns: int, degree: int = 3) 
     vector = _as_vector(values).double()
     if vector.numel() == 0:
         raise ValueError("no values: the knots come from the training data.")
-    knots = torch.quantile(vector, torch.linspace(0, 1, num_columns - degree + 2, dtype=torch.float64))
+    ranks = torch.linspace(0, 1, num_columns - degree + 2, dtype=vector.dtype, device=vector.device)
+    knots = torch.quantile(vector, ranks)
     if bool((knots.diff() <= 0).any()):
         raise ValueError(
             f"values have too few different values for {num_columns} spline columns: take fewer columns, or "

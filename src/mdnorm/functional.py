@@ -341,17 +341,17 @@ def _is_number_table(values: list[Any] | tuple[Any, ...]) -> bool:
 # --------------------------------------------------------------------------------------------------------
 
 
-def coefficient_operator(gram: Gram, ridge: float = 0.0) -> Tensor:
+def coefficient_operator(gram: Gram, ridge: float | Tensor = 0.0) -> Tensor:
     """Return `Q` with ``[β_m; β_y] = Q C``, `C` the cross covariance of design columns and features.
 
     Parameters
     ----------
     gram : Gram
         Of the batch or of the training set.
-    ridge : float
-        λ ≥ 0, added to the variance of each standardised metadata column. The label columns are not
-        penalised: that would let part of their effect be removed with the metadata. With λ > 0 the result
-        depends on how the metadata are coded, as ridge regression does.
+    ridge : float or (1,) tensor
+        λ ≥ 0 (as a tensor, > 0), added to the variance of each standardised metadata column. The label
+        columns are not penalised: that would let part of their effect be removed with the metadata. With
+        λ > 0 the result depends on how the metadata are coded, as ridge regression does.
 
     Returns
     -------
@@ -369,7 +369,7 @@ def coefficient_operator(gram: Gram, ridge: float = 0.0) -> Tensor:
     # Rows of [I, −S_my S_yy⁺]: what is left of the metadata once the labels have explained their share.
     protection = s_my @ s_yy_inverse
     partial = s_mm - protection @ s_my.mT
-    if ridge > 0:
+    if isinstance(ridge, Tensor) or ridge > 0:
         identity = torch.eye(num_metadata, dtype=partial.dtype, device=partial.device)
         partial_inverse = torch.linalg.solve_ex(partial + ridge * identity, identity)[0]
     else:
@@ -845,11 +845,11 @@ def recursive_update(factor: Tensor, rows: Tensor, decay: Tensor | float, limit:
     """
     left, values, _ = torch.linalg.svd(factor / decay**0.5)
     root = left * values.clamp_max(limit**0.5)
-    scaled = rows @ root
+    # P' = root (I + rootᵀ XᵀX root)⁻¹ rootᵀ = root (RᵀR)⁻¹ rootᵀ. R by QR: forming RᵀR would square the
+    # condition number, and with unstandardised columns lose the identity.
     identity = torch.eye(root.shape[0], dtype=root.dtype, device=root.device)
-    cholesky = torch.linalg.cholesky_ex(identity + scaled.mT @ scaled)[0]
-    # root (I + rootᵀ XᵀX root)⁻¹ rootᵀ: multiply the root by the inverse transposed Cholesky factor.
-    return cast(Tensor, torch.linalg.solve_triangular(cholesky, root.mT, upper=False).mT)
+    triangle = torch.linalg.qr(torch.cat([identity, rows @ root]), mode="r")[1]
+    return cast(Tensor, torch.linalg.solve_triangular(triangle, root, upper=True, left=False))
 
 
 def metadata_norm(

@@ -184,7 +184,8 @@ class MetadataNorm(nn.Module):
                     raise ValueError(
                         f"the Gram matrix has {have} {name} column(s), the layer num_{name}={want}."
                     )
-            self.estimator.allocate(gram.num_metadata, num_labels, self._requested[0])
+            for part in self._parts:
+                part.allocate(gram.num_metadata, num_labels, self._requested[0])
         self.estimator.set_gram(gram)
 
     def _shape_of_coefficients(self, features: Tensor, positions: tuple[int, ...]) -> tuple[int, ...]:
@@ -270,8 +271,10 @@ class MetadataNorm(nn.Module):
         self.estimator.check_ready()
         if not self.estimator.is_allocated:
             self.allocate_for(features, positions, columns, num_metadata)
-        for part in self._parts:
-            features = part(features, columns, positions)
+        # Autocast would compute what goes into the state below float32.
+        with torch.autocast(features.device.type, enabled=False):
+            for part in self._parts:
+                features = part(features, columns, positions)
         return features
 
     def _evaluate(self, features: Tensor, metadata: Tensor | ArrayLike, positions: tuple[int, ...]) -> Tensor:
@@ -284,8 +287,9 @@ class MetadataNorm(nn.Module):
         )
         if not self.estimator.is_allocated:
             return features
-        for part in self._parts:
-            features = part.evaluate(features, columns, positions)
+        with torch.autocast(features.device.type, enabled=False):
+            for part in self._parts:
+                features = part.evaluate(features, columns, positions)
         return features
 
     def extra_repr(self) -> str:

@@ -52,6 +52,12 @@ class DatasetEstimator(Estimator):
         super().reset()
         self.operator = None
 
+    @torch.no_grad()
+    def set_moments(self, gram: Gram, moments: Tensor) -> None:
+        """Replace the running coefficients, which then weigh as many samples as they come from."""
+        super().set_moments(gram, moments)
+        self.weight.copy_(gram.count)
+
     def check_ready(self) -> None:
         """Raise RuntimeError before the Gram matrix of the training set is known."""
         if self.operator is None:

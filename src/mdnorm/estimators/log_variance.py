@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from typing import ClassVar
 
 import torch
@@ -21,6 +23,11 @@ class LogVarianceEstimator(BatchEstimator):
     site's scale (Johnson et al. 2007), for continuous metadata its smooth form. The metadata's effect on the
     mean is removed behind it, by the estimator of the layer.
 
+    Of one sample, the logarithm of a squared residual is a noisy measure of the variance (its own variance is
+    π²/2), and where there are no more samples than columns the residual is zero. So the fit has a prior on
+    γ_m, one unit wide a standard deviation of metadata, which n samples outweigh as n to 5, and samples count
+    from the moment on at which there are more of them than columns.
+
     The features are scaled about their overall mean, since the label, which would give each class a mean of
     its own, is not there in evaluation. The factors are constants for the gradient.
 
@@ -30,6 +37,8 @@ class LogVarianceEstimator(BatchEstimator):
         Running mean of ``log r²``.
     log_cross_covariance : (K, *feature_shape) buffer
         Running covariance of design columns and ``log r²``.
+    log_gram_mean, log_gram_covariance, log_gram_count : (K,), (K, K), (1,) buffers, float64
+        Running Gram matrix of the design over the samples that have a residual.
     coefficients : (K_m, *feature_shape) buffer
         γ_m.
     """
@@ -37,9 +46,19 @@ class LogVarianceEstimator(BatchEstimator):
     name: ClassVar[str] = "log_variance"
     default_momentum: ClassVar[float | None] = None
     default_window: ClassVar[float | None] = 2000
+    precise: ClassVar[frozenset[str]] = BatchEstimator.precise | {
+        "log_gram_mean",
+        "log_gram_covariance",
+        "log_gram_count",
+    }
+    noise: ClassVar[float] = math.pi**2 / 2
+    """Variance of the logarithm of a squared normal residual."""
 
     log_mean: Tensor
     log_cross_covariance: Tensor
+    log_gram_mean: Tensor
+    log_gram_covariance: Tensor
+    log_gram_count: Tensor
 
     def state_shapes(
         self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...]
@@ -48,6 +67,9 @@ class LogVarianceEstimator(BatchEstimator):
         return super().state_shapes(num_metadata, num_labels, feature_shape) | {
             "log_mean": feature_shape,
             "log_cross_covariance": (num_metadata + num_labels, *feature_shape),
+            "log_gram_mean": (num_metadata + num_labels,),
+            "log_gram_covariance": (num_metadata + num_labels, num_metadata + num_labels),
+            "log_gram_count": (1,),
         }
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
@@ -57,32 +79,40 @@ class LogVarianceEstimator(BatchEstimator):
 
     @torch.no_grad()
     def _update_scale(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> None:
-        batch = Gram.from_columns(columns, self.gram.num_metadata)
+        num_metadata = self.gram.num_metadata
+        batch = Gram.from_columns(columns, num_metadata)
         rows = functional.moment_rows(columns, batch.mean)
-        step = batch.mean - self.gram_mean
         moments = functional.feature_moments(features, rows, positions)
-        count, operator = self._update(batch, moments, columns.shape[0])
+        count, _ = self._update(batch, moments, columns.shape[0])
         full = functional.coefficient_operator(self.gram, self.ridge).to(self.cross_covariance.dtype)
         slopes = full @ self.cross_covariance.flatten(1)
         basis = functional.effect_basis(columns, self.gram_mean, True)
         fitted = torch.cat([slopes, self.feature_mean.view(1, -1)])
-        residual = functional.remove_effect(features, basis, fitted, positions)
-        squared = residual.to(self.log_mean.dtype).square()
-        # A residual of zero (a dead unit, a fit with as many columns as samples) has no logarithm.
+        residual = functional.remove_effect(features.to(fitted.dtype), basis, fitted, positions)
+        squared = residual.square()
+        # A residual of zero (a dead unit) has no logarithm.
         floor = 1e-6 * squared.mean(0, keepdim=True) + torch.finfo(squared.dtype).tiny
         log_moments = functional.feature_moments((squared + floor).log(), rows, positions)
-        log_moments = torch.where(torch.isfinite(log_moments), log_moments, 0.0)
-        share = (count / self.gram_count.clamp_min(1e-30)).to(log_moments.dtype)
-        cross, mean = functional.merge_cross_moments_(
+        has_residuals = self.gram_count > columns.shape[1] + 1
+        usable = has_residuals & torch.isfinite(log_moments.sum())
+        count = torch.where(usable, count, 0.0)
+        log_moments = torch.where(usable, log_moments, 0.0).to(self.log_mean.dtype)
+        past = Gram(self.log_gram_mean, self.log_gram_covariance, self.log_gram_count, num_metadata)
+        merged = past.merge(dataclasses.replace(batch, count=count), self.decay(count))
+        cross, _ = functional.merge_cross_moments_(
             self.log_cross_covariance.flatten(1),
             self.log_mean.view(-1),
             log_moments,
-            step.to(log_moments.dtype),
-            share,
+            (batch.mean - past.mean).to(log_moments.dtype),
+            (count / merged.count.clamp_min(1e-30)).to(log_moments.dtype),
         )
-        log_operator = operator[: self.gram.num_metadata].to(cross.dtype)
-        log_running = torch.cat([cross, mean.unsqueeze(0)])
-        self.coefficients[: self.gram.num_metadata].flatten(1).copy_(log_operator @ log_running)
+        self.log_gram_mean.copy_(merged.mean)
+        self.log_gram_covariance.copy_(merged.covariance)
+        self.log_gram_count.copy_(merged.count)
+        prior = self.noise / merged.count.clamp_min(1.0)
+        operator = functional.coefficient_operator(merged, prior)[:num_metadata]
+        effect = operator.to(cross.dtype) @ cross
+        self.coefficients[:num_metadata].flatten(1).copy_(effect)
 
     def evaluate(self, features: Tensor, metadata: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Remove the remembered effect of the metadata columns (N, K_m) on the scale of features (N, ...)."""

@@ -56,8 +56,10 @@ class PenaltyEstimator(Estimator):
     ) -> None:
         """Create the parameter as well, as soon as the shape of the features is known."""
         super().allocate(num_metadata, num_labels, feature_shape)
-        if feature_shape is None or self.weight is not None:
+        # A state saved between fit_gram and the first batch has no feature shape either.
+        if not self.is_allocated or self.weight is not None:
             return
+        assert feature_shape is not None
         with torch.inference_mode(False):
             zeros = torch.zeros(
                 (num_metadata + num_labels + 1, *feature_shape),
@@ -98,7 +100,7 @@ class PenaltyEstimator(Estimator):
         assert self.whitening is not None
         assert self.weight is not None
         weight = torch.cat([self.whitening.mT.to(moments.dtype) @ moments[:-1], moments[-1:]])
-        self.weight.flatten(1).copy_(weight)
+        self.weight.copy_(weight.reshape(self.weight.shape))
 
     def reset(self) -> None:
         """Forget the coefficients and the Gram matrix."""
@@ -135,7 +137,9 @@ class PenaltyEstimator(Estimator):
         num_metadata = self.gram.num_metadata
         rows = functional.effect_basis(columns @ self.whitening, self.gram_mean @ self.whitening, True)
         weight = self.weight.flatten(1)
-        error = functional.remove_effect(features.detach(), rows, weight, positions)
+        # In half precision the sum of squares would overflow.
+        constant = features.detach().to(functional.compute_dtype(features))
+        error = functional.remove_effect(constant, rows, weight, positions)
         # The mean over positions carries the whole gradient of shared coefficients.
         self.loss = 0.5 * error.square().sum() / max(columns.shape[0], 1)
         if positions:
@@ -143,8 +147,6 @@ class PenaltyEstimator(Estimator):
             for dim in positions:
                 sharing *= features.shape[dim]
             self.loss = self.loss / max(sharing, 1)
-        with torch.no_grad():
-            self.coefficients.flatten(1).copy_(self.operator.to(weight.dtype) @ weight)
         return self.evaluate(features, columns[:, :num_metadata], positions)
 
     def evaluate(self, features: Tensor, metadata: Tensor, positions: tuple[int, ...]) -> Tensor:
@@ -152,6 +154,6 @@ class PenaltyEstimator(Estimator):
         if self.operator is not None and self.weight is not None:
             # The optimiser moved the parameter since the last forward pass.
             with torch.no_grad():
-                weight = self.weight.flatten(1)
-                self.coefficients.flatten(1).copy_(self.operator.to(weight.dtype) @ weight)
+                weight = self.weight.flatten(1).to(self.operator.dtype)
+                self.coefficients.copy_((self.operator @ weight).reshape(self.coefficients.shape))
         return super().evaluate(features, metadata, positions)

@@ -68,8 +68,17 @@ class RecursiveEstimator(Estimator):
     @torch.no_grad()
     def _store_gram(self, gram: Gram) -> None:
         super()._store_gram(gram)
+        scale = functional.column_scale(gram)
+        before = torch.where(self.column_scale > 0, self.column_scale, 1.0)
+        # A new training set (continual learning): what the recursion knows is put in the new units.
+        known = scale.isfinite() & before.isfinite()
+        change = torch.cat([torch.where(known, scale / before, 1.0), scale.new_ones(1)]).diag()
+        change[-1, :-1] = (gram.mean - self.column_mean) / before
+        coefficients = change @ self.all_coefficients.flatten(1).to(change.dtype)
+        self.all_coefficients.copy_(coefficients.reshape(self.all_coefficients.shape))
+        self.factor.copy_(change @ self.factor)
         self.column_mean.copy_(gram.mean)
-        self.column_scale.copy_(functional.column_scale(gram))
+        self.column_scale.copy_(scale)
 
     @torch.no_grad()
     def set_moments(self, gram: Gram, moments: Tensor) -> None:
@@ -113,11 +122,13 @@ class RecursiveEstimator(Estimator):
             functional.feature_moments(predicted, rows.mT, positions), columns.shape[0]
         )
         used = (count > 0).to(rows.dtype)
-        decay = self.decay(count).clamp_min(1e-3)
+        # A batch beyond the window forgets the past: `P` divided by almost nothing is the prior.
+        decay = self.decay(count).clamp_min(1e-12)
         # A zero factor is one that no batch has reached.
         factor = torch.where(self.factor.any(), self.factor, self._prior())
         factor = functional.recursive_update(factor, rows * used, decay, self.prior)
-        self.factor.copy_(factor)
+        # An unused batch must not even rotate the root.
+        self.factor.copy_(torch.where(count > 0, factor, self.factor))
         gain = (factor @ factor.mT).to(innovation.dtype)
         coefficients.add_(gain @ innovation)
         # The running mean of the columns centres what is removed; a given Gram matrix weighs as its samples.
@@ -127,6 +138,8 @@ class RecursiveEstimator(Estimator):
         slopes = coefficients[:num_metadata] / scale[:num_metadata, None].to(coefficients.dtype)
         removed = [slopes]
         if self.center:
-            shift = ((merged.mean - self.column_mean) / scale)[:num_metadata].to(coefficients.dtype)
-            removed.append((coefficients[-1] + shift @ coefficients[:num_metadata]).unsqueeze(0))
+            # The intercept at the mean metadata and at label 0: the label part always stays.
+            origin = torch.cat([merged.mean[:num_metadata], torch.zeros_like(merged.mean[num_metadata:])])
+            shift = ((origin - self.column_mean) / scale).to(coefficients.dtype)
+            removed.append((coefficients[-1] + shift @ coefficients[:-1]).unsqueeze(0))
         self.coefficients.flatten(1).copy_(torch.cat(removed))

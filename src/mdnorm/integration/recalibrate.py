@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def recalibrate(
     A layer that runs several times in a forward pass gets the fit over all its inputs. A layer with
     ``scale=True`` keeps its running scale, and the fit is made behind it.
     """
-    if isinstance(loader, Iterable) and iter(loader) is loader:
+    if isinstance(loader, Iterator):
         raise ValueError(
             "loader is exhausted after one pass, but one is needed for each layer: give a DataLoader or "
             "a list."
