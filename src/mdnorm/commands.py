@@ -154,6 +154,10 @@ def synthetic(
         )
     except ValueError as error:
         _fail(str(error), BAD_INPUT)
+    for method, size in setting.impossible_cells(chosen, sizes):
+        _errors.print(
+            f"left out: {METHODS[method].title} cannot train with batch size {size}.", highlight=False
+        )
     rows = _run_all(runs, setting.train, out, jobs or os.cpu_count() or 1)
     report = setting.write_outputs(out, runs, rows, command=_command())
     if json_output:

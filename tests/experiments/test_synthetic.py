@@ -8,6 +8,8 @@ from torch import nn
 
 from mdnorm import MetadataNorm
 from mdnorm.experiments import synthetic
+from mdnorm.experiments.data.synthetic import make_synthetic
+from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS, build
 from mdnorm.experiments.results import ResultStore
 from mdnorm.experiments.runner import Runner, one_thread
 from mdnorm.metrics import distance_correlation_sqr
@@ -21,13 +23,23 @@ def small(method="mdn-last", **options):
 class TestPlan:
     def test_default_table(self):
         runs = synthetic.plan()
-        assert len(runs) == 5 * (3 + 5 + 3 + 3)
-        assert sum(run.batch_size == 200 for run in runs) == 25
+        seeds = sum(METHODS[method].seeds for method in DEFAULT_METHODS)
+        # BatchNorm cannot train with batch size 1.
+        assert len(runs) == len(synthetic.BATCH_SIZES) * seeds - METHODS["batchnorm"].seeds
+        assert {run.batch_size for run in runs} == set(synthetic.BATCH_SIZES)
         assert [run.seed for run in runs] == sorted(run.seed for run in runs)
         assert len({json.dumps(run.settings()) for run in runs}) == len(runs)
 
     def test_repeated_names_count_once(self):
         assert len(synthetic.plan(["none", "none"], [20, 20], 1)) == 1
+
+    def test_what_cannot_be_trained_is_left_out(self):
+        assert synthetic.impossible_cells(["none", "batchnorm"], [1, 4]) == [("batchnorm", 1)]
+        runs = synthetic.plan(["none", "batchnorm"], [1, 4], 1)
+        assert ("batchnorm", 1) not in {(run.method, run.batch_size) for run in runs}
+        assert len(runs) == 3
+        with pytest.raises(ValueError, match="nothing to run"):
+            synthetic.plan(["batchnorm"], [1])
 
     def test_features_are_kept_for_the_first_seed(self, tmp_path):
         runs = synthetic.plan(["none"], [20], 2, first_seed=5, features_dir=tmp_path)
@@ -51,6 +63,7 @@ class TestPlan:
             ({"learning_rate": float("nan")}, "learning rate"),
             ({"learning_rate": -1.0}, "learning rate"),
             ({"group_size": 3}, "at least 4 images"),
+            ({"variant": "cubic"}, "unknown variant 'cubic': choose from plain, sites, quadratic, variance"),
         ],
     )
     def test_errors(self, arguments, message):
@@ -70,21 +83,21 @@ class TestNetworks:
         ],
     )
     def test_what_sits_where(self, method, kinds):
-        network = synthetic.build(small(method))
+        network = build(METHODS[method], 3, 0)
         assert [type(module) for module in network.normalization.values()] == kinds
 
     def test_all_methods_start_from_the_same_weights(self):
-        weights = [synthetic.build(small(method)).fc1.weight for method in synthetic.METHODS]
+        weights = [build(method, 3, 0).fc1.weight for method in METHODS.values()]
         assert all(torch.equal(weight, weights[0]) for weight in weights)
-        assert not torch.equal(synthetic.build(small(seed=1)).fc1.weight, weights[0])
+        assert not torch.equal(build(METHODS["none"], 3, 1).fc1.weight, weights[0])
 
     def test_authors_settings_remove_the_intercept(self):
-        layer = synthetic.build(small("mdn-last-authors")).normalization["fc1"]
-        assert (layer.estimator.center, layer.num_metadata) == (True, 1)
+        layer = build(METHODS["mdn-last-authors"], 1, 0).normalization["fc1"]
+        assert (layer.estimator.center, METHODS["mdn-last-authors"].degree) == (True, 1)
 
 
 class TestTraining:
-    @pytest.mark.parametrize("method", synthetic.METHODS)
+    @pytest.mark.parametrize("method", METHODS)
     def test_every_method_trains_with_a_partial_last_batch(self, method):
         epochs = []
         row = synthetic.train(small(method, batch_size=17), lambda: epochs.append(1))
@@ -92,6 +105,19 @@ class TestTraining:
         assert 0 <= row["bacc"] <= 1
         assert row["bacc"] == pytest.approx(np.mean(list(row["accuracy"].values())))
         json.dumps(row, allow_nan=False)
+        assert ("recalibrated" in row) == method.startswith("mdn")
+
+    @pytest.mark.parametrize("batch_size", [1, 4])
+    @pytest.mark.parametrize("method", ["groupnorm", "brnet", "mdn-every-running", "mdn-every-batch"])
+    def test_the_smallest_batches(self, method, batch_size):
+        run = small(method, batch_size=batch_size, group_size=10)
+        json.dumps(synthetic.train(run, lambda: None), allow_nan=False)
+
+    @pytest.mark.parametrize("variant", ["sites", "quadratic", "variance"])
+    def test_every_variant_trains(self, variant):
+        for method in ("mdn-last-running", "mdn-last-linear", "mdn-last-scale"):
+            row = synthetic.train(small(method, variant=variant), lambda: None)
+            json.dumps(row, allow_nan=False)
 
     def test_same_seed_same_row(self):
         def measured():
@@ -133,9 +159,33 @@ class TestTraining:
         assert max(rows["mdn-last"]["dcor2"].values()) < 0.06
 
 
-def test_basis_columns_are_powers():
-    basis = synthetic.confounder_basis(torch.tensor([1.0, 3.5, 6.0]), 3)
-    torch.testing.assert_close(basis, torch.tensor([[-1.0, 1, -1], [0, 0, 0], [1, 1, 1]]))
+class TestMetadata:
+    def test_columns_are_powers_of_the_confounder(self):
+        data = make_synthetic(20)
+        columns = synthetic.metadata_columns(data, "plain", 3)
+        scaled = (data.confounder - 3.5) / 2.5
+        torch.testing.assert_close(columns, torch.stack([scaled, scaled**2, scaled**3], 1))
+        assert synthetic.metadata_columns(data, "plain", 1).shape == (40, 1)
+
+    def test_fifty_columns_of_sites(self):
+        data = make_synthetic(200, variant="sites")
+        columns = synthetic.metadata_columns(data, "sites", 3)
+        assert columns.shape == (400, 50)
+        assert torch.equal(columns[:, :16].argmax(1), data.site)
+        assert synthetic.metadata_columns(data, "sites", 1).shape == (400, 45)
+
+    def test_the_columns_of_sites_explain_the_magnitude(self):
+        """And a straight line in age does not, so there is something for the spline to do."""
+        data = make_synthetic(2000, variant="sites", seed=1)
+        left = {}
+        for degree in (1, 3):
+            columns = synthetic.metadata_columns(data, "sites", degree).double().numpy()
+            design = np.column_stack([columns, np.ones(len(columns))])
+            magnitude = data.confounder.double().numpy()
+            fitted = design @ np.linalg.lstsq(design, magnitude, rcond=None)[0]
+            left[degree] = np.var(magnitude - fitted) / np.var(magnitude)
+        assert left[3] < 0.001
+        assert left[1] > 2 * left[3]
 
 
 def test_outputs(tmp_path):

@@ -96,15 +96,20 @@ Panels = Mapping[str, Mapping[str, str]]
 
 def accuracy_by_batch_size(rows: Sequence[Row], panels: Panels) -> Figure:
     """Balanced accuracy, mean ± standard deviation over seeds, with the analytic limits; panels stacked."""
-    figure = Figure(figsize=(_WIDTH, 0.9 + 3.3 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axis, (title, names) in zip(axes, panels.items(), strict=True):
+    figure = Figure(figsize=(_WIDTH, 0.4 + 3.8 * len(panels)), layout="constrained")
+    for part, (title, names) in zip(_stacked(figure, panels), panels.items(), strict=True):
+        axis = part.subplots()
         _draw_limits(axis)
         _draw_cells(axis, rows, names, lambda cell: (100 * cell["bacc"], 100 * (cell["bacc_sd"] or 0)))
-        axis.set_ylabel("balanced accuracy on\nheld-out data (%)")
-        _legend(axis, title, ncols=3)
-    axes[-1].set_xlabel("batch size")
+        axis.set_xlabel("batch size")
+        axis.set_ylabel("balanced accuracy on held-out data (%)")
+        _legend(part, axis, title)
     return figure
+
+
+def _stacked(figure: Figure, panels: Panels) -> list[Any]:
+    """One part a panel, so that each has a legend of its own."""
+    return list(figure.subfigures(len(panels), 1, squeeze=False)[:, 0])
 
 
 def _draw_limits(axis: Axes) -> None:
@@ -127,11 +132,11 @@ def _draw_limits(axis: Axes) -> None:
 
 def dependence_by_group(rows: Sequence[Row], panels: Panels) -> Figure:
     """Distance correlation of features and confounder by group, mean ± standard deviation; panels stacked."""
-    figure = Figure(figsize=(_WIDTH, 0.9 + 3.1 * len(panels)), layout="constrained")
+    figure = Figure(figsize=(_WIDTH, 0.4 + 3.6 * len(panels)), layout="constrained")
     groups = sorted({group for row in rows for group in row["dcor2"]})
-    # A scale for each panel: what correction leaves would be a flat line on the scale of what it removes.
-    grid = figure.subplots(len(panels), len(groups), sharey="row", squeeze=False)
-    for axes, (title, names) in zip(grid, panels.items(), strict=True):
+    for part, (title, names) in zip(_stacked(figure, panels), panels.items(), strict=True):
+        # A scale for each panel: what correction leaves would be a flat line on the scale of what it removes.
+        axes = part.subplots(1, len(groups), sharey=True, squeeze=False)[0]
         for axis, group in zip(axes, groups, strict=True):
             axis.axhline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
 
@@ -139,13 +144,10 @@ def dependence_by_group(rows: Sequence[Row], panels: Panels) -> Figure:
                 return cell["dcor2"][group], cell["dcor2_sd"][group] or 0
 
             _draw_cells(axis, rows, names, value)
-            axis.annotate(
-                f"group {group}", (0.98, 0.96), xycoords="axes fraction", ha="right", va="top", fontsize=9
-            )
-        axes[0].set_ylabel("dcor²\n(features, confounder)")
-        _legend(axes[0], title, ncols=3, span=len(groups))
-    for axis in grid[-1]:
-        axis.set_xlabel("batch size")
+            axis.set_xlabel("batch size")
+            axis.set_title(f"Group {group}", fontsize=10)
+        axes[0].set_ylabel("dcor² (features, confounder)")
+        _legend(part, axes[0], title)
     return figure
 
 
@@ -179,18 +181,17 @@ def _draw_cells(axis: Axes, rows: Sequence[Row], names: Mapping[str, str], value
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(axis: Axes, title: str, *, ncols: int, span: int = 1) -> None:
-    axis.legend(
+def _legend(part: Any, axis: Axes, title: str) -> None:
+    handles, labels = axis.get_legend_handles_labels()
+    part.legend(
+        handles,
+        labels,
         title=title or None,
-        loc="lower left",
-        # Above the axis, over the width of `span` axes.
-        bbox_to_anchor=(0, 1.0, span, 0),
-        mode="expand",
-        ncols=ncols,
+        loc="outside upper center",
+        ncols=3,
         frameon=False,
         fontsize=8,
-        title_fontsize=9,
-        alignment="left",
+        title_fontsize=10,
     )
 
 

@@ -38,6 +38,8 @@ class Method:
         Seeds a cell of the table.
     in_table : bool
         Whether it is one of "all": the others serve a variant of the data.
+    least_batch_size : int
+        Smaller batches it cannot train on.
     """
 
     title: str
@@ -49,6 +51,7 @@ class Method:
     adversary: dict[str, Any] | None = None
     seeds: int = 3
     in_table: bool = True
+    least_batch_size: int = 1
 
     def settings(self) -> Row:
         """Return what can change a result, as JSON values."""
@@ -81,7 +84,7 @@ _AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 
 
 METHODS = {
     "none": Method("No normalisation", seeds=5),
-    "batchnorm": Method("BatchNorm", other=_batch_norm),
+    "batchnorm": Method("BatchNorm", other=_batch_norm, least_batch_size=2),
     "groupnorm": Method("GroupNorm", other=_group_norm),
     "brnet": Method("BR-Net", adversary={"strength": 1.0, "learning_rate": 1e-3, "steps": 1}),
     "mdn-last": Method("MDN, last layer", "last", degree=3, options=_RECIPE, seeds=5),

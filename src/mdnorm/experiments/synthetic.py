@@ -102,10 +102,15 @@ def plan(
     features_dir : Path, optional
         Folder for the held-out features of each cell's first seed.
 
+    Returns
+    -------
+    list of SyntheticRun
+        Without the cells of `impossible_cells`.
+
     Raises
     ------
     ValueError
-        An unknown method or variant, or a size below 1.
+        An unknown method or variant, a size below 1, or nothing left to run.
     """
     unknown = [method for method in methods if method not in METHODS]
     if unknown:
@@ -124,9 +129,12 @@ def plan(
     if min(group_size, test_group_size) < 4:
         raise ValueError("groups need at least 4 images: the distance correlation is not defined below.")
     runs = []
+    left_out = impossible_cells(methods, batch_sizes)
     for batch_size in dict.fromkeys(batch_sizes):
         tuned_epochs, tuned_rate = schedule(batch_size)
         for method in dict.fromkeys(methods):
+            if (method, batch_size) in left_out:
+                continue
             for seed in range(seeds if seeds is not None else METHODS[method].seeds):
                 file = f"{method}-batch{batch_size}-seed{first_seed}.safetensors"
                 runs.append(
@@ -142,7 +150,19 @@ def plan(
                         str(features_dir / file) if features_dir is not None and seed == 0 else None,
                     )
                 )
+    if not runs:
+        raise ValueError("nothing to run: no method can train with these batch sizes.")
     return sorted(runs, key=lambda run: run.seed)
+
+
+def impossible_cells(methods: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str, int]]:
+    """Return the (method, batch size) that cannot be trained: BatchNorm with one sample has no variance."""
+    return [
+        (method, size)
+        for method in dict.fromkeys(methods)
+        for size in dict.fromkeys(batch_sizes)
+        if size < METHODS[method].least_batch_size
+    ]
 
 
 def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
