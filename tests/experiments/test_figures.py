@@ -4,7 +4,7 @@ import pytest
 from mdnorm.experiments import figures
 from mdnorm.experiments.data.synthetic import make_synthetic
 from mdnorm.experiments.methods import METHODS
-from mdnorm.experiments.synthetic import _panels
+from mdnorm.experiments.methods import panels as make_panels
 
 NAMES = {"none": "No normalisation", "batchnorm": "BatchNorm", "mdn-last": "MDN, last layer"}
 ONE_PANEL = {"": NAMES}
@@ -78,7 +78,7 @@ def test_a_method_keeps_its_colour_whatever_is_beside_it():
 
 def test_methods_of_a_panel_have_a_colour_and_a_marker_of_their_own():
     names = {name: method.title for name, method in METHODS.items() if method.in_table}
-    panels = _panels(names)
+    panels = make_panels(names)
     assert sorted(name for group in panels.values() for name in group) == sorted(names)
     assert max(map(len, panels.values())) <= len(figures.PALETTE) == len(set(figures.PALETTE))
     assert len(figures.PALETTE) == len(set(figures.MARKERS))

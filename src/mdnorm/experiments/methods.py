@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,6 +115,31 @@ METHODS = {
     ),
 }
 DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last", "mdn-every")
+
+
+def panels(names: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
+    """Group methods (identifier to title) by where they correct, if one panel cannot tell them apart."""
+    if len(names) <= 6:
+        return {"": names}
+    titles = {
+        "none": "Without Metadata Normalization",
+        "last": "Metadata Normalization on the last layer",
+        "every": "Metadata Normalization on every layer",
+    }
+    groups = {
+        title: {name: text for name, text in names.items() if METHODS[name].layers == layers}
+        for layers, title in titles.items()
+    }
+    return {title: group for title, group in groups.items() if group}
+
+
+def describe(names: Iterable[str]) -> dict[str, str]:
+    """Return the settings of the methods with `MetadataNorm`, by title, for a report."""
+    corrected = [METHODS[name] for name in names if METHODS[name].layers != "none"]
+    return {
+        method.title: f"confounder as polynomial of degree {method.degree}, {method.options}"
+        for method in corrected
+    }
 
 
 def build(method: Method, num_metadata: int, seed: int) -> SyntheticNetwork:

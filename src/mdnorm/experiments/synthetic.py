@@ -14,9 +14,9 @@ from torch.nn.functional import one_hot
 
 from mdnorm import basis
 from mdnorm.experiments.data.synthetic import NUM_SITES, VARIANTS, SyntheticData, make_synthetic
-from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS, build
+from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS, build, describe, panels
 from mdnorm.experiments.results import Row
-from mdnorm.experiments.training import GROUPS, batches, evaluate, fit, has_metadata_norm
+from mdnorm.experiments.training import GROUPS, batches, check_settings, evaluate, fit, has_metadata_norm
 from mdnorm.integration import fit_gram, recalibrate
 
 BATCH_SIZES = (1, 4, 20, 200, 2000)
@@ -112,22 +112,16 @@ def plan(
     ValueError
         An unknown method or variant, a size below 1, or nothing left to run.
     """
-    unknown = [method for method in methods if method not in METHODS]
-    if unknown:
-        raise ValueError(f"unknown method(s) {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
-    for name, values in (
-        ("batch size", batch_sizes),
-        ("number of seeds", [1 if seeds is None else seeds]),
-        ("number of epochs", [1 if epochs is None else epochs]),
-    ):
-        if any(value < 1 for value in values):
-            raise ValueError(f"{name} must be at least 1, got {min(values)}.")
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
+    check_settings(
+        methods,
+        batch_sizes=batch_sizes,
+        seeds=seeds,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        group_sizes=(group_size, test_group_size),
+    )
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}.")
-    if min(group_size, test_group_size) < 4:
-        raise ValueError("groups need at least 4 images: the distance correlation is not defined below.")
     runs = []
     left_out = impossible_cells(methods, batch_sizes)
     for batch_size in dict.fromkeys(batch_sizes):
@@ -277,9 +271,8 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     examples = figures.example_images(make_synthetic(4, seed=0))
-    panels = _panels(names)
-    accuracy = figures.accuracy_by_batch_size(rows, panels)
-    dependence = figures.dependence_by_group(rows, panels)
+    accuracy = figures.accuracy_by_batch_size(rows, panels(names))
+    dependence = figures.dependence_by_group(rows, panels(names))
     shown = [
         ReportFigure(
             figures.save_figure(examples, folder / "examples.png"),
@@ -323,13 +316,7 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
             for size, epochs, rate in sorted({(r.batch_size, r.epochs, r.learning_rate) for r in runs})
         ),
         "optimiser": "Adam, learning rate falling to 0 by a half cosine",
-    } | {
-        METHODS[
-            name
-        ].title: f"confounder as polynomial of degree {METHODS[name].degree}, {METHODS[name].options}"
-        for name in names
-        if METHODS[name].layers != "none"
-    }
+    } | describe(names)
     return write_report(
         out,
         title="Metadata Normalization on synthetic images",
@@ -339,22 +326,6 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
         settings=settings,
         command=command,
     )
-
-
-def _panels(names: dict[str, str]) -> dict[str, dict[str, str]]:
-    """Methods by where they correct, if there are more than one panel can tell apart."""
-    if len(names) <= 6:
-        return {"": names}
-    titles = {
-        "none": "Without Metadata Normalization",
-        "last": "Metadata Normalization on the last layer",
-        "every": "Metadata Normalization on every layer",
-    }
-    groups = {
-        title: {name: text for name, text in names.items() if METHODS[name].layers == layers}
-        for layers, title in titles.items()
-    }
-    return {title: group for title, group in groups.items() if group}
 
 
 def _projection_panels(runs: Sequence[SyntheticRun], rows: Sequence[Row]) -> list[Any]:
@@ -371,7 +342,7 @@ def _projection_panels(runs: Sequence[SyntheticRun], rows: Sequence[Row]) -> lis
     if not kept:
         return []
     batch_size = min((size for size, _ in kept), key=lambda size: abs(math.log(size / 200)))
-    panels = []
+    shown = []
     for method in ("none", "mdn-last", "mdn-every"):
         run = kept.get((batch_size, method))
         row = next((row for row in rows if run is not None and run.settings().items() <= row.items()), None)
@@ -381,5 +352,5 @@ def _projection_panels(runs: Sequence[SyntheticRun], rows: Sequence[Row]) -> lis
         dependence = " / ".join(f"{row['dcor2'][group]:.3f}" for group in GROUPS)
         title = f"{METHODS[method].title}\ndcor² {dependence}\naccuracy {100 * row['bacc']:.1f} %"
         arrays = (tensors[name].numpy() for name in ("features", "labels", "confounder"))
-        panels.append(Projection(title, *arrays))
-    return panels
+        shown.append(Projection(title, *arrays))
+    return shown

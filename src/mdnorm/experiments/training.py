@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from mdnorm.experiments.adversary import Adversary
 from mdnorm.experiments.data.synthetic import SyntheticData
 from mdnorm.experiments.files import atomic_path
-from mdnorm.experiments.methods import Method
+from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.networks import SyntheticNetwork
 from mdnorm.experiments.results import Row
 from mdnorm.integration import parameter_groups, penalty_loss
@@ -22,6 +22,32 @@ from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import distance_correlation_sqr
 
 GROUPS = ("A", "B")
+
+
+def check_settings(
+    methods: Sequence[str],
+    *,
+    batch_sizes: Sequence[int],
+    seeds: int | None,
+    epochs: int | None,
+    learning_rate: float | None,
+    group_sizes: Sequence[int],
+) -> None:
+    """Raise ValueError for an unknown method or a number out of range; None stands for a default."""
+    unknown = [method for method in methods if method not in METHODS]
+    if unknown:
+        raise ValueError(f"unknown method(s) {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
+    for name, values in (
+        ("batch size", batch_sizes),
+        ("number of seeds", [1 if seeds is None else seeds]),
+        ("number of epochs", [1 if epochs is None else epochs]),
+    ):
+        if any(value < 1 for value in values):
+            raise ValueError(f"{name} must be at least 1, got {min(values)}.")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
+    if min(group_sizes) < 4:
+        raise ValueError("groups need at least 4 images: the distance correlation is not defined below.")
 
 
 def has_metadata_norm(network: SyntheticNetwork) -> bool:
@@ -91,8 +117,9 @@ def fit(
 
 
 def batches(data: SyntheticData, metadata: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return (images, metadata, labels) in batches of 500: for evaluation and `mdnorm.recalibrate`."""
-    parts = (data.images.split(500), metadata.split(500), data.labels.split(500))
+    """Return (images, metadata, labels) in batches of 125: for evaluation and `mdnorm.recalibrate`."""
+    # Twice as fast as 500: the feature maps stay in the cache.
+    parts = (data.images.split(125), metadata.split(125), data.labels.split(125))
     return list(zip(*parts, strict=True))
 
 
