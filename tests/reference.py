@@ -39,3 +39,9 @@ def remove(features, metadata, coefficients, mean, center):
         else (metadata - mean) @ coefficients[:columns]
     )
     return features - effect.reshape(features.shape)
+
+
+def weighted_least_squares(features, metadata, labels, weights):
+    """Coefficients of [m, y, 1] for features (N, D), each sample with its weight."""
+    root = np.sqrt(np.asarray(weights, float))[:, None]
+    return np.linalg.lstsq(design_matrix(metadata, labels) * root, features * root, rcond=None)[0]
