@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,16 @@ def save_figure(figure: Figure, path: Path) -> Path:
     return path
 
 
-def example_images(data: SyntheticData, count: int = 4) -> Figure:
-    """Show `count` images a group, the quadrants of effect and confounder outlined."""
+def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = ()) -> Figure:
+    """Show `count` images a group, the quadrants of effect and confounder outlined.
+
+    Parameters
+    ----------
+    data : SyntheticData
+    count : int
+    titles : sequence of str
+        Of the columns, if they have any.
+    """
     figure = Figure(figsize=(_WIDTH, 4.1), layout="constrained")
     axes = figure.subplots(2, count, squeeze=False)
     picture = None
@@ -64,9 +72,11 @@ def example_images(data: SyntheticData, count: int = 4) -> Figure:
             picture = axis.imshow(data.images[row, 0].numpy(), cmap="gray", vmin=0, vmax=6)
             for x, y, colour in ((0, 0, _EFFECT), (16, 16, _EFFECT), (0, 16, _CONFOUNDER)):
                 axis.add_patch(_square(x, y, colour))
-            axis.set_title(
-                f"effect {data.effect[row]:.1f}, confounder {data.confounder[row]:.1f}", fontsize=7, pad=3
-            )
+            separator = ",\n" if titles else ", "
+            text = f"effect {data.effect[row]:.1f}{separator}confounder {data.confounder[row]:.1f}"
+            if titles and index == 0:
+                text = f"{titles[column]}\n\n{text}"
+            axis.set_title(text, fontsize=7, pad=3)
         axes[index, 0].text(
             -0.08,
             0.5,
@@ -154,13 +164,29 @@ def dependence_by_group(rows: Sequence[Row], panels: Panels) -> Figure:
 def _draw_cells(axis: Axes, rows: Sequence[Row], names: Mapping[str, str], value: Any) -> None:
     cells = summarise(rows)
     sizes = sorted({cell["batch_size"] for cell in cells})
-    methods = [name for name in names if any(cell["method"] == name for cell in cells)]
+    series = {
+        method: {sizes.index(cell["batch_size"]): value(cell) for cell in cells if cell["method"] == method}
+        for method in names
+    }
+    _draw_series(axis, series, names, [str(size) for size in sizes])
+
+
+def _draw_series(
+    axis: Axes,
+    series: Mapping[str, Mapping[int, tuple[float, float]]],
+    names: Mapping[str, str],
+    ticks: Sequence[str],
+    *,
+    linestyle: str = "none",
+    width: float = 0.7,
+) -> None:
+    """Draw mean ± deviation by method and position; methods without values are left out."""
+    methods = [name for name in names if series[name]]
     for index, method in enumerate(methods):
-        mine = {cell["batch_size"]: value(cell) for cell in cells if cell["method"] == method}
         # Side by side, or the error bars of methods at the same limit would hide each other.
-        shift = (index - (len(methods) - 1) / 2) * 0.7 / max(len(methods), 1)
-        x = [sizes.index(size) + shift for size in mine]
-        means, deviations = zip(*mine.values(), strict=True)
+        shift = (index - (len(methods) - 1) / 2) * width / max(len(methods), 1)
+        x = [position + shift for position in series[method]]
+        means, deviations = zip(*series[method].values(), strict=True)
         style = list(names).index(method) % len(PALETTE)
         axis.errorbar(
             x,
@@ -170,15 +196,146 @@ def _draw_cells(axis: Axes, rows: Sequence[Row], names: Mapping[str, str], value
             color=PALETTE[style],
             marker=MARKERS[style],
             markersize=5,
-            linestyle="none",
+            linestyle=linestyle,
             capsize=2,
             linewidth=1,
         )
-    for boundary in range(1, len(sizes)):
+    for boundary in range(1, len(ticks)):
         axis.axvline(boundary - 0.5, color="0.9", linewidth=0.8, zorder=0)
-    axis.set_xlim(-0.5, max(len(sizes), 1) - 0.5)
-    axis.set_xticks(range(len(sizes)), [str(size) for size in sizes])
+    axis.set_xlim(-0.5, max(len(ticks), 1) - 0.5)
+    axis.set_xticks(range(len(ticks)), ticks)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def accuracy_by_stage(
+    rows: Sequence[Row], panels: Panels, lower: Sequence[float], upper: Sequence[float]
+) -> Figure:
+    """Accuracy on each stage's own test data, mean ± standard deviation over seeds; panels stacked.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        With "method" and "bacc_matrix", see `mdnorm.experiments.continual.measures`.
+    panels : mapping
+    lower, upper : sequences of float
+        Limits by stage, from the true effect alone and with the confounder, fractions.
+    """
+    figure = Figure(figsize=(_WIDTH, 0.4 + 3.8 * len(panels)), layout="constrained")
+    for part, (title, names) in zip(_stacked(figure, panels), panels.items(), strict=True):
+        axis = part.subplots()
+        for limits, text in ((upper, "with the\nconfounder"), (lower, "true effect\nonly")):
+            percent = [100 * limit for limit in limits]
+            axis.plot(percent, color="0.4", linestyle="--", linewidth=1, zorder=0)
+            axis.annotate(
+                text,
+                (1, percent[-1]),
+                xycoords=("axes fraction", "data"),
+                xytext=(4, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=8,
+                color="0.3",
+            )
+        series = _own_stage(rows, names, lambda row: 100 * np.asarray(row["bacc_matrix"]))
+        _draw_series(axis, series, names, _stages(len(lower)), linestyle="-", width=0.3)
+        axis.set_xlabel("stage")
+        axis.set_ylabel("balanced accuracy on held-out data (%)")
+        _legend(part, axis, title)
+    return figure
+
+
+def dependence_by_stage(rows: Sequence[Row], panels: Panels) -> Figure:
+    """Distance correlation by group on each stage's own test data, mean ± standard deviation over seeds."""
+    figure = Figure(figsize=(_WIDTH, 0.4 + 3.6 * len(panels)), layout="constrained")
+    groups = sorted({group for row in rows for group in row["dcor2_matrix"]})
+    for part, (title, names) in zip(_stacked(figure, panels), panels.items(), strict=True):
+        axes = part.subplots(1, len(groups), sharey=True, squeeze=False)[0]
+        for axis, group in zip(axes, groups, strict=True):
+            axis.axhline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
+
+            def matrix(row: Row, group: str = group) -> NDArray[Any]:
+                return np.asarray(row["dcor2_matrix"][group])
+
+            series = _own_stage(rows, names, matrix)
+            ticks = _stages(max(map(len, series.values()), default=0))
+            _draw_series(axis, series, names, ticks, linestyle="-", width=0.3)
+            axis.set_xlabel("stage")
+            axis.set_title(f"Group {group}", fontsize=10)
+        axes[0].set_ylabel("dcor² (features, confounder)")
+        _legend(part, axes[0], title)
+    return figure
+
+
+def _stages(count: int) -> list[str]:
+    return [str(stage + 1) for stage in range(count)]
+
+
+def _own_stage(
+    rows: Sequence[Row], names: Mapping[str, str], matrix: Callable[[Row], NDArray[Any]]
+) -> dict[str, dict[int, tuple[float, float]]]:
+    """Mean and standard deviation of the diagonals, by method and stage."""
+    series: dict[str, dict[int, tuple[float, float]]] = {}
+    for method in names:
+        diagonals = [np.diagonal(matrix(row)) for row in rows if row["method"] == method]
+        if not diagonals:
+            series[method] = {}
+            continue
+        means = np.mean(diagonals, axis=0)
+        deviations = np.std(diagonals, axis=0, ddof=1) if len(diagonals) > 1 else np.zeros_like(means)
+        series[method] = dict(enumerate(zip(means.tolist(), deviations.tolist(), strict=True)))
+    return series
+
+
+def stage_matrices(
+    matrices: Mapping[str, Sequence[Sequence[Sequence[float]]]], limits: Sequence[float], columns: int = 3
+) -> Figure:
+    """Accuracy minus the limit for each stage trained on (rows) and tested on (columns), a panel a method.
+
+    Parameters
+    ----------
+    matrices : mapping
+        Title → (seeds, T, T) accuracies, fractions; the mean over seeds is shown.
+    limits : (T,) sequence of float
+        Of the true effect alone, by stage tested on.
+    columns : int
+        Panels side by side.
+    """
+    columns = min(columns, max(len(matrices), 1))
+    lines = max(-(-len(matrices) // columns), 1)
+    # The map is as large for one panel as for many.
+    figure = Figure(figsize=(_WIDTH * (columns + 0.4) / 3.4, 0.3 + 2.45 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False)
+    most = 50.0
+    ticks = range(len(limits))
+    picture = None
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (title, values) in zip(axes.flat, matrices.items(), strict=False):
+        axis.set_axis_on()
+        difference = 100 * (np.mean(values, axis=0) - np.asarray(limits))
+        picture = axis.imshow(difference, cmap="PuOr_r", vmin=-most, vmax=most)
+        for trained, tested in np.ndindex(difference.shape):
+            value = difference[trained, tested]
+            axis.text(
+                tested,
+                trained,
+                f"{round(value) + 0:+d}".replace("-", "−") if round(value) else "0",
+                ha="center",
+                va="center",
+                fontsize=7,
+                fontweight="bold" if trained == tested else "normal",
+                color="white" if abs(value) > 0.7 * most else "black",
+            )
+        axis.set_xticks(ticks, _stages(len(limits)), fontsize=8)
+        axis.set_yticks(ticks, _stages(len(limits)), fontsize=8)
+        axis.tick_params(length=0)
+        axis.set_title(title.replace(", recalibrated", ",\nrecalibrated"), fontsize=8)
+        axis.set_xlabel("tested on stage", fontsize=8)
+        axis.set_ylabel("trained up to stage", fontsize=8)
+    if picture is not None:
+        bar = figure.colorbar(picture, ax=axes, shrink=0.8)
+        bar.set_label("accuracy − limit (points)", fontsize=8)
+    return figure
 
 
 def _legend(part: Any, axis: Axes, title: str) -> None:

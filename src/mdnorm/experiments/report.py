@@ -69,10 +69,16 @@ def _deviation(values: Sequence[float]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def _with_deviation(mean: float, deviation: float | None, digits: int) -> str:
+def _with_deviation(mean: float, deviation: float | None, digits: int, *, signed: bool = False) -> str:
     # "+ 0.0" turns the −0 of a rounded small negative number into 0.
-    text = f"{round(mean, digits) + 0.0:.{digits}f}".replace("-", "−")
+    rounded = round(mean, digits) + 0.0
+    text = f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", "−")
     return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+
+
+def mean_with_deviation(values: Sequence[float], digits: int, *, signed: bool = False) -> str:
+    """Return "mean ± standard deviation" of the seeds of a cell, without the latter for one seed."""
+    return _with_deviation(statistics.fmean(values), _deviation(values), digits, signed=signed)
 
 
 HEADINGS = (
