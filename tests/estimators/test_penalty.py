@@ -1,0 +1,252 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from mdnorm import MetadataNorm, fit_gram, penalty_loss
+from mdnorm.estimators import PenaltyEstimator
+from reference import design_matrix, remove, residual
+
+
+def data(n=200, k_m=2, k_y=1, shape=(3, 2), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    options = {"generator": generator, "dtype": torch.float64}
+    metadata = 4 + torch.randn(n, k_m, **options) @ (torch.eye(k_m) + 0.5).double()
+    labels = torch.randn(n, k_y, **options) + 0.3 * metadata[:, :1]
+    effect = (metadata.sum(1) + 2 * labels.sum(1)).reshape(n, *[1] * len(shape))
+    return torch.randn(n, *shape, **options) + effect, metadata, labels
+
+
+def prepared(metadata, labels, size=(3, 2), **options):
+    layer = MetadataNorm(
+        size, metadata.shape[1], 1, estimator="penalty", **{"dtype": torch.float64} | options
+    )
+    fit_gram(layer, metadata, labels)
+    return layer
+
+
+def whitened(layer, metadata, labels):
+    """Whitened columns in numpy, and the map from their coefficients to those of the columns.
+
+    Whitening is unique up to a rotation, which gradient descent does not see; the parameter lives in the
+    layer's rotation, so that is taken from the layer and checked to whiten.
+    """
+    columns = np.column_stack([metadata, labels])
+    whitening = layer.estimator.whitening.numpy()
+    rows = np.column_stack([(columns - columns.mean(0)) @ whitening, np.ones(len(columns))])
+    np.testing.assert_allclose(rows.T @ rows / len(rows), np.eye(rows.shape[1]), atol=1e-10)
+    return rows, whitening
+
+
+@pytest.mark.parametrize("granularity", ["element", "channel"])
+def test_loss_and_gradient(granularity):
+    shape = (3, 2, 4) if granularity == "channel" else (3, 2)
+    features, metadata, labels = data(shape=shape)
+    layer = prepared(metadata, labels, 3 if granularity == "channel" else shape, granularity=granularity)
+    nn.init.normal_(layer.estimator.weight)
+    rows, _ = whitened(layer, metadata, labels)
+    part = slice(0, 30)
+    layer(features[part], metadata[part], labels[part])
+    loss = penalty_loss(layer)
+    (gradient,) = torch.autograd.grad(loss, layer.estimator.weight)
+    weight = layer.estimator.weight.detach().numpy()
+    fitted = np.tensordot(rows[part], weight, 1)
+    if granularity == "channel":
+        fitted = fitted[:, :, None, None]
+    error = features[part].numpy() - fitted
+    sharing = 8 if granularity == "channel" else 1
+    assert float(loss.detach()) == pytest.approx(0.5 * (error**2).sum() / 30 / sharing)
+    summed = error.mean((2, 3)) if granularity == "channel" else error
+    np.testing.assert_allclose(gradient, -np.tensordot(rows[part].T, summed, 1) / 30, atol=1e-10)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_gradient_steps_equal_the_recursion(center):
+    """A step removes the effect of the coefficients before it; η moves them to the batch's estimate."""
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels, center=center)
+    rows, whitening = whitened(layer, metadata, labels)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.2)
+    gamma = np.zeros((4, 6))
+    mean = metadata.mean(0).numpy()
+    all_means = np.concatenate([mean, labels.mean(0)])
+
+    def coefficients():
+        beta = whitening @ gamma[:-1]
+        return np.vstack([beta, gamma[-1] - all_means @ beta])
+
+    for part in torch.arange(200).split(30):
+        out = layer(features[part], metadata[part], labels[part])
+        expected = remove(features[part], metadata[part].numpy(), coefficients(), mean, center)
+        np.testing.assert_allclose(out.detach(), expected, atol=1e-9)
+        optimizer.zero_grad()
+        penalty_loss(layer).backward()
+        optimizer.step()
+        x, f = rows[part.numpy()], features[part].flatten(1).numpy()
+        gamma = gamma + 0.2 * x.T @ (f - x @ gamma) / len(part)
+        np.testing.assert_allclose(layer.estimator.weight.detach().flatten(1), gamma, atol=1e-9)
+    # Evaluation shows the parameter as the optimiser left it, without another forward pass in training.
+    actual = layer.eval()(features, metadata)
+    expected = remove(features, metadata.numpy(), coefficients(), mean, center)
+    np.testing.assert_allclose(actual, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_converges_to_least_squares(center):
+    """Whitened columns: plain gradient descent with η = ½ halves the error each step, whatever the units."""
+    features, metadata, labels = data()
+    scaled = metadata * torch.tensor([1e-3, 1e4], dtype=torch.float64)
+    layer = prepared(scaled, labels, center=center)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(60):
+        layer(features, scaled, labels)
+        optimizer.zero_grad()
+        penalty_loss(layer).backward()
+        optimizer.step()
+    # Without centring lstsq loses digits on columns that differ by 10⁷, so the reference has plain units.
+    expected = residual(features, metadata, labels, center)
+    np.testing.assert_allclose(layer.eval()(features, scaled), expected, atol=1e-8)
+
+
+def test_collinear_and_constant_columns():
+    features, metadata, labels = data()
+    redundant = torch.cat([metadata, metadata.sum(1, keepdim=True), torch.ones(200, 1)], 1)
+    layer = prepared(redundant, labels)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    for _ in range(60):
+        layer(features, redundant, labels)
+        optimizer.zero_grad()
+        penalty_loss(layer).backward()
+        optimizer.step()
+    expected = residual(features, metadata, labels)
+    np.testing.assert_allclose(layer.eval()(features, redundant), expected, atol=1e-8)
+
+
+def test_the_losses_keep_to_their_own_side():
+    """The penalty does not reach the network, the task does not reach the coefficients."""
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels)
+    nn.init.normal_(layer.estimator.weight)
+    features.requires_grad_()
+    out = layer(features, metadata, labels)
+    weight = torch.randn_like(out)
+    (out * weight).sum().backward()
+    assert layer.estimator.weight.grad is None
+    assert torch.equal(features.grad, weight)
+    features.grad = None
+    penalty_loss(layer).backward()
+    assert features.grad is None
+    assert layer.estimator.weight.grad.any()
+
+
+def test_evaluation_leaves_no_loss_behind():
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels)
+    layer.eval()(features, metadata)
+    assert layer.estimator.loss is None
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_batches_of_one_and_none(n):
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels)
+    out = layer(features[:n], metadata[:n], labels[:n])
+    assert torch.equal(out, features[:n])
+    loss = penalty_loss(layer)
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert bool(layer.estimator.weight.grad.any()) == (n == 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(dtype):
+    """The parameter stays in float32, and the sum of squares does not overflow (float16 ends at 65 504)."""
+    features, metadata, labels = data(shape=(64,))
+    layer = prepared(metadata, labels, 64, dtype=None).to(dtype)
+    assert layer.estimator.weight.dtype == torch.float32
+    low = (20 * features).to(dtype)
+    out = layer(low, metadata, labels)
+    loss = penalty_loss(layer)
+    loss.backward()
+    assert out.dtype == dtype
+    expected = 0.5 * low.double().square().sum() / len(features)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+    assert torch.isfinite(layer.estimator.weight.grad).all()
+
+
+def test_the_parameter_of_a_half_model_is_still_that_of_the_optimizer():
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels, dtype=None)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.2)
+    layer.half()
+    layer(features.half(), metadata, labels)
+    penalty_loss(layer).backward()
+    optimizer.step()
+    assert layer.estimator.weight.any()
+
+
+def test_deepcopy_after_a_forward_pass():
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels)
+    layer(features, metadata, labels)
+    twin = copy.deepcopy(layer)
+    assert twin.estimator.loss is None
+    assert layer.estimator.loss is not None
+    with pytest.raises(RuntimeError, match="call penalty_loss after a forward pass"):
+        penalty_loss(twin)
+    twin(features, metadata, labels)
+    assert penalty_loss(twin) == penalty_loss(layer)
+
+
+def test_state_dict_holds_the_parameter_and_the_gram_matrix():
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels)
+    nn.init.normal_(layer.estimator.weight)
+    for sizes in ((None, None, None), ((3, 2), 2, 1)):
+        twin = MetadataNorm(*sizes, estimator="penalty", dtype=torch.float64)
+        twin.load_state_dict(layer.state_dict())
+        assert torch.equal(twin.estimator.weight, layer.estimator.weight)
+        assert torch.equal(twin(features, metadata, labels), layer(features, metadata, labels))
+        assert penalty_loss(twin) == penalty_loss(layer)
+
+
+def test_needs_the_gram_matrix():
+    features, metadata, labels = data()
+    layer = MetadataNorm((3, 2), 2, 1, estimator="penalty", dtype=torch.float64)
+    with pytest.raises(RuntimeError, match=r"estimator='penalty' needs.*mdnorm\.fit_gram"):
+        layer(features, metadata, labels)
+    fit_gram(layer, metadata, labels)
+    layer(features, metadata, labels)
+    layer.estimator.reset()
+    assert layer.estimator.loss is None
+    with pytest.raises(RuntimeError, match="fit_gram"):
+        layer(features, metadata, labels)
+
+
+def test_lazy_sizes():
+    features, metadata, labels = data()
+    layer = MetadataNorm(None, None, None, estimator="penalty", dtype=torch.float64)
+    fit_gram(layer, metadata, labels)
+    assert list(layer.parameters()) == []
+    layer(features, metadata, labels)
+    assert [p.shape for p in layer.parameters()] == [(4, 3, 2)]
+
+
+def test_memory_format_does_not_lose_what_recalibration_writes():
+    """`model.to(memory_format=…)` restrides 4-d parameters."""
+    features, metadata, labels = data(shape=(3, 2, 2))
+    layer = prepared(metadata, labels, (3, 2, 2)).to(memory_format=torch.channels_last)
+    gram = layer.estimator.gram
+    columns = torch.cat([metadata, labels], 1)
+    flat = features.flatten(1)
+    moments = torch.cat([(columns - gram.mean).T @ flat / 200, flat.mean(0, keepdim=True)])
+    layer.estimator.set_moments(gram, moments)
+    expected = residual(features, metadata, labels)
+    np.testing.assert_allclose(layer.eval()(features, metadata), expected, atol=1e-9)
+
+
+def test_default_settings():
+    assert PenaltyEstimator().uses_training_gram
+    assert design_matrix(np.ones((2, 1))).shape == (2, 2)
