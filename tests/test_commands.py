@@ -3,10 +3,12 @@ import subprocess
 import sys
 
 import pytest
+import typer
 from filelock import FileLock
 from typer.testing import CliRunner
 
 import mdnorm
+from mdnorm import commands
 from mdnorm.commands import app
 
 SMALL = [
@@ -100,6 +102,73 @@ def test_a_failed_training_ends_with_1_and_keeps_the_others(tmp_path):
     assert "NaN or infinite" in " ".join(result.stderr.split())
 
 
+def continual(out, *arguments):
+    small = ["--methods", "none,mdn-last", "--batch-size", "16", "--seeds", "1", "--epochs", "1"]
+    sizes = ["--group-size", "10", "--test-group-size", "8", "--jobs", "1"]
+    return call("experiment", "continual", *small, *sizes, "--out", out, *arguments)
+
+
+def test_continual_from_start_to_report_and_again_without_work(tmp_path):
+    out = tmp_path / "new" / "folder"
+    first = continual(out, "--json", "--seed", "3")
+    assert first.exit_code == 0, first.output
+    rows = json.loads(first.stdout)
+    assert [(row["setting"], row["method"], row["seed"]) for row in rows] == [
+        ("continual", "none", 3),
+        ("continual", "mdn-last", 3),
+    ]
+    assert json.loads((out / "results.json").read_text()) == rows
+    assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [
+        "figures",
+        "report.html",
+        "results.json",
+        "table.md",
+    ]
+    second = continual(out, "--seed", "3")
+    assert second.exit_code == 0
+    assert "2 of 2 trainings are already finished" in second.stderr
+    for text in ("MDN, last layer, recalibrated", "ACCd", "Above the limit, by stage", "56.25, 50 %"):
+        assert text in second.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--methods", "none,magic"], "unknown method(s) magic"),
+        (["--methods", ","], "at least one method"),
+        (["--methods", "batchnorm", "--batch-size", "1"], "BatchNorm cannot train with batch size 1"),
+        (["--learning-rate", "0"], "learning rate must be a positive number"),
+        (["--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_bad_options_of_continual_end_with_2(tmp_path, arguments, message):
+    result = continual(tmp_path, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cells"),
+    [
+        (["--quick"], 6),
+        ([], 18),
+        (["--quick", "--seeds", "2", "--methods", "none"], 2),
+        (["--methods", "all"], 48),
+    ],
+)
+def test_what_continual_plans(tmp_path, monkeypatch, arguments, cells):
+    planned = []
+
+    def stop(setting, runs, *args, **kwargs):
+        planned.extend(runs)
+        raise typer.Exit(7)
+
+    monkeypatch.setattr(commands, "_run_all", stop)
+    assert call("experiment", "continual", "--out", tmp_path, *arguments).exit_code == 7
+    assert len(planned) == cells
+
+
 def test_info():
     facts = json.loads(call("info", "--json").stdout)
     assert facts["mdnorm"] == mdnorm.__version__
@@ -107,7 +176,10 @@ def test_info():
     assert "estimators    batch, dataset, penalty, recursive, running" in call("info").stdout
 
 
-@pytest.mark.parametrize("arguments", [[], ["experiment"], ["experiment", "synthetic", "--help"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [[], ["experiment"], ["experiment", "synthetic", "--help"], ["experiment", "continual", "--help"]],
+)
 def test_help(arguments):
     output = call(*arguments).output
     assert "Usage" in output

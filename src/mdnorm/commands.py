@@ -179,6 +179,7 @@ def continual(
     epochs: Annotated[int | None, typer.Option(min=1, help="Of each stage. [default: tuned]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[default: tuned]")] = None,
     group_size: Annotated[int, typer.Option(min=4, help="Training images a group and stage.")] = 1000,
+    test_group_size: Annotated[int, typer.Option(min=4, help="Held-out images a group and stage.")] = 500,
     quick: Annotated[bool, typer.Option("--quick", help="One seed: a few minutes on two cores.")] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Networks at a time, one thread each. [default: all cores]")
@@ -206,6 +207,7 @@ def continual(
             epochs=epochs,
             learning_rate=learning_rate,
             group_size=group_size,
+            test_group_size=test_group_size,
         )
     except ValueError as error:
         _fail(str(error), BAD_INPUT)

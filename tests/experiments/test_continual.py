@@ -255,8 +255,8 @@ class TestTables:
 
     def test_stages(self):
         _, table = continual.tables(ROWS, NAMES)
-        assert table.headings[1] == "Stage 1: 75.0 %"
-        assert table.headings[-1] == "Stage 5: 50.0 %"
+        assert table.headings[1] == "Stage 1: 75 %"
+        assert table.headings[-1] == "Stage 5: 50 %"
         assert table.lines[0][1:] == ("+10.0", "+20.0", "+30.0", "+40.0", "+50.0")
         assert table.lines[1][2] == "+4.0 ± 2.8"
 
@@ -266,8 +266,36 @@ class TestTables:
 
     def test_limits(self):
         text = continual.limits_text()
-        assert "75.0, 68.8, 62.5, 56.2, 50.0 % from the true effect" in text
-        assert "87.5, 88.3, 90.6, 94.5, 100.0 % with the confounder" in text
+        assert "75, 68.75, 62.5, 56.25, 50 % from the true effect" in text
+        assert "87.5, 88.28, 90.62, 94.53, 100 % with the confounder" in text
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["mdn-last", "none"], ["none", "mdn-last", "mdn-last, recalibrated"]),
+        (["batchnorm", "groupnorm"], ["batchnorm", "groupnorm"]),
+        (
+            [*METHODS],
+            [
+                "none",
+                "mdn-last",
+                "mdn-last-running",
+                "mdn-last-running, recalibrated",
+                "mdn-last-recursive",
+                "mdn-last-recursive, recalibrated",
+            ],
+        ),
+        ([name for name in METHODS if name.startswith("mdn-every")], 6),
+    ],
+)
+def test_matrices_shown(names, expected):
+    ordered = [name for name in METHODS if name in names]
+    rows = [
+        row(name, 0) | ({"recalibrated": row("", 0)} if name.startswith("mdn") else {}) for name in ordered
+    ]
+    shown = list(continual._matrices(rows, {name: name for name in ordered}))
+    assert shown == expected or len(shown) == expected
 
 
 def test_outputs(tmp_path):

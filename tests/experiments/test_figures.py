@@ -126,3 +126,80 @@ def test_files_are_png_and_pdf_and_the_same_each_time(tmp_path):
 def test_fewer_images_than_asked_for():
     figure = figures.example_images(make_synthetic(2), count=4)
     assert sum(bool(axis.images) for axis in figure.axes) == 4
+
+
+def stage_rows(methods=NAMES, seeds=3):
+    """Accuracy 0.5 + 0.05 j + 0.01 seed + 0.1 (i − j) on stage j after stage i, so that diagonals matter."""
+    i, j = np.indices((5, 5))
+    return [
+        {
+            "method": method,
+            "seed": seed,
+            "bacc_matrix": (0.5 + 0.05 * j + 0.01 * seed + 0.1 * (i - j)).tolist(),
+            "dcor2_matrix": {
+                group: (base + 0.01 * j + 0.1 * (i - j)).tolist() for group, base in (("A", 0), ("B", 0.3))
+            },
+        }
+        for method in methods
+        for seed in range(seeds)
+    ]
+
+
+LOWER, UPPER = (0.75, 0.7, 0.65, 0.6, 0.5), (0.8, 0.85, 0.9, 0.95, 1.0)
+
+
+def test_accuracy_by_stage_shows_the_diagonal_and_both_limits():
+    axis = figures.accuracy_by_stage(stage_rows(), ONE_PANEL, LOWER, UPPER).axes[0]
+    for values, _ in means(axis).values():
+        np.testing.assert_allclose(values, [51, 56, 61, 66, 71])
+    (bars,) = axis.containers[0].lines[2]
+    np.testing.assert_allclose(bars.get_segments()[0][:, 1], [50, 52])
+    dashed = [line.get_ydata() for line in axis.lines if line.get_linestyle() == "--"]
+    np.testing.assert_allclose(dashed, 100 * np.array([UPPER, LOWER]))
+    assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2", "3", "4", "5"]
+    assert axis.containers[0][0].get_linestyle() == "-"
+
+
+def test_dependence_by_stage_has_a_panel_a_group():
+    axes = figures.dependence_by_stage(stage_rows(), ONE_PANEL).axes
+    assert [axis.get_title() for axis in axes] == ["Group A", "Group B"]
+    np.testing.assert_allclose(means(axes[0])["BatchNorm"][0], [0, 0.01, 0.02, 0.03, 0.04])
+    np.testing.assert_allclose(means(axes[1])["BatchNorm"][0], [0.3, 0.31, 0.32, 0.33, 0.34])
+
+
+def test_stage_figures_with_one_seed_a_missing_method_and_panels(tmp_path):
+    panels = {"Without": {"none": "No normalisation"}, "With": {"mdn-last": "MDN", "mdn-every": "not run"}}
+    rows_of_one = stage_rows(["none", "mdn-last"], seeds=1)
+    for figure in (
+        figures.accuracy_by_stage(rows_of_one, panels, LOWER, UPPER),
+        figures.dependence_by_stage(rows_of_one, panels),
+    ):
+        assert [part.legends[0].get_title().get_text() for part in figure.subfigs] == ["Without", "With"]
+        figures.save_figure(figure, tmp_path / "figure.png")
+
+
+@pytest.mark.parametrize("count", [1, 3, 4])
+def test_matrices_show_the_mean_difference_from_the_limit(count, tmp_path):
+    values = [row["bacc_matrix"] for row in stage_rows(["none"])]
+    figure = figures.stage_matrices({f"Method {index}": values for index in range(count)}, LOWER)
+    maps = [axis for axis in figure.axes if axis.images]
+    assert [axis.get_title() for axis in maps] == [f"Method {index}" for index in range(count)]
+    for axis in maps:
+        texts = [text.get_text() for text in axis.texts]
+        # Trained on 1: 51 − 75 on stage 1, 46 − 70 on stage 2; trained on 5: 71 − 50 on stage 5.
+        assert texts[:2] == ["−24", "−24"]
+        assert texts[-1] == "+21"
+        assert [text.get_fontweight() for text in axis.texts].count("bold") == 5
+    figures.save_figure(figure, tmp_path / "figure.png")
+
+
+def test_a_difference_that_rounds_to_zero_has_no_sign():
+    texts = figures.stage_matrices({"": [[[0.7499, 0.706], [0.751, 0.7]]]}, (0.75, 0.7)).axes[0].texts
+    assert [text.get_text() for text in texts] == ["0", "+1", "0", "0"]
+
+
+def test_example_images_with_column_titles(tmp_path):
+    figure = figures.example_images(make_synthetic(2), 2, ["first", "second"])
+    assert figure.axes[0].get_title().startswith("first\n\neffect ")
+    assert figure.axes[2].get_title().startswith("effect ")
+    figures.save_figure(figure, tmp_path / "figure.png")

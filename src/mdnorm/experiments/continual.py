@@ -289,7 +289,7 @@ def limits_text() -> str:
     """Return the sentence on the analytic limits."""
 
     def listed(limits: Sequence[float]) -> str:
-        return ", ".join(f"{100 * limit:.1f}" for limit in limits)
+        return ", ".join(f"{100 * limit:.4g}" for limit in limits)
 
     return (
         f"Analytic limits by stage: {listed(EFFECT_LIMITS)} % from the true effect alone, "
@@ -357,7 +357,7 @@ def tables(rows: Sequence[Row], names: Mapping[str, str]) -> list[ReportTable]:
     headings = ("Method", "Seeds", *_DISTANCES.values(), *(f"dcor² {group}" for group in GROUPS), "s / epoch")
     stage_headings = (
         "Method",
-        *(f"Stage {stage + 1}: {100 * limit:.1f} %" for stage, limit in enumerate(EFFECT_LIMITS)),
+        *(f"Stage {stage + 1}: {100 * limit:g} %" for stage, limit in enumerate(EFFECT_LIMITS)),
     )
     return [
         ReportTable(headings, distances, limits_text(), _LEGEND),
@@ -489,14 +489,15 @@ def _one_image_a_stage() -> SyntheticData:
     return SyntheticData(*map(joined, ("images", "labels", "effect", "confounder")))
 
 
-_IN_MATRICES = ("none", "mdn-last", "mdn-last-running", "mdn-last-recursive", "mdn-every-running")
+_IN_MATRICES = ("none", "mdn-last", "mdn-last-running", "mdn-last-recursive")
+_MOST_MATRICES = 6
 
 
 def _matrices(rows: Sequence[Row], names: Mapping[str, str]) -> dict[str, list[list[list[float]]]]:
-    """Accuracy matrices of each seed by title: of some methods, and the recalibrated of two of them."""
-    chosen = {name: names[name] for name in _IN_MATRICES if name in names} or dict(list(names.items())[:6])
+    """Accuracy matrices of each seed by title: of a few methods, and of recalibrated networks if they fit."""
+    chosen = {name: title for name, title in names.items() if name in _IN_MATRICES} or names
     lines = _lines(rows, chosen)
-    wanted = [title for title, _ in lines if not title.endswith(", recalibrated")]
-    wanted += [title for title, _ in lines if title not in wanted]
-    kept = set(wanted[:6])
+    plain = [title for title, _ in lines if title in chosen.values()][:_MOST_MATRICES]
+    others = [title for title, _ in lines if title not in chosen.values()]
+    kept = {*plain, *others[max(len(others) + len(plain) - _MOST_MATRICES, 0) :]}
     return {title: [row["bacc_matrix"] for row in members] for title, members in lines if title in kept}

@@ -331,10 +331,12 @@ def stage_matrices(
         axis.tick_params(length=0)
         axis.set_title(title.replace(", recalibrated", ",\nrecalibrated"), fontsize=8)
         axis.set_xlabel("tested on stage", fontsize=8)
-        axis.set_ylabel("trained up to stage", fontsize=8)
+        if axis in axes[:, 0]:
+            axis.set_ylabel("trained up to stage", fontsize=8)
     if picture is not None:
         bar = figure.colorbar(picture, ax=axes, shrink=0.8)
         bar.set_label("accuracy − limit (points)", fontsize=8)
+        bar.ax.tick_params(labelsize=8)
     return figure
 
 
