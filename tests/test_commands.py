@@ -13,7 +13,7 @@ from mdnorm.commands import app
 
 SMALL = [
     "--methods",
-    "none,mdn-last",
+    "none,mdn-last-dataset",
     "--batch-sizes",
     "64",
     "--seeds",
@@ -38,7 +38,7 @@ def test_experiment_from_start_to_report_and_again_without_work(tmp_path):
     first = synthetic(out, "--json")
     assert first.exit_code == 0, first.output
     rows = json.loads(first.stdout)
-    assert [row["method"] for row in rows] == ["none", "mdn-last"]
+    assert [row["method"] for row in rows] == ["none", "mdn-last-dataset"]
     assert json.loads((out / "results.json").read_text()) == rows
     assert (out / "report.html").stat().st_size > 50_000
     before = (out / "results.json").stat().st_mtime_ns
@@ -103,7 +103,7 @@ def test_a_failed_training_ends_with_1_and_keeps_the_others(tmp_path):
 
 
 def continual(out, *arguments):
-    small = ["--methods", "none,mdn-last", "--batch-size", "16", "--seeds", "1", "--epochs", "1"]
+    small = ["--methods", "none,mdn-last-dataset", "--batch-size", "16", "--seeds", "1", "--epochs", "1"]
     sizes = ["--group-size", "10", "--test-group-size", "8", "--jobs", "1"]
     return call("experiment", "continual", *small, *sizes, "--out", out, *arguments)
 
@@ -115,7 +115,7 @@ def test_continual_from_start_to_report_and_again_without_work(tmp_path):
     rows = json.loads(first.stdout)
     assert [(row["setting"], row["method"], row["seed"]) for row in rows] == [
         ("continual", "none", 3),
-        ("continual", "mdn-last", 3),
+        ("continual", "mdn-last-dataset", 3),
     ]
     assert json.loads((out / "results.json").read_text()) == rows
     assert sorted(path.name for path in out.iterdir() if not path.name.startswith(".")) == [

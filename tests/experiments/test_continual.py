@@ -15,7 +15,7 @@ from mdnorm.experiments.training import batches, evaluate
 from mdnorm.integration import recalibrate
 
 
-def small(method="mdn-last", **options):
+def small(method="mdn-last-dataset", **options):
     settings = {"batch_size": 32, "seed": 0, "epochs_per_stage": 1, "learning_rate": 1e-3, "group_size": 25}
     return continual.ContinualRun(method, **(settings | {"test_group_size": 20} | options))
 
@@ -123,7 +123,7 @@ class TestTraining:
         assert without_times(rows[0]) == without_times(rows[1])
 
     def test_rows_do_not_depend_on_the_number_of_jobs(self, tmp_path):
-        runs = [small("none"), small("mdn-last")]
+        runs = [small("none"), small("mdn-last-dataset")]
         tables = []
         for jobs in (1, 2):
             store = ResultStore(tmp_path / f"{jobs}.json")
@@ -163,7 +163,7 @@ class TestTraining:
         ("method", "calls"),
         [
             ("none", 0),
-            ("mdn-last", 5),
+            ("mdn-last-dataset", 5),
             ("mdn-last-authors", 5),
             ("mdn-last-recursive", 1),
             ("mdn-last-penalty", 1),
@@ -183,17 +183,17 @@ class TestTraining:
         assert len({float(metadata.sum()) for metadata in given}) == calls
 
     def test_the_effect_shows(self):
-        """Two stages in small already: without correction the network follows the confounder."""
-        options = {"batch_size": 128, "epochs_per_stage": 3, "learning_rate": 3e-4}
-        options |= {"group_size": 500, "test_group_size": 200}
+        """In small already: without correction the network follows the confounder, with it the true effect."""
+        options = {"batch_size": 32, "epochs_per_stage": 2, "learning_rate": 3e-4}
+        options |= {"group_size": 300, "test_group_size": 50}
         rows = {
             name: continual.train(small(name, **options), lambda: None)
             for name in ("none", "mdn-last-running")
         }
         assert rows["none"]["accuracy_distance"] > 0.2
-        assert rows["none"]["bacc_matrix"][4][4] > 0.95
+        assert rows["none"]["bacc_matrix"][4][4] > 0.9
         assert rows["mdn-last-running"]["accuracy_distance"] < 0.12
-        assert rows["mdn-last-running"]["dcor2"]["A"] < 0.2 * rows["none"]["dcor2"]["A"]
+        assert rows["mdn-last-running"]["bacc_matrix"][4][4] < 0.7
 
 
 def test_a_recalibrated_copy_leaves_the_network_alone():
@@ -230,11 +230,11 @@ def row(method, seed, shift=0.0, **more):
 
 
 ROWS = (
-    row("mdn-last", 0, 0.01, seconds_per_epoch=1.0, recalibrated=row("", 0, -0.01)),
-    row("mdn-last", 1, 0.03, seconds_per_epoch=2.0, recalibrated=row("", 1, -0.01)),
+    row("mdn-last-dataset", 0, 0.01, seconds_per_epoch=1.0, recalibrated=row("", 0, -0.01)),
+    row("mdn-last-dataset", 1, 0.03, seconds_per_epoch=2.0, recalibrated=row("", 1, -0.01)),
     row("none", 0, 0.1, seconds_per_epoch=1.0),
 )
-NAMES = {"none": "No normalisation", "mdn-last": "MDN, last layer", "mdn-every": "not run"}
+NAMES = {"none": "No normalisation", "mdn-last-dataset": "MDN, last layer", "mdn-every-dataset": "not run"}
 
 
 class TestTables:
@@ -273,13 +273,13 @@ class TestTables:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["mdn-last", "none"], ["none", "mdn-last", "mdn-last, recalibrated"]),
+        (["mdn-last-dataset", "none"], ["none", "mdn-last-dataset", "mdn-last, recalibrated"]),
         (["batchnorm", "groupnorm"], ["batchnorm", "groupnorm"]),
         (
             [*METHODS],
             [
                 "none",
-                "mdn-last",
+                "mdn-last-dataset",
                 "mdn-last-running",
                 "mdn-last-running, recalibrated",
                 "mdn-last-recursive",
@@ -300,7 +300,7 @@ def test_matrices_shown(names, expected):
 
 def test_outputs(tmp_path):
     runs = continual.plan(
-        ["none", "mdn-last"], 16, 2, epochs=1, group_size=10, test_group_size=10, first_seed=3
+        ["none", "mdn-last-dataset"], 16, 2, epochs=1, group_size=10, test_group_size=10, first_seed=3
     )
     rows = Runner(ResultStore(tmp_path / "results.json"), continual.train).run(runs)
     report = continual.write_outputs(tmp_path, runs, rows, command="mdnorm experiment continual")

@@ -15,7 +15,7 @@ from mdnorm.experiments.runner import Runner, one_thread
 from mdnorm.metrics import distance_correlation_sqr
 
 
-def small(method="mdn-last", **options):
+def small(method="mdn-last-dataset", **options):
     settings = {"batch_size": 64, "seed": 0, "epochs": 1, "learning_rate": 1e-3, "group_size": 40}
     return synthetic.SyntheticRun(method, **(settings | {"test_group_size": 30} | options))
 
@@ -78,8 +78,8 @@ class TestNetworks:
             ("none", [nn.Identity] * 3),
             ("batchnorm", [nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm1d]),
             ("groupnorm", [nn.GroupNorm] * 3),
-            ("mdn-last", [nn.Identity, nn.Identity, MetadataNorm]),
-            ("mdn-every", [MetadataNorm] * 3),
+            ("mdn-last-dataset", [nn.Identity, nn.Identity, MetadataNorm]),
+            ("mdn-every-dataset", [MetadataNorm] * 3),
         ],
     )
     def test_what_sits_where(self, method, kinds):
@@ -122,14 +122,14 @@ class TestTraining:
     def test_same_seed_same_row(self):
         def measured():
             with one_thread():
-                row = synthetic.train(small("mdn-every"), lambda: None)
+                row = synthetic.train(small("mdn-every-dataset"), lambda: None)
             del row["seconds_per_epoch"]
             return row
 
         assert measured() == measured()
 
     def test_rows_do_not_depend_on_the_number_of_jobs(self, tmp_path):
-        runs = [small("none"), small("mdn-last")]
+        runs = [small("none"), small("mdn-last-dataset")]
         tables = []
         for jobs in (1, 2):
             store = ResultStore(tmp_path / f"{jobs}.json")
@@ -151,12 +151,12 @@ class TestTraining:
         options = {"batch_size": 200, "epochs": 5, "learning_rate": 3e-4, "group_size": 1000}
         rows = {
             method: synthetic.train(small(method, **options, test_group_size=500), lambda: None)
-            for method in ("none", "mdn-last")
+            for method in ("none", "mdn-last-dataset")
         }
         assert rows["none"]["bacc"] > 0.91
         assert min(rows["none"]["dcor2"].values()) > 0.2
-        assert rows["mdn-last"]["bacc"] < 0.87
-        assert max(rows["mdn-last"]["dcor2"].values()) < 0.06
+        assert rows["mdn-last-dataset"]["bacc"] < 0.87
+        assert max(rows["mdn-last-dataset"]["dcor2"].values()) < 0.06
 
 
 class TestMetadata:
@@ -192,7 +192,13 @@ def test_outputs(tmp_path):
     features = tmp_path / "features"
     features.mkdir()
     runs = synthetic.plan(
-        ["none", "mdn-last"], [64], 2, epochs=1, group_size=40, test_group_size=30, features_dir=features
+        ["none", "mdn-last-dataset"],
+        [64],
+        2,
+        epochs=1,
+        group_size=40,
+        test_group_size=30,
+        features_dir=features,
     )
     rows = Runner(ResultStore(tmp_path / "results.json"), synthetic.train).run(runs)
     report = synthetic.write_outputs(tmp_path, runs, rows, command="mdnorm experiment synthetic")

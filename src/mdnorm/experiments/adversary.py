@@ -89,7 +89,8 @@ class Adversary:
         for parameter in self.predictor.parameters():
             parameter.requires_grad_(False)
         predicted = self.predictor(torch.cat([self._features, current]))[:, 0]
-        term = self.strength * squared_correlation(predicted, known)
+        # Only the batch carries the gradient: its share in the correlation must not weaken the term.
+        term = self.strength * squared_correlation(predicted, known) * (len(known) / len(current))
         for parameter in self.predictor.parameters():
             parameter.requires_grad_(True)
         self._remember(seen, known)

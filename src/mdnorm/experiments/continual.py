@@ -44,7 +44,7 @@ from mdnorm.integration import fit_gram, recalibrate
 DEFAULT_METHODS = (
     "none",
     "batchnorm",
-    "mdn-last",
+    "mdn-last-dataset",
     "mdn-last-running",
     "mdn-last-recursive",
     "mdn-every-running",
@@ -489,7 +489,7 @@ def _one_image_a_stage() -> SyntheticData:
     return SyntheticData(*map(joined, ("images", "labels", "effect", "confounder")))
 
 
-_IN_MATRICES = ("none", "mdn-last", "mdn-last-running", "mdn-last-recursive")
+_IN_MATRICES = ("none", "mdn-last-dataset", "mdn-last-running", "mdn-last-recursive")
 _MOST_MATRICES = 6
 
 

@@ -18,7 +18,7 @@ from mdnorm.experiments.data.synthetic import (
     SyntheticData,
 )
 from mdnorm.experiments.files import atomic_path
-from mdnorm.experiments.report import summarise
+from mdnorm.experiments.report import has_limits, summarise
 from mdnorm.experiments.results import Row
 
 # Okabe & Ito (2008), in an order that keeps neighbours apart, then two of Tol's muted colours.
@@ -109,7 +109,8 @@ def accuracy_by_batch_size(rows: Sequence[Row], panels: Panels) -> Figure:
     figure = Figure(figsize=(_WIDTH, 0.4 + 3.8 * len(panels)), layout="constrained")
     for part, (title, names) in zip(_stacked(figure, panels), panels.items(), strict=True):
         axis = part.subplots()
-        _draw_limits(axis)
+        if has_limits(rows):
+            _draw_limits(axis)
         _draw_cells(axis, rows, names, lambda cell: (100 * cell["bacc"], 100 * (cell["bacc_sd"] or 0)))
         axis.set_xlabel("batch size")
         axis.set_ylabel("balanced accuracy on held-out data (%)")

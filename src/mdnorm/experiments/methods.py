@@ -73,48 +73,46 @@ def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
     return nn.GroupNorm(4, channels)
 
 
-# The running coefficients look back one epoch (2000 images), whatever the batch size.
+# The running averages look back one epoch (2000 images), whatever the batch size; the two-sided estimator
+# follows the weights more closely.
 _RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000}
 _BATCH = _RECIPE | {"estimator": "batch"}
-_RUNNING = _RECIPE | {"estimator": "running", "window": 1000}
+_RUNNING = {"estimator": "running", "window": 500}
 _RECURSIVE = _RECIPE | {"estimator": "recursive"}
 _PENALTY: dict[str, Any] = {"estimator": "penalty"}
-_PENALTY_GROUP = {"lr": 0.01}
+_PENALTY_GROUP = {"lr": 0.1}
 _AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
 
+# The features of earlier batches give a small batch a correlation.
+_ADVERSARY: dict[str, Any] = {"strength": 10.0, "learning_rate": 1e-2, "steps": 5, "memory": 500}
+
+
+def _on(layers: str, estimator: str, options: dict[str, Any], degree: int = 3, **more: Any) -> Method:
+    return Method(f"MDN, {layers} layer, {estimator}", layers, degree=degree, options=options, **more)
+
+
+def _estimators(layers: str) -> dict[str, Method]:
+    return {
+        f"mdn-{layers}-dataset": _on(layers, "dataset", _RECIPE),
+        f"mdn-{layers}-batch": _on(layers, "batch", _BATCH),
+        f"mdn-{layers}-running": _on(layers, "running", _RUNNING, seeds=5),
+        f"mdn-{layers}-recursive": _on(layers, "recursive", _RECURSIVE),
+        f"mdn-{layers}-penalty": _on(layers, "penalty", _PENALTY, penalty=_PENALTY_GROUP),
+        f"mdn-{layers}-authors": _on(layers, "authors' settings", _AUTHORS, degree=1),
+    }
+
+
 METHODS = {
-    "none": Method("No normalisation", seeds=5),
+    "none": Method("No normalisation"),
     "batchnorm": Method("BatchNorm", other=_batch_norm, least_batch_size=2),
     "groupnorm": Method("GroupNorm", other=_group_norm),
-    "brnet": Method("BR-Net", adversary={"strength": 1.0, "learning_rate": 1e-3, "steps": 1}),
-    "mdn-last": Method("MDN, last layer", "last", degree=3, options=_RECIPE, seeds=5),
-    "mdn-every": Method("MDN, every layer", "every", degree=3, options=_RECIPE, seeds=5),
-    "mdn-last-batch": Method("MDN, last layer, batch", "last", degree=3, options=_BATCH, seeds=5),
-    "mdn-every-batch": Method("MDN, every layer, batch", "every", degree=3, options=_BATCH, seeds=5),
-    "mdn-last-running": Method("MDN, last layer, running", "last", degree=3, options=_RUNNING, seeds=5),
-    "mdn-every-running": Method("MDN, every layer, running", "every", degree=3, options=_RUNNING, seeds=5),
-    "mdn-last-recursive": Method("MDN, last layer, recursive", "last", degree=3, options=_RECURSIVE),
-    "mdn-every-recursive": Method("MDN, every layer, recursive", "every", degree=3, options=_RECURSIVE),
-    "mdn-last-penalty": Method(
-        "MDN, last layer, penalty", "last", degree=3, options=_PENALTY, penalty=_PENALTY_GROUP
-    ),
-    "mdn-every-penalty": Method(
-        "MDN, every layer, penalty", "every", degree=3, options=_PENALTY, penalty=_PENALTY_GROUP
-    ),
-    "mdn-last-authors": Method("MDN, last layer, authors' settings", "last", options=_AUTHORS),
-    "mdn-every-authors": Method("MDN, every layer, authors' settings", "every", options=_AUTHORS),
-    "mdn-last-linear": Method(
-        "MDN, last layer, running, plain column", "last", options=_RUNNING, in_table=False
-    ),
-    "mdn-last-scale": Method(
-        "MDN, last layer, running, with scale",
-        "last",
-        degree=3,
-        options=_RUNNING | {"scale": True},
-        in_table=False,
-    ),
+    "brnet": Method("BR-Net", adversary=_ADVERSARY),
+    **_estimators("last"),
+    **_estimators("every"),
+    "mdn-last-linear": _on("last", "running, plain column", _RUNNING, degree=1, in_table=False),
+    "mdn-last-scale": _on("last", "running, with scale", _RUNNING | {"scale": True}, in_table=False),
 }
-DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last", "mdn-every")
+DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running")
 
 
 def panels(names: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
