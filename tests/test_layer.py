@@ -319,6 +319,18 @@ class TestPrecision:
             assert layer.train(mode)(features.to(dtype), metadata, labels).dtype == dtype
 
     @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_float_leaves_the_statistics_of_the_design(self, estimator):
+        """`model.float()` is often called to be sure; the design is regressed in float64 all the same."""
+        layer = prepared(estimator, scale=True)
+        twin = copy.deepcopy(layer).float()
+        for _ in range(2):
+            batch = inputs()
+            assert torch.equal(twin(*batch), layer(*batch))
+        for key, value in layer.state_dict().items():
+            assert torch.equal(twin.state_dict()[key], value), key
+            assert twin.state_dict()[key].dtype == value.dtype, key
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
     def test_double(self, estimator):
         layer = prepared(estimator).double()
         assert all(value.dtype == torch.float64 for value in layer.state_dict().values())

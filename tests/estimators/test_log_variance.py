@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdnorm import MetadataNorm
+from mdnorm import MetadataNorm, recalibrate
 from mdnorm.estimators import LogVarianceEstimator
 from reference import design_matrix, weighted_least_squares
 
@@ -39,21 +39,22 @@ class NumpyScale:
         )
         beta = weighted_least_squares(f, m, y, weights)
         self.mean_f, self.mean_m = (np.average(part, axis=0, weights=weights) for part in (f, m))
-        if weights.sum() > beta.shape[0]:
-            squared = (flat - (design_matrix(metadata, labels) @ beta)[:, :, None]) ** 2
-            log = np.log(squared + 1e-6 * squared.mean(0)).mean(2)
-            self.logs.append((log, metadata, labels))
-            self.log_weights = [w * decay for w in self.log_weights] + [1.0]
+        squared = (flat - (design_matrix(metadata, labels) @ beta)[:, :, None]) ** 2
+        x = design_matrix(m, y)
+        rows = design_matrix(metadata, labels)
+        noise = 1 - np.einsum("nk,kl,nl->n", rows, np.linalg.pinv((x * weights[:, None]).T @ x), rows)
+        used = noise > 1e-3
+        log = np.log(squared + 1e-6 * squared.mean(0)) - np.log(np.where(used, noise, 1))[:, None, None]
+        self.logs.append((log.mean(2), metadata, labels, noise * used))
+        self.log_weights = [w * decay for w in self.log_weights] + [1.0]
         gamma = np.zeros((k_m, f.shape[1]))
-        if self.logs:
-            log, m, y = (np.concatenate([batch[i] for batch in self.logs]) for i in range(3))
-            w = np.concatenate(
-                [np.full(len(b[0]), w) for b, w in zip(self.logs, self.log_weights, strict=True)]
-            )
+        log, m, y = (np.concatenate([batch[i] for batch in self.logs]) for i in range(3))
+        w = np.concatenate([b[3] * w for b, w in zip(self.logs, self.log_weights, strict=True)])
+        if w.sum() > 0:
             x, total = design_matrix(m, y), w.sum()
             variance = np.average((m - np.average(m, axis=0, weights=w)) ** 2, axis=0, weights=w)
             penalty = np.zeros(x.shape[1])
-            penalty[:k_m] = np.pi**2 / 2 / max(total, 1) * variance
+            penalty[:k_m] = np.pi**2 / 2 / total * variance
             weighted = x * w[:, None] / total
             gamma = np.linalg.solve(weighted.T @ x + np.diag(penalty), weighted.T @ log)[:k_m]
         factor = np.exp(-0.5 * (metadata - self.mean_m) @ gamma)
@@ -76,7 +77,7 @@ def test_equals_its_recursion_in_numpy(granularity, k_y):
         dtype=torch.float64,
     )
     reference = NumpyScale(100)
-    for features, metadata, labels in batches((20, 20, 7, 1, 30), 2, k_y, shape):
+    for features, metadata, labels in batches((20, 20, 7, 1, 1, 30), 2, k_y, shape):
         layer(features, metadata, labels if k_y else None)
         scaled = layer.scale_estimator.evaluate(features, metadata, (2,) if granularity == "channel" else ())
         expected, gamma = reference.forward(*(part.numpy() for part in (features, metadata, labels)))
@@ -118,13 +119,14 @@ def test_sites_with_scales_of_their_own(estimator, batch_size, n):
     error = 2.2 * np.sqrt(6 / n)
     before = log_variance_slopes(features, metadata, label)
     np.testing.assert_allclose(before, 2 * np.log([[2.0] * 4, [4.0] * 4]), atol=4 * error)
+    recalibrate(layer, [tuple(data)])  # the mean; the scale stays that of the run
     out = layer.eval()(data[0], data[1]).numpy()  # no label is needed
     # The running fit used the coefficients of its time, and scales about the overall mean, which moves the
     # class means a little: not exactly zero on the same data, but within the error.
     assert np.abs(log_variance_slopes(out, metadata, label)).max() < 2 * error
     effect = np.linalg.lstsq(design_matrix(metadata, label), out, rcond=None)[0]
-    # The mean: standard errors of a difference of two groups of n / 3 of features with sd 1.
-    np.testing.assert_allclose(effect[:2], 0, atol=3 * np.sqrt(6 / n))
+    np.testing.assert_allclose(effect[:2], 0, atol=1e-8)
+    # Three standard errors of a difference of two groups of n / 3 of features with sd 1.
     np.testing.assert_allclose(effect[2], 0.3, atol=3 * np.sqrt(6 / n))
 
 
@@ -141,6 +143,19 @@ def test_the_first_samples_do_not_blow_up(batch_size):
             layer(features, metadata, label)
             scaled = layer.scale_estimator.evaluate(features, metadata, ())
             assert torch.isfinite(scaled).all()
+            assert (scaled - layer.scale_estimator.feature_mean).abs().max() < 30
+
+
+def test_the_first_sample_of_a_site_does_not_blow_up():
+    """The fit goes through it, so its residual is zero, however many samples of other sites came before."""
+    for seed in range(10):
+        layer = MetadataNorm(4, 3, estimator="running", scale=True, dtype=torch.float64)
+        generator = torch.Generator().manual_seed(seed)
+        for site in [0] * 12 + [1, 0, 2, 1, 0, 2]:
+            features = torch.randn(1, 4, generator=generator, dtype=torch.float64)
+            metadata = torch.eye(3)[[site]]
+            layer(features, metadata)
+            scaled = layer.scale_estimator.evaluate(features, metadata.double(), ())
             assert (scaled - layer.scale_estimator.feature_mean).abs().max() < 30
 
 

@@ -218,8 +218,9 @@ class Estimator(nn.Module, ABC):
             new = self._buffers[name]
             if old is None or new is None:
                 continue
-            # model.half() and model.bfloat16() move the state to the new device but never below float32.
-            if torch.finfo(new.dtype).bits < 32:
+            # model.half() and model.bfloat16() move the state to the new device but never below float32, and
+            # model.float() leaves the statistics of the design in float64.
+            if torch.finfo(new.dtype).bits < 32 or (name in self.precise and new.dtype != old.dtype):
                 new = old.to(new.device)
             # model.to(memory_format=...) restrides 4-d buffers; the updates need the plain layout.
             self._buffers[name] = new.contiguous()

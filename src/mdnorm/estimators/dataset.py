@@ -26,7 +26,7 @@ class DatasetEstimator(Estimator):
 
     name: ClassVar[str] = "dataset"
     uses_training_gram: ClassVar[bool] = True
-    precise: ClassVar[frozenset[str]] = Estimator.precise | {"weight"}
+    precise: ClassVar[frozenset[str]] = Estimator.precise | {"weight", "operator"}
 
     operator: Tensor | None
     weight: Tensor

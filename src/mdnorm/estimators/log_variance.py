@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import ClassVar
 
@@ -12,6 +11,9 @@ from torch import Tensor
 from mdnorm import functional
 from mdnorm.estimators.batch import BatchEstimator
 from mdnorm.functional import Gram
+
+# A residual with a smaller share of the noise's variance is rounding.
+_LEAST_WEIGHT = 1e-3
 
 
 class LogVarianceEstimator(BatchEstimator):
@@ -23,10 +25,11 @@ class LogVarianceEstimator(BatchEstimator):
     site's scale (Johnson et al. 2007), for continuous metadata its smooth form. The metadata's effect on the
     mean is removed behind it, by the estimator of the layer.
 
-    Of one sample, the logarithm of a squared residual is a noisy measure of the variance (its own variance is
-    π²/2), and where there are no more samples than columns the residual is zero. So the fit has a prior on
-    γ_m, one unit wide a standard deviation of metadata, which n samples outweigh as n to 5, and samples count
-    from the moment on at which there are more of them than columns.
+    A sample that pulls the fit to itself (the first ones, the first of a site) has a residual near zero
+    whatever the variance: with its leverage `h`, the residual's variance is 1 − h times that of the noise. So
+    ``log r² / (1 − h)`` is what is fitted, with the weight 1 − h. Of one sample it is a noisy measure (its
+    variance is π²/2): a prior on γ_m, one unit wide a standard deviation of metadata, holds the fit until
+    there are clearly more than five.
 
     The features are scaled about their overall mean, since the label, which would give each class a mean of
     its own, is not there in evaluation. The factors are constants for the gradient.
@@ -92,27 +95,41 @@ class LogVarianceEstimator(BatchEstimator):
         squared = residual.square()
         # A residual of zero (a dead unit) has no logarithm.
         floor = 1e-6 * squared.mean(0, keepdim=True) + torch.finfo(squared.dtype).tiny
-        log_moments = functional.feature_moments((squared + floor).log(), rows, positions)
-        has_residuals = self.gram_count > columns.shape[1] + 1
-        usable = has_residuals & torch.isfinite(log_moments.sum())
-        count = torch.where(usable, count, 0.0)
+        weights = self._residual_weights(columns)
+        safe = weights.clamp_min(_LEAST_WEIGHT).to(squared.dtype).reshape(-1, *[1] * (squared.ndim - 1))
+        log = (squared + floor).log() - safe.log()
+        weight = weights.sum()
+        shares = (weights / weight.clamp_min(1e-30)).unsqueeze(1)
+        centre = (shares * columns).sum(0)
+        centred = columns - centre
+        log_rows = torch.cat([(shares * centred).mT, shares.mT])
+        log_moments = functional.feature_moments(log, log_rows, positions)
+        usable = (count > 0) & torch.isfinite(log_moments.sum())
         log_moments = torch.where(usable, log_moments, 0.0).to(self.log_mean.dtype)
+        batch = Gram(centre, (shares * centred).mT @ centred, torch.where(usable, weight, 0.0), num_metadata)
         past = Gram(self.log_gram_mean, self.log_gram_covariance, self.log_gram_count, num_metadata)
-        merged = past.merge(dataclasses.replace(batch, count=count), self.decay(count))
+        merged = past.merge(batch, self.decay(torch.where(usable, count, 0.0)))
         cross, _ = functional.merge_cross_moments_(
             self.log_cross_covariance.flatten(1),
             self.log_mean.view(-1),
             log_moments,
             (batch.mean - past.mean).to(log_moments.dtype),
-            (count / merged.count.clamp_min(1e-30)).to(log_moments.dtype),
+            (batch.count / merged.count.clamp_min(1e-30)).to(log_moments.dtype),
         )
         self.log_gram_mean.copy_(merged.mean)
         self.log_gram_covariance.copy_(merged.covariance)
         self.log_gram_count.copy_(merged.count)
-        prior = self.noise / merged.count.clamp_min(1.0)
+        prior = self.noise / merged.count.clamp_min(_LEAST_WEIGHT)
         operator = functional.coefficient_operator(merged, prior)[:num_metadata]
         effect = operator.to(cross.dtype) @ cross
         self.coefficients[:num_metadata].flatten(1).copy_(effect)
+
+    def _residual_weights(self, columns: Tensor) -> Tensor:
+        """Return 1 − leverage in the running fit of the samples (N,), 0 where hardly anything is left."""
+        centred = columns - self.gram_mean
+        distance = (centred @ functional.coefficient_operator(self.gram, self.ridge) * centred).sum(1)
+        weights = 1 - (1 + distance) / self.gram_count.clamp_min(1e-30)
+        return torch.where(weights > _LEAST_WEIGHT, weights, 0.0)
 
     def evaluate(self, features: Tensor, metadata: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Remove the remembered effect of the metadata columns (N, K_m) on the scale of features (N, ...)."""

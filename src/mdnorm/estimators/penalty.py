@@ -38,6 +38,7 @@ class PenaltyEstimator(Estimator):
 
     name: ClassVar[str] = "penalty"
     uses_training_gram: ClassVar[bool] = True
+    precise: ClassVar[frozenset[str]] = Estimator.precise | {"operator", "whitening"}
 
     weight: nn.Parameter | None
     operator: Tensor | None

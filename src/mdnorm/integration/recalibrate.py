@@ -98,8 +98,22 @@ def _bar(loader: Iterable[Any], description: str, progress: bool) -> Iterable[An
         from tqdm.auto import tqdm
     except ImportError:
         return loader
-    bar: Iterable[Any] = tqdm(loader, desc=description, disable=None, leave=False)
-    return bar
+    return _counted(loader, tqdm(total=_length(loader), desc=description, disable=None, leave=False))
+
+
+def _counted(loader: Iterable[Any], bar: Any) -> Iterable[Any]:
+    # Not tqdm(loader): that calls iter() twice, which starts the workers of a DataLoader twice.
+    with bar:
+        for batch in loader:
+            yield batch
+            bar.update()
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 def _running_order(
