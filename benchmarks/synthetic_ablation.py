@@ -1,8 +1,8 @@
-"""What each part of the recipe contributes on the synthetic data: one change at a time, three seeds a row.
+"""What each part of the recipe contributes on the synthetic data at small batches: one change at a time.
 
-The recipe is `mdn-last` of ``mdnorm experiment synthetic``: the paper's estimator, the confounder as a cubic
-polynomial, the intercept kept, running coefficients over one epoch. Finished trainings are kept in the
-folder.
+The recipe is `mdn-last-running` of ``mdnorm experiment synthetic``: the two-sided running estimator, the
+confounder as a cubic polynomial, the intercept kept, recalibration at the end (its own columns of the table).
+Finished trainings are kept in the folder.
 
     python benchmarks/synthetic_ablation.py --out results/ablation
 """
@@ -13,24 +13,64 @@ import argparse
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, ClassVar
 
+from torch import Tensor
+
+from mdnorm import functional
+from mdnorm.estimators import ESTIMATORS, RunningEstimator
+from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.report import synthetic_table
 from mdnorm.experiments.results import ResultStore
 from mdnorm.experiments.runner import Runner
-from mdnorm.experiments.synthetic import METHODS, plan, train
+from mdnorm.experiments.synthetic import plan, train
+from mdnorm.functional import Gram
 
-RECIPE = METHODS["mdn-last"]
+
+class ForwardOnly(RunningEstimator):
+    """Running coefficients as constants: the effect is removed, the incentive to use it stays."""
+
+    name: ClassVar[str] = "forward-only"
+
+    def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
+        num_metadata = self.gram.num_metadata
+        batch = Gram.from_columns(columns, num_metadata)
+        rows = functional.moment_rows(columns, batch.mean)
+        moments = functional.feature_moments(features.detach(), rows, positions)
+        self._update(batch, moments, features.shape[0])
+        return self.evaluate(features, columns[:, :num_metadata], positions)
+
+
+class BatchAdjoint(RunningEstimator):
+    """Running coefficients forward, the gradient through them from the batch at hand alone."""
+
+    name: ClassVar[str] = "batch-adjoint"
+
+    def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
+        # Without weight the running adjoint is that of the batch that comes next.
+        self.adjoint_weight.zero_()
+        return super().forward(features, columns, positions)
+
+
+ESTIMATORS |= {estimator.name: estimator for estimator in (ForwardOnly, BatchAdjoint)}
+
+RECIPE = METHODS["mdn-last-running"]
 OPTIONS = RECIPE.options or {}
+
+
+def changed(title: str, degree: int = 3, **options: Any) -> Method:
+    return replace(RECIPE, title=title, degree=degree, options=OPTIONS | options)
+
+
 VARIANTS = {
-    "recipe": replace(RECIPE, title="recipe"),
-    "recipe-linear": replace(RECIPE, title="confounder linear", degree=1),
-    "recipe-center": replace(RECIPE, title="intercept removed", options=OPTIONS | {"center": True}),
-    "recipe-linear-center": replace(
-        RECIPE, title="both (the authors' form)", degree=1, options=OPTIONS | {"center": True}
-    ),
-    "recipe-momentum": replace(
-        RECIPE, title="momentum 0.1 instead of a window", options={"estimator": "dataset", "momentum": 0.1}
-    ),
+    "recipe": replace(RECIPE, title="recipe (window 500)"),
+    "recipe-250": changed("window 250", window=250),
+    "recipe-1000": changed("window 1000", window=1000),
+    "recipe-2000": changed("window 2000", window=2000),
+    "recipe-forward": changed("forward half only", estimator="forward-only"),
+    "recipe-adjoint": changed("adjoint of the batch", estimator="batch-adjoint"),
+    "recipe-linear": changed("confounder linear", degree=1),
+    "recipe-center": changed("intercept removed", center=True),
 }
 # At module level, since worker processes import this file anew.
 METHODS.update(VARIANTS)
@@ -41,14 +81,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=Path("results/ablation"))
-    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[20, 200, 2000])
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[4, 20])
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs = plan(list(VARIANTS), arguments.batch_sizes, arguments.seeds)
     store = ResultStore(arguments.out / "results.json")
     rows = Runner(store, train, os.cpu_count() or 1).run(runs)
-    table = synthetic_table(rows, {name: method.title for name, method in VARIANTS.items()}).markdown()
+    names = {name: METHODS[name].title for name in VARIANTS}
+    table = synthetic_table(rows, names).markdown()
     (arguments.out / "table.md").write_text(table, encoding="utf-8")
     print(table)
 

@@ -249,19 +249,19 @@ _VARIANT_TEXTS = {
     "plain": _INTRODUCTION,
     "sites": (
         *_INTRODUCTION,
-        "In this variant the confounder is the sum of the offsets of 16 sites, a curve of age and an effect of "
-        "sex; with columns that explain nothing the layer gets 50 metadata columns.",
+        "In this variant the confounder is the sum of the offsets of 16 sites, a curve of age and an effect "
+        "of sex; with columns that explain nothing the layer gets 50 metadata columns.",
     ),
     "quadratic": (
         *_INTRODUCTION,
-        "In this variant the confounder's brightness is a quadratic function of the metadata column, and dcor² "
-        "is measured against that column.",
+        "In this variant the confounder's brightness is a quadratic function of the metadata column, and "
+        "dcor² is measured against that column.",
     ),
     "variance": (
         "Each image shows blobs whose brightness is the true effect plus noise, and one metadata column, "
         "different in the groups A and B, says how much noise, as a scanner might.",
-        "dcor², the squared distance correlation between the network's features and the metadata column within "
-        "a group, shows how much of it the features still hold. There is no simple limit of accuracy.",
+        "dcor², the squared distance correlation between the network's features and the metadata column "
+        "within a group, shows how much of it the features still hold. There is no simple limit of accuracy.",
     ),
 }
 
