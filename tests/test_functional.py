@@ -10,10 +10,15 @@ from mdnorm.functional import (
     Gram,
     coefficient_operator,
     design_columns,
+    feature_moments,
     label_columns,
+    merge_cross_moments_,
     metadata_norm,
+    moment_rows,
     position_dims,
     remove_effect,
+    remove_running_regression,
+    rescale,
 )
 from reference import dataset_residual, design_matrix, residual
 
@@ -444,3 +449,198 @@ def test_remove_effect_passes_the_gradient_unchanged():
     weight = torch.randn_like(out)
     (gradient,) = torch.autograd.grad((out * weight).sum(), features)
     assert torch.equal(gradient, weight)
+
+
+def test_ridge_as_a_tensor():
+    _, metadata, labels = make()
+    gram = Gram.from_data(metadata, labels)
+    penalty = torch.tensor([0.3], dtype=torch.float64)
+    torch.testing.assert_close(coefficient_operator(gram, penalty), coefficient_operator(gram, 0.3))
+
+
+class TestRunningMoments:
+    @pytest.mark.parametrize("shape", SHAPES)
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_feature_moments(self, shape, dtype):
+        features, metadata, labels = make(shape=shape, dtype=dtype)
+        columns = torch.cat([metadata, labels], 1)
+        rows = moment_rows(columns, columns.mean(0))
+        for positions in ((), tuple(range(2, len(shape) + 1))):
+            if positions == () and len(shape) > 1:
+                flat = features.double().flatten(1)
+            else:
+                flat = features.double().flatten(2).mean(2) if positions else features.double()
+            moments = feature_moments(features.requires_grad_(), rows, positions)
+            centred = (columns - columns.mean(0)).numpy()
+            expected = np.vstack([centred.T @ flat.detach().numpy() / 60, flat.detach().numpy().mean(0)])
+            assert not moments.requires_grad
+            assert moments.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+            tolerance = 1e-12 if dtype == torch.float64 else 1e-5 * np.abs(expected).max()
+            np.testing.assert_allclose(moments, expected, atol=tolerance)
+
+    def test_feature_moments_under_autocast(self):
+        features, metadata, _ = make(dtype=torch.float32)
+        rows = moment_rows(metadata, metadata.mean(0))
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = feature_moments(features, rows)
+        assert torch.equal(moments, feature_moments(features, rows))
+
+    @given(
+        cuts=st.lists(st.integers(0, 60), max_size=5),
+        decay=st.floats(0.0, 1.0),
+        offset=st.sampled_from([0.0, 1e4]),
+        seed=st.integers(0, 100),
+    )
+    def test_merged_cross_moments_are_weighted_moments(self, cuts, decay, offset, seed):
+        features, metadata, labels = make(seed=seed)
+        columns = torch.cat([metadata + offset, labels], 1)
+        gram = Gram(torch.zeros(5).double(), torch.zeros(5, 5).double(), torch.zeros(1).double(), 3)
+        cross, mean = torch.zeros(5, 7).double(), torch.zeros(7).double()
+        weights, used = np.zeros(0), 0
+        for a, b in itertools.pairwise([0, *sorted(cuts), 60]):
+            part = slice(a, b)
+            batch = Gram.from_columns(columns[part], 3)
+            moments = feature_moments(features[part], moment_rows(columns[part], batch.mean))
+            merged = gram.merge(batch, decay)
+            share = batch.count / merged.count.clamp_min(1e-30)
+            merge_cross_moments_(cross, mean, moments, batch.mean - gram.mean, share)
+            gram, used = merged, b
+            weights = np.concatenate([weights * decay, np.ones(b - a)])
+        if weights.sum() < 1e-9:  # all forgotten by an empty batch
+            return
+        x, f = columns[:used].numpy(), features[:used].numpy()
+        mean_x, mean_f = (np.average(v, axis=0, weights=weights) for v in (x, f))
+        expected = ((x - mean_x) * weights[:, None]).T @ (f - mean_f) / weights.sum()
+        np.testing.assert_allclose(mean, mean_f, atol=1e-10)
+        # Subtracting means of 10⁴ costs four digits.
+        np.testing.assert_allclose(cross, expected, atol=1e-10 if offset == 0 else 1e-7)
+        np.testing.assert_allclose(gram.mean, mean_x, rtol=1e-12, atol=1e-10)
+
+
+class TestRunningRegression:
+    def call(self, features, positions=(), *, adjoint=None, weight=0.0, count=8.0, decay=0.9):
+        n, d = features.shape[0], features.shape[1] if positions else features[0].numel()
+        generator = torch.Generator().manual_seed(7)
+        options = {"generator": generator, "dtype": torch.float64}
+        basis, beta = torch.randn(n, 2, **options), torch.randn(2, d, **options)
+        projector = torch.randn(2, n, **options) / n
+        adjoint = torch.zeros(2, d, dtype=torch.float64) if adjoint is None else adjoint
+        state = adjoint, torch.tensor([weight], dtype=torch.float64)
+        out = remove_running_regression(
+            features,
+            basis,
+            beta,
+            projector,
+            *state,
+            count=torch.tensor([count], dtype=torch.float64),
+            decay=torch.tensor([decay], dtype=torch.float64),
+            positions=positions,
+        )
+        return out, basis, beta, projector, state
+
+    @pytest.mark.parametrize("positions", [(), (2,)])
+    def test_forward_and_backward_in_numpy(self, positions):
+        features = torch.randn(8, 3, 4, dtype=torch.float64, requires_grad=True)
+        d = 3 if positions else 12
+        old = torch.randn(2, d, dtype=torch.float64)
+        out, basis, beta, projector, state = self.call(features, positions, adjoint=old.clone(), weight=40.0)
+        effect = basis.numpy() @ beta.numpy()
+        effect = effect[:, :, None] if positions else effect.reshape(8, 3, 4)
+        np.testing.assert_allclose(out.detach(), features.detach().numpy() - effect, atol=1e-12)
+        assert torch.equal(state[0], old)
+
+        gradient = torch.randn(8, 3, 4, dtype=torch.float64)
+        out.backward(gradient)
+        g = gradient.numpy()
+        summed = g.sum(2) if positions else g.reshape(8, 12)
+        weight = 40 * 0.9 + 8
+        adjoint = old.numpy() + (basis.numpy().T @ summed - old.numpy()) * 8 / weight
+        np.testing.assert_allclose(state[0], adjoint, atol=1e-12)
+        assert float(state[1]) == pytest.approx(weight)
+        shared = projector.numpy().T @ adjoint
+        expected = g - (shared[:, :, None] / 4 if positions else shared.reshape(8, 3, 4))
+        np.testing.assert_allclose(features.grad, expected, atol=1e-12)
+
+    def test_without_history_the_gradient_is_that_of_the_regression(self):
+        """g − Pᵀ Bᵀ g: what `remove_regression` computes from one batch."""
+        features = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+        out, basis, _, projector, _ = self.call(features)
+        weight = torch.randn_like(out)
+        (gradient,) = torch.autograd.grad(out, features, weight)
+        expected = torch.autograd.functional.vjp(
+            lambda f: f - basis @ (projector @ f), features.detach(), weight
+        )[1]
+        torch.testing.assert_close(gradient, expected)
+
+    @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+    def test_an_overflowed_gradient_leaves_the_state(self, bad):
+        features = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+        old = torch.randn(2, 3, dtype=torch.float64)
+        out, *_, state = self.call(features, adjoint=old.clone(), weight=40.0)
+        gradient = torch.ones_like(out)
+        gradient[1, 2] = bad
+        out.backward(gradient)
+        assert torch.equal(state[0], old)
+        assert float(state[1]) == 40
+        assert not torch.isfinite(features.grad).all()
+
+    def test_saves_no_activation(self):
+        saved = []
+        features = torch.randn(8, 1000, dtype=torch.float64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+            self.call(features)
+        assert saved
+        assert max(saved) < 100
+
+    def test_can_be_differentiated_once(self):
+        features = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
+        out, *_ = self.call(features)
+        (first,) = torch.autograd.grad(out.pow(3).sum(), features, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            first.sum().backward()
+
+    def test_dtype_follows_the_features(self):
+        for dtype in (torch.float16, torch.bfloat16, torch.float32):
+            features = torch.randn(8, 3).to(dtype).requires_grad_()
+            out, *_, state = self.call(features)
+            out.float().sum().backward()
+            assert out.dtype == features.grad.dtype == dtype
+            assert state[0].dtype == torch.float64
+            assert state[0].any()
+
+
+class TestRescale:
+    @pytest.mark.parametrize("positions", [(), (2,)])
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16])
+    def test_equals_numpy(self, positions, dtype):
+        features = torch.randn(6, 3, 4).to(dtype)
+        d = 3 if positions else 12
+        basis, effect, mean = torch.randn(6, 2).double(), torch.randn(2, d).double(), torch.randn(d).double()
+        out = rescale(features, basis, effect, mean, positions)
+        factor = np.exp(-0.5 * basis.numpy() @ effect.numpy())
+        factor = factor[:, :, None] if positions else factor.reshape(6, 3, 4)
+        centre = mean.numpy()[:, None] if positions else mean.numpy().reshape(3, 4)
+        expected = centre + (features.double().numpy() - centre) * factor
+        assert out.dtype == dtype
+        np.testing.assert_allclose(
+            out.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps * np.abs(expected).max()
+        )
+
+    def test_no_effect_changes_nothing(self):
+        features = torch.randn(6, 3)
+        assert torch.equal(rescale(features, torch.randn(6, 2), torch.zeros(2, 3), torch.randn(3)), features)
+
+    def test_a_wild_effect_does_not_overflow(self):
+        features, basis = torch.randn(6, 3), torch.full((6, 1), 1e6)
+        for sign in (1, -1):
+            out = rescale(features, basis, torch.full((1, 3), sign * 1e6), torch.zeros(3))
+            torch.testing.assert_close(out, features * float(np.exp(-sign * 15)))
+
+    def test_gradient(self):
+        features = torch.randn(4, 2, 3, dtype=torch.float64, requires_grad=True)
+        basis, effect, mean = (
+            torch.randn(4, 1).double(),
+            torch.randn(1, 2).double(),
+            torch.randn(2).double(),
+        )
+        assert torch.autograd.gradcheck(lambda f: rescale(f, basis, effect, mean, (2,)), features)
