@@ -127,7 +127,7 @@ def test_continual_from_start_to_report_and_again_without_work(tmp_path):
     second = continual(out, "--seed", "3")
     assert second.exit_code == 0
     assert "2 of 2 trainings are already finished" in second.stderr
-    for text in ("MDN, last layer, recalibrated", "ACCd", "Above the limit, by stage", "56.25, 50 %"):
+    for text in ("MDN, last layer", "recalibrated", "ACCd", "Above the limit, by stage", "56.25, 50 %"):
         assert text in second.stdout
 
 

@@ -183,7 +183,7 @@ class TestTraining:
         assert len({float(metadata.sum()) for metadata in given}) == calls
 
     def test_the_effect_shows(self):
-        """In small already: without correction the network follows the confounder, with it the true effect."""
+        """In small already: the network follows the confounder without correction, and not with it."""
         options = {"batch_size": 32, "epochs_per_stage": 2, "learning_rate": 3e-4}
         options |= {"group_size": 300, "test_group_size": 50}
         rows = {
@@ -273,7 +273,7 @@ class TestTables:
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["mdn-last-dataset", "none"], ["none", "mdn-last-dataset", "mdn-last, recalibrated"]),
+        (["mdn-last-dataset", "none"], ["none", "mdn-last-dataset", "mdn-last-dataset, recalibrated"]),
         (["batchnorm", "groupnorm"], ["batchnorm", "groupnorm"]),
         (
             [*METHODS],
@@ -310,7 +310,7 @@ def test_outputs(tmp_path):
     assert "mdnorm experiment continual" in text
     assert "<dd>3, 4</dd>" in text
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
-    assert "| MDN, last layer, recalibrated | 2 |" in table
+    assert f"| {METHODS['mdn-last-dataset'].title}, recalibrated | 2 |" in table
     assert "## Above the limit, by stage" in table
     names = sorted(file.name for file in (tmp_path / "figures").iterdir())
     expected = ["accuracy", "dependence", "examples", "matrices"]

@@ -55,7 +55,8 @@ SEEDS = 3
 EPOCHS = 5
 LEARNING_RATE = 3e-4
 
-# What these have learned belongs to columns standardised or whitened by the first Gram matrix.
+# Given once: the recursion scales its columns by it, and what "penalty" has learned belongs to columns
+# whitened by it. The others see the stage's metadata through it only.
 _ONE_GRAM = ("recursive", "penalty")
 
 
@@ -161,7 +162,7 @@ def train(run: ContinualRun, epoch_done: Callable[[], None]) -> Row:
 
     The network and its layers keep their weights and state from stage to stage; optimiser and learning rate
     start anew. Estimators that take the Gram matrix of the training set get that of the stage, except where
-    what they have learned is expressed in columns scaled by the first one.
+    it only scales the columns in which they remember the past: these keep the first.
 
     Parameters
     ----------
