@@ -582,13 +582,13 @@ def test_gradcheck_through_the_layer(estimator):
     )
 
 
-@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize(("estimator", "scale"), [*((name, False) for name in ESTIMATORS), ("running", True)])
 @pytest.mark.parametrize("training", [True, False])
 # Raised inside torch while it traces any autograd function.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_compiles_to_one_graph(estimator, training):
+def test_compiles_to_one_graph(estimator, scale, training):
     torch._dynamo.reset()
-    layer = prepared(estimator).train(training)
+    layer = prepared(estimator, scale=scale).train(training)
     twin = copy.deepcopy(layer)
     compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
     for n in (30, 7):

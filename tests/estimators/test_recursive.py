@@ -272,6 +272,18 @@ def test_overflow_does_not_enter_the_state(bad):
         layer(first.float(), *rest)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_features_are_regressed_in_float32(dtype):
+    layers = [MetadataNorm((3, 2), 2, 1, estimator="recursive") for _ in range(2)]
+    for features, metadata, labels in batches((20, 20)):
+        low = features.to(dtype)
+        out = layers[0](low, metadata, labels)
+        layers[1](low.float(), metadata, labels)
+        assert out.dtype == dtype
+    for key, value in layers[1].state_dict().items():
+        assert torch.equal(layers[0].state_dict()[key], value), key
+
+
 def test_an_empty_batch_leaves_the_state():
     layer = MetadataNorm((3, 2), 2, 1, estimator="recursive")
     full, empty = batches((9, 0))

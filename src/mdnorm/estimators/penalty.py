@@ -158,3 +158,7 @@ class PenaltyEstimator(Estimator):
                 weight = self.weight.flatten(1).to(self.operator.dtype)
                 self.coefficients.copy_((self.operator @ weight).reshape(self.coefficients.shape))
         return super().evaluate(features, metadata, positions)
+
+    def extra_repr(self) -> str:
+        """Return the settings; the optimiser's learning rate stands for momentum and window."""
+        return f"ridge={self.ridge}, center={self.center}"

@@ -107,7 +107,8 @@ class RecursiveEstimator(Estimator):
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Correct the coefficients by this batch and remove the effect that they show."""
-        self._update(features.detach(), columns, positions)
+        # The prediction error of half-precision features is not rounded to their precision.
+        self._update(features.detach().to(functional.compute_dtype(features)), columns, positions)
         return self.evaluate(features, columns[:, : self.gram.num_metadata], positions)
 
     @torch.no_grad()
