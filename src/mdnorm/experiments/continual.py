@@ -450,7 +450,8 @@ def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], 
             "Accuracy minus the limit of the true effect, for each stage trained on and tested on.",
             "Accuracy minus the limit of the true effect, in percentage points, mean over seeds. On the "
             "diagonal: the stage just trained on; left of it earlier stages, right of it later ones. White "
-            "is right.",
+            "is right. In the last stage there is nothing to learn without the confounder, so a network may "
+            "forget there what it knew: its last row then falls to 50 %.",
         ),
     ]
 
