@@ -1,11 +1,14 @@
+import numpy as np
 import pytest
 import torch
 
 from mdnorm.experiments.data.synthetic import (
     ACCURACY_WITH_CONFOUNDER,
     ACCURACY_WITHOUT_CONFOUNDER,
+    VARIANTS,
     make_synthetic,
 )
+from mdnorm.metrics import distance_correlation_sqr
 
 
 def test_same_seed_same_data():
@@ -70,3 +73,75 @@ def test_analytic_limits_are_reached_by_the_ideal_rules():
 def test_errors(arguments, message):
     with pytest.raises(ValueError, match=message):
         make_synthetic(**arguments)
+
+
+class TestVariants:
+    def test_sites_add_up_to_the_magnitude_of_the_third_blob(self):
+        data = make_synthetic(300, noise=0, variant="sites")
+        torch.testing.assert_close(data.images[:, 0, 16:, :16].amax((1, 2)), data.confounder)
+        assert data.site.unique().tolist() == list(range(16))
+        assert data.nuisance.shape == (600, 27)
+        assert set(data.sex.tolist()) == {0.0, 1.0}
+        assert 0 < data.age.min() < data.age.max() < 100
+
+    def test_sites_have_offsets_that_other_data_sets_share(self):
+        """Else an effect learned from the training data would not hold for the test data."""
+        means = []
+        for seed in (0, 1):
+            data = make_synthetic(8000, seed=seed, noise=0, variant="sites")
+            rest = data.confounder - 0.6 * (data.sex - 0.5)
+            means.append(torch.stack([rest[data.site == site].mean() for site in range(16)]))
+        torch.testing.assert_close(means[0], means[1], atol=0.15, rtol=0)
+        assert means[0].std() > 0.5
+
+    def test_groups_differ_in_sites_sex_and_age(self):
+        data = make_synthetic(5000, variant="sites")
+        first = data.labels == 0
+        for values in (data.sex, data.age):
+            difference = values[~first].mean() - values[first].mean()
+            assert difference > 0.3 * values.std()
+        counts = [torch.bincount(data.site[inside], minlength=16) for inside in (first, ~first)]
+        assert (counts[0] - counts[1]).abs().sum() > 0.3 * len(data)
+
+    def test_quadratic(self):
+        data = make_synthetic(5000, noise=0, variant="quadratic")
+        third = data.images[:, 0, 16:, :16].amax((1, 2))
+        torch.testing.assert_close(third, 1 + 5 * data.confounder**2, atol=1e-5, rtol=1e-5)
+        assert (data.confounder < 0).float().mean() == pytest.approx(0.1, abs=0.01)
+
+    def test_a_line_leaves_a_curve_of_the_quadratic(self):
+        data = make_synthetic(3000, noise=0, variant="quadratic")
+        third = data.images[:, 0, 16:, :16].amax((1, 2))
+        design = torch.stack([data.confounder, data.labels, torch.ones_like(third)], 1)
+        slope = torch.linalg.lstsq(design, third[:, None]).solution[0]
+        left = third - slope * data.confounder
+        for group in (0, 1):
+            inside = data.labels == group
+            assert distance_correlation_sqr(left[inside], data.confounder[inside]) > 0.2
+
+    def test_variance(self):
+        data = make_synthetic(4000, noise=0, variant="variance")
+        assert not data.images[:, 0, 16:, :16].any()
+        torch.testing.assert_close(data.images[:, 0, :16, :16], data.images[:, 0, 16:, 16:])
+        shown = data.images[:, 0, :16, :16].flatten(1)[:, 120]
+        scale = make_synthetic(1, noise=0).images[0, 0, :16, :16].flatten()[120]
+        scale = scale / make_synthetic(1, noise=0).effect[0]
+        error = shown / scale - data.effect
+        for low in (0.1, 0.5):
+            inside = (data.confounder > low) & (data.confounder < low + 0.05)
+            expected = 0.1 * np.exp(4 * (low + 0.025))
+            assert error[inside].std() == pytest.approx(expected, rel=0.1)
+            assert error[inside].mean() == pytest.approx(0, abs=0.1 * expected)
+        for group, (low, high) in enumerate(((0, 0.7), (0.3, 1))):
+            inside = data.confounder[data.labels == group]
+            assert low <= inside.min() < low + 0.01
+            assert high - 0.01 < inside.max() <= high
+
+    def test_effect_does_not_depend_on_the_variant(self):
+        plain = make_synthetic(100, seed=3)
+        for variant in VARIANTS:
+            assert torch.equal(make_synthetic(100, seed=3, variant=variant).effect, plain.effect)
+
+    def test_an_unknown_variant(self):
+        with pytest.raises(ValueError, match="variant must be one of plain, sites, quadratic, variance"):
+            make_synthetic(10, variant="cubic")
