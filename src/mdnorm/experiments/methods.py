@@ -73,14 +73,14 @@ def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
     return nn.GroupNorm(4, channels)
 
 
-# The running averages look back one epoch (2000 images), whatever the batch size; the two-sided estimator
-# follows the weights more closely.
+# "dataset" and "batch" need their running averages for evaluation only and look back one epoch (2000 images);
+# what is removed in training as well must follow the weights more closely.
 _RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000}
 _BATCH = _RECIPE | {"estimator": "batch"}
 _RUNNING = {"estimator": "running", "window": 500}
-_RECURSIVE = _RECIPE | {"estimator": "recursive"}
+_RECURSIVE = {"estimator": "recursive", "window": 500}
 _PENALTY: dict[str, Any] = {"estimator": "penalty"}
-_PENALTY_GROUP = {"lr": 0.1}
+_PENALTY_GROUP = {"lr": 1.0}
 _AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
 
 # The features of earlier batches give a small batch a correlation.
