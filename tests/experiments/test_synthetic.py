@@ -210,3 +210,10 @@ def test_outputs(tmp_path):
     for file in features.iterdir():
         file.unlink()
     assert synthetic.write_outputs(tmp_path, runs, rows, command="").read_text().count("<img") == 3
+
+
+def test_a_row_of_another_variant_does_not_count_as_finished(tmp_path):
+    store = ResultStore(tmp_path / "results.json")
+    runs = [small("none", variant=variant) for variant in ("sites", "plain")]
+    store.add(runs[0].settings() | {"bacc": 0.5})
+    assert Runner(store, synthetic.train).pending(runs) == runs[1:]

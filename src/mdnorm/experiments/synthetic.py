@@ -71,9 +71,6 @@ class SyntheticRun:
         """Return the settings as JSON values, those of the method included."""
         row: Row = {"setting": "synthetic"} | asdict(self)
         del row["features_file"]
-        if self.variant == "plain":
-            # Rows of the first version have no variant.
-            del row["variant"]
         return row | METHODS[self.method].settings()
 
 
