@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mdnorm import MetadataNorm, fit_gram
+from mdnorm.estimators import ESTIMATORS
 
 Step = Callable[[Tensor], Tensor]
 
@@ -89,8 +90,7 @@ def measure(n: int, d: int, k: int, repeats: int) -> dict[str, Any]:
     batch_norm = nn.BatchNorm1d(d, affine=False)
     steps: dict[str, Step] = {
         "batchnorm": batch_norm,
-        "dataset": layer("dataset", features, metadata, labels),
-        "batch": layer("batch", features, metadata, labels),
+        **{estimator: layer(estimator, features, metadata, labels) for estimator in ESTIMATORS},
     }
     if n > k:
         steps["textbook"] = textbook(metadata, labels)
@@ -125,7 +125,7 @@ def main() -> None:
     rows = []
     print(f"Ratio of the medians to BatchNorm1d, forward + backward, float32, {arguments.threads} thread(s).")
     print("Memory: allocated by a step, in units of the features. K counts all columns, the intercept too.")
-    methods = ("dataset", "batch", "textbook")
+    methods = (*ESTIMATORS, "textbook")
     print(f"{'N':>6}{'D':>8}{'K':>4}{'BatchNorm':>16}" + "".join(f"{name:>18}" for name in methods))
     for k in (3, 16):
         for n, d in sizes:
