@@ -37,8 +37,11 @@ class ForwardOnly(RunningEstimator):
         batch = Gram.from_columns(columns, num_metadata)
         rows = functional.moment_rows(columns, batch.mean)
         moments = functional.feature_moments(features.detach(), rows, positions)
-        self._update(batch, moments, features.shape[0])
-        return self.evaluate(features, columns[:, :num_metadata], positions)
+        mean = self.gram_mean.clone()
+        count, _, coefficients = self._merge(batch, moments, features.shape[0])
+        self._average(coefficients, count, self.gram_mean - mean)
+        basis = functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center)
+        return functional.remove_effect(features, basis, coefficients, positions)
 
 
 class BatchAdjoint(RunningEstimator):

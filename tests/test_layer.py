@@ -202,7 +202,13 @@ class TestState:
             "estimator.cross_covariance",
         ]
         added = {
-            "running": ["feature_mean", "cross_covariance", "adjoint", "adjoint_weight"],
+            "running": [
+                "feature_mean",
+                "cross_covariance",
+                "adjoint",
+                "adjoint_weight",
+                "coefficients_weight",
+            ],
             "recursive": ["factor", "all_coefficients", "column_mean", "column_scale"],
             "penalty": ["weight"],
         }

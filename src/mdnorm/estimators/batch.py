@@ -67,10 +67,18 @@ class BatchEstimator(Estimator):
         self.feature_mean.view(-1).copy_(moments[-1])
 
     @torch.no_grad()
-    def _update(self, batch: Gram, moments: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    def _update(self, batch: Gram, moments: Tensor, num_samples: int) -> Tensor:
+        """Merge a batch into the running state; return its weight (1,)."""
+        count, _, coefficients = self._merge(batch, moments, num_samples)
+        _rows(self.coefficients).copy_(coefficients)
+        return count
+
+    @torch.no_grad()
+    def _merge(self, batch: Gram, moments: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
         """Merge a batch into the running moments and solve for the coefficients.
 
-        Returns the weight of the batch (1,) and the operator (R, K + 1) of the merged Gram matrix.
+        Returns the weight of the batch (1,), the operator (R, K + 1) of the merged Gram matrix, and the
+        coefficients (R, D).
         """
         moments, count = self.usable(moments, num_samples)
         merged = self.gram.merge(dataclasses.replace(batch, count=count), self.decay(count))
@@ -82,8 +90,7 @@ class BatchEstimator(Estimator):
         self._store_gram(merged)
         operator = functional.removal_operator(merged, ridge=self.ridge, center=self.center)
         running = torch.cat([cross, mean.unsqueeze(0)])
-        _rows(self.coefficients).copy_(operator.to(running.dtype) @ running)
-        return count, operator
+        return count, operator, operator.to(running.dtype) @ running
 
 
 def _rows(buffer: Tensor) -> Tensor:

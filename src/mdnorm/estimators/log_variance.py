@@ -86,7 +86,7 @@ class LogVarianceEstimator(BatchEstimator):
         batch = Gram.from_columns(columns, num_metadata)
         rows = functional.moment_rows(columns, batch.mean)
         moments = functional.feature_moments(features, rows, positions)
-        count, _ = self._update(batch, moments, columns.shape[0])
+        count = self._update(batch, moments, columns.shape[0])
         full = functional.coefficient_operator(self.gram, self.ridge).to(self.cross_covariance.dtype)
         slopes = full @ self.cross_covariance.flatten(1)
         basis = functional.effect_basis(columns, self.gram_mean, True)

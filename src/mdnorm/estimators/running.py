@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from mdnorm import functional
@@ -22,6 +23,9 @@ class RunningEstimator(BatchEstimator):
 
     A batch as large as the window forgets the past, and the estimator is `BatchEstimator`.
 
+    Evaluation removes an average of β over `averaging` times the window: in training the window must be short
+    enough to follow the weights, and its β then has a noise that an average does not have.
+
     The state is updated in the backward pass too: one backward pass for each training forward, with a loss
     that is a mean over the batch.
 
@@ -29,26 +33,36 @@ class RunningEstimator(BatchEstimator):
     ----------
     adjoint : (R, *feature_shape) buffer
         Running mean of the gradient that reaches the coefficients.
-    adjoint_weight : (1,) buffer, float64
-        Decayed number of samples behind it.
+    adjoint_weight, coefficients_weight : (1,) buffers, float64
+        Decayed number of samples behind it, and behind `coefficients`.
     """
 
     name: ClassVar[str] = "running"
     default_momentum: ClassVar[float | None] = None
     default_window: ClassVar[float | None] = 1000
-    precise: ClassVar[frozenset[str]] = BatchEstimator.precise | {"adjoint_weight"}
+    precise: ClassVar[frozenset[str]] = BatchEstimator.precise | {"adjoint_weight", "coefficients_weight"}
+    averaging: ClassVar[float] = 3.0
+    """How many windows (or batches of ``1 / momentum``) evaluation averages over."""
 
     adjoint: Tensor
     adjoint_weight: Tensor
+    coefficients_weight: Tensor
 
     def state_shapes(
         self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...]
     ) -> dict[str, tuple[int, ...]]:
-        """Add the running adjoint to the state."""
+        """Add the running adjoint and the weights of the averages to the state."""
         return super().state_shapes(num_metadata, num_labels, feature_shape) | {
             "adjoint": (num_metadata + self.center, *feature_shape),
             "adjoint_weight": (1,),
+            "coefficients_weight": (1,),
         }
+
+    @torch.no_grad()
+    def set_moments(self, gram: Gram, moments: Tensor) -> None:
+        """Replace the running moments, too; the coefficients then weigh as many samples as they come from."""
+        super().set_moments(gram, moments)
+        self.coefficients_weight.copy_(gram.count)
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Update the running moments and remove the effect that they show."""
@@ -56,12 +70,13 @@ class RunningEstimator(BatchEstimator):
         batch = Gram.from_columns(columns, num_metadata)
         rows = functional.moment_rows(columns, batch.mean)
         moments = functional.feature_moments(features.detach(), rows, positions)
-        count, operator = self._update(batch, moments, features.shape[0])
+        mean = self.gram_mean.clone()
+        count, operator, coefficients = self._merge(batch, moments, features.shape[0])
+        self._average(coefficients, count, self.gram_mean - mean)
         return functional.remove_running_regression(
             features,
             functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center),
-            # A copy: the buffer may change again before the backward pass.
-            self.coefficients.flatten(1).clone(),
+            coefficients,
             operator @ functional.moment_rows(columns, self.gram_mean),
             self.adjoint.flatten(1),
             self.adjoint_weight,
@@ -69,3 +84,20 @@ class RunningEstimator(BatchEstimator):
             decay=self.decay(count),
             positions=positions,
         )
+
+    @torch.no_grad()
+    def _average(self, coefficients: Tensor, count: Tensor, step: Tensor) -> None:
+        """Move the average towards a batch's coefficients (R, D), the mean of the columns having moved."""
+        average = self.coefficients.flatten(1)
+        if self.center:
+            # The intercept is the one at the mean metadata: the same line, seen from the new mean.
+            average[-1] += step[: average.shape[0] - 1].to(average.dtype) @ average[:-1]
+        self.coefficients_weight.mul_(self._average_decay(count)).add_(count)
+        share = (count / self.coefficients_weight.clamp_min(1e-30)).to(average.dtype)
+        average.lerp_(coefficients, share)
+
+    def _average_decay(self, count: Tensor) -> Tensor:
+        if self.window is None and self.momentum is None:
+            # The cumulative fit has no noise of a window: its latest value is the best.
+            return torch.where(count > 0, torch.zeros_like(count), 1.0)
+        return self.decay(count) ** (1 / self.averaging)
