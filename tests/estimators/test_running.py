@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from mdnorm import MetadataNorm, fit_gram
+from mdnorm import MetadataNorm, fit_gram, recalibrate
 from mdnorm.estimators import RunningEstimator
 from reference import remove, residual, weighted_least_squares
 
@@ -113,6 +113,48 @@ class TestRecursion:
         beta = weighted_least_squares(f.reshape(len(f), -1), m, y, per_sample)
         mean = np.average(m, axis=0, weights=per_sample)
         np.testing.assert_allclose(out, remove(seen[-1][0], seen[-1][1], beta, mean, False), atol=1e-9)
+
+    @pytest.mark.parametrize("center", [False, True])
+    @pytest.mark.parametrize("memory", [{"window": 90}, {"momentum": 0.3}, {"momentum": None}])
+    def test_evaluation_removes_an_average_over_three_windows(self, memory, center):
+        """Each batch's line weighs by its samples and fades by the cube root of the window's decay."""
+        layer = MetadataNorm((3, 2), 2, 1, estimator="running", center=center, dtype=torch.float64, **memory)
+        lines, weights, seen, kept = [], [], [], []
+        for batch in batches((30, 40, 7, 1, 25)):
+            n = len(batch[0])
+            decay = 1 - n / memory["window"] if "window" in memory else 1 - (memory["momentum"] or 0)
+            layer.train()(*batch)
+            seen = [*seen, numpy_batch(batch)]
+            kept = [w * decay for w in kept] + [1.0]
+            f, m, y = (np.concatenate([b[i] for b in seen]) for i in range(3))
+            per_sample = np.concatenate([np.full(len(b[0]), w) for b, w in zip(seen, kept, strict=True)])
+            beta = weighted_least_squares(f.reshape(len(f), -1), m, y, per_sample)
+            # What is removed, as a line in m: slopes and the value at m = 0.
+            lines.append(np.vstack([beta[:2], beta[-1:]]))
+            fade = 0.0 if memory == {"momentum": None} else decay ** (1 / 3)
+            weights = [w * fade for w in weights] + [float(n)]
+        average = np.average(lines, axis=0, weights=weights)
+        features, metadata, _ = numpy_batch(next(iter(batches((9,), seed=5))))
+        mean = np.average(m, axis=0, weights=per_sample)
+        removed = metadata @ average[:2] + average[2] if center else (metadata - mean) @ average[:2]
+        out = layer.eval()(torch.from_numpy(features), torch.from_numpy(metadata))
+        np.testing.assert_allclose(out, features - removed.reshape(features.shape), atol=1e-9)
+
+    def test_the_average_follows_recalibrated_coefficients(self):
+        layer = MetadataNorm((3, 2), 2, 1, estimator="running", window=50, dtype=torch.float64)
+        first, second = batches((40, 10))
+        layer(*first)
+        recalibrate(layer, [first], progress=False)
+        exact = layer.estimator.coefficients.clone()
+        layer.train()(*second)
+        # 10 of 40 · (1 − 10 / 50)^⅓ + 10 samples.
+        share = 10 / (40 * 0.8 ** (1 / 3) + 10)
+        seen = [numpy_batch(batch) for batch in (first, second)]
+        f, m, y = (np.concatenate([b[i] for b in seen]) for i in range(3))
+        per_sample = np.repeat([0.8, 1.0], [40, 10])
+        latest = weighted_least_squares(f.reshape(50, -1), m, y, per_sample)[:2]
+        expected = (1 - share) * exact.flatten(1) + share * torch.from_numpy(latest)
+        torch.testing.assert_close(layer.estimator.coefficients.flatten(1), expected)
 
     def test_channels_equal_their_positions_as_samples(self):
         """Sharing over positions is the element form with every position a sample of its own."""
