@@ -184,3 +184,17 @@ def test_a_curve_goes_with_its_basis_and_not_with_a_line():
     for group in (label == 0, label == 1):
         assert line[group].std() > 0.5
     np.testing.assert_allclose(curve, curve.mean(), atol=1e-9)
+
+
+def test_integers_keep_their_digits():
+    """Time stamps a second apart are one number in float32."""
+    stamps = torch.arange(1_700_000_000, 1_700_000_100)
+    columns = basis.polynomial(stamps, 1, low=1_700_000_000, high=1_700_000_099)
+    assert columns.dtype == torch.float64
+    assert len(columns.unique()) == 100
+
+
+def test_interactions_of_arrays():
+    first, second = np.arange(6.0).reshape(3, 2), np.arange(3.0).reshape(3, 1)
+    expected = torch.tensor(first * second)
+    torch.testing.assert_close(basis.interactions(first, second), expected)

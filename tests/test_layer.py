@@ -419,6 +419,16 @@ class TestLabels:
             build("batch", k_y=3)(features, metadata, labels)
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_a_new_gram_matrix_does_not_move_what_is_removed_with_the_intercept(estimator):
+    layer = prepared(estimator, center=True)
+    features, metadata, labels = inputs()
+    layer(features, metadata, labels)
+    before = layer.eval()(features, metadata)
+    fit_gram(layer, metadata + 10, labels)
+    torch.testing.assert_close(layer(features, metadata), before, atol=1e-4, rtol=1e-4)
+
+
 class TestBadInput:
     @pytest.mark.parametrize("training", [True, False])
     @pytest.mark.parametrize("lazy", [False, True])
@@ -607,3 +617,13 @@ def test_compiles_to_one_graph(estimator, scale, training):
         torch.testing.assert_close(b.grad, a.grad)
     for key, value in layer.state_dict().items():
         torch.testing.assert_close(twin.state_dict()[key], value)
+
+
+def test_settings_that_would_be_ignored_are_errors():
+    with pytest.raises(ValueError, match=r"momentum=0\.1 and window=100 both say"):
+        MetadataNorm(3, 1, estimator="batch", momentum=0.1, window=100)
+    with pytest.raises(ValueError, match="brings its own settings: give window, center to it"):
+        MetadataNorm(3, 1, estimator=BatchEstimator(), window=100, center=True)
+    layer = MetadataNorm(3, 1, estimator="batch", scale=True, momentum=0.2)
+    assert layer.scale_estimator.momentum == 0.2
+    assert layer.scale_estimator.window is None

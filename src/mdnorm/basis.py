@@ -26,7 +26,9 @@ def _as_vector(values: Tensor | ArrayLike, name: str = "values") -> Tensor:
         tensor = tensor[:, 0]
     if tensor.ndim != 1:
         raise ValueError(f"{name} must have shape (N,) or (N, 1), got {tuple(tensor.shape)}.")
-    tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    # Integers may be too large for float32: days or seconds since some date.
+    least = torch.float32 if tensor.is_floating_point() else torch.float64
+    tensor = tensor.to(torch.promote_types(tensor.dtype, least))
     if not bool(torch.isfinite(tensor).all()):
         raise ValueError(f"{name} has NaN or infinite values: drop or impute these rows first.")
     return tensor
@@ -86,8 +88,10 @@ def spline_knots(values: Tensor | ArrayLike, num_columns: int, degree: int = 3) 
     vector = _as_vector(values).double()
     if vector.numel() == 0:
         raise ValueError("no values: the knots come from the training data.")
-    ranks = torch.linspace(0, 1, num_columns - degree + 2, dtype=vector.dtype, device=vector.device)
-    knots = torch.quantile(vector, ranks)
+    # Not torch.quantile, which takes no more than 16 million values.
+    ranks = torch.linspace(0, vector.numel() - 1, num_columns - degree + 2, dtype=vector.dtype)
+    ranks, ordered = ranks.to(vector.device), vector.sort().values
+    knots = torch.lerp(ordered[ranks.floor().long()], ordered[ranks.ceil().long()], ranks.frac())
     if bool((knots.diff() <= 0).any()):
         raise ValueError(
             f"values have too few different values for {num_columns} spline columns: take fewer columns, or "
@@ -142,12 +146,12 @@ def spline(values: Tensor | ArrayLike, knots: Tensor | ArrayLike, degree: int = 
     return basis[:, 1:].to(vector.dtype)
 
 
-def interactions(first: Tensor, second: Tensor) -> Tensor:
+def interactions(first: Tensor | ArrayLike, second: Tensor | ArrayLike) -> Tensor:
     """Return all products of a column of `first` and one of `second`: effects that depend on each other.
 
     Parameters
     ----------
-    first, second : (N, A) and (N, B) tensors
+    first, second : (N, A) and (N, B) tensors or arrays
 
     Returns
     -------
@@ -159,6 +163,7 @@ def interactions(first: Tensor, second: Tensor) -> Tensor:
     ValueError
         Not two matrices with the same number of rows.
     """
+    first, second = as_real_tensor(first, "first"), as_real_tensor(second, "second")
     if first.ndim != 2 or second.ndim != 2 or first.shape[0] != second.shape[0]:
         raise ValueError(
             "first and second must be matrices with one row a sample, got shapes "

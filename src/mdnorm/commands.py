@@ -99,9 +99,12 @@ def _methods(text: str, default: Sequence[str]) -> list[str]:
 
 @experiment.command()
 def synthetic(
-    out: Annotated[Path, typer.Option(help="Folder for results, figures and the report.")] = Path(
-        "results/synthetic"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for results, figures and the report. [default: results/synthetic, with the variant]"
+        ),
+    ] = None,
     methods: Annotated[str, typer.Option(help="Comma-separated methods, 'default' or 'all'.")] = "default",
     batch_sizes: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,4,20,200,2000",
     variant: Annotated[
@@ -137,6 +140,8 @@ def synthetic(
     from mdnorm.experiments.report import synthetic_table
 
     chosen = _methods(methods, DEFAULT_METHODS)
+    if out is None:
+        out = Path("results", "synthetic" if variant == "plain" else f"synthetic-{variant}")
     sizes, seed_count = ([200], seeds or 2) if quick else (_numbers(batch_sizes), seeds)
     if not chosen or not sizes:
         _fail("at least one method and one batch size are needed.", BAD_INPUT)

@@ -138,7 +138,9 @@ class MetadataNorm(nn.Module):
         )
         self.scale_estimator = None
         if scale:
-            self.scale_estimator = LogVarianceEstimator(window=window, device=device, dtype=dtype)
+            self.scale_estimator = LogVarianceEstimator(
+                momentum=momentum, window=window, device=device, dtype=dtype
+            )
         # What was asked for; what is, is read off the estimator's state once that exists.
         self._requested = (shape, num_metadata, num_labels)
         if shape is not None and num_metadata is not None and num_labels is not None:

@@ -250,3 +250,69 @@ def test_memory_format_does_not_lose_what_recalibration_writes():
 def test_default_settings():
     assert PenaltyEstimator().uses_training_gram
     assert repr(PenaltyEstimator(ridge=0.5)) == "PenaltyEstimator(ridge=0.5, center=False)"
+
+
+def one_hot_data(n=120):
+    """Four sites of equal size: equal eigenvalues, so whitening is far from unique."""
+    generator = torch.Generator().manual_seed(1)
+    metadata = torch.eye(4, dtype=torch.float64).repeat(n // 4, 1)
+    labels = (torch.rand(n, 1, generator=generator) > 0.5).double()
+    return torch.randn(n, 3, 2, generator=generator, dtype=torch.float64), metadata, labels
+
+
+def removed(layer, features, metadata):
+    return features - layer.eval()(features, metadata)
+
+
+def test_the_whitening_of_a_parameter_is_the_same_on_every_machine(monkeypatch):
+    """Eigenvectors have no sign and, of equal eigenvalues, no direction: another LAPACK gives others."""
+    features, metadata, labels = one_hot_data()
+    layer = prepared(metadata, labels)
+    nn.init.normal_(layer.estimator.weight)
+    expected = removed(layer, features, metadata)
+    eigh = torch.linalg.eigh
+
+    def other(matrix):
+        values, vectors = eigh(matrix)
+        return values, vectors * torch.tensor([-1.0, 1.0]).double().repeat(5)[: len(values)]
+
+    monkeypatch.setattr(torch.linalg, "eigh", other)
+    copied = MetadataNorm((3, 2), 4, 1, estimator="penalty", dtype=torch.float64)
+    copied.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(removed(copied, features, metadata), expected)
+
+
+def test_the_same_data_in_other_batches_change_nothing():
+    features, metadata, labels = one_hot_data()
+    layer = prepared(metadata, labels)
+    nn.init.normal_(layer.estimator.weight)
+    expected = removed(layer, features, metadata)
+    fit_gram(layer, zip(metadata.split(37), labels.split(37), strict=True))
+    torch.testing.assert_close(removed(layer, features, metadata), expected)
+
+
+def test_what_is_learned_is_put_in_the_columns_of_new_data():
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels)
+    nn.init.normal_(layer.estimator.weight)
+    k_m = metadata.shape[1]
+
+    def line():
+        # The fitted line f = m β_m + y β_y + β_0, in the columns themselves.
+        estimator = layer.estimator
+        weight = estimator.weight.detach().flatten(1)
+        slopes = estimator.whitening @ weight[:-1]
+        return slopes, weight[-1] - estimator.gram_mean @ slopes
+
+    slopes, intercept = line()
+    fit_gram(layer, 3 * metadata + 5 + metadata.flip(1), labels - 1)
+    for actual, expected in zip(line(), (slopes, intercept), strict=True):
+        torch.testing.assert_close(actual, expected)
+    assert slopes.shape[0] == k_m + 1
+    assert features.shape[0] == 200
+
+
+@pytest.mark.parametrize("memory", [{"momentum": 0.1}, {"window": 100}])
+def test_takes_no_memory(memory):
+    with pytest.raises(ValueError, match="takes no momentum or window"):
+        MetadataNorm(3, 1, estimator="penalty", **memory)

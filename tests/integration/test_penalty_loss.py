@@ -92,3 +92,19 @@ def test_errors():
     lazy = MetadataNorm(None, 2, 1, estimator="penalty")
     with pytest.raises(ValueError, match="does not know its sizes yet"):
         parameter_groups(lazy)
+
+
+def test_a_forward_pass_without_gradient_is_an_error_and_not_a_silent_zero():
+    net = Net()
+    images, metadata, labels = batch()
+    fit_gram(net, metadata, labels)
+    with torch.no_grad():
+        net(images, metadata, labels)
+        assert float(penalty_loss(net)) > 0
+    with pytest.raises(RuntimeError, match="without gradient"):
+        penalty_loss(net)
+    for estimator in net.modules():
+        if getattr(estimator, "name", None) == "penalty":
+            estimator.weight.requires_grad_(False)
+    net(images, metadata, labels)
+    assert not penalty_loss(net).requires_grad

@@ -253,6 +253,51 @@ def test_dropout_is_off_and_nothing_is_recorded_for_gradients():
         assert not value.requires_grad
 
 
+@pytest.mark.parametrize("estimator", ["batch", "dataset", "running", "recursive"])
+def test_what_comes_afterwards_outweighs_it_within_some_windows(estimator):
+    """A data set of 50 000 samples must not hold a window of 500 for as long as it took to see them."""
+    generator = torch.Generator().manual_seed(0)
+    layer = MetadataNorm(1, 1, estimator=estimator, window=500, dtype=torch.float64)
+    metadata = torch.randn(50_000, 1, generator=generator, dtype=torch.float64)
+    fit_gram(layer, metadata)
+    recalibrate(layer, [(metadata, metadata)], progress=False)
+    torch.testing.assert_close(layer.estimator.coefficients, torch.ones(1, 1, dtype=torch.float64))
+    # Three windows for the average of "running", and some to forget.
+    for part in metadata[:8000].split(20):
+        layer.train()(5 * part, part)
+    assert float(layer.estimator.coefficients) == pytest.approx(5, abs=0.15)
+
+
+def test_a_layer_that_runs_in_later_batches_only():
+    class Sometimes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.always = MetadataNorm(2, 1, estimator="batch")
+            self.rarely = MetadataNorm(2, 1, estimator="batch")
+
+        def forward(self, x, metadata):
+            x = self.always(x, metadata)
+            return self.rarely(x, metadata) if len(x) > 10 else x
+
+    net = Sometimes()
+    loader = [(torch.randn(n, 2), torch.randn(n, 1)) for n in (5, 20)]
+    assert recalibrate(net, loader, progress=False) == ["always", "rarely"]
+    assert net.rarely.estimator.coefficients.any()
+
+
+def test_a_compiled_model_that_has_run():
+    """Its graph knows nothing of hooks that came later."""
+    net = Net("batch").eval()
+    images, metadata, _ = data()
+    compiled = torch.compile(net, backend="eager")
+    compiled(images, metadata)
+    order = recalibrate(compiled, [(images, metadata)], progress=False)
+    assert [name.removeprefix("_orig_mod.") for name in order] == ORDER
+    after = compiled(images, metadata)
+    torch.testing.assert_close(after, net(images, metadata))
+    assert net.fc_norm.estimator.coefficients.any()
+
+
 class TestErrors:
     def test_a_generator(self):
         images, metadata, labels = data()

@@ -34,6 +34,9 @@ ESTIMATORS: dict[str, type[Estimator]] = {
 }
 
 
+_DEFAULTS: dict[str, Any] = {"momentum": "auto", "window": None, "ridge": 0.0, "center": False}
+
+
 def make_estimator(estimator: str | Estimator, **settings: Any) -> Estimator:
     """Return a new estimator by name, or the given one as it is.
 
@@ -47,7 +50,7 @@ def make_estimator(estimator: str | Estimator, **settings: Any) -> Estimator:
     Raises
     ------
     ValueError
-        The name is unknown, or the instance already serves another layer.
+        The name is unknown, the instance already serves another layer, or it comes with settings.
     TypeError
         Neither a name nor an instance.
     """
@@ -56,6 +59,12 @@ def make_estimator(estimator: str | Estimator, **settings: Any) -> Estimator:
             raise ValueError(
                 f"this {type(estimator).__name__} already holds the state of a layer: "
                 "each layer needs an instance of its own."
+            )
+        given = [name for name, default in _DEFAULTS.items() if settings.get(name, default) != default]
+        if given:
+            raise ValueError(
+                f"an instance of {type(estimator).__name__} brings its own settings: give {', '.join(given)} "
+                "to it, not to the layer."
             )
         return estimator
     if not isinstance(estimator, str):

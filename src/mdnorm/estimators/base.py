@@ -83,6 +83,11 @@ class Estimator(nn.Module, ABC):
         if momentum == "auto":
             momentum = self.default_momentum
             window = self.default_window if window is None else window
+        elif window is not None:
+            raise ValueError(
+                f"momentum={momentum} and window={window} both say how long the running state looks back: "
+                "give one of them."
+            )
         if isinstance(momentum, str) or (momentum is not None and not 0 < momentum <= 1):
             raise ValueError(f"momentum must be in (0, 1], None or 'auto', got {momentum!r}.")
         if not 0 <= ridge < float("inf"):
@@ -179,6 +184,12 @@ class Estimator(nn.Module, ABC):
                 f"{gram.mean.shape[0] - gram.num_metadata} label columns, the layer has "
                 f"num_metadata={self.num_metadata} and num_labels={self.num_labels}."
             )
+        if self.center and self.is_allocated:
+            # The removed intercept is the one at the mean metadata: the same line, seen from the new mean.
+            columns = self.coefficients.shape[0] - 1
+            step = (gram.mean - self.gram_mean)[:columns].to(self.coefficients.dtype)
+            with torch.no_grad():
+                self.coefficients[-1] += torch.tensordot(step, self.coefficients[:-1], 1)
         self._store_gram(gram)
 
     @torch.no_grad()
@@ -201,6 +212,10 @@ class Estimator(nn.Module, ABC):
         self.set_gram(gram)
         operator = functional.removal_operator(gram, ridge=self.ridge, center=self.center)
         self.coefficients.flatten(1).copy_(operator.to(moments.dtype) @ moments)
+
+    def lasting(self, count: Tensor) -> Tensor:
+        """Return what a state from `count` samples weighs against those to come: no more than the window."""
+        return count if self.window is None else count.clamp_max(self.window)
 
     def check_ready(self) -> None:
         """Raise RuntimeError where something must be given before training. Nothing by default."""

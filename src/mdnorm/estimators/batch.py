@@ -63,6 +63,7 @@ class BatchEstimator(Estimator):
     def set_moments(self, gram: Gram, moments: Tensor) -> None:
         """Replace the running moments, too."""
         super().set_moments(gram, moments)
+        self.gram_count.copy_(self.lasting(gram.count))
         _rows(self.cross_covariance).copy_(moments[:-1])
         self.feature_mean.view(-1).copy_(moments[-1])
 

@@ -54,9 +54,9 @@ class DatasetEstimator(Estimator):
 
     @torch.no_grad()
     def set_moments(self, gram: Gram, moments: Tensor) -> None:
-        """Replace the running coefficients, which then weigh as many samples as they come from."""
+        """Replace the running coefficients."""
         super().set_moments(gram, moments)
-        self.weight.copy_(gram.count)
+        self.weight.copy_(self.lasting(gram.count))
 
     def check_ready(self) -> None:
         """Raise RuntimeError before the Gram matrix of the training set is known."""

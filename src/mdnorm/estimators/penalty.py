@@ -38,6 +38,7 @@ class PenaltyEstimator(Estimator):
 
     name: ClassVar[str] = "penalty"
     uses_training_gram: ClassVar[bool] = True
+    default_momentum: ClassVar[float | None] = None
     precise: ClassVar[frozenset[str]] = Estimator.precise | {"operator", "whitening"}
 
     weight: nn.Parameter | None
@@ -46,6 +47,11 @@ class PenaltyEstimator(Estimator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if self.window is not None or self.momentum is not None:
+            raise ValueError(
+                "estimator='penalty' has no running state and takes no momentum or window: the learning rate "
+                "of its parameter says how fast it follows."
+            )
         self.register_parameter("weight", None)
         # Both follow from the Gram matrix, so they are not saved but made again where that changes.
         self.register_buffer("operator", None, persistent=False)
@@ -70,16 +76,29 @@ class PenaltyEstimator(Estimator):
             self.weight = nn.Parameter(zeros)
 
     def set_gram(self, gram: Gram) -> None:
-        """Store the Gram matrix of the training set and make what follows from it."""
+        """Store the Gram matrix of the training set; what is learned already is put in its columns."""
+        whitening, mean = self.whitening, self.gram_mean.clone()
         super().set_gram(gram)
         self._make_operators()
+        if whitening is None or self.weight is None:
+            return
+        assert self.whitening is not None
+        with torch.no_grad():
+            weight = self.weight.flatten(1).to(whitening.dtype)
+            slopes = whitening @ weight[:-1]
+            # Wᵀ S is the inverse of the whitening W.
+            whitened = self.whitening.mT @ self.gram.covariance @ slopes
+            intercept = weight[-1:] + (self.gram_mean - mean) @ slopes
+            self.weight.copy_(torch.cat([whitened, intercept]).reshape(self.weight.shape))
 
     def _make_operators(self) -> None:
         scale = functional.column_scale(self.gram)
         correlation = self.gram.covariance / torch.outer(scale, scale)
         values, vectors = torch.linalg.eigh(correlation)
         kept = values > 1e-10 * values[-1:].clamp_min(1e-30)
-        self.whitening = vectors * torch.where(kept, values, torch.inf).rsqrt() / scale.unsqueeze(1)
+        # The symmetric root: others depend on the signs of the eigenvectors, and a saved parameter would too.
+        root = (vectors * torch.where(kept, values, torch.inf).rsqrt()) @ vectors.mT
+        self.whitening = root / scale.unsqueeze(1)
         # The fitted cross covariance, S W γ, through the operator that protects the labels.
         fitted = self.gram.covariance @ self.whitening
         self.operator = functional.removal_operator(

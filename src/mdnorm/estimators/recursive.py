@@ -84,13 +84,14 @@ class RecursiveEstimator(Estimator):
     def set_moments(self, gram: Gram, moments: Tensor) -> None:
         """Replace the recursion's coefficients and start it again from the prior's trust of `window`."""
         super().set_moments(gram, moments)
+        self.gram_count.copy_(self.lasting(gram.count))
         operator = functional.coefficient_operator(gram)
         slopes = (operator @ moments[:-1].to(operator.dtype)) * torch.where(
             self.column_scale.isfinite(), self.column_scale, 0.0
         ).unsqueeze(1)
         everything = torch.cat([slopes, moments[-1:].to(operator.dtype)])
         self.all_coefficients.flatten(1).copy_(everything)
-        rows = self._standardised_root(gram) * (self.window or float(gram.count)) ** 0.5
+        rows = self._standardised_root(gram) * self.lasting(gram.count) ** 0.5
         self.factor.copy_(functional.recursive_update(self._prior(), rows, 1.0, self.prior))
 
     def _standardised_root(self, gram: Gram) -> Tensor:

@@ -60,9 +60,9 @@ class RunningEstimator(BatchEstimator):
 
     @torch.no_grad()
     def set_moments(self, gram: Gram, moments: Tensor) -> None:
-        """Replace the running moments, too; the coefficients then weigh as many samples as they come from."""
+        """Replace the running moments and the average of the coefficients."""
         super().set_moments(gram, moments)
-        self.coefficients_weight.copy_(gram.count)
+        self.coefficients_weight.copy_(self.lasting(gram.count))
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Update the running moments and remove the effect that they show."""

@@ -31,7 +31,8 @@ class Method:
     options : dict
         Of `MetadataNorm`.
     penalty : dict
-        Of the optimiser's group of the coefficients, for the estimator "penalty".
+        For the estimator "penalty": the coefficients are trained by gradient descent with the rate
+        batch size / "window", at most 1.
     adversary : dict
         Options of `Adversary`, for BR-Net.
     seeds : int
@@ -80,7 +81,8 @@ _BATCH = _RECIPE | {"estimator": "batch"}
 _RUNNING = {"estimator": "running", "window": 500}
 _RECURSIVE = {"estimator": "recursive", "window": 500}
 _PENALTY: dict[str, Any] = {"estimator": "penalty"}
-_PENALTY_GROUP = {"lr": 1.0}
+# A rate of n / 500 moves β by that share towards the estimate of a batch of n: the same memory again.
+_PENALTY_RATE = {"window": 500}
 _AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
 
 # The features of earlier batches give a small batch a correlation.
@@ -97,7 +99,7 @@ def _estimators(layers: str) -> dict[str, Method]:
         f"mdn-{layers}-batch": _on(layers, "batch", _BATCH),
         f"mdn-{layers}-running": _on(layers, "running", _RUNNING, seeds=5),
         f"mdn-{layers}-recursive": _on(layers, "recursive", _RECURSIVE),
-        f"mdn-{layers}-penalty": _on(layers, "penalty", _PENALTY, penalty=_PENALTY_GROUP),
+        f"mdn-{layers}-penalty": _on(layers, "penalty", _PENALTY, penalty=_PENALTY_RATE),
         f"mdn-{layers}-authors": _on(layers, "authors' settings", _AUTHORS, degree=1),
     }
 

@@ -133,7 +133,7 @@ def plan(
             if (method, batch_size) in left_out:
                 continue
             for seed in range(seeds if seeds is not None else METHODS[method].seeds):
-                file = f"{method}-batch{batch_size}-seed{first_seed}.safetensors"
+                file = f"{method}-{variant}-batch{batch_size}-seed{first_seed}.safetensors"
                 runs.append(
                     SyntheticRun(
                         method,

@@ -39,15 +39,28 @@ def penalty_loss(model: nn.Module) -> Tensor:
     ValueError
         No such layer.
     RuntimeError
-        A layer has seen no training forward since it was made, reset or copied.
+        A layer has seen no training forward since it was made, reset or copied, or the last one was without
+        gradient.
+
+    Notes
+    -----
+    A layer that runs several times in a forward pass leaves the loss of its last run.
     """
-    losses = [estimator.loss for estimator in _estimators(model)]
+    estimators = _estimators(model)
+    losses = [estimator.loss for estimator in estimators]
     ready = [loss for loss in losses if loss is not None]
     if len(ready) < len(losses):
         raise RuntimeError(
             "a layer with estimator='penalty' has no loss yet: call penalty_loss after a forward pass of the "
             "model in training mode."
         )
+    for estimator, loss in zip(estimators, ready, strict=True):
+        learns = estimator.weight is not None and estimator.weight.requires_grad
+        if torch.is_grad_enabled() and learns and not loss.requires_grad:
+            raise RuntimeError(
+                "the last forward pass of a layer with estimator='penalty' was without gradient (under "
+                "torch.no_grad, or in reentrant activation checkpointing): its coefficients would not learn."
+            )
     return torch.stack(ready).sum()
 
 

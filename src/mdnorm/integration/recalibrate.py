@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -72,8 +73,12 @@ def recalibrate(
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
-            order = _running_order(model, layers, loader, run)
+        # A compiled graph would pass by the hooks that see a layer's input.
+        with torch.no_grad(), _eager(), _noting_order(layers) as order:
+            _run_one_batch(model, loader, run)
+            if not order:
+                raise ValueError("no MetadataNorm layer ran in the forward pass.")
+            # A layer that runs in later batches only joins the order while this goes on.
             for index, name in enumerate(order):
                 description = f"recalibrate {name or 'layer'} ({index + 1}/{len(order)})"
                 _recalibrate_layer(model, name, layers[name], _bar(loader, description, progress), run)
@@ -116,9 +121,14 @@ def _length(loader: Iterable[Any]) -> int | None:
         return None
 
 
-def _running_order(
-    model: nn.Module, layers: dict[str, MetadataNorm], loader: Iterable[Any], run: Forward
-) -> list[str]:
+def _eager() -> AbstractContextManager[Any]:
+    set_stance = getattr(torch.compiler, "set_stance", None)
+    return nullcontext() if set_stance is None else set_stance("force_eager")
+
+
+@contextmanager
+def _noting_order(layers: dict[str, MetadataNorm]) -> Iterator[list[str]]:
+    """Names of the layers in the order in which they first run; it grows as they do."""
     order: list[str] = []
 
     def noting(name: str) -> Callable[..., None]:
@@ -130,17 +140,17 @@ def _running_order(
 
     handles = [layer.register_forward_pre_hook(noting(name)) for name, layer in layers.items()]
     try:
-        for batch in loader:
-            run(model, batch)
-            break
-        else:
-            raise ValueError("no samples: the loader is empty.")
+        yield order
     finally:
         for handle in handles:
             handle.remove()
-    if not order:
-        raise ValueError("no MetadataNorm layer ran in the forward pass.")
-    return order
+
+
+def _run_one_batch(model: nn.Module, loader: Iterable[Any], run: Forward) -> None:
+    for batch in loader:
+        run(model, batch)
+        return
+    raise ValueError("no samples: the loader is empty.")
 
 
 class _Accumulator:
