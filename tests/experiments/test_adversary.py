@@ -78,11 +78,21 @@ def test_memory_gives_batches_of_one_a_correlation():
     assert not model._features.requires_grad
 
 
+def test_a_large_batch_needs_no_memory():
+    """Features of older weights would only blur the correlation."""
+    features, confounder, labels = batch(60)
+    models = [adversary(memory=memory, learning_rate=0.0) for memory in (0, 20)]
+    models[1].predictor = models[0].predictor
+    models[1].step(*batch(60))
+    terms = [float(model.step(features, confounder, labels)) for model in models]
+    assert terms[0] == pytest.approx(terms[1])
+
+
 def test_the_gradient_does_not_shrink_with_the_share_of_the_batch():
     """With memory, the batches of an epoch add up to the gradient of one batch with all samples."""
     torch.manual_seed(1)
     features, confounder, labels = torch.randn(40, 5), torch.randn(40), torch.zeros(40)
-    model = adversary(memory=40, learning_rate=0.0)
+    model = adversary(learning_rate=0.0)
     whole = features.clone().requires_grad_()
     model.step(whole, confounder, labels).backward()
     parts = torch.zeros_like(features)

@@ -35,8 +35,8 @@ class Adversary:
     steps : int
         Steps of the predictor for each step of the network.
     memory : int
-        Features of that many samples of the class are remembered, so that a small batch too has a
-        correlation; those of the batch carry the gradient.
+        Where a batch has fewer samples of the class than this, the last ones before it fill it up, so that a
+        small batch too has a correlation; those of the batch carry the gradient.
     """
 
     def __init__(
@@ -75,10 +75,11 @@ class Adversary:
         """
         inside = labels == 0
         current, target = features[inside], confounder[inside]
-        seen = torch.cat([self._features, current.detach()])
-        known = torch.cat([self._confounder, target])
+        past = slice(max(len(self._features) + len(current) - self.memory, 0), None)
+        remembered, known_before = self._features[past], self._confounder[past]
+        self._remember(current.detach(), target)
+        seen, known = torch.cat([remembered, current.detach()]), torch.cat([known_before, target])
         if len(known) < 3 or len(current) == 0:
-            self._remember(seen, known)
             return features.new_zeros(())
         for _ in range(self.steps):
             self._optimizer.zero_grad()
@@ -88,14 +89,15 @@ class Adversary:
         self._scheduler.step()
         for parameter in self.predictor.parameters():
             parameter.requires_grad_(False)
-        predicted = self.predictor(torch.cat([self._features, current]))[:, 0]
+        predicted = self.predictor(torch.cat([remembered, current]))[:, 0]
         # Only the batch carries the gradient: its share in the correlation must not weaken the term.
         term = self.strength * squared_correlation(predicted, known) * (len(known) / len(current))
         for parameter in self.predictor.parameters():
             parameter.requires_grad_(True)
-        self._remember(seen, known)
         return term
 
     def _remember(self, features: Tensor, confounder: Tensor) -> None:
-        start = max(len(confounder) - self.memory, 0) if self.memory else len(confounder)
-        self._features, self._confounder = features[start:], confounder[start:]
+        features = torch.cat([self._features, features])
+        confounder = torch.cat([self._confounder, confounder])
+        last = slice(max(len(confounder) - self.memory, 0), None)
+        self._features, self._confounder = features[last], confounder[last]

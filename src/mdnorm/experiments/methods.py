@@ -85,8 +85,7 @@ _PENALTY: dict[str, Any] = {"estimator": "penalty"}
 _PENALTY_RATE = {"window": 500}
 _AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
 
-# The features of earlier batches give a small batch a correlation.
-_ADVERSARY: dict[str, Any] = {"strength": 10.0, "learning_rate": 1e-2, "steps": 5, "memory": 200}
+_ADVERSARY: dict[str, Any] = {"strength": 30.0, "learning_rate": 1e-2, "steps": 5, "memory": 10}
 
 
 def _on(layers: str, estimator: str, options: dict[str, Any], degree: int = 3, **more: Any) -> Method:
