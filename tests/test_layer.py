@@ -554,8 +554,8 @@ class TestEstimatorArgument:
     [
         ("batch", 0.1, None),
         ("dataset", 0.1, None),
-        ("running", None, 1000),
-        ("recursive", None, 2000),
+        ("running", None, 500),
+        ("recursive", None, 500),
     ],
 )
 def test_auto_momentum(estimator, momentum, window):

@@ -47,11 +47,12 @@ class MetadataNorm(nn.Module):
         coefficients a channel, shared by all positions, of which there may be any number.
     momentum : float, None or "auto"
         Share of a new batch in the running state; None for a cumulative average; "auto": 0.1 with "batch" and
-        "dataset", a window with "running" (1000 samples) and "recursive" (2000). See `Estimator`.
+        "dataset", a window of 500 samples with "running" and "recursive". See `Estimator`.
     window : float or None
         Instead of `momentum`: how many samples the running state looks back, whatever the batch size.
         Prefer it where batches are large against the data set: at one batch an epoch, momentum 0.1 would
-        average coefficients over ten epochs of moving weights.
+        average coefficients over ten epochs of moving weights. With "running" and "recursive", at least ten
+        times the number of columns.
     ridge : float
         Shrinkage of the metadata coefficients; see `mdnorm.functional.coefficient_operator`.
     center : bool
@@ -76,6 +77,10 @@ class MetadataNorm(nn.Module):
     -----
     - A batch of any size works, the last partial one included; 1 sample has no variation within the batch,
       so "batch" returns it unchanged in training.
+    - "running" keeps state of the backward pass, too. It takes the loss to be a mean over the batch: with a
+      sum, the gradient of a partial last batch is wrong by the ratio of the batch sizes. It takes the
+      gradients that reach it to be those of one loss: give all losses to one backward pass a training
+      forward, and take another estimator where losses alternate (a GAN) or a second derivative is needed.
     - Before the first training batch (or a loaded state) evaluation returns the features unchanged.
     - A batch whose features overflow to infinity or NaN passes them on but does not enter the state.
 

@@ -139,7 +139,7 @@ class TestStandardisation:
         fit_gram(layer, m, y)
         columns = np.column_stack([m, y])
         mean, scale = columns.mean(0), columns.std(0)
-        reference = NumpyRecursion(4, window=2000)
+        reference = NumpyRecursion(4, window=500)
         for features, metadata, labels in data:
             layer(features, metadata, labels)
             standardised = (np.column_stack([metadata, labels]) - mean) / scale
@@ -319,5 +319,5 @@ def test_takes_no_ridge():
 
 def test_default_settings():
     estimator = RecursiveEstimator()
-    assert (estimator.momentum, estimator.window) == (None, 2000)
+    assert (estimator.momentum, estimator.window) == (None, 500)
     assert estimator.uses_training_gram

@@ -520,5 +520,5 @@ def test_half_precision_features(dtype):
 
 def test_default_settings():
     estimator = RunningEstimator()
-    assert (estimator.momentum, estimator.window) == (None, 1000)
+    assert (estimator.momentum, estimator.window) == (None, 500)
     assert not estimator.uses_training_gram

@@ -37,7 +37,7 @@ class RecursiveEstimator(Estimator):
     name: ClassVar[str] = "recursive"
     uses_training_gram: ClassVar[bool] = True
     default_momentum: ClassVar[float | None] = None
-    default_window: ClassVar[float | None] = 2000
+    default_window: ClassVar[float | None] = 500
     precise: ClassVar[frozenset[str]] = Estimator.precise | {"factor", "column_mean", "column_scale"}
     prior: ClassVar[float] = 1e4
 

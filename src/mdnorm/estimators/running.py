@@ -39,7 +39,7 @@ class RunningEstimator(BatchEstimator):
 
     name: ClassVar[str] = "running"
     default_momentum: ClassVar[float | None] = None
-    default_window: ClassVar[float | None] = 1000
+    default_window: ClassVar[float | None] = 500
     precise: ClassVar[frozenset[str]] = BatchEstimator.precise | {"adjoint_weight", "coefficients_weight"}
     averaging: ClassVar[float] = 3.0
     """How many windows (or batches of ``1 / momentum``) evaluation averages over."""
