@@ -1,0 +1,36 @@
+"""The code blocks of the documents, run one after the other as a reader would, and their links."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(path):
+    return re.findall(r"```python\n(.*?)```", path.read_text(encoding="utf-8"), re.DOTALL)
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if blocks(path)], ids=lambda path: path.name)
+def test_code_blocks_run(path, capsys):
+    names: dict[str, object] = {}
+    for block in blocks(path):
+        exec(compile(block, str(path), "exec"), names)
+    assert names["logits"].shape == (10,)
+
+
+def test_the_readme_prints_a_dependence(capsys):
+    assert len(blocks(DOCUMENTS[0])) == 2
+    names: dict[str, object] = {}
+    for block in blocks(DOCUMENTS[0]):
+        exec(compile(block, "README.md", "exec"), names)
+    assert capsys.readouterr().out.startswith("tensor(")
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_files_and_links_exist(path):
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text(encoding="utf-8")):
+        file = target.split("#")[0]
+        assert target.startswith("http") or not file or (path.parent / file).exists(), target
