@@ -214,3 +214,20 @@ def test_module_can_be_run():
     )
     assert result.returncode == 0, result.stderr
     assert mdnorm.__version__ in result.stdout
+
+
+def test_variants_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    small = ["--methods", "none", "--batch-sizes", "20", "--seeds", "1", "--epochs", "1", "--group-size", "4"]
+    for variant in ("plain", "quadratic"):
+        result = call("experiment", "synthetic", *small, "--jobs", "1", "--variant", variant)
+        assert result.exit_code == 0, result.output
+    folders = sorted(path.name for path in (tmp_path / "results").iterdir())
+    assert folders == ["synthetic", "synthetic-quadratic"]
+
+
+def test_what_cannot_be_trained_is_said(tmp_path):
+    small = ["--batch-sizes", "1,8", "--seeds", "1", "--epochs", "1", "--group-size", "4", "--jobs", "1"]
+    result = call("experiment", "synthetic", "--methods", "batchnorm", *small, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "left out: BatchNorm cannot train with batch size 1." in " ".join(result.stderr.split())

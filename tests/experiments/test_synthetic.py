@@ -217,3 +217,14 @@ def test_a_row_of_another_variant_does_not_count_as_finished(tmp_path):
     runs = [small("none", variant=variant) for variant in ("sites", "plain")]
     store.add(runs[0].settings() | {"bacc": 0.5})
     assert Runner(store, synthetic.train).pending(runs) == runs[1:]
+
+
+def test_outputs_of_a_variant_without_limits_claim_none(tmp_path):
+    runs = synthetic.plan(["none"], [20], 1, epochs=1, group_size=10, test_group_size=10, variant="variance")
+    rows = Runner(ResultStore(tmp_path / "results.json"), synthetic.train).run(runs)
+    text = synthetic.write_outputs(tmp_path, runs, rows, command="").read_text(encoding="utf-8")
+    assert "No simple analytic limit" in text
+    assert "83.3" not in text
+    table = (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert "limit |" not in table
+    assert "confounded" not in table
