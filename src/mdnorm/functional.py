@@ -665,8 +665,11 @@ class _RemoveRunningRegression(torch.autograd.Function):
         count: Tensor,
         decay: Tensor,
         positions: tuple[int, ...],
+        summed: bool,
     ) -> Tensor:
         ctx.positions, ctx.shape = positions, features.shape
+        # The adjoint is that of a mean over samples; a loss that is a sum has the gradient of n of them.
+        ctx.samples = max(features.shape[0], 1) if summed else 1
         # The two buffers are state, updated in the backward pass: the version of a saved tensor is guarded.
         ctx.adjoint, ctx.weight = adjoint, weight
         ctx.save_for_backward(basis, projector, count, decay)
@@ -686,7 +689,8 @@ class _RemoveRunningRegression(torch.autograd.Function):
                 matrix = grad.to(basis.dtype).sum(positions)
             else:
                 matrix = _as_matrix(grad, positions, basis.dtype)
-            adjoint = _update_adjoint(basis.mT @ matrix, ctx.adjoint, ctx.weight, count, decay)
+            batch = basis.mT @ matrix / ctx.samples
+            adjoint = ctx.samples * _update_adjoint(batch, ctx.adjoint, ctx.weight, count, decay)
             if positions:
                 sharing = 1
                 for dim in positions:
@@ -694,7 +698,7 @@ class _RemoveRunningRegression(torch.autograd.Function):
                 result = grad - _expand(projector.mT @ adjoint / max(sharing, 1), positions)
             else:
                 result = torch.addmm(matrix, projector.mT, adjoint, alpha=-1).reshape(grad.shape)
-        return (result.to(grad.dtype), *(None,) * 8)
+        return (result.to(grad.dtype), *(None,) * 9)
 
 
 def _update_adjoint(batch: Tensor, adjoint: Tensor, weight: Tensor, count: Tensor, decay: Tensor) -> Tensor:
@@ -719,6 +723,7 @@ def remove_running_regression(
     count: Tensor,
     decay: Tensor,
     positions: tuple[int, ...] = (),
+    reduction: Literal["mean", "sum"] = "mean",
 ) -> Tensor:
     """Return ``features − basis @ coefficients``; the gradient is that of least squares over many batches.
 
@@ -747,6 +752,9 @@ def remove_running_regression(
         What the past keeps of its weight.
     positions : tuple of int
         Dimensions that share a coefficient, from `position_dims`.
+    reduction : "mean" or "sum"
+        How the loss adds up the samples of the batch, a fixed factor apart. A wrong answer makes the gradient
+        of a batch of another size wrong by the ratio of the sizes.
 
     Returns
     -------
@@ -754,9 +762,7 @@ def remove_running_regression(
 
     Notes
     -----
-    The loss is taken to be a mean over the batch (or any fixed multiple of one): a sum would give a partial
-    batch's adjoint less than its share. A change of the loss scale reaches the running adjoint within its
-    window.
+    A change of the loss scale reaches the running adjoint within its window.
     """
     dtype = compute_dtype(features)
     with torch.autocast(features.device.type, enabled=False):
@@ -770,6 +776,7 @@ def remove_running_regression(
             count,
             decay,
             positions,
+            reduction == "sum",
         )
     return out
 

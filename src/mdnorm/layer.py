@@ -38,9 +38,9 @@ class MetadataNorm(nn.Module):
         metadata share is removed. C for C classes given as indices or one-hot; 1 for a binary or continuous
         label. None takes it from the first batch in the same way (where no labels come with it: 0).
     estimator : str or Estimator
-        Where the coefficients come from: "dataset" (the paper: Gram matrix of the training set, given once
-        by `mdnorm.fit_gram`), "batch" (least squares in the batch), "running" (least squares over the last
-        `window` samples, forward and backward: any batch size), "recursive" (R-MDN), "penalty" (PMDN), or an
+        Where the coefficients come from: "running" (least squares over the last `window` samples, forward
+        and backward: any batch size), "batch" (least squares in the batch), "dataset" (the paper: Gram matrix
+        of the training set, given once by `mdnorm.fit_gram`), "recursive" (R-MDN), "penalty" (PMDN), or an
         instance of `mdnorm.estimators.Estimator`, which brings its own settings.
     granularity : "element" or "channel"
         "element" (the paper): every value of a sample has its own coefficients. "channel": one set of
@@ -77,10 +77,11 @@ class MetadataNorm(nn.Module):
     -----
     - A batch of any size works, the last partial one included; 1 sample has no variation within the batch,
       so "batch" returns it unchanged in training.
-    - "running" keeps state of the backward pass, too. It takes the loss to be a mean over the batch: with a
-      sum, the gradient of a partial last batch is wrong by the ratio of the batch sizes. It takes the
-      gradients that reach it to be those of one loss: give all losses to one backward pass a training
-      forward, and take another estimator where losses alternate (a GAN) or a second derivative is needed.
+    - "running" keeps state of the backward pass, too. It takes the loss to be a mean over the batch; for a
+      sum give ``RunningEstimator(reduction="sum")``, or the gradient of a partial last batch is wrong by the
+      ratio of the batch sizes. It takes the gradients that reach it to be those of one loss: give all losses
+      to one backward pass a training forward, and take another estimator where losses alternate (a GAN) or a
+      second derivative is needed.
     - Before the first training batch (or a loaded state) evaluation returns the features unchanged.
     - A batch whose features overflow to infinity or NaN passes them on but does not enter the state.
 
@@ -110,7 +111,7 @@ class MetadataNorm(nn.Module):
         num_metadata: int | None,
         num_labels: int | None = 0,
         *,
-        estimator: str | Estimator = "dataset",
+        estimator: str | Estimator = "running",
         granularity: Granularity = "element",
         momentum: float | Literal["auto"] | None = "auto",
         ridge: float = 0.0,

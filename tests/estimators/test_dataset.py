@@ -18,7 +18,7 @@ def data(n=101, seed=0):
 @pytest.mark.parametrize("center", [False, True])
 def test_training_is_the_papers_form_and_evaluation_its_running_average(center):
     features, metadata, labels = data()
-    layer = MetadataNorm(5, 2, 1, momentum=0.2, center=center, dtype=torch.float64)
+    layer = MetadataNorm(5, 2, 1, momentum=0.2, center=center, dtype=torch.float64, estimator="dataset")
     fit_gram(layer, metadata, labels)
     x = design_matrix(metadata, labels)
     running, weight = 0, 0
@@ -36,7 +36,7 @@ def test_training_is_the_papers_form_and_evaluation_its_running_average(center):
 
 def test_one_epoch_of_the_cumulative_average_is_the_fit_over_the_training_set():
     features, metadata, labels = data()
-    layer = MetadataNorm(5, 2, 1, momentum=None, dtype=torch.float64)
+    layer = MetadataNorm(5, 2, 1, momentum=None, dtype=torch.float64, estimator="dataset")
     fit_gram(layer, metadata, labels)
     for part in torch.randperm(101).split(16):
         layer(features[part], metadata[part], labels[part])
@@ -45,7 +45,7 @@ def test_one_epoch_of_the_cumulative_average_is_the_fit_over_the_training_set():
 
 
 def test_needs_the_gram_matrix():
-    layer = MetadataNorm(5, 2, 1)
+    layer = MetadataNorm(5, 2, 1, estimator="dataset")
     features, metadata, labels = data()
     with pytest.raises(RuntimeError, match=r"mdnorm\.fit_gram\(model, metadata, labels\)"):
         layer(features, metadata, labels)
@@ -60,7 +60,7 @@ def test_needs_the_gram_matrix():
 def test_collinear_training_set():
     """The authors' inverse of XᵀX fails here."""
     features, metadata, labels = data()
-    layer = MetadataNorm(5, 4, 1, dtype=torch.float64)
+    layer = MetadataNorm(5, 4, 1, dtype=torch.float64, estimator="dataset")
     redundant = torch.cat([metadata, metadata.sum(1, keepdim=True), torch.ones(101, 1)], 1)
     fit_gram(layer, redundant, labels)
     expected = dataset_residual(features, metadata, labels, metadata, labels)
@@ -69,7 +69,7 @@ def test_collinear_training_set():
 
 def test_batch_with_overflowed_features_does_not_enter_the_state():
     features, metadata, labels = data()
-    layer = MetadataNorm(5, 2, 1)
+    layer = MetadataNorm(5, 2, 1, estimator="dataset")
     fit_gram(layer, metadata, labels)
     layer(features, metadata, labels)
     before = {key: value.clone() for key, value in layer.state_dict().items()}
@@ -81,10 +81,10 @@ def test_batch_with_overflowed_features_does_not_enter_the_state():
 
 def test_operator_is_made_again_after_loading():
     features, metadata, labels = data()
-    layer = MetadataNorm(5, 2, 1, ridge=0.1)
+    layer = MetadataNorm(5, 2, 1, ridge=0.1, estimator="dataset")
     fit_gram(layer, metadata, labels)
     layer(features[:50], metadata[:50], labels[:50])
-    copy = MetadataNorm(5, 2, 1, ridge=0.1)
+    copy = MetadataNorm(5, 2, 1, ridge=0.1, estimator="dataset")
     copy.load_state_dict(layer.state_dict())
     expected = layer(features[50:], metadata[50:], labels[50:])
     assert torch.equal(copy(features[50:], metadata[50:], labels[50:]), expected)

@@ -522,3 +522,36 @@ def test_default_settings():
     estimator = RunningEstimator()
     assert (estimator.momentum, estimator.window) == (None, 500)
     assert not estimator.uses_training_gram
+
+
+class TestReduction:
+    def gradients(self, reduction, estimator_reduction):
+        """Input gradients of 40 batches of 20 and a last one of 2, in units of a sample's own."""
+        layer = MetadataNorm(
+            3, 1, estimator=RunningEstimator(window=200, dtype=torch.float64, reduction=estimator_reduction)
+        )
+        generator = torch.Generator().manual_seed(0)
+        gradients = []
+        for n in [20] * 40 + [2]:
+            metadata = torch.randn(n, 1, generator=generator, dtype=torch.float64)
+            features = torch.randn(n, 3, generator=generator, dtype=torch.float64) + metadata
+            features.requires_grad_()
+            loss = (layer(features, metadata) * (1 + metadata)).sum() / (n if reduction == "mean" else 1)
+            loss.backward()
+            gradients.append(features.grad * (n if reduction == "mean" else 1))
+        return gradients
+
+    def test_a_sum_is_a_mean_times_the_number_of_samples(self):
+        means, sums = self.gradients("mean", "mean"), self.gradients("sum", "sum")
+        for mean, total in zip(means, sums, strict=True):
+            torch.testing.assert_close(mean, total)
+
+    def test_a_sum_taken_for_a_mean_is_wrong_in_the_partial_batch(self):
+        """What the argument is for: the whole batches hide it."""
+        right, wrong = self.gradients("sum", "sum"), self.gradients("sum", "mean")
+        torch.testing.assert_close(wrong[-2], right[-2])
+        assert (wrong[-1] - right[-1]).abs().max() > 3
+
+    def test_unknown(self):
+        with pytest.raises(ValueError, match="reduction must be 'mean' or 'sum', got 'none'"):
+            RunningEstimator(reduction="none")

@@ -8,9 +8,11 @@ from mdnorm import MetadataNorm, fit_gram
 
 def test_streams_over_a_loader_into_every_layer():
     metadata, labels = torch.randn(50, 2), torch.randint(0, 3, (50,))
-    model = nn.Sequential(MetadataNorm(4, 2, 3), nn.Sequential(MetadataNorm(8, 2, 3)))
+    model = nn.Sequential(
+        MetadataNorm(4, 2, 3, estimator="dataset"), nn.Sequential(MetadataNorm(8, 2, 3, estimator="dataset"))
+    )
     gram = fit_gram(model, DataLoader(TensorDataset(metadata, labels), batch_size=8))
-    whole = fit_gram(MetadataNorm(4, 2, 3), metadata, labels)
+    whole = fit_gram(MetadataNorm(4, 2, 3, estimator="dataset"), metadata, labels)
     torch.testing.assert_close(gram.covariance, whole.covariance)
     for layer in (model[0], model[1][0]):
         torch.testing.assert_close(layer.estimator.gram.covariance, whole.covariance)
@@ -18,14 +20,14 @@ def test_streams_over_a_loader_into_every_layer():
 
 
 def test_leaves_estimators_that_do_not_use_it():
-    model = nn.ModuleList([MetadataNorm(4, 1, estimator="batch"), MetadataNorm(4, 1)])
+    model = nn.ModuleList([MetadataNorm(4, 1, estimator="batch"), MetadataNorm(4, 1, estimator="dataset")])
     fit_gram(model, torch.randn(9))
     assert float(model[0].estimator.gram_count) == 0
     assert float(model[1].estimator.gram_count) == 9
 
 
 def test_lazy_layers_learn_their_columns():
-    layer = MetadataNorm(None, None, None)
+    layer = MetadataNorm(None, None, None, estimator="dataset")
     fit_gram(layer, torch.randn(9, 2), torch.randn(9))
     assert (layer.num_metadata, layer.num_labels, layer.num_features) == (2, 1, None)
     layer(torch.randn(3, 4), torch.randn(3, 2), torch.randn(3))
@@ -36,14 +38,14 @@ def test_lazy_layers_learn_their_columns():
 def test_errors():
     with pytest.raises(ValueError, match="Linear has no MetadataNorm layer"):
         fit_gram(nn.Linear(2, 2), torch.randn(9))
-    model = nn.Sequential(MetadataNorm(4, 2), MetadataNorm(4, 3))
+    model = nn.Sequential(MetadataNorm(4, 2, estimator="dataset"), MetadataNorm(4, 3, estimator="dataset"))
     with pytest.raises(ValueError, match=r"different num_metadata \(0: 2, 1: 3\)"):
         fit_gram(model, torch.randn(9, 2))
     with pytest.raises(ValueError, match="labels are needed: the layers have num_labels=1"):
-        fit_gram(MetadataNorm(4, 2, 1), torch.randn(9, 2))
+        fit_gram(MetadataNorm(4, 2, 1, estimator="dataset"), torch.randn(9, 2))
     with pytest.raises(ValueError, match=r"metadata has 3 column\(s\) but num_metadata=2"):
-        fit_gram(MetadataNorm(4, 2), torch.randn(9, 3))
+        fit_gram(MetadataNorm(4, 2, estimator="dataset"), torch.randn(9, 3))
     with pytest.raises(ValueError, match=r"row\(s\) 4 "):
-        fit_gram(MetadataNorm(4, 1), torch.tensor([1, 2, 3, 4, float("nan")]))
+        fit_gram(MetadataNorm(4, 1, estimator="dataset"), torch.tensor([1, 2, 3, 4, float("nan")]))
     with pytest.raises(ValueError, match="labels has 1"):
-        fit_gram(MetadataNorm(4, 1, 2), torch.randn(9), torch.randn(9))
+        fit_gram(MetadataNorm(4, 1, 2, estimator="dataset"), torch.randn(9), torch.randn(9))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -26,8 +26,14 @@ class RunningEstimator(BatchEstimator):
     Evaluation removes an average of β over `averaging` times the window: in training the window must be short
     enough to follow the weights, and its β then has a noise that an average does not have.
 
-    The state is updated in the backward pass too: one backward pass for each training forward, with a loss
-    that is a mean over the batch.
+    The state is updated in the backward pass too: one backward pass for each training forward, of one loss.
+
+    Parameters
+    ----------
+    reduction : "mean" or "sum"
+        How the loss adds up the samples of a batch, a fixed factor apart.
+    *args, **kwargs
+        Of `Estimator`.
 
     Attributes
     ----------
@@ -47,6 +53,12 @@ class RunningEstimator(BatchEstimator):
     adjoint: Tensor
     adjoint_weight: Tensor
     coefficients_weight: Tensor
+
+    def __init__(self, *args: Any, reduction: Literal["mean", "sum"] = "mean", **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+        self.reduction: Literal["mean", "sum"] = reduction
 
     def state_shapes(
         self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...]
@@ -83,6 +95,7 @@ class RunningEstimator(BatchEstimator):
             count=count,
             decay=self.decay(count),
             positions=positions,
+            reduction=self.reduction,
         )
 
     @torch.no_grad()
