@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit bench full ablation format clean
+.PHONY: help demo test lint types unit bench full variants continual ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -27,9 +27,18 @@ unit: $(VENV)/.dev ## Run the tests
 bench: $(VENV)/.dev ## Run the benchmarks, tables and JSON in results/bench
 	$(BIN)/python benchmarks/layer.py --json results/bench/layer.json
 	$(BIN)/python benchmarks/distance_correlation.py --json results/bench/distance_correlation.json
+	$(BIN)/python benchmarks/recursive_stability.py --steps 100000
 
-full: $(VENV)/.demo ## Run the whole synthetic table (about an hour on two cores), resumable
+full: $(VENV)/.demo ## Run the whole synthetic table (about two hours on two cores), resumable
 	$(BIN)/mdnorm experiment synthetic --methods all --out results/synthetic
+
+variants: $(VENV)/.demo ## Run the harder variants of the synthetic data (an hour), resumable
+	$(BIN)/mdnorm experiment synthetic --variant sites --batch-sizes 4,20 --methods mdn-last-running,mdn-every-running
+	$(BIN)/mdnorm experiment synthetic --variant quadratic --batch-sizes 200 --seeds 3 --methods none,mdn-last-linear,mdn-last-running
+	$(BIN)/mdnorm experiment synthetic --variant variance --batch-sizes 200 --seeds 3 --methods none,mdn-last-running,mdn-last-scale
+
+continual: $(VENV)/.demo ## Run the continual task (an hour), resumable
+	$(BIN)/mdnorm experiment continual --methods all --out results/continual
 
 ablation: $(VENV)/.demo ## Measure what each part of the recipe contributes (half an hour), resumable
 	$(BIN)/python benchmarks/synthetic_ablation.py --out results/ablation
