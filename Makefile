@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 .PHONY: help demo test lint types unit bench full variants continual ablation format clean
 
 help: ## Show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 demo: $(VENV)/.demo ## See it work: the synthetic experiment in a few minutes, results in results/demo
 	$(BIN)/mdnorm experiment synthetic --quick --out results/demo
