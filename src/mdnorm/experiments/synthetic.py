@@ -358,6 +358,7 @@ def _projection_panels(runs: Sequence[SyntheticRun], rows: Sequence[Row]) -> lis
     from safetensors.torch import load_file
 
     from mdnorm.experiments.figures import Projection
+    from mdnorm.experiments.report import mean_with_deviation
 
     kept = {
         (run.batch_size, run.method): run
@@ -374,7 +375,7 @@ def _projection_panels(runs: Sequence[SyntheticRun], rows: Sequence[Row]) -> lis
         if run is None or row is None:
             continue
         tensors = load_file(str(run.features_file))
-        dependence = " / ".join(f"{row['dcor2'][group]:.3f}" for group in GROUPS)
+        dependence = " / ".join(mean_with_deviation([row["dcor2"][group]], 3) for group in GROUPS)
         title = f"{METHODS[method].title}\ndcor² {dependence}\naccuracy {100 * row['bacc']:.1f} %"
         arrays = (tensors[name].numpy() for name in ("features", "labels", "confounder"))
         shown.append(Projection(title, *arrays))
