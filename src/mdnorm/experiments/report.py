@@ -156,8 +156,8 @@ NO_LIMITS = "No simple analytic limit of accuracy; dcor² 0 without the confound
 
 LEGEND = (
     "Mean ± standard deviation over seeds, on held-out data. dcor² is bias-corrected, so it can be slightly "
-    "negative. “Confounded”: more than 1.5 points above what the true effect allows. “Recalibrated”: the same "
-    "networks with exact coefficients from the training data, and their dcor²."
+    "negative. “Confounded”: more than 1.5 points above what the true effect allows. “Recalibrated”: the "
+    "same networks with exact coefficients from the training data, and their dcor²."
 )
 
 
