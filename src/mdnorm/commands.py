@@ -306,9 +306,13 @@ def _progress_bar(epochs: int, runs: int) -> Iterator[_Bar]:
 
 def _print_table(report_table: ReportTable, section: int | None = None) -> None:
     """Print a table, a rule where the cell number `section` changes."""
-    table = Table(box=box.SIMPLE)
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for index, heading in enumerate(report_table.headings):
-        table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
+        # Headings in two lines, or they and not the numbers would say how wide the table is.
+        text = heading.replace(" ", "\n", 1)
+        table.add_column(
+            text, justify="right" if index else "left", no_wrap=index > 0, min_width=None if index else 16
+        )
     previous = None
     for line in report_table.lines:
         if section is not None:
@@ -319,6 +323,6 @@ def _print_table(report_table: ReportTable, section: int | None = None) -> None:
     console = Console()
     if not console.is_terminal:
         # In a file or a pipe there is no edge to keep to.
-        console.width = 140
+        console.width = 160
     console.print(table)
     typer.echo(report_table.limits)

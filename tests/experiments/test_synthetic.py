@@ -44,7 +44,7 @@ class TestPlan:
     def test_features_are_kept_for_the_first_seed(self, tmp_path):
         runs = synthetic.plan(["none"], [20], 2, first_seed=5, features_dir=tmp_path)
         assert [run.seed for run in runs] == [5, 6]
-        assert runs[0].features_file.endswith("none-batch20-seed5.safetensors")
+        assert runs[0].features_file.endswith("none-plain-batch20-seed5.safetensors")
         assert runs[1].features_file is None
         assert "features_file" not in runs[0].settings()
 
