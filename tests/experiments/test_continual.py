@@ -166,7 +166,7 @@ class TestTraining:
             ("mdn-last-dataset", 5),
             ("mdn-last-authors", 5),
             ("mdn-last-recursive", 1),
-            ("mdn-last-penalty", 1),
+            ("mdn-last-penalty", 5),
         ],
     )
     def test_gram_matrices(self, method, calls, monkeypatch):
