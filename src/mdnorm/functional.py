@@ -673,11 +673,7 @@ class _RemoveRunningRegression(torch.autograd.Function):
         # The two buffers are state, updated in the backward pass: the version of a saved tensor is guarded.
         ctx.adjoint, ctx.weight = adjoint, weight
         ctx.save_for_backward(basis, projector, count, decay)
-        if positions:
-            return (features - _expand(basis @ coefficients, positions)).to(features.dtype)
-        matrix = _as_matrix(features, positions, basis.dtype)
-        out = torch.addmm(matrix, basis, coefficients, alpha=-1)
-        return out.to(features.dtype).reshape(features.shape)
+        return remove_effect(features, basis, coefficients, positions)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

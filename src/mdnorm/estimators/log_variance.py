@@ -87,15 +87,15 @@ class LogVarianceEstimator(BatchEstimator):
         rows = functional.moment_rows(columns, batch.mean)
         moments = functional.feature_moments(features, rows, positions)
         count = self._update(batch, moments, columns.shape[0])
-        full = functional.coefficient_operator(self.gram, self.ridge).to(self.cross_covariance.dtype)
-        slopes = full @ self.cross_covariance.flatten(1)
+        operator = functional.coefficient_operator(self.gram, self.ridge)
+        slopes = operator.to(self.cross_covariance.dtype) @ self.cross_covariance.flatten(1)
         basis = functional.effect_basis(columns, self.gram_mean, True)
         fitted = torch.cat([slopes, self.feature_mean.view(1, -1)])
         residual = functional.remove_effect(features.to(fitted.dtype), basis, fitted, positions)
         squared = residual.square()
         # A residual of zero (a dead unit) has no logarithm.
         floor = 1e-6 * squared.mean(0, keepdim=True) + torch.finfo(squared.dtype).tiny
-        weights = self._residual_weights(columns)
+        weights = self._residual_weights(columns, operator)
         safe = weights.clamp_min(_LEAST_WEIGHT).to(squared.dtype).reshape(-1, *[1] * (squared.ndim - 1))
         log = (squared + floor).log() - safe.log()
         weight = weights.sum()
@@ -120,14 +120,14 @@ class LogVarianceEstimator(BatchEstimator):
         self.log_gram_covariance.copy_(merged.covariance)
         self.log_gram_count.copy_(merged.count)
         prior = self.noise / merged.count.clamp_min(_LEAST_WEIGHT)
-        operator = functional.coefficient_operator(merged, prior)[:num_metadata]
-        effect = operator.to(cross.dtype) @ cross
+        log_operator = functional.coefficient_operator(merged, prior)[:num_metadata]
+        effect = log_operator.to(cross.dtype) @ cross
         self.coefficients[:num_metadata].flatten(1).copy_(effect)
 
-    def _residual_weights(self, columns: Tensor) -> Tensor:
+    def _residual_weights(self, columns: Tensor, operator: Tensor) -> Tensor:
         """Return 1 − leverage in the running fit of the samples (N,), 0 where hardly anything is left."""
         centred = columns - self.gram_mean
-        distance = (centred @ functional.coefficient_operator(self.gram, self.ridge) * centred).sum(1)
+        distance = (centred @ operator * centred).sum(1)
         weights = 1 - (1 + distance) / self.gram_count.clamp_min(1e-30)
         return torch.where(weights > _LEAST_WEIGHT, weights, 0.0)
 

@@ -129,16 +129,21 @@ def _draw_limits(axis: Axes) -> None:
         (ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
     ):
         axis.axhline(100 * limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
-        axis.annotate(
-            f"{100 * limit:.1f} %\n{text}",
-            (1, 100 * limit),
-            xycoords=("axes fraction", "data"),
-            xytext=(4, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=8,
-            color="0.3",
-        )
+        _name_limit(axis, 100 * limit, f"{100 * limit:.1f} %\n{text}")
+
+
+def _name_limit(axis: Axes, height: float, text: str) -> None:
+    """Write `text` at the right of the axis, at the height where a limit ends."""
+    axis.annotate(
+        text,
+        (1, height),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        fontsize=8,
+        color="0.3",
+    )
 
 
 def dependence_by_group(rows: Sequence[Row], panels: Panels) -> Figure:
@@ -227,16 +232,7 @@ def accuracy_by_stage(
         for limits, text in ((upper, "with the\nconfounder"), (lower, "true effect\nonly")):
             percent = [100 * limit for limit in limits]
             axis.plot(percent, color="0.4", linestyle="--", linewidth=1, zorder=0)
-            axis.annotate(
-                text,
-                (1, percent[-1]),
-                xycoords=("axes fraction", "data"),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=8,
-                color="0.3",
-            )
+            _name_limit(axis, percent[-1], text)
         series = _own_stage(rows, names, lambda row: 100 * np.asarray(row["bacc_matrix"]))
         _draw_series(axis, series, names, _stages(len(lower)), linestyle="-", width=0.3)
         axis.set_xlabel("stage")
