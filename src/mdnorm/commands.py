@@ -136,7 +136,7 @@ def synthetic(
     the command to go on.
     """
     from mdnorm.experiments import synthetic as setting
-    from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS
+    from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS, titles
     from mdnorm.experiments.report import synthetic_table
 
     chosen = _methods(methods, DEFAULT_METHODS)
@@ -167,8 +167,7 @@ def synthetic(
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        titles = {name: method.title for name, method in METHODS.items()}
-        _print_table(synthetic_table(rows, titles), section=1)
+        _print_table(synthetic_table(rows, titles()), section=1)
         _print_paths(out, report)
 
 
@@ -198,7 +197,7 @@ def continual(
     kept in OUT/results.json: interrupt with Ctrl-C and repeat the command to go on.
     """
     from mdnorm.experiments import continual as setting
-    from mdnorm.experiments.methods import METHODS
+    from mdnorm.experiments.methods import titles
 
     chosen = _methods(methods, setting.DEFAULT_METHODS)
     if not chosen:
@@ -220,7 +219,7 @@ def continual(
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
     else:
-        for table in setting.tables(rows, {name: method.title for name, method in METHODS.items()}):
+        for table in setting.tables(rows, titles()):
             typer.echo(f"\n{table.title}")
             _print_table(table)
         _print_paths(out, report)

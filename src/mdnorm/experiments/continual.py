@@ -28,7 +28,7 @@ from mdnorm.experiments.data.continual import (
     make_stage,
 )
 from mdnorm.experiments.data.synthetic import SyntheticData
-from mdnorm.experiments.methods import METHODS, build, describe, panels
+from mdnorm.experiments.methods import METHODS, build, describe, panels, titles
 from mdnorm.experiments.report import ReportTable, mean_with_deviation
 from mdnorm.experiments.results import Row
 from mdnorm.experiments.training import (
@@ -412,9 +412,7 @@ def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], 
     from mdnorm.experiments.files import write_text_atomically
     from mdnorm.experiments.report import ReportFigure, write_report
 
-    names = {
-        name: method.title for name, method in METHODS.items() if any(run.method == name for run in runs)
-    }
+    names = titles({run.method for run in runs})
     shown_tables = tables(rows, names)
     text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in shown_tables)
     write_text_atomically(out / "table.md", text)

@@ -116,6 +116,12 @@ METHODS = {
 DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running")
 
 
+def titles(names: Iterable[str] | None = None) -> dict[str, str]:
+    """Return identifier → title of the named methods (None: of all), in the order of `METHODS`."""
+    chosen = METHODS if names is None else set(names)
+    return {name: method.title for name, method in METHODS.items() if name in chosen}
+
+
 def panels(names: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
     """Group methods (identifier to title) by where they correct, if one panel cannot tell them apart."""
     if len(names) <= 6:

@@ -20,7 +20,7 @@ from mdnorm.experiments.data.synthetic import (
     SyntheticData,
     make_synthetic,
 )
-from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS, build, describe, panels
+from mdnorm.experiments.methods import DEFAULT_METHODS, METHODS, build, describe, panels, titles
 from mdnorm.experiments.results import Row
 from mdnorm.experiments.training import GROUPS, batches, check_settings, evaluate, fit, has_metadata_norm
 from mdnorm.integration import fit_gram, recalibrate
@@ -285,9 +285,7 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     from mdnorm.experiments.files import write_text_atomically
     from mdnorm.experiments.report import ReportFigure, synthetic_table, write_report
 
-    names = {
-        name: method.title for name, method in METHODS.items() if any(run.method == name for run in runs)
-    }
+    names = titles({run.method for run in runs})
     table = synthetic_table(rows, names)
     write_text_atomically(out / "table.md", table.markdown())
     folder = out / "figures"
