@@ -17,7 +17,7 @@ from mdnorm.experiments.data.synthetic import (
     ACCURACY_WITHOUT_CONFOUNDER,
     SyntheticData,
 )
-from mdnorm.experiments.files import atomic_path
+from mdnorm.files import atomic_path
 from mdnorm.experiments.report import has_limits, summarise
 from mdnorm.experiments.results import Row
 

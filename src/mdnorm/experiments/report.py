@@ -14,7 +14,7 @@ from mdnorm.experiments.data.synthetic import (
     ACCURACY_WITHOUT_CONFOUNDER,
     WITHOUT_LIMITS,
 )
-from mdnorm.experiments.files import write_text_atomically
+from mdnorm.files import write_text_atomically
 from mdnorm.experiments.results import Row
 
 MARGIN = 0.015

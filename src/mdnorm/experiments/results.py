@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mdnorm.experiments.files import write_text_atomically
+from mdnorm.files import write_text_atomically
 
 Row = dict[str, Any]
 

@@ -14,7 +14,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mdnorm.experiments.adversary import Adversary
 from mdnorm.experiments.data.synthetic import SyntheticData
-from mdnorm.experiments.files import atomic_path
+from mdnorm.files import atomic_path
 from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.networks import SyntheticNetwork
 from mdnorm.experiments.results import Row

@@ -1,6 +1,6 @@
 import pytest
 
-from mdnorm.experiments.files import atomic_path, write_text_atomically
+from mdnorm.files import atomic_path, write_text_atomically
 
 
 def test_replaces_the_file_in_one_step(tmp_path):

@@ -1,0 +1,44 @@
+"""Packages that only some parts need: an error that names the extra where one is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+__all__ = ["MissingExtraError", "requires"]
+
+
+class MissingExtraError(ImportError):
+    """A package of an extra is not installed; the message says how to install it."""
+
+
+@contextmanager
+def requires(extra: str) -> Iterator[None]:
+    """Turn the failure of an import inside the block into an error that names the extra.
+
+    Parameters
+    ----------
+    extra : str
+        Name of the extra in ``pip install 'mdnorm[extra]'``.
+
+    Raises
+    ------
+    MissingExtraError
+        A package that is imported inside the block is not installed.
+
+    Examples
+    --------
+    >>> with requires("audit"):
+    ...     import no_such_package
+    Traceback (most recent call last):
+    mdnorm.extras.MissingExtraError: the package 'no_such_package' is missing: pip install 'mdnorm[audit]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if not package or package == "mdnorm":
+            raise
+        raise MissingExtraError(
+            f"the package {package!r} is missing: pip install 'mdnorm[{extra}]'", name=error.name
+        ) from error
