@@ -4,11 +4,9 @@ from mdnorm.extras import MissingExtraError, requires
 
 
 def test_a_missing_package_names_the_extra():
-    with pytest.raises(
-        MissingExtraError, match=r"'no_such_package' is missing: pip install 'mdnorm\[audit\]'"
-    ):
-        with requires("audit"):
-            import no_such_package.part  # noqa: F401
+    message = r"'no_such_package' is missing: pip install 'mdnorm\[audit\]'"
+    with pytest.raises(MissingExtraError, match=message), requires("audit"):
+        import no_such_package.part  # noqa: F401
 
 
 def test_a_missing_module_of_our_own_is_a_defect_not_an_extra():

@@ -409,8 +409,8 @@ def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], 
     """
     from mdnorm import __version__
     from mdnorm.experiments import figures
-    from mdnorm.files import write_text_atomically
     from mdnorm.experiments.report import ReportFigure, write_report
+    from mdnorm.files import write_text_atomically
 
     names = titles({run.method for run in runs})
     shown_tables = tables(rows, names)

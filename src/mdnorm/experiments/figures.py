@@ -17,9 +17,9 @@ from mdnorm.experiments.data.synthetic import (
     ACCURACY_WITHOUT_CONFOUNDER,
     SyntheticData,
 )
-from mdnorm.files import atomic_path
 from mdnorm.experiments.report import has_limits, summarise
 from mdnorm.experiments.results import Row
+from mdnorm.files import atomic_path
 
 # Okabe & Ito (2008), in an order that keeps neighbours apart, then two of Tol's muted colours.
 PALETTE = (

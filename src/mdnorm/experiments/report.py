@@ -14,8 +14,8 @@ from mdnorm.experiments.data.synthetic import (
     ACCURACY_WITHOUT_CONFOUNDER,
     WITHOUT_LIMITS,
 )
-from mdnorm.files import write_text_atomically
 from mdnorm.experiments.results import Row
+from mdnorm.files import write_text_atomically
 
 MARGIN = 0.015
 """Accuracy this far from the limit of the true effect is not chance."""

@@ -282,8 +282,8 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     """
     from mdnorm import __version__
     from mdnorm.experiments import figures
-    from mdnorm.files import write_text_atomically
     from mdnorm.experiments.report import ReportFigure, synthetic_table, write_report
+    from mdnorm.files import write_text_atomically
 
     names = titles({run.method for run in runs})
     table = synthetic_table(rows, names)

@@ -14,10 +14,10 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from mdnorm.experiments.adversary import Adversary
 from mdnorm.experiments.data.synthetic import SyntheticData
-from mdnorm.files import atomic_path
 from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.networks import SyntheticNetwork
 from mdnorm.experiments.results import Row
+from mdnorm.files import atomic_path
 from mdnorm.integration import parameter_groups, penalty_loss
 from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import distance_correlation_sqr
