@@ -1,0 +1,432 @@
+"""Rows of a stream: checked, sampled in bounded memory, and turned into distance correlations.
+
+A uniform sample of a stream without replacement: every row gets a random key, and the rows with the smallest
+keys are kept. Samples of several streams merge by the same rule, since the smallest keys of a union are among
+the smallest of its parts (Vitter 1985 calls such a sample a reservoir; random keys are due to Fan, Muller &
+Rezucha 1962).
+
+Vitter, J. S. (1985). Random sampling with a reservoir. ACM Transactions on Mathematical Software, 11(1).
+Fan, C. T., Muller, M. E., & Rezucha, I. (1962). Development of sampling plans by using sequential (item by
+item) selection techniques and digital computers. Journal of the American Statistical Association, 57(298).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from mdnorm.arrays import as_real_tensor
+from mdnorm.metrics.distance_correlation import distance_correlation_sqr
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = [
+    "MIN_SAMPLES",
+    "ColumnNames",
+    "Rows",
+    "TooFewSamplesError",
+    "add_rows",
+    "as_rows",
+    "check_column_names",
+    "check_settings",
+    "column_groups",
+    "dependence",
+    "sample_keys",
+]
+
+ColumnNames = Sequence[str] | Mapping[str, Sequence[int]]
+
+# The bias-corrected distance correlation is not defined for fewer.
+MIN_SAMPLES = 4
+
+# The value of all columns together; no column may have this name.
+JOINT = "joint"
+
+_MASK_64 = 2**64 - 1
+
+
+class TooFewSamplesError(ValueError):
+    """A distance correlation is asked for of fewer samples than it is defined for."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of one or several batches.
+
+    Attributes
+    ----------
+    features : (n, D) float32
+    metadata : (n, K) float64 (float32 on a device without it)
+    labels : (n,) int64, or None
+    keys : (n,) int64, or None
+        Random keys, distinct and not negative.
+    """
+
+    features: Tensor
+    metadata: Tensor
+    labels: Tensor | None = None
+    keys: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.features.shape[0]
+
+    def take(self, index: Tensor) -> Rows:
+        """Return the rows that a mask or an index selects, as a copy."""
+        return Rows(
+            self.features[index],
+            self.metadata[index],
+            None if self.labels is None else self.labels[index],
+            None if self.keys is None else self.keys[index],
+        )
+
+    def to(self, device: torch.device) -> Rows:
+        """Return the rows on a device."""
+        return Rows(*(None if part is None else part.to(device) for part in self._parts()))  # type: ignore[arg-type]
+
+    def _parts(self) -> tuple[Tensor | None, ...]:
+        return self.features, self.metadata, self.labels, self.keys
+
+    @staticmethod
+    def cat(pieces: Sequence[Rows]) -> Rows:
+        """Return the rows of all pieces, which agree in their columns; at least one piece."""
+        if len(pieces) == 1:
+            return pieces[0]
+        parts = zip(*(piece._parts() for piece in pieces), strict=True)
+        return Rows(*(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore[arg-type]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Settings
+# --------------------------------------------------------------------------------------------------------
+
+
+def check_settings(max_samples: int | None, seed: int) -> None:
+    """Check the settings of a sample.
+
+    Raises
+    ------
+    TypeError
+        One of them is not an integer.
+    ValueError
+        `max_samples` is below 4.
+    """
+    for name, value in (("max_samples", max_samples), ("seed", seed)):
+        if (value is None and name == "max_samples") or type(value) is int:
+            continue
+        raise TypeError(f"{name} must be an integer{' or None' * (name != 'seed')}, got {value!r}.")
+    if max_samples is not None and max_samples < MIN_SAMPLES:
+        raise ValueError(
+            f"max_samples must be at least {MIN_SAMPLES}, got {max_samples}: the bias-corrected distance "
+            "correlation is not defined for fewer samples. None keeps them all."
+        )
+
+
+def check_column_names(column_names: ColumnNames | None) -> None:
+    """Check names of metadata columns, as far as that goes without knowing how many columns there are.
+
+    Raises
+    ------
+    TypeError
+        Not a sequence of strings or a mapping from strings to sequences of integers.
+    ValueError
+        No names, a name twice, the name ``"joint"``, or a group without columns.
+    """
+    if column_names is None:
+        return
+    if isinstance(column_names, str) or not isinstance(column_names, (Sequence, Mapping)):
+        raise TypeError(
+            "column_names must be a sequence of strings, one for each metadata column, or a mapping from "
+            f"names to lists of column indices, got {column_names!r}."
+        )
+    names = list(column_names)
+    if not names:
+        raise ValueError("column_names is empty: give one name for each metadata column, or None.")
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"column_names must be strings, got {name!r}.")
+        if name == JOINT:
+            raise ValueError(
+                f"column_names must not contain {JOINT!r}: this is the value of all columns together."
+            )
+        if names.count(name) > 1:
+            raise ValueError(f"column_names has {name!r} {names.count(name)} times: names must differ.")
+    if not isinstance(column_names, Mapping):
+        return
+    for name, columns in column_names.items():
+        if isinstance(columns, (str, int)) or any(type(column) is not int for column in columns):
+            raise TypeError(
+                f"column_names[{name!r}] must be a list of column indices, got {columns!r}: "
+                "{'age': [0], 'site': [1, 2, 3]}, for example."
+            )
+        if len(columns) == 0:
+            raise ValueError(f"column_names[{name!r}] is empty: give at least one column index.")
+
+
+def column_groups(
+    column_names: ColumnNames | None, num_columns: int, argument: str = "column_names"
+) -> dict[str, list[int]]:
+    """Return the column indices of each name; without names, columns are ``column_0, column_1, …``.
+
+    Raises
+    ------
+    ValueError
+        The number of names is not the number of columns, or a column index is out of range.
+    """
+    if column_names is None:
+        return {f"column_{index}": [index] for index in range(num_columns)}
+    if not isinstance(column_names, Mapping):
+        if len(column_names) != num_columns:
+            raise ValueError(
+                f"{argument} has {len(column_names)} name(s) ({', '.join(column_names)}) but the metadata "
+                f"have {num_columns} column(s): give one name for each, or a mapping from names to lists of "
+                "column indices."
+            )
+        return {name: [index] for index, name in enumerate(column_names)}
+    for name, columns in column_names.items():
+        bad = [column for column in columns if not 0 <= column < num_columns]
+        if bad:
+            raise ValueError(
+                f"{argument}[{name!r}] has column {bad[0]}, but the metadata have {num_columns} column(s), "
+                f"0 to {num_columns - 1}."
+            )
+    return {name: list(columns) for name, columns in column_names.items()}
+
+
+# --------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------
+
+
+def as_rows(
+    features: Tensor | ArrayLike,
+    metadata: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike | None,
+    device: torch.device,
+) -> Rows:
+    """Check a batch and return a copy of it as rows without keys.
+
+    Parameters
+    ----------
+    features : (n, ...)
+        Flattened to (n, D); of any real dtype.
+    metadata : (n,) or (n, K)
+    labels : (n,) or (n, 1), optional
+        Class indices, booleans or whole numbers.
+    device : torch.device
+        Where the rows are to be kept.
+
+    Raises
+    ------
+    TypeError
+        An input is not real and numeric.
+    ValueError
+        Wrong shapes, different numbers of rows, NaN or infinite values (in float32 for the features), labels
+        that are not whole numbers.
+    """
+    features = as_real_tensor(features, "features").detach()
+    metadata = as_real_tensor(metadata, "metadata").detach()
+    if features.ndim == 0:
+        raise ValueError("features must have one row per sample, shape (n, ...), got a single number.")
+    num_samples = features.shape[0]
+    features = features.reshape(num_samples, features.shape[1:].numel())
+    if features.shape[1] == 0:
+        raise ValueError("features have no values in a sample: check how they were selected.")
+    if metadata.ndim not in (1, 2):
+        raise ValueError(
+            f"metadata must have shape (n,) or (n, number of columns), got {tuple(metadata.shape)}: flatten "
+            "what belongs to one sample."
+        )
+    if metadata.ndim == 1:
+        metadata = metadata.unsqueeze(1)
+    if metadata.shape[1] == 0:
+        raise ValueError(f"metadata have no columns (shape {tuple(metadata.shape)}).")
+    if labels is not None:
+        labels = _as_class_indices(labels)
+    for name, values in (("metadata", metadata), ("labels", labels)):
+        if isinstance(values, Tensor) and values.shape[0] != num_samples:
+            raise ValueError(
+                f"features have {num_samples} row(s) but {name} {values.shape[0]}: pass the same samples in "
+                "the same order."
+            )
+    # A copy: the layer behind may work in place on what it was given.
+    features = features.to(device, torch.float32, copy=True)
+    metadata = metadata.to("cpu" if device.type == "mps" else device)
+    metadata = metadata.to(torch.float32 if device.type == "mps" else torch.float64, copy=True).to(device)
+    _check_finite(features, "features", "in float32, in which they are kept, ")
+    _check_finite(metadata, "metadata")
+    return Rows(features, metadata, None if labels is None else labels.to(device))
+
+
+def _as_class_indices(labels: Tensor | ArrayLike) -> Tensor:
+    labels = as_real_tensor(labels, "labels").detach()
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels.squeeze(1)
+    if labels.ndim != 1:
+        raise ValueError(
+            f"labels must be class indices of shape (n,) or (n, 1), got {tuple(labels.shape)}; one-hot "
+            "columns become class indices by labels.argmax(1)."
+        )
+    indices = labels.to(torch.int64, copy=True)
+    if labels.is_floating_point() and not bool((indices == labels).all()):
+        row = int((indices != labels).nonzero()[0])
+        raise ValueError(
+            f"labels must be class indices, got {labels[row].item()} in row {row}: a continuous label has no "
+            "classes within which to measure."
+        )
+    return indices
+
+
+def _check_finite(rows: Tensor, name: str, where: str = "") -> None:
+    if bool(torch.isfinite(rows).all()):
+        return
+    bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
+    shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
+    raise ValueError(
+        f"{name} have NaN or infinite values {where}in row(s) {shown} of this batch ({len(bad)} of "
+        f"{rows.shape[0]}): drop these rows, or impute them."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Samples
+# --------------------------------------------------------------------------------------------------------
+
+
+def _mixed(value: int) -> int:
+    """The output function of SplitMix64 (Steele, Lea & Flood 2014), on 64 bits."""
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
+    return value ^ (value >> 31)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the bits of an unsigned 64-bit integer."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+def sample_keys(start: int, count: int, *, seed: int, rank: int = 0) -> Tensor:
+    """Return the random keys of rows ``start … start + count − 1`` of the stream of a process.
+
+    A key depends on the row's place in the stream only, not on the batches in which the stream comes
+    (SplitMix64, a generator that counts). int64 on the CPU, in [0, 2^63).
+
+    References
+    ----------
+    .. [1] Steele, G. L., Lea, D., & Flood, C. H. (2014). Fast splittable pseudorandom number generators.
+       ACM SIGPLAN Notices, 49(10), 453–472.
+    """
+    golden = 0x9E3779B97F4A7C15
+    # Two rounds, so that neither neighbouring seeds nor neighbouring ranks give shifted copies of a stream.
+    base = _mixed((_mixed((seed + golden) & _MASK_64) + rank * golden + 1) & _MASK_64)
+    # int64 arithmetic wraps around; its right shift is arithmetic and needs the mask.
+    keys = torch.arange(start + 1, start + count + 1, dtype=torch.int64) * _signed(golden) + _signed(base)
+    keys = (keys ^ ((keys >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
+    keys = (keys ^ ((keys >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
+    keys = keys ^ ((keys >> 31) & (2**33 - 1))
+    return (keys >> 1) & (2**63 - 1)
+
+
+def add_rows(pieces: Sequence[Rows], new: Rows, max_samples: int | None) -> list[Rows]:
+    """Return the pieces with new rows added, without most of those that are not in the sample any more.
+
+    At most ``2·max_samples`` rows are kept: to drop every row at once would copy the sample for every batch.
+    """
+    if len(new) == 0:
+        return list(pieces)
+    pieces = [piece for piece in pieces if len(piece)]
+    if pieces and new.features.device != pieces[0].features.device:
+        new = new.to(pieces[0].features.device)
+    if max_samples is None:
+        return [*pieces, new]
+    threshold = _threshold([*pieces, new], max_samples)
+    if threshold is not None and new.keys is not None:
+        new = new.take(new.keys <= threshold)
+    pieces = [*pieces, new] if len(new) else pieces
+    return [sample(pieces, max_samples)] if sum(map(len, pieces)) > 2 * max_samples else pieces
+
+
+def _threshold(pieces: Sequence[Rows], max_samples: int) -> Tensor | None:
+    """The largest key in the sample, or None where all rows are in it."""
+    keys = torch.cat([piece.keys for piece in pieces if piece.keys is not None])
+    return keys.kthvalue(max_samples).values if keys.shape[0] > max_samples else None
+
+
+def sample(pieces: Sequence[Rows], max_samples: int | None) -> Rows:
+    """Return the rows of the sample; at least one piece."""
+    rows = Rows.cat(pieces)
+    threshold = None if max_samples is None else _threshold(pieces, max_samples)
+    return rows if threshold is None or rows.keys is None else rows.take(rows.keys <= threshold)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Dependence
+# --------------------------------------------------------------------------------------------------------
+
+
+def dependence(
+    rows: Rows, groups: Mapping[str, Sequence[int]] | None, *, within_labels: bool
+) -> Tensor | dict[str, Tensor]:
+    """Return the bias-corrected dcor² of features and metadata.
+
+    Parameters
+    ----------
+    rows : Rows
+    groups : mapping from str to column indices, or None
+        A value for each, and for all columns together where there are several. None: all columns together
+        only.
+    within_labels : bool
+        A value for each class of the labels.
+
+    Returns
+    -------
+    Tensor, () float64, or dict of them
+        A tensor where there is one value; else a dict with the keys ``name``, ``label_c`` or
+        ``name/label_c``, in the order of names and of classes.
+
+    Raises
+    ------
+    TooFewSamplesError
+        Fewer than 4 samples, in all or of a class.
+    """
+    if len(rows) < MIN_SAMPLES:
+        raise TooFewSamplesError(
+            f"there are only {len(rows)} sample(s): the bias-corrected distance correlation needs at least "
+            f"{MIN_SAMPLES}, update with more of them first."
+        )
+    if groups is None:
+        columns = {"": list(range(rows.metadata.shape[1]))}
+    else:
+        columns = {name: list(group) for name, group in groups.items()}
+        if len(columns) > 1:
+            columns[JOINT] = sorted({column for group in columns.values() for column in group})
+    if not within_labels or rows.labels is None:
+        values = {
+            name: distance_correlation_sqr(rows.features, rows.metadata[:, group])
+            for name, group in columns.items()
+        }
+        return values[""] if groups is None else values
+    classes, counts = rows.labels.unique(return_counts=True)
+    too_small = {
+        f"{label} ({count})": count
+        for label, count in zip(classes.tolist(), counts.tolist(), strict=True)
+        if count < MIN_SAMPLES
+    }
+    if too_small:
+        raise TooFewSamplesError(
+            f"label class(es) {', '.join(too_small)} have fewer than {MIN_SAMPLES} samples of "
+            f"{len(rows)}: within these classes the bias-corrected distance correlation is not defined. "
+            "Update with more samples, raise max_samples, or measure without within_labels."
+        )
+    members = {label: rows.take(rows.labels == label) for label in classes.tolist()}
+    return {
+        f"{name}/label_{label}" if name else f"label_{label}": distance_correlation_sqr(
+            part.features, part.metadata[:, group]
+        )
+        for name, group in columns.items()
+        for label, part in members.items()
+    }
