@@ -1,50 +1,47 @@
-"""Bias-corrected squared distance correlation in memory linear in the number of samples.
+"""Bias-corrected distance covariance and correlation: of two variables, given others, with an interval.
 
-Notation. `a_ij = |x_i − x_j|` and `b_ij = |y_i − y_j|` are the Euclidean distances between the n samples. A
-distance matrix is U-centred (Székely & Rizzo 2014, definition 2) by taking row and column effects away
-outside the diagonal, ``A_ij = a_ij − a_i./(n−2) − a_.j/(n−2) + a../((n−1)(n−2))``. With the inner product
-``(A·B) = Σ_{i≠j} A_ij B_ij / (n(n−3))`` the statistic is ``(A·B) / √((A·A)(B·B))``.
-
-How it is computed. The inner product expands into sums that one pass over tiles of rows collects,
-
-    n(n−3)·(A·B) = Σ_{i≠j} a_ij b_ij − 2/(n−2)·Σ_i a_i. b_i. + a.. b.. / ((n−1)(n−2)),
-
-but its three terms may be far larger than their difference. U-centring does not see a term ``r_i + r_j``
-added outside the diagonal, so before they are summed the distances are reduced by row effects estimated
-from the distances to a few anchor samples. What remains is of the size of `A` itself: with m anchors the
-expansion loses at most a factor of the order of n/m of the float64 precision, whatever the data.
+All are made of inner products of U-centred distance matrices, see `mdnorm.metrics.pairwise`.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, overload
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.metrics.pairwise import (
+    CentredProducts,
+    Distances,
+    centred_products,
+    checked_tile_size,
+    row_products,
+)
+from mdnorm.metrics.samples import Samples, as_codes, as_samples
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["distance_correlation_sqr"]
+__all__ = [
+    "ConditionalDistanceCorrelation",
+    "DistanceCorrelationInterval",
+    "conditional_distance_correlation_sqr",
+    "distance_correlation_interval",
+    "distance_correlation_sqr",
+    "distance_covariance_sqr",
+    "partial_distance_correlation",
+]
 
 # Fewer samples leave the bias correction undefined: it divides by n − 3.
-_MIN_SAMPLES = 4
+MIN_SAMPLES = 4
+UNDEFINED = "the bias-corrected estimate is not defined for fewer samples"
 
-# More anchors estimate the row effects better, which nothing needs, and each costs n distances.
-_NUM_ANCHORS = 16
-
-# Distances in one tile, and rows at least. On a CPU the two tiles should stay in the cache (2^17 float64
-# values are 1 MiB), but a tile of few rows spends its time waiting for threads where cores are shared.
-# Elsewhere it should be large enough to hide the cost of a kernel launch.
-_TILE_ELEMENTS_CPU = 2**17
-_TILE_ELEMENTS_ACCELERATOR = 2**24
-_MIN_TILE_SIZE = 64
-
-# U-centred distances below this multiple of √p times the distances are nothing but rounding.
-_ROUNDING = 32 * torch.finfo(torch.float64).eps
+# 1 − R² of two variables of which one is a function of the other's distances is 0 up to this.
+_ROUNDING_OF_ONE = 1e-12
 
 
 @overload
@@ -77,7 +74,7 @@ def distance_correlation_sqr(
         a tensor is taken to the tensor's device.
     tile_size : int, optional
         Rows of the distance matrices that are in memory at once. The default suits the device. The result
-        depends on it only by rounding.
+        depends on it only by rounding. Two scalars of many samples are sorted and need no tiles.
 
     Returns
     -------
@@ -97,8 +94,9 @@ def distance_correlation_sqr(
 
     Notes
     -----
-    Everything is computed in float64, whatever the dtype of the inputs, from exact pairwise differences: a
-    large common offset costs no digits. Memory is O(n·tile_size + n·(p + q)), arithmetic O(n²·(p + q)).
+    Everything is computed in float64, whatever the dtype of the inputs; a large common offset costs no
+    digits. Memory is O(n·tile_size + n·(p + q)), arithmetic O(n²·(p + q)). For two scalars, (n,) or (n, 1),
+    of more than about a thousand samples both are O(n log n) and O(n).
 
     The metric is not differentiable: inputs that require a gradient are detached.
 
@@ -110,6 +108,8 @@ def distance_correlation_sqr(
        dimension. Journal of Multivariate Analysis, 117, 193–213.
     .. [2] Székely, G. J., & Rizzo, M. L. (2014). Partial distance correlation with methods for
        dissimilarities. The Annals of Statistics, 42(6), 2382–2412.
+    .. [3] Huo, X., & Székely, G. J. (2016). Fast computing for distance covariance. Technometrics, 58(4),
+       435–447.
 
     Examples
     --------
@@ -118,180 +118,410 @@ def distance_correlation_sqr(
     >>> round(distance_correlation_sqr(x, x), 12)
     1.0
     """
-    if isinstance(x, Tensor) and isinstance(y, Tensor) and x.device != y.device:
-        raise ValueError(
-            f"x is on {x.device} but y is on {y.device}: move one of them, for example "
-            f"y.to({str(x.device)!r})."
-        )
-    returns_tensor = isinstance(x, Tensor) or isinstance(y, Tensor)
-    x_rows, y_rows = _as_rows(x, "x"), _as_rows(y, "y")
-    if x_rows.shape[0] != y_rows.shape[0]:
-        raise ValueError(
-            f"x and y must have one row per sample each, got {x_rows.shape[0]} rows in x and "
-            f"{y_rows.shape[0]} in y: pass the same samples in the same order."
-        )
-    num_samples = x_rows.shape[0]
-    if num_samples < _MIN_SAMPLES:
-        raise ValueError(
-            f"x and y must have at least {_MIN_SAMPLES} rows, got {num_samples}: the bias-corrected estimate "
-            "is not defined for fewer samples, pool more of them."
-        )
-    if not isinstance(x, Tensor):
-        x_rows = x_rows.to(y_rows.device)
-    elif not isinstance(y, Tensor):
-        y_rows = y_rows.to(x_rows.device)
-    tile_size = _checked_tile_size(tile_size, num_samples, x_rows.device)
-    _check_finite(x_rows, "x")
-    _check_finite(y_rows, "y")
+    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=UNDEFINED)
+    return samples.result(_products(samples, tile_size).correlations()[0, 1])
 
-    with torch.no_grad():
-        result = _distance_correlation_sqr(_rescaled(x_rows), _rescaled(y_rows), tile_size)
-    return result if returns_tensor else float(result)
+
+@overload
+def distance_covariance_sqr(x: Tensor, y: Tensor | ArrayLike, *, tile_size: int | None = None) -> Tensor: ...
+
+
+@overload
+def distance_covariance_sqr(x: ArrayLike, y: Tensor, *, tile_size: int | None = None) -> Tensor: ...
+
+
+@overload
+def distance_covariance_sqr(x: ArrayLike, y: ArrayLike, *, tile_size: int | None = None) -> float: ...
+
+
+def distance_covariance_sqr(
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, tile_size: int | None = None
+) -> Tensor | float:
+    """Return the bias-corrected squared distance covariance of two samples.
+
+    An unbiased estimate of a population value that is 0 if and only if the two random vectors are
+    independent. Under independence it is **negative** about half of the time.
+
+    Parameters
+    ----------
+    x : tensor or array, (n,) or (n, p)
+        One row per sample, of any real dtype; n ≥ 4, p ≥ 1, finite values.
+    y : tensor or array, (n,) or (n, q)
+        The other variable, rows in the order of `x`.
+    tile_size : int, optional
+        As for `distance_correlation_sqr`.
+
+    Returns
+    -------
+    Tensor, () float64, or float
+        In units of `x` times units of `y`: a tensor on the device of the inputs where `x` or `y` is a tensor,
+        a Python float otherwise. Of a variable with itself it is the squared distance variance.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `distance_correlation_sqr`.
+    OverflowError
+        The result is larger than any float64 number.
+
+    References
+    ----------
+    .. [1] Székely, G. J., & Rizzo, M. L. (2014). Partial distance correlation with methods for
+       dissimilarities. The Annals of Statistics, 42(6), 2382–2412.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> round(distance_covariance_sqr(np.arange(4.0), np.arange(4.0) ** 2), 12)
+    2.0
+    """
+    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=UNDEFINED)
+    product = _products(samples, tile_size).products[0, 1]
+    return samples.result(with_exponent(product, sum(samples.exponents)))
+
+
+@overload
+def partial_distance_correlation(
+    x: Tensor, y: Tensor | ArrayLike, z: Tensor | ArrayLike, *, tile_size: int | None = None
+) -> Tensor: ...
+
+
+@overload
+def partial_distance_correlation(
+    x: ArrayLike, y: Tensor, z: Tensor | ArrayLike, *, tile_size: int | None = None
+) -> Tensor: ...
+
+
+@overload
+def partial_distance_correlation(
+    x: ArrayLike, y: ArrayLike, z: Tensor, *, tile_size: int | None = None
+) -> Tensor: ...
+
+
+@overload
+def partial_distance_correlation(
+    x: ArrayLike, y: ArrayLike, z: ArrayLike, *, tile_size: int | None = None
+) -> float: ...
+
+
+def partial_distance_correlation(
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, z: Tensor | ArrayLike, *, tile_size: int | None = None
+) -> Tensor | float:
+    """Return the bias-corrected partial distance correlation of two samples given a third.
+
+    What is left between the U-centred distances of `x` and of `y` after those of `z` are projected out of
+    both. It is not 0 exactly when `x` and `y` are independent given `z`: for that, compare within the levels
+    of `z` (`conditional_distance_correlation_sqr`).
+
+    Parameters
+    ----------
+    x : tensor or array, (n,) or (n, p)
+        One row per sample, of any real dtype; n ≥ 4, p ≥ 1, finite values.
+    y : tensor or array, (n,) or (n, q)
+        The other variable, rows in the order of `x`.
+    z : tensor or array, (n,) or (n, r)
+        The variables to take account of, rows in the order of `x`.
+    tile_size : int, optional
+        As for `distance_correlation_sqr`.
+
+    Returns
+    -------
+    Tensor, () float64, or float
+        ``(R_xy − R_xz R_yz) / √((1 − R_xz²)(1 − R_yz²))`` with the bias-corrected squared distance
+        correlations R, between −1 and 1: a tensor on the device of the inputs where one is a tensor, a Python
+        float otherwise. It is 0 where the projection leaves nothing of `x` or `y`, up to rounding.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `distance_correlation_sqr`.
+
+    References
+    ----------
+    .. [1] Székely, G. J., & Rizzo, M. L. (2014). Partial distance correlation with methods for
+       dissimilarities. The Annals of Statistics, 42(6), 2382–2412.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x, z = np.random.default_rng(0).standard_normal((2, 200))
+    >>> y = x + z
+    >>> bool(partial_distance_correlation(x, y, z) > distance_correlation_sqr(x, y) > 0.1)
+    True
+    """
+    samples = as_samples(x=x, y=y, z=z, min_samples=MIN_SAMPLES, reason=UNDEFINED)
+    products = _products(samples, tile_size)
+    correlations = products.correlations()
+    xy, xz, yz = correlations[0, 1], correlations[0, 2], correlations[1, 2]
+    x_left, y_left = (1 - xz) * (1 + xz), (1 - yz) * (1 + yz)
+    nothing_left = (x_left < _ROUNDING_OF_ONE) | (y_left < _ROUNDING_OF_ONE)
+    value = (xy - xz * yz) / (x_left * y_left).sqrt()
+    # Also 0 where x or y has no distance variance: all three R are 0 there, or two of them.
+    return samples.result(torch.where(nothing_left, torch.zeros_like(value), value.clamp(-1, 1)))
 
 
 # --------------------------------------------------------------------------------------------------------
-# Inputs
+# Given labels
 # --------------------------------------------------------------------------------------------------------
 
 
-def _as_rows(values: Tensor | ArrayLike, name: str) -> Tensor:
-    """Return `values` as a float64 tensor of shape (n, p) that carries no gradient."""
-    rows = as_real_tensor(values, name).detach()
-    if rows.device.type == "mps":
-        rows = rows.cpu()
-    rows = rows.to(torch.float64)
-    shape = tuple(rows.shape)
-    if rows.ndim not in (1, 2):
-        raise ValueError(
-            f"{name} must have shape (n,) or (n, number of columns), got {shape}: give each sample one row, "
-            f"for example {name}.reshape(n, -1)."
-        )
-    if rows.ndim == 1:
-        rows = rows.unsqueeze(1)
-    if rows.shape[1] == 0:
-        raise ValueError(
-            f"{name} must have at least one column, got shape {shape}: check how it was selected."
-        )
-    return rows
+@dataclass(frozen=True)
+class ConditionalDistanceCorrelation:
+    """Distance correlations within the classes of a label.
+
+    Attributes
+    ----------
+    values : mapping from label to float
+        Bias-corrected squared distance correlation among the samples of each class, labels in order.
+    counts : mapping from label to int
+        Samples of each class.
+    mean : float
+        Of the values, weighted by the counts.
+    """
+
+    values: Mapping[Hashable, float]
+    counts: Mapping[Hashable, int]
+    mean: float
 
 
-def _check_finite(rows: Tensor, name: str) -> None:
-    bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
-    if not bad:
-        return
-    shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
-    raise ValueError(
-        f"{name} has NaN or infinite values in row(s) {shown} ({len(bad)} of {rows.shape[0]} rows): drop "
-        "these rows from both x and y, or impute them."
+def conditional_distance_correlation_sqr(
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, labels: Tensor | ArrayLike, *, tile_size: int | None = None
+) -> ConditionalDistanceCorrelation:
+    """Return the bias-corrected squared distance correlation of two samples within every class of a label.
+
+    Features that predict a label depend on everything that the label depends on. Whether they carry more of
+    the metadata than that shows among samples of one class.
+
+    Parameters
+    ----------
+    x : tensor or array, (n,) or (n, p)
+        One row per sample, of any real dtype; p ≥ 1, finite values.
+    y : tensor or array, (n,) or (n, q)
+        The other variable, rows in the order of `x`.
+    labels : tensor or array, (n,)
+        Class of every sample: booleans, numbers or strings; at least 4 samples of each class.
+    tile_size : int, optional
+        As for `distance_correlation_sqr`.
+
+    Returns
+    -------
+    ConditionalDistanceCorrelation
+        Each value is 0 on average where `x` and `y` are independent within the class.
+
+    Raises
+    ------
+    TypeError
+        As for `distance_correlation_sqr`, or the labels cannot be ordered.
+    ValueError
+        As for `distance_correlation_sqr`; `labels` has the wrong shape, another number of rows or NaN; a
+        class has fewer than 4 samples.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> label = np.arange(400) % 2
+    >>> x, y = np.random.default_rng(0).standard_normal((2, 400)) + 3 * label
+    >>> within = conditional_distance_correlation_sqr(x, y, label)
+    >>> bool(distance_correlation_sqr(x, y) > 0.4), bool(abs(within.mean) < 0.05), within.counts
+    (True, True, {0: 200, 1: 200})
+    """
+    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=UNDEFINED)
+    codes, classes = as_codes(labels, "labels", samples.num_samples)
+    counts = torch.bincount(codes, minlength=len(classes)).tolist()
+    small = [
+        f"{label!r} ({count})" for label, count in zip(classes, counts, strict=True) if count < MIN_SAMPLES
+    ]
+    if small:
+        shown = ", ".join(small[:5]) + (", …" if len(small) > 5 else "")
+        raise ValueError(
+            f"each class of labels must have at least {MIN_SAMPLES} samples, got fewer of {shown}: "
+            f"{UNDEFINED}, merge classes or leave these samples out."
+        )
+    values = []
+    for code in range(len(classes)):
+        inside = (codes == code).nonzero().view(-1).to(samples.device)
+        correlations = _products(samples.select(inside), tile_size).correlations()
+        values.append(float(correlations[0, 1]))
+    mean = math.fsum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+    return ConditionalDistanceCorrelation(
+        dict(zip(classes, values, strict=True)), dict(zip(classes, counts, strict=True)), mean
     )
 
 
-def _checked_tile_size(tile_size: int | None, num_samples: int, device: torch.device) -> int:
-    if tile_size is None:
-        elements = _TILE_ELEMENTS_CPU if device.type == "cpu" else _TILE_ELEMENTS_ACCELERATOR
-        return max(_MIN_TILE_SIZE, elements // num_samples)
-    if isinstance(tile_size, bool) or not isinstance(tile_size, int):
-        raise TypeError(f"tile_size must be an integer or None, got {tile_size!r}.")
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, got {tile_size}: pass None for the default.")
-    return tile_size
-
-
-def _rescaled(rows: Tensor) -> Tensor:
-    """Return `rows` without the constant columns, scaled to absolute values of at most 1.
-
-    Neither changes the statistic: constant columns add nothing to a distance, and the factor is a power of
-    two, so no value is rounded. Squares of squares can then neither overflow nor vanish.
-    """
-    lowest, highest = rows.amin(dim=0), rows.amax(dim=0)
-    rows = rows[:, lowest < highest]
-    if rows.shape[1] == 0:
-        return rows
-    _, exponent = math.frexp(float(rows.abs().max()))
-    # A factor of 2^±1000 suffices for all of float64 and is itself a finite float64 number.
-    return rows * math.ldexp(1.0, -min(max(exponent, -1000), 1000))
-
-
 # --------------------------------------------------------------------------------------------------------
-# The statistic
+# Interval
 # --------------------------------------------------------------------------------------------------------
 
 
-def _distances(rows: Tensor, others: Tensor) -> Tensor:
-    """Return the Euclidean distances between (s, p) and (t, p), in shape (s, t)."""
-    if rows.shape[1] == 1:
-        return (rows - others.T).abs_()
-    # The matrix-product form cancels where samples are close together, and a duplicate would not be at 0.
-    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+@dataclass(frozen=True)
+class DistanceCorrelationInterval:
+    """A bias-corrected squared distance correlation with a confidence interval.
 
-
-def _row_effects(rows: Tensor) -> Tensor:
-    """Return `r` of shape (n,) such that ``r_i + r_j`` is close to the distance of sample i to sample j.
-
-    Where the distances have this form exactly, so does the estimate: their U-centred form is 0, and only
-    rounding may remain of them.
+    Attributes
+    ----------
+    estimate : float
+        Of all samples.
+    standard_error : float
+        Of the jackknife.
+    lower, upper : float
+        Bounds of the interval, between −1 and 1.
+    confidence : float
+        Probability with which such intervals contain the population value, approximately.
+    leave_one_out : array, (n,) float64
+        The estimates without each sample.
     """
-    num_samples = rows.shape[0]
-    num_anchors = min(_NUM_ANCHORS, num_samples)
-    anchors = torch.arange(num_anchors, device=rows.device) * num_samples // num_anchors
-    sums = _distances(rows, rows[anchors]).sum(dim=1)
-    # Σ_k (r_i + r_k) over the anchors is m·r_i + R, or (m − 2)·r_i + R where i, at distance 0 of itself, is
-    # one of them, with R = Σ_k r_k.
-    anchor_sums = sums[anchors]
-    total = anchor_sums.sum() / (2 * (num_anchors - 1))
-    effects = (sums - total) / num_anchors
-    effects[anchors] = (anchor_sums - total) / (num_anchors - 2)
-    return effects
+
+    estimate: float
+    standard_error: float
+    lower: float
+    upper: float
+    confidence: float
+    leave_one_out: NDArray[np.float64] = field(repr=False, compare=False)
 
 
-def _reduced_tile(rows: Tensor, effects: Tensor, start: int, stop: int) -> Tensor:
-    """Return ``a_ij − r_i − r_j`` for rows ``start … stop − 1`` and columns ``start …``, 0 unless j > i."""
-    tile = _distances(rows[start:stop], rows[start:])
-    tile -= effects[start:stop, None]
-    tile -= effects[start:]
-    tile[:, : stop - start].triu_(diagonal=1)
-    return tile
+def distance_correlation_interval(
+    x: Tensor | ArrayLike,
+    y: Tensor | ArrayLike,
+    confidence: float = 0.95,
+    *,
+    tile_size: int | None = None,
+) -> DistanceCorrelationInterval:
+    """Return the bias-corrected squared distance correlation with a confidence interval.
+
+    The interval is the estimate plus and minus the normal quantile times the jackknife's standard error. It
+    is for **dependent** variables. Under independence, and close to it, the estimate is far from normal and
+    the interval is no test: use `distance_correlation_permutation_test`.
+
+    Parameters
+    ----------
+    x : tensor or array, (n,) or (n, p)
+        One row per sample, of any real dtype; n ≥ 5, p ≥ 1, finite values.
+    y : tensor or array, (n,) or (n, q)
+        The other variable, rows in the order of `x`.
+    confidence : float
+        Between 0 and 1.
+    tile_size : int, optional
+        As for `distance_correlation_sqr`.
+
+    Returns
+    -------
+    DistanceCorrelationInterval
+        Of Python floats.
+
+    Raises
+    ------
+    TypeError
+        As for `distance_correlation_sqr`.
+    ValueError
+        As for `distance_correlation_sqr`; there are fewer than 5 rows; `confidence` is not between 0 and 1;
+        the distance variance of `x` or `y` is 0 (a constant, or only one sample differs).
+
+    Notes
+    -----
+    The estimates without each sample are exact and cost two passes over the pairs: memory is O(n·tile_size),
+    arithmetic O(n²·(p + q)), for scalars too.
+
+    References
+    ----------
+    .. [1] Efron, B., & Stein, C. (1981). The jackknife estimate of variance. The Annals of Statistics, 9(3),
+       586–596.
+    .. [2] Székely, G. J., & Rizzo, M. L. (2014). Partial distance correlation with methods for
+       dissimilarities. The Annals of Statistics, 42(6), 2382–2412.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> x = np.random.default_rng(0).standard_normal(200)
+    >>> interval = distance_correlation_interval(x, x**2)
+    >>> 0 < interval.lower < interval.estimate < interval.upper < 1
+    True
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence!r}: 0.95 for 95 %.")
+    samples = as_samples(
+        x=x,
+        y=y,
+        min_samples=MIN_SAMPLES + 1,
+        reason="the jackknife leaves one out, and the bias-corrected estimate needs 4",
+    )
+    tile_size = checked_tile_size(tile_size)
+    num_samples = samples.num_samples
+    with torch.no_grad():
+        matrices = [Distances(rows) for rows in samples.rows]
+        products = centred_products(matrices, tile_size)
+        for name, is_zero in zip("xy", products.is_zero.tolist(), strict=True):
+            if is_zero:
+                raise ValueError(
+                    f"{name} has no distance variance (it is constant, only one sample differs, or all are "
+                    "equally far apart), so that the estimate has no error: check how it was selected."
+                )
+        correlation = products.correlations()[0, 1]
+        of_rows = row_products(matrices[0], matrices[1], products.effects, tile_size)
+        xx, xy, yy = leave_one_out_products(of_rows, num_samples)
+        is_positive = (xx > _ROUNDING_OF_ONE * xx.mean()) & (yy > _ROUNDING_OF_ONE * yy.mean())
+        values = xy / (xx.clamp(min=0).sqrt() * yy.clamp(min=0).sqrt())
+        # Without the sample that is the only one to differ from the others, a variable is constant.
+        values = torch.where(is_positive, values.clamp(-1, 1), torch.zeros_like(values))
+        deviations = values - values.mean()
+        error = math.sqrt((num_samples - 1) / num_samples * float(deviations.square().sum()))
+    estimate = float(correlation)
+    quantile = float(torch.special.ndtri(torch.tensor((1 + confidence) / 2, dtype=torch.float64)))
+    return DistanceCorrelationInterval(
+        estimate=estimate,
+        standard_error=error,
+        lower=max(estimate - quantile * error, -1.0),
+        upper=min(estimate + quantile * error, 1.0),
+        confidence=confidence,
+        leave_one_out=values.cpu().numpy(),
+    )
 
 
-def _is_rounding(centred_sum: Tensor, effects: Tensor, num_columns: int) -> Tensor:
-    """Tell whether ``Σ A_ij²`` is within what rounding leaves of ``Σ (r_i + r_j)²``, both over i ≠ j."""
-    num_samples = effects.shape[0]
-    distances_sum = 2 * (num_samples - 2) * effects.square().sum() + 2 * effects.sum().square()
-    return centred_sum <= _ROUNDING**2 * num_columns * distances_sum
+def leave_one_out_products(of_rows: Tensor, num_samples: int) -> Tensor:
+    """Return the inner products without each sample.
+
+    Parameters
+    ----------
+    of_rows : Tensor, (k, n) float64
+        ``P_i = Σ_j A_ij B_ij`` of U-centred matrices.
+    num_samples : int
+        n ≥ 5.
+
+    Returns
+    -------
+    Tensor, (k, n) float64
+    """
+    sums = of_rows.sum(dim=1, keepdim=True)
+    left = sums - 2 * (num_samples - 2) / (num_samples - 3) * of_rows
+    return left / ((num_samples - 1) * (num_samples - 4))
 
 
-def _distance_correlation_sqr(x: Tensor, y: Tensor, tile_size: int) -> Tensor:
-    """Compute the statistic for rescaled rows; one without columns is a constant."""
-    zero = torch.zeros((), dtype=torch.float64, device=x.device)
-    if x.shape[1] == 0 or y.shape[1] == 0:
-        return zero
-    num_samples = x.shape[0]
-    x_effects, y_effects = _row_effects(x), _row_effects(y)
+# --------------------------------------------------------------------------------------------------------
+# Shared
+# --------------------------------------------------------------------------------------------------------
 
-    # Row sums and, over pairs i < j, the sums of the products xx, yy and xy.
-    x_sums, y_sums = torch.zeros_like(x_effects), torch.zeros_like(y_effects)
-    xx, yy, xy = zero.clone(), zero.clone(), zero.clone()
-    for start in range(0, num_samples, tile_size):
-        stop = min(start + tile_size, num_samples)
-        a = _reduced_tile(x, x_effects, start, stop)
-        b = _reduced_tile(y, y_effects, start, stop)
-        # A pair i < j belongs to the row of i and, by symmetry, to the row of j.
-        x_sums[start:stop] += a.sum(dim=1)
-        x_sums[start:] += a.sum(dim=0)
-        y_sums[start:stop] += b.sum(dim=1)
-        y_sums[start:] += b.sum(dim=0)
-        a, b = a.flatten(), b.flatten()
-        xx += torch.dot(a, a)
-        yy += torch.dot(b, b)
-        xy += torch.dot(a, b)
 
-    def centred(pairs: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        rows_term = 2 / (num_samples - 2) * torch.dot(left, right)
-        total_term = left.sum() * right.sum() / ((num_samples - 1) * (num_samples - 2))
-        return 2 * pairs - rows_term + total_term
+def _products(samples: Samples, tile_size: int | None) -> CentredProducts:
+    tile_size = checked_tile_size(tile_size)
+    with torch.no_grad():
+        return centred_products([Distances(rows) for rows in samples.rows], tile_size)
 
-    xx, yy = centred(xx, x_sums, x_sums), centred(yy, y_sums, y_sums)
-    xy = centred(xy, x_sums, y_sums)
-    undefined = _is_rounding(xx, x_effects, x.shape[1]) | _is_rounding(yy, y_effects, y.shape[1])
-    # Two roots, since the product of two small variances could vanish; the limits hold up to rounding.
-    return torch.where(undefined, zero, (xy / (xx.sqrt() * yy.sqrt())).clamp(-1, 1))
+
+def with_exponent(value: Tensor, exponent: int) -> Tensor:
+    """Return ``value · 2^exponent``.
+
+    Raises
+    ------
+    OverflowError
+        It is larger than any float64 number.
+    """
+    result = value
+    # In steps that are finite themselves, so that the largest and smallest results come out.
+    while exponent:
+        step = min(max(exponent, -1000), 1000)
+        result = result * math.ldexp(1.0, step)
+        exponent -= step
+    if not bool(torch.isfinite(result)):
+        raise OverflowError(
+            "the result is larger than any float64 number: divide the variables by their standard deviation."
+        )
+    return result

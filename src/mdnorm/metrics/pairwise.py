@@ -1,0 +1,549 @@
+"""Inner products of U-centred matrices of distances or kernels, in memory linear in the number of samples.
+
+Notation. `a_ij` are the distances of the n samples (or the values of a kernel) for one variable, `b_ij` those
+for another; the diagonal does not count. A matrix is U-centred (Székely & Rizzo 2014, definition 2) by taking
+row and column effects away outside the diagonal, ``A_ij = a_ij − e_i − e_j`` with ``e_i = a_i./(n−2) −
+a../(2(n−1)(n−2))``. The inner product is ``(A·B) = Σ_{i≠j} A_ij B_ij / (n(n−3))``: of distances the
+bias-corrected squared distance covariance, of kernels the unbiased Hilbert–Schmidt independence criterion.
+
+How it is computed. The inner product expands into sums that one pass over tiles of the upper triangle
+collects,
+
+    n(n−3)·(A·B) = Σ_{i≠j} a_ij b_ij − 2/(n−2)·Σ_i a_i. b_i. + a.. b.. / ((n−1)(n−2)),
+
+but its three terms may be far larger than their difference. U-centring does not see a term ``r_i + r_j``
+added outside the diagonal, so before they are summed the entries are reduced by row effects estimated
+from a few anchor samples. What remains is of the size of `A` itself: with m anchors the expansion loses at
+most a factor of the order of n/m of the float64 precision, whatever the data.
+
+Distances come from matrix products of the centred rows, ``|x_i|² + |x_j|² − 2 x_i·x_j``, which cancels where
+two samples are much closer to each other than to the centre. These pairs are found and computed again from
+their differences.
+
+Leaving a sample out. The rows of `A` sum to 0. So the inner product without sample k, U-centred anew among
+the others, needs only ``P_k = Σ_j A_kj B_kj``: it is ``(Σ_{i≠j} A_ij B_ij − 2·(n−2)/(n−3)·P_k) /
+((n−1)(n−4))``. A second pass collects `P`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from mdnorm.metrics.scalars import SortedScalar, sum_of_products
+
+__all__ = [
+    "CentredProducts",
+    "Distances",
+    "GaussianKernel",
+    "LinearKernel",
+    "PairwiseMatrix",
+    "centred_products",
+    "checked_tile_size",
+    "permuted_products",
+    "row_products",
+]
+
+# More anchors estimate the row effects better, which nothing needs, and each costs n distances.
+_NUM_ANCHORS = 16
+
+# Entries in one tile, and rows at least. On a CPU a few tiles should stay in the cache (2^17 float64 values
+# are 1 MiB), but a tile of few rows spends its time starting operations. Elsewhere a tile should be large
+# enough to hide the cost of a kernel launch.
+_TILE_ELEMENTS_CPU = 2**17
+_TILE_ELEMENTS_ACCELERATOR = 2**24
+_TILE_ROWS = 128
+
+# Fewer columns than this cost less as differences than as a matrix product.
+_MIN_COLUMNS_FOR_PRODUCT = 6
+
+# Below this ratio of |x_i − x_j|² to |x_i|² + |x_j|² a distance is computed from differences. Above, the
+# matrix product has it to a relative precision of about 2^-53 / ratio.
+_CLOSE = 2.0**-10
+
+# More than this share of close pairs, and the whole tile is computed from differences.
+_MANY_CLOSE = 1 / 16
+
+# U-centred values below this multiple of √p times the values are nothing but rounding.
+_ROUNDING = 32 * torch.finfo(torch.float64).eps
+
+# From this number of samples on, sorting two scalars is faster than going through their pairs.
+_MIN_SAMPLES_FOR_SORTING = 1200
+
+Index: TypeAlias = slice | Tensor
+
+
+# --------------------------------------------------------------------------------------------------------
+# Matrices
+# --------------------------------------------------------------------------------------------------------
+
+
+class PairwiseMatrix(ABC):
+    """A symmetric matrix of a value for every pair of samples, which is never in memory as a whole.
+
+    Parameters
+    ----------
+    rows : Tensor, (n, p) float64
+        Samples; without columns where the variable is constant.
+    """
+
+    def __init__(self, rows: Tensor) -> None:
+        self.rows = rows
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples n."""
+        return self.rows.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        """Number of columns p of the samples."""
+        return self.rows.shape[1]
+
+    @abstractmethod
+    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+        """Return the entries of samples `first` with samples `second`, in `out` where that saves memory.
+
+        Where the two overlap, entries of a sample with itself have any finite value.
+        """
+
+    def against(self, anchors: Tensor) -> Tensor:
+        """Return the entries of all samples with `anchors`, (n, m), 0 for an anchor with itself."""
+        out = self.rows.new_empty(self.num_samples, anchors.shape[0])
+        values = self.block(slice(None), anchors, out)
+        values[anchors, torch.arange(anchors.shape[0], device=anchors.device)] = 0
+        return values
+
+    def rounding(self, effects: Tensor) -> Tensor:
+        """Return what rounding of the entries may leave of ``Σ_{i≠j} A_ij²``."""
+        num_samples = effects.shape[0]
+        values = 2 * (num_samples - 2) * effects.square().sum() + 2 * effects.sum().square()
+        return _ROUNDING**2 * self.num_columns * values
+
+
+class Distances(PairwiseMatrix):
+    """Euclidean distances."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__(rows)
+        if self.num_columns >= _MIN_COLUMNS_FOR_PRODUCT:
+            # The further from the origin, the more digits the product form loses.
+            self._centred = rows - rows.mean(dim=0)
+            self._norms = self._centred.square().sum(dim=1)
+
+    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+        """Return distances."""
+        if self.num_columns == 1:
+            values = self.rows[:, 0]
+            return torch.sub(values[first, None], values[second], out=out).abs_()
+        if self.num_columns < _MIN_COLUMNS_FOR_PRODUCT:
+            return _exact_distances(self.rows[first], self.rows[second])
+        return self._squared_distances(first, second, out).sqrt_()
+
+    def against(self, anchors: Tensor) -> Tensor:
+        """Return the distances of all samples to `anchors`, from differences."""
+        return _exact_distances(self.rows, self.rows[anchors])
+
+    def _squared_distances(self, first: Index, second: Index, out: Tensor) -> Tensor:
+        """Return squared distances from the matrix product, and from differences for close pairs."""
+        left_norms, right_norms = self._norms[first], self._norms[second]
+        torch.mm(self._centred[first] * -2, self._centred[second].T, out=out)
+        out += left_norms[:, None]
+        out += right_norms
+        if isinstance(first, slice) and isinstance(second, slice) and second.start < first.stop:
+            # A sample is not close to itself: larger than any limit.
+            out.diagonal(first.start - second.start).fill_(8 * self.num_columns)
+        # A limit for the whole row costs one pass. It is exceeded for no reason where norms differ much.
+        limits = (left_norms + right_norms.max()) * _CLOSE
+        if bool((out.amin(dim=1) >= limits).all()):
+            return out
+        is_close = out < (left_norms[:, None] + right_norms).mul_(_CLOSE)
+        num_close = int(is_close.sum())
+        if num_close > _MANY_CLOSE * out.numel():
+            return out.copy_(_exact_distances(self.rows[first], self.rows[second]).square_())
+        left, right = self.rows[first], self.rows[second]
+        pairs = is_close.nonzero()
+        # As many pairs at once as have their differences in the memory of a tile.
+        for some in pairs.split(max(1, out.numel() // self.num_columns)):
+            i, j = some[:, 0], some[:, 1]
+            out[i, j] = (left[i] - right[j]).square_().sum(dim=1)
+        return out
+
+
+class GaussianKernel(Distances):
+    """The kernel ``exp(−|x_i − x_j|² / (2σ²))``.
+
+    Parameters
+    ----------
+    rows : Tensor, (n, p) float64
+        Samples.
+    bandwidth : float
+        σ > 0, in the units of `rows`.
+    """
+
+    def __init__(self, rows: Tensor, bandwidth: float) -> None:
+        super().__init__(rows)
+        self._factor = -0.5 / bandwidth**2
+
+    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+        """Return values of the kernel."""
+        if self.num_columns < _MIN_COLUMNS_FOR_PRODUCT:
+            squared = super().block(first, second, out).square_()
+        else:
+            squared = self._squared_distances(first, second, out)
+        return squared.mul_(self._factor).exp_()
+
+    def against(self, anchors: Tensor) -> Tensor:
+        """Return the values of the kernel for all samples with `anchors`."""
+        values = super().against(anchors).square_().mul_(self._factor).exp_()
+        values[anchors, torch.arange(anchors.shape[0], device=anchors.device)] = 0
+        return values
+
+
+class LinearKernel(PairwiseMatrix):
+    """The kernel ``x_i·x_j``; U-centring takes a common offset of the samples away."""
+
+    def __init__(self, rows: Tensor) -> None:
+        super().__init__(rows - rows.mean(dim=0))
+
+    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+        """Return inner products."""
+        return torch.mm(self.rows[first], self.rows[second].T, out=out)
+
+    def rounding(self, effects: Tensor) -> Tensor:
+        """Return what rounding of the inner products may leave: they may be far smaller than the norms."""
+        return _ROUNDING**2 * self.rows.square().sum().square()
+
+
+def _exact_distances(rows: Tensor, others: Tensor) -> Tensor:
+    """Return the Euclidean distances between (s, p) and (t, p) from differences, in shape (s, t)."""
+    if rows.shape[1] == 1:
+        return (rows - others.T).abs_()
+    # The other form of `cdist` is a matrix product, in which a duplicate would not be at 0.
+    return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Tiles
+# --------------------------------------------------------------------------------------------------------
+
+
+def checked_tile_size(tile_size: int | None) -> int | None:
+    """Return `tile_size`, the rows of a tile, or None for what suits the device.
+
+    Raises
+    ------
+    TypeError
+        `tile_size` is not an integer.
+    ValueError
+        `tile_size` is below 1.
+    """
+    if tile_size is None:
+        return None
+    if isinstance(tile_size, bool) or not isinstance(tile_size, int):
+        raise TypeError(f"tile_size must be an integer or None, got {tile_size!r}.")
+    if tile_size < 1:
+        raise ValueError(f"tile_size must be at least 1, got {tile_size}: pass None for the default.")
+    return tile_size
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """Rows ``start … stop − 1`` and columns ``first … last − 1`` of the upper triangle."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.stop - self.start, self.last - self.first
+
+    def keep_upper_triangle(self, values: Tensor) -> Tensor:
+        """Set entries with j ≤ i to 0, in place."""
+        return values.triu_(1 + self.start - self.first) if self.first < self.stop else values
+
+    def add_sums(self, sums: Tensor, values: Tensor, ones: Tensor) -> None:
+        """Add `values` to the `sums` of the row of i and, by symmetry, of the row of j."""
+        rows, columns = values.shape
+        sums[self.start : self.stop] += torch.mv(values, ones[:columns])
+        sums[self.first : self.last] += torch.mv(values.T, ones[:rows])
+
+
+class _Tiling:
+    """The tiles of the upper triangle, and memory that they share."""
+
+    def __init__(self, num_samples: int, device: torch.device, tile_size: int | None) -> None:
+        elements = _TILE_ELEMENTS_CPU if device.type == "cpu" else _TILE_ELEMENTS_ACCELERATOR
+        self._num_samples = num_samples
+        self._tile_rows = min(tile_size or max(_TILE_ROWS, elements // num_samples), num_samples)
+        self._tile_columns = min(max(elements // self._tile_rows, _TILE_ROWS), num_samples)
+        self._buffers: dict[int, Tensor] = {}
+        self._device = device
+
+    def __iter__(self) -> Iterator[_Tile]:
+        for start in range(0, self._num_samples, self._tile_rows):
+            stop = min(start + self._tile_rows, self._num_samples)
+            for first in range(start, self._num_samples, self._tile_columns):
+                yield _Tile(start, stop, first, min(first + self._tile_columns, self._num_samples))
+
+    def buffer(self, key: int, tile: _Tile) -> Tensor:
+        """Return memory for the values of `tile`."""
+        if key not in self._buffers:
+            size = self._tile_rows * self._tile_columns
+            self._buffers[key] = torch.empty(size, dtype=torch.float64, device=self._device)
+        rows, columns = tile.shape
+        return self._buffers[key][: rows * columns].view(rows, columns)
+
+
+def _reduced_tile(
+    matrix: PairwiseMatrix, effects: Tensor, tile: _Tile, out: Tensor, order: Tensor | None = None
+) -> Tensor:
+    """Return ``a_ij − r_i − r_j`` in a tile, 0 unless j > i, for the samples in another order if given."""
+    first: Index = slice(tile.start, tile.stop)
+    second: Index = slice(tile.first, tile.last)
+    if order is not None:
+        first, second = order[first], order[second]
+    values = matrix.block(first, second, out)
+    values -= effects[first, None]
+    values -= effects[second]
+    return tile.keep_upper_triangle(values)
+
+
+def _anchored_effects(matrix: PairwiseMatrix) -> Tensor:
+    """Return `r` of shape (n,) such that ``r_i + r_j`` is close to the entry of sample i and sample j.
+
+    Where the entries have this form exactly, so does the estimate: their U-centred form is 0, and only
+    rounding may remain of them.
+    """
+    num_samples = matrix.num_samples
+    num_anchors = min(_NUM_ANCHORS, num_samples)
+    anchors = torch.arange(num_anchors, device=matrix.rows.device) * num_samples // num_anchors
+    sums = matrix.against(anchors).sum(dim=1)
+    # Σ_k (r_i + r_k) over the anchors is m·r_i + R, or (m − 2)·r_i + R where i, with no entry for itself,
+    # is one of them, with R = Σ_k r_k.
+    anchor_sums = sums[anchors]
+    total = anchor_sums.sum() / (2 * (num_anchors - 1))
+    effects = (sums - total) / num_anchors
+    effects[anchors] = (anchor_sums - total) / (num_anchors - 2)
+    return effects
+
+
+# --------------------------------------------------------------------------------------------------------
+# Inner products
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CentredProducts:
+    """Inner products of k U-centred matrices of n samples.
+
+    Attributes
+    ----------
+    products : Tensor, (k, k) float64
+        ``(A_u·A_v)``.
+    is_zero : Tensor, (k,) bool
+        Whether ``(A_u·A_u)`` is 0 up to rounding.
+    effects : Tensor, (k, n) float64
+        ``e_i`` such that ``A_ij = a_ij − e_i − e_j``.
+    """
+
+    products: Tensor
+    is_zero: Tensor
+    effects: Tensor
+
+    def correlations(self) -> Tensor:
+        """Return ``(A_u·A_v) / √((A_u·A_u)(A_v·A_v))`` of shape (k, k), 0 where a product is 0."""
+        # Two roots, since the product of two small variances could vanish.
+        roots = self.products.diagonal().clamp(min=0).sqrt()
+        scaled = self.products / roots[:, None] / roots
+        undefined = self.is_zero[:, None] | self.is_zero
+        return torch.where(undefined, torch.zeros_like(scaled), scaled.clamp(-1, 1))
+
+
+def centred_products(matrices: Sequence[PairwiseMatrix], tile_size: int | None = None) -> CentredProducts:
+    """Return the inner products of U-centred matrices.
+
+    Parameters
+    ----------
+    matrices : sequence of PairwiseMatrix
+        Of the same n ≥ 4 samples.
+    tile_size : int, optional
+        Rows of a tile.
+
+    Returns
+    -------
+    CentredProducts
+    """
+    rows = matrices[0].rows
+    num_samples, num_matrices = rows.shape[0], len(matrices)
+    effects = rows.new_zeros(num_matrices, num_samples)
+    products = rows.new_zeros(num_matrices, num_matrices)
+    is_zero = torch.ones(num_matrices, dtype=torch.bool, device=rows.device)
+    # A constant, which has no columns, is 0 after U-centring.
+    varying = [index for index, matrix in enumerate(matrices) if matrix.num_columns > 0]
+    if not varying:
+        return CentredProducts(products, is_zero, effects)
+    present = [matrices[index] for index in varying]
+    sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present, tile_size)
+
+    # Row sums of x, products of row sums, and products of totals, as in the expansion above.
+    totals = sums.row_sums.sum(dim=1)
+    rows_term = 2 / (num_samples - 2) * (sums.row_sums @ sums.row_sums.T)
+    total_term = totals[:, None] * totals / ((num_samples - 1) * (num_samples - 2))
+    centred = 2 * sums.pair_sums - rows_term + total_term
+    index = torch.tensor(varying, device=rows.device)
+    rounding = torch.stack(
+        [matrix.rounding(reduced) for matrix, reduced in zip(present, sums.effects, strict=True)]
+    )
+    is_zero[index] = centred.diagonal() <= rounding
+    products[index[:, None], index] = centred / (num_samples * (num_samples - 3))
+    effects[index] = (
+        sums.effects
+        + sums.row_sums / (num_samples - 2)
+        - totals[:, None] / (2 * (num_samples - 1) * (num_samples - 2))
+    )
+    return CentredProducts(products, is_zero, effects)
+
+
+def row_products(
+    first: PairwiseMatrix,
+    second: PairwiseMatrix,
+    effects: Tensor,
+    tile_size: int | None = None,
+) -> Tensor:
+    """Return ``Σ_j A_ij²``, ``Σ_j A_ij B_ij`` and ``Σ_j B_ij²`` for every sample i.
+
+    Parameters
+    ----------
+    first, second : PairwiseMatrix
+        Of the same n samples.
+    effects : Tensor, (2, n) float64
+        Of `CentredProducts`.
+    tile_size : int, optional
+        Rows of a tile.
+
+    Returns
+    -------
+    Tensor, (3, n) float64
+    """
+    num_samples, device = first.num_samples, first.rows.device
+    sums = first.rows.new_zeros(3, num_samples)
+    ones = first.rows.new_ones(num_samples)
+    tiling = _Tiling(num_samples, device, tile_size)
+    for tile in tiling:
+        a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile))
+        b = _reduced_tile(second, effects[1], tile, tiling.buffer(1, tile))
+        tile.add_sums(sums[1], torch.mul(a, b, out=tiling.buffer(2, tile)), ones)
+        tile.add_sums(sums[0], a.square_(), ones)
+        tile.add_sums(sums[2], b.square_(), ones)
+    return sums
+
+
+def permuted_products(
+    first: PairwiseMatrix,
+    second: PairwiseMatrix,
+    effects: Tensor,
+    permutations: Tensor,
+    tile_size: int | None = None,
+) -> Tensor:
+    """Return ``(A·B)`` with the samples of `second` in other orders.
+
+    Parameters
+    ----------
+    first, second : PairwiseMatrix
+        Of the same n samples.
+    effects : Tensor, (2, n) float64
+        Of `CentredProducts`.
+    permutations : Tensor, (m, n) int64
+        Orders.
+    tile_size : int, optional
+        Rows of a tile.
+
+    Returns
+    -------
+    Tensor, (m,) float64
+    """
+    num_samples, device = first.num_samples, first.rows.device
+    sums = first.rows.new_zeros(permutations.shape[0])
+    if _sorts([first, second]):
+        x, y = (SortedScalar.of(matrix.rows[:, 0]) for matrix in (first, second))
+        for k, permutation in enumerate(permutations):
+            sums[k] = _centred_sorted_product(x, y.permuted(permutation))
+        return sums / (num_samples * (num_samples - 3))
+    tiling = _Tiling(num_samples, device, tile_size)
+    for tile in tiling:
+        a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile)).reshape(-1)
+        for k, permutation in enumerate(permutations):
+            b = _reduced_tile(second, effects[1], tile, tiling.buffer(1, tile), permutation)
+            sums[k] += torch.dot(a, b.reshape(-1))
+    return 2 * sums / (num_samples * (num_samples - 3))
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of k reduced matrices ``a'_ij = a_ij − r_i − r_j``."""
+
+    effects: Tensor  # (k, n): r
+    row_sums: Tensor  # (k, n): Σ_{j≠i} a'_ij
+    pair_sums: Tensor  # (k, k): Σ_{i<j} a'_ij b'_ij
+
+
+def _tiled_sums(matrices: Sequence[PairwiseMatrix], tile_size: int | None) -> _Sums:
+    rows = matrices[0].rows
+    num_samples, num_matrices = rows.shape[0], len(matrices)
+    effects = torch.stack([_anchored_effects(matrix) for matrix in matrices])
+    row_sums = torch.zeros_like(effects)
+    pair_sums = rows.new_zeros(num_matrices, num_matrices)
+    ones = rows.new_ones(num_samples)
+    tiling = _Tiling(num_samples, rows.device, tile_size)
+    for tile in tiling:
+        flat: list[Tensor] = []
+        for k, matrix in enumerate(matrices):
+            values = _reduced_tile(matrix, effects[k], tile, tiling.buffer(k, tile))
+            tile.add_sums(row_sums[k], values, ones)
+            flat.append(values.reshape(-1))
+            for other in range(k + 1):
+                pair_sums[k, other] += torch.dot(flat[k], flat[other])
+    return _Sums(effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Scalars
+# --------------------------------------------------------------------------------------------------------
+
+
+def _sorts(matrices: Sequence[PairwiseMatrix]) -> bool:
+    return matrices[0].num_samples >= _MIN_SAMPLES_FOR_SORTING and all(
+        type(matrix) is Distances and matrix.num_columns == 1 for matrix in matrices
+    )
+
+
+def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
+    """Return the sums for distances of scalars, which are ``|z_i| + |z_j| − 2·m_ij``."""
+    scalars = [SortedScalar.of(matrix.rows[:, 0]) for matrix in matrices]
+    pair_sums = matrices[0].rows.new_zeros(len(scalars), len(scalars))
+    for k, scalar in enumerate(scalars):
+        pair_sums[k, k] = 4 * scalar.sum_of_squares()
+        for other in range(k):
+            pair_sums[k, other] = pair_sums[other, k] = 4 * sum_of_products(scalars[other], scalar)
+    return _Sums(
+        torch.stack([scalar.values.abs() for scalar in scalars]),
+        torch.stack([-2 * scalar.row_sums() for scalar in scalars]),
+        pair_sums,
+    )
+
+
+def _centred_sorted_product(x: SortedScalar, y: SortedScalar) -> Tensor:
+    """Return ``Σ_{i≠j} A_ij B_ij`` of two scalars."""
+    num_samples = x.values.shape[0]
+    x_sums, y_sums = x.row_sums(), y.row_sums()
+    rows_term = 2 / (num_samples - 2) * torch.dot(x_sums, y_sums)
+    total_term = x_sums.sum() * y_sums.sum() / ((num_samples - 1) * (num_samples - 2))
+    return 4 * (2 * sum_of_products(x, y) - rows_term + total_term)
