@@ -1,0 +1,495 @@
+"""Metrics of the torchmetrics kind: batch after batch, over processes, in a `MetricCollection`.
+
+Importing this module needs torchmetrics (``pip install 'mdnorm[metrics]'``).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mdnorm.arrays import as_real_tensor
+from mdnorm.extras import requires
+from mdnorm.metrics import reservoir
+from mdnorm.metrics.reservoir import ColumnNames, Rows
+
+with requires("metrics"):
+    from torchmetrics import Metric
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["DistanceCorrelation", "GroupRates"]
+
+
+def _fingerprint(*settings: object) -> Tensor:
+    """Settings as a state.
+
+    A `MetricCollection` keeps one state for metrics whose states are equal after the first batch. Those that
+    would differ later, by their `max_samples` say, must differ then.
+    """
+    digest = hashlib.sha256(repr(settings).encode()).digest()[:16]
+    return torch.tensor(list(digest), dtype=torch.uint8)
+
+
+class DistanceCorrelation(Metric):
+    """Bias-corrected squared distance correlation of features and metadata over a stream of batches.
+
+    The value is that of `mdnorm.metrics.distance_correlation_sqr` for all samples, or for a uniform sample of
+    them, of all processes.
+
+    Parameters
+    ----------
+    within_labels : bool
+        Measure within each class of the labels: what features know of the metadata beyond what the label
+        says.
+    max_samples : int, optional
+        Keep at most this many samples, at least 4, drawn uniformly without replacement from the stream (of
+        all processes). Memory is then bounded by twice as many rows in each process, and time for `compute`,
+        which grows with the square of the samples. 2000 are plenty for one number. None keeps all.
+    seed : int
+        Of the sample. It depends on the order of the stream, not on the batches it comes in.
+    per_column : bool
+        A value for each metadata column, ``column_0, column_1, …``, and ``joint`` for all together where
+        there are several.
+    column_names : sequence of str, or mapping from str to sequence of int, optional
+        Names of the columns; a mapping gives a name to several columns that belong together, a one-hot coded
+        site or the powers of an age: ``{"age": [0, 1, 2], "site": [3, 4]}``. Implies `per_column`.
+    **kwargs
+        Those of `torchmetrics.Metric`: ``compute_on_cpu=True``, say.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong setting.
+
+    Notes
+    -----
+    - Rows are kept on the device of the metric, features in float32, metadata in float64. A half precision
+      input loses nothing; in a float64 input, differences below 1e-7 of the values are lost.
+    - With `max_samples`, each process draws by its own random keys, and the smallest keys of all are the
+      sample: other rows than one process would draw, as likely.
+    - A `DistributedSampler` repeats a few samples to give each process the same number; they count twice.
+    - ``forward`` also computes the value for its batch, which must then have at least 4 samples (in each
+      class). Use `update` to only accumulate.
+    - To keep one state in a `MetricCollection`, give metrics the same settings, or different ones: both work.
+
+    Examples
+    --------
+    >>> metric = DistanceCorrelation(column_names=["age", "sex"], max_samples=1000)
+    >>> features, age = torch.arange(12.0).reshape(6, 2), torch.arange(6.0)
+    >>> for rows in torch.arange(6).split(2):
+    ...     metric.update(features[rows], torch.stack([age, age % 2], dim=1)[rows])
+    >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+    {'age': 1.0, 'sex': -0.282, 'joint': 0.989}
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    # The state is more than a reduction of states of batches: the sample has a size.
+    full_state_update = True
+    plot_lower_bound = -1.0
+    plot_upper_bound = 1.0
+
+    features: list[Tensor]
+    metadata: list[Tensor]
+    labels: list[Tensor]
+    keys: list[Tensor]
+    num_features: Tensor
+    num_metadata: Tensor
+    num_seen: Tensor
+
+    def __init__(
+        self,
+        within_labels: bool = False,
+        max_samples: int | None = None,
+        seed: int = 0,
+        *,
+        per_column: bool = False,
+        column_names: ColumnNames | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        reservoir.check_settings(max_samples, seed)
+        reservoir.check_column_names(column_names)
+        self.within_labels = within_labels
+        self.max_samples = max_samples
+        self.seed = seed
+        self.per_column = per_column or column_names is not None
+        self.column_names = column_names
+        # Pieces of a batch each, flattened: a process without samples, which does not know the number of
+        # columns, can then take part in the synchronisation.
+        for name in ("features", "metadata", "labels", "keys"):
+            self.add_state(name, [], dist_reduce_fx="cat")
+        self.add_state("num_features", torch.tensor(0), dist_reduce_fx=None)
+        self.add_state("num_metadata", torch.tensor(0), dist_reduce_fx=None)
+        self.add_state("num_seen", torch.tensor(0), dist_reduce_fx="sum")
+        self.add_state("settings", _fingerprint(within_labels, max_samples, seed), dist_reduce_fx="max")
+
+    def update(
+        self,
+        features: Tensor | ArrayLike,
+        metadata: Tensor | ArrayLike,
+        labels: Tensor | ArrayLike | None = None,
+    ) -> None:
+        """Add a batch.
+
+        Parameters
+        ----------
+        features : (n, ...) tensor or array
+            n ≥ 0; flattened to (n, D), with the same D in every batch.
+        metadata : (n,) or (n, K)
+            The same K in every batch.
+        labels : (n,) or (n, 1), optional
+            Class indices; needed with ``within_labels=True``, ignored otherwise.
+
+        Raises
+        ------
+        TypeError
+            An input is not real and numeric.
+        ValueError
+            Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing or not
+            whole numbers.
+        """
+        if not self.within_labels:
+            labels = None
+        elif labels is None:
+            raise ValueError("labels are needed with within_labels=True: update(features, metadata, labels).")
+        rows = reservoir.as_rows(features, metadata, labels, self.device)
+        if self.per_column:
+            reservoir.column_groups(self.column_names, rows.metadata.shape[1])
+        self._check_width("features", self.num_features, rows.features.shape[1])
+        self._check_width("metadata", self.num_metadata, rows.metadata.shape[1])
+        self.num_features = torch.full_like(self.num_features, rows.features.shape[1])
+        self.num_metadata = torch.full_like(self.num_metadata, rows.metadata.shape[1])
+        if self.max_samples is not None:
+            keys = reservoir.sample_keys(int(self.num_seen), len(rows), seed=self.seed, rank=_rank())
+            rows = Rows(rows.features, rows.metadata, rows.labels, keys.to(self.device))
+        self.num_seen = self.num_seen + (rows.features.shape[0] if self.max_samples is None else len(keys))
+        self._set_pieces(reservoir.add_rows(self._pieces(), rows, self.max_samples))
+
+    def compute(self) -> Tensor | dict[str, Tensor]:
+        """Return the dependence in all that was added, by all processes.
+
+        Returns
+        -------
+        Tensor, () float64, or dict of them
+            A tensor by default. With `per_column` the keys are the names of columns; with `within_labels`
+            ``label_0, label_1, …``; with both ``age/label_0, …``.
+
+        Raises
+        ------
+        TooFewSamplesError
+            A `ValueError`: fewer than 4 samples, in all or of a class.
+        ValueError
+            The processes differ in their number of columns.
+        """
+        try:
+            return self._dependence()
+        except ValueError:
+            # torchmetrics leaves the state of all processes in place when its compute fails.
+            if self._is_synced and self._should_unsync:
+                self.unsync()
+            raise
+
+    def _dependence(self) -> Tensor | dict[str, Tensor]:
+        pieces = self._pieces()
+        if not pieces:
+            raise reservoir.TooFewSamplesError(
+                "DistanceCorrelation has no samples: call update before compute, or see why there are none."
+            )
+        rows = reservoir.sample(pieces, self.max_samples)
+        groups = None
+        if self.per_column:
+            groups = reservoir.column_groups(self.column_names, rows.metadata.shape[1])
+        return reservoir.dependence(rows, groups, within_labels=self.within_labels)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add what another metric, or its state, has collected.
+
+        Raises
+        ------
+        TypeError
+            Neither a metric of this class nor a dict of its states.
+        ValueError
+            They differ in their number of columns, in `within_labels` or in `max_samples`, or, with
+            `max_samples`, have the same seed: their samples are then not independent.
+        """
+        if isinstance(incoming_state, DistanceCorrelation):
+            for name in ("within_labels", "max_samples"):
+                mine, other = getattr(self, name), getattr(incoming_state, name)
+                if mine != other:
+                    raise ValueError(
+                        f"the metrics differ in {name} ({mine} and {other}): build both with the same."
+                    )
+            incoming_state = incoming_state.metric_state
+        if not isinstance(incoming_state, dict) or not set(self._defaults) <= set(incoming_state):
+            raise TypeError(
+                "incoming_state must be a DistanceCorrelation or a dict of its states "
+                f"({', '.join(self._defaults)}), got {type(incoming_state).__name__}."
+            )
+        incoming = self._pieces(incoming_state)
+        if not incoming:
+            return
+        rows = Rows.cat(incoming)
+        self._check_width("features", self.num_features, rows.features.shape[1])
+        self._check_width("metadata", self.num_metadata, rows.metadata.shape[1])
+        if self.max_samples is not None:
+            keys = torch.cat([piece.keys for piece in [*self._pieces(), rows] if piece.keys is not None])
+            if keys.unique().shape[0] < keys.shape[0]:
+                raise ValueError(
+                    f"both metrics drew their samples with seed={self.seed} in the same process, so the "
+                    "samples are not independent: give each its own seed."
+                )
+        self.num_features = torch.full_like(self.num_features, rows.features.shape[1])
+        self.num_metadata = torch.full_like(self.num_metadata, rows.metadata.shape[1])
+        self.num_seen = self.num_seen + incoming_state["num_seen"].to(self.num_seen.device)
+        self._computed = None
+        self._update_count += 1
+        self._set_pieces(reservoir.add_rows(self._pieces(), rows.to(self.device), self.max_samples))
+
+    def sync(
+        self,
+        dist_sync_fn: Callable[..., Any] | None = None,
+        process_group: Any | None = None,
+        should_sync: bool = True,
+        distributed_available: Callable[..., Any] | None = None,
+    ) -> None:
+        """Gather the states of all processes; see `torchmetrics.Metric.sync`."""
+        if not self.features:
+            # What torchmetrics puts in for a process without samples is float32, whatever the state is.
+            rows_dtype = torch.float32 if self.device.type == "mps" else torch.float64
+            dtypes = {"features": torch.float32, "metadata": rows_dtype}
+            for name, dtype in {**dtypes, "labels": torch.int64, "keys": torch.int64}.items():
+                setattr(self, name, [torch.empty(0, dtype=dtype, device=self.device)])
+        super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
+
+    def _check_width(self, name: str, known: Tensor, width: int) -> None:
+        if int(known) not in (0, width):
+            raise ValueError(
+                f"{name} have {width} value(s) a sample, but {int(known)} in what was added before: every "
+                "batch must have the same, after flattening."
+                + (" Average over positions whose number varies." if name == "features" else "")
+            )
+
+    def _pieces(self, incoming_state: Mapping[str, Any] | None = None) -> list[Rows]:
+        """The state as rows; after a synchronisation, that of all processes."""
+        state: Mapping[str, Any] = self.metric_state if incoming_state is None else incoming_state
+        widths: dict[str, int] = {}
+        for name in ("features", "metadata"):
+            found = set(state[f"num_{name}"].flatten().tolist()) - {0}
+            if not found:
+                return []
+            if len(found) > 1:
+                raise ValueError(
+                    f"the processes have {' and '.join(map(str, sorted(found)))} values a sample in {name}: "
+                    "all must have the same."
+                )
+            widths[name] = found.pop()
+        # Where the state is not in use, it is empty, or an empty tensor after a synchronisation.
+        features, metadata, labels, keys = (
+            [state[name]] if isinstance(state[name], Tensor) else list(state[name])
+            for name in ("features", "metadata", "labels", "keys")
+        )
+        unused = [None] * len(features)
+        pieces = zip(
+            features,
+            metadata,
+            labels if self.within_labels else unused,
+            unused if self.max_samples is None else keys,
+            strict=True,
+        )
+        return [
+            Rows(x.reshape(-1, widths["features"]), z.reshape(-1, widths["metadata"]), y, k)
+            for x, z, y, k in pieces
+        ]
+
+    def _set_pieces(self, pieces: Sequence[Rows]) -> None:
+        self.features = [piece.features.flatten() for piece in pieces]
+        self.metadata = [piece.metadata.flatten() for piece in pieces]
+        self.labels = [piece.labels for piece in pieces if piece.labels is not None]
+        self.keys = [piece.keys for piece in pieces if piece.keys is not None]
+
+
+def _rank() -> int:
+    available = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if available else 0
+
+
+class GroupRates(Metric):
+    """Accuracy and true and false positive rates of each group, and the largest gaps between groups.
+
+    For several classes and groups with names, over batches and processes. torchmetrics has
+    `BinaryGroupStatRates` (shares of true and false positives and negatives among all samples of a group) and
+    `BinaryFairness` (ratios of positive rates), both for two classes and numbered groups; for intervals and
+    calibration over data in memory see `mdnorm.metrics.group_gaps`.
+
+    Parameters
+    ----------
+    groups : int or sequence
+        Number of groups, which are then 0, 1, …; or their names (strings, integers), in the order of report.
+    num_classes : int
+        At least 2. With 2, rates are those of class 1. With more they are one-versus-rest for each class.
+    threshold : float
+        With 2 classes and one score a sample: class 1 is predicted where the score is above. 0.5 is for
+        probabilities; for logits give 0.
+    **kwargs
+        Those of `torchmetrics.Metric`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong setting.
+
+    Examples
+    --------
+    >>> metric = GroupRates(["f", "m"])
+    >>> metric.update(torch.tensor([1, 0, 1, 1]), torch.tensor([1, 0, 1, 0]), ["f", "f", "m", "m"])
+    >>> {name: value.item() for name, value in metric.compute().items() if name.startswith("accuracy")}
+    {'accuracy/f': 1.0, 'accuracy/m': 0.5, 'accuracy/gap': 0.5}
+    """
+
+    is_differentiable = False
+    full_state_update = False
+
+    confusion: Tensor
+
+    def __init__(
+        self,
+        groups: int | Iterable[Hashable],
+        num_classes: int = 2,
+        threshold: float = 0.5,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if type(num_classes) is not int or num_classes < 2:
+            raise ValueError(f"num_classes must be an integer of at least 2, got {num_classes!r}.")
+        if isinstance(groups, str) or not (type(groups) is int or isinstance(groups, Iterable)):
+            raise TypeError(f"groups must be the number of groups or their names, got {groups!r}.")
+        self.names: list[Hashable] = list(range(groups)) if isinstance(groups, int) else list(groups)
+        if len(self.names) < 2 or len({str(name) for name in self.names}) < len(self.names):
+            raise ValueError(f"groups must be at least two and have different names, got {groups!r}.")
+        if "gap" in {str(name) for name in self.names}:
+            raise ValueError("groups must not contain 'gap': this is the key of the largest difference.")
+        self.num_classes = num_classes
+        self.threshold = threshold
+        shape = (len(self.names), num_classes, num_classes)
+        self.add_state("confusion", torch.zeros(shape, dtype=torch.int64), dist_reduce_fx="sum")
+        settings = _fingerprint(self.names, num_classes, threshold)
+        self.add_state("settings", settings, dist_reduce_fx="max")
+
+    def update(self, preds: Tensor, target: Tensor, groups: Tensor | Sequence[Hashable]) -> None:
+        """Add a batch.
+
+        Parameters
+        ----------
+        preds : (n,) or (n, C) tensor
+            Class indices (integers), scores of class 1 (floats, two classes only), or scores of all classes.
+        target : (n,) tensor
+            Class indices.
+        groups : (n,)
+            A tensor or array of integers, or a sequence with the name of each sample's group.
+
+        Raises
+        ------
+        TypeError
+            Inputs are not numeric, where they must be.
+        ValueError
+            Wrong shapes, different numbers of rows, NaN scores, class indices out of range, unknown groups.
+        """
+        preds = self._classes(as_real_tensor(preds, "preds").detach().to(self.device), "preds")
+        target = self._classes(as_real_tensor(target, "target").detach().to(self.device), "target")
+        members = self._groups(groups).to(self.device)
+        for name, values in (("target", target), ("groups", members)):
+            if values.shape[0] != preds.shape[0]:
+                raise ValueError(
+                    f"preds have {preds.shape[0]} row(s) but {name} {values.shape[0]}: pass the same samples "
+                    "in the same order."
+                )
+        cells = (members * self.num_classes + target) * self.num_classes + preds
+        counts = torch.bincount(cells, minlength=self.confusion.numel())
+        self.confusion = self.confusion + counts.reshape(self.confusion.shape)
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return the rates.
+
+        Returns
+        -------
+        dict from str to Tensor, () float32
+            ``accuracy/g``, ``true_positive_rate/g`` and ``false_positive_rate/g`` for each group `g`, and
+            ``accuracy/gap``, … for the largest difference between two groups. With more than two classes the
+            rates are ``true_positive_rate/class_c/g``, …, and the gap is the largest of all classes. **A rate
+            that has no samples to be taken from is left out** (the true positive rate of a group without
+            positives), and a gap that has fewer than two groups as well.
+        """
+        total = self.confusion.sum(dim=(1, 2))
+        positives = self.confusion.sum(dim=2)
+        predicted = self.confusion.sum(dim=1)
+        hits = self.confusion.diagonal(dim1=1, dim2=2)
+        result: dict[str, Tensor] = {}
+        self._report(result, "accuracy", [("", hits.sum(dim=1), total)])
+        classes = [1] if self.num_classes == 2 else range(self.num_classes)
+        labels = [("" if self.num_classes == 2 else f"class_{c}/", c) for c in classes]
+        true_positives = [(label, hits[:, c], positives[:, c]) for label, c in labels]
+        false_positives = [
+            (label, predicted[:, c] - hits[:, c], total - positives[:, c]) for label, c in labels
+        ]
+        self._report(result, "true_positive_rate", true_positives)
+        self._report(result, "false_positive_rate", false_positives)
+        return result
+
+    def _report(
+        self, result: dict[str, Tensor], rate: str, parts: Sequence[tuple[str, Tensor, Tensor]]
+    ) -> None:
+        gaps = []
+        for label, numerator, denominator in parts:
+            defined = denominator > 0
+            values = numerator[defined].float() / denominator[defined].float()
+            names = [
+                name for name, is_defined in zip(self.names, defined.tolist(), strict=True) if is_defined
+            ]
+            result |= {f"{rate}/{label}{name}": value for name, value in zip(names, values, strict=True)}
+            if len(names) > 1:
+                gaps.append(values.max() - values.min())
+        if gaps:
+            result[f"{rate}/gap"] = torch.stack(gaps).max()
+
+    def _classes(self, values: Tensor, name: str) -> Tensor:
+        if values.is_floating_point() and name == "preds":
+            if not bool(torch.isfinite(values).all()):
+                raise ValueError("preds have NaN or infinite scores: see what the network does first.")
+            if values.ndim == 2 and values.shape[1] == self.num_classes:
+                values = values.argmax(dim=1)
+            elif self.num_classes == 2 and values.shape[1:].numel() == 1 and values.ndim in (1, 2):
+                values = values.flatten() > self.threshold
+            else:
+                shapes = "(n,) or (n, 2)" if self.num_classes == 2 else f"(n, {self.num_classes})"
+                raise ValueError(f"scores in preds must have shape {shapes}, got {tuple(values.shape)}.")
+        if values.ndim == 2 and values.shape[1] == 1:
+            values = values.squeeze(1)
+        if values.ndim != 1:
+            raise ValueError(f"{name} must be class indices of shape (n,), got {tuple(values.shape)}.")
+        indices = values.to(torch.int64)
+        bad = (indices != values) | (indices < 0) | (indices >= self.num_classes)
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"{name} must be class indices from 0 to {self.num_classes - 1}, got {values[row].item()} in "
+                f"row {row}: num_classes={self.num_classes}."
+            )
+        return indices
+
+    def _groups(self, groups: Tensor | Sequence[Hashable]) -> Tensor:
+        members = groups.flatten().tolist() if isinstance(groups, Tensor) else list(groups)
+        index = {name: position for position, name in enumerate(self.names)}
+        unknown = [member for member in members if member not in index]
+        if unknown:
+            raise ValueError(
+                f"groups has {unknown[0]!r} ({len(unknown)} of {len(members)} rows), which is none of "
+                f"{', '.join(map(repr, self.names))}: name every group at construction."
+            )
+        return torch.tensor([index[member] for member in members], dtype=torch.int64)
