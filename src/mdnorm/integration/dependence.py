@@ -1,0 +1,454 @@
+"""Record what a layer puts out in an evaluation pass, and measure what it knows about the metadata."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm.arrays import as_real_tensor
+from mdnorm.layer import MetadataNorm
+from mdnorm.metrics import reservoir
+from mdnorm.metrics.reservoir import ColumnNames, Rows
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["DependenceRecorder", "LayerOutputs", "Selector", "find_layer", "select"]
+
+Selector = str | int | Callable[[Any], Any]
+
+
+def select(value: Any, selector: Selector, what: str) -> Any:
+    """Return a part of a batch or of an output.
+
+    Parameters
+    ----------
+    value : object
+    selector : str, int or callable
+        A key (or the name of an attribute), an index, or a function of the value.
+    what : str
+        What `value` is, for the error message: "the batch".
+
+    Raises
+    ------
+    KeyError
+        No such key; the message lists those that there are.
+    IndexError
+        No such index.
+    TypeError
+        A key or an index into something that has none.
+    """
+    if callable(selector):
+        return selector(value)
+    if isinstance(selector, str):
+        if isinstance(value, Mapping):
+            if selector in value:
+                return value[selector]
+            raise _MissingKeyError(
+                f"{what} has no key {selector!r}: its keys are {', '.join(map(repr, value)) or 'none'}."
+            )
+        if hasattr(value, selector):
+            return getattr(value, selector)
+        fields = ", ".join(map(repr, vars(value))) if hasattr(value, "__dict__") else ""
+        raise TypeError(
+            f"{what} has no key or attribute {selector!r}: it is {_described(value)}"
+            + (f" with the attributes {fields}." if fields and not isinstance(value, Tensor) else ".")
+            + " Give an index, or a function that takes it apart."
+        )
+    if isinstance(value, Mapping) and selector in value:
+        return value[selector]
+    # ModelOutput of transformers is a mapping that has indices as well.
+    if isinstance(value, Sequence) or hasattr(value, "to_tuple"):
+        entries = value if isinstance(value, Sequence) else value.to_tuple()
+        if -len(entries) <= selector < len(entries):
+            return entries[selector]
+        raise IndexError(f"{what} has no entry {selector}: it has {len(entries)}.")
+    raise TypeError(
+        f"{what} has no entry {selector}: it is {_described(value)}. Give a key, or a function that takes it "
+        "apart."
+    )
+
+
+class _MissingKeyError(KeyError):
+    def __str__(self) -> str:
+        # KeyError shows the repr of its message, with quotes around it.
+        return str(self.args[0])
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {tuple(value.shape)}"
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} with the keys {', '.join(map(repr, value)) or 'none'}"
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return (
+            f"a {type(value).__name__} of {', '.join(type(entry).__name__ for entry in value) or 'nothing'}"
+        )
+    return f"a {type(value).__name__}"
+
+
+def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
+    """Return name and module of a layer of a model.
+
+    Raises
+    ------
+    TypeError
+        `layer` is neither a string nor a module.
+    ValueError
+        The model has no such module; the message lists those that it has.
+    """
+    modules = dict(model.named_modules())
+    if isinstance(layer, str):
+        if layer in modules:
+            return layer, modules[layer]
+        names = [name for name in modules if name]
+        listing = ", ".join(names[:30]) + (f", … ({len(names)} in all)" if len(names) > 30 else "")
+        raise ValueError(f"{type(model).__name__} has no module {layer!r}: its modules are {listing}.")
+    if not isinstance(layer, nn.Module):
+        raise TypeError(f"layer must be the name of a module or a module, got {layer!r}.")
+    for name, module in modules.items():
+        if module is layer:
+            return name, module
+    raise ValueError(f"layer is a {type(layer).__name__} that is not part of the {type(model).__name__}.")
+
+
+class LayerOutputs:
+    """Collects what a module puts out, between `open` and `close`.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layer : str or nn.Module
+    output : selector, optional
+        Which part of the module's output; see `select`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        What `find_layer` raises.
+    """
+
+    def __init__(self, model: nn.Module, layer: str | nn.Module, output: Selector | None = None) -> None:
+        self.name, self.module = find_layer(model, layer)
+        self._output = output
+        self._open: ExitStack | None = None
+        self._outputs: list[Tensor] = []
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    @property
+    def is_open(self) -> bool:
+        """Whether outputs are collected."""
+        return self._open is not None
+
+    @property
+    def num_pending(self) -> int:
+        """Number of outputs that were not taken yet."""
+        return len(self._outputs)
+
+    def open(self) -> None:
+        """Begin to collect."""
+        self.close()
+        self.clear()
+        stack = ExitStack()
+        # A compiled graph would pass by the hook. What was not imported has compiled nothing.
+        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        handle = self.module.register_forward_hook(self._collect, with_kwargs=True)
+        stack.callback(handle.remove)
+        self._open = stack
+
+    def close(self) -> None:
+        """Stop collecting; what was collected stays."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+    def clear(self) -> None:
+        """Forget what was collected."""
+        self._outputs.clear()
+        self._arguments.clear()
+
+    def _collect(
+        self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
+    ) -> None:
+        what = f"the output of the layer {self.name!r}"
+        if self._output is not None:
+            output = select(output, self._output, what)
+            what = f"what output= selects from {what}"
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"{what} is {_described(output)}, not a tensor: give output= a key, an index or a function "
+                "that returns the features."
+            )
+        if output.ndim == 0:
+            raise ValueError(f"{what} is a single number, it must have one row per sample.")
+        # A copy, since the layer behind may work in place (a ReLU often does).
+        rows = output.detach().to(torch.float32, copy=True)
+        self._outputs.append(rows.reshape(rows.shape[0], rows.shape[1:].numel()))
+        self._arguments.append((arguments, keywords))
+
+    def take(self, num_rows: int) -> Tensor:
+        """Return what was collected since the last call, as (num_rows, D) float32.
+
+        Raises
+        ------
+        RuntimeError
+            The module did not run.
+        ValueError
+            It put out another number of rows, or runs with different numbers of values.
+        """
+        outputs = list(self._outputs)
+        self.clear()
+        if not outputs:
+            raise RuntimeError(
+                f"the layer {self.name!r} did not run since the last update: record while the model runs, "
+                "and a layer that its forward pass calls (as a module, not by its weights)."
+            )
+        runs = f"the layer {self.name!r} ran {len(outputs)} time(s) since the last update"
+        counts = [output.shape[0] for output in outputs]
+        if sum(counts) != num_rows:
+            raise ValueError(
+                f"{runs}, with {' + '.join(map(str, counts))} rows, but the metadata have {num_rows}: update "
+                "after each forward pass, and record a layer that runs once in it on one row per sample."
+            )
+        widths = {output.shape[1] for output in outputs}
+        if len(widths) > 1:
+            raise ValueError(
+                f"{runs}, with {' and '.join(map(str, sorted(widths)))} values a sample: all must have the "
+                "same. Give output= a function that averages over positions whose number varies."
+            )
+        return torch.cat(outputs)
+
+    def take_arguments(self) -> tuple[Tensor, Tensor | None]:
+        """Return metadata and labels that a `MetadataNorm` was given since the last call."""
+        metadata, labels = [], []
+        for arguments, keywords in self._arguments:
+            bound = inspect.signature(self.module.forward).bind(*arguments, **keywords).arguments
+            metadata.append(as_real_tensor(bound["metadata"], "metadata"))
+            labels.append(bound.get("labels"))
+        given = [as_real_tensor(values, "labels") for values in labels if values is not None]
+        return torch.cat(metadata), torch.cat(given) if len(given) == len(labels) else None
+
+
+class DependenceRecorder:
+    """Measure, in an evaluation pass, what the output of a layer knows about the metadata.
+
+    Inside a ``with`` block it collects what the layer puts out; after each forward pass hand it the metadata
+    of the batch with `update`. `compute` then gives the bias-corrected squared distance correlation
+    (`mdnorm.metrics.distance_correlation_sqr`) with each metadata column. A block begins anew, so one
+    recorder serves all epochs.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layer : str or nn.Module
+        A module of the model, by its name in ``model.named_modules()`` or itself.
+    output : str, int or callable, optional
+        Where the layer does not return a tensor: the key or attribute of a dict, a dataclass or a
+        `ModelOutput`, the index in a tuple, or a function that returns the features, (n, ...).
+    within_labels : bool
+        Measure within each class of the labels.
+    column_names : sequence of str, or mapping from str to sequence of int, optional
+        Names of the metadata columns (default: ``column_0, column_1, …``); a mapping gives a name to several
+        columns that belong together: ``{"age": [0, 1, 2], "site": [3, 4]}``.
+    max_samples : int or None
+        Keep at most this many samples, drawn uniformly from all; None keeps all. Time grows with the square
+        of the samples, memory is at most twice as many rows.
+    seed : int
+        Of the sample.
+    layer_metadata : bool
+        Take metadata (and labels, where it gets them) from the arguments of the layer, which must be a
+        `MetadataNorm`; `update` is not called then. Note that these are the columns as the layer sees them,
+        a basis of the age and not the age, say.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong setting, or no such layer.
+
+    Notes
+    -----
+    - Put the model into evaluation mode yourself; the recorder changes neither mode nor gradients.
+    - Where the layer runs several times between two updates, its rows are those of all runs, in order.
+    - A model compiled by `torch.compile` runs uncompiled inside the block, since a compiled graph does not
+      show what its layers put out.
+    - Of several processes each measures its own samples; `mdnorm.metrics.DistanceCorrelation` measures those
+      of all, and `mdnorm.integration.DependenceCallback` does so in Lightning.
+    - Rows are kept on the device of the outputs, in float32.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> recorder = DependenceRecorder(model, "1", column_names=["age"])
+    >>> for epoch in range(2):
+    ...     with torch.no_grad(), recorder:
+    ...         for images, age in [(torch.randn(20, 3), torch.rand(20)) for _ in range(5)]:
+    ...             predictions = model(images)
+    ...             recorder.update(age)
+    ...     print(sorted(recorder.compute()), recorder.num_samples)
+    ['age'] 100
+    ['age'] 100
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str | nn.Module,
+        *,
+        output: Selector | None = None,
+        within_labels: bool = False,
+        column_names: ColumnNames | None = None,
+        max_samples: int | None = 2000,
+        seed: int = 0,
+        layer_metadata: bool = False,
+    ) -> None:
+        reservoir.check_settings(max_samples, seed)
+        reservoir.check_column_names(column_names)
+        self._outputs = LayerOutputs(model, layer, output)
+        if layer_metadata and not isinstance(self._outputs.module, MetadataNorm):
+            raise ValueError(
+                f"layer_metadata=True needs a MetadataNorm, but the layer {self._outputs.name!r} is a "
+                f"{type(self._outputs.module).__name__}: hand over the metadata with update."
+            )
+        self.within_labels = within_labels
+        self.column_names = column_names
+        self.max_samples = max_samples
+        self.seed = seed
+        self.layer_metadata = layer_metadata
+        self._pieces: list[Rows] = []
+        self._num_seen = 0
+        self._handle: Any = None
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples seen in this pass, of which at most `max_samples` are measured."""
+        return self._num_seen
+
+    def __enter__(self) -> DependenceRecorder:
+        if self._outputs.is_open:
+            raise RuntimeError("the recorder is recording already: leave its block before you enter another.")
+        self.reset()
+        self._outputs.open()
+        if self.layer_metadata:
+            # Registered behind the hook that collects, so it finds the output.
+            self._handle = self._outputs.module.register_forward_hook(lambda *_: self._update_from_layer())
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._outputs.close()
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        pending = self._outputs.num_pending
+        self._outputs.clear()
+        if pending and exception_type is None:
+            raise RuntimeError(
+                f"the layer {self._outputs.name!r} ran {pending} time(s) after the last update: call "
+                "update(metadata) after each forward pass."
+            )
+
+    def reset(self) -> None:
+        """Forget the samples."""
+        self._pieces = []
+        self._num_seen = 0
+        self._outputs.clear()
+
+    def update(self, metadata: Tensor | ArrayLike, labels: Tensor | ArrayLike | None = None) -> None:
+        """Add the samples of the forward pass that just ran.
+
+        Parameters
+        ----------
+        metadata : (n,) or (n, K) tensor or array
+            One row for each row that the layer put out since the last update, n ≥ 0.
+        labels : (n,) or (n, 1), optional
+            Class indices; needed with ``within_labels=True``, ignored otherwise.
+
+        Raises
+        ------
+        TypeError
+            An input is not real and numeric.
+        ValueError
+            Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing.
+        RuntimeError
+            Outside the ``with`` block, the layer did not run, or metadata are taken from the layer.
+        """
+        if not self._outputs.is_open:
+            raise RuntimeError("update outside of the recorder's block: `with recorder:` around the pass.")
+        if self.layer_metadata:
+            raise RuntimeError("with layer_metadata=True the metadata come from the layer: leave update out.")
+        self._add(metadata, labels)
+
+    def _update_from_layer(self) -> None:
+        try:
+            metadata, labels = self._outputs.take_arguments()
+        except (KeyError, TypeError) as error:
+            raise RuntimeError(
+                f"the layer {self._outputs.name!r} was not given its metadata as an argument: hand them over "
+                "with update instead."
+            ) from error
+        self._add(metadata, labels)
+
+    def _add(self, metadata: Tensor | ArrayLike, labels: Tensor | ArrayLike | None) -> None:
+        if not self.within_labels:
+            labels = None
+        elif labels is None:
+            raise ValueError(
+                "labels are needed with within_labels=True"
+                + (", but the layer got none." if self.layer_metadata else ": update(metadata, labels).")
+            )
+        metadata = as_real_tensor(metadata, "metadata")
+        if metadata.ndim == 0:
+            raise ValueError("metadata must have one row per sample, got a single number.")
+        features = self._outputs.take(metadata.shape[0])
+        rows = reservoir.as_rows(features, metadata, labels, features.device)
+        reservoir.column_groups(self.column_names, rows.metadata.shape[1])
+        for name in ("features", "metadata"):
+            width = getattr(rows, name).shape[1]
+            known = getattr(self._pieces[0], name).shape[1] if self._pieces else width
+            if width != known:
+                raise ValueError(
+                    f"{name} have {width} value(s) a sample, but {known} in the updates before: all must "
+                    "have the same."
+                )
+        if self.max_samples is not None:
+            keys = reservoir.sample_keys(self._num_seen, len(rows), seed=self.seed)
+            rows = Rows(rows.features, rows.metadata, rows.labels, keys.to(features.device))
+        self._num_seen += features.shape[0]
+        self._pieces = reservoir.add_rows(self._pieces, rows, self.max_samples)
+
+    def compute(self) -> dict[str, float]:
+        """Return the dependence in all samples of the pass.
+
+        Returns
+        -------
+        dict from str to float
+            A value for each column name, and ``joint`` for all columns together where there are several.
+            With `within_labels` one for each class: ``age/label_0``, ….
+
+        Raises
+        ------
+        TooFewSamplesError
+            A `ValueError`: fewer than 4 samples, in all or of a class.
+        """
+        if not self._pieces:
+            raise reservoir.TooFewSamplesError(
+                "the recorder has no samples: run the model inside its block, with an update after each "
+                "forward pass."
+            )
+        rows = reservoir.sample(self._pieces, self.max_samples)
+        groups = reservoir.column_groups(self.column_names, rows.metadata.shape[1])
+        values = reservoir.dependence(rows, groups, within_labels=self.within_labels)
+        assert isinstance(values, dict)
+        return {name: float(value) for name, value in values.items()}
