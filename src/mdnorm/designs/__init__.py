@@ -1,0 +1,1 @@
+"""Parts of `mdnorm.Design`: tables, formulas, bases and the diagnosis of a design."""

@@ -1,0 +1,420 @@
+"""Factors of a formula: read into a tree, checked against a list of what is allowed, and computed by us.
+
+A formula may come from a file. Nothing in it is ever given to Python to run: the text is parsed (`ast.parse`
+does not execute), every node must be on the list below, and the values are computed by walking the tree.
+"""
+
+from __future__ import annotations
+
+import ast
+import keyword
+import math
+import re
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeGuard
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdnorm.designs.bases import BASES, option_names
+from mdnorm.extras import requires
+
+__all__ = ["Factor", "FormulaError", "parse_factor", "parse_formula", "quoted"]
+
+_MAX_LENGTH = 1000
+_MAX_DEPTH = 40
+
+Vector = NDArray[np.float64]
+
+_ELEMENTWISE: dict[str, Callable[[Vector], Vector]] = {
+    "I": lambda values: values,
+    "abs": np.abs,
+    "exp": np.exp,
+    "expm1": np.expm1,
+    "log": np.log,
+    "log10": np.log10,
+    "log1p": np.log1p,
+    "log2": np.log2,
+    "sqrt": np.sqrt,
+}
+# These take the mean (and standard deviation) of the training values.
+_STANDARDIZING = ("center", "scale", "standardize")
+_BINARY: dict[type[ast.operator], Callable[[Vector, Vector], Vector]] = {
+    ast.Add: np.add,
+    ast.Sub: np.subtract,
+    ast.Mult: np.multiply,
+    ast.Div: np.divide,
+    ast.Pow: np.power,
+}
+_FUNCTIONS = ("C", *BASES, *_ELEMENTWISE, *_STANDARDIZING)
+
+# Strings; and outside of them names in backticks, and other names: Python would normalise those that are not
+# ASCII, and no longer find the column.
+_QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|`([^`]*)`|([^\W\d]\w*)""")
+
+
+class FormulaError(ValueError):
+    """A formula has a part that cannot be read or is not allowed; the message says which."""
+
+
+@dataclass(frozen=True)
+class Factor:
+    """One factor of a term, such as ``age``, ``log(age)``, ``C(site)`` or ``bs(age, df=4)``.
+
+    Attributes
+    ----------
+    text : str
+        As written; columns are named after it.
+    kind : str
+        "column" (numeric or categorical, whichever the column is), "category", "numeric" or "basis".
+    variables : tuple of str
+        Columns of the table that it uses.
+    function : str
+        Name of the basis, or "".
+    options : dict
+        Of a basis or category.
+    """
+
+    text: str
+    kind: str
+    variables: tuple[str, ...]
+    function: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    tree: ast.expr | None = None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Callable[[str], Factor], tuple[str]]:
+        return parse_factor, (self.text,)
+
+    def evaluate(
+        self, columns: Mapping[str, Vector], moments: dict[str, list[float]], *, fit: bool = False
+    ) -> Vector:
+        """Return (n,) values of the numeric expression: the argument of a basis, or the factor itself.
+
+        Parameters
+        ----------
+        columns : dict of (n,) float64 arrays
+            NaN where missing.
+        moments : dict
+            Mean and standard deviation of what is inside ``center`` and ``scale``: filled where `fit`, used
+            otherwise.
+        """
+        num_rows = len(next(iter(columns.values())))
+        with np.errstate(all="ignore"):
+            values = self._value(self.tree, columns, moments, fit)
+        return np.broadcast_to(values, (num_rows,)).astype(np.float64)
+
+    def _value(
+        self, node: ast.expr | None, columns: Mapping[str, Vector], moments: dict[str, list[float]], fit: bool
+    ) -> Vector:
+        if isinstance(node, ast.Name):
+            return columns[self.names.get(node.id, node.id)]
+        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
+            # As float64 a power of powers overflows at once; as integers it would take for ever.
+            return np.asarray(node.value, dtype=np.float64)
+        if isinstance(node, ast.UnaryOp):
+            value = self._value(node.operand, columns, moments, fit)
+            return -value if isinstance(node.op, ast.USub) else value
+        if isinstance(node, ast.BinOp):
+            left = self._value(node.left, columns, moments, fit)
+            return _BINARY[type(node.op)](left, self._value(node.right, columns, moments, fit))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            value = self._value(node.args[0], columns, moments, fit)
+            if node.func.id in _ELEMENTWISE:
+                return _ELEMENTWISE[node.func.id](value)
+            if node.func.id in _STANDARDIZING:
+                return self._standardized(node, node.func.id, value, moments, fit)
+        raise FormulaError(f"{self.text!r} cannot be computed.")  # parse_factor lets no other node through
+
+    def _standardized(
+        self, node: ast.Call, function: str, value: Vector, moments: dict[str, list[float]], fit: bool
+    ) -> Vector:
+        key = ast.unparse(node)
+        if fit:
+            finite = value[np.isfinite(value)]
+            deviation = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
+            moments[key] = [float(finite.mean()) if len(finite) else 0.0, deviation]
+        mean, deviation = moments[key]
+        if function == "center":
+            return value - mean
+        return (value - mean) / (deviation or 1.0)
+
+    def moment_keys(self) -> set[str]:
+        """Return the keys that `moments` must have."""
+        if self.tree is None:
+            return set()
+        return {
+            ast.unparse(node)
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in _STANDARDIZING
+        }
+
+
+def quoted(name: str) -> str:
+    """Return the name of a column as a formula has it: in backticks unless it is an identifier.
+
+    Raises
+    ------
+    FormulaError
+        The name is empty, or has a backtick itself.
+    """
+    if "`" in name or not name:
+        raise FormulaError(f"a column cannot be called {name!r} here: rename it.")
+    return name if name.isascii() and name.isidentifier() and not keyword.iskeyword(name) else f"`{name}`"
+
+
+def parse_formula(formula: str) -> tuple[tuple[Factor, ...], ...]:
+    """Return the terms of a Wilkinson formula, each a tuple of factors, without the intercept.
+
+    Raises
+    ------
+    FormulaError
+        The formula cannot be read, or has something in it that is not allowed.
+    """
+    with requires("design"):
+        from formulaic import Formula, SimpleFormula
+        from formulaic.errors import FormulaicError
+    if len(formula) > 10 * _MAX_LENGTH:
+        raise FormulaError(f"the formula has {len(formula)} characters, more than {10 * _MAX_LENGTH}.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            parsed = Formula(formula)
+    except (FormulaicError, SyntaxError, SyntaxWarning, ValueError, RecursionError, MemoryError) as error:
+        raise FormulaError(f"the formula {formula!r} cannot be read: {error}") from error
+    if not isinstance(parsed, SimpleFormula):
+        raise FormulaError(
+            f"the formula {formula!r} has several parts: give the metadata alone, without '~' or '|', and "
+            "the label as labels=."
+        )
+    terms = []
+    for term in parsed:
+        factors = []
+        for factor in term.factors:
+            kind = factor.eval_method.value
+            if kind == "literal" and factor.expr in ("0", "1"):
+                continue
+            if kind == "literal":
+                raise FormulaError(
+                    f"the formula {formula!r} multiplies a term by {factor.expr}: take it away, the scale of "
+                    "a column does not matter."
+                )
+            factors.append(parse_factor(quoted(factor.expr) if kind == "lookup" else factor.expr))
+        if factors:
+            terms.append(tuple(factors))
+    return tuple(terms)
+
+
+def parse_factor(text: str) -> Factor:
+    """Return the factor that a text describes.
+
+    Allowed are names of columns (in backticks where they are not identifiers), numbers, strings, ``+ - * /
+    **`` and calls of a few functions. Everything else is an error: attributes, subscripts, comparisons,
+    lambdas, comprehensions, other functions.
+
+    Raises
+    ------
+    FormulaError
+        The text cannot be read, or has something in it that is not allowed.
+    """
+    if len(text) > _MAX_LENGTH:
+        raise FormulaError(f"{text[:40]!r}… has {len(text)} characters, more than {_MAX_LENGTH}.")
+    names: dict[str, str] = {}
+
+    def placeholder(match: re.Match[str]) -> str:
+        if match[1] is not None or (match[3] is not None and match[3].isascii()):
+            return match[0]
+        name = f"quoted_{len(names)}"
+        while name in text:
+            name += "_"
+        names[name] = match[2] if match[3] is None else match[3]
+        return f" {name} "
+
+    code = _QUOTED.sub(placeholder, text)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            tree = ast.parse(code.strip(), mode="eval").body
+    except (SyntaxError, SyntaxWarning, ValueError, RecursionError, MemoryError) as error:
+        raise FormulaError(f"{text!r} cannot be read as a factor of a formula: {error}") from error
+
+    def parsed() -> Factor:
+        if isinstance(tree, ast.Name):
+            return Factor(text, "column", (names.get(tree.id, tree.id),), tree=tree, names=names)
+        function = tree.func.id if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) else ""
+        if isinstance(tree, ast.Call) and function == "C":
+            return _category(text, tree, names)
+        if isinstance(tree, ast.Call) and function in BASES:
+            inner = _argument(text, tree, function)
+            options = _options(text, tree, function)
+            return Factor(text, "basis", _variables(text, inner, names), function, options, inner, names)
+        return Factor(text, "numeric", _variables(text, tree, names), tree=tree, names=names)
+
+    return parsed()
+
+
+def _argument(text: str, call: ast.Call, function: str) -> ast.expr:
+    if not call.args or isinstance(call.args[0], ast.Starred):
+        raise FormulaError(f"{text!r}: the first argument of {function}() must be a column.")
+    return call.args[0]
+
+
+def _variables(text: str, node: ast.expr, names: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the columns in a numeric expression, after checking that it is one."""
+    found: dict[str, None] = {}
+    for name in _checked_names(text, node, 0):
+        found[names.get(name, name)] = None
+    if not found:
+        raise FormulaError(f"{text!r} uses no column.")
+    return tuple(found)
+
+
+def _checked_names(text: str, node: ast.expr, depth: int) -> list[str]:
+    if depth > _MAX_DEPTH:
+        raise FormulaError(f"{text[:40]!r}… is nested more than {_MAX_DEPTH} deep.")
+    if isinstance(node, ast.Name):
+        return [node.id]
+    if isinstance(node, ast.Constant) and _is_number(node.value):
+        _finite(text, node.value)
+        return []
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
+        return _checked_names(text, node.operand, depth + 1)
+    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+        return _checked_names(text, node.left, depth + 1) + _checked_names(text, node.right, depth + 1)
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+        function = node.func.id
+        if function in BASES or function == "C":
+            raise FormulaError(f"{text!r}: {function}() gives several columns and cannot be computed with.")
+        if function in _ELEMENTWISE or function in _STANDARDIZING:
+            if len(node.args) != 1 or node.keywords:
+                raise FormulaError(f"{text!r}: {function}() takes one argument.")
+            return _checked_names(text, node.args[0], depth + 1)
+        raise FormulaError(f"{text!r}: there is no function {function}(); there are {', '.join(_FUNCTIONS)}.")
+    raise _not_allowed(text, node)
+
+
+def _finite(text: str, value: float) -> None:
+    try:
+        fits = math.isfinite(float(value))
+    except OverflowError:
+        fits = False
+    if not fits:
+        raise FormulaError(f"{text[:40]!r}: a number in it is too large.")
+
+
+def _not_allowed(text: str, node: ast.AST) -> FormulaError:
+    what = {
+        ast.Attribute: "a dot; write log(x) rather than np.log(x), and a column with a dot in backticks",
+        ast.Compare: "a comparison",
+        ast.Subscript: "brackets",
+        ast.Lambda: "a lambda",
+        ast.JoinedStr: "an f-string",
+        ast.NamedExpr: "an assignment",
+        ast.Call: "a call of something that is not a function by name",
+    }.get(type(node), type(node).__name__)
+    return FormulaError(
+        f"{text!r} has {what}, which is not allowed: a formula may have columns, numbers, strings, "
+        f"+ - * / ** and {', '.join(_FUNCTIONS)}."
+    )
+
+
+def _literal(text: str, node: ast.expr) -> Any:
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float, str, bool, type(None)):
+        if _is_number(node.value):
+            _finite(text, node.value)
+        return node.value
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        value = node.operand.value if isinstance(node.operand, ast.Constant) else None
+        if _is_number(value):
+            _finite(text, value)
+            return -value
+    if isinstance(node, ast.List | ast.Tuple):
+        # Of literals, not of lists again.
+        if any(isinstance(item, ast.List | ast.Tuple) for item in node.elts):
+            raise _not_allowed(text, node)
+        return [_literal(text, item) for item in node.elts]
+    raise _not_allowed(text, node)
+
+
+def _arguments(text: str, call: ast.Call, allowed: Iterable[str]) -> dict[str, ast.expr]:
+    allowed = list(allowed)
+    function = getattr(call.func, "id", "")
+    if len(call.args) - 1 > len(allowed) or any(keyword.arg not in allowed for keyword in call.keywords):
+        raise FormulaError(f"{text!r}: {function}() has the options {', '.join(allowed)}.")
+    arguments = dict(zip(allowed, call.args[1:], strict=False))
+    for keyword_ in call.keywords:
+        if keyword_.arg in arguments:
+            raise FormulaError(f"{text!r}: {keyword_.arg} is given twice.")
+        arguments[str(keyword_.arg)] = keyword_.value
+    return arguments
+
+
+def _options(text: str, call: ast.Call, function: str) -> dict[str, Any]:
+    """Return the checked options of a basis."""
+    arguments = _arguments(text, call, option_names(function))
+    options = {name: _literal(text, node) for name, node in arguments.items()}
+    for name, value in options.items():
+        number = _is_number(value)
+        fits = {
+            "df": value is None or type(value) is int,
+            "degree": type(value) is int,
+            "knots": value is None or _is_list_of_numbers(value),
+            "lower_bound": value is None or number,
+            "upper_bound": value is None or number,
+            "raw": type(value) is bool,
+            "include_intercept": value is False,
+            "constraints": value == "center",
+            "extrapolation": value == "clip",
+        }[name]
+        if not fits:
+            why = {
+                "include_intercept": "MetadataNorm has the intercept itself",
+                "constraints": "only 'center' leaves the intercept to MetadataNorm",
+                "extrapolation": "values outside the training range move to its ends ('clip')",
+            }.get(name, "it has the wrong type")
+            raise FormulaError(f"{text!r}: {name}={value!r} is not possible: {why}.")
+    if options.get("df") is not None and options.get("knots") is not None:
+        raise FormulaError(f"{text!r}: give df or knots, not both.")
+    return options
+
+
+def _is_number(value: object) -> TypeGuard[int | float]:
+    return type(value) in (int, float)
+
+
+def _is_list_of_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_number, value))
+
+
+def _category(text: str, call: ast.Call, names: Mapping[str, str]) -> Factor:
+    """Return ``C(x)``, with its options ``reference`` and ``levels``, or ``Treatment(reference)``."""
+    column = _argument(text, call, "C")
+    if not isinstance(column, ast.Name):
+        raise FormulaError(f"{text!r}: C() takes the name of a column.")
+    arguments = _arguments(text, call, ("contrast", "reference", "levels"))
+    options: dict[str, Any] = {}
+    contrast = arguments.pop("contrast", None)
+    if contrast is not None:
+        named = contrast.func if isinstance(contrast, ast.Call) else contrast
+        if not (isinstance(named, ast.Name) and named.id == "Treatment"):
+            raise FormulaError(
+                f"{text!r}: the only contrast is Treatment(reference): others span the same columns, and "
+                "remove the same."
+            )
+        if isinstance(contrast, ast.Call):
+            # The first argument of Treatment is the reference itself.
+            shifted = ast.Call(contrast.func, [column, *contrast.args], contrast.keywords)
+            arguments = {**_arguments(text, shifted, ("reference",)), **arguments}
+    for name, node in arguments.items():
+        value = _literal(text, node)
+        several = name == "levels"
+        values = value if several and isinstance(value, list) else [value]
+        wrong = several and (not isinstance(value, list) or len(set(values)) < len(values))
+        if wrong or any(type(item) not in (int, float, str, bool) for item in values):
+            what = "a list of different levels" if several else "a level"
+            raise FormulaError(f"{text!r}: {name} must be {what}, got {value!r}.")
+        options[name] = value
+    variable = names.get(column.id, column.id)
+    return Factor(text, "category", (variable,), "C", options, column, names)

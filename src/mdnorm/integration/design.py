@@ -1,0 +1,152 @@
+"""A design inside a model: in its checkpoint, so that at inference raw metadata go in."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm.design import Design
+
+__all__ = ["AttachedDesign", "attach_design", "design_of"]
+
+_NAME = "metadata_design"
+
+
+class AttachedDesign(nn.Module):
+    """A module without parameters that holds a design as JSON in a buffer of bytes.
+
+    A checkpoint has only tensors then (``torch.load(weights_only=True)``, safetensors). Bytes are left alone
+    by ``.half()`` and ``.to(dtype)``, and loading takes those of the checkpoint whatever their number.
+
+    Parameters
+    ----------
+    design : Design, optional
+        A fitted one; without it, the module waits for a checkpoint.
+
+    Attributes
+    ----------
+    json : (number of bytes,) uint8 Tensor
+    """
+
+    json: Tensor
+
+    def __init__(self, design: Design | None = None) -> None:
+        super().__init__()
+        text = "" if design is None else design.to_json()
+        # bytearray, since a tensor cannot share memory that is read-only.
+        encoded = bytearray(text.encode("ascii"))
+        self.register_buffer(
+            "json", torch.frombuffer(encoded, dtype=torch.uint8).clone() if encoded else torch.empty(0).byte()
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return the input: in an `nn.Sequential` every module is called."""
+        return features
+
+    def design(self) -> Design:
+        """Return the design.
+
+        Raises
+        ------
+        RuntimeError
+            There is none yet.
+        ValueError
+            The bytes are no design.
+        """
+        if self.json.is_meta or self.json.numel() == 0:
+            raise RuntimeError(
+                "the model has room for a design but none in it: load a checkpoint, or attach_design(model, "
+                "design)."
+            )
+        try:
+            return Design.from_json(bytes(self.json.cpu().tolist()).decode("ascii"))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the design in this model is damaged: {error}") from error
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        loaded = state_dict.get(prefix + "json")
+        if isinstance(loaded, Tensor) and loaded.dtype == torch.uint8 and loaded.ndim == 1:
+            device = loaded.device if self.json.is_meta else self.json.device
+            self.json = torch.empty_like(loaded, device=device)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Return the number of bytes."""
+        return f"{self.json.numel()} bytes"
+
+
+def attach_design(model: nn.Module, design: Design | None = None) -> None:
+    """Put a fitted design into a model, so that the model's checkpoint has it.
+
+    Parameters
+    ----------
+    model : Module
+        Gets a submodule ``metadata_design``, without parameters; a design that it has already is replaced.
+    design : Design, optional
+        Leave it out in a new model, into which a checkpoint is loaded next: the design comes with it.
+
+    Raises
+    ------
+    RuntimeError
+        The design is not fitted.
+    ValueError
+        The model has something else of the name ``metadata_design``.
+
+    Examples
+    --------
+    >>> from mdnorm import Design
+    >>> design = Design(["age"]).fit({"age": [60, 70, 80]})
+    >>> trained, fresh = nn.Linear(1, 1), nn.Linear(1, 1)
+    >>> attach_design(trained, design)
+    >>> attach_design(fresh)
+    >>> fresh.load_state_dict(trained.state_dict())
+    <All keys matched successfully>
+    >>> design_of(fresh).transform({"age": 70}).metadata
+    tensor([[0.]])
+    """
+    attached = _attached(model)
+    if len(attached) == 1:
+        owner = next(module for module in model.modules() if attached[0] in module.children())
+        name = next(name for name, child in owner.named_children() if child is attached[0])
+        setattr(owner, name, AttachedDesign(design).to(attached[0].json.device))
+        return
+    if hasattr(model, _NAME):
+        raise ValueError(f"the model has something else of the name {_NAME!r}: rename it.")
+    model.add_module(_NAME, AttachedDesign(design))
+
+
+def design_of(model: nn.Module) -> Design:
+    """Return the design that `attach_design` put into a model, or that came with its checkpoint.
+
+    Parameters
+    ----------
+    model : Module
+        The model itself, or one that contains it (``DistributedDataParallel``, ``torch.compile``).
+
+    Raises
+    ------
+    RuntimeError
+        The model has no design.
+    ValueError
+        It has several, or what it has is damaged.
+    """
+    attached = _attached(model)
+    if not attached:
+        raise RuntimeError(
+            "the model has no design: attach_design(model, design) before it is saved, attach_design(model) "
+            "before a checkpoint with one is loaded."
+        )
+    return attached[0].design()
+
+
+def _attached(model: nn.Module) -> list[AttachedDesign]:
+    attached = [module for module in model.modules() if isinstance(module, AttachedDesign)]
+    if len(attached) > 1:
+        raise ValueError(
+            f"the model has {len(attached)} designs: call it with the part of the model that you mean."
+        )
+    return attached
