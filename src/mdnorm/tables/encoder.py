@@ -192,6 +192,7 @@ def _indicators(values: NDArray[Any], levels: list[Any], label: str) -> FloatArr
         unknown = sorted({str(value) for value in values[~known]})
         raise ValueError(
             f"{label} has level(s) {unknown[:5]} that were not there in fit "
-            f"({[str(v) for v in levels][:10]}). Give the column a categorical dtype with all its levels, or leave these rows out."
+            f"({[str(v) for v in levels][:10]}). Give the column a categorical dtype with all its "
+            "levels, or leave these rows out."
         )
     return out[:, 1:]

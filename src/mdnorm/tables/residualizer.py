@@ -271,8 +271,8 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             raise ValueError(f"all rows are of sites that are known already, {list(model.sites)}.")
         residuals = model.residual(features, design)
         moments = {
-            site: Moments.empty(residuals.shape[1], 0).update(residuals[rows], np.empty((rows.sum(), 0)))
-            for site, rows in _rows_by_site(sites, new).items()
+            site: Moments.empty(residuals.shape[1], 0).update(residuals[rows], np.empty((len(rows), 0)))
+            for site, rows in _rows_by_site(sites, np.flatnonzero(new)).items()
         }
         self._set_model(model.with_sites(moments))
         return self
@@ -295,7 +295,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         Returns
         -------
         (n, D) array, or DataFrame after ``set_output``
-            float32 where `X` is, else float64.
+            float32 where `X` is, else float64; objects where metadata that are no numbers are kept.
 
         Raises
         ------
@@ -388,17 +388,17 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         features, design, sites, num_rows = self._read(X, metadata, covariates, y=y, training=True)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
         moments: dict[Any, Moments] = {} if reset else dict(self.moments_)
-        for site, rows in _rows_by_site(sites, np.ones(num_rows, dtype=bool)).items():
+        for site, rows in _rows_by_site(sites, np.arange(num_rows)).items():
             before = moments.get(site)
             if before is None:
                 before = Moments.empty(
                     features.shape[1], self._num_metadata, design.shape[1] - self._num_metadata
                 )
-            everything = len(rows) == num_rows and rows.all()
+            everything = len(rows) == num_rows
             moments[site] = before.copy().update(
                 features if everything else features[rows],
                 design if everything else design[rows],
-                None if weights is None else weights[rows],
+                weights if weights is None or everything else weights[rows],
             )
         self.moments_: dict[Any, Moments] = moments
 
@@ -565,8 +565,8 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         if rows <= needed:
             raise ValueError(
                 f"{rows} sample{'s' if rows != 1 else ''} (n_samples={rows}) for {needed} linearly "
-                "independent columns of metadata, protected columns and intercept (sites included): they would "
-                "explain every feature. Use more rows, fewer columns, or ridge=."
+                "independent columns of metadata, protected columns and intercept (sites included): they "
+                "would explain every feature. Use more rows, fewer columns, or ridge=."
             )
 
     def _fitted_model(self) -> LocationScale:
@@ -625,12 +625,14 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
                 unseen = sorted({str(site) for site in sites[index < 0]})
                 raise ValueError(
                     f"site(s) {unseen[:5]} were not in fit ({[str(s) for s in model.sites][:10]}). Call "
-                    "adapt with rows of theirs, or set unseen_site='mean' to correct them as the average site."
+                    "adapt with rows of theirs, or set unseen_site='mean' to correct them as the average "
+                    "site."
                 )
         changed = (model.restore if inverse else model.remove)(features, design, index)
         out: NDArray[Any] = changed.astype(features.dtype)
         if inserted:
-            whole = np.empty((len(out), self.n_features_in_), dtype=out.dtype)
+            dtype = out.dtype if table.dtype.kind in "biuf" else np.dtype(object)
+            whole: NDArray[Any] = np.empty((len(out), self.n_features_in_), dtype=dtype)
             whole[:, self._feature_index], whole[:, self._metadata_index] = out, table
             return whole
         if self.keep_metadata and len(self._metadata_index):
@@ -743,9 +745,15 @@ def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
     return weights
 
 
-def _rows_by_site(sites: NDArray[Any] | None, chosen: NDArray[np.bool_]) -> dict[Any, NDArray[np.bool_]]:
-    """Return a mask of the chosen rows of each site, sites sorted; one entry, None, without sites."""
+def _rows_by_site(sites: NDArray[Any] | None, rows: NDArray[np.intp]) -> dict[Any, NDArray[np.intp]]:
+    """Return the rows of each site, sites sorted; one entry, None, without sites."""
     if sites is None:
-        return {None: chosen}
-    present = sorted(set(sites[chosen].tolist()), key=lambda site: (str(type(site)), site))
-    return {site: np.asarray(sites == site) & chosen for site in present}
+        return {None: rows}
+    values = sites[rows].tolist()
+    present = sorted(set(values), key=lambda site: (str(type(site)), site))
+    position = {site: index for index, site in enumerate(present)}
+    codes = np.array([position[site] for site in values], dtype=np.intp)
+    # One sort instead of one comparison of all rows a site: there may be thousands of sites.
+    order = np.argsort(codes, kind="stable")
+    ends = np.cumsum(np.bincount(codes, minlength=len(present)))[:-1]
+    return dict(zip(present, np.split(rows[order], ends), strict=True))
