@@ -85,6 +85,7 @@ def test_a_value_for_each_column_and_all_together() -> None:
             assert values[f"{name}/label_{label}"].item() == pytest.approx(expected_value, abs=TOLERANCE)
 
 
+@hypothesis.settings(max_examples=30)
 @given(
     sizes=st.lists(st.integers(0, 30), min_size=1, max_size=6),
     max_samples=st.integers(4, 60),
