@@ -1,0 +1,159 @@
+"""Distances from matrix products, tiles, products of U-centred matrices and of their rows."""
+
+from __future__ import annotations
+
+import dcor
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mdnorm.metrics import distance_correlation_sqr
+from mdnorm.metrics import pairwise as pairwise_module
+from mdnorm.metrics.pairwise import (
+    Distances,
+    GaussianKernel,
+    LinearKernel,
+    centred_products,
+    permuted_products,
+    row_products,
+)
+
+
+def _cases() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    n, p = 300, 20
+    x = rng.standard_normal((n, p))
+    centres = rng.standard_normal((5, p))
+    return {
+        "normal": x,
+        "duplicates": x[rng.integers(0, 60, n)],
+        "a few close pairs": np.concatenate([x[:-3], x[:3] + 1e-9]),
+        "tight clusters far apart": 1e3 * centres[rng.integers(0, 5, n)] + 1e-4 * x,
+        "two levels of clusters": centres[rng.integers(0, 5, n)] + 1e-2 * x[rng.integers(0, 40, n)],
+        "large common offset": x + 1e6,
+        "integers": rng.integers(0, 3, (n, p)).astype(float),
+        "one-hot": np.eye(p)[rng.integers(0, p, n)],
+        "on a line": np.outer(np.linspace(0, 1, n), np.ones(p)) + 1e-6 * x,
+        "mostly zero": np.maximum(x - 2.2, 0),
+        "norms of all sizes": x * np.exp(3 * rng.standard_normal((n, 1))),
+        "six columns": x[:, :6],
+        "five columns": x[:, :5],
+    }
+
+
+def _distances_in_extended_precision(x: np.ndarray) -> np.ndarray:
+    x = x.astype(np.longdouble)
+    return np.sqrt(((x[:, None] - x) ** 2).sum(axis=-1))
+
+
+@pytest.mark.parametrize("kind", _cases())
+@pytest.mark.parametrize("by_index", [False, True])
+def test_distances_are_precise_whatever_their_size(kind: str, by_index: bool) -> None:
+    x = _cases()[kind]
+    n = len(x)
+    expected = _distances_in_extended_precision(x)
+    distances = Distances(torch.from_numpy(x))
+    first, second = slice(10, 90), slice(10, n)
+    if by_index:
+        order = torch.from_numpy(np.random.default_rng(1).permutation(n))
+        first, second = order[first], order[second]
+    block = distances.block(first, second, torch.empty(80, n - 10, dtype=torch.float64)).numpy()
+    expected = expected[np.asarray(np.r_[first])][:, np.asarray(np.r_[second])]
+    apart = np.broadcast_to(np.r_[first][:, None] != np.r_[second], expected.shape)
+    np.testing.assert_allclose(block[apart], expected[apart].astype(float), rtol=2e-12)
+    assert (block[apart & (expected == 0)] == 0).all()
+
+
+@pytest.mark.parametrize("kind", _cases())
+def test_correlation_equals_dcor(kind: str) -> None:
+    x = _cases()[kind]
+    rng = np.random.default_rng(3)
+    y = x[:, 0] / np.abs(x[:, 0]).max() + 0.1 * rng.standard_normal(len(x))
+    expected = float(dcor.u_distance_correlation_sqr(x, y))
+    for tile_size in (None, 7):
+        assert distance_correlation_sqr(x, y, tile_size=tile_size) == pytest.approx(expected, abs=1e-9)
+        assert distance_correlation_sqr(x, x, tile_size=tile_size) == pytest.approx(1, abs=1e-12)
+
+
+def test_tiles_of_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = _cases()["duplicates"]
+    y = np.random.default_rng(0).standard_normal((len(x), 2)) + x[:, :1]
+    expected = distance_correlation_sqr(x, y)
+    monkeypatch.setattr(pairwise_module, "_TILE_ELEMENTS_CPU", 1000)
+    monkeypatch.setattr(pairwise_module, "_TILE_ROWS", 16)
+    for tile_size in (None, 1, 40, 299):
+        assert distance_correlation_sqr(x, y, tile_size=tile_size) == pytest.approx(expected, abs=1e-13)
+
+
+def _u_centred(matrix: np.ndarray) -> np.ndarray:
+    n = len(matrix)
+    matrix = matrix - np.diag(np.diag(matrix))
+    sums = matrix.sum(axis=0)
+    centred = matrix - sums / (n - 2) - sums[:, None] / (n - 2) + sums.sum() / ((n - 1) * (n - 2))
+    np.fill_diagonal(centred, 0)
+    return centred
+
+
+def _three_matrices(n: int, seed: int = 0) -> tuple[list[pairwise_module.PairwiseMatrix], list[np.ndarray]]:
+    rng = np.random.default_rng(seed)
+    x, y, z = (rng.standard_normal((n, p)) for p in (8, 2, 3))
+    matrices = [
+        Distances(torch.from_numpy(x)),
+        GaussianKernel(torch.from_numpy(y), 0.7),
+        LinearKernel(torch.from_numpy(z)),
+    ]
+    squared = [((v[:, None] - v) ** 2).sum(-1) for v in (x, y)]
+    full = [np.sqrt(squared[0]), np.exp(-squared[1] / (2 * 0.7**2)), z @ z.T]
+    return matrices, [_u_centred(matrix) for matrix in full]
+
+
+@given(st.integers(4, 90), st.sampled_from([None, 1, 9]), st.integers(0, 100))
+def test_products_of_distances_and_kernels(n: int, tile_size: int | None, seed: int) -> None:
+    matrices, centred = _three_matrices(n, seed)
+    result = centred_products(matrices, tile_size)
+    expected = np.array([[(a * b).sum() for b in centred] for a in centred]) / (n * (n - 3))
+    np.testing.assert_allclose(result.products, expected, rtol=1e-10, atol=1e-13)
+    assert not result.is_zero.any()
+
+
+@pytest.mark.parametrize("tile_size", [None, 1, 9])
+def test_products_of_rows(tile_size: int | None) -> None:
+    matrices, (a, b, _) = _three_matrices(60)
+    effects = centred_products(matrices, tile_size).effects
+    result = row_products(matrices[0], matrices[1], effects[:2], tile_size)
+    expected = np.stack([(u * v).sum(axis=1) for u, v in ((a, a), (a, b), (b, b))])
+    np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("tile_size", [None, 1, 9])
+def test_products_of_permuted_matrices(tile_size: int | None) -> None:
+    n = 60
+    matrices, (a, b, _) = _three_matrices(n)
+    effects = centred_products(matrices, tile_size).effects
+    orders = np.stack([np.random.default_rng(seed).permutation(n) for seed in range(5)])
+    for first, second, left, right, index in ((0, 1, a, b, [0, 1]), (1, 0, b, a, [1, 0])):
+        result = permuted_products(
+            matrices[first], matrices[second], effects[index], torch.from_numpy(orders), tile_size
+        )
+        expected = [(left * right[order][:, order]).sum() / (n * (n - 3)) for order in orders]
+        np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-13)
+
+
+def test_a_constant_has_no_products() -> None:
+    x = torch.randn(30, 2, dtype=torch.float64)
+    result = centred_products([Distances(x[:, :0]), Distances(x), Distances(x[:, :0])])
+    assert result.is_zero.tolist() == [True, False, True]
+    assert result.products[1, 1] > 0
+    result.products[1, 1] = 0
+    assert (result.products == 0).all()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_as_on_the_cpu() -> None:
+    for kind, x in _cases().items():
+        y = x[:, :1] ** 2
+        expected = distance_correlation_sqr(x, y)
+        result = distance_correlation_sqr(torch.from_numpy(x).cuda(), y)
+        assert result.item() == pytest.approx(expected, abs=1e-11), kind
