@@ -258,6 +258,12 @@ def test_metadata_as_columns_of_the_table(keep_metadata: bool) -> None:
         **({} if keep_metadata else {"metadata": frame}),
     )
     np.testing.assert_allclose(back[:, 1:6].astype(float), features, atol=1e-9)
+    np.testing.assert_array_equal(
+        residualizer.transform(whole),
+        clone(residualizer)
+        .fit(pl.DataFrame(whole.to_dict("list")), label)
+        .transform(pl.DataFrame(whole.to_dict("list"))),
+    )
     if keep_metadata:
         assert list(result[:, 0]) == list(frame["sex"])
     assert list(residualizer.feature_names_in_) == list(whole.columns)
@@ -653,6 +659,18 @@ def test_digits_from_two_scanners() -> None:
             {"metadata": np.zeros(90), "y": np.full(90, np.nan)},
             ValueError,
             r"y has NaN .* row\(s\) \[0, 1",
+        ),
+        (
+            {},
+            {"metadata": np.zeros(90), "y": np.array(["a", None] * 45)},
+            ValueError,
+            "y has missing values in 45",
+        ),
+        (
+            {},
+            {"metadata": np.zeros(90), "y": np.full((90, 2), "a")},
+            TypeError,
+            "y has 2 columns.*covariates=",
         ),
         ({}, {"metadata": np.eye(90)}, ValueError, "n_samples=90.* for 90 linearly independent.*ridge="),
         ({}, {"metadata": np.zeros(90), "sample_weight": -np.ones(90)}, ValueError, "not negative"),

@@ -12,7 +12,8 @@ How it is computed. Site columns in a regression are the centring of all other c
 `β` follows from the sums of the within-site products, and the residual sum of squares of each site is
 ``s − 2 β·C + β·G β`` with that site's products. The empirical Bayes steps use the data only through these.
 ComBat is therefore a function of one `Moments` a site, and can be fitted to data that are streamed or
-partitioned.
+partitioned. (The difference loses as many digits as the design explains nines of a feature's variance: with
+all but 1e-8 of it explained, eight of sixteen are left.)
 
 With empirical Bayes, `γ_i` has a normal and `δ_i` an inverse gamma prior over the features of a site, fitted
 by moments, and the posterior means are found by iteration from the estimates.

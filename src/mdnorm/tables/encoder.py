@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ColumnEncoder", "named_columns"]
+__all__ = ["ColumnEncoder", "category_values", "named_columns"]
 
 FloatArray = NDArray[np.float64]
 
@@ -85,9 +85,9 @@ class ColumnEncoder:
                     f"{self.name} has {len(values)} rows but X has {num_rows}: one row a sample is needed."
                 )
             if column == self.site:
-                sites = _categories(values, label)
+                sites = category_values(values, label)
             elif column in self.levels_:
-                blocks.append(_indicators(_categories(values, label), self.levels_[column], label))
+                blocks.append(_indicators(category_values(values, label), self.levels_[column], label))
             else:
                 blocks.append(_numbers(values, label)[:, None])
         return np.concatenate(blocks, axis=1), sites
@@ -117,7 +117,7 @@ def named_columns(table: Any, name: str) -> dict[Hashable, Any]:
 def _dtype_levels(values: Any) -> Sequence[Any] | None:
     categories = getattr(values.dtype, "categories", None)  # pandas, polars Enum
     if categories is None and hasattr(values, "cat") and str(values.dtype) == "Categorical":
-        categories = values.cat.get_categories()
+        categories = values.cat.getcategory_values()
     return None if categories is None else list(categories)
 
 
@@ -128,7 +128,7 @@ def _levels(values: Any, label: str) -> list[Any] | None:
         return list(levels)
     if np.asarray(values).dtype.kind in "biuf" or _as_numbers(values) is not None:
         return None
-    present = set(_categories(values, label).tolist())
+    present = set(category_values(values, label).tolist())
     return sorted(present, key=lambda level: (str(type(level)), level))
 
 
@@ -166,13 +166,30 @@ def _numbers(values: Any, label: str) -> FloatArray:
     return numbers
 
 
-def _categories(values: Any, label: str) -> NDArray[Any]:
+def category_values(values: Any, label: str) -> NDArray[Any]:
+    """Return a column as an array whose values can be told apart by equality.
+
+    Parameters
+    ----------
+    values : (n,) array or column of a DataFrame
+    label : str
+        What the column is, for messages.
+
+    Raises
+    ------
+    TypeError
+        Values of another kind than numbers, strings and objects.
+    ValueError
+        Missing values.
+    """
     array = np.asarray(values)
     if array.dtype.kind not in "biufOUST":
         raise TypeError(f"{label} must hold numbers, strings or categories, got dtype {array.dtype}.")
-    missing = (
-        [row for row, value in enumerate(array) if _is_missing(value)] if array.dtype.kind in "fO" else []
-    )
+    missing: list[int] = []
+    if array.dtype.kind == "f":
+        missing = np.flatnonzero(np.isnan(array)).tolist()
+    elif array.dtype.kind == "O":
+        missing = [row for row, value in enumerate(array.tolist()) if _is_missing(value)]
     if missing:
         raise ValueError(
             f"{label} has missing values in {len(missing)} of {len(array)} rows (first: {missing[:5]}): drop "

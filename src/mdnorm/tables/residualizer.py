@@ -18,7 +18,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import _check_feature_names_in, check_array, check_is_fitted, validate_data
 
 from mdnorm.tables.combat import LocationScale, fit_location_scale
-from mdnorm.tables.encoder import ColumnEncoder
+from mdnorm.tables.encoder import ColumnEncoder, category_values
 from mdnorm.tables.moments import Moments
 
 __all__ = ["MetadataResidualizer"]
@@ -697,12 +697,16 @@ class _Target:
         single = values.ndim == 1 or values.shape[1] == 1
         # More than one column of integers is an indicator or a multi-output table already.
         self._continuous = self._continuous or (not single and values.dtype.kind in "biuf")
-        self._encoder = ColumnEncoder("y")
         self._levels: list[Any] | None = None
         if self._continuous:
             self.num_columns = 1 if values.ndim == 1 else values.shape[1]
         else:
-            column = values.reshape(-1) if classes is None else np.asarray(classes).reshape(-1)
+            if not single:
+                raise TypeError(
+                    f"y has {values.shape[1]} columns of dtype {values.dtype}: categories can be protected "
+                    "as one column, more of them as covariates=."
+                )
+            column = category_values(values.reshape(-1) if classes is None else np.asarray(classes), "y")
             self._levels = sorted(set(column.tolist()), key=lambda level: (str(type(level)), level))
             self.num_columns = len(self._levels) - 1
 
@@ -723,7 +727,7 @@ class _Target:
             if columns.shape[1] != self.num_columns:
                 raise ValueError(f"y has {columns.shape[1]} column(s), before it had {self.num_columns}.")
             return columns
-        column = values.reshape(-1)
+        column = category_values(values.reshape(num_rows, -1)[:, 0], "y")
         position = {level: index for index, level in enumerate(self._levels)}
         codes = np.array([position.get(value, -1) for value in column.tolist()], dtype=np.intp)
         if (codes < 0).any():
