@@ -215,6 +215,13 @@ def test_what_does_not_fit_is_told_at_the_first_batch(
     assert all(not module._forward_hooks for module in model.modules())
 
 
+def test_a_wrong_layer_fails_before_training(tmp_path: Path) -> None:
+    trainer = _trainer(tmp_path, DependenceCallback("encodr", "age"), num_sanity_val_steps=0)
+    with pytest.raises(ValueError, match="no module 'encodr': its modules are encoder, pair, relu"):
+        trainer.fit(Model(), _loader(), _loader())
+    assert trainer.global_step == 0
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

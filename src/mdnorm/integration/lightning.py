@@ -140,7 +140,7 @@ class DependenceCallback(Callback):
         self._outputs: LayerOutputs | None = None
         self._metric: DistanceCorrelation | None = None
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the layer, so that a wrong name fails before training."""
         LayerOutputs(pl_module, self.layer, self.output)
 
