@@ -1,6 +1,7 @@
 """`Moments` against least squares on the whole table in float64."""
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,14 @@ def test_many_features_and_many_rows_are_taken_in_steps_of_the_same_result() -> 
         assert moments.num_rows == n
         np.testing.assert_allclose(moments.solve(), _least_squares(features, design), atol=1e-10)
         np.testing.assert_allclose(moments.feature_squares, n * features.var(0), rtol=1e-10)
+
+
+def test_means_are_those_of_an_exact_sum() -> None:
+    features, design = _table(60_000, 2, 2, seed=13, offset=1e8 / 3)
+    moments = Moments.empty(2, 2).update(features, design)
+    for mean, table in ((moments.feature_mean, features), (moments.design_mean, design)):
+        exact = [math.fsum(column) / len(table) for column in table.T]
+        np.testing.assert_allclose(mean, exact, rtol=2 * np.finfo(float).eps)
 
 
 @given(st.integers(5, 60), st.integers(1, 4), st.integers(1, 3), st.integers(0, 10**6))
