@@ -201,13 +201,17 @@ class Design:
 
     Examples
     --------
-    >>> table = {"age": [60, 70, 65, 75], "site": ["a", "a", "b", "b"], "sick": [0, 1, 1, 0]}
+    >>> table = {
+    ...     "age": [60, 70, 65, 75, 62, 58],
+    ...     "site": ["a", "a", "b", "b", "b", "a"],
+    ...     "sick": [0, 1, 1, 0, 0, 1],
+    ... }
     >>> design = Design(["age", "site"], labels="sick").fit(table)
     >>> design.metadata_names
     ('age', 'site[T.b]')
     >>> metadata, labels = design.transform(table)
     >>> metadata.shape, labels.shape
-    (torch.Size([4, 2]), torch.Size([4, 1]))
+    (torch.Size([6, 2]), torch.Size([6, 1]))
     >>> design.transform({"age": 66, "site": "b"}).metadata.shape
     torch.Size([1, 2])
     """
@@ -711,7 +715,8 @@ class Design:
         for _, block in self._chunks(evaluated):
             usable = ~np.isnan(block)
             count += usable.sum(0)
-            total += np.where(usable, block, 0).sum(0)
+            with np.errstate(over="ignore"):
+                total += np.where(usable, block, 0).sum(0)
             largest = np.maximum(largest, np.where(usable, np.abs(block), 0).max(0))
         names = self.metadata_names
         if (count == 0).any():
@@ -721,7 +726,8 @@ class Design:
             )
         mean, squares = total / count, np.zeros(width)
         for _, block in self._chunks(evaluated):
-            squares += (np.where(np.isnan(block), 0.0, block - mean) ** 2).sum(0)
+            with np.errstate(over="ignore"):
+                squares += (np.where(np.isnan(block), 0.0, block - mean) ** 2).sum(0)
         deviation = np.sqrt(squares / count)
         if not (np.isfinite(mean) & np.isfinite(deviation)).all():
             name = names[int(np.flatnonzero(~(np.isfinite(mean) & np.isfinite(deviation)))[0])]

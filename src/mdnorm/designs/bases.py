@@ -79,6 +79,8 @@ class Spline:
                 raise ValueError(f"{what}: df must be between degree={degree} and {_MAX_COLUMNS}, got {df}.")
             inside = values[(values >= low) & (values <= high)]
             try:
+                if len(np.unique(inside)) <= df:
+                    raise ValueError
                 inner = basis.spline_knots(inside, df, degree).tolist()[1:-1] if df > degree else []
                 _checked_knots(values, {**options, "knots": inner}, what)
             except ValueError:

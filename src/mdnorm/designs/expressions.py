@@ -178,10 +178,11 @@ def parse_formula(formula: str) -> tuple[tuple[Factor, ...], ...]:
         from formulaic.errors import FormulaicError
     if len(formula) > 10 * _MAX_LENGTH:
         raise FormulaError(f"the formula has {len(formula)} characters, more than {10 * _MAX_LENGTH}.")
+    code, names = _with_placeholders(formula)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            parsed = Formula(formula)
+            parsed = Formula(code)
     except (FormulaicError, SyntaxError, SyntaxWarning, ValueError, RecursionError, MemoryError) as error:
         raise FormulaError(f"the formula {formula!r} cannot be read: {error}") from error
     if not isinstance(parsed, SimpleFormula):
@@ -201,10 +202,32 @@ def parse_formula(formula: str) -> tuple[tuple[Factor, ...], ...]:
                     f"the formula {formula!r} multiplies a term by {factor.expr}: take it away, the scale of "
                     "a column does not matter."
                 )
-            factors.append(parse_factor(quoted(factor.expr) if kind == "lookup" else factor.expr))
+            text = factor.expr
+            if kind == "lookup":
+                factors.append(parse_factor(quoted(names.get(text, text))))
+                continue
+            for placeholder, name in names.items():
+                text = re.sub(rf"\b{placeholder}\b", quoted(name).replace("\\", r"\\"), text)
+            factors.append(parse_factor(text))
         if factors:
             terms.append(tuple(factors))
     return tuple(terms)
+
+
+def _with_placeholders(text: str) -> tuple[str, dict[str, str]]:
+    """Return a text in which names that are no plain identifiers are, and what each stands for."""
+    names: dict[str, str] = {}
+
+    def placeholder(match: re.Match[str]) -> str:
+        if match[1] is not None or (match[3] is not None and match[3].isascii()):
+            return match[0]
+        name = f"quoted_{len(names)}"
+        while name in text:
+            name += "_"
+        names[name] = match[2] if match[3] is None else match[3]
+        return f" {name} "
+
+    return _QUOTED.sub(placeholder, text).strip(), names
 
 
 def parse_factor(text: str) -> Factor:
@@ -221,22 +244,11 @@ def parse_factor(text: str) -> Factor:
     """
     if len(text) > _MAX_LENGTH:
         raise FormulaError(f"{text[:40]!r}… has {len(text)} characters, more than {_MAX_LENGTH}.")
-    names: dict[str, str] = {}
-
-    def placeholder(match: re.Match[str]) -> str:
-        if match[1] is not None or (match[3] is not None and match[3].isascii()):
-            return match[0]
-        name = f"quoted_{len(names)}"
-        while name in text:
-            name += "_"
-        names[name] = match[2] if match[3] is None else match[3]
-        return f" {name} "
-
-    code = _QUOTED.sub(placeholder, text)
+    code, names = _with_placeholders(text)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            tree = ast.parse(code.strip(), mode="eval").body
+            tree = ast.parse(code, mode="eval").body
     except (SyntaxError, SyntaxWarning, ValueError, RecursionError, MemoryError) as error:
         raise FormulaError(f"{text!r} cannot be read as a factor of a formula: {error}") from error
 
@@ -305,6 +317,8 @@ def _finite(text: str, value: float) -> None:
 
 
 def _not_allowed(text: str, node: ast.AST) -> FormulaError:
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        node = node.func
     what = {
         ast.Attribute: "a dot; write log(x) rather than np.log(x), and a column with a dot in backticks",
         ast.Compare: "a comparison",

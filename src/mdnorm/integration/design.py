@@ -98,7 +98,7 @@ def attach_design(model: nn.Module, design: Design | None = None) -> None:
 
     Examples
     --------
-    >>> from mdnorm import Design
+    >>> from mdnorm.design import Design
     >>> design = Design(["age"]).fit({"age": [60, 70, 80]})
     >>> trained, fresh = nn.Linear(1, 1), nn.Linear(1, 1)
     >>> attach_design(trained, design)
