@@ -314,9 +314,10 @@ def _column_products(matrices: list[PairwiseMatrix]) -> CentredProducts | None:
     widths = [matrix.num_columns for matrix in matrices]
     if 0 in widths or widths[0] ** 2 + widths[0] * widths[1] + widths[1] ** 2 > num_samples * sum(widths) / 2:
         return None
-    squares = torch.stack([matrix.rows.square().sum(dim=1) for matrix in matrices])
+    centred_rows = [matrix.rows - matrix.rows.mean(dim=0) for matrix in matrices]
+    squares = torch.stack([rows.square().sum(dim=1) for rows in centred_rows])
     all_pairs = torch.stack(
-        [torch.stack([(a.rows.T @ b.rows).square().sum() for b in matrices]) for a in matrices]
+        [torch.stack([(a.T @ b).square().sum() for b in centred_rows]) for a in centred_rows]
     )
     same = squares @ squares.T
     totals = squares.sum(dim=1)

@@ -209,7 +209,8 @@ class LinearKernel(PairwiseMatrix):
     """The kernel ``x_i·x_j``; U-centring takes a common offset of the samples away."""
 
     def __init__(self, rows: Tensor) -> None:
-        super().__init__(rows - rows.mean(dim=0))
+        # The median, unlike the mean, is close to most samples where another is far away.
+        super().__init__(rows - rows.median(dim=0).values if rows.shape[1] > 0 else rows)
 
     def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
         """Return inner products."""
