@@ -585,15 +585,16 @@ def _point_values(problem: _Problem, probabilities: Floats | None, num_bins: int
         return float(selection_rate(true, guessed, pos_label=positive))
 
     def calibration_error(true: Integers, guessed: Integers, rows: Integers) -> float:
-        from torchmetrics.functional.classification import binary_calibration_error as binary_error
-        from torchmetrics.functional.classification import multiclass_calibration_error as multiclass_error
+        from torchmetrics.functional.classification import binary_calibration_error
 
         assert columns is not None
-        chosen = torch.from_numpy(columns[rows.astype(np.int64)])
-        classes = torch.from_numpy(np.asarray(true, dtype=np.int64))
-        if positive is not None:
-            return float(binary_error(chosen, (classes == positive).long(), n_bins=num_bins))
-        return float(multiclass_error(chosen, classes, num_classes, n_bins=num_bins))
+        # Of several classes the predicted one is right or wrong; the multiclass function rounds to float32.
+        confidences, outcomes = _confidences(columns[rows.astype(np.int64)], np.asarray(true), positive)
+        inputs = (
+            torch.from_numpy(np.ascontiguousarray(confidences)),
+            torch.from_numpy(outcomes.astype(np.int64)),
+        )
+        return float(binary_calibration_error(*inputs, n_bins=num_bins))
 
     def brier_score(true: Integers, guessed: Integers, rows: Integers) -> float:
         assert columns is not None
@@ -627,6 +628,15 @@ def _point_values(problem: _Problem, probabilities: Floats | None, num_bins: int
     return {name: by_group[name].to_numpy(dtype=np.float64) for name in metrics}
 
 
+def _confidences(
+    probabilities: Floats, true: Integers, positive: int | None
+) -> tuple[Floats, NDArray[np.bool_]]:
+    """Return the probability of the positive, or the likeliest, class (n,), and whether it is the true one."""
+    if positive is not None:
+        return probabilities, np.asarray(true == positive)
+    return probabilities.max(axis=1), np.asarray(probabilities.argmax(axis=1) == true)
+
+
 def _squared_errors(probabilities: Floats, true: Integers, positive: int | None) -> Floats:
     """Return the squared error of each row (n,), summed over classes where there are columns."""
     if positive is not None:
@@ -643,11 +653,7 @@ def _row_sums(problem: _Problem, probabilities: Floats | None, num_bins: int) ->
     cells = problem.true * num_classes + problem.guessed
     parts = [(cells[:, None] == np.arange(num_classes**2)).astype(np.float64)]
     if probabilities is not None:
-        if problem.positive is not None:
-            confidences, outcomes = probabilities, problem.true == problem.positive
-        else:
-            confidences = probabilities.max(axis=1)
-            outcomes = probabilities.argmax(axis=1) == problem.true
+        confidences, outcomes = _confidences(probabilities, problem.true, problem.positive)
         # The bins of torchmetrics: closed below, and a bin of its own for 1.
         edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
         bins = torch.bucketize(torch.from_numpy(np.ascontiguousarray(confidences)), edges, right=True) - 1

@@ -1,12 +1,12 @@
 """Probes: how well can a metadata column be predicted from features, against permutations of the column.
 
 How it is computed. In every fold the features are transformed without looking at the target (standardised;
-for the non-linear probe followed by random features), and one eigendecomposition of their Gram matrix then
-serves the target and all of its permutations at once. With the transformed training features ``Z``, ``ZᵀZ = V
-Λ Vᵀ`` and ``P = Z V``, ridge regression of the strength α fits ``Ŷ = ȳ + P (Λ + α)⁻¹ Pᵀ (Y − ȳ)``, and what
-it predicts for rows it has not seen follows from the residuals in closed form: with the rows `b` of one
-subject left out, ``r_b / (I − H_bb)``. These left-out predictions choose α for each target, and place the
-thresholds of classes.
+for the non-linear probe followed by functions of them), and one eigendecomposition of their Gram matrix then
+serves the target and all of its permutations at once. With the transformed training features Z,
+``ZᵀZ = V Λ Vᵀ`` and ``P = Z V``, ridge regression of the strength α fits ``ȳ + P (Λ + α)⁻¹ Pᵀ (Y − ȳ)``, and
+what it predicts for rows it has not seen follows from its residuals r in closed form: where the rows b of one
+subject are left out, they are wrong by ``(I − H_bb)⁻¹ r_b``. These left-out predictions choose between
+representations and strengths for each target, and place the thresholds of classes.
 
 Classes. Ridge regression on class indicators gives the direction of a regularised linear discriminant
 (Hastie, Buja & Tibshirani 1995). Its thresholds for uniform priors need the class means of the scores; taken
@@ -61,6 +61,9 @@ _WIDTHS = (0.1, 1.0)
 _MAX_ADDITIVE = 600
 _MAX_WAVES = 6
 _MAX_QUANTILES = 1000
+
+# Eigenvalues below this share of the largest are rounding.
+_ROUNDING = 1e-12
 
 # Least share of the variance that is within classes.
 _MIN_WITHIN = 1e-6
@@ -280,15 +283,16 @@ def probe(
     the label tells.
 
     The non-linear probe offers three representations of the standardised features, and takes for each target
-    the one with the smallest left-out error: the features themselves; functions of single features (cosines of
-    their ranks; of principal components where there are more than 600); and Nyström features (Williams & Seeger
-    2001) of Gaussian kernels of two widths beside the features. All end in the same ridge, so permutations cost
-    one factorisation each a fold, where a network or boosted trees would have to be trained again for each.
-    On 1000 rows of 10 features its balanced accuracy, beside that of a network with 100 hidden units and of
-    boosted trees of scikit-learn, was 0.90 (0.88, 0.90) for a quadratic function of one feature, 0.88 (0.53,
-    0.91) for a sine, 0.77 (0.86, 0.92) for an exclusive or of two features, 0.87 (0.85, 0.87) for a radius and
-    0.83 (0.51, 0.52) for a class in a component of a small variance. It does not find an exclusive or of two
-    features among 84, which boosted trees do: a p-value that is not small does not show independence.
+    the one with the smallest left-out error: the features themselves; functions of single features (cosines
+    of their ranks; of principal components where there are more than 600); and Nyström features (Williams &
+    Seeger 2001) of Gaussian kernels of two widths beside the features. All end in the same ridge, so that
+    permutations share one factorisation each a fold, where a network or boosted trees would have to be
+    trained again for each. On 1000 rows of 10 features its balanced accuracy, beside that of a network with
+    100 hidden units and of boosted trees (both of scikit-learn), was 0.90 (0.88, 0.90) for a quadratic
+    function of one feature, 0.88 (0.53, 0.91) for a sine, 0.76 (0.86, 0.92) for an exclusive or of two
+    features, 0.86 (0.85, 0.87) for a radius, and 0.82 (0.51, 0.52) for a class in a component of a small
+    variance. An exclusive or of two features among 84 it does not find (0.51), boosted trees do (0.75): a
+    large p-value does not show independence.
 
     Arithmetic is O(n·q² + n·q·num_permutations) a fold with q the number of (transformed) columns, or n where
     that is smaller; memory is O(n·(p + q)) beside it.
@@ -611,10 +615,17 @@ def _representations(train: Floats, test: Floats, settings: _Settings) -> Iterat
     """Yield transformed training and test features: the standardised ones, and those that are not linear."""
     from sklearn.preprocessing import StandardScaler
 
+    varying = np.ptp(train, axis=0) > 0
+    if not varying.any():
+        yield np.zeros((train.shape[0], 1)), np.zeros((test.shape[0], 1))
+        return
+    if not varying.all():
+        # Standardised, a constant would be a rounding error that can be fitted.
+        train, test = train[:, varying], test[:, varying]
     scaler = StandardScaler().fit(train)
     train, test = scaler.transform(train), scaler.transform(test)
     yield train, test
-    if settings.model == "linear" or not train.any():
+    if settings.model == "linear":
         return
     for expand in (_additive, _kernels):
         yield expand(train, test, settings)
@@ -729,16 +740,16 @@ class _Basis:
     def __init__(self, train: Floats, test: Floats, subjects: Integers | None) -> None:
         from scipy.linalg import eigh
 
-        if train.shape[1] <= train.shape[0]:
-            eigenvalues, vectors = eigh(train.T @ train)
+        narrow = train.shape[1] <= train.shape[0]
+        eigenvalues, vectors = eigh(train.T @ train if narrow else train @ train.T)
+        kept = eigenvalues > _ROUNDING * eigenvalues[-1]
+        eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
+        if narrow:
             self.train, self.test = train @ vectors, test @ vectors
         else:
-            eigenvalues, vectors = eigh(train @ train.T)
-            kept = eigenvalues > 1e-12 * eigenvalues[-1]
-            eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
             roots = np.sqrt(eigenvalues)
             self.train, self.test = vectors * roots, (test @ train.T) @ vectors / roots
-        self.eigenvalues: Floats = np.maximum(eigenvalues, 0)
+        self.eigenvalues: Floats = eigenvalues
         self.mean_eigenvalue = float(self.eigenvalues.sum() / train.shape[1])
         self.grouped = subjects is not None
         self.left_out = _LeftOut(self.train, subjects)
@@ -788,7 +799,7 @@ class _Basis:
             coefficients[:, tried[better]] = fitted.reshape(-1, tried.size, width)[:, better]
             scores = (left_out_targets[:, columns] - residuals).reshape(shape)
             agreement[tried[better]] = _agreement(scores[:, better], targets[:, tried[better]])
-        predicted = self.test @ coefficients.reshape(coefficients.shape[0], -1)
+        predicted = self.test @ coefficients.reshape(-1, num_targets * width)
         return best, predicted.reshape(-1, num_targets, width), agreement
 
     def _weights(self, strength: float) -> Floats:
@@ -800,14 +811,10 @@ class _Basis:
         num_rows, rank = centred.shape[0], self.eigenvalues.size
         # Sums over the columns of one target: of its squares, and of those of its part along each component.
         total = _squared_sums(centred.reshape(num_rows, -1, width), axis=(0, 2))
-        lengths = _squared_sums(products.reshape(rank, -1, width), axis=2)
-        lengths = np.divide(
-            lengths,
-            self.eigenvalues[:, None],
-            out=np.zeros_like(lengths),
-            where=self.eigenvalues[:, None] > 0,
-        )
-        outside = np.maximum(total - lengths.sum(axis=0), 0)
+        lengths = _squared_sums(products.reshape(rank, total.size, width), axis=2)
+        lengths /= self.eigenvalues[:, None]
+        # Components that span everything leave nothing outside but rounding, and no degrees of freedom.
+        outside = np.maximum(total - lengths.sum(axis=0), 0) if rank < num_rows - 1 else np.zeros_like(total)
         errors = np.empty((_STRENGTHS.size, total.size))
         for index, strength in enumerate(_STRENGTHS):
             kept = self.eigenvalues * self._weights(strength)

@@ -1,0 +1,443 @@
+"""Group gaps against fairlearn, scikit-learn, torchmetrics and plain resampling; undefined rates; errors."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import fairlearn.metrics as fairlearn
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score_loss, recall_score
+
+from mdnorm.metrics import group_gaps as module
+from mdnorm.metrics.group_gaps import GroupGaps, group_gaps, quantile_groups
+
+
+def _data(
+    n: int = 600, num_classes: int = 2, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Labels, predictions, groups and scores; the third group is predicted worse."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, num_classes, n)
+    groups = np.array(["a", "b", "c"])[rng.choice(3, n, p=[0.5, 0.3, 0.2])]
+    logits = (
+        rng.standard_normal((n, num_classes))
+        + np.where(groups == "c", 0.5, 2)[:, None] * np.eye(num_classes)[y]
+    )
+    scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+    return y, scores.argmax(axis=1), groups, scores
+
+
+def _rates(result: GroupGaps, name: str) -> dict[Any, Any]:
+    return {group.group: group.rates[name].value for group in result.groups}
+
+
+def _calibration_error(confidences: np.ndarray, outcomes: np.ndarray, num_bins: int) -> float:
+    """The definition: weighted mean of |confidence − frequency| over bins [low, high)."""
+    bins = np.minimum(np.floor(confidences * num_bins), num_bins)
+    return float(
+        sum(
+            abs(confidences[bins == b].sum() - outcomes[bins == b].sum()) / len(confidences)
+            for b in np.unique(bins)
+        )
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Against references
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("positive", [0, 1])
+def test_rates_and_gaps_of_two_classes_equal_fairlearn_and_scikit_learn(positive: int) -> None:
+    y, p, g, scores = _data()
+    result = group_gaps(y, p, g, scores=scores[:, positive], positive=positive, num_bootstrap=0)
+    for name, function in {
+        "accuracy": accuracy_score,
+        "balanced_accuracy": balanced_accuracy_score,
+        "true_positive_rate": lambda a, b: recall_score(a, b, pos_label=positive),
+        "false_positive_rate": lambda a, b: 1 - recall_score(a, b, pos_label=1 - positive),
+        "positive_rate": lambda a, b: (b == positive).mean(),
+    }.items():
+        expected = {group: function(y[g == group], p[g == group]) for group in "abc"}
+        assert _rates(result, name) == pytest.approx(expected, abs=1e-12)
+        gap = result.gaps[name]
+        assert gap.value == pytest.approx(max(expected.values()) - min(expected.values()), abs=1e-12)
+        assert (gap.lowest, gap.highest) == (min(expected, key=expected.get), max(expected, key=expected.get))
+    true, guessed = (y == positive).astype(int), (p == positive).astype(int)
+    assert result.gaps["demographic_parity"].value == pytest.approx(
+        fairlearn.demographic_parity_difference(true, guessed, sensitive_features=g), abs=1e-12
+    )
+    assert result.gaps["equalized_odds"].value == pytest.approx(
+        fairlearn.equalized_odds_difference(true, guessed, sensitive_features=g), abs=1e-12
+    )
+    for group in "abc":
+        rows = g == group
+        assert _rates(result, "brier_score")[group] == pytest.approx(
+            brier_score_loss(true[rows], scores[rows, positive]), abs=1e-12
+        )
+        assert _rates(result, "calibration_error")[group] == pytest.approx(
+            _calibration_error(scores[rows, positive], true[rows], 10), abs=1e-9
+        )
+
+
+def test_rates_and_gaps_of_several_classes_equal_scikit_learn() -> None:
+    y, p, g, scores = _data(num_classes=3)
+    result = group_gaps(y, p, g, scores=scores, num_bootstrap=0, num_bins=7)
+    assert result.positive is None
+    recalls = {group: recall_score(y[g == group], p[g == group], average=None) for group in "abc"}
+    widths = []
+    for code in range(3):
+        expected = {group: recalls[group][code] for group in "abc"}
+        assert _rates(result, f"recall[{code}]") == pytest.approx(expected, abs=1e-12)
+        widths.append(max(expected.values()) - min(expected.values()))
+        assert result.gaps[f"recall[{code}]"].value == pytest.approx(widths[-1], abs=1e-12)
+    assert result.gaps["worst_recall"].value == pytest.approx(max(widths), abs=1e-12)
+    for group in "abc":
+        rows = g == group
+        assert _rates(result, "balanced_accuracy")[group] == pytest.approx(recalls[group].mean(), abs=1e-12)
+        assert _rates(result, "brier_score")[group] == pytest.approx(
+            ((scores[rows] - np.eye(3)[y[rows]]) ** 2).sum(axis=1).mean(), abs=1e-12
+        )
+        assert _rates(result, "calibration_error")[group] == pytest.approx(
+            _calibration_error(scores[rows].max(axis=1), p[rows] == y[rows], 7), abs=1e-9
+        )
+
+
+@settings(max_examples=15)
+@given(st.integers(8, 60), st.integers(2, 4), st.integers(1, 12), st.integers(0, 10**6))
+def test_rates_of_sums_are_the_rates(n: int, num_classes: int, num_bins: int, seed: int) -> None:
+    # What is resampled is what is reported.
+    rng = np.random.default_rng(seed)
+    y, p = rng.integers(0, num_classes, (2, n))
+    y[:num_classes] = np.arange(num_classes)
+    scores = rng.dirichlet(np.full(num_classes, 0.3), n)
+    scores[0] = np.eye(num_classes)[0]
+    members = rng.integers(0, 2, n)
+    positive = 1 if num_classes == 2 else None
+    probabilities = scores[:, 1] if num_classes == 2 else scores
+    problem = module._Problem(y, p, members, (0, 1), tuple(range(num_classes)), positive)
+    expected = module._point_values(problem, probabilities, num_bins)
+    sums = module._row_sums(problem, probabilities, num_bins)
+    for group in np.unique(members):
+        rates = module._rates_of_sums(sums[members == group].sum(axis=0)[None], problem, list(expected))[0]
+        position = int((np.unique(members) == group).argmax())
+        np.testing.assert_allclose(rates, [values[position] for values in expected.values()], atol=1e-9)
+
+
+def test_intervals_equal_those_of_plain_resampling() -> None:
+    y, p, g, scores = _data(400)
+    result = group_gaps(y, p, g, scores=scores, num_bootstrap=4000, confidence=0.9)
+    rng = np.random.default_rng(5)
+    rows = np.flatnonzero(g == "c")
+    values = []
+    for _ in range(4000):
+        drawn = rng.choice(rows, rows.size)
+        values.append(
+            [
+                (y == p)[drawn].mean(),
+                p[drawn][y[drawn] == 1].mean(),
+                ((scores[drawn, 1] - y[drawn]) ** 2).mean(),
+            ]
+        )
+    rates = result.groups[2].rates
+    for name, column in zip(
+        ("accuracy", "true_positive_rate", "brier_score"), np.array(values).T, strict=True
+    ):
+        low, high = np.quantile(column, [0.05, 0.95])
+        assert rates[name].low == pytest.approx(low, abs=0.012)
+        assert rates[name].high == pytest.approx(high, abs=0.012)
+
+
+def test_intervals_agree_with_the_bootstrap_of_fairlearn() -> None:
+    y, p, g, _ = _data(1500)
+    frame = fairlearn.MetricFrame(
+        metrics={"accuracy": accuracy_score},
+        y_true=y,
+        y_pred=p,
+        sensitive_features=g,
+        n_boot=150,
+        ci_quantiles=[0.1, 0.9],
+        random_state=0,
+    )
+    result = group_gaps(y, p, g, confidence=0.8)
+    for index, group in enumerate("abc"):
+        rate = result.groups[index].rates["accuracy"]
+        assert rate.low == pytest.approx(frame.by_group_ci[0].loc[group, "accuracy"], abs=0.015)
+        assert rate.high == pytest.approx(frame.by_group_ci[1].loc[group, "accuracy"], abs=0.015)
+
+
+@pytest.mark.parametrize("true_gap", [0.0, 0.2])
+def test_intervals_of_gaps_cover_the_gap(true_gap: float) -> None:
+    covered = 0
+    for seed in range(30):
+        rng = np.random.default_rng(seed)
+        g, y = rng.integers(0, 4, 400), rng.integers(0, 2, 400)
+        accuracy = 0.7 + true_gap * np.array([0, 0.3, 0.6, 1])[g]
+        p = np.where(rng.random(400) < accuracy, y, 1 - y)
+        gap = group_gaps(y, p, g, num_bootstrap=200, confidence=0.9, seed=seed).gaps["accuracy"]
+        assert 0 <= gap.low <= gap.value <= gap.high <= 1
+        covered += gap.low <= true_gap <= gap.high
+    assert covered >= 24  # 27 are expected at least
+
+
+# --------------------------------------------------------------------------------------------------------
+# Undefined rates and small groups
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_a_group_without_positives_has_no_true_positive_rate() -> None:
+    y, p, g, _ = _data()
+    y[g == "b"] = 0
+    result = group_gaps(y, p, g)
+    rates = result.groups[1].rates
+    assert (rates["true_positive_rate"].value, rates["true_positive_rate"].low) == (None, None)
+    assert rates["balanced_accuracy"].value is None
+    assert rates["false_positive_rate"].value == pytest.approx(p[g == "b"].mean())
+    others = [p[(g == group) & (y == 1)].mean() for group in "ac"]
+    gap = result.gaps["true_positive_rate"]
+    assert gap.value == pytest.approx(max(others) - min(others))
+    assert gap.low is not None
+    assert {gap.lowest, gap.highest} == {"a", "c"}
+    assert any("group 'b' has no row of class(es) 1" in note for note in result.notes)
+
+
+def test_without_two_groups_that_have_it_a_gap_is_none() -> None:
+    y = np.array([1, 0, 1, 0] + [0] * 4)
+    result = group_gaps(y, y, np.repeat(["a", "b"], 4))
+    for name in ("true_positive_rate", "balanced_accuracy"):
+        assert (result.gaps[name].value, result.gaps[name].low, result.gaps[name].lowest) == (
+            None,
+            None,
+            None,
+        )
+    assert result.gaps["false_positive_rate"].value == 0
+    assert result.gaps["equalized_odds"].value == 0
+
+
+def test_small_groups_are_noted_and_their_unstable_rates_have_no_interval() -> None:
+    y, p, g, _ = _data()
+    g = g.astype("<U5")
+    g[:5], y[:5] = "small", [1, 0, 0, 0, 0]
+    result = group_gaps(y, p, g)
+    small = result.groups[-1]
+    assert (small.group, small.num_rows, small.label_counts) == ("small", 5, {0: 4, 1: 1})
+    assert small.rates["true_positive_rate"].value in (0, 1)
+    assert small.rates["true_positive_rate"].low is None
+    assert small.rates["accuracy"].low is not None
+    assert result.gaps["true_positive_rate"].value is not None
+    assert result.gaps["true_positive_rate"].low is None
+    assert any("group 'small' has 5 row(s) only" in note for note in result.notes)
+
+
+def test_a_group_of_one_row() -> None:
+    y, p, g, scores = _data()
+    g = g.astype("<U5")
+    g[0] = "one"
+    result = group_gaps(y, p, g, scores=scores)
+    assert result.groups[-1].rates["accuracy"].value == float(y[0] == p[0])
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Properties and inputs
+# --------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=15)
+@given(st.integers(6, 80), st.integers(2, 4), st.integers(2, 5), st.integers(0, 10**6))
+def test_everything_is_in_range_and_row_order_does_not_matter(
+    n: int, num_classes: int, num_groups: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    y, p, g = rng.integers(0, num_classes, n), rng.integers(0, num_classes, n), rng.integers(0, num_groups, n)
+    y[:num_classes], g[:2] = np.arange(num_classes), [0, 1]
+    scores = rng.dirichlet(np.ones(num_classes), n)
+    result = group_gaps(y, p, g, scores=scores, num_bootstrap=50, seed=seed)
+    values = [rate for group in result.groups for rate in group.rates.values()]
+    for value in [*values, *result.gaps.values()]:
+        if value.value is not None:
+            assert 0 <= value.value <= 2
+        if value.low is not None:
+            assert 0 <= value.low <= value.high <= 2 + 1e-12
+    assert sum(group.num_rows for group in result.groups) == n
+    order = rng.permutation(n)
+    other = group_gaps(y[order], p[order], g[order], scores=scores[order], num_bootstrap=0)
+    for name, gap in result.gaps.items():
+        assert other.gaps[name].value == (None if gap.value is None else pytest.approx(gap.value, abs=1e-9))
+    json.dumps(result.to_dict(), allow_nan=False)
+
+
+def test_perfect_predictions_have_no_gaps() -> None:
+    y, _, g, _ = _data()
+    result = group_gaps(y, y, g, scores=y.astype(float))
+    assert all(
+        gap.value == 0
+        for name, gap in result.gaps.items()
+        if name not in ("positive_rate", "demographic_parity")
+    )
+    assert result.gaps["accuracy"].high == 0
+
+
+def test_the_same_seed_gives_the_same_result() -> None:
+    y, p, g, scores = _data()
+    first = group_gaps(y, p, g, scores=scores, seed=3)
+    assert group_gaps(y, p, g, scores=scores, seed=3) == first
+    assert group_gaps(y, p, g, scores=scores, seed=4) != first
+
+
+def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    y, p, g, _ = _data()
+    expected = group_gaps(y, p, g, num_bootstrap=50)
+    monkeypatch.setattr(module, "_CHUNK_ELEMENTS", 1000)
+    result = group_gaps(y, p, g, num_bootstrap=50)
+    assert result == expected
+
+
+def test_kinds_of_input() -> None:
+    y, p, g, scores = _data()
+    expected = group_gaps(y, p, g, scores=scores[:, 1])
+    for labels, predictions, probabilities in (
+        (torch.from_numpy(y), torch.from_numpy(p), torch.from_numpy(scores[:, 1:])),
+        (y.astype(bool), p.astype(bool), scores),
+        (pd.Series(y), p.tolist(), scores[:, 1].tolist()),
+    ):
+        result = group_gaps(labels, predictions, pd.Series(g), scores=probabilities)
+        assert result.gaps == expected.gaps
+    named = group_gaps(
+        np.array(["no", "yes"])[y], np.array(["no", "yes"])[p], g, scores=scores, positive="yes"
+    )
+    assert named.gaps == expected.gaps
+    assert named.positive == "yes"
+
+
+def test_groups_keep_the_order_of_categories() -> None:
+    y, p, g, _ = _data()
+    ordered = pd.Categorical(g, categories=["c", "unused", "a", "b"])
+    result = group_gaps(y, p, pd.Series(ordered), num_bootstrap=0)
+    assert [group.group for group in result.groups] == ["c", "a", "b"]
+    assert _rates(result, "accuracy") == _rates(group_gaps(y, p, g, num_bootstrap=0), "accuracy")
+
+
+def test_a_predicted_class_without_rows_is_noted() -> None:
+    result = group_gaps([0, 1, 0, 1], [0, 1, 2, 1], list("aabb"), num_bootstrap=0)
+    assert result.classes == (0, 1, 2)
+    assert "that no row has as its label: 2" in result.notes[0]
+
+
+A, G = np.array([0, 1, 0, 1]), ["a", "a", "b", "b"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "predictions", "groups", "options", "error", "message"),
+    [
+        (A, A[:3], G, {}, ValueError, "4 rows in labels and 3 in predictions"),
+        (A, A, G[:3], {}, ValueError, "4 rows in labels and 3 in groups"),
+        ([], [], [], {}, ValueError, "labels has no rows"),
+        ([0, 1, np.nan, 1], A, G, {}, ValueError, r"labels has missing .* row\(s\) 2"),
+        (A, A, ["a", None, "b", "b"], {}, ValueError, r"groups has missing .* row\(s\) 1"),
+        (A * 0, A * 0, G, {}, ValueError, "labels must have at least two classes, got 0 only"),
+        (A, A, ["a"] * 4, {}, ValueError, "at least two groups, got 'a' only"),
+        (["n", "y"] * 2, ["n", "y"] * 2, G, {}, ValueError, "positive must name .* 'n', 'y'"),
+        (A, A, G, {"positive": 7}, ValueError, "positive must be one of the classes 0, 1, got 7"),
+        ([0, 1, 2, 1], A, G, {"positive": 1}, ValueError, "positive is for two classes, got 3"),
+        (A, ["n", "y"] * 2, G, {}, TypeError, "must be of one kind, got 0 in labels and 'n'"),
+        (A, [0.3, 0.7, 0.2, 0.9], G, {}, ValueError, "no class in common.*probabilities as scores"),
+        (
+            A,
+            A,
+            G,
+            {"scores": [0.5] * 3},
+            ValueError,
+            r"scores must have shape \(4,\) or \(4, 2\).*got \(3,\)",
+        ),
+        (A, A, G, {"scores": [0.5, 2, np.nan, 1]}, ValueError, r"probabilities, but row\(s\) 1, 2"),
+        (A, A, G, {"scores": np.full((4, 2), 0.6)}, ValueError, "do not sum to 1"),
+        ([0, 1, 2, 1], A, G, {"scores": [0.5] * 4}, ValueError, r"scores must have shape \(4, 3\)"),
+        (A, A, G, {"scores": ["x"] * 4}, TypeError, "scores must be real and numeric"),
+        (A, A, G, {"confidence": 95}, ValueError, "confidence must be between 0 and 1"),
+        (A, A, G, {"confidence": "high"}, TypeError, "confidence must be a number"),
+        (A, A, G, {"num_bootstrap": -1}, ValueError, "num_bootstrap must be at least 0"),
+        (A, A, G, {"num_bins": 0}, ValueError, "num_bins must be at least 1"),
+        (A, A, G, {"seed": 1.5}, TypeError, "seed must be an integer"),
+        (
+            np.tile(A, 30),
+            np.tile(A, 30),
+            np.arange(120) * 0.1,
+            {},
+            ValueError,
+            "120 different values.*quantile",
+        ),
+    ],
+)
+def test_errors_name_the_argument(
+    labels: Any, predictions: Any, groups: Any, options: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        group_gaps(labels, predictions, groups, **options)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Quantile groups
+# --------------------------------------------------------------------------------------------------------
+
+
+@given(
+    st.integers(1, 80),
+    st.integers(1, 8),
+    st.sampled_from([1e-7, 1.0, 1e6]),
+    st.booleans(),
+    st.integers(0, 999),
+)
+def test_quantile_groups_divide_the_range(n: int, num: int, scale: float, whole: bool, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    values = rng.integers(-5, 12, n).astype(float) if whole else scale * rng.standard_normal(n)
+    result = quantile_groups(values, num)
+    assert len(result.names) == len(set(result.names)) <= num
+    assert sum(result.counts) == n
+    assert min(result.counts) > 0
+    assert list(result.counts) == np.bincount(result.codes).tolist()
+    for code in range(len(result.names) - 1):
+        assert values[result.codes == code].max() < values[result.codes == code + 1].min()
+    if not whole and n >= num:
+        assert np.ptp(result.counts) <= 2
+
+
+def test_quantile_groups_have_readable_names() -> None:
+    ages = np.arange(20, 80)
+    assert quantile_groups(ages, 4).names == ("20–34", "35–49", "50–64", "65–79")
+    assert quantile_groups([0.12, 0.31, 0.52, 0.9], 2).names == ("0.12–0.31", "0.52–0.9")
+    assert quantile_groups([-3, -1, 2, 5], 2).names == ("-3 to -1", "2–5")
+    assert quantile_groups([0, 0, 0, 0, 1, 7], 4).names == ("0", "1", "7")
+    assert quantile_groups([1e-9, 3e-9, 5e-9, 7e-9], 2).names == ("1e-09–3e-09", "5e-09–7e-09")
+    assert quantile_groups(torch.full((5,), 3.0)).to_dict() == {"names": ["3"], "counts": [5]}
+
+
+def test_quantile_groups_keep_their_order_as_groups() -> None:
+    y, p, _, _ = _data()
+    age = np.random.default_rng(0).uniform(5, 120, 600).round()
+    groups = quantile_groups(age, 3)
+    assert len(groups) == 600
+    result = group_gaps(y, p, groups, num_bootstrap=0)
+    assert tuple(group.group for group in result.groups) == groups.names
+    assert tuple(group.num_rows for group in result.groups) == groups.counts
+
+
+@pytest.mark.parametrize(
+    ("values", "num", "error", "message"),
+    [
+        (["a", "b"], 2, TypeError, "values must be numbers"),
+        ([1.0, np.nan], 2, ValueError, "values has missing"),
+        ([], 2, ValueError, "values has no rows"),
+        ([1.0, 2.0], 0, ValueError, "num_groups must be at least 1"),
+        ([1.0, 2.0], 2.0, TypeError, "num_groups must be an integer"),
+    ],
+)
+def test_quantile_groups_errors(values: Any, num: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        quantile_groups(values, num)
