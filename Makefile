@@ -4,13 +4,22 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit bench full variants continual ablation format clean
+.PHONY: help demo audit test lint types unit bench full variants continual ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 demo: $(VENV)/.demo ## See it work: the synthetic experiment in a few minutes, results in results/demo
 	$(BIN)/mdnorm experiment synthetic --quick --out results/demo
+
+audit: $(VENV)/.audit ## See what an uncorrected and a corrected network know: results/audit/report.html
+	$(BIN)/mdnorm experiment synthetic --quick --methods none,mdn-last-running --seeds 1 --out results/audit/networks
+	$(BIN)/mdnorm audit results/audit/networks/features/none-plain-batch200-seed0.safetensors \
+		results/audit/networks/metadata.csv --label group --out results/audit \
+		--after results/audit/networks/features/mdn-last-running-plain-batch200-seed0.safetensors \
+		--prediction prediction_none_batch200 --score score_none_batch200 \
+		--prediction-after prediction_mdn-last-running_batch200 --score-after score_mdn-last-running_batch200 \
+		--name "the uncorrected network" --name "the network with Metadata Normalization"
 
 test: lint types unit ## Run everything that CI runs
 
@@ -57,6 +66,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[experiments]'
 	@touch $@
 
+$(VENV)/.audit: pyproject.toml constraints.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[audit,experiments]'
+	@touch $@ $(VENV)/.demo
+
 $(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
-	@touch $@ $(VENV)/.demo
+	@touch $@ $(VENV)/.demo $(VENV)/.audit

@@ -18,7 +18,8 @@ def test_code_blocks_run(path, capsys):
     names: dict[str, object] = {}
     for block in blocks(path):
         exec(compile(block, str(path), "exec"), names)
-    assert names["logits"].shape == (10,)
+    if path.name in ("README.md", "estimators.md"):
+        assert names["logits"].shape == (10,)
 
 
 def test_the_readme_prints_a_dependence(capsys):

@@ -2,15 +2,18 @@
 
 The layer is `MetadataNorm`; `fit_gram` prepares the paper's estimator, `recalibrate` makes the coefficients
 of a trained network exact; `mdnorm.functional` holds the maths, `mdnorm.basis` flexible metadata columns,
-`mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence.
+`mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence; `audit` reports what features
+know of metadata.
 """
 
 from mdnorm import basis, estimators, functional, metrics
+from mdnorm.auditing import audit
 from mdnorm.integration import fit_gram, parameter_groups, penalty_loss, recalibrate
 from mdnorm.layer import MetadataNorm
 
 __all__ = [
     "MetadataNorm",
+    "audit",
     "basis",
     "estimators",
     "fit_gram",

@@ -8,8 +8,7 @@ from filelock import FileLock
 from typer.testing import CliRunner
 
 import mdnorm
-from mdnorm import commands
-from mdnorm.commands import app
+from mdnorm.commands import app, experiment
 
 SMALL = [
     "--methods",
@@ -164,7 +163,7 @@ def test_what_continual_plans(tmp_path, monkeypatch, arguments, cells):
         planned.extend(runs)
         raise typer.Exit(7)
 
-    monkeypatch.setattr(commands, "_run_all", stop)
+    monkeypatch.setattr(experiment, "_run_all", stop)
     assert call("experiment", "continual", "--out", tmp_path, *arguments).exit_code == 7
     assert len(planned) == cells
 

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 
+from mdnorm import plotting
 from mdnorm.experiments import figures
 from mdnorm.experiments.data.synthetic import make_synthetic
 from mdnorm.experiments.methods import METHODS
@@ -62,7 +63,7 @@ def test_dependence_has_a_panel_a_group():
 def test_gaps_single_seeds_and_single_sizes(draw, tmp_path):
     incomplete = [*rows(["none"], (20,), 1), *rows(["mdn-last"], (200,), 2)]
     for table in (incomplete, rows(["mdn-last"], (200,), 1)):
-        figures.save_figure(draw(table, ONE_PANEL), tmp_path / "figure.png")
+        plotting.save_figure(draw(table, ONE_PANEL), tmp_path / "figure.png")
     assert means(draw(incomplete, ONE_PANEL).axes[0])["No normalisation"][1].tolist() == pytest.approx(
         [-0.175]
     )
@@ -80,8 +81,8 @@ def test_methods_of_a_panel_have_a_colour_and_a_marker_of_their_own():
     names = {name: method.title for name, method in METHODS.items() if method.in_table}
     panels = make_panels(names)
     assert sorted(name for group in panels.values() for name in group) == sorted(names)
-    assert max(map(len, panels.values())) <= len(figures.PALETTE) == len(set(figures.PALETTE))
-    assert len(figures.PALETTE) == len(set(figures.MARKERS))
+    assert max(map(len, panels.values())) <= len(plotting.PALETTE) == len(set(plotting.PALETTE))
+    assert len(plotting.PALETTE) == len(set(plotting.MARKERS))
 
 
 @pytest.mark.parametrize("draw", [figures.accuracy_by_batch_size, figures.dependence_by_group])
@@ -94,7 +95,7 @@ def test_panels_are_stacked_and_titled(draw, tmp_path):
         ["No normalisation"],
         ["MDN, last layer"],
     ]
-    figures.save_figure(figure, tmp_path / "figure.png")
+    plotting.save_figure(figure, tmp_path / "figure.png")
 
 
 def test_projection_separates_what_was_put_in(tmp_path):
@@ -108,17 +109,17 @@ def test_projection_separates_what_was_put_in(tmp_path):
     assert len(offsets) == 50
     assert abs(np.corrcoef(offsets[:, 0], confounder[:50])[0, 1]) > 0.999
     assert "100.00 %" in figure.axes[0].get_xlabel()
-    figures.save_figure(figure, tmp_path / "projection.png")
+    plotting.save_figure(figure, tmp_path / "projection.png")
 
 
 def test_files_are_png_and_pdf_and_the_same_each_time(tmp_path):
     data = make_synthetic(4)
-    path = figures.save_figure(figures.example_images(data), tmp_path / "examples.png")
+    path = plotting.save_figure(figures.example_images(data), tmp_path / "examples.png")
     first = [path.read_bytes(), path.with_suffix(".pdf").read_bytes()]
     assert first[0].startswith(b"\x89PNG")
     assert first[1].startswith(b"%PDF")
     assert len(first[0]) > 10_000
-    figures.save_figure(figures.example_images(data), path)
+    plotting.save_figure(figures.example_images(data), path)
     assert [path.read_bytes(), path.with_suffix(".pdf").read_bytes()] == first
     assert len(list(tmp_path.iterdir())) == 2
 
@@ -175,7 +176,7 @@ def test_stage_figures_with_one_seed_a_missing_method_and_panels(tmp_path):
         figures.dependence_by_stage(rows_of_one, panels),
     ):
         assert [part.legends[0].get_title().get_text() for part in figure.subfigs] == ["Without", "With"]
-        figures.save_figure(figure, tmp_path / "figure.png")
+        plotting.save_figure(figure, tmp_path / "figure.png")
 
 
 @pytest.mark.parametrize("count", [1, 3, 4])
@@ -190,7 +191,7 @@ def test_matrices_show_the_mean_difference_from_the_limit(count, tmp_path):
         assert texts[:2] == ["−24", "−24"]
         assert texts[-1] == "+21"
         assert [text.get_fontweight() for text in axis.texts].count("bold") == 5
-    figures.save_figure(figure, tmp_path / "figure.png")
+    plotting.save_figure(figure, tmp_path / "figure.png")
 
 
 def test_a_difference_that_rounds_to_zero_has_no_sign():
@@ -202,4 +203,4 @@ def test_example_images_with_column_titles(tmp_path):
     figure = figures.example_images(make_synthetic(2), 2, ["first", "second"])
     assert figure.axes[0].get_title().startswith("first\n\neffect ")
     assert figure.axes[2].get_title().startswith("effect ")
-    figures.save_figure(figure, tmp_path / "figure.png")
+    plotting.save_figure(figure, tmp_path / "figure.png")

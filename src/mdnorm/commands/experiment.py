@@ -1,20 +1,16 @@
-"""The commands of ``mdnorm``. Needs the extra ``mdnorm[experiments]``; heavy parts load where used."""
+"""``mdnorm experiment …``: reproduce the settings of the paper."""
 
 from __future__ import annotations
 
 import json
 import os
-import platform
-import shlex
 import signal
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from filelock import FileLock, Timeout
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -28,52 +24,21 @@ from rich.progress import (
 )
 from rich.table import Table
 
-import mdnorm
+from mdnorm.commands.common import (
+    BAD_INPUT,
+    INTERRUPTED,
+    command_line,
+    errors,
+    fail,
+    make_folder,
+    only_writer,
+)
 
 if TYPE_CHECKING:
     from mdnorm.experiments.report import ReportTable
     from mdnorm.experiments.results import Row
 
-app = typer.Typer(
-    help="Metadata Normalization: remove what metadata explain from a network's features, and measure it.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
 experiment = typer.Typer(help="Reproduce the settings of the paper.", no_args_is_help=True)
-app.add_typer(experiment, name="experiment")
-
-# Results go to stdout, everything else to stderr, so that `--json` can be piped.
-_errors = Console(stderr=True)
-
-BAD_INPUT = 2
-INTERRUPTED = 130
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    _errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
-    raise typer.Exit(code)
-
-
-@app.command()
-def info(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Show versions, devices and estimators."""
-    import torch
-
-    facts = {
-        "mdnorm": mdnorm.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cuda devices": torch.cuda.device_count(),
-        "cpu threads": torch.get_num_threads(),
-        "estimators": sorted(mdnorm.estimators.ESTIMATORS),
-    }
-    if json_output:
-        typer.echo(json.dumps(facts, indent=2))
-        return
-    for name, value in facts.items():
-        typer.echo(f"{name:14}{', '.join(value) if isinstance(value, list) else value}")
 
 
 def _numbers(text: str) -> list[int]:
@@ -144,7 +109,7 @@ def synthetic(
         out = Path("results", "synthetic" if variant == "plain" else f"synthetic-{variant}")
     sizes, seed_count = ([200], seeds or 2) if quick else (_numbers(batch_sizes), seeds)
     if not chosen or not sizes:
-        _fail("at least one method and one batch size are needed.", BAD_INPUT)
+        fail("at least one method and one batch size are needed.", BAD_INPUT)
     try:
         runs = setting.plan(
             chosen,
@@ -158,9 +123,9 @@ def synthetic(
             features_dir=out / "features",
         )
     except ValueError as error:
-        _fail(str(error), BAD_INPUT)
+        fail(str(error), BAD_INPUT)
     for method, size in setting.impossible_cells(chosen, sizes):
-        _errors.print(
+        errors.print(
             f"left out: {METHODS[method].title} cannot train with batch size {size}.", highlight=False
         )
     rows, report = _run_all(setting, runs, out, jobs, folder=out / "features")
@@ -201,7 +166,7 @@ def continual(
 
     chosen = _methods(methods, setting.DEFAULT_METHODS)
     if not chosen:
-        _fail("at least one method is needed.", BAD_INPUT)
+        fail("at least one method is needed.", BAD_INPUT)
     try:
         runs = setting.plan(
             chosen,
@@ -214,7 +179,7 @@ def continual(
             test_group_size=test_group_size,
         )
     except ValueError as error:
-        _fail(str(error), BAD_INPUT)
+        fail(str(error), BAD_INPUT)
     rows, report = _run_all(setting, runs, out, jobs)
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
@@ -229,10 +194,6 @@ def _print_paths(out: Path, report: Path) -> None:
     typer.echo(f"\nReport: {report}\nTable:  {out / 'table.md'}\nRows:   {out / 'results.json'}")
 
 
-def _command() -> str:
-    return shlex.join(["mdnorm", *sys.argv[1:]])
-
-
 def _run_all(
     setting: Any, runs: Sequence[Any], out: Path, jobs: int | None, folder: Path | None = None
 ) -> tuple[list[Row], Path]:
@@ -243,31 +204,26 @@ def _run_all(
     from mdnorm.experiments.results import ResultsError, ResultStore
     from mdnorm.experiments.runner import RunFailedError, Runner
 
-    try:
-        (folder or out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _fail(f"cannot write to {out}: {error.strerror}.", BAD_INPUT)
+    make_folder(folder or out)
     # A scheduler's SIGTERM ends like Ctrl-C: workers stopped, finished rows kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with FileLock(out / ".lock", timeout=0):
+        with only_writer(out):
             runner: Runner[Any] = Runner(
                 ResultStore(out / "results.json"), setting.train, jobs or os.cpu_count() or 1
             )
             pending = runner.pending(runs)
             if len(pending) < len(runs):
-                _errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")
+                errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")
             with _progress_bar(sum(run.epochs for run in pending), len(pending)) as progress:
                 rows = runner.run(runs, progress)
-    except Timeout:
-        _fail(f"another process is writing to {out}: wait for it, or choose another --out.", BAD_INPUT)
     except ResultsError as error:
-        _fail(str(error), BAD_INPUT)
+        fail(str(error), BAD_INPUT)
     except RunFailedError as error:
-        _fail(f"some trainings failed, the others are stored:\n{error}", 1)
+        fail(f"some trainings failed, the others are stored:\n{error}", 1)
     except KeyboardInterrupt:
-        _fail("interrupted; finished trainings are stored, repeat the command to go on.", INTERRUPTED)
-    return rows, setting.write_outputs(out, runs, rows, command=_command())
+        fail("interrupted; finished trainings are stored, repeat the command to go on.", INTERRUPTED)
+    return rows, setting.write_outputs(out, runs, rows, command=command_line())
 
 
 class _Bar:
@@ -299,7 +255,7 @@ def _progress_bar(epochs: int, runs: int) -> Iterator[_Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_errors, disable=not runs) as progress:
+    with Progress(*columns, console=errors, disable=not runs) as progress:
         yield _Bar(progress, epochs, runs)
 
 

@@ -407,7 +407,7 @@ def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], 
     Path
         Of the report.
     """
-    from mdnorm import __version__
+    from mdnorm import __version__, plotting
     from mdnorm.experiments import figures
     from mdnorm.experiments.report import ReportFigure, write_report
     from mdnorm.files import write_text_atomically
@@ -425,25 +425,25 @@ def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], 
     matrices = figures.stage_matrices(_matrices(rows, names), EFFECT_LIMITS)
     shown = [
         ReportFigure(
-            figures.save_figure(examples, folder / "examples.png"),
+            plotting.save_figure(examples, folder / "examples.png"),
             "The images",
             "An example image of each group and stage.",
             "The classifier sees the images only, never these numbers.",
         ),
         ReportFigure(
-            figures.save_figure(accuracy, folder / "accuracy.png"),
+            plotting.save_figure(accuracy, folder / "accuracy.png"),
             "Accuracy on each stage, just after training on it",
             "Balanced accuracy of every method by stage; the differences from the limit are in the table.",
             "Closest to the lower line is best. What lies above was got from the confounder.",
         ),
         ReportFigure(
-            figures.save_figure(dependence, folder / "dependence.png"),
+            plotting.save_figure(dependence, folder / "dependence.png"),
             "What the features hold of the confounder",
             "Distance correlation by group, method and stage; the means are in the table.",
             "Bias-corrected squared distance correlation, on each stage's own test data; 0 is right.",
         ),
         ReportFigure(
-            figures.save_figure(matrices, folder / "matrices.png"),
+            plotting.save_figure(matrices, folder / "matrices.png"),
             "All stages after each stage",
             "Accuracy minus the limit of the true effect, for each stage trained on and tested on.",
             "Accuracy minus the limit of the true effect, in percentage points, mean over seeds. On the "

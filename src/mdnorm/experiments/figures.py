@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,34 +18,10 @@ from mdnorm.experiments.data.synthetic import (
 )
 from mdnorm.experiments.report import has_limits, summarise
 from mdnorm.experiments.results import Row
-from mdnorm.files import atomic_path
+from mdnorm.plotting import MARKERS, PALETTE
 
-# Okabe & Ito (2008), in an order that keeps neighbours apart, then two of Tol's muted colours.
-PALETTE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#D55E00",
-    "#0072B2",
-    "#CC79A7",
-    "#009E73",
-    "#882255",
-    "#999933",
-)
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", "*")
 _WIDTH = 7.0
 _EFFECT, _CONFOUNDER = "#56B4E9", "#E69F00"
-
-
-def save_figure(figure: Figure, path: Path) -> Path:
-    """Write a figure as PNG (150 dots an inch) to `path`, and as PDF beside it."""
-    for target, options in (
-        (path, {"dpi": 150}),
-        (path.with_suffix(".pdf"), {"metadata": {"CreationDate": None}}),
-    ):
-        with atomic_path(target) as temporary:
-            figure.savefig(temporary, **options)
-    return path
 
 
 def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = ()) -> Figure:

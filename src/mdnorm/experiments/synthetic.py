@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -264,7 +265,10 @@ _VARIANT_TEXTS = {
 
 
 def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], *, command: str) -> Path:
-    """Write table.md, the figures and report.html of finished runs.
+    """Write table.md, metadata.csv, the figures and report.html of finished runs.
+
+    ``metadata.csv`` holds the group, the two effects and each kept network's predictions for the held-out
+    images, in the order of the features: what `mdnorm.audit` needs.
 
     Parameters
     ----------
@@ -280,7 +284,7 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     Path
         Of the report.
     """
-    from mdnorm import __version__
+    from mdnorm import __version__, plotting
     from mdnorm.experiments import figures
     from mdnorm.experiments.report import ReportFigure, synthetic_table, write_report
     from mdnorm.files import write_text_atomically
@@ -288,6 +292,7 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     names = titles({run.method for run in runs})
     table = synthetic_table(rows, names)
     write_text_atomically(out / "table.md", table.markdown())
+    _write_metadata(out / "metadata.csv", runs)
     folder = out / "figures"
     folder.mkdir(exist_ok=True)
     variant = runs[0].variant
@@ -296,13 +301,13 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     dependence = figures.dependence_by_group(rows, panels(names))
     shown = [
         ReportFigure(
-            figures.save_figure(examples, folder / "examples.png"),
+            plotting.save_figure(examples, folder / "examples.png"),
             "The images",
             "Four example images of each group.",
             "The classifier sees the images only, never these numbers.",
         ),
         ReportFigure(
-            figures.save_figure(accuracy, folder / "accuracy.png"),
+            plotting.save_figure(accuracy, folder / "accuracy.png"),
             "Accuracy",
             "Balanced accuracy of every method by batch size; the numbers are in the table.",
             "Closest to 83.3 % is best. What lies above was got from the confounder."
@@ -310,7 +315,7 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
             else "Balanced accuracy on held-out data.",
         ),
         ReportFigure(
-            figures.save_figure(dependence, folder / "dependence.png"),
+            plotting.save_figure(dependence, folder / "dependence.png"),
             "What the features hold of the confounder",
             "Distance correlation by group, method and batch size; the numbers are in the table.",
             "Bias-corrected squared distance correlation; 0 is right.",
@@ -320,7 +325,7 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     if projected:
         shown.append(
             ReportFigure(
-                figures.save_figure(figures.projections(projected), folder / "projection.png"),
+                plotting.save_figure(figures.projections(projected), folder / "projection.png"),
                 "The features, before and after",
                 "Two principal components of each model's features by group, coloured by the confounder.",
                 "Each point is a held-out image. Without correction the colour runs along the main "
@@ -349,6 +354,34 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
         settings=settings,
         command=command,
     )
+
+
+def _write_metadata(path: Path, runs: Sequence[SyntheticRun]) -> None:
+    from safetensors.torch import load_file
+
+    from mdnorm.files import atomic_path
+
+    columns: dict[str, list[Any]] = {}
+    for run in runs:
+        if run.features_file is None or not Path(run.features_file).exists():
+            continue
+        tensors = load_file(run.features_file)
+        if "scores" not in tensors:
+            continue  # kept before scores were
+        if not columns:
+            columns["group"] = [GROUPS[int(label)] for label in tensors["labels"].tolist()]
+            columns |= {name: tensors[name].tolist() for name in ("effect", "confounder")}
+        scores = tensors["scores"].tolist()
+        if len(scores) != len(columns["group"]):
+            continue
+        name = f"{run.method}_batch{run.batch_size}"
+        columns[f"prediction_{name}"] = [GROUPS[score > 0.5] for score in scores]
+        columns[f"score_{name}"] = scores
+    if columns:
+        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
 
 
 def _projection_panels(runs: Sequence[SyntheticRun], rows: Sequence[Row]) -> list[Any]:

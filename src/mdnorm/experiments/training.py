@@ -143,7 +143,8 @@ def evaluate(
 
     network.eval()
     features = torch.cat([network.features(images, m) for images, m, _ in batches(data, metadata)])
-    predicted = network.classify(features) > 0
+    logits = network.classify(features)
+    predicted = logits > 0
     correct = predicted == data.labels.bool()
     accuracy, dependence = {}, {}
     for index, group in enumerate(GROUPS):
@@ -151,7 +152,13 @@ def evaluate(
         accuracy[group] = float(correct[inside].double().mean())
         dependence[group] = float(distance_correlation_sqr(features[inside], data.confounder[inside]))
     if features_file is not None:
-        tensors = {"features": features, "labels": data.labels, "confounder": data.confounder}
+        tensors = {
+            "features": features,
+            "labels": data.labels,
+            "effect": data.effect,
+            "confounder": data.confounder,
+            "scores": logits.sigmoid(),
+        }
         with atomic_path(Path(features_file)) as temporary:
             temporary.write_bytes(save(tensors))
     return {

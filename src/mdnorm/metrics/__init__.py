@@ -1,5 +1,10 @@
 """Measures of dependence between features and metadata."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from mdnorm.metrics.distance_correlation import (
     ConditionalDistanceCorrelation,
     DistanceCorrelationInterval,
@@ -9,6 +14,7 @@ from mdnorm.metrics.distance_correlation import (
     distance_covariance_sqr,
     partial_distance_correlation,
 )
+from mdnorm.metrics.group_gaps import GroupGaps, QuantileGroups, group_gaps, quantile_groups
 from mdnorm.metrics.independence import (
     DistanceCorrelationPermutationTest,
     DistanceCorrelationTTest,
@@ -16,12 +22,21 @@ from mdnorm.metrics.independence import (
     distance_correlation_t_test,
 )
 from mdnorm.metrics.kernels import cka, hsic
+from mdnorm.metrics.probes import ProbeResult, probe
+
+if TYPE_CHECKING:
+    from mdnorm.metrics.streaming import DistanceCorrelation, GroupRates
 
 __all__ = [
     "ConditionalDistanceCorrelation",
+    "DistanceCorrelation",
     "DistanceCorrelationInterval",
     "DistanceCorrelationPermutationTest",
     "DistanceCorrelationTTest",
+    "GroupGaps",
+    "GroupRates",
+    "ProbeResult",
+    "QuantileGroups",
     "cka",
     "conditional_distance_correlation_sqr",
     "distance_correlation_interval",
@@ -29,6 +44,18 @@ __all__ = [
     "distance_correlation_sqr",
     "distance_correlation_t_test",
     "distance_covariance_sqr",
+    "group_gaps",
     "hsic",
     "partial_distance_correlation",
+    "probe",
+    "quantile_groups",
 ]
+
+# These are classes of torchmetrics, which is not imported unless they are used.
+_LAZY = {"DistanceCorrelation": "streaming", "GroupRates": "streaming"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(f"mdnorm.metrics.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

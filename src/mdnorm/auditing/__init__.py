@@ -1,0 +1,11 @@
+"""Audit features: what do they know of the metadata, before and after any treatment?
+
+`audit` is the entry point (also `mdnorm.audit`, and ``mdnorm audit`` on the command line).
+"""
+
+from mdnorm.auditing.audit import audit
+from mdnorm.auditing.measuring import Settings
+from mdnorm.auditing.reading import InputError, read_features, read_table
+from mdnorm.auditing.report import Report
+
+__all__ = ["InputError", "Report", "Settings", "audit", "read_features", "read_table"]

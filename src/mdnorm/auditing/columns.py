@@ -1,0 +1,279 @@
+"""What a metadata column is: numbers, classes, an identifier, a constant."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mdnorm.auditing.reading import InputError
+from mdnorm.extras import requires
+
+__all__ = ["Column", "Kind", "as_column", "as_columns"]
+
+Kind = Literal["continuous", "categorical", "constant", "identifier"]
+
+_MAX_CLASSES_OF_NUMBERS = 10
+_MAX_CLASSES = 200
+_IDENTIFIER_NAME = re.compile(r"(^|[_\W])(u?id|uuid|index|row|unnamed)([_\W]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of metadata.
+
+    Attributes
+    ----------
+    name : str
+    kind : {"continuous", "categorical", "constant", "identifier"}
+        The latter two cannot be audited.
+    values : (n,) array
+        float64, NaN where missing, if continuous; otherwise str, "" where missing.
+    present : (n,) array of bool
+        False where the value is missing.
+    note : str
+        What the reader should know about how it was read; may be empty.
+    """
+
+    name: str
+    kind: Kind
+    values: NDArray[Any]
+    present: NDArray[np.bool_]
+    note: str = ""
+
+    @property
+    def is_auditable(self) -> bool:
+        """Whether there is something to measure."""
+        return self.kind in ("continuous", "categorical")
+
+    @property
+    def num_missing(self) -> int:
+        """Number of rows without a value."""
+        return int((~self.present).sum())
+
+    def rows(self, index: NDArray[Any]) -> Column:
+        """Return the column with these rows only."""
+        return Column(self.name, self.kind, self.values[index], self.present[index], self.note)
+
+    def design_matrix(self) -> NDArray[np.float64]:
+        """Return the values for a distance: (n, 1) numbers, or (n, number of classes) indicators."""
+        if self.kind == "continuous":
+            return np.asarray(self.values, np.float64)[:, None]
+        classes, codes = np.unique(self.values, return_inverse=True)
+        return np.eye(len(classes))[codes]
+
+    def describe(self) -> str:
+        """Return a few words on the values."""
+        values = self.values[self.present]
+        if self.kind == "continuous":
+            return f"{_number(values.min())} to {_number(values.max())}, median {_number(np.median(values))}"
+        if self.kind == "categorical":
+            classes, counts = np.unique(values, return_counts=True)
+            order = np.argsort(-counts, kind="stable")
+            shown = ", ".join(f"{classes[i]} ({counts[i]})" for i in order[:6])
+            return shown + (f", … ({len(classes)} classes)" if len(classes) > 6 else "")
+        return self.note
+
+
+def _number(value: float) -> str:
+    return f"{value:.4g}".replace("-", "−")
+
+
+def as_columns(
+    metadata: Any, kinds: Mapping[str, str] | None = None, ignore: Sequence[str] = ()
+) -> list[Column]:
+    """Return the columns of a table.
+
+    Parameters
+    ----------
+    metadata : DataFrame, mapping, tensor or array
+        Of pandas, polars or pyarrow; or names to columns of length n; or (n,) or (n, K) without names.
+    kinds : mapping, optional
+        Names to "continuous" or "categorical", where the inferred kind is not what is meant.
+    ignore : sequence of str
+        Names to leave out.
+
+    Raises
+    ------
+    InputError
+        A name in `kinds` or `ignore` does not exist, a kind is unknown, columns differ in length, or a column
+        cannot be read as its kind.
+    """
+    kinds = dict(kinds or {})
+    table = _as_mapping(metadata)
+    unknown = [name for name in [*kinds, *ignore] if name not in table]
+    if unknown:
+        raise InputError(
+            f"no metadata column {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, table))}."
+        )
+    lengths = {name: len(values) for name, values in table.items()}
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"the metadata columns differ in length: {lengths}.")
+    return [as_column(name, values, kinds.get(name)) for name, values in table.items() if name not in ignore]
+
+
+def _as_mapping(metadata: Any) -> dict[str, Any]:
+    if isinstance(metadata, Mapping):
+        return {str(name): _as_array(values) for name, values in metadata.items()}
+    if isinstance(metadata, (Tensor, np.ndarray, list, tuple)):
+        values = _as_array(metadata)
+        if values.ndim == 1:
+            return {"metadata": values}
+        if values.ndim != 2:
+            raise InputError(f"metadata must have shape (n,) or (n, columns), got {values.shape}.")
+        return {f"metadata {index}": values[:, index] for index in range(values.shape[1])}
+    with requires("audit"):
+        import narwhals as nw
+    try:
+        frame = nw.from_native(metadata, eager_only=True)
+    except TypeError as error:
+        raise InputError(
+            "metadata must be a DataFrame of pandas, polars or pyarrow, a mapping of names to columns, or an "
+            f"array, got {type(metadata).__name__}."
+        ) from error
+    return {str(name): _series_values(frame[name]) for name in frame.columns}
+
+
+def _as_array(values: Any) -> NDArray[Any]:
+    if isinstance(values, Tensor):
+        return np.asarray(values.detach().cpu().double() if values.is_floating_point() else values.cpu())
+    if type(values).__module__.split(".")[0] in ("pandas", "polars", "pyarrow"):
+        with requires("audit"):
+            import narwhals as nw
+        return _series_values(nw.from_native(values, series_only=True))
+    return np.asarray(values)
+
+
+def _series_values(series: Any) -> NDArray[Any]:
+    """Return a narwhals series as floats (NaN where missing) or as objects (None where missing)."""
+    import narwhals as nw
+
+    kind = series.dtype
+    if kind.is_numeric():
+        return np.asarray(series.cast(nw.Float64).to_numpy(), np.float64)
+    if kind in (nw.Datetime, nw.Date):
+        seconds = series.cast(nw.Datetime("us")).dt.timestamp("ms").cast(nw.Float64) / 1000
+        return np.asarray(seconds.to_numpy(), np.float64)
+    if kind == nw.Duration:
+        return np.asarray(series.dt.total_milliseconds().cast(nw.Float64).to_numpy(), np.float64) / 1000
+    if kind.is_nested():
+        raise InputError(
+            f"metadata column {series.name!r} holds {kind}: a column must hold one value for each sample."
+        )
+    return np.array(series.to_list(), dtype=object)
+
+
+def as_column(name: str, values: Any, kind: str | None = None) -> Column:
+    """Return a column, its kind inferred unless given.
+
+    Whole numbers of at most ten distinct values are classes, other numbers continuous; strings and booleans
+    are classes. Strings that are nearly all different, and whole numbers that count the rows or are called an
+    id, are identifiers. Of dates, the seconds count.
+
+    Parameters
+    ----------
+    name : str
+    values : (n,) array or tensor
+    kind : {"continuous", "categorical"}, optional
+
+    Raises
+    ------
+    InputError
+        The kind is unknown, or the values cannot be read as it.
+    """
+    if kind is not None and kind not in ("continuous", "categorical"):
+        raise InputError(
+            f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
+        )
+    array = _as_array(values)
+    if array.ndim != 1:
+        raise InputError(f"metadata column {name!r} must have shape (n,), got {array.shape}.")
+    if array.dtype.kind in "mM":
+        array = np.where(
+            np.isnat(array), np.nan, array.astype(f"{array.dtype.kind}8[ms]").astype(np.int64) / 1000
+        )
+    if array.dtype.kind == "O" and all(value is None or _is_number(value) for value in array.tolist()):
+        array = np.array([np.nan if value is None else float(value) for value in array.tolist()])
+    if array.dtype.kind in "iuf":
+        return _numeric(name, array.astype(np.float64), kind)
+    texts = np.array(["" if _is_missing(value) else str(value) for value in array.tolist()], dtype=np.str_)
+    if kind == "continuous":
+        try:
+            return _numeric(name, np.array([float(text) if text else np.nan for text in texts]), kind)
+        except ValueError as error:
+            raise InputError(f"metadata column {name!r} cannot be read as continuous: {error}.") from error
+    return _categorical(name, texts, forced=kind is not None)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.bool_))
+
+
+def _is_missing(value: Any) -> bool:
+    return (
+        value is None or (isinstance(value, float) and np.isnan(value)) or str(value).strip() in ("", "<NA>")
+    )
+
+
+def _numeric(name: str, values: NDArray[np.float64], kind: str | None) -> Column:
+    present = np.isfinite(values)
+    note = ""
+    infinite = int(np.isinf(values).sum())
+    if infinite:
+        note = f"{infinite} infinite value(s) count as missing."
+    values = np.where(present, values, np.nan)
+    distinct = np.unique(values[present])
+    if len(distinct) < 2:
+        return Column(name, "constant", values, present, _constant_note(distinct))
+    whole = bool(np.all(distinct == np.round(distinct)))
+    if kind is None and whole and _counts_rows(name, distinct, int(present.sum())):
+        note = "every row has a number of its own, like a row number or an id: not audited."
+        return Column(name, "identifier", values, present, note)
+    classes = kind == "categorical" or (
+        kind is None and whole and len(distinct) <= _MAX_CLASSES_OF_NUMBERS and len(distinct) < present.sum()
+    )
+    if classes:
+        texts = np.array(
+            [_class_name(value) if inside else "" for value, inside in zip(values, present, strict=True)],
+            dtype=np.str_,
+        )
+        if kind is None:
+            note = f"{note} Whole numbers with {len(distinct)} distinct values: read as classes.".strip()
+        return Column(name, "categorical", texts, present, note)
+    return Column(name, "continuous", values, present, note)
+
+
+def _class_name(value: float) -> str:
+    return str(int(value)) if value == round(value) else f"{value:g}"
+
+
+def _counts_rows(name: str, distinct: NDArray[np.float64], num_present: int) -> bool:
+    if len(distinct) < num_present or num_present < 20:
+        return False
+    return bool(distinct[-1] - distinct[0] == num_present - 1) or bool(_IDENTIFIER_NAME.search(name))
+
+
+def _categorical(name: str, texts: NDArray[np.str_], *, forced: bool) -> Column:
+    present = texts != ""
+    distinct = np.unique(texts[present])
+    if len(distinct) < 2:
+        return Column(name, "constant", texts, present, _constant_note(distinct))
+    num_present = int(present.sum())
+    if not forced and num_present >= 20 and len(distinct) > 0.5 * num_present:
+        note = f"{len(distinct)} distinct values in {num_present} rows, like an id or free text: not audited."
+        return Column(name, "identifier", texts, present, note)
+    if len(distinct) > _MAX_CLASSES:
+        note = f"{len(distinct)} classes are more than {_MAX_CLASSES}: not audited. Group them first."
+        return Column(name, "identifier", texts, present, note)
+    return Column(name, "categorical", texts, present)
+
+
+def _constant_note(distinct: NDArray[Any]) -> str:
+    if len(distinct) == 0:
+        return "no values at all: not audited."
+    return f"every row has the same value ({distinct[0]}): not audited."

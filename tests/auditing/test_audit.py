@@ -1,0 +1,260 @@
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from audit_example import QUICK, example
+
+import mdnorm
+from mdnorm.auditing import InputError
+from mdnorm.auditing.audit import number_of_steps
+from mdnorm.auditing.findings import is_found
+from mdnorm.metrics import cka, distance_correlation_sqr
+
+
+def column_of(report, name):
+    return next(column for column in report.columns if column.name == name)
+
+
+def level_of(report, name, topic="change"):
+    return next(f.level for f in report.findings if f.column == name and f.topic == topic)
+
+
+def test_what_was_put_in_is_found_and_what_was_not_is_not(report):
+    assert [column.name for column in report.columns] == ["site", "age", "shoe size", "diagnosis"]
+    for name in ("site", "age"):
+        column = column_of(report, name)
+        before, after = column.representations["before"], column.representations["after"]
+        assert is_found(before.dependence_within)
+        assert before.dependence_within.p_value < 0.001
+        assert not is_found(after.dependence_within)
+        assert before.probes_within["linear"].p_value == 1 / 40
+        assert before.probes_within["linear"].share > 0.6
+        assert after.best_probe_within[1].share < 0.2
+    shoe = column_of(report, "shoe size").representations["before"]
+    assert abs(shoe.dependence.value) < 0.03
+    assert shoe.best_probe[1].value < 0.1
+    assert level_of(report, "age") == "none"
+    assert "age is gone" in str(report)
+
+
+def test_numbers_are_those_of_the_metrics(report):
+    before, after, metadata = example()
+    site = (metadata["site"] == "a").astype(float)
+    measured = column_of(report, "site").representations
+    for key, features in (("before", before), ("after", after)):
+        assert measured[key].dependence.value == pytest.approx(
+            distance_correlation_sqr(features, site), abs=1e-9
+        )
+        values, weights = [], []
+        for name in ("ill", "well"):
+            inside = metadata["diagnosis"] == name
+            value = distance_correlation_sqr(features[inside], site[inside])
+            assert measured[key].dependence_by_class[name].value == pytest.approx(value, abs=1e-9)
+            values.append(value)
+            weights.append(inside.sum())
+        pooled = np.average(values, weights=weights)
+        assert measured[key].dependence_within.value == pytest.approx(pooled, abs=1e-9)
+    assert report.similarity == pytest.approx(cka(before, after))
+    diagnosis = (metadata["diagnosis"] == "ill").astype(float)
+    association = column_of(report, "site").association_with_label
+    assert association == pytest.approx(distance_correlation_sqr(site, diagnosis), abs=1e-9)
+    assert any(f.topic == "confounding" and f.column == "site" for f in report.findings)
+    assert not any(f.topic == "confounding" and f.column == "age" for f in report.findings)
+
+
+def test_group_gaps_of_the_predictions(report):
+    _, _, metadata = example()
+    gaps = column_of(report, "site").representations["before"].group_gaps
+    assert gaps["positive"] == "ill"
+    for group in gaps["groups"]:
+        inside = metadata["site"] == group["group"]
+        right = (metadata["predicted"] == metadata["diagnosis"])[inside]
+        assert group["rates"]["accuracy"]["value"] == pytest.approx(right.mean())
+        ill = metadata["diagnosis"][inside] == "ill"
+        found = (metadata["predicted"][inside] == "ill")[ill].mean()
+        assert group["rates"]["true_positive_rate"]["value"] == pytest.approx(found)
+    ages = column_of(report, "age").representations["before"].group_gaps
+    assert len(ages["groups"]) == 4
+    assert column_of(report, "diagnosis").representations["before"].group_gaps is None
+    assert level_of(report, "site", "gap") == "weak"
+
+
+def test_the_same_seed_gives_the_same_report(report):
+    before, after, metadata = example()
+    again = mdnorm.audit(
+        torch.from_numpy(before),
+        pd.DataFrame(metadata),
+        "diagnosis",
+        after=after,
+        predictions="predicted",
+        predictions_after="predicted later",
+        positive="ill",
+        names=("the old network", "the new network"),
+        settings=QUICK,
+    )
+    first, second = report.to_dict(), again.to_dict()
+    first.pop("facts"), second.pop("facts")
+    assert json.dumps(first) == json.dumps(second)
+
+
+def test_without_labels_and_without_after():
+    before, _, metadata = example()
+    steps = []
+    report = mdnorm.audit(before, {"age": metadata["age"]}, settings=QUICK, progress=steps.append)
+    assert len(steps) == number_of_steps(1, 1)
+    assert report.label is None
+    assert report.similarity is None
+    assert [finding.topic for finding in report.findings] == ["dependence"]
+    assert level_of(report, "age", "dependence") == "strong"
+    assert report.columns[0].representations["before"].dependence_within is None
+    assert "age can be predicted from these features with R²" in str(report)
+
+
+def test_labels_as_an_array_and_continuous_labels():
+    before, _, metadata = example()
+    report = mdnorm.audit(before, {"site": metadata["site"]}, metadata["age"], settings=QUICK)
+    assert report.label == "label"
+    site = column_of(report, "site")
+    assert len(site.representations["before"].dependence_by_class) == 4
+    assert "quarter of its range" in site.note
+    assert column_of(report, "label").kind == "continuous"
+
+
+def test_missing_values_are_reported_and_rows_used_stated():
+    before, _, metadata = example()
+    age = metadata["age"].copy()
+    age[:30] = np.nan
+    before[100:105, 2] = np.nan
+    before[105, 0] = np.inf
+    report = mdnorm.audit(before, {"age": age, "site": metadata["site"]}, settings=QUICK)
+    assert "6 of 240 rows have missing or infinite features" in report.notes[0]
+    assert report.facts["rows_used"] == 234
+    assert column_of(report, "age").num_rows == 204
+    assert column_of(report, "age").num_missing == 30
+    assert column_of(report, "site").num_rows == 234
+
+
+def test_constants_and_identifiers_are_left_out_with_a_reason():
+    before, _, metadata = example()
+    report = mdnorm.audit(
+        before,
+        {
+            "age": metadata["age"],
+            "subject_id": np.arange(240),
+            "scanner": ["x"] * 240,
+            "few": [1.5, 2.5] + [None] * 238,
+        },
+        settings=QUICK,
+    )
+    assert [column.name for column in report.columns] == ["age"]
+    assert {column.name: column.kind for column in report.left_out} == {
+        "subject_id": "identifier",
+        "scanner": "constant",
+        "few": "constant",
+    }
+    notes = " ".join(report.notes)
+    assert "like a row number or an id" in notes
+    assert "same value (x)" in notes
+    assert "only 2 rows have a value" in notes
+
+
+def test_a_constant_column_within_a_label_class_is_noted():
+    before, _, metadata = example()
+    site = np.where(metadata["diagnosis"] == "ill", "a", metadata["site"])
+    report = mdnorm.audit(
+        before, {"diagnosis": metadata["diagnosis"], "site": site}, "diagnosis", settings=QUICK
+    )
+    column = column_of(report, "site")
+    assert "Within class ill of the label, site never changes" in column.note
+    assert list(column.representations["before"].dependence_by_class) == ["well"]
+
+
+def test_rare_classes_do_not_stop_an_audit():
+    before, _, metadata = example()
+    site = metadata["site"].astype(object)
+    site[:2] = "rare"
+    report = mdnorm.audit(before, {"site": site}, settings=QUICK)
+    probe = report.columns[0].representations["before"].probes["linear"]
+    assert "fewer than 5 rows were left out: rare" in probe.notes[0]
+    assert probe.num_rows == 238
+    rare = np.array([f"family {i // 3}" for i in range(240)])
+    report = mdnorm.audit(before, {"age": metadata["age"], "family": rare}, settings=QUICK)
+    assert [column.name for column in report.left_out] == ["family"]
+    assert "fewer than two classes have 5 rows" in report.notes[0]
+
+
+def test_many_rows_are_sampled_and_it_is_said():
+    before, _, metadata = example(3000)
+    report = mdnorm.audit(before, {"age": metadata["age"]}, max_rows=200, settings=QUICK)
+    assert "200 of 3000 rows were sampled (seed 0)" in report.notes[0]
+    assert report.facts["rows_used"] == 200
+    assert report.facts["rows_given"] == 3000
+
+
+def test_subjects_stay_together():
+    rng = np.random.default_rng(0)
+    # Forty subjects of six samples each: features tell the subject, and so the age, if it is in both folds.
+    age, centre = rng.uniform(20, 80, 40), 5 * rng.standard_normal((40, 30))
+    subject = np.repeat(np.arange(40), 6)
+    features = centre[subject] + rng.standard_normal((240, 30))
+    leaky = mdnorm.audit(features, {"age": age[subject]}, settings=QUICK)
+    kept = mdnorm.audit(features, {"age": age[subject]}, subjects=subject, settings=QUICK)
+    assert leaky.columns[0].representations["before"].best_probe[1].value > 0.5
+    assert kept.columns[0].representations["before"].best_probe[1].value < 0.2
+
+
+def test_feature_maps_are_flattened():
+    before, _, metadata = example()
+    flat = mdnorm.audit(before, {"age": metadata["age"]}, settings=QUICK)
+    maps = mdnorm.audit(before.reshape(240, 2, 3), {"age": metadata["age"]}, settings=QUICK)
+    assert maps.facts["features"] == {"before": [240, 6]}
+    assert maps.findings == flat.findings
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"features": np.zeros((0, 3))}, r"features must have one row for each sample, got shape \(0, 3\)"),
+        ({"features": np.zeros((240, 3))}, "all features .before. are constant"),
+        ({"features": np.array([["a"]])}, "must be real numbers"),
+        ({"features": np.full((240, 2), np.nan)}, "only 0 rows with finite features"),
+        ({"features": np.ones((100, 2))}, "100 in features, 240 in metadata"),
+        ({"after": np.ones((100, 2))}, "240 in features, 240 in metadata, 100 in after"),
+        ({"labels": "disease"}, "no metadata column 'disease' for the labels"),
+        ({"labels": np.zeros(240)}, "the label 'label' cannot be used"),
+        ({"labels": np.zeros(24)}, "labels have 24 rows, features 240"),
+        ({"metadata": {"scanner": ["x"] * 240}, "labels": None}, "no metadata column can be audited"),
+        ({"metadata": {}, "labels": None}, "no metadata columns"),
+        ({"labels": None, "predictions": "predicted"}, "need the labels"),
+        ({"predictions": np.array(["sick"] * 240)}, "hold 'sick', which no label is"),
+        ({"predictions": "predicted", "scores": np.full(240, 1.2)}, "must be probabilities from 0 to 1"),
+        ({"predictions": "predicted", "positive": "sick"}, "positive='sick' is not one of the labels"),
+        ({"subjects": np.zeros(3)}, r"subjects must have shape \(240,\)"),
+        ({"max_rows": 3}, "max_rows must be a whole number of at least 20"),
+        ({"max_rows": True}, "max_rows"),
+    ],
+)
+def test_errors_say_what_is_wrong(changes, message):
+    before, _, metadata = example()
+    arguments = {"features": before, "metadata": metadata, "labels": "diagnosis", "settings": QUICK} | changes
+    with pytest.raises(InputError, match=message):
+        mdnorm.audit(**arguments)
+
+
+def test_integer_and_boolean_predictions_match_their_labels():
+    before, _, metadata = example()
+    label = (metadata["diagnosis"] == "ill").astype(int)
+    pairs = [
+        (label, label),
+        (label, label.astype(float)),
+        (label, torch.from_numpy(label)),
+        (label.astype(bool), label.astype(bool)),
+    ]
+    for labels, predictions in pairs:
+        report = mdnorm.audit(
+            before, {"site": metadata["site"]}, labels, predictions=predictions, settings=QUICK
+        )
+        gaps = report.columns[0].representations["before"].group_gaps
+        assert gaps["gaps"]["accuracy"]["value"] == 0

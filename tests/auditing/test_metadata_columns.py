@@ -1,0 +1,142 @@
+import datetime
+
+import numpy as np
+import pandas as pd
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+
+from mdnorm.auditing.columns import as_column, as_columns
+from mdnorm.auditing.reading import InputError
+
+N = 60
+RNG = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize(
+    ("values", "kind"),
+    [
+        (RNG.standard_normal(N), "continuous"),
+        (RNG.integers(20, 80, N), "continuous"),
+        (RNG.integers(0, 4, N), "categorical"),
+        (RNG.integers(0, 4, N) / 2, "continuous"),
+        (np.arange(N) % 2 == 0, "categorical"),
+        (["Graz", "Wien"] * (N // 2), "categorical"),
+        (np.full(N, 3.0), "constant"),
+        (["x"] * N, "constant"),
+        ([None] * N, "constant"),
+        (np.arange(N), "identifier"),
+        (np.arange(N) + 1000, "identifier"),
+        ([f"subject {i}" for i in range(N)], "identifier"),
+        (torch.arange(N) % 3, "categorical"),
+        (torch.randn(N), "continuous"),
+        (np.datetime64("2020-01-01") + np.arange(N)[::-1] ** 2, "continuous"),
+    ],
+)
+def test_kinds_are_inferred(values, kind):
+    column = as_column("x", values)
+    assert column.kind == kind
+    assert column.is_auditable == (kind in ("continuous", "categorical"))
+    assert len(column.values) == len(column.present) == N
+    assert column.describe()
+
+
+def test_names_tell_identifiers_from_measurements():
+    values = RNG.permutation(10**6)[:N]
+    for name in ("subject_id", "id", "UID", "Unnamed: 0", "row"):
+        assert as_column(name, values).kind == "identifier"
+    for name in ("volume", "idle", "width"):
+        assert as_column(name, values).kind == "continuous"
+
+
+def test_kinds_can_be_given():
+    sites = RNG.integers(0, 30, N)
+    assert as_column("site", sites).kind == "continuous"
+    column = as_column("site", sites, "categorical")
+    assert column.kind == "categorical"
+    assert set(column.values) == {str(site) for site in sites}
+    assert as_column("stage", RNG.integers(0, 4, N), "continuous").kind == "continuous"
+    assert as_column("stage", ["1", "2"] * 30, "continuous").values[1] == 2
+    assert as_column("subject", np.arange(N), "continuous").kind == "continuous"
+    with pytest.raises(InputError, match="'stage' cannot be read as continuous"):
+        as_column("stage", ["1", "two"] * 30, "continuous")
+    with pytest.raises(InputError, match="must be continuous or categorical, got 'number'"):
+        as_column("stage", sites, "number")
+
+
+def test_missing_and_infinite_values():
+    column = as_column("age", [1.5, None, np.nan, np.inf, 2.5, 3.5])
+    np.testing.assert_array_equal(column.present, [True, False, False, False, True, True])
+    assert column.num_missing == 3
+    assert "1 infinite" in column.note
+    site = as_column("site", ["a", None, "", "b", "a", "b"])
+    np.testing.assert_array_equal(site.present, [True, False, False, True, True, True])
+
+
+def test_frames_of_every_library_give_the_same_columns():
+    days = [datetime.date(2020, 1, 1) + datetime.timedelta(days=i * i) for i in range(N)]
+    data = {
+        "age": [None if i == 3 else 20.0 + i / 7 for i in range(N)],
+        "site": ["a" if i % 3 else None for i in range(N - 1)] + ["b"],
+        "stage": [i % 4 for i in range(N)],
+        "flag": [i % 2 == 0 for i in range(N)],
+        "day": days,
+    }
+    frames = [
+        pd.DataFrame({**data, "day": pd.to_datetime(days)}),
+        pl.DataFrame(data),
+        pa.table(data),
+        {name: np.array(values, dtype=object) for name, values in data.items() if name != "day"},
+    ]
+    first = {column.name: column for column in as_columns(frames[0])}
+    assert [column.kind for column in first.values()] == [
+        "continuous",
+        "categorical",
+        "categorical",
+        "categorical",
+        "continuous",
+    ]
+    for frame in frames[1:]:
+        for column in as_columns(frame):
+            expected = first[column.name]
+            assert column.kind == expected.kind
+            np.testing.assert_array_equal(column.present, expected.present)
+            np.testing.assert_array_equal(column.values, expected.values)
+
+
+def test_categories_and_dictionaries_are_read_as_text():
+    series = pd.Series(["a", "b", None] * 20, dtype="category")
+    column = as_columns(pd.DataFrame({"site": series}))[0]
+    assert column.kind == "categorical"
+    assert column.num_missing == 20
+    assert as_columns(pl.DataFrame({"site": pl.Series(["a", "b"] * 30, dtype=pl.Categorical)}))[0].kind == (
+        "categorical"
+    )
+
+
+def test_design_matrices():
+    column = as_column("site", ["b", "a", "c"] * 20)
+    np.testing.assert_array_equal(column.design_matrix()[:3], [[0, 1, 0], [1, 0, 0], [0, 0, 1]])
+    assert as_column("age", np.linspace(1, 2, N)).design_matrix().shape == (N, 1)
+
+
+def test_arrays_without_names():
+    assert [c.name for c in as_columns(RNG.standard_normal((N, 2)))] == ["metadata 0", "metadata 1"]
+    assert as_columns(torch.randn(N))[0].name == "metadata"
+
+
+@pytest.mark.parametrize(
+    ("metadata", "kinds", "ignore", "message"),
+    [
+        ({"a": [1, 2], "b": [1]}, None, (), "differ in length"),
+        ({"a": [1, 2]}, {"b": "categorical"}, (), "no metadata column 'b'; there are 'a'"),
+        ({"a": [1, 2]}, None, ("c",), "no metadata column 'c'"),
+        (3, None, (), "must be a DataFrame"),
+        (np.zeros((2, 2, 2)), None, (), r"shape \(n,\) or \(n, columns\)"),
+        (pl.DataFrame({"a": [[1], [2]]}), None, (), "holds List"),
+    ],
+)
+def test_errors(metadata, kinds, ignore, message):
+    with pytest.raises(InputError, match=message):
+        as_columns(metadata, kinds, ignore)

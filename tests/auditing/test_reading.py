@@ -1,0 +1,127 @@
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mdnorm.auditing.reading import InputError, read_features, read_table
+
+
+@pytest.fixture
+def values():
+    return np.arange(12, dtype=np.float32).reshape(4, 3) / 7
+
+
+def write(path, values):
+    if path.suffix == ".npy":
+        np.save(path, values)
+    elif path.suffix == ".npz":
+        np.savez(path, features=values, other=np.zeros(2))
+    elif path.suffix == ".safetensors":
+        save_file({"features": torch.from_numpy(values), "labels": torch.zeros(4)}, path)
+    elif path.suffix == ".parquet":
+        pq.write_table(pa.table({f"f{i}": values[:, i] for i in range(values.shape[1])}), path)
+    else:
+        separator = "\t" if path.suffix == ".tsv" else ","
+        rows = [separator.join(f"{value:.9g}" for value in row) for row in values]
+        path.write_text("\n".join([separator.join("abc"), *rows]))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet", ".csv", ".tsv", ".NPY"])
+def test_every_format_gives_the_same_features(tmp_path, values, suffix):
+    path = tmp_path / f"features{suffix.lower()}"
+    write(path, values)
+    path = path.rename(tmp_path / f"features{suffix}")
+    np.testing.assert_allclose(read_features(path), values, rtol=1e-7)
+
+
+def test_npy_is_memory_mapped(tmp_path, values):
+    np.save(tmp_path / "features.npy", values)
+    assert isinstance(read_features(tmp_path / "features.npy"), np.memmap)
+
+
+def test_half_precision_tensors_are_read(tmp_path, values):
+    tensor = torch.from_numpy(values).bfloat16()
+    save_file({"hidden": tensor}, tmp_path / "features.safetensors")
+    np.testing.assert_array_equal(read_features(tmp_path / "features.safetensors"), tensor.float().numpy())
+
+
+def test_the_key_chooses_an_array(tmp_path):
+    np.savez(tmp_path / "many.npz", a=np.zeros((2, 1)), b=np.ones((2, 1)))
+    assert read_features(tmp_path / "many.npz", "b").sum() == 2
+    with pytest.raises(InputError, match=r"several arrays or none \('a', 'b'\)"):
+        read_features(tmp_path / "many.npz")
+    with pytest.raises(InputError, match="no array 'c'; it has 'a', 'b'"):
+        read_features(tmp_path / "many.npz", "c")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".safetensors", ".parquet"])
+@pytest.mark.parametrize("damage", ["truncated", "text", "empty"])
+def test_damaged_files_are_named(tmp_path, values, suffix, damage):
+    path = tmp_path / f"features{suffix}"
+    write(path, values)
+    content = path.read_bytes()
+    path.write_bytes({"truncated": content[: len(content) // 2], "text": b"hello " * 9, "empty": b""}[damage])
+    with pytest.raises(InputError, match=f"features{suffix}"):
+        read_features(path)
+
+
+def test_python_objects_are_never_loaded(tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    np.savez(tmp_path / "objects.npz", np.array([{"a": 1}], dtype=object))
+    for name in ("objects.npy", "objects.npz"):
+        with pytest.raises(InputError, match="never loaded"):
+            read_features(tmp_path / name)
+
+
+def test_other_mistakes_with_features(tmp_path):
+    with pytest.raises(InputError, match=r"from \.npy, .*, not from \.pt"):
+        read_features(tmp_path / "features.pt")
+    with pytest.raises(InputError, match="does not exist"):
+        read_features(tmp_path / "features.npy")
+    (tmp_path / "folder.npy").mkdir()
+    with pytest.raises(InputError, match="is not a file"):
+        read_features(tmp_path / "folder.npy")
+    np.save(tmp_path / "texts.npy", np.array(["a", "b"]))
+    with pytest.raises(InputError, match="must be real numbers"):
+        read_features(tmp_path / "texts.npy")
+    (tmp_path / "mixed.csv").write_text("a,b,c\n1,x,2\n3,y,4\n")
+    with pytest.raises(InputError, match="columns that are not numbers: 'b'"):
+        read_features(tmp_path / "mixed.csv")
+
+
+def test_missing_values_of_a_table_of_features_are_nan(tmp_path):
+    (tmp_path / "features.csv").write_text("a,b\n1,2\n,4\n")
+    np.testing.assert_array_equal(read_features(tmp_path / "features.csv"), [[1, 2], [np.nan, 4]])
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+def test_separators_and_missing_values(tmp_path, separator):
+    rows = [["age", "site"], ["40", "n/a"], ["", "Graz"], ["51.5", ""]]
+    (tmp_path / "metadata.csv").write_text("\n".join(separator.join(row) for row in rows))
+    assert read_table(tmp_path / "metadata.csv").to_pydict() == {
+        "age": [40.0, None, 51.5],
+        "site": [None, "Graz", None],
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("a,b\n", "no rows"),
+        ("a,a\n1,2\n", "more than one column of the name"),
+        ("a,b\n1,2,3\n", "cannot be read as CSV"),
+        ("", "empty"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path, content, message):
+    (tmp_path / "metadata.csv").write_text(content)
+    with pytest.raises(InputError, match=message):
+        read_table(tmp_path / "metadata.csv")
+
+
+def test_a_table_in_another_encoding_is_named(tmp_path):
+    (tmp_path / "metadata.csv").write_bytes("Ort\nK\xf6ln\n".encode("latin-1"))
+    table = read_table(tmp_path / "metadata.csv")
+    assert table.column_names == ["Ort"]

@@ -1,0 +1,138 @@
+import json
+
+import numpy as np
+import pytest
+from filelock import FileLock
+from typer.testing import CliRunner
+
+from mdnorm.commands import app
+
+N = 120
+
+
+def call(*arguments):
+    return CliRunner().invoke(app, ["audit", *map(str, arguments)])
+
+
+@pytest.fixture
+def files(tmp_path):
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, N)
+    site = rng.integers(0, 3, N)
+    features = rng.standard_normal((N, 4))
+    features[:, 0] += 2 * label
+    np.save(tmp_path / "after.npy", features)
+    features[:, 1] += 4 * site
+    np.save(tmp_path / "before.npy", features)
+    rows = ["participant,diagnosis,site,age,predicted"]
+    for i in range(N):
+        age = "" if i % 10 == 0 else f"{20 + rng.random() * 60:.1f}"
+        rows.append(f"sub-{i:03},{label[i]},{'ABC'[site[i]]},{age},{int(features[i, 0] > 1)}")
+    (tmp_path / "metadata.csv").write_text("\n".join(rows))
+    return tmp_path
+
+
+def quick(files, *arguments):
+    return call(
+        files / "before.npy", files / "metadata.csv", "--permutations", 19, "--out", files / "out", *arguments
+    )
+
+
+def test_from_files_to_report(files):
+    result = quick(
+        files,
+        *("--label", "diagnosis", "--after", files / "after.npy", "--prediction", "predicted"),
+        *("--name", "raw features", "--name", "clean features"),
+    )
+    assert result.exit_code == 0, result.output
+    assert "participant: identifier (120 distinct values in 120 rows" in result.stderr
+    assert "site: categorical (" in result.stderr
+    assert "age: continuous (" in result.stderr
+    assert "site is gone" in result.stdout
+    assert "site can be predicted from raw features with" in result.stdout
+    assert "chance is 33 %" in result.stdout
+    assert "participant was left out" in result.stdout
+    content = json.loads((files / "out" / "report.json").read_text())
+    assert [column["name"] for column in content["columns"]] == ["site", "age", "diagnosis"]
+    assert content["columns"][1]["num_missing"] == 12
+    assert content["facts"]["features_file"].endswith("before.npy")
+    assert (files / "out" / "report.html").stat().st_size > 10**6
+    assert (files / "out" / "figures" / "overview.png").exists()
+
+
+def test_json_and_options(files):
+    result = quick(
+        files,
+        "--json",
+        "--kind",
+        "site=categorical",
+        "--ignore",
+        "predicted",
+        "--ignore",
+        "age",
+        "--max-rows",
+        100,
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert [column["name"] for column in content["columns"]] == ["diagnosis", "site"]
+    assert content["facts"]["rows_used"] == 100
+    assert "100 of 120 rows were sampled" in content["notes"][0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--label", "disease"], "no metadata column 'disease' for the labels"),
+        (["--after", "nowhere.npy"], "nowhere.npy does not exist"),
+        (["--kind", "site"], "--kind 'site': give COLUMN="),
+        (["--kind", "site=number"], "must be continuous or categorical"),
+        (["--ignore", "sight"], "no metadata column 'sight'"),
+        (["--name", "a", "--name", "b"], "--name was given 2 time(s)"),
+        (["--prediction", "predicted"], "need the labels"),
+        (["--label", "diagnosis", "--prediction", "site"], "which no label is"),
+        (["--label", "diagnosis", "--subject", "age"], "12 missing value(s)"),
+    ],
+)
+def test_bad_options_exit_with_2(files, arguments, message):
+    result = quick(files, *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert "Traceback" not in result.output
+    assert not (files / "out" / "report.html").exists()
+
+
+def damaged(files, name, content):
+    path = files / name
+    path.write_bytes(content)
+    return path
+
+
+def test_bad_files_exit_with_2(files):
+    good, table = files / "before.npy", files / "metadata.csv"
+    half = damaged(files, "half.npy", good.read_bytes()[:900])
+    empty = damaged(files, "empty.csv", b"")
+    short = damaged(files, "short.csv", b"age\n1\n2\n")
+    for arguments, message in [
+        ((half, table), "half.npy cannot be read"),
+        ((good, empty), "empty.csv is empty"),
+        ((good, short), "120 in features, 2 in metadata"),
+        ((files / "none.npy", table), "none.npy does not exist"),
+        ((table, table), "columns that are not numbers"),
+        ((good, good), "a table can be read from .csv, .tsv, .parquet"),
+    ]:
+        result = call(*arguments, "--out", files / "out")
+        assert result.exit_code == 2, message
+        assert message in " ".join(result.stderr.split())
+
+
+def test_outputs_that_cannot_be_written_exit_with_2(files):
+    (files / "taken").write_text("a file")
+    result = call(files / "before.npy", files / "metadata.csv", "--out", files / "taken")
+    assert result.exit_code == 2
+    assert "cannot write to" in result.stderr
+    (files / "out").mkdir()
+    with FileLock(files / "out" / ".lock"):
+        result = quick(files)
+    assert result.exit_code == 2
+    assert "another process is writing" in " ".join(result.stderr.split())
