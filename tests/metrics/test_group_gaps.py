@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -14,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score_loss, recall_score
 
-from mdnorm.metrics import group_gaps as module
 from mdnorm.metrics.group_gaps import GroupGaps, group_gaps, quantile_groups
+
+# The package exports the function under the name of the module.
+module = importlib.import_module("mdnorm.metrics.group_gaps")
 
 
 def _data(

@@ -631,7 +631,7 @@ def _point_values(problem: _Problem, probabilities: Floats | None, num_bins: int
 def _confidences(
     probabilities: Floats, true: Integers, positive: int | None
 ) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return the probability of the positive, or the likeliest, class (n,), and whether it is the true one."""
+    """Return the probability of the positive, or of the likeliest, class (n,), and whether it is true."""
     if positive is not None:
         return probabilities, np.asarray(true == positive)
     return probabilities.max(axis=1), np.asarray(probabilities.argmax(axis=1) == true)
