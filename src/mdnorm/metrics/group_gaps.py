@@ -25,7 +25,7 @@ from mdnorm.metrics.columns import Categories, as_categories, as_column, shown
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["Gap", "GroupGaps", "GroupRates", "QuantileGroups", "Rate", "group_gaps", "quantile_groups"]
+__all__ = ["Gap", "GroupGaps", "GroupResult", "QuantileGroups", "Rate", "group_gaps", "quantile_groups"]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -60,7 +60,7 @@ class Rate:
 
 
 @dataclass(frozen=True)
-class GroupRates:
+class GroupResult:
     """The rates of one group.
 
     Attributes
@@ -124,7 +124,7 @@ class GroupGaps:
 
     Attributes
     ----------
-    groups : tuple of GroupRates
+    groups : tuple of GroupResult
         In the order of the group column's values.
     gaps : dict of str to Gap
     classes : tuple
@@ -138,7 +138,7 @@ class GroupGaps:
         Which rates are not defined, or rest on few rows.
     """
 
-    groups: tuple[GroupRates, ...]
+    groups: tuple[GroupResult, ...]
     gaps: dict[str, Gap]
     classes: tuple[Any, ...]
     positive: Any
@@ -393,7 +393,7 @@ def group_gaps(
     _note_undefined(problem, by_group, notes)
 
     group_rates = tuple(
-        GroupRates(
+        GroupResult(
             group=group,
             num_rows=int(members.counts[index]),
             label_counts={
