@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo audit test lint types unit bench full variants continual ablation format clean
+.PHONY: help demo audit test lint types unit browser bench full variants continual ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -15,7 +15,7 @@ demo: $(VENV)/.demo ## See it work: the synthetic experiment in a few minutes, r
 audit: $(VENV)/.audit ## See what an uncorrected and a corrected network know: results/audit/report.html
 	$(BIN)/mdnorm experiment synthetic --quick --methods none,mdn-last-running --seeds 1 --out results/audit/networks
 	$(BIN)/mdnorm audit results/audit/networks/features/none-plain-batch200-seed0.safetensors \
-		results/audit/networks/metadata.csv --label group --out results/audit \
+		results/audit/networks/metadata.csv --label group --ignore effect --out results/audit \
 		--after results/audit/networks/features/mdn-last-running-plain-batch200-seed0.safetensors \
 		--prediction prediction_none_batch200 --score score_none_batch200 \
 		--prediction-after prediction_mdn-last-running_batch200 --score-after score_mdn-last-running_batch200 \
@@ -30,8 +30,13 @@ lint: $(VENV)/.dev ## Check style (ruff)
 types: $(VENV)/.dev ## Check types (mypy --strict)
 	$(BIN)/mypy
 
-unit: $(VENV)/.dev ## Run the tests
+unit: $(VENV)/.dev browser ## Run the tests
 	$(BIN)/python -m pytest -n 2
+
+browser: ## Install Chromium, for the tests of the page, where that is possible and needed
+	@command -v chromium chromium-browser google-chrome > /dev/null || { \
+		test "$$(id -u)" = 0 && command -v apt-get > /dev/null && apt-get update -qq && apt-get install -qq -y chromium > /dev/null; } || \
+		echo "No Chromium here: the tests of the report in a browser will be skipped."
 
 bench: $(VENV)/.dev ## Run the benchmarks, tables and JSON in results/bench
 	$(BIN)/python benchmarks/layer.py --json results/bench/layer.json

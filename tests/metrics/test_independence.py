@@ -9,9 +9,11 @@ from typing import Any
 import dcor
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 
 from mdnorm.metrics import (
+    distance_correlation_chi_squared_p_value,
     distance_correlation_permutation_test,
     distance_correlation_sqr,
     distance_correlation_t_test,
@@ -197,3 +199,30 @@ def test_on_a_gpu_as_on_the_cpu() -> None:
     expected = distance_correlation_permutation_test(x, y, num_permutations=30)
     result = distance_correlation_permutation_test(torch.from_numpy(x).cuda(), y, num_permutations=30)
     np.testing.assert_allclose(result.permuted, expected.permuted, atol=1e-12)
+
+
+def test_chi_squared_p_value_is_that_of_scipy() -> None:
+    for estimate, n in ((0.1, 50), (0.0, 4), (-0.001, 300), (1.0, 1000)):
+        expected = scipy.stats.chi2.sf(n * estimate + 1, 1)
+        assert distance_correlation_chi_squared_p_value(estimate, n) == pytest.approx(expected, rel=1e-10)
+    assert distance_correlation_chi_squared_p_value(-0.5, 20) == 1
+    with pytest.raises(ValueError, match="from -1 to 1"):
+        distance_correlation_chi_squared_p_value(float("nan"), 20)
+    with pytest.raises(ValueError, match="at least 4"):
+        distance_correlation_chi_squared_p_value(0.5, 3)
+
+
+@pytest.mark.parametrize("kind", ["scalars", "columns", "binary"])
+def test_chi_squared_test_keeps_its_level(kind: str) -> None:
+    rng = np.random.default_rng(0)
+    found = 0
+    for _ in range(400):
+        x, y = rng.standard_normal((2, 40, 5 if kind == "columns" else 1))
+        if kind == "binary":
+            x, y = x > 0, y > 0
+        estimate = distance_correlation_sqr(x, y)
+        found += distance_correlation_chi_squared_p_value(estimate, 40) < 0.05
+    # 5 % of 400 and three standard deviations; for two binary variables the level is reached.
+    assert found <= 33
+    if kind == "binary":
+        assert found >= 7

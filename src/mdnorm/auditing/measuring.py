@@ -13,6 +13,7 @@ from mdnorm.auditing.columns import Column
 from mdnorm.auditing.results import ColumnAudit, Measure, Projection, Representation
 from mdnorm.extras import requires
 from mdnorm.metrics import (
+    distance_correlation_chi_squared_p_value,
     distance_correlation_interval,
     distance_correlation_sqr,
 )
@@ -195,14 +196,8 @@ def _measure(
 def _dependence(features: NDArray[np.float64], column: Column, settings: Settings) -> Measure:
     values = column.design_matrix()
     interval = distance_correlation_interval(features, values, confidence=settings.confidence)
-    test = distance_correlation_chi_squared_test(interval.estimate, len(values))
-    return Measure("dcor²", interval.estimate, 0.0, len(values), interval.lower, interval.upper, test)
-
-
-def distance_correlation_chi_squared_test(estimate: float, num_samples: int) -> float:
-    from scipy.stats import chi2
-
-    return float(chi2.sf(num_samples * estimate + 1, 1))
+    p_value = distance_correlation_chi_squared_p_value(interval.estimate, len(values))
+    return Measure("dcor²", interval.estimate, 0.0, len(values), interval.lower, interval.upper, p_value)
 
 
 def _pooled(by_class: Mapping[str, Measure]) -> Measure | None:

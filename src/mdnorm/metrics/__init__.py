@@ -18,6 +18,7 @@ from mdnorm.metrics.group_gaps import GroupGaps, QuantileGroups, group_gaps, qua
 from mdnorm.metrics.independence import (
     DistanceCorrelationPermutationTest,
     DistanceCorrelationTTest,
+    distance_correlation_chi_squared_p_value,
     distance_correlation_permutation_test,
     distance_correlation_t_test,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "QuantileGroups",
     "cka",
     "conditional_distance_correlation_sqr",
+    "distance_correlation_chi_squared_p_value",
     "distance_correlation_interval",
     "distance_correlation_permutation_test",
     "distance_correlation_sqr",
