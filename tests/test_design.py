@@ -654,6 +654,7 @@ def test_inference_needs_neither_formulaic_nor_pandas() -> None:
         ({"formula": "y ~ age"}, FormulaError, "several parts.*labels="),
         ({"formula": "age | site"}, FormulaError, "several parts"),
         ({"formula": "age +"}, FormulaError, "cannot be read"),
+        ({"formula": "age*("}, FormulaError, r"cannot be read: .*age\*\("),
         ({"formula": "2:age"}, FormulaError, "multiplies a term by 2"),
         ({"formula": "age", "labels": "age"}, ValueError, "'age' is both label and metadata"),
         (
@@ -677,8 +678,9 @@ def test_inference_needs_neither_formulaic_nor_pandas() -> None:
     ],
 )
 def test_errors_when_built(arguments: Any, error: type[Exception], message: str) -> None:
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         Design(**arguments)
+    assert str(caught.value).isprintable()
 
 
 SMALL = {"age": [30.0, 40.0, 50.0, 60.0], "site": list("abab"), "one": [1, 1, 1, 1], "none": [None] * 4}
@@ -688,6 +690,8 @@ SMALL = {"age": [30.0, 40.0, 50.0, 60.0], "site": list("abab"), "one": [1, 1, 1,
     ("design", "table", "error", "message"),
     [
         (Design("aeg"), SMALL, ValueError, "no column 'aeg': did you mean 'age'"),
+        (Design(["0"]), pd.DataFrame([[1, 2], [3, 4]]), ValueError, "no column '0'.*string as name are none"),
+        (Design("age"), pd.Series({"age": 1}), TypeError, "got Series.*a single row as a dict"),
         (Design("age"), {"age": [1.0]}, ValueError, "1 row.*at least 2"),
         (Design("age"), {"age": []}, ValueError, "0 row"),
         (Design("age"), {"age": ["1", 2.0]}, TypeError, r"mixes strings \('1'\) and numbers \(2.0\)"),
@@ -766,6 +770,13 @@ def test_constant_columns_stay_zero() -> None:
     result = _matrix(design, {"age": [30.0], "one": [7.0], "site": ["a"]})
     assert result[0, design.metadata_names.index("one")] == 0
     assert design.diagnose({**SMALL, "one": [0.1] * 4}).constant == ("one",)
+
+
+def test_constant_up_to_rounding_is_constant() -> None:
+    # The mean of n times 0.1 is not always 0.1: standardised, the last digit would become a column of ±1.
+    for n in range(2, 60):
+        design = Design(["one", "age"]).fit({"one": [0.1] * n, "age": list(range(n))})
+        assert _matrix(design, {"one": [0.1, 0.3], "age": [0, 1]})[:, 0].tolist() == [0, 0], n
 
 
 def test_a_confounded_design_warns_once_and_a_sound_one_does_not() -> None:

@@ -618,9 +618,10 @@ class Design:
         incomplete = {name: column for name, column in columns.items() if column.missing.any()}
         for name, column in incomplete.items():
             if name in label_variables:
+                otherwise = ", or pass labels=False" if self._is_fitted else ""
                 raise ValueError(
                     f"label {name!r} is missing in {shown_rows(column.missing)}: drop these rows (and their "
-                    "samples), or pass labels=False to transform."
+                    f"samples){otherwise}."
                 )
         if self.missing == "error" and incomplete:
             where = "; ".join(

@@ -55,6 +55,9 @@ _FUNCTIONS = ("C", *BASES, *_ELEMENTWISE, *_STANDARDIZING)
 _QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|`([^`]*)`|([^\W\d]\w*)""")
 
 
+_COLOUR = re.compile(r"[⧛⧚]|\x1b\[[0-9;]*m")
+
+
 class FormulaError(ValueError):
     """A formula has a part that cannot be read or is not allowed; the message says which."""
 
@@ -184,7 +187,9 @@ def parse_formula(formula: str) -> tuple[tuple[Factor, ...], ...]:
             warnings.simplefilter("error")
             parsed = Formula(code)
     except (FormulaicError, SyntaxError, SyntaxWarning, ValueError, RecursionError, MemoryError) as error:
-        raise FormulaError(f"the formula {formula!r} cannot be read: {error}") from error
+        # formulaic colours the place for a terminal and puts it on a line of its own.
+        reason = " ".join(_COLOUR.sub("", str(error)).split())
+        raise FormulaError(f"the formula {formula!r} cannot be read: {reason}") from error
     if not isinstance(parsed, SimpleFormula):
         raise FormulaError(
             f"the formula {formula!r} has several parts: give the metadata alone, without '~' or '|', and "

@@ -112,7 +112,7 @@ def shown_rows(where: NDArray[np.bool_]) -> str:
 
 
 def column_names(table: Any) -> list[str]:
-    """Return the names of the columns of a table.
+    """Return the names of the columns of a table; those that are not strings are left out.
 
     Raises
     ------
@@ -120,8 +120,8 @@ def column_names(table: Any) -> list[str]:
         Not a table.
     """
     if isinstance(table, Mapping):
-        return [str(name) for name in table]
-    return [str(name) for name in _frame(table).columns]
+        return [name for name in table if isinstance(name, str)]
+    return [name for name in _frame(table).columns if isinstance(name, str)]
 
 
 def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], int]:
@@ -149,7 +149,8 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
             close = difflib.get_close_matches(name, present, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
-                f"the table has no column {name!r}: {hint}It has {shown(map(repr, present), 20)}."
+                f"the table has no column {name!r}: {hint}The columns with a string as name are "
+                f"{shown(map(repr, present), 20) or 'none'}."
             )
     if isinstance(table, Mapping):
         return _of_mapping(table, names)
@@ -165,7 +166,7 @@ def _frame(table: Any) -> Any:
     except TypeError as error:
         raise TypeError(
             "table must be a DataFrame (pandas, polars), a pyarrow table or a mapping from names to columns, "
-            f"got {type(table).__name__}: collect() a lazy one first."
+            f"got {type(table).__name__}: collect() a lazy one first, and give a single row as a dict."
         ) from error
     except ValueError as error:
         raise ValueError(f"the table cannot be read: {error}") from error
