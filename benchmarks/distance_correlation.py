@@ -76,11 +76,11 @@ CONTENDERS: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 
 def needed_bytes(n: int, p: int, q: int) -> dict[str, int]:
     """Return the memory that the contenders of a case need, roughly."""
-    full = 2 * n * n * FLOAT_BYTES
+    full = n * n * FLOAT_BYTES
     if p == q == 1 and n >= MIN_SAMPLES_SORTED:
         return {"mdnorm": 0, "dcor mergesort": 0, "dcor avl": 0}
-    # dcor keeps n² differences of p columns, and their squares.
-    return {"mdnorm": 0, "dcor": full if p == q == 1 else full * max(p, q), "scipy": full}
+    # dcor keeps the n² differences of all p columns.
+    return {"mdnorm": 0, "dcor": n if p == q == 1 else full * max(p, q, 2), "scipy": 2 * full}
 
 
 def samples(n: int, p: int, q: int) -> tuple[np.ndarray, np.ndarray]:

@@ -96,7 +96,7 @@ def distance_correlation_sqr(
     -----
     Everything is computed in float64, whatever the dtype of the inputs; a large common offset costs no
     digits. Memory is O(n·tile_size + n·(p + q)), arithmetic O(n²·(p + q)). For two scalars, (n,) or (n, 1),
-    of more than about a thousand samples both are O(n log n) and O(n).
+    of more than a few hundred samples both are O(n log n) and O(n).
 
     The metric is not differentiable: inputs that require a gradient are detached.
 

@@ -73,7 +73,7 @@ _MANY_CLOSE = 1 / 16
 _ROUNDING = 32 * torch.finfo(torch.float64).eps
 
 # From this number of samples on, sorting two scalars is faster than going through their pairs.
-_MIN_SAMPLES_FOR_SORTING = 1200
+_MIN_SAMPLES_FOR_SORTING = 600
 
 Index: TypeAlias = slice | Tensor
 

@@ -21,15 +21,33 @@ References
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 __all__ = ["SortedScalar", "sum_of_products"]
 
 # A block of this many elements is about as fast pair by pair as through another level.
-_BLOCK_SIZE = 16
+_BLOCK_SIZE = 32
+
+# Up to here the four quadrants go through the levels together, padded to the size of the largest: operations
+# take longer to start than to do.
+_MAX_SAMPLES_AT_ONCE = 2**14
+
+# Blocks that are compared at once.
+_CHUNK_SIZE = 2**11
+
+
+@dataclass(frozen=True)
+class _Quadrant:
+    """Absolute values of the samples in one quadrant, by ascending v."""
+
+    u: Tensor
+    v: Tensor
+    u_ranks: Tensor
 
 
 @dataclass(frozen=True)
@@ -73,20 +91,21 @@ class SortedScalar:
         num_samples = self.values.shape[0]
         return [self.order[: self.num_negative].flip(0), self.order[num_samples - self.num_positive :]]
 
+    def _sizes(self) -> list[Tensor]:
+        """Return the absolute values of the halves, ascending."""
+        return [self.values.index_select(0, half).abs_() for half in self.halves()]
+
     def row_sums(self) -> Tensor:
         """Return ``Σ_{j≠i} m_ij`` of shape (n,)."""
         sums = torch.zeros_like(self.values)
-        for half in self.halves():
-            size = self.values[half].abs()
-            before = size.cumsum(0) - size
-            sums[half] = before + size * _countdown(size)
+        for half, size in zip(self.halves(), self._sizes(), strict=True):
+            sums[half] = size.cumsum(0).addcmul_(size, _countdown(size) - 1)
         return sums
 
     def sum_of_squares(self) -> Tensor:
         """Return ``Σ_{i<j} m_ij²``."""
         total = torch.zeros((), dtype=self.values.dtype, device=self.values.device)
-        for half in self.halves():
-            size = self.values[half]
+        for size in self._sizes():
             total += torch.dot(size * size, _countdown(size))
         return total
 
@@ -103,23 +122,28 @@ def sum_of_products(x: SortedScalar, y: SortedScalar) -> Tensor:
     -------
     Tensor, () float64
     """
-    total = torch.zeros((), dtype=x.values.dtype, device=x.values.device)
     rank = torch.empty_like(x.order)
+    quadrants: list[_Quadrant] = []
     for x_half in x.halves():
         rank.fill_(-1)
         rank[x_half] = torch.arange(x_half.shape[0], device=rank.device)
         for y_half in y.halves():
-            x_ranks = rank[y_half]
-            inside = x_ranks >= 0
+            x_ranks = rank.index_select(0, y_half)
+            inside = _nonzero(x_ranks >= 0)
+            x_ranks, samples = x_ranks.index_select(0, inside), y_half.index_select(0, inside)
             # Ranks within the quadrant instead of within the half.
-            x_ranks = x_ranks[inside]
-            quadrant = y_half[inside]
             present = torch.zeros(x_half.shape[0], dtype=torch.int64, device=rank.device)
             present[x_ranks] = 1
-            local_ranks = (present.cumsum(0) - 1)[x_ranks]
-            u, v = x.values[quadrant].abs(), y.values[quadrant].abs()
-            total += _sum_of_minimum_products(u, v, local_ranks)
-    return total
+            quadrants.append(
+                _Quadrant(
+                    x.values.index_select(0, samples).abs_(),
+                    y.values.index_select(0, samples).abs_(),
+                    (present.cumsum(0) - 1).index_select(0, x_ranks),
+                )
+            )
+    if x.values.shape[0] <= _MAX_SAMPLES_AT_ONCE:
+        return _sum_of_minimum_products(quadrants)
+    return torch.stack([_sum_of_minimum_products([quadrant]) for quadrant in quadrants]).sum()
 
 
 def _argsort(values: Tensor) -> Tensor:
@@ -134,39 +158,57 @@ def _countdown(values: Tensor) -> Tensor:
     return torch.arange(values.shape[0] - 1, -1, -1, dtype=values.dtype, device=values.device)
 
 
-def _sum_of_minimum_products(u: Tensor, v: Tensor, u_ranks: Tensor) -> Tensor:
-    """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` for values ≥ 0 in ascending order of `v`."""
-    num_values = v.shape[0]
-    total = torch.zeros((), dtype=v.dtype, device=v.device)
-    num_levels = max(0, (max(num_values, 1) - 1) // _BLOCK_SIZE).bit_length()
+def _sum_of_minimum_products(quadrants: Sequence[_Quadrant]) -> Tensor:
+    """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` over the pairs within each quadrant."""
+    device = quadrants[0].u.device
+    largest = max(1, *(quadrant.u.shape[0] for quadrant in quadrants))
+    num_levels = ((largest - 1) // _BLOCK_SIZE).bit_length()
     num_blocks = 2**num_levels
-    block_size = -(-num_values // num_blocks)
+    block_size = -(-largest // num_blocks)
     # Blocks of equal size: zeros in front change no sum.
-    padding = num_blocks * block_size - num_values
-    u, v = (torch.nn.functional.pad(values, (padding, 0)) for values in (u, v))
-    u_ranks = torch.nn.functional.pad(u_ranks + padding, (padding, 0))
-    u_ranks[:padding] = torch.arange(padding, device=v.device)
-    blocks = torch.div(u_ranks, max(block_size, 1), rounding_mode="floor").to(torch.int32)
+    shape = (len(quadrants), num_blocks * block_size)
+    u, v = torch.zeros(2, *shape, dtype=torch.float64, device=device)
+    blocks = torch.empty(shape, dtype=torch.int32, device=device)
+    for index, quadrant in enumerate(quadrants):
+        padding = shape[1] - quadrant.u.shape[0]
+        u[index, padding:], v[index, padding:] = quadrant.u, quadrant.v
+        blocks[index, :padding] = torch.arange(padding, dtype=torch.int32, device=device)
+        blocks[index, padding:] = quadrant.u_ranks + padding
+    u, v, blocks = u.view(-1), v.view(-1), blocks.floor_divide_(block_size).view(-1)
 
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    elements = torch.arange(v.shape[0] // 2, device=v.device)
     for level in range(num_levels):
         half = block_size * 2 ** (num_levels - level - 1)
+        num_parents = len(quadrants) * 2**level
         is_right = blocks.bitwise_and(1 << (num_levels - level - 1)).bool()
-        left, right = is_right.logical_not().nonzero().view(-1), is_right.nonzero().view(-1)
-        u_left, v_left = u[left].view(-1, half), v[left].view(-1, half)
-        v_right = v[right].view(-1, half)
-        first = torch.arange(left.shape[0] // half, device=v.device).unsqueeze(1)
-        # Position in the block, less the elements of the same half before it.
-        num_before = left.view(-1, half) - torch.arange(half, device=v.device) - first * (2 * half)
-        cumulative = v.new_zeros(v_right.shape[0], half + 1)
-        torch.cumsum(v_right, dim=1, out=cumulative[:, 1:])
-        sum_before = cumulative.view(-1)[num_before + first * (half + 1)]
-        v_left_after = (half - num_before).to(v.dtype).mul_(v_left)
-        total += torch.dot(u_left.reshape(-1), sum_before.add_(v_left_after).view(-1))
-        u = torch.cat([u_left.view(-1), u[right]])
-        v = torch.cat([v_left.view(-1), v_right.view(-1)])
-        blocks = torch.cat([blocks[left], blocks[right]])
+        left, right = _nonzero(is_right.logical_not()), _nonzero(is_right)
+        u, u_right = u.index_select(0, left), u.index_select(0, right)
+        v, v_right = v.index_select(0, left), v.index_select(0, right)
+        # Position less the left elements before it: the right ones before it, of which `half` for every
+        # parent before its own.
+        num_before = (left - elements).view(num_parents, half)
+        parents = torch.arange(num_parents, device=v.device).unsqueeze(1)
+        cumulative = v.new_zeros(num_parents, half + 1)
+        torch.cumsum(v_right.view(num_parents, half), dim=1, out=cumulative[:, 1:])
+        minima = cumulative.view(-1).index_select(0, (num_before + parents).view(-1))
+        num_after = ((parents + 1) * half - num_before).to(v.dtype)
+        total += torch.dot(u, minima.addcmul_(num_after.view(-1), v))
+        u, v = torch.cat([u, u_right]), torch.cat([v, v_right])
+        blocks = torch.cat([blocks.index_select(0, left), blocks.index_select(0, right)])
 
-    u, v = (values.view(num_blocks, block_size).T.contiguous() for values in (u, v))
-    for shift in range(1, block_size):
-        total += torch.dot(torch.minimum(u[:-shift], u[shift:]).view(-1), v[:-shift].reshape(-1))
+    u, v = u.view(-1, block_size), v.view(-1, block_size)
+    # Blocks whose values stay in the cache while they are compared.
+    for u_part, v_part in zip(u.split(_CHUNK_SIZE), v.split(_CHUNK_SIZE), strict=True):
+        u_part, v_part = u_part.T.contiguous(), v_part.T.contiguous()
+        for shift in range(1, block_size):
+            minima = torch.minimum(u_part[:-shift], u_part[shift:])
+            total += torch.dot(minima.view(-1), v_part[:-shift].reshape(-1))
     return total
+
+
+def _nonzero(flags: Tensor) -> Tensor:
+    """Return the indices of (n,) flags that are set."""
+    if flags.device.type == "cpu":
+        return torch.from_numpy(np.flatnonzero(flags.numpy()))  # 20 times faster than PyTorch
+    return flags.nonzero().view(-1)
