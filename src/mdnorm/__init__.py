@@ -8,13 +8,26 @@ know of metadata.
 
 from mdnorm import basis, estimators, functional, metrics
 from mdnorm.auditing import audit
-from mdnorm.integration import fit_gram, parameter_groups, penalty_loss, recalibrate
+from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis
+from mdnorm.integration import (
+    attach_design,
+    design_of,
+    fit_gram,
+    parameter_groups,
+    penalty_loss,
+    recalibrate,
+)
 from mdnorm.layer import MetadataNorm
 
 __all__ = [
+    "ConfoundedDesignWarning",
+    "Design",
+    "DesignDiagnosis",
     "MetadataNorm",
+    "attach_design",
     "audit",
     "basis",
+    "design_of",
     "estimators",
     "fit_gram",
     "functional",

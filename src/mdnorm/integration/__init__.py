@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from mdnorm.integration.dependence import DependenceRecorder
+from mdnorm.integration.design import AttachedDesign, attach_design, design_of
 from mdnorm.integration.gram import fit_gram
 from mdnorm.integration.penalty import parameter_groups, penalty_loss
 from mdnorm.integration.recalibrate import recalibrate
@@ -14,8 +15,11 @@ if TYPE_CHECKING:
     from mdnorm.integration.lightning import DependenceCallback
 
 __all__ = [
+    "AttachedDesign",
     "DependenceCallback",
     "DependenceRecorder",
+    "attach_design",
+    "design_of",
     "fit_gram",
     "parameter_groups",
     "penalty_loss",
