@@ -78,6 +78,8 @@ def read_table(path: Path) -> pyarrow.Table:
         import pyarrow.parquet
     try:
         table = pyarrow.parquet.read_table(path) if suffix == ".parquet" else _read_csv(path, suffix)
+    except InputError:
+        raise
     except (pyarrow.ArrowException, ValueError, OSError) as error:
         raise InputError(f"{path} cannot be read as {suffix[1:].upper()}: {error}") from error
     if table.num_rows == 0:
@@ -105,6 +107,7 @@ def _checked_suffix(path: Path, formats: tuple[str, ...], what: str) -> str:
 
 
 def _read_csv(path: Path, suffix: str) -> pyarrow.Table:
+    import pyarrow.types
     from pyarrow import csv
 
     def parse(delimiter: str) -> pyarrow.Table:
@@ -120,7 +123,11 @@ def _read_csv(path: Path, suffix: str) -> pyarrow.Table:
         header = file.readline()
     # The header tells: a comma in it may also be part of a quoted name, but then no other separator is there.
     counts = {delimiter: header.count(delimiter) for delimiter in ",;\t"}
-    return parse("," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter]))
+    table = parse("," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter]))
+    for field in table.schema:
+        if pyarrow.types.is_binary(field.type):
+            raise InputError(f"{path}: column {field.name!r} is not UTF-8 text: save the table as UTF-8.")
+    return table
 
 
 def _read_npy(path: Path) -> NDArray[Any]:
