@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdnorm.metrics import distance_correlation_sqr, distance_covariance_sqr, partial_distance_correlation
 from mdnorm.metrics import pairwise as pairwise_module
+from mdnorm.metrics.pairwise import Distances
 from mdnorm.metrics.scalars import SortedScalar, sum_of_products
 
 TOLERANCE = 1e-9
@@ -146,6 +147,45 @@ def test_no_distance_variance_is_zero(kind: str) -> None:
     assert distance_correlation_sqr(x, y) == 0
     assert distance_correlation_sqr(x, x) == 0
     assert distance_covariance_sqr(x, y) == pytest.approx(0, abs=1e-14)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "offset", "heavy tails", "mostly equal", "outlier"])
+@pytest.mark.parametrize("p", [2, 9])
+def test_a_scalar_beside_columns(kind: str, p: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    n = 900
+    rng = np.random.default_rng(1)
+    if kind == "outlier":
+        _, y = _long_pair("normal")
+        y = y[:n]
+        y[3] = 1e9
+    else:
+        y = _long_pair(kind)[1][:n]
+    x = rng.standard_normal((n, p)) + np.tanh(y - np.median(y))[:, None]
+    z = np.round(x[:, 0] + rng.standard_normal(n), 1)
+    calls = [(x, y), (y, x), (x[:, :2], y)]
+    by_sorting = [distance_correlation_sqr(*call, tile_size=size) for call in calls for size in (None, 17)]
+    by_sorting += [partial_distance_correlation(x, y, z), partial_distance_correlation(z, x[:, 1:], y)]
+    if kind != "outlier":  # of whose distances dcor keeps too few digits
+        expected = float(dcor.u_distance_correlation_sqr(x, y))
+        assert by_sorting[0] == pytest.approx(expected, abs=TOLERANCE)
+    monkeypatch.setattr(pairwise_module, "_MIN_SAMPLES_FOR_SORTING", 10**9)
+    by_tiles = [distance_correlation_sqr(*call) for call in calls for _ in range(2)]
+    by_tiles += [partial_distance_correlation(x, y, z), partial_distance_correlation(z, x[:, 1:], y)]
+    assert by_sorting == pytest.approx(by_tiles, abs=1e-7 if kind == "outlier" else 1e-11)
+    assert by_sorting != by_tiles
+
+
+def test_effects_are_in_the_order_of_the_samples() -> None:
+    rng = np.random.default_rng(0)
+    x, y = (torch.from_numpy(rng.standard_normal((700, p))) for p in (3, 1))
+    effects = pairwise_module.centred_products([Distances(x), Distances(y)]).effects
+    for rows, effect in zip((x, y), effects, strict=True):
+        distances = torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist")
+        sums = distances.sum(dim=1)
+        expected = sums / 698 - sums.sum() / (2 * 699 * 698)
+        np.testing.assert_allclose(effect, expected, rtol=1e-11)
+        centred = (distances - effect - effect[:, None]).fill_diagonal_(0)
+        np.testing.assert_allclose(centred.sum(dim=1), 0, atol=1e-10)
 
 
 class _Largest(TorchDispatchMode):

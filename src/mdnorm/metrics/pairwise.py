@@ -20,6 +20,10 @@ Distances come from matrix products of the centred rows, ``|x_i|² + |x_j|² −
 two samples are much closer to each other than to the centre. These pairs are found and computed again from
 their differences.
 
+Where one variable is a scalar, the samples are sorted by it. Above the diagonal its distances are then a
+function of i plus a function of j, and their products with another variable's need no tile of their own, only
+the sums of rows and columns of the other's. Two scalars need no tiles at all (`mdnorm.metrics.scalars`).
+
 Leaving a sample out. The rows of `A` sum to 0. So the inner product without sample k, U-centred anew among
 the others, needs only ``P_k = Σ_j A_kj B_kj``: it is ``(Σ_{i≠j} A_ij B_ij − 2·(n−2)/(n−3)·P_k) /
 ((n−1)(n−4))``. A second pass collects `P`.
@@ -27,15 +31,19 @@ the others, needs only ``P_k = Σ_j A_kj B_kj``: it is ``(Σ_{i≠j} A_ij B_ij �
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mdnorm.metrics.scalars import SortedScalar, sum_of_products
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = [
     "CentredProducts",
@@ -105,6 +113,12 @@ class PairwiseMatrix(ABC):
         """Number of columns p of the samples."""
         return self.rows.shape[1]
 
+    def reordered(self, order: Tensor) -> Self:
+        """Return the matrix of the samples in another order."""
+        other = copy.copy(self)
+        other.rows = self.rows[order]
+        return other
+
     @abstractmethod
     def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
         """Return the entries of samples `first` with samples `second`, in `out` where that saves memory.
@@ -135,6 +149,13 @@ class Distances(PairwiseMatrix):
             # The further from the origin, the more digits the product form loses.
             self._centred = rows - rows.mean(dim=0)
             self._norms = self._centred.square().sum(dim=1)
+
+    def reordered(self, order: Tensor) -> Self:
+        """Return the matrix of the samples in another order."""
+        other = super().reordered(order)
+        if self.num_columns >= _MIN_COLUMNS_FOR_PRODUCT:
+            other._centred, other._norms = self._centred[order], self._norms[order]
+        return other
 
     def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
         """Return distances."""
@@ -497,21 +518,48 @@ class _Sums:
 
 
 def _tiled_sums(matrices: Sequence[PairwiseMatrix], tile_size: int | None) -> _Sums:
-    rows = matrices[0].rows
-    num_samples, num_matrices = rows.shape[0], len(matrices)
-    effects = torch.stack([_anchored_effects(matrix) for matrix in matrices])
-    row_sums = torch.zeros_like(effects)
-    pair_sums = rows.new_zeros(num_matrices, num_matrices)
-    ones = rows.new_ones(num_samples)
-    tiling = _Tiling(num_samples, rows.device, tile_size)
+    num_samples, num_matrices = matrices[0].num_samples, len(matrices)
+    new_zeros = matrices[0].rows.new_zeros
+    scalar_index = _scalar_to_sort(matrices)
+    if scalar_index is not None:
+        order = SortedScalar.of(matrices[scalar_index].rows[:, 0]).order
+        matrices = [matrix.reordered(order) for matrix in matrices]
+    tiled = [k for k in range(num_matrices) if k != scalar_index]
+
+    effects = new_zeros(num_matrices, num_samples)
+    for k in tiled:
+        effects[k] = _anchored_effects(matrices[k])
+    # Sums over the columns j > i of row i, and over the rows i < j of column j.
+    of_rows, of_columns = torch.zeros_like(effects), torch.zeros_like(effects)
+    pair_sums = new_zeros(num_matrices, num_matrices)
+    ones = torch.ones_like(effects[0])
+    tiling = _Tiling(num_samples, effects.device, tile_size)
     for tile in tiling:
-        flat: list[Tensor] = []
-        for k, matrix in enumerate(matrices):
-            values = _reduced_tile(matrix, effects[k], tile, tiling.buffer(k, tile))
-            tile.add_sums(row_sums[k], values, ones)
-            flat.append(values.reshape(-1))
-            for other in range(k + 1):
-                pair_sums[k, other] += torch.dot(flat[k], flat[other])
+        flat: dict[int, Tensor] = {}
+        for k in tiled:
+            values = _reduced_tile(matrices[k], effects[k], tile, tiling.buffer(k, tile))
+            rows, columns = tile.shape
+            of_rows[k, tile.start : tile.stop] += torch.mv(values, ones[:columns])
+            of_columns[k, tile.first : tile.last] += torch.mv(values.T, ones[:rows])
+            flat[k] = values.reshape(-1)
+            for other, other_flat in flat.items():
+                pair_sums[k, other] += torch.dot(flat[k], other_flat)
+    row_sums = of_rows + of_columns
+
+    if scalar_index is not None:
+        # Where i < j in the order of the scalar, −2·m_ij is (z_j − |z_j|) − (z_i + |z_i|), of which at most
+        # one is not 0: a product with it needs no tile, only the sums of rows and columns.
+        scalar = SortedScalar.of(matrices[scalar_index].rows[:, 0])
+        size = scalar.values.abs()
+        effects[scalar_index] = size
+        row_sums[scalar_index] = -2 * scalar.row_sums()
+        products = of_columns @ (scalar.values - size) - of_rows @ (scalar.values + size)
+        products[scalar_index] = 4 * scalar.sum_of_squares()
+        for k in range(num_matrices):
+            pair_sums[max(k, scalar_index), min(k, scalar_index)] = products[k]
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(num_samples, device=order.device)
+        effects, row_sums = effects[:, inverse], row_sums[:, inverse]
     return _Sums(effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T)
 
 
@@ -520,10 +568,20 @@ def _tiled_sums(matrices: Sequence[PairwiseMatrix], tile_size: int | None) -> _S
 # --------------------------------------------------------------------------------------------------------
 
 
+def _is_scalar(matrix: PairwiseMatrix) -> bool:
+    return type(matrix) is Distances and matrix.num_columns == 1
+
+
 def _sorts(matrices: Sequence[PairwiseMatrix]) -> bool:
-    return matrices[0].num_samples >= _MIN_SAMPLES_FOR_SORTING and all(
-        type(matrix) is Distances and matrix.num_columns == 1 for matrix in matrices
-    )
+    """Tell whether all are distances of scalars, and of enough of them."""
+    return matrices[0].num_samples >= _MIN_SAMPLES_FOR_SORTING and all(map(_is_scalar, matrices))
+
+
+def _scalar_to_sort(matrices: Sequence[PairwiseMatrix]) -> int | None:
+    """Return the index of the first scalar, if samples are worth sorting by it."""
+    if matrices[0].num_samples < _MIN_SAMPLES_FOR_SORTING:
+        return None
+    return next((k for k, matrix in enumerate(matrices) if _is_scalar(matrix)), None)
 
 
 def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
