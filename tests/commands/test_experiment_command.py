@@ -40,6 +40,19 @@ def test_experiment_from_start_to_report_and_again_without_work(tmp_path):
     assert [row["method"] for row in rows] == ["none", "mdn-last-dataset"]
     assert json.loads((out / "results.json").read_text()) == rows
     assert (out / "report.html").stat().st_size > 50_000
+    header, *lines = (out / "metadata.csv").read_text().splitlines()
+    assert header.split(",") == [
+        "group",
+        "effect",
+        "confounder",
+        "prediction_none_batch64",
+        "score_none_batch64",
+        "prediction_mdn-last-dataset_batch64",
+        "score_mdn-last-dataset_batch64",
+    ]
+    assert len(lines) == 4000
+    right = sum(line.split(",")[0] == line.split(",")[3] for line in lines) / 4000
+    assert right == pytest.approx(sum(rows[0]["accuracy"].values()) / 2)
     before = (out / "results.json").stat().st_mtime_ns
     second = synthetic(out)
     assert second.exit_code == 0
