@@ -8,14 +8,18 @@ know of metadata.
 
 from mdnorm import basis, estimators, functional, metrics
 from mdnorm.auditing import audit
+from mdnorm.context import metadata
 from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis
 from mdnorm.integration import (
+    WithMetadata,
     attach_design,
     design_of,
     fit_gram,
+    insert,
     parameter_groups,
     penalty_loss,
     recalibrate,
+    remove,
 )
 from mdnorm.layer import MetadataNorm
 
@@ -24,6 +28,7 @@ __all__ = [
     "Design",
     "DesignDiagnosis",
     "MetadataNorm",
+    "WithMetadata",
     "attach_design",
     "audit",
     "basis",
@@ -31,10 +36,13 @@ __all__ = [
     "estimators",
     "fit_gram",
     "functional",
+    "insert",
+    "metadata",
     "metrics",
     "parameter_groups",
     "penalty_loss",
     "recalibrate",
+    "remove",
 ]
 
 __version__ = "0.1.0"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm import functional
+from mdnorm.context import MetadataSlot
 from mdnorm.estimators import Estimator, LogVarianceEstimator, make_estimator
 from mdnorm.functional import Gram, Granularity
 
@@ -104,6 +105,10 @@ class MetadataNorm(nn.Module):
 
     estimator: Estimator
     scale_estimator: LogVarianceEstimator | None
+    inserted_after: str | None = None
+    """Name of the module behind which `mdnorm.insert` put the layer."""
+    insertion: object | None = None
+    """What `mdnorm.insert` knows about the layer."""
 
     def __init__(
         self,
@@ -133,6 +138,7 @@ class MetadataNorm(nn.Module):
         self.granularity: Granularity = granularity
         self.channel_dim = channel_dim
         self.check_finite = check_finite
+        self.metadata_slot = MetadataSlot()
         self.estimator = make_estimator(
             estimator,
             momentum=momentum,
@@ -234,7 +240,7 @@ class MetadataNorm(nn.Module):
     def forward(
         self,
         features: Tensor,
-        metadata: Tensor | ArrayLike,
+        metadata: Tensor | ArrayLike | None = None,
         labels: Tensor | ArrayLike | None = None,
     ) -> Tensor:
         """Return the features without the effect of the metadata.
@@ -243,7 +249,8 @@ class MetadataNorm(nn.Module):
         ----------
         features : (N, ...) tensor
         metadata : (N,) or (N, K_m)
-            Tensor on the features' device, or an array.
+            Tensor on the features' device, or an array. Without it, metadata and labels are those of
+            `mdnorm.metadata` or `mdnorm.WithMetadata`.
         labels : (N,) or (N, K_y), optional
             Needed in training where the layer has label columns, ignored in evaluation.
 
@@ -252,6 +259,8 @@ class MetadataNorm(nn.Module):
         (N, ...) tensor, dtype of the features
         """
         functional.check_floating(features)
+        if metadata is None:
+            metadata, labels = self.given_metadata(labels)
         positions = functional.position_dims(features, self.granularity, self.channel_dim)
         self._check_features(features, positions)
         if not self.training:
@@ -284,6 +293,37 @@ class MetadataNorm(nn.Module):
             for part in self._parts:
                 features = part(features, columns, positions)
         return features
+
+    def given_metadata(
+        self, labels: Tensor | ArrayLike | None = None
+    ) -> tuple[Tensor | ArrayLike, Tensor | ArrayLike | None]:
+        """Return the metadata of `mdnorm.metadata`, and its labels where the layer uses them.
+
+        Parameters
+        ----------
+        labels : (N,) or (N, K_y), optional
+            Come before those of the context.
+
+        Raises
+        ------
+        RuntimeError
+            No context is open; the message names the layer where `mdnorm.insert` put it.
+        """
+        given = self.metadata_slot.get()
+        if given is None:
+            raise RuntimeError(
+                f"{self._described()} got no metadata: run the model inside "
+                "`with mdnorm.metadata(model, metadata, labels):`, wrap it as mdnorm.WithMetadata(model), or "
+                "give the layer its metadata as an argument."
+            )
+        if labels is None and self.num_labels != 0:
+            labels = given.labels
+        return given.metadata, labels
+
+    def _described(self) -> str:
+        if self.inserted_after is not None:
+            return f"the MetadataNorm inserted after {self.inserted_after!r}"
+        return f"this MetadataNorm({self.extra_repr()})"
 
     def _evaluate(self, features: Tensor, metadata: Tensor | ArrayLike, positions: tuple[int, ...]) -> Tensor:
         columns, _ = functional.design_columns(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm import functional
+from mdnorm.context import is_recomputing
 from mdnorm.functional import Gram
 
 _UNKNOWN = (0,)  # feature shape of the empty buffers that stand in until the first features come
@@ -98,10 +99,27 @@ class Estimator(nn.Module, ABC):
         self.window = window
         self.ridge = float(ridge)
         self.center = bool(center)
+        self._process_group = GroupSetting("auto")
         for buffer in self.state_shapes(0, 0, ()):
             self.register_buffer(buffer, None)
         # Remembers device and dtype until the sizes are known; moved by `.to()` like any buffer.
         self.register_buffer("placement", torch.empty(0, device=device, dtype=dtype), persistent=False)
+
+    # -- several processes ------------------------------------------------------------------------------
+
+    @property
+    def process_group(self) -> ProcessGroupSetting:
+        """With which processes moments are shared in training; see `mdnorm.distributed.synchronize`."""
+        value: ProcessGroupSetting = self._process_group.value
+        return value
+
+    @process_group.setter
+    def process_group(self, value: ProcessGroupSetting) -> None:
+        self._process_group = GroupSetting(value)
+
+    def active_group(self) -> ProcessGroup | None:
+        """Return the group to share moments in during this forward pass, None for this process alone."""
+        return active_group(self._process_group.value)
 
     # -- state ------------------------------------------------------------------------------------------
 
@@ -260,15 +278,22 @@ class Estimator(nn.Module, ABC):
 
     # -- running averages -------------------------------------------------------------------------------
 
-    def usable(self, moments: Tensor, num_samples: int) -> tuple[Tensor, Tensor]:
+    def usable(self, moments: Tensor, num_samples: int | Tensor) -> tuple[Tensor, Tensor]:
         """Return a batch's moments, in the dtype of the state, and the number of samples they count for.
 
         An overflowed step of mixed-precision training must not enter the state, since it would never leave:
         where a moment is not finite, all of them come back as zero and count for nothing. (No branch, so
         nothing waits for a GPU.)
+
+        A batch that activation checkpointing runs again is in the state already, and counts for nothing.
         """
         finite = torch.isfinite(moments.sum())
-        count = torch.full((1,), num_samples, dtype=self.gram_count.dtype, device=moments.device)
+        if is_recomputing():
+            finite = torch.zeros_like(finite)
+        if isinstance(num_samples, Tensor):
+            count = num_samples.to(self.gram_count.dtype)
+        else:
+            count = torch.full((1,), num_samples, dtype=self.gram_count.dtype, device=moments.device)
         moments = torch.where(finite, moments, 0.0).to(self.coefficients.dtype)
         return moments, torch.where(finite, count, 0.0)
 

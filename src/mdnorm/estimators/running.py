@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.context import is_recomputing
 from mdnorm.estimators.batch import BatchEstimator
 from mdnorm.functional import Gram
 
@@ -85,6 +86,9 @@ class RunningEstimator(BatchEstimator):
         mean = self.gram_mean.clone()
         count, operator, coefficients = self._merge(batch, moments, features.shape[0])
         self._average(coefficients, count, self.gram_mean - mean)
+        if is_recomputing():
+            # The moments have this batch already; the backward pass, now under way, has not.
+            count = torch.full_like(count, features.shape[0])
         return functional.remove_running_regression(
             features,
             functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center),

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 from mdnorm.integration.dependence import DependenceRecorder
 from mdnorm.integration.design import AttachedDesign, attach_design, design_of
 from mdnorm.integration.gram import fit_gram
+from mdnorm.integration.insert import Insertion, InsertionReport, insert, insertions, remove
 from mdnorm.integration.penalty import parameter_groups, penalty_loss
 from mdnorm.integration.recalibrate import recalibrate
+from mdnorm.integration.wrapper import WithMetadata
 
 if TYPE_CHECKING:
     from mdnorm.integration.lightning import DependenceCallback
@@ -18,12 +20,18 @@ __all__ = [
     "AttachedDesign",
     "DependenceCallback",
     "DependenceRecorder",
+    "Insertion",
+    "InsertionReport",
+    "WithMetadata",
     "attach_design",
     "design_of",
     "fit_gram",
+    "insert",
+    "insertions",
     "parameter_groups",
     "penalty_loss",
     "recalibrate",
+    "remove",
 ]
 
 # A class of Lightning, which is not imported unless it is used.

@@ -20,7 +20,7 @@ from mdnorm.metrics.reservoir import ColumnNames, Rows
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["DependenceRecorder", "LayerOutputs", "Selector", "find_layer", "select"]
+__all__ = ["DependenceRecorder", "LayerOutputs", "Selector", "described", "find_layer", "select"]
 
 Selector = str | int | Callable[[Any], Any]
 
@@ -58,7 +58,7 @@ def select(value: Any, selector: Selector, what: str) -> Any:
             return getattr(value, selector)
         fields = ", ".join(map(repr, vars(value))) if hasattr(value, "__dict__") else ""
         raise TypeError(
-            f"{what} has no key or attribute {selector!r}: it is {_described(value)}"
+            f"{what} has no key or attribute {selector!r}: it is {described(value)}"
             + (f" with the attributes {fields}." if fields and not isinstance(value, Tensor) else ".")
             + " Give an index, or a function that takes it apart."
         )
@@ -71,7 +71,7 @@ def select(value: Any, selector: Selector, what: str) -> Any:
             return entries[selector]
         raise IndexError(f"{what} has no entry {selector}: it has {len(entries)}.")
     raise TypeError(
-        f"{what} has no entry {selector}: it is {_described(value)}. Give a key, or a function that takes it "
+        f"{what} has no entry {selector}: it is {described(value)}. Give a key, or a function that takes it "
         "apart."
     )
 
@@ -82,7 +82,8 @@ class _MissingKeyError(KeyError):
         return str(self.args[0])
 
 
-def _described(value: Any) -> str:
+def described(value: Any) -> str:
+    """Return what a value is, for an error message."""
     if isinstance(value, Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     if isinstance(value, Mapping):
@@ -184,7 +185,7 @@ class LayerOutputs:
             what = f"what output= selects from {what}"
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"{what} is {_described(output)}, not a tensor: give output= a key, an index or a function "
+                f"{what} is {described(output)}, not a tensor: give output= a key, an index or a function "
                 "that returns the features."
             )
         if output.ndim == 0:

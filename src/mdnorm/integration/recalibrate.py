@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mdnorm import functional
+from mdnorm import context, functional
 from mdnorm.functional import Gram
+from mdnorm.integration.dependence import described
+from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
 
 __all__ = ["recalibrate"]
@@ -42,7 +44,10 @@ def recalibrate(
         layers that have label columns.
     forward : callable, optional
         ``forward(model, batch)`` runs the model. Default: ``model(**batch)`` for a dict, ``model(*batch)``
-        for a tuple or list, else ``model(batch)``.
+        for a tuple or list, else ``model(batch)``. Where metadata come from a context (`mdnorm.insert`,
+        `mdnorm.WithMetadata`): a tuple is ``(input, metadata)`` or ``(input, metadata, labels)``, a dict has
+        them as "metadata" and "labels", and the rest of it goes to the model. For other batches give a
+        function that enters `mdnorm.metadata`.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
 
@@ -89,11 +94,38 @@ def recalibrate(
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
+    takes_metadata = any(isinstance(module, WithMetadata) for module in model.modules())
+    if takes_metadata or any(
+        getattr(module, "inserted_after", None) is not None for module in model.modules()
+    ):
+        return _call_with_context(model, batch, takes_metadata)
     if isinstance(batch, dict):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
         return model(*batch)
     return model(batch)
+
+
+def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> Any:
+    if isinstance(batch, Mapping):
+        inputs: tuple[Any, ...] = ()
+        keywords = {key: value for key, value in batch.items() if key not in ("metadata", "labels")}
+        metadata, labels = batch.get("metadata"), batch.get("labels")
+    elif isinstance(batch, (tuple, list)) and 2 <= len(batch) <= 3:
+        inputs, keywords = (batch[0],), {}
+        metadata, labels = batch[1], batch[2] if len(batch) == 3 else None
+    else:
+        inputs, keywords, metadata, labels = (), {}, None, None
+    if metadata is None:
+        raise ValueError(
+            f"a batch is {described(batch)}, but must be (input, metadata), (input, metadata, labels) or a "
+            "dict with the key 'metadata' for a model whose layers take metadata from a context: give "
+            "forward= a function of model and batch that enters mdnorm.metadata."
+        )
+    if takes_metadata:
+        return model(*inputs, metadata=metadata, labels=labels, **keywords)
+    with context.metadata(model, metadata, labels):
+        return model(*inputs, **keywords)
 
 
 def _bar(loader: Iterable[Any], description: str, progress: bool) -> Iterable[Any]:
@@ -163,8 +195,10 @@ class _Accumulator:
         self.cross = torch.empty(0)
         self.mean = torch.empty(0)
 
-    def add(self, features: Tensor, metadata: Any, labels: Any = None) -> None:
+    def add(self, features: Tensor, metadata: Any = None, labels: Any = None) -> None:
         layer = self.layer
+        if metadata is None:
+            metadata, labels = layer.given_metadata(labels)
         if labels is None and layer.num_labels:
             raise ValueError(
                 f"the layer {self.name!r} has num_labels={layer.num_labels} but got no labels: the forward "

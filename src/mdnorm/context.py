@@ -1,0 +1,167 @@
+"""The metadata of a batch for the layers deep inside a model, which no forward pass hands them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["Given", "MetadataSlot", "is_recomputing", "metadata"]
+
+
+class Given(NamedTuple):
+    """What a context holds for one layer."""
+
+    metadata: Any
+    labels: Any
+
+
+def is_recomputing() -> bool:
+    """Whether this forward pass is one that activation checkpointing repeats in the backward pass."""
+    if torch.compiler.is_compiling():
+        return False
+    # No public name says so; torch.utils.checkpoint itself asks in this way.
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+class MetadataSlot:
+    """Where a layer finds the metadata of the batch: what this thread put there, else what any thread did.
+
+    A thread sees its own metadata, so that a model can serve several of them. A thread without any is one
+    that works for another (the backward pass on a GPU, `nn.DataParallel`), and takes what is there, if it is
+    one only.
+
+    A copy, or one from a file, is empty.
+    """
+
+    def __init__(self) -> None:
+        # Plain attributes: torch.compile follows these into graph inputs.
+        self.local = threading.local()
+        self._open: list[Given] = []
+        self._last: Given | None = None
+
+    def __reduce__(self) -> tuple[type[MetadataSlot], tuple[()]]:
+        return MetadataSlot, ()
+
+    def get(self) -> Given | None:
+        """Return what is given now, or None."""
+        given: Given | None = getattr(self.local, "given", None)
+        if given is not None or torch.compiler.is_compiling():
+            return given
+        others = self._open
+        if len(others) == 1:
+            return others[0]
+        if len(others) > 1:
+            raise RuntimeError(
+                f"{len(others)} threads gave metadata to this layer, and this one, which gave none, cannot "
+                "know whose to take: enter mdnorm.metadata in the thread that runs the model."
+            )
+        return self._last if is_recomputing() else None
+
+    def enter(self, given: Given) -> Given | None:
+        """Put metadata there; return what was there before, for `leave`."""
+        before: Given | None = getattr(self.local, "given", None)
+        self.local.given = given
+        if not torch.compiler.is_compiling():
+            self._open = [*(other for other in self._open if other is not before), given]
+        return before
+
+    def leave(self, given: Given, before: Given | None) -> None:
+        """Put back what was there before."""
+        self.local.given = before
+        if not torch.compiler.is_compiling():
+            self._last = given
+            rest = [other for other in self._open if other is not given]
+            self._open = rest if before is None else [*rest, before]
+
+
+def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
+    """Return the layers of a model that take metadata from a context, with their slots."""
+    found = []
+    for module in model.modules():
+        slot = getattr(module, "metadata_slot", None)
+        if isinstance(slot, MetadataSlot):
+            found.append((module, slot))
+    return found
+
+
+@contextmanager
+def metadata(
+    model: nn.Module, metadata: Tensor | ArrayLike, labels: Tensor | ArrayLike | None = None
+) -> Iterator[None]:
+    """Give the metadata of a batch to every `MetadataNorm` in a model, for the length of a ``with`` block.
+
+    The layers take them where the forward pass hands them none: layers that `mdnorm.insert` put there, and
+    your own ``MetadataNorm`` called as ``norm(features)``.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model itself, or one that contains it (``DistributedDataParallel``, ``torch.compile``).
+    metadata : (N,) or (N, K_m)
+        One row per sample: a tensor on the features' device, or an array.
+    labels : (N,) or (N, K_y), optional
+        For the layers that have label columns, in training. The others do not get them.
+
+    Raises
+    ------
+    ValueError
+        The model has no `MetadataNorm`, or labels are given in training and no layer has label columns.
+    TypeError
+        `model` is not a module, or `metadata` is None.
+
+    Notes
+    -----
+    - Blocks nest; the inner one counts, and the outer one again after it. Each model has its own: blocks of
+      several models with different metadata can be open together. An exception closes the block.
+    - Threads: what one thread gives, it alone sees, except threads that have nothing of their own (those in
+      which the backward pass runs on a GPU). `nn.DataParallel` splits a batch; use `mdnorm.WithMetadata`
+      there, whose metadata it splits as well.
+    - Activation checkpointing runs layers again in the backward pass. Outside of the block they then see
+      the metadata of the last block: right where each forward pass is followed by its backward pass. Where
+      several come first, have the backward pass inside the block. The running state is not updated twice.
+    - `torch.compile` takes the tensors as inputs of the graph: new metadata do not compile anew. Give tensors
+      then, not arrays.
+
+    Examples
+    --------
+    >>> import mdnorm
+    >>> model = nn.Sequential(nn.Linear(8, 4), mdnorm.MetadataNorm(4, num_metadata=1), nn.Linear(4, 1))
+    >>> images, age = torch.randn(20, 8), torch.rand(20)
+    >>> with mdnorm.metadata(model, age):
+    ...     logits = model(images)
+    >>> logits.shape
+    torch.Size([20, 1])
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    if metadata is None:
+        raise TypeError("metadata must be a tensor or an array with one row per sample, got None.")
+    layers = slots_of(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no MetadataNorm that could take metadata: mdnorm.insert puts them "
+            "there."
+        )
+    is_training = any(layer.training for layer, _ in layers)
+    if labels is not None and is_training and all(layer.num_labels == 0 for layer, _ in layers):
+        raise ValueError(
+            "labels were given but every MetadataNorm of the model has num_labels=0: build them with the "
+            "number of label columns to protect the labels, or leave the labels out."
+        )
+    given = Given(metadata, labels)
+    entered: list[tuple[MetadataSlot, Given | None]] = []
+    try:
+        for _, slot in layers:
+            entered.append((slot, slot.enter(given)))
+        yield
+    finally:
+        for slot, before in reversed(entered):
+            slot.leave(given, before)

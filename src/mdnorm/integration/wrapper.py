@@ -1,0 +1,92 @@
+"""A model whose forward pass takes the metadata as arguments, around one that knows nothing of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from mdnorm import context
+
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["WithMetadata"]
+
+
+class WithMetadata(nn.Module):
+    """A model whose forward pass takes ``metadata=`` and ``labels=``, for the `MetadataNorm` layers inside.
+
+    The same as ``with mdnorm.metadata(model, metadata, labels): model(...)``, where a training stack calls
+    the model itself and can hand it more arguments, or where the arguments must be split over devices
+    (`nn.DataParallel`) or be inputs of an exported graph.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With `MetadataNorm` layers (`mdnorm.insert`). It stays what it is, as the attribute ``model``: save
+        ``wrapper.model.state_dict()`` to have its own keys.
+    forward_labels : bool
+        Hand the labels on to the model as well, as ``labels=``: models of transformers compute their loss
+        from them.
+
+    Raises
+    ------
+    TypeError
+        `model` is not a module.
+
+    Examples
+    --------
+    >>> import torch, mdnorm
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> report = mdnorm.insert(model, after="0", num_metadata=1, num_labels=1)
+    >>> model = mdnorm.WithMetadata(model)
+    >>> images, age, diagnosis = torch.randn(20, 8), torch.rand(20), torch.rand(20).round()
+    >>> model(images, metadata=age, labels=diagnosis).shape
+    torch.Size([20, 1])
+    """
+
+    def __init__(self, model: nn.Module, *, forward_labels: bool = False) -> None:
+        super().__init__()
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        self.model = model
+        self.forward_labels = forward_labels
+
+    def forward(
+        self,
+        *args: Any,
+        metadata: Tensor | ArrayLike | None = None,
+        labels: Tensor | ArrayLike | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the model with these metadata.
+
+        Parameters
+        ----------
+        *args, **kwargs
+            Of the model.
+        metadata : (N,) or (N, K_m), optional
+            Without them the model runs in the context around it, if there is one.
+        labels : (N,) or (N, K_y), optional
+            Needed in training where a layer has label columns.
+
+        Returns
+        -------
+        What the model returns.
+
+        Raises
+        ------
+        RuntimeError
+            There are no metadata, here or in a context.
+        """
+        if self.forward_labels and labels is not None:
+            kwargs["labels"] = labels
+        if metadata is None:
+            return self.model(*args, **kwargs)
+        with context.metadata(self.model, metadata, labels):
+            return self.model(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Return the settings."""
+        return "forward_labels=True" if self.forward_labels else ""
