@@ -60,12 +60,13 @@ __all__ = [
 # More anchors estimate the row effects better, which nothing needs, and each costs n distances.
 _NUM_ANCHORS = 16
 
-# Entries in one tile, and rows at least. On a CPU a few tiles should stay in the cache (2^17 float64 values
-# are 1 MiB), but a tile of few rows spends its time starting operations. Elsewhere a tile should be large
-# enough to hide the cost of a kernel launch.
+# Entries in one tile. On a CPU a few tiles should stay in the cache (2^17 float64 values are 1 MiB), for each
+# thread its share; many samples take twice as much, since a tile of few rows or columns spends its time
+# starting operations. Elsewhere a tile should be large enough to hide the cost of a kernel launch.
 _TILE_ELEMENTS_CPU = 2**17
 _TILE_ELEMENTS_ACCELERATOR = 2**24
-_TILE_ROWS = 128
+_TILE_ROWS = (128, 256)
+_TILE_COLUMNS = 1024
 
 # Fewer columns than this cost less as differences than as a matrix product.
 _MIN_COLUMNS_FOR_PRODUCT = 6
@@ -148,7 +149,7 @@ class Distances(PairwiseMatrix):
         if self.num_columns >= _MIN_COLUMNS_FOR_PRODUCT:
             # The further from the origin, the more digits the product form loses.
             self._centred = rows - rows.mean(dim=0)
-            self._norms = self._centred.square().sum(dim=1)
+            self._norms = torch.linalg.vector_norm(self._centred, dim=1).square_()
 
     def reordered(self, order: Tensor) -> Self:
         """Return the matrix of the samples in another order."""
@@ -165,10 +166,6 @@ class Distances(PairwiseMatrix):
         if self.num_columns < _MIN_COLUMNS_FOR_PRODUCT:
             return _exact_distances(self.rows[first], self.rows[second])
         return self._squared_distances(first, second, out).sqrt_()
-
-    def against(self, anchors: Tensor) -> Tensor:
-        """Return the distances of all samples to `anchors`, from differences."""
-        return _exact_distances(self.rows, self.rows[anchors])
 
     def _squared_distances(self, first: Index, second: Index, out: Tensor) -> Tensor:
         """Return squared distances from the matrix product, and from differences for close pairs."""
@@ -218,12 +215,6 @@ class GaussianKernel(Distances):
         else:
             squared = self._squared_distances(first, second, out)
         return squared.mul_(self._factor).exp_()
-
-    def against(self, anchors: Tensor) -> Tensor:
-        """Return the values of the kernel for all samples with `anchors`."""
-        values = super().against(anchors).square_().mul_(self._factor).exp_()
-        values[anchors, torch.arange(anchors.shape[0], device=anchors.device)] = 0
-        return values
 
 
 class LinearKernel(PairwiseMatrix):
@@ -302,10 +293,19 @@ class _Tiling:
     """The tiles of the upper triangle, and memory that they share."""
 
     def __init__(self, num_samples: int, device: torch.device, tile_size: int | None) -> None:
-        elements = _TILE_ELEMENTS_CPU if device.type == "cpu" else _TILE_ELEMENTS_ACCELERATOR
+        columns = _TILE_COLUMNS
+        if device.type == "cpu":
+            elements = _TILE_ELEMENTS_CPU
+            columns *= torch.get_num_threads()
+        else:
+            elements = _TILE_ELEMENTS_ACCELERATOR
+        if tile_size is None:
+            # Tiles on the diagonal compute its lower triangle too: few rows where there are few samples.
+            least, most = _TILE_ROWS
+            tile_size = max(elements // num_samples, min(max(num_samples // 16, least), most))
         self._num_samples = num_samples
-        self._tile_rows = min(tile_size or max(_TILE_ROWS, elements // num_samples), num_samples)
-        self._tile_columns = min(max(elements // self._tile_rows, _TILE_ROWS), num_samples)
+        self._tile_rows = min(tile_size, num_samples)
+        self._tile_columns = min(max(elements // self._tile_rows, columns), num_samples)
         self._buffers: dict[int, Tensor] = {}
         self._device = device
 
