@@ -37,8 +37,8 @@ _BLOCK_SIZE = 32
 # take longer to start than to do.
 _MAX_SAMPLES_AT_ONCE = 2**14
 
-# Blocks that are compared at once. Their 2^15 values are as many as PyTorch leaves to one thread: for so short
-# operations threads wait for each other longer than they work.
+# Blocks that are compared at once. Their 2^15 values are as many as PyTorch leaves to one thread: in so short
+# an operation threads wait for each other longer than they work.
 _CHUNK_SIZE = 2**10
 
 
