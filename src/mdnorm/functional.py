@@ -35,9 +35,11 @@ import torch
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
+from mdnorm.distributed import all_reduce_sum, eager, world_size
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
+    from torch.distributed import ProcessGroup
 
 __all__ = [
     "Gram",
@@ -54,7 +56,10 @@ __all__ = [
     "remove_effect",
     "remove_regression",
     "remove_running_regression",
+    "remove_shared_regression",
     "rescale",
+    "share_gram",
+    "share_moments",
 ]
 
 Granularity = Literal["element", "channel"]
@@ -438,9 +443,13 @@ def removal_operator(gram: Gram, *, ridge: float = 0.0, center: bool = False) ->
     return torch.cat([removed, intercept.unsqueeze(0)])
 
 
-def moment_rows(columns: Tensor, mean: Tensor) -> Tensor:
-    """Return the (K + 1, N) matrix that takes features to their moments ``[E[(x − μ) fᵀ]; E[fᵀ]]``."""
-    divisor = max(columns.shape[0], 1)
+def moment_rows(columns: Tensor, mean: Tensor, count: Tensor | None = None) -> Tensor:
+    """Return the (K + 1, N) matrix that takes features to their moments ``[E[(x − μ) fᵀ]; E[fᵀ]]``.
+
+    `count` is the number of samples of the mean where these are only some of them (another process has the
+    rest); None: these are all.
+    """
+    divisor = max(columns.shape[0], 1) if count is None else count.clamp_min(1)
     return torch.cat([(columns - mean).mT, columns.new_ones(1, columns.shape[0])]) / divisor
 
 
@@ -448,6 +457,80 @@ def effect_basis(metadata: Tensor, mean: Tensor, center: bool) -> Tensor:
     """Return the (N, R) columns that multiply the removed coefficients: `m − μ_m` and, with `center`, 1."""
     basis = metadata - mean
     return torch.cat([basis, basis.new_ones(basis.shape[0], 1)], dim=1) if center else basis
+
+
+# --------------------------------------------------------------------------------------------------------
+# Several processes
+# --------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def share_gram(local: Gram, sums: Tensor, group: ProcessGroup) -> tuple[Gram, Tensor]:
+    """Merge the Gram matrices of all processes and add up `sums`, in one collective.
+
+    The buffer has ``sums.numel() + K² + W·(K + 1)`` numbers for W processes, in float64: in float32 the
+    sum of the Gram matrices would make a direction of exactly collinear columns look as if it varied. Every
+    process's count and mean have a place of their own in it, from which the covariance between the processes
+    follows without cancellation, however far from zero a column is.
+
+    Parameters
+    ----------
+    local : Gram
+        Of this process, a count of 0 included.
+    sums : tensor of any shape
+        Of the same shape on all processes.
+    group : ProcessGroup
+
+    Returns
+    -------
+    Gram, and the summed tensor in float64; the same on every process.
+    """
+    width = local.mean.shape[0]
+    places = local.mean.new_zeros(world_size(group), width + 1)
+    place = torch.distributed.get_rank(group)
+    places[place, 0] = local.count.squeeze()
+    places[place, 1:] = local.mean
+    within = local.count * local.covariance
+    buffer = torch.cat([sums.reshape(-1).to(within.dtype), within.reshape(-1), places.reshape(-1)])
+    torch.distributed.all_reduce(buffer, group=group)
+    total, within, places = buffer.split([sums.numel(), within.numel(), places.numel()])
+    places = places.view(-1, width + 1)
+    counts, means = places[:, 0], places[:, 1:]
+    count = counts.sum().reshape(1)
+    shares = counts / count.clamp_min(torch.finfo(count.dtype).tiny)
+    mean = shares @ means
+    steps = means - mean
+    covariance = within.view(width, width) / count.clamp_min(torch.finfo(count.dtype).tiny)
+    covariance = covariance + (shares.unsqueeze(1) * steps).mT @ steps
+    return Gram(mean, covariance, count, local.num_metadata), total.view(sums.shape)
+
+
+@torch.no_grad()
+def share_moments(local: Gram, moments: Tensor, group: ProcessGroup, origin: Tensor) -> tuple[Gram, Tensor]:
+    """Return Gram matrix and feature moments over the samples of all processes, in one collective.
+
+    Parameters
+    ----------
+    local : Gram
+        Of this process's samples; a count of 0 included.
+    moments : (K + 1, D) tensor
+        Theirs, ``[E[(x − x̄) fᵀ]; E[fᵀ]]`` with their own mean x̄.
+    group : ProcessGroup
+    origin : (K,) tensor
+        The same on all processes, the nearer to the mean of the columns the better (a running mean).
+
+    Returns
+    -------
+    gram : Gram
+    moments : (K + 1, D) tensor, dtype of `moments`
+        About the mean of `gram`.
+    """
+    precise = moments.to(local.mean.dtype)
+    cross = precise[:-1] + torch.outer(local.mean - origin, precise[-1])
+    gram, total = share_gram(local, local.count * torch.cat([cross, precise[-1:]]), group)
+    total = total / gram.count.clamp_min(torch.finfo(total.dtype).tiny)
+    cross = total[:-1] - torch.outer(gram.mean - origin, total[-1])
+    return gram, torch.cat([cross, total[-1:]]).to(moments.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -601,14 +684,10 @@ class _RemoveRegression(torch.autograd.Function):
         positions = ctx.positions
         with torch.autocast(grad.device.type, enabled=False):
             if positions:
-                count = 1
-                for dim in positions:
-                    count *= ctx.shape[dim]
-                shared = projector.mT @ (basis.mT @ grad.to(basis.dtype).sum(positions)) / max(count, 1)
-                result = grad - _expand(shared, positions)
+                matrix = grad.to(basis.dtype).sum(positions)
             else:
                 matrix = _as_matrix(grad, positions, basis.dtype)
-                result = torch.addmm(matrix, projector.mT, basis.mT @ matrix, alpha=-1).reshape(grad.shape)
+            result = _subtract_projected(grad, matrix, projector, basis.mT @ matrix, positions, ctx.shape)
         return result.to(grad.dtype), None, None, None, None
 
 
@@ -650,6 +729,90 @@ def remove_regression(
     return out, moments
 
 
+class _RemoveSharedRegression(torch.autograd.Function):
+    """``out = f − B P f`` where `P f` is a sum over processes, and so is ``Bᵀ g`` in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        basis: Tensor,
+        coefficients: Tensor,
+        projector: Tensor,
+        positions: tuple[int, ...],
+        group: ProcessGroup,
+    ) -> Tensor:
+        ctx.positions, ctx.shape, ctx.group = positions, features.shape, group
+        ctx.save_for_backward(basis, projector)
+        return remove_effect(features, basis, coefficients, positions)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        basis, projector = ctx.saved_tensors
+        positions = ctx.positions
+        with torch.autocast(grad.device.type, enabled=False):
+            matrix = grad.to(basis.dtype).sum(positions) if positions else _as_matrix(grad, (), basis.dtype)
+            adjoint = all_reduce_sum(basis.mT @ matrix, ctx.group)
+            result = _subtract_projected(grad, matrix, projector, adjoint, positions, ctx.shape)
+        return (result.to(grad.dtype), *(None,) * 5)
+
+
+def _subtract_projected(
+    grad: Tensor,
+    matrix: Tensor,
+    projector: Tensor,
+    adjoint: Tensor,
+    positions: tuple[int, ...],
+    shape: torch.Size,
+) -> Tensor:
+    """Return ``grad − projectorᵀ @ adjoint``, spread evenly over the positions; `matrix` is grad reduced."""
+    if positions:
+        sharing = 1
+        for dim in positions:
+            sharing *= shape[dim]
+        return grad - _expand(projector.mT @ adjoint / max(sharing, 1), positions)
+    return torch.addmm(matrix, projector.mT, adjoint, alpha=-1).reshape(grad.shape)
+
+
+def remove_shared_regression(
+    features: Tensor,
+    basis: Tensor,
+    coefficients: Tensor,
+    projector: Tensor,
+    positions: tuple[int, ...],
+    group: ProcessGroup,
+) -> Tensor:
+    """Return ``features − basis @ coefficients``, coefficients that came from the samples of all processes.
+
+    As `remove_regression`, the gradient flows through the coefficients: one collective of R·D numbers adds up
+    in the backward pass what the losses of all processes say about them. So the gradient is that of the sum
+    of their losses, which `DistributedDataParallel` and FSDP2 divide by the number of processes.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor, any floating dtype
+        N ≥ 0 of this process.
+    basis : (N, R) tensor
+    coefficients : (R, D) tensor
+        The sum over all processes of ``projector @ features``.
+    projector : (R, N) tensor
+        Operator times this process's moment rows, scaled by the number of all samples.
+    positions : tuple of int
+        Dimensions that share a coefficient, from `position_dims`.
+    group : ProcessGroup
+
+    Returns
+    -------
+    (N, ...) tensor, dtype of the features. Can be differentiated any number of times, on all processes alike.
+    """
+    dtype = compute_dtype(features)
+    with torch.autocast(features.device.type, enabled=False):
+        out: Tensor = _RemoveSharedRegression.apply(  # type: ignore[no-untyped-call]
+            features, basis.to(dtype), coefficients.to(dtype), projector.to(dtype), positions, group
+        )
+    return out
+
+
 class _RemoveRunningRegression(torch.autograd.Function):
     """``out = f − B β`` with a running β, and the running adjoint of its estimate in the backward pass."""
 
@@ -665,11 +828,11 @@ class _RemoveRunningRegression(torch.autograd.Function):
         count: Tensor,
         decay: Tensor,
         positions: tuple[int, ...],
-        summed: bool,
+        samples: Tensor | int,
+        group: ProcessGroup | None,
     ) -> Tensor:
         ctx.positions, ctx.shape = positions, features.shape
-        # The adjoint is that of a mean over samples; a loss that is a sum has the gradient of n of them.
-        ctx.samples = max(features.shape[0], 1) if summed else 1
+        ctx.samples, ctx.group = samples, group
         # The two buffers are state, updated in the backward pass: the version of a saved tensor is guarded.
         ctx.adjoint, ctx.weight = adjoint, weight
         ctx.save_for_backward(basis, projector, count, decay)
@@ -681,20 +844,13 @@ class _RemoveRunningRegression(torch.autograd.Function):
         basis, projector, count, decay = ctx.saved_tensors
         positions = ctx.positions
         with torch.autocast(grad.device.type, enabled=False):
-            if positions:
-                matrix = grad.to(basis.dtype).sum(positions)
-            else:
-                matrix = _as_matrix(grad, positions, basis.dtype)
+            matrix = grad.to(basis.dtype).sum(positions) if positions else _as_matrix(grad, (), basis.dtype)
             batch = basis.mT @ matrix / ctx.samples
+            if ctx.group is not None:
+                batch = all_reduce_sum(batch, ctx.group)
             adjoint = ctx.samples * _update_adjoint(batch, ctx.adjoint, ctx.weight, count, decay)
-            if positions:
-                sharing = 1
-                for dim in positions:
-                    sharing *= ctx.shape[dim]
-                result = grad - _expand(projector.mT @ adjoint / max(sharing, 1), positions)
-            else:
-                result = torch.addmm(matrix, projector.mT, adjoint, alpha=-1).reshape(grad.shape)
-        return (result.to(grad.dtype), *(None,) * 9)
+            result = _subtract_projected(grad, matrix, projector, adjoint, positions, ctx.shape)
+        return (result.to(grad.dtype), *(None,) * 10)
 
 
 def _update_adjoint(batch: Tensor, adjoint: Tensor, weight: Tensor, count: Tensor, decay: Tensor) -> Tensor:
@@ -720,6 +876,8 @@ def remove_running_regression(
     decay: Tensor,
     positions: tuple[int, ...] = (),
     reduction: Literal["mean", "sum"] = "mean",
+    group: ProcessGroup | None = None,
+    num_samples: Tensor | None = None,
 ) -> Tensor:
     """Return ``features − basis @ coefficients``; the gradient is that of least squares over many batches.
 
@@ -751,6 +909,11 @@ def remove_running_regression(
     reduction : "mean" or "sum"
         How the loss adds up the samples of the batch, a fixed factor apart. A wrong answer makes the gradient
         of a batch of another size wrong by the ratio of the sizes.
+    group : ProcessGroup, optional
+        The processes whose samples are one batch; `count` and `projector` are then of that. The backward pass
+        has a collective of R·D numbers.
+    num_samples : (1,) tensor, optional
+        With a group, the number of samples of all its processes.
 
     Returns
     -------
@@ -761,6 +924,11 @@ def remove_running_regression(
     A change of the loss scale reaches the running adjoint within its window.
     """
     dtype = compute_dtype(features)
+    # The adjoint is that of a mean over samples; a loss that is a sum has the gradient of n of them. Each of
+    # several processes has a mean of its own, and their gradients are averaged behind the backward pass.
+    samples: Tensor | int = world_size(group)
+    if reduction == "sum":
+        samples = max(features.shape[0], 1) if num_samples is None else num_samples.clamp_min(1).to(dtype)
     with torch.autocast(features.device.type, enabled=False):
         out: Tensor = _RemoveRunningRegression.apply(  # type: ignore[no-untyped-call]
             features,
@@ -772,7 +940,8 @@ def remove_running_regression(
             count,
             decay,
             positions,
-            reduction == "sum",
+            samples,
+            group,
         )
     return out
 
@@ -869,6 +1038,7 @@ def metadata_norm(
     ridge: float = 0.0,
     center: bool = False,
     check_finite: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Tensor:
     """Remove from features what the metadata explain, by least squares in this batch.
 
@@ -891,6 +1061,9 @@ def metadata_norm(
         Remove the intercept as well, as the authors' code does.
     check_finite : bool
         Look for NaN and infinite metadata.
+    process_group : ProcessGroup, optional
+        The batch is that of all its processes together; each gives its samples and gets them back. None: of
+        this process alone.
 
     Returns
     -------
@@ -919,13 +1092,17 @@ def metadata_norm(
         device=features.device,
         check_finite=check_finite,
     )
-    if gram is None:
-        gram = Gram.from_columns(columns, num_metadata)
-    elif gram.mean.shape[0] != columns.shape[1]:
+    if gram is not None and gram.mean.shape[0] != columns.shape[1]:
         raise ValueError(
             f"gram was made with {gram.mean.shape[0] - num_metadata} label column(s), but labels "
             f"{'is None' if labels is None else f'has {columns.shape[1] - num_metadata}'}."
         )
+    if world_size(process_group) > 1:
+        return eager(_shared_metadata_norm)(
+            features, columns, num_metadata, gram, positions, ridge, center, process_group
+        )
+    if gram is None:
+        gram = Gram.from_columns(columns, num_metadata)
     out, _ = remove_regression(
         features,
         effect_basis(columns[:, :num_metadata], gram.mean[:num_metadata], center),
@@ -934,6 +1111,37 @@ def metadata_norm(
         positions,
     )
     return out
+
+
+def _shared_metadata_norm(
+    features: Tensor,
+    columns: Tensor,
+    num_metadata: int,
+    gram: Gram | None,
+    positions: tuple[int, ...],
+    ridge: float,
+    center: bool,
+    group: ProcessGroup,
+) -> Tensor:
+    local = Gram.from_columns(columns, num_metadata)
+    moments = feature_moments(features.detach(), moment_rows(columns, local.mean), positions)
+    origin = torch.zeros_like(local.mean) if gram is None else gram.mean
+    batch, moments = share_moments(local, moments, group, origin)
+    if gram is None:
+        gram = batch
+    else:
+        # Cross moments about the mean of the given matrix.
+        step = (batch.mean - gram.mean).to(moments.dtype)
+        moments = torch.cat([moments[:-1] + torch.outer(step, moments[-1]), moments[-1:]])
+    operator = removal_operator(gram, ridge=ridge, center=center)
+    return remove_shared_regression(
+        features,
+        effect_basis(columns[:, :num_metadata], gram.mean[:num_metadata], center),
+        operator.to(moments.dtype) @ moments,
+        operator @ moment_rows(columns, gram.mean, batch.count),
+        positions,
+        group,
+    )
 
 
 def check_floating(features: Tensor) -> None:

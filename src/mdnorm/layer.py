@@ -16,6 +16,8 @@ from mdnorm.functional import Gram, Granularity
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
+    from mdnorm.distributed import ProcessGroupSetting
+
 __all__ = ["MetadataNorm"]
 
 
@@ -66,6 +68,9 @@ class MetadataNorm(nn.Module):
         With "channel", where the channels are: 1 for (N, C, H, W), −1 for tokens (N, T, D).
     check_finite : bool
         Look for NaN and infinite metadata in every batch; on a GPU this waits for the device.
+    process_group : ProcessGroup, "auto", "world" or "local"
+        With which processes moments are shared in training. "auto": those of `DistributedDataParallel`
+        inside its forward passes, else none. See `mdnorm.distributed.synchronize`.
     device, dtype
         Where and in what precision the state is kept. Statistics are never below float32: `model.half()`
         leaves them in float32.
@@ -125,6 +130,7 @@ class MetadataNorm(nn.Module):
         scale: bool = False,
         channel_dim: int = 1,
         check_finite: bool = True,
+        process_group: ProcessGroupSetting = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -153,6 +159,8 @@ class MetadataNorm(nn.Module):
             self.scale_estimator = LogVarianceEstimator(
                 momentum=momentum, window=window, device=device, dtype=dtype
             )
+        # An estimator given as an instance may bring a group of its own.
+        self.process_group = self.estimator.process_group if process_group == "auto" else process_group
         # What was asked for; what is, is read off the estimator's state once that exists.
         self._requested = (shape, num_metadata, num_labels)
         if shape is not None and num_metadata is not None and num_labels is not None:
@@ -177,6 +185,16 @@ class MetadataNorm(nn.Module):
     def num_features(self) -> tuple[int, ...] | None:
         """Shape of a sample's features ("element") or (channels,) ("channel"); None while unknown."""
         return self.estimator.feature_shape if self.estimator.is_allocated else self._requested[0]
+
+    @property
+    def process_group(self) -> ProcessGroupSetting:
+        """With which processes moments are shared in training."""
+        return self.estimator.process_group
+
+    @process_group.setter
+    def process_group(self, value: ProcessGroupSetting) -> None:
+        for part in self._parts:
+            part.process_group = value
 
     # -- sizes ------------------------------------------------------------------------------------------
 

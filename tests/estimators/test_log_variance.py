@@ -44,7 +44,8 @@ class NumpyScale:
         rows = design_matrix(metadata, labels)
         noise = 1 - np.einsum("nk,kl,nl->n", rows, np.linalg.pinv((x * weights[:, None]).T @ x), rows)
         used = noise > 1e-3
-        log = np.log(squared + 1e-6 * squared.mean(0)) - np.log(np.where(used, noise, 1))[:, None, None]
+        floor = 1e-6 * squared.mean((0, 2), keepdims=True)
+        log = np.log(squared + floor) - np.log(np.where(used, noise, 1))[:, None, None]
         self.logs.append((log.mean(2), metadata, labels, noise * used))
         self.log_weights = [w * decay for w in self.log_weights] + [1.0]
         gamma = np.zeros((k_m, f.shape[1]))

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from mdnorm import functional
 from mdnorm.context import is_recomputing
+from mdnorm.distributed import GroupSetting, active_group
 from mdnorm.functional import Gram
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from mdnorm.distributed import ProcessGroupSetting
 
 _UNKNOWN = (0,)  # feature shape of the empty buffers that stand in until the first features come
 
@@ -100,6 +106,7 @@ class Estimator(nn.Module, ABC):
         self.ridge = float(ridge)
         self.center = bool(center)
         self._process_group = GroupSetting("auto")
+        self._last_group: GroupSetting | None = None
         for buffer in self.state_shapes(0, 0, ()):
             self.register_buffer(buffer, None)
         # Remembers device and dtype until the sizes are known; moved by `.to()` like any buffer.
@@ -119,7 +126,12 @@ class Estimator(nn.Module, ABC):
 
     def active_group(self) -> ProcessGroup | None:
         """Return the group to share moments in during this forward pass, None for this process alone."""
-        return active_group(self._process_group.value)
+        if is_recomputing():
+            # Activation checkpointing repeats the forward pass outside that of DistributedDataParallel.
+            return cast("ProcessGroup | None", self._last_group.value if self._last_group else None)
+        group = active_group(self._process_group.value)
+        self._last_group = None if group is None else GroupSetting(group)
+        return group
 
     # -- state ------------------------------------------------------------------------------------------
 

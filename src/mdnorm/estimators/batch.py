@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.distributed import eager
 from mdnorm.estimators.base import Estimator
 from mdnorm.functional import Gram
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class BatchEstimator(Estimator):
@@ -48,6 +52,9 @@ class BatchEstimator(Estimator):
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Remove the least-squares fit of this batch and update the running moments."""
         num_metadata = self.gram.num_metadata
+        group = self.active_group()
+        if group is not None:
+            return eager(self._forward_shared)(features, columns, positions, group)
         batch = Gram.from_columns(columns, num_metadata)
         out, moments = functional.remove_regression(
             features,
@@ -59,6 +66,36 @@ class BatchEstimator(Estimator):
         self._update(batch, moments, features.shape[0])
         return out
 
+    def _forward_shared(
+        self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup
+    ) -> Tensor:
+        """Remove the fit of the batch that all processes have together."""
+        num_metadata = self.gram.num_metadata
+        batch, moments, num_samples = self._batch_moments(features, columns, positions, group)
+        operator = functional.removal_operator(batch, ridge=self.ridge, center=self.center)
+        out = functional.remove_shared_regression(
+            features,
+            functional.effect_basis(columns[:, :num_metadata], batch.mean[:num_metadata], self.center),
+            operator.to(moments.dtype) @ moments,
+            operator @ functional.moment_rows(columns, batch.mean, batch.count),
+            positions,
+            group,
+        )
+        self._update(batch, moments, num_samples)
+        return out
+
+    def _batch_moments(
+        self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup | None
+    ) -> tuple[Gram, Tensor, int | Tensor]:
+        """Return Gram matrix, feature moments and number of samples of the batch of all processes."""
+        batch = Gram.from_columns(columns, self.gram.num_metadata)
+        rows = functional.moment_rows(columns, batch.mean)
+        moments = functional.feature_moments(features.detach(), rows, positions)
+        if group is None:
+            return batch, moments, columns.shape[0]
+        batch, moments = functional.share_moments(batch, moments, group, self.gram_mean)
+        return batch, moments, batch.count
+
     @torch.no_grad()
     def set_moments(self, gram: Gram, moments: Tensor) -> None:
         """Replace the running moments, too."""
@@ -68,14 +105,16 @@ class BatchEstimator(Estimator):
         self.feature_mean.view(-1).copy_(moments[-1])
 
     @torch.no_grad()
-    def _update(self, batch: Gram, moments: Tensor, num_samples: int) -> Tensor:
+    def _update(self, batch: Gram, moments: Tensor, num_samples: int | Tensor) -> Tensor:
         """Merge a batch into the running state; return its weight (1,)."""
         count, _, coefficients = self._merge(batch, moments, num_samples)
         _rows(self.coefficients).copy_(coefficients)
         return count
 
     @torch.no_grad()
-    def _merge(self, batch: Gram, moments: Tensor, num_samples: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _merge(
+        self, batch: Gram, moments: Tensor, num_samples: int | Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Merge a batch into the running moments and solve for the coefficients.
 
         Returns the weight of the batch (1,), the operator (R, K + 1) of the merged Gram matrix, and the

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.distributed import eager
 from mdnorm.estimators.base import Estimator
 from mdnorm.functional import Gram
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class DatasetEstimator(Estimator):
@@ -83,12 +87,38 @@ class DatasetEstimator(Estimator):
         num_metadata = self.gram.num_metadata
         basis = functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center)
         rows = self.operator @ functional.moment_rows(columns, self.gram_mean)
+        group = self.active_group()
+        if group is not None:
+            return eager(self._remove_shared)(features, basis, rows, positions, group)
         out, coefficients = functional.remove_regression(features, basis, None, rows, positions)
         self._update(coefficients, features.shape[0])
         return out
 
+    def _remove_shared(
+        self,
+        features: Tensor,
+        basis: Tensor,
+        rows: Tensor,
+        positions: tuple[int, ...],
+        group: ProcessGroup,
+    ) -> Tensor:
+        """Remove the estimate of the batch that all processes have together."""
+        num_samples = features.shape[0]
+        local = num_samples * functional.feature_moments(features.detach(), rows, positions)
+        # Only the coefficients, in the dtype of the features: the Gram matrix is the same everywhere.
+        buffer = torch.cat([local.reshape(-1), local.new_full((1,), num_samples)])
+        torch.distributed.all_reduce(buffer, group=group)
+        count = buffer[-1:].to(self.weight.dtype)
+        coefficients = buffer[:-1].view_as(local) / buffer[-1:].clamp_min(1)
+        share = num_samples / count.clamp_min(1)
+        out = functional.remove_shared_regression(
+            features, basis, coefficients, share * rows, positions, group
+        )
+        self._update(coefficients, count)
+        return out
+
     @torch.no_grad()
-    def _update(self, coefficients: Tensor, num_samples: int) -> None:
+    def _update(self, coefficients: Tensor, num_samples: int | Tensor) -> None:
         coefficients, count = self.usable(coefficients, num_samples)
         self.weight.mul_(self.decay(count)).add_(count)
         share = (count / self.weight.clamp_min(1e-30)).to(coefficients.dtype)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.distributed import all_reduce_sum, eager
 from mdnorm.estimators.batch import BatchEstimator
 from mdnorm.functional import Gram
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # A residual with a smaller share of the noise's variance is rounding.
 _LEAST_WEIGHT = 1e-3
@@ -77,16 +82,20 @@ class LogVarianceEstimator(BatchEstimator):
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Update the running moments and remove the effect on the scale that they show."""
-        self._update_scale(features.detach(), columns, positions)
+        group = self.active_group()
+        if group is not None:
+            eager(self._update_scale)(features.detach(), columns, positions, group)
+        else:
+            self._update_scale(features.detach(), columns, positions, None)
         return self.evaluate(features, columns[:, : self.gram.num_metadata], positions)
 
     @torch.no_grad()
-    def _update_scale(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> None:
+    def _update_scale(
+        self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup | None
+    ) -> None:
         num_metadata = self.gram.num_metadata
-        batch = Gram.from_columns(columns, num_metadata)
-        rows = functional.moment_rows(columns, batch.mean)
-        moments = functional.feature_moments(features, rows, positions)
-        count = self._update(batch, moments, columns.shape[0])
+        batch, moments, num_samples = self._batch_moments(features, columns, positions, group)
+        count = self._update(batch, moments, num_samples)
         operator = functional.coefficient_operator(self.gram, self.ridge)
         slopes = operator.to(self.cross_covariance.dtype) @ self.cross_covariance.flatten(1)
         basis = functional.effect_basis(columns, self.gram_mean, True)
@@ -94,7 +103,8 @@ class LogVarianceEstimator(BatchEstimator):
         residual = functional.remove_effect(features.to(fitted.dtype), basis, fitted, positions)
         squared = residual.square()
         # A residual of zero (a dead unit) has no logarithm.
-        floor = 1e-6 * squared.mean(0, keepdim=True) + torch.finfo(squared.dtype).tiny
+        floor = 1e-6 * self._mean_square(squared, positions, num_samples, group)
+        floor = floor + torch.finfo(squared.dtype).tiny
         weights = self._residual_weights(columns, operator)
         safe = weights.clamp_min(_LEAST_WEIGHT).to(squared.dtype).reshape(-1, *[1] * (squared.ndim - 1))
         log = (squared + floor).log() - safe.log()
@@ -104,9 +114,12 @@ class LogVarianceEstimator(BatchEstimator):
         centred = columns - centre
         log_rows = torch.cat([(shares * centred).mT, shares.mT])
         log_moments = functional.feature_moments(log, log_rows, positions)
+        batch = Gram(centre, (shares * centred).mT @ centred, weight.reshape(1), num_metadata)
+        if group is not None:
+            batch, log_moments = functional.share_moments(batch, log_moments, group, self.log_gram_mean)
         usable = (count > 0) & torch.isfinite(log_moments.sum())
         log_moments = torch.where(usable, log_moments, 0.0).to(self.log_mean.dtype)
-        batch = Gram(centre, (shares * centred).mT @ centred, torch.where(usable, weight, 0.0), num_metadata)
+        batch = dataclasses.replace(batch, count=torch.where(usable, batch.count, 0.0))
         past = Gram(self.log_gram_mean, self.log_gram_covariance, self.log_gram_count, num_metadata)
         merged = past.merge(batch, self.decay(torch.where(usable, count, 0.0)))
         cross, _ = functional.merge_cross_moments_(
@@ -123,6 +136,23 @@ class LogVarianceEstimator(BatchEstimator):
         log_operator = functional.coefficient_operator(merged, prior)[:num_metadata]
         effect = log_operator.to(cross.dtype) @ cross
         self.coefficients[:num_metadata].flatten(1).copy_(effect)
+
+    def _mean_square(
+        self,
+        squared: Tensor,
+        positions: tuple[int, ...],
+        num_samples: int | Tensor,
+        group: ProcessGroup | None,
+    ) -> Tensor:
+        """Return the mean over samples and positions, (1, ...) to be spread over them."""
+        # One value a channel, since the positions of another batch or process may be others.
+        total = squared.mean(positions, keepdim=True) if positions else squared
+        total = total.sum(0, keepdim=True)
+        if group is not None:
+            total = all_reduce_sum(total, group)
+        if isinstance(num_samples, Tensor):
+            return total / num_samples.clamp_min(1).to(total.dtype)
+        return total / max(num_samples, 1)
 
     def _residual_weights(self, columns: Tensor, operator: Tensor) -> Tensor:
         """Return 1 − leverage in the running fit of the samples (N,), 0 where hardly anything is left."""

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mdnorm import functional
+from mdnorm.distributed import eager, world_size
 from mdnorm.estimators.base import Estimator
 from mdnorm.functional import Gram
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class PenaltyEstimator(Estimator):
@@ -161,13 +165,20 @@ class PenaltyEstimator(Estimator):
         constant = features.detach().to(functional.compute_dtype(features))
         error = functional.remove_effect(constant, rows, weight, positions)
         # The mean over positions carries the whole gradient of shared coefficients.
-        self.loss = 0.5 * error.square().sum() / max(columns.shape[0], 1)
+        self.loss = 0.5 * error.square().sum() / self._divisor(columns)
         if positions:
             sharing = 1
             for dim in positions:
                 sharing *= features.shape[dim]
             self.loss = self.loss / max(sharing, 1)
         return self.evaluate(features, columns[:, :num_metadata], positions)
+
+    def _divisor(self, columns: Tensor) -> float | Tensor:
+        """Return what makes the sum over samples a mean, also where gradients are averaged over processes."""
+        group = self.active_group()
+        if group is None:
+            return max(columns.shape[0], 1)
+        return eager(_samples_a_process)(columns, group)
 
     def evaluate(self, features: Tensor, metadata: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Remove the learned effect of the metadata columns (N, K_m) from features (N, ...)."""
@@ -181,3 +192,9 @@ class PenaltyEstimator(Estimator):
     def extra_repr(self) -> str:
         """Return the settings; the optimiser's learning rate stands for momentum and window."""
         return f"ridge={self.ridge}, center={self.center}"
+
+
+def _samples_a_process(columns: Tensor, group: ProcessGroup) -> Tensor:
+    count = torch.full((), columns.shape[0], dtype=torch.float32, device=columns.device)
+    torch.distributed.all_reduce(count, group=group)
+    return count.clamp_min(1) / world_size(group)

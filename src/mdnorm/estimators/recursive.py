@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.distributed import eager
 from mdnorm.estimators.base import Estimator
 from mdnorm.functional import Gram
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RecursiveEstimator(Estimator):
@@ -106,23 +110,45 @@ class RecursiveEstimator(Estimator):
         root = torch.full_like(self.factor[0], self.prior**0.5)
         return root.diag()
 
+    def _rows_like(self, batch: Gram, scale: Tensor) -> Tensor:
+        """Rows (K + 1, K + 1) with the XᵀX of the standardised columns and intercept of all processes."""
+        covariance = batch.covariance / torch.outer(scale, scale)
+        values, vectors = torch.linalg.eigh(covariance)
+        # Root of the covariance, and a row for the mean: with far-away columns their sum would lose digits.
+        root = torch.nn.functional.pad((vectors * values.clamp_min(0).sqrt()).mT, (0, 1))
+        mean = torch.cat([(batch.mean - self.column_mean) / scale, batch.mean.new_ones(1)])
+        rows: Tensor = torch.cat([root, mean.unsqueeze(0)]) * batch.count.sqrt()
+        return rows
+
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Correct the coefficients by this batch and remove the effect that they show."""
         # The prediction error of half-precision features is not rounded to their precision.
-        self._update(features.detach().to(functional.compute_dtype(features)), columns, positions)
+        constant = features.detach().to(functional.compute_dtype(features))
+        group = self.active_group()
+        if group is not None:
+            eager(self._update)(constant, columns, positions, group)
+        else:
+            self._update(constant, columns, positions, None)
         return self.evaluate(features, columns[:, : self.gram.num_metadata], positions)
 
     @torch.no_grad()
-    def _update(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> None:
+    def _update(
+        self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup | None
+    ) -> None:
         num_metadata = self.gram.num_metadata
         scale = torch.where(self.column_scale > 0, self.column_scale, 1.0)
         standardised = (columns - self.column_mean) / scale
         rows = torch.cat([standardised, standardised.new_ones(columns.shape[0], 1)], dim=1)
         coefficients = self.all_coefficients.flatten(1)
         predicted = functional.remove_effect(features, rows, coefficients, positions)
-        innovation, count = self.usable(
-            functional.feature_moments(predicted, rows.mT, positions), columns.shape[0]
-        )
+        innovation = functional.feature_moments(predicted, rows.mT, positions)
+        batch = Gram.from_columns(columns, num_metadata)
+        num_samples: int | Tensor = columns.shape[0]
+        if group is not None:
+            batch, innovation = functional.share_gram(batch, innovation, group)
+            num_samples = batch.count
+            rows = self._rows_like(batch, scale)
+        innovation, count = self.usable(innovation, num_samples)
         used = (count > 0).to(rows.dtype)
         # A batch beyond the window forgets the past: `P` divided by almost nothing is the prior.
         decay = self.decay(count).clamp_min(1e-12)
@@ -134,7 +160,6 @@ class RecursiveEstimator(Estimator):
         gain = (factor @ factor.mT).to(innovation.dtype)
         coefficients.add_(gain @ innovation)
         # The running mean of the columns centres what is removed; a given Gram matrix weighs as its samples.
-        batch = Gram.from_columns(columns, num_metadata)
         merged = self.gram.merge(Gram(batch.mean, batch.covariance, count, num_metadata), decay)
         super()._store_gram(merged)
         slopes = coefficients[:num_metadata] / scale[:num_metadata, None].to(coefficients.dtype)

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from mdnorm import functional
 from mdnorm.context import is_recomputing
+from mdnorm.distributed import eager
 from mdnorm.estimators.batch import BatchEstimator
 from mdnorm.functional import Gram
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class RunningEstimator(BatchEstimator):
@@ -79,27 +83,36 @@ class RunningEstimator(BatchEstimator):
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Update the running moments and remove the effect that they show."""
+        group = self.active_group()
+        if group is not None:
+            return eager(self._remove)(features, columns, positions, group)
+        return self._remove(features, columns, positions, None)
+
+    def _remove(
+        self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup | None
+    ) -> Tensor:
         num_metadata = self.gram.num_metadata
-        batch = Gram.from_columns(columns, num_metadata)
-        rows = functional.moment_rows(columns, batch.mean)
-        moments = functional.feature_moments(features.detach(), rows, positions)
+        batch, moments, num_samples = self._batch_moments(features, columns, positions, group)
         mean = self.gram_mean.clone()
-        count, operator, coefficients = self._merge(batch, moments, features.shape[0])
+        count, operator, coefficients = self._merge(batch, moments, num_samples)
         self._average(coefficients, count, self.gram_mean - mean)
         if is_recomputing():
             # The moments have this batch already; the backward pass, now under way, has not.
-            count = torch.full_like(count, features.shape[0])
+            count = batch.count.to(count.dtype)
+        total = None if group is None else batch.count
         return functional.remove_running_regression(
             features,
             functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center),
             coefficients,
-            operator @ functional.moment_rows(columns, self.gram_mean),
+            operator @ functional.moment_rows(columns, self.gram_mean, total),
             self.adjoint.flatten(1),
             self.adjoint_weight,
             count=count,
             decay=self.decay(count),
             positions=positions,
             reduction=self.reduction,
+            group=group,
+            num_samples=total,
         )
 
     @torch.no_grad()

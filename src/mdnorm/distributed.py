@@ -1,0 +1,321 @@
+"""Training in several processes: moments over all of them, losses, batches that run out.
+
+Inside a forward pass of `DistributedDataParallel` the layers of a model share their moments with the other
+processes by themselves, so N processes with a share of the batch each give what one process gives on the
+whole batch: coefficients, outputs, running state and gradients. `synchronize` says so where there is no such
+wrapper (FSDP2, a training loop of your own) or where the processes are to be others than the wrapper's.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from torch.distributed import ProcessGroup
+
+    ProcessGroupSetting: TypeAlias = ProcessGroup | Literal["auto", "world", "local"]
+
+__all__ = ["even_batches", "global_mean", "synchronize"]
+
+T = TypeVar("T")
+
+
+def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") -> nn.Module:
+    """Say with which processes the `MetadataNorm` layers of a model share their moments in training.
+
+    Not needed under `DistributedDataParallel`, whose process group is taken in its forward passes ("auto",
+    what every layer starts with). Needed under FSDP2 and in training loops of your own.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Changed in place, on every process in the same way.
+    process_group : ProcessGroup, "world", "auto" or "local"
+        A group this process belongs to; "world": all processes; "auto": those of the wrapping
+        `DistributedDataParallel`, and none outside its forward pass; "local": no others.
+
+    Returns
+    -------
+    nn.Module
+        The same model.
+
+    Raises
+    ------
+    ValueError
+        The model has no `MetadataNorm` layer, or this process does not belong to the group.
+    TypeError
+        Neither a process group nor one of the names.
+
+    Notes
+    -----
+    With a group given, or "world", every training forward pass is a collective: a process that runs one alone
+    waits for the others until the group's timeout. Evaluation never communicates.
+    """
+    from mdnorm.layer import MetadataNorm
+
+    layers = [module for module in model.modules() if isinstance(module, MetadataNorm)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
+    for layer in layers:
+        layer.process_group = process_group
+    return model
+
+
+def global_mean(losses: Tensor, process_group: ProcessGroupSetting = "world") -> Tensor:
+    """Return the loss whose gradient, averaged over the processes, is that of the mean over all samples.
+
+    `DistributedDataParallel` and FSDP2 average gradients over processes, whatever each one's number of
+    samples: with the usual mean over the local batch, a sample of a small batch weighs more. This is the sum
+    of the local losses times the number of processes, divided by the number of samples on all of them (one
+    collective of one number).
+
+    Parameters
+    ----------
+    losses : tensor
+        One loss for each sample of this process, any shape (``reduction="none"``); none at all (a process
+        that ran out of data) is a loss of 0.
+    process_group : ProcessGroup, "world", "auto" or "local"
+        The processes over which gradients are averaged.
+
+    Returns
+    -------
+    scalar tensor
+        Its mean over the processes is the mean loss over all samples. In one process: ``losses.mean()``.
+
+    Raises
+    ------
+    ValueError
+        This process does not belong to the group.
+    """
+    group = active_group(GroupSetting(process_group).value)
+    count = torch.full((1,), float(losses.numel()), dtype=torch.float64, device=losses.device)
+    if group is not None:
+        torch.distributed.all_reduce(count, group=group)
+    return losses.sum() * (world_size(group) / count.clamp_min(1)).to(losses.dtype).squeeze()
+
+
+def even_batches(
+    loader: Iterable[T],
+    process_group: ProcessGroupSetting = "world",
+    *,
+    device: torch.device | str = "cpu",
+) -> Iterator[T]:
+    """Iterate until the loaders of all processes have ended, with empty batches where this one has before.
+
+    The layers communicate in every training forward pass, and `DistributedDataParallel.join` cannot stand in
+    for them (nor for `SyncBatchNorm`); an empty batch takes part and weighs nothing. Each step costs one
+    collective of one number.
+
+    Parameters
+    ----------
+    loader : iterable of batches
+        Tensors, or tuples, lists and dicts of tensors, samples in the first dimension. Its shares may differ
+        in length between processes; none may be empty, since there is nothing to make an empty batch of.
+    process_group : ProcessGroup, "world", "auto" or "local"
+        The processes that train together.
+    device : torch.device or str
+        Where the number is exchanged: "cuda" with NCCL.
+
+    Yields
+    ------
+    batch
+        The loader's own, then as many empty ones (0 samples, same dtypes and shapes) as others still need.
+
+    Raises
+    ------
+    ValueError
+        The loader of some process is empty (all raise); or this process does not belong to the group.
+    TypeError
+        A batch holds what has no samples to take away.
+    """
+    group = active_group(GroupSetting(process_group).value)
+    if group is None:
+        yield from loader
+        return
+    batches, empty = iter(loader), None
+    for step in range(2**62):
+        batch = next(batches, None)
+        # How many still have data and, in the first step, whether all have.
+        waiting = torch.tensor([float(batch is not None)], device=device)
+        torch.distributed.all_reduce(waiting, group=group)
+        if step == 0 and int(waiting) < world_size(group):
+            raise ValueError(
+                f"the loaders of {world_size(group) - int(waiting)} of {world_size(group)} processes are "
+                "empty: give every process at least one batch to make empty ones of."
+            )
+        if int(waiting) == 0:
+            return
+        if batch is None:
+            yield cast(T, empty)
+            continue
+        if empty is None:
+            empty = _emptied(batch)
+        yield batch
+
+
+def _emptied(batch: Any) -> Any:
+    if isinstance(batch, Tensor) and batch.ndim:
+        return batch[:0]
+    if isinstance(batch, dict):
+        return {key: _emptied(value) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*map(_emptied, batch))
+    if isinstance(batch, (tuple, list)):
+        return type(batch)(map(_emptied, batch))
+    if hasattr(batch, "__array__") and getattr(batch, "ndim", None):
+        return batch[:0]
+    raise TypeError(
+        f"a batch holds a {type(batch).__name__}, which has no samples to take away: even_batches takes "
+        "tensors and tuples, lists and dicts of them."
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Process groups
+# --------------------------------------------------------------------------------------------------------
+
+
+class GroupSetting:
+    """A checked `process_group`; copies of a model share the group, which itself cannot be copied."""
+
+    def __init__(self, value: Any) -> None:
+        if not isinstance(value, str) and torch.distributed.is_available():
+            if value is torch.distributed.GroupMember.NON_GROUP_MEMBER:
+                raise ValueError(
+                    "this process does not belong to the process group: make the model share its moments in "
+                    "the group to which each process belongs."
+                )
+            if isinstance(value, torch.distributed.ProcessGroup):
+                self.value: Any = value
+                return
+        if not isinstance(value, str) or value not in ("auto", "world", "local"):
+            raise TypeError(
+                f"process_group must be a torch.distributed.ProcessGroup, 'auto', 'world' or 'local', "
+                f"got {value!r}."
+            )
+        self.value = value
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupSetting:
+        return copy.copy(self) if isinstance(self.value, str) else self
+
+    def __reduce__(self) -> tuple[type[GroupSetting], tuple[str]]:
+        # A group means nothing in another process.
+        return GroupSetting, (self.value if isinstance(self.value, str) else "auto",)
+
+
+def active_group(setting: Any) -> ProcessGroup | None:
+    """Return the group to communicate in now, None where this process is on its own.
+
+    Raises
+    ------
+    RuntimeError
+        Inside ``DistributedDataParallel.join``, which would hang.
+    """
+    # The first two are constants to torch.compile, so a model in one process is traced as a whole.
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized() or setting == "local":
+        return None
+    # What DistributedDataParallel sets for the time of its forward pass.
+    wrapper: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    if wrapper is not None and _would_hang_in_join(wrapper):
+        raise RuntimeError(
+            "DistributedDataParallel.join cannot stand in for the collectives of metadata layers, so "
+            "processes that still have batches would wait for ever: iterate over "
+            "mdnorm.distributed.even_batches(loader) instead, or give join throw_on_early_termination=True."
+        )
+    if setting == "auto":
+        if wrapper is None:
+            return None
+        group = wrapper.process_group
+    else:
+        group = torch.distributed.group.WORLD if setting == "world" else setting
+    return group if torch.distributed.get_world_size(group) > 1 else None
+
+
+def _would_hang_in_join(wrapper: Any) -> bool:
+    config = getattr(wrapper, "_join_config", None)
+    return config is not None and config.enable and not config.throw_on_early_termination
+
+
+def group_of(model: nn.Module, setting: Any) -> tuple[nn.Module, ProcessGroup | None]:
+    """Return the model without its `DistributedDataParallel` and the group for work outside a forward pass.
+
+    "auto" is the wrapper's group, and none without a wrapper. The wrapper's own forward pass would exchange
+    buffers, so processes with more batches than others would wait for them.
+    """
+    setting = GroupSetting(setting).value
+    if isinstance(model, nn.parallel.DistributedDataParallel):
+        setting = model.process_group if setting == "auto" else setting
+        model = model.module
+    return model, active_group(setting)
+
+
+def world_size(group: ProcessGroup | None) -> int:
+    """Return the number of processes, 1 for None."""
+    return 1 if group is None else torch.distributed.get_world_size(group)
+
+
+def eager(function: Callable[..., T]) -> Callable[..., T]:
+    """Keep torch.compile out of a function that communicates."""
+    # Not a decorator: torch.compiler.disable imports the compiler, which takes seconds.
+    return cast("Callable[..., T]", torch.compiler.disable(function)) if _compiling() else function
+
+
+def _compiling() -> bool:
+    return torch.compiler.is_compiling()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Collectives
+# --------------------------------------------------------------------------------------------------------
+
+
+class _AllReduceSum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        total = tensor.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        # The sum is its own adjoint: every process's loss depends on every process's summand.
+        return all_reduce_sum(grad, ctx.group), None
+
+
+def all_reduce_sum(tensor: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the sum of a tensor over the group; the gradient is summed in the same way, to any order."""
+    return cast(Tensor, _AllReduceSum.apply(tensor, group))  # type: ignore[no-untyped-call]
+
+
+def gather_objects(item: T, group: ProcessGroup) -> list[T]:
+    """Return the object of every process, in the order of their ranks."""
+    items: list[Any] = [None] * world_size(group)
+    torch.distributed.all_gather_object(items, item, group=group)
+    return items
+
+
+def gather_or_raise(item: T, error: Exception | None, group: ProcessGroup) -> list[T]:
+    """Gather objects; where some process failed, raise on all, so that none waits for it.
+
+    Raises
+    ------
+    Exception
+        The process's own error.
+    RuntimeError
+        The error of another process.
+    """
+    answers = gather_objects((item, None if error is None else f"{type(error).__name__}: {error}"), group)
+    if error is not None:
+        raise error
+    for rank, (_, message) in enumerate(answers):
+        if message is not None:
+            raise RuntimeError(f"process {rank} of the group failed: {message}")
+    return [answer for answer, _ in answers]
