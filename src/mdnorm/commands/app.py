@@ -11,6 +11,7 @@ import typer
 import mdnorm
 from mdnorm.commands.audit import audit
 from mdnorm.commands.experiment import experiment
+from mdnorm.commands.residualize import residualize
 
 app = typer.Typer(
     help="Metadata Normalization: remove what metadata explain from a network's features, and measure it.",
@@ -20,6 +21,7 @@ app = typer.Typer(
 )
 app.add_typer(experiment, name="experiment")
 app.command()(audit)
+app.command()(residualize)
 
 
 @app.command()

@@ -1,0 +1,155 @@
+"""``mdnorm residualize``: a table in which metadata explain nothing of the features."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from mdnorm.commands.common import BAD_INPUT, INTERRUPTED, errors, fail, make_folder
+from mdnorm.extras import MissingExtraError
+
+if TYPE_CHECKING:
+    from mdnorm.tables.streaming import ResidualizeSummary
+
+_STAGES = {"metadata": "reading metadata", "fit": "fitting", "write": "writing"}
+
+
+def residualize(
+    table: Annotated[
+        Path,
+        typer.Argument(help="Features, one row a sample: .parquet, .csv, .tsv, .npy. May exceed the memory."),
+    ],
+    out: Annotated[Path, typer.Option(help="File to write, of the same format.")],
+    formula: Annotated[
+        str | None, typer.Option(help='Metadata to remove, such as "age + C(scanner) + bs(bmi, df=4)".')
+    ] = None,
+    metadata: Annotated[
+        Path | None,
+        typer.Option(help="Table with the metadata of the same rows in the same order. [default: TABLE]"),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="Column of TABLE and --metadata that must agree, row by row.")
+    ] = None,
+    label: Annotated[
+        list[str] | None, typer.Option(help="Metadata column whose effect is protected; may be repeated.")
+    ] = None,
+    features: Annotated[
+        str | None,
+        typer.Option(help='Features: names and patterns, such as "volume,voxel_*". [default: all numbers]'),
+    ] = None,
+    site: Annotated[str | None, typer.Option(help="Metadata column with the site, batch or scanner.")] = None,
+    scale: Annotated[bool, typer.Option("--scale", help="Sites differ in scale, too (ComBat).")] = False,
+    empirical_bayes: Annotated[
+        bool, typer.Option("--empirical-bayes", help="Shrink the effects of sites (ComBat).")
+    ] = False,
+    ridge: Annotated[float, typer.Option(min=0, help="Penalty on the effects of metadata.")] = 0.0,
+    missing: Annotated[
+        str, typer.Option(help="A missing value of the metadata: error, mean or indicator.")
+    ] = "error",
+    unseen: Annotated[
+        str, typer.Option(help="A level or site that no row of the fit has: error or mean.")
+    ] = "error",
+    fit_rows: Annotated[
+        str | None,
+        typer.Option(help="Rows to fit to: a column of booleans, or a share such as 0.1. [default: all]"),
+    ] = None,
+    coefficients: Annotated[
+        Path | None, typer.Option(help="Save what was fitted to this .safetensors file.")
+    ] = None,
+    apply: Annotated[
+        Path | None, typer.Option(help="Apply what --coefficients has saved; nothing is fitted.")
+    ] = None,
+    batch_rows: Annotated[int | None, typer.Option(min=1, help="Rows in memory at once.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+) -> None:
+    """Write TABLE without what metadata explain of its features, however large it is.
+
+    Columns that are no features stay as they are. The result appears when it is complete. Exit code 2: the
+    inputs cannot be used, and the message says why.
+    """
+    try:
+        from mdnorm.tables.model import MetadataModel
+        from mdnorm.tables.streaming import residualize_file
+
+        for path in (out, *([] if coefficients is None else [coefficients])):
+            make_folder(path.parent)
+        with _progress_bar() as progress:
+            summary = residualize_file(
+                table,
+                out,
+                formula=formula,
+                labels=label or [],
+                site=site,
+                metadata=metadata,
+                key=key,
+                features=None if features is None else [name.strip() for name in features.split(",")],
+                scale=scale,
+                empirical_bayes=empirical_bayes,
+                ridge=ridge,
+                missing=missing,
+                unseen=unseen,
+                fit_rows=_share_or_column(fit_rows),
+                model=None if apply is None else MetadataModel.load(apply),
+                coefficients=coefficients,
+                batch_rows=batch_rows,
+                seed=seed,
+                progress=progress,
+            )
+    except (TypeError, ValueError, MissingExtraError) as error:
+        fail(str(error), BAD_INPUT)
+    except OSError as error:
+        fail(f"{error.strerror or error}: {error.filename or out}", BAD_INPUT)
+    except KeyboardInterrupt:
+        fail(f"interrupted: {out} was not written.", INTERRUPTED)
+    if json_output:
+        typer.echo(json.dumps({**summary.to_dict(), "out": str(out)}, indent=2))
+    else:
+        _print_summary(summary, out)
+
+
+def _share_or_column(text: str | None) -> str | float | None:
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@contextmanager
+def _progress_bar() -> Iterator[Any]:
+    bar: Any = BarColumn()
+    columns = (TextColumn("{task.description}"), bar, TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
+        tasks: dict[str, Any] = {}
+
+        def step(stage: str, done: int, total: int | None) -> None:
+            if stage not in tasks:
+                tasks[stage] = progress.add_task(_STAGES[stage], total=total)
+            progress.update(tasks[stage], completed=done, total=total)
+
+        yield step
+
+
+def _print_summary(summary: ResidualizeSummary, out: Path) -> None:
+    for text in summary.warnings:
+        errors.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
+    removed = [*summary.metadata_names, *(["site"] if summary.sites else [])]
+    typer.echo(
+        f"{out}: {summary.num_rows} rows, {summary.num_features} feature(s) without "
+        f"{', '.join(removed)}"
+        + (f", {', '.join(summary.label_names)} protected" if summary.label_names else "")
+        + (
+            f"; fitted to {summary.num_rows_fitted} rows."
+            if summary.num_rows_fitted
+            else "; not fitted here."
+        )
+    )

@@ -1,0 +1,381 @@
+"""Residuals of tables that are spread over a cluster: Dask arrays and DataFrames.
+
+What is learnt of a partition is its `Moments`, a few thousand numbers, which are added up in a tree; the
+transform is mapped over the partitions and computed when the result is. A worker that dies costs the
+partitions that it had: Dask computes them again from their source.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mdnorm.design import Design
+from mdnorm.extras import requires
+from mdnorm.tables.design_sample import MAX_DESIGN_ROWS, DesignSample
+from mdnorm.tables.model import (
+    MetadataModel,
+    SiteMoments,
+    Specification,
+    add_moments,
+    as_arrow,
+    design_columns,
+    design_variables,
+    fitted_model,
+    for_design,
+    needed_variables,
+    site_moments,
+)
+
+__all__ = ["DaskResiduals", "residualize_dask"]
+
+T = TypeVar("T")
+
+# Parts that are put together in one task.
+_FAN_IN = 8
+
+
+class DaskResiduals(NamedTuple):
+    """What `residualize_dask` returns.
+
+    Attributes
+    ----------
+    features : dask.array.Array or dask.dataframe.DataFrame
+        Not computed yet.
+    model : MetadataModel
+    """
+
+    features: Any
+    model: MetadataModel
+
+
+def residualize_dask(
+    features: Any,
+    metadata: Any = None,
+    *,
+    formula: str | Sequence[str] | None = None,
+    labels: Sequence[str] = (),
+    site: str | None = None,
+    feature_names: Sequence[str] | None = None,
+    scale: bool = False,
+    empirical_bayes: bool = False,
+    ridge: float = 0.0,
+    missing: str = "error",
+    unseen: str = "error",
+    model: MetadataModel | None = None,
+    seed: int = 0,
+) -> DaskResiduals:
+    """Return a Dask collection like another one, in which metadata explain nothing of the features.
+
+    The coefficients are computed at once, by the scheduler or client in use; the result is lazy. It is that
+    of `mdnorm.tables.residualize_file` and of `mdnorm.sklearn.MetadataResidualizer` on the whole table.
+
+    Parameters
+    ----------
+    features : dask.array (n, D) or dask.dataframe
+        Chunked by rows; chunks of an array that split the columns are put together.
+    metadata : dask.dataframe or dask.array (n, K), optional
+        Of the same rows in the same order. The columns of an array are called "m0", "m1", …. None: the
+        metadata are columns of the DataFrame `features`.
+    formula : str or sequence of str, optional
+        Metadata to remove, as for `mdnorm.Design`. None: all columns of an array; otherwise only the site.
+    labels : sequence of str
+        Columns that are protected.
+    site : str, optional
+        Column that names the site of a row; its effect is removed.
+    feature_names : sequence of str, optional
+        Columns of the DataFrame that are features. None: the numeric ones that are not used otherwise.
+    scale, empirical_bayes, ridge
+        As for `mdnorm.tables.fit_location_scale`.
+    missing, unseen : str
+        As for `mdnorm.Design`; `unseen` holds for sites as well.
+    model : MetadataModel, optional
+        Coefficients fitted before; nothing is computed.
+    seed : int
+        Of the rows that a design is fitted to where there are more than 262 144.
+
+    Returns
+    -------
+    DaskResiduals
+        ``features`` and ``model``. float32 features stay float32, other numbers become float64; other
+        columns of a DataFrame stay as they are.
+
+    Raises
+    ------
+    TypeError
+        Not Dask collections.
+    ValueError
+        Shapes, partitions or columns that do not fit; a partition whose two parts differ in their number of
+        rows; metadata and features that cannot be used, as for `residualize_file`.
+
+    Notes
+    -----
+    The features are computed twice, for the coefficients and for the result: `persist` them where they fit
+    into the memory of the cluster and are expensive.
+    """
+    with requires("dask"):
+        import dask.array as da
+        import dask.dataframe as dd
+        from dask.base import compute
+        from dask.delayed import delayed
+    if not isinstance(features, (da.Array, dd.DataFrame)):
+        raise TypeError(
+            f"features must be an array or DataFrame of Dask, got {type(features).__name__}: for tables in "
+            "memory there is mdnorm.sklearn.MetadataResidualizer."
+        )
+    if metadata is not None and not isinstance(metadata, (da.Array, dd.DataFrame)):
+        raise TypeError(f"metadata must be an array or DataFrame of Dask, got {type(metadata).__name__}.")
+    if metadata is None and isinstance(features, da.Array):
+        raise ValueError("metadata=None, but features is an array, which has no columns for them.")
+    if isinstance(features, da.Array):
+        features = _rows_only(features, "features")
+    if isinstance(metadata, da.Array):
+        metadata = _rows_only(metadata[:, None] if metadata.ndim == 1 else metadata, "metadata")
+        if formula is None and site is None and model is None:
+            formula = [name for name in _array_names(metadata) if name not in labels]
+    specification = None
+    if model is None:
+        specification = Specification(
+            formula, tuple(labels), site, scale, empirical_bayes, ridge, missing, unseen
+        )
+        variables = needed_variables(specification.design(), True, site, with_labels=True)
+    else:
+        variables = model.variables
+    _check_variables(metadata if metadata is not None else features, variables)
+    names = _feature_names(
+        features, model.feature_names if model is not None else feature_names, variables, metadata is None
+    )
+    pairs = _pairs(features, metadata)
+    parts = [_part(block, other, names, variables) for block, other in pairs]
+
+    if model is None:
+        assert specification is not None
+        design = specification.design()
+        if design is not None:
+            design = _fitted_design(design, parts, specification, seed)
+        shared = delayed((specification, design), traverse=False)
+        tasks = [delayed(_moments)(part, shared) for part in parts]
+        moments = compute(_tree(_add, tasks))[0]
+        model = fitted_model(specification, design, moments, names)
+    elif len(model.feature_names) != len(names):
+        raise ValueError(f"features has {len(names)} columns, the model {len(model.feature_names)}.")
+
+    shared = delayed(model, traverse=False)
+    changed = [
+        delayed(_residuals)(part, block, shared) for part, (block, _) in zip(parts, pairs, strict=True)
+    ]
+    if isinstance(features, dd.DataFrame):
+        meta = features._meta.astype(
+            {name: np.float32 if features._meta[name].dtype == np.float32 else np.float64 for name in names}
+        )
+        return DaskResiduals(
+            dd.from_delayed(changed, meta=meta, divisions=features.divisions, verify_meta=False), model
+        )
+    dtype = np.dtype(np.float32 if features.dtype == np.float32 else np.float64)
+    blocks = [
+        da.from_delayed(block, shape=(rows, features.shape[1]), dtype=dtype)
+        for block, rows in zip(changed, features.chunks[0], strict=True)
+    ]
+    return DaskResiduals(da.concatenate(blocks, axis=0, allow_unknown_chunksizes=True), model)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Partitions
+# --------------------------------------------------------------------------------------------------------
+
+
+def _rows_only(array: Any, name: str) -> Any:
+    if array.ndim != 2:
+        raise ValueError(f"{name} must have shape (num_rows, num_columns), got {array.shape}.")
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"{name} must be real and numeric, got an array of dtype {array.dtype}.")
+    if np.isnan(array.shape[1]):
+        raise ValueError(f"{name} has an unknown number of columns: call compute_chunk_sizes() first.")
+    return array.rechunk({1: -1}) if len(array.chunks[1]) > 1 else array
+
+
+def _array_names(array: Any) -> list[str]:
+    return [f"m{index}" for index in range(array.shape[1])]
+
+
+def _check_variables(table: Any, variables: Sequence[str]) -> None:
+    present = list(table.columns) if hasattr(table, "columns") else _array_names(table)
+    for name in variables:
+        if name not in present:
+            raise ValueError(f"the metadata have no column {name!r}; they have {present[:10]}.")
+
+
+def _feature_names(
+    features: Any, wanted: Sequence[str] | None, variables: Sequence[str], together: bool
+) -> tuple[str, ...]:
+    if not hasattr(features, "columns"):
+        if wanted is not None and len(wanted) != features.shape[1]:
+            raise ValueError(f"there are {len(wanted)} names of features for {features.shape[1]} columns.")
+        return tuple(wanted) if wanted is not None else tuple(map(str, range(features.shape[1])))
+    numeric = [name for name, dtype in features.dtypes.items() if getattr(dtype, "kind", "O") in "iuf"]
+    if wanted is None:
+        chosen = [name for name in numeric if not (together and name in variables)]
+        if not chosen:
+            raise ValueError(f"no numeric column of {list(features.columns)[:10]} is left for the features.")
+        return tuple(chosen)
+    for name in wanted:
+        if name not in numeric:
+            raise ValueError(f"feature {name!r} is not among the numeric columns {numeric[:10]}.")
+        if together and name in variables:
+            raise ValueError(f"{name!r} is both a feature and metadata: take it out of one of them.")
+    return tuple(wanted)
+
+
+def _pairs(features: Any, metadata: Any) -> list[tuple[Any, Any]]:
+    """Return for each partition of the features itself and the metadata of the same rows, delayed."""
+    if metadata is None:
+        return [(block, None) for block in features.to_delayed()]
+    rows = [_known_rows(part) for part in (features, metadata)]
+    if rows[0] is not None and rows[1] is not None:
+        if sum(rows[0]) != sum(rows[1]):
+            raise ValueError(
+                f"features has {sum(rows[0])} rows and metadata {sum(rows[1])}: one row each is needed."
+            )
+        if rows[0] != rows[1]:
+            metadata = metadata.rechunk({0: rows[0]})
+    blocks, others = _delayed_blocks(features), _delayed_blocks(metadata)
+    if len(blocks) != len(others):
+        raise ValueError(
+            f"features has {len(blocks)} partitions and metadata {len(others)}, and it is not known which "
+            "rows they have: partition both alike, or make both arrays with known chunks "
+            "(compute_chunk_sizes)."
+        )
+    return list(zip(blocks, others, strict=True))
+
+
+def _known_rows(collection: Any) -> tuple[int, ...] | None:
+    if not hasattr(collection, "chunks") or any(np.isnan(rows) for rows in collection.chunks[0]):
+        return None
+    return tuple(collection.chunks[0])
+
+
+def _delayed_blocks(collection: Any) -> list[Any]:
+    blocks = collection.to_delayed()
+    return list(blocks[:, 0]) if hasattr(collection, "numblocks") else list(blocks)
+
+
+class _Part(NamedTuple):
+    features: NDArray[Any]
+    table: Any  # pyarrow.Table
+
+
+def _part(block: Any, other: Any, names: tuple[str, ...], variables: Sequence[str]) -> Any:
+    from dask.delayed import delayed
+
+    return delayed(_read_part)(block, other, names, list(variables))
+
+
+def _read_part(block: Any, other: Any, names: tuple[str, ...], variables: list[str]) -> _Part:
+    is_frame = hasattr(block, "columns")
+    values = block[list(names)].to_numpy() if is_frame else np.asarray(block)
+    if values.dtype != np.float32:
+        values = values.astype(np.float64)
+    source = block if other is None else other
+    if not hasattr(source, "columns"):
+        array = np.asarray(source)
+        source = {f"m{index}": array[:, index] for index in range(array.shape[1])}
+    table = as_arrow(source, variables)
+    rows = len(values)
+    if variables and table.num_rows != rows:
+        raise ValueError(
+            f"a partition has {rows} rows of features and {table.num_rows} of metadata: partition both alike."
+        )
+    return _Part(values, table)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Tasks
+# --------------------------------------------------------------------------------------------------------
+
+
+def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
+    """Return the delayed combination of parts, a few at a time, in their order."""
+    from dask.delayed import delayed
+
+    while len(parts) > 1:
+        parts = [delayed(combine)(*parts[start : start + _FAN_IN]) for start in range(0, len(parts), _FAN_IN)]
+    return parts[0]
+
+
+def _add(*parts: SiteMoments) -> SiteMoments:
+    total: SiteMoments = {}
+    for part in parts:
+        # Copies: a part may be in use elsewhere, or be wanted again after a worker was lost.
+        add_moments(total, {site: moments.copy() for site, moments in part.items()})
+    return total
+
+
+def _moments(part: _Part, shared: tuple[Specification, Design | None]) -> SiteMoments:
+    specification, design = shared
+    if not len(part.features):
+        return {}
+    metadata, labels, sites = design_columns(
+        design, specification.formula is not None, specification.site, part.table, with_labels=True
+    )
+    assert labels is not None
+    return site_moments(part.features, metadata, labels, sites)
+
+
+def _fitted_design(design: Design, parts: list[Any], specification: Specification, seed: int) -> Design:
+    from dask.base import compute
+    from dask.delayed import delayed
+
+    variables = design_variables(design, with_labels=True)
+    samples = [
+        delayed(_sample)(part, specification, variables, (seed, index)) for index, part in enumerate(parts)
+    ]
+    sample: DesignSample = compute(_tree(_merge, samples))[0]
+    if not sample.num_rows:
+        raise ValueError("the table has no rows.")
+    return design.fit(for_design(sample.rows()))
+
+
+def _sample(
+    part: _Part, specification: Specification, variables: list[str], seed: tuple[int, int]
+) -> DesignSample:
+    design = specification.design()
+    assert design is not None
+    sample = DesignSample(design, seed, MAX_DESIGN_ROWS)
+    sample.add(part.table.select(variables))
+    return sample
+
+
+def _merge(*parts: DesignSample) -> DesignSample:
+    total = parts[0].copy()
+    for part in parts[1:]:
+        total.merge(part)
+    return total
+
+
+def _residuals(part: _Part, block: Any, model: MetadataModel) -> Any:
+    if not len(part.features):
+        changed = part.features
+    else:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            changed = model.remove(part.features, part.table)
+        finally:
+            torch.set_num_threads(threads)
+        if not np.isfinite(changed).all():
+            column = int(np.flatnonzero(~np.isfinite(changed).all(0))[0])
+            raise ValueError(
+                f"feature {model.feature_names[column]!r} has NaN or infinite values: drop or impute these "
+                "rows."
+            )
+    if not hasattr(block, "columns"):
+        return changed
+    frame = block.copy()
+    for index, name in enumerate(model.feature_names):
+        dtype = np.float32 if block[name].dtype == np.float32 else np.float64
+        frame[name] = changed[:, index].astype(dtype)
+    return frame

@@ -1,0 +1,615 @@
+"""Effects of metadata and sites on features as a model of its own: fitted, applied to any rows, saved.
+
+All parts of it work on blocks of rows, so that files and clusters use the same ones.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mdnorm.design import Design
+from mdnorm.designs.tables import Column, read_columns
+from mdnorm.extras import requires
+from mdnorm.files import atomic_path
+from mdnorm.tables.combat import LocationScale, fit_location_scale
+from mdnorm.tables.files import (
+    TableFileError,
+)
+from mdnorm.tables.moments import Moments
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["MetadataModel", "Specification"]
+
+FloatArray = NDArray[np.float64]
+
+_FORMAT = "mdnorm.MetadataModel"
+_VERSION = 1
+
+# Rows that become float64 at once, for the cache: 2 MiB of 64 features.
+_STEP_VALUES = 2**18
+
+
+@dataclass(frozen=True)
+class Specification:
+    """What is removed from the features, how, and what is protected.
+
+    Attributes
+    ----------
+    formula : str, sequence of str or None
+        Metadata, as for `mdnorm.Design`; None: only the site.
+    labels : tuple of str
+        Columns or factors that are protected.
+    site : str or None
+        Column that names the site of a row.
+    scale, empirical_bayes, ridge
+        As for `mdnorm.tables.fit_location_scale`.
+    missing, unseen : str
+        As for `mdnorm.Design`; `unseen` holds for sites as well.
+    """
+
+    formula: str | Sequence[str] | None = None
+    labels: tuple[str, ...] = ()
+    site: str | None = None
+    scale: bool = False
+    empirical_bayes: bool = False
+    ridge: float = 0.0
+    missing: str = "error"
+    unseen: str = "error"
+
+    def __post_init__(self) -> None:
+        if self.formula is None and self.site is None:
+            raise ValueError(
+                "nothing to remove: give formula=, the metadata, or site=, the column of the site."
+            )
+        if not (isinstance(self.ridge, int | float) and 0 <= self.ridge < math.inf):
+            raise ValueError(f"ridge must be a finite number, at least 0, got {self.ridge!r}.")
+        if self.site is None:
+            for name in ("scale", "empirical_bayes"):
+                if getattr(self, name):
+                    raise ValueError(f"{name}=True needs site=, the column that names the site.")
+        design = self.design()
+        if self.site is not None and design is not None and self.site in design_variables(design, True):
+            raise ValueError(
+                f"{self.site!r} is the site and in formula or labels as well: take it out of one of them."
+            )
+
+    def design(self) -> Design | None:
+        """Return the design, not fitted; None where there is only a site."""
+        formula = self.formula if self.formula is not None else self.labels
+        if not formula:
+            return None
+        labels = self.labels if self.formula is not None else ()
+        return Design(formula, labels, missing=self.missing, unseen=self.unseen)
+
+
+@dataclass(frozen=True)
+class MetadataModel:
+    """Fitted effects of metadata and sites on the features of a table, to be removed from any rows.
+
+    Attributes
+    ----------
+    design : Design or None
+        Metadata to columns; None where there is only a site.
+    removes_design : bool
+        Whether the design is what is removed; False: it is all protected, only the site is removed.
+    location_scale : LocationScale
+        The coefficients.
+    feature_names : tuple of str
+    site : str or None
+        Column that names the site of a row.
+    unseen_site : str
+        "error" or "mean".
+    """
+
+    design: Design | None
+    removes_design: bool
+    location_scale: LocationScale
+    feature_names: tuple[str, ...]
+    site: str | None
+    unseen_site: str
+
+    @property
+    def needs_labels(self) -> bool:
+        """Whether `remove` needs the protected columns: it does where features are scaled."""
+        return self.location_scale.has_scale
+
+    @property
+    def variables(self) -> list[str]:
+        """Columns of the table that `remove` needs."""
+        return needed_variables(self.design, self.removes_design, self.site, self.needs_labels)
+
+    def remove(self, features: NDArray[Any], table: Any, *, overwrite: bool = False) -> NDArray[Any]:
+        """Return features without the effects of metadata and site.
+
+        Parameters
+        ----------
+        features : (n, D) array
+            Columns in the order of `feature_names`.
+        table : pyarrow.Table, DataFrame or mapping
+            Metadata of the same rows.
+        overwrite : bool
+            Whether the memory of `features` may be used for the result.
+
+        Returns
+        -------
+        (n, D) array
+            float32 where `features` is, otherwise float64.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Shapes that do not fit; metadata that the design cannot use (see `Design.transform`); a site that
+            is missing, or was not in training where `unseen_site` is "error".
+        """
+        features = np.asarray(features)
+        if features.ndim != 2 or features.shape[1] != len(self.feature_names):
+            raise ValueError(
+                f"features must have shape (num_rows, {len(self.feature_names)}), got {features.shape}."
+            )
+        if features.dtype not in (np.float32, np.float64):
+            features, overwrite = features.astype(np.float64), True
+        arrow = as_arrow(table, self.variables)
+        if arrow.num_rows != len(features):
+            raise ValueError(
+                f"features has {len(features)} rows and the metadata {arrow.num_rows}: one row each is "
+                "needed."
+            )
+        return self.remove_columns(features, self.columns(arrow), overwrite=overwrite)
+
+    def columns(self, table: pyarrow.Table) -> DesignColumns:
+        """Return the columns of the design for `remove_columns`."""
+        return design_columns(
+            self.design, self.removes_design, self.site, table, with_labels=self.needs_labels
+        )
+
+    def remove_columns(
+        self, features: NDArray[Any], columns: DesignColumns, *, overwrite: bool = False
+    ) -> NDArray[Any]:
+        """Do what `remove` does, with columns that are there already and features of floats."""
+        model, (metadata, labels, sites) = self.location_scale, columns
+        index = np.zeros(len(features), np.intp) if sites is None else self._site_index(sites)
+        if len(model.sites) == 1 and not model.has_scale and not (index < 0).any():
+            return self._subtract(features, metadata, overwrite)
+        if labels is None:
+            protected = model.design_mean[model.num_metadata :]
+            labels = np.broadcast_to(protected, (len(features), len(protected)))
+        out = features if overwrite else np.empty_like(features)
+        step = _step_rows(features.shape[1])
+        for start in range(0, len(features), step):
+            rows = slice(start, start + step)
+            design = np.concatenate([metadata[rows], labels[rows]], axis=1)
+            out[rows] = model.remove(features[rows].astype(np.float64), design, index[rows])
+        return out
+
+    def _subtract(self, features: NDArray[Any], metadata: FloatArray, overwrite: bool) -> NDArray[Any]:
+        """Subtract the metadata's part in the precision of the features, in one pass over them."""
+        model, width = self.location_scale, self.location_scale.num_metadata
+        # Centred and scaled in float64: float32 then rounds numbers of the size of the effects only.
+        centred = metadata - model.design_mean[:width]
+        by_columns = features.flags.f_contiguous and not features.flags.c_contiguous
+        values = torch.from_numpy(features.T if by_columns else features)
+        left = torch.from_numpy(centred).to(values.dtype)
+        right = torch.from_numpy(np.ascontiguousarray(model.coefficients[:width])).to(values.dtype)
+        pair = (right.T, left.T) if by_columns else (left, right)
+        if not width:
+            return features if overwrite else features.copy()
+        out = values.addmm_(*pair, alpha=-1) if overwrite else torch.addmm(values, *pair, alpha=-1)
+        result: NDArray[Any] = out.T.numpy() if by_columns else out.numpy()
+        return result
+
+    def _site_index(self, sites: SiteCodes) -> NDArray[np.intp]:
+        position = {site: index for index, site in enumerate(self.location_scale.sites)}
+        of_level = np.array([position.get(level, -1) for level in sites.levels], dtype=np.intp)
+        unknown = [level for level, index in zip(sites.levels, of_level, strict=True) if index < 0]
+        if unknown and self.unseen_site == "error":
+            raise ValueError(
+                f"column {self.site!r} has site(s) {unknown[:5]} that were not in training "
+                f"({list(self.location_scale.sites)[:10]}): leave these rows out, or correct them as the "
+                "average site with unseen='mean'."
+            )
+        return of_level[sites.codes] if len(of_level) else np.zeros(0, np.intp)
+
+    # ----------------------------------------------------------------------------------------------------
+    # Saving
+    # ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: Path) -> None:
+        """Write the model as a safetensors file, complete or not at all.
+
+        Parameters
+        ----------
+        path : Path
+            With the suffix ``.safetensors``; its folder must exist.
+        """
+        with requires("tables"):
+            from safetensors.numpy import save_file
+        check_model_path(path)
+        model = self.location_scale
+        state = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "design": None if self.design is None else self.design.to_json(),
+            "removes_design": self.removes_design,
+            "feature_names": list(self.feature_names),
+            "site": self.site,
+            "unseen_site": self.unseen_site,
+            "sites": list(model.sites),
+            "num_metadata": model.num_metadata,
+            "has_scale": model.has_scale,
+            "empirical_bayes": model.empirical_bayes,
+            "tolerance": model.tolerance,
+        }
+        tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={"mdnorm": json.dumps(state)})
+
+    @classmethod
+    def load(cls, path: Path) -> MetadataModel:
+        """Return the model that `save` wrote. Nothing in the file is run.
+
+        Raises
+        ------
+        ValueError
+            The file is missing, damaged, of something else or of a later version, or contradicts itself.
+        """
+        with requires("tables"):
+            from safetensors import SafetensorError, safe_open
+        check_model_path(path)
+        if not path.is_file():
+            raise TableFileError(f"{path} does not exist.")
+        try:
+            with safe_open(path, framework="numpy") as file:
+                state = json.loads((file.metadata() or {}).get("mdnorm", "{}"))
+                if not isinstance(state, dict) or state.get("format") != _FORMAT:
+                    raise TableFileError(f"{path} has no coefficients of `mdnorm residualize`.")
+                if state.get("version") != _VERSION:
+                    raise TableFileError(
+                        f"{path} has version {state.get('version')!r}, this mdnorm reads {_VERSION}: "
+                        "update it."
+                    )
+                arrays = {name: file.get_tensor(name) for name in _ARRAYS}
+            return cls._from_state(state, arrays)
+        except TableFileError:
+            raise
+        except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
+            raise TableFileError(f"the coefficients in {path} are damaged: {error}") from error
+
+    @classmethod
+    def _from_state(cls, state: Mapping[str, Any], arrays: dict[str, FloatArray]) -> MetadataModel:
+        names = [str(name) for name in state["feature_names"]]
+        sites = tuple(state["sites"])
+        shapes = {name: array.shape for name, array in arrays.items()}
+        wide, deep = len(names), len(arrays["design_mean"])
+        expected = {
+            "mean": (wide,),
+            "design_mean": (deep,),
+            "coefficients": (deep, wide),
+            "pooled_scale": (wide,),
+            "location": (len(sites), wide),
+            "scale": (len(sites), wide),
+        }
+        if shapes != expected or not all(np.isfinite(array).all() for array in arrays.values()):
+            raise ValueError(f"arrays have the shapes {shapes}, expected finite ones of {expected}")
+        design = None if state["design"] is None else Design.from_json(state["design"])
+        removes = bool(state["removes_design"])
+        num_metadata = int(state["num_metadata"])
+        in_design = 0 if design is None else design.num_metadata + design.num_labels
+        removed = design.num_metadata if design is not None and removes else 0
+        if in_design != deep or removed != num_metadata:
+            raise ValueError(f"its design has {in_design} columns, its coefficients {deep}")
+        return cls(
+            design=design,
+            removes_design=removes,
+            location_scale=LocationScale(
+                sites=sites,
+                num_metadata=num_metadata,
+                has_scale=bool(state["has_scale"]),
+                empirical_bayes=bool(state["empirical_bayes"]),
+                tolerance=float(state["tolerance"]),
+                **arrays,
+            ),
+            feature_names=tuple(names),
+            site=state["site"],
+            unseen_site=str(state["unseen_site"]),
+        )
+
+
+_ARRAYS = ("mean", "design_mean", "coefficients", "pooled_scale", "location", "scale")
+
+
+def check_model_path(path: Path) -> None:
+    if path.suffix.lower() != ".safetensors":
+        raise TableFileError(f"{path}: coefficients are kept in a .safetensors file, name it so.")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Metadata of some rows
+# --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SiteCodes:
+    """Sites of rows: an index into the levels for each."""
+
+    codes: NDArray[np.intp]
+    levels: list[Hashable]
+
+
+# Metadata (n, K_m); protected columns (n, K_y), None where not asked for; sites, None where there are none.
+DesignColumns = tuple[FloatArray, "FloatArray | None", "SiteCodes | None"]
+
+
+def design_variables(design: Design, with_labels: bool) -> list[str]:
+    """Return the columns of the table that a design, fitted or not, uses."""
+    return design._variables(with_labels)
+
+
+def needed_variables(
+    design: Design | None, removes_design: bool, site: str | None, with_labels: bool
+) -> list[str]:
+    names: list[str] = []
+    if design is not None and (removes_design or with_labels):
+        names += design_variables(design, with_labels)
+    if site is not None:
+        names.append(site)
+    return names
+
+
+def as_arrow(table: Any, columns: Sequence[str]) -> pyarrow.Table:
+    """Return columns of a table of any kind as one of pyarrow."""
+    with requires("tables"):
+        import pyarrow
+    if isinstance(table, pyarrow.RecordBatch):
+        table = pyarrow.Table.from_batches([table])
+    if not isinstance(table, pyarrow.Table):
+        if isinstance(table, Mapping):
+            table = pyarrow.table({name: pyarrow.array(values) for name, values in table.items()})
+        elif type(table).__module__.startswith("pandas"):
+            present = [name for name in columns if name in table.columns]
+            table = pyarrow.Table.from_pandas(table[present], preserve_index=False)
+        elif hasattr(table, "to_arrow"):
+            table = table.to_arrow()
+        else:
+            raise TypeError(
+                "the metadata must be a table of pandas, polars or pyarrow, or a mapping from names to "
+                f"columns, got {type(table).__name__}."
+            )
+    for name in columns:
+        if name not in table.column_names:
+            raise ValueError(f"the metadata have no column {name!r}; they have {table.column_names[:10]}.")
+    return table.select(list(columns))
+
+
+def for_design(table: pyarrow.Table) -> dict[str, Any]:
+    """Return columns as `Design` reads them fastest: equal strings are one object."""
+    import pyarrow.types as kinds
+
+    columns: dict[str, Any] = {}
+    for name in table.column_names:
+        values = table.column(name)
+        kind = values.type.value_type if kinds.is_dictionary(values.type) else values.type
+        if kinds.is_string(kind) or kinds.is_large_string(kind):
+            codes, levels = codes_of(values)
+            columns[name] = np.array([*levels, None], dtype=object)[codes]
+        else:
+            columns[name] = values
+    return columns
+
+
+def codes_of(values: pyarrow.ChunkedArray) -> tuple[NDArray[np.intp], list[Any]]:
+    """Return for each value the index of its level, −1 where it is missing, and the levels."""
+    import pyarrow
+    import pyarrow.types as kinds
+
+    if not kinds.is_dictionary(values.type):
+        values = values.dictionary_encode()
+    combined = values.combine_chunks() if isinstance(values, pyarrow.ChunkedArray) else values
+    if isinstance(combined, pyarrow.ChunkedArray):  # more than one dictionary
+        combined = combined.unify_dictionaries().combine_chunks()
+    codes = combined.indices.fill_null(-1) if combined.indices.null_count else combined.indices
+    return codes.to_numpy(zero_copy_only=False).astype(np.intp), combined.dictionary.to_pylist()
+
+
+def _site_codes(values: pyarrow.ChunkedArray, name: str) -> SiteCodes:
+    codes, levels = codes_of(values)
+    absent = [index for index, level in enumerate(levels) if level is None or level != level]
+    missing = (codes < 0) | np.isin(codes, absent)
+    if missing.any():
+        raise ValueError(
+            f"column {name!r}, the site, is missing in row(s) {np.flatnonzero(missing)[:5].tolist()}: drop "
+            "or fill these rows."
+        )
+    return SiteCodes(codes, levels)
+
+
+def design_columns(
+    design: Design | None, removes_design: bool, site: str | None, table: pyarrow.Table, *, with_labels: bool
+) -> DesignColumns:
+    """Return metadata (n, K_m), protected (n, K_y) or None where not asked for, and sites of rows."""
+    rows = table.num_rows
+    sites = None if site is None else _site_codes(table.column(site), site)
+    empty = np.empty((rows, 0))
+    if design is None:
+        return empty, empty, sites
+    if not removes_design and not with_labels:
+        return empty, None, sites
+    variables = design_variables(design, with_labels)
+    columns, labels = _transformed(design, table.select(variables), with_labels and design.num_labels > 0)
+    if not removes_design:
+        return empty, columns, sites
+    if labels is None:
+        return columns, empty if design.num_labels == 0 else None, sites
+    return columns, labels, sites
+
+
+def _transformed(
+    design: Design, table: pyarrow.Table, with_labels: bool
+) -> tuple[FloatArray, FloatArray | None]:
+    """Return what `Design.transform` returns, without a Python object for every string of the table."""
+    import pyarrow.types as kinds
+
+    columns: dict[str, Column] = {}
+    for name in table.column_names:
+        values = table.column(name)
+        kind = values.type.value_type if kinds.is_dictionary(values.type) else values.type
+        if kinds.is_string(kind) or kinds.is_large_string(kind):
+            codes, levels = codes_of(values)
+            missing = codes < 0
+            found = "empty" if missing.all() else "string"
+            columns[name] = Column(name, found, np.where(missing, 0, codes), missing, True, tuple(levels))
+        else:
+            columns.update(read_columns({name: values}, [name])[0])
+    design._check_kinds(columns)
+    design._check_missing(columns)
+    metadata = np.empty((table.num_rows, design.num_metadata))
+    for rows, block in design._chunks(design._evaluate_all(columns)):
+        metadata[rows] = design._finished(block)
+    return metadata, design._label_matrix(columns, table.num_rows) if with_labels else None
+
+
+# --------------------------------------------------------------------------------------------------------
+# Moments
+# --------------------------------------------------------------------------------------------------------
+
+SiteMoments = dict[Hashable, Moments]
+
+
+def _step_rows(num_features: int) -> int:
+    return max(64, _STEP_VALUES // max(num_features, 1))
+
+
+def block_moments(features: NDArray[Any], metadata: FloatArray, labels: FloatArray) -> Moments:
+    """Return the `Moments` of some rows; faster than `Moments.update` where columns are contiguous.
+
+    Parameters
+    ----------
+    features : (n, D) float array
+    metadata : (n, K_m) array
+    labels : (n, K_y) array
+
+    Raises
+    ------
+    ValueError
+        NaN or infinite values, or values whose squares overflow.
+    """
+    design = torch.from_numpy(np.concatenate([metadata, labels], axis=1))
+    values = torch.from_numpy(features).T
+    total = Moments.empty(features.shape[1], metadata.shape[1], labels.shape[1])
+    step = _step_rows(features.shape[1])
+    for start in range(0, len(features), step):
+        # A copy also of float64: it is worked on in place.
+        part = values[:, start : start + step].to(torch.float64, copy=True)
+        columns = design[start : start + step]
+        rows = len(columns)
+        # Any number near the mean will do for centring: what is left of the mean is taken out below.
+        near = part[:, :16].mean(dim=1, keepdim=True)
+        part -= near
+        design_near = columns.mean(dim=0)
+        left = torch.cat([columns - design_near, columns.new_ones(rows, 1)], dim=1)
+        products = part @ left
+        gram = left.T @ left
+        squares = part.square_().sum(dim=1)
+        if not (bool(torch.isfinite(squares).all()) and bool(torch.isfinite(gram).all())):
+            # It says which rows and columns.
+            Moments.empty(features.shape[1], metadata.shape[1], labels.shape[1]).update(
+                features, design.numpy()
+            )
+            raise ValueError("the squares of the values overflow float64: rescale the features.")
+        feature_rest, design_rest = products[:, -1], gram[:-1, -1]
+        total._add(
+            Moments(
+                num_metadata=metadata.shape[1],
+                count=float(rows),
+                num_rows=rows,
+                design_mean=(design_near + design_rest / rows).numpy(),
+                feature_mean=(near[:, 0] + feature_rest / rows).numpy(),
+                gram=(gram[:-1, :-1] - torch.outer(design_rest, design_rest) / rows).numpy(),
+                cross=(products[:, :-1].T - torch.outer(design_rest, feature_rest) / rows).numpy(),
+                feature_squares=(squares - feature_rest.square() / rows).clamp_(min=0).numpy(),
+            )
+        )
+    return total
+
+
+def site_moments(
+    features: NDArray[Any], metadata: FloatArray, labels: FloatArray, sites: SiteCodes | None
+) -> SiteMoments:
+    """Return the moments of the rows of each site; of all rows under the key None without sites."""
+    if sites is None:
+        return {None: block_moments(features, metadata, labels)}
+    order = np.argsort(sites.codes, kind="stable")
+    counts = np.bincount(sites.codes, minlength=len(sites.levels))
+    ends = np.cumsum(counts)
+    by_columns = np.asarray(features).T
+    moments: SiteMoments = {}
+    for level, start, end in zip(sites.levels, ends - counts, ends, strict=True):
+        if end > start:
+            rows = order[start:end]
+            moments[level] = block_moments(by_columns[:, rows].T, metadata[rows], labels[rows])
+    return moments
+
+
+def add_moments(total: SiteMoments, other: SiteMoments) -> SiteMoments:
+    """Add the moments of other rows, in place."""
+    for site, moments in other.items():
+        if site in total:
+            total[site]._add(moments)
+        else:
+            total[site] = moments
+    return total
+
+
+def fitted_model(
+    specification: Specification, design: Design | None, moments: SiteMoments, feature_names: tuple[str, ...]
+) -> MetadataModel:
+    """Return the model of a fitted design and the moments of each site.
+
+    Raises
+    ------
+    ValueError
+        There are no more rows than columns; see also `fit_location_scale`.
+    """
+    moments = dict(sorted(moments.items(), key=lambda item: (str(type(item[0])), str(item[0]))))
+    if specification.ridge == 0:
+        _check_rows(moments)
+    names = () if design is None else (*design.metadata_names, *design.label_names)
+    model = fit_location_scale(
+        moments,
+        ridge=specification.ridge,
+        scale=specification.scale,
+        empirical_bayes=specification.empirical_bayes,
+        column_names=names,
+    )
+    return MetadataModel(
+        design=design,
+        removes_design=specification.formula is not None,
+        location_scale=model,
+        feature_names=feature_names,
+        site=specification.site,
+        unseen_site=specification.unseen,
+    )
+
+
+def _check_rows(moments: SiteMoments) -> None:
+    parts = list(moments.values())
+    within = parts[0].copy()
+    for part in parts[1:]:
+        within.gram, within.count = within.gram + part.gram, within.count + part.count
+    rows = sum(part.num_rows for part in parts)
+    needed = within.design_rank() + len(parts) - 1
+    if rows <= needed:
+        raise ValueError(
+            f"{rows} row(s) for {needed} linearly independent columns of metadata, labels and intercept "
+            "(sites included): they would explain every feature. Use more rows, fewer columns, or ridge=."
+        )
