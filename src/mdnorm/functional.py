@@ -214,6 +214,10 @@ def design_columns(
     return torch.cat([block for _, block, _ in blocks], dim=1), metadata_block.shape[1]
 
 
+class NoSamplesError(ValueError):
+    """Statistics of a data set without a sample."""
+
+
 @dataclass(frozen=True)
 class Gram:
     """Gram matrix of the design `[m, y, 1]`, kept as mean and covariance and updated by batches.
@@ -287,7 +291,7 @@ class Gram:
                 )
             gram = batch if gram is None else gram.merge(batch)
         if gram is None or float(gram.count) == 0:
-            raise ValueError("no samples: the Gram matrix needs the metadata of the training set.")
+            raise NoSamplesError("no samples: the Gram matrix needs the metadata of the training set.")
         return gram
 
     def merge(self, other: Gram, decay: float | Tensor = 1.0) -> Gram:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from mdnorm import context, functional
-from mdnorm.functional import Gram
+from mdnorm.distributed import gather_objects, gather_or_raise, group_of
+from mdnorm.functional import Gram, NoSamplesError, statistics_dtype
 from mdnorm.integration.dependence import described
 from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from mdnorm.distributed import ProcessGroupSetting
 
 __all__ = ["recalibrate"]
 
@@ -26,6 +34,7 @@ def recalibrate(
     *,
     forward: Forward | None = None,
     progress: bool = True,
+    process_group: ProcessGroupSetting = "auto",
 ) -> list[str]:
     """Replace the coefficients of every layer by the exact least-squares fit over a data set.
 
@@ -50,6 +59,10 @@ def recalibrate(
         function that enters `mdnorm.metadata`.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
+    process_group : ProcessGroup, "world", "auto" or "local"
+        The processes of which each iterates over its share of the data (none of it, too); the coefficients
+        are the same on all. "auto": those of a `DistributedDataParallel`, where the model is one; else this
+        process has all data. `forward` gets the model inside the wrapper.
 
     Returns
     -------
@@ -60,6 +73,8 @@ def recalibrate(
     ------
     ValueError
         No layer, none that runs, no samples, an iterator, or labels missing.
+    RuntimeError
+        Another process of the group failed.
 
     Notes
     -----
@@ -71,6 +86,7 @@ def recalibrate(
             "loader is exhausted after one pass, but one is needed for each layer: give a DataLoader or "
             "a list."
         )
+    model, group = group_of(model, process_group)
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
@@ -80,17 +96,40 @@ def recalibrate(
     try:
         # A compiled graph would pass by the hooks that see a layer's input.
         with torch.no_grad(), _eager(), _noting_order(layers) as order:
-            _run_one_batch(model, loader, run)
-            if not order:
+            names = _agreeing(partial(_run_one_batch, model, loader, run), order, group)
+            if not names:
                 raise ValueError("no MetadataNorm layer ran in the forward pass.")
+            done: list[str] = []
             # A layer that runs in later batches only joins the order while this goes on.
-            for index, name in enumerate(order):
-                description = f"recalibrate {name or 'layer'} ({index + 1}/{len(order)})"
-                _recalibrate_layer(model, name, layers[name], _bar(loader, description, progress), run)
+            while len(done) < len(names):
+                name = next(name for name in names if name not in done)
+                bar = _bar(loader, f"recalibrate {name or 'layer'} ({len(done) + 1}/{len(names)})", progress)
+                accumulator = _Accumulator(name, layers[name])
+                names = _agreeing(partial(_accumulate, model, accumulator, bar, run), order, group)
+                accumulator.finish(group)
+                done.append(name)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return order
+    return done
+
+
+def _agreeing(work: Callable[[], None], order: list[str], group: ProcessGroup | None) -> list[str]:
+    """Do the work of this process; return the layers that ran on any, in an order that all have."""
+    if group is None:
+        work()
+        return order
+    failure: Exception | None = None
+    try:
+        work()
+    except NoSamplesError:
+        pass  # Others may have samples; if none has, no layer ran.
+    except Exception as error:
+        failure = error
+    merged: list[str] = []
+    for names in gather_or_raise(list(order), failure, group):
+        merged += [name for name in names if name not in merged]
+    return merged
 
 
 def _call(model: nn.Module, batch: Any) -> Any:
@@ -182,7 +221,7 @@ def _run_one_batch(model: nn.Module, loader: Iterable[Any], run: Forward) -> Non
     for batch in loader:
         run(model, batch)
         return
-    raise ValueError("no samples: the loader is empty.")
+    raise NoSamplesError("no samples: the loader is empty.")
 
 
 class _Accumulator:
@@ -236,24 +275,49 @@ class _Accumulator:
         share = batch.count / self.gram.count
         functional.merge_cross_moments_(self.cross, self.mean, moments, step, share)
 
-    def finish(self) -> None:
+    def share(self, group: ProcessGroup) -> None:
+        """Merge the moments of all processes."""
+        sizes = None
+        if self.gram is not None:
+            shape = self.layer.num_features
+            sizes = (self.gram.num_metadata, self.gram.mean.shape[0] - self.gram.num_metadata, shape)
+        known = sorted({sizes for sizes in gather_objects(sizes, group) if sizes is not None})
+        if len(known) > 1:
+            raise ValueError(
+                f"the layer {self.name!r} has different (num_metadata, num_labels, features) on the "
+                f"processes: {', '.join(map(str, known))}."
+            )
+        if not known:
+            return
+        num_metadata, num_labels, shape = known[0]
         if self.gram is None:
-            raise ValueError("no samples: the loader is empty.")
+            for part in self.layer._parts:
+                part.allocate(num_metadata, num_labels, shape)
+            device = self.layer.estimator.gram_mean.device
+            empty = torch.zeros(0, num_metadata + num_labels, dtype=statistics_dtype(device), device=device)
+            self.gram = Gram.from_columns(empty, num_metadata)
+            self.mean = empty.new_zeros(math.prod(shape or ()))
+            self.cross = empty.new_zeros(empty.shape[1], self.mean.shape[0])
+        moments = torch.cat([self.cross, self.mean.unsqueeze(0)])
+        origin = torch.zeros_like(self.gram.mean)
+        self.gram, moments = functional.share_moments(self.gram, moments, group, origin)
+        self.cross, self.mean = moments[:-1], moments[-1]
+
+    def finish(self, group: ProcessGroup | None) -> None:
+        if group is not None:
+            self.share(group)
+        if self.gram is None:
+            raise NoSamplesError("no samples: the loader is empty.")
         self.layer.estimator.set_moments(self.gram, torch.cat([self.cross, self.mean.unsqueeze(0)]))
 
 
-def _recalibrate_layer(
-    model: nn.Module, name: str, layer: MetadataNorm, loader: Iterable[Any], run: Forward
-) -> None:
-    accumulator = _Accumulator(name, layer)
-
+def _accumulate(model: nn.Module, accumulator: _Accumulator, loader: Iterable[Any], run: Forward) -> None:
     def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         accumulator.add(*arguments, **keywords)
 
-    handle = layer.register_forward_pre_hook(hook, with_kwargs=True)
+    handle = accumulator.layer.register_forward_pre_hook(hook, with_kwargs=True)
     try:
         for batch in loader:
             run(model, batch)
     finally:
         handle.remove()
-    accumulator.finish()
