@@ -14,7 +14,8 @@ from mdnorm.integration.recalibrate import recalibrate
 from mdnorm.integration.wrapper import WithMetadata
 
 if TYPE_CHECKING:
-    from mdnorm.integration.lightning import DependenceCallback
+    from mdnorm.integration.huggingface import MetadataTrainer
+    from mdnorm.integration.lightning import DependenceCallback, MetadataNormCallback
 
 __all__ = [
     "AttachedDesign",
@@ -22,6 +23,8 @@ __all__ = [
     "DependenceRecorder",
     "Insertion",
     "InsertionReport",
+    "MetadataNormCallback",
+    "MetadataTrainer",
     "WithMetadata",
     "attach_design",
     "design_of",
@@ -34,8 +37,12 @@ __all__ = [
     "remove",
 ]
 
-# A class of Lightning, which is not imported unless it is used.
-_LAZY = {"DependenceCallback": "lightning"}
+# Classes of packages which are not imported unless they are used.
+_LAZY = {
+    "DependenceCallback": "lightning",
+    "MetadataNormCallback": "lightning",
+    "MetadataTrainer": "huggingface",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""A Lightning callback that logs what a layer knows about the metadata.
+"""Lightning callbacks: layers inserted, fed and recalibrated; what a layer knows about the metadata, logged.
 
 Importing this module needs Lightning (``pip install 'mdnorm[lightning]'``); the older package
 ``pytorch_lightning`` does as well.
@@ -7,15 +7,19 @@ Importing this module needs Lightning (``pip install 'mdnorm[lightning]'``); the
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mdnorm import context, functional
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
-from mdnorm.integration.dependence import LayerOutputs, Selector, select
+from mdnorm.integration.dependence import LayerOutputs, Selector, described, select
+from mdnorm.integration.insert import InsertionReport, Target, find_features, insert, insertions
+from mdnorm.integration.recalibrate import recalibrate as _recalibrate
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames
 
@@ -33,7 +37,7 @@ with requires("lightning"):
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["DependenceCallback"]
+__all__ = ["DependenceCallback", "MetadataNormCallback"]
 
 
 class DependenceCallback(Callback):
@@ -186,7 +190,7 @@ class DependenceCallback(Callback):
         if dataloader_idx != self.dataloader_idx:
             self._outputs.clear()
             return
-        metadata = self._metadata_of(batch)
+        metadata = _metadata_of(batch, self.metadata)
         labels = None if self.labels is None else select(batch, self.labels, "the batch")
         self._metric.update(self._outputs.take(metadata.shape[0]), metadata, labels)
 
@@ -234,23 +238,291 @@ class DependenceCallback(Callback):
             name = name.replace("column_0" if is_single else "column", self.metadata, 1)
         return f"{self.prefix}/{name}"
 
-    def _metadata_of(self, batch: Any) -> Tensor:
-        if not isinstance(self.metadata, (list, tuple)):
-            metadata = as_real_tensor(select(batch, self.metadata, "the batch"), "metadata")
-            if metadata.ndim == 0:
-                raise ValueError("metadata must have one row per sample, got a single number.")
-            return metadata
-        columns = []
-        for part in self.metadata:
-            column = as_real_tensor(select(batch, part, "the batch"), f"metadata {part!r}")
-            if column.ndim not in (1, 2) or column.shape[1:].numel() != 1:
-                raise ValueError(
-                    f"metadata {part!r} must be one column, of shape (n,) or (n, 1), got "
-                    f"{tuple(column.shape)}: give a function of the batch that concatenates the columns."
-                )
-            # Columns of a batch may be tensors and lists, of different types.
-            columns.append(column.flatten().cpu().double())
-        lengths = {str(part): len(column) for part, column in zip(self.metadata, columns, strict=True)}
-        if len(set(lengths.values())) > 1:
-            raise ValueError(f"the metadata differ in their number of rows: {lengths}.")
-        return torch.stack(columns, dim=1)
+
+def _metadata_of(batch: Any, selector: Selector | list[Selector]) -> Tensor:
+    if not isinstance(selector, (list, tuple)):
+        metadata = as_real_tensor(select(batch, selector, "the batch"), "metadata")
+        if metadata.ndim == 0:
+            raise ValueError("metadata must have one row per sample, got a single number.")
+        return metadata
+    columns = []
+    for part in selector:
+        column = as_real_tensor(select(batch, part, "the batch"), f"metadata {part!r}")
+        if column.ndim not in (1, 2) or column.shape[1:].numel() != 1:
+            raise ValueError(
+                f"metadata {part!r} must be one column, of shape (n,) or (n, 1), got "
+                f"{tuple(column.shape)}: give a function of the batch that concatenates the columns."
+            )
+        # Columns of a batch may be tensors and lists, of different types.
+        columns.append(column.flatten().cpu().double())
+    lengths = {str(part): len(column) for part, column in zip(selector, columns, strict=True)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the metadata differ in their number of rows: {lengths}.")
+    return torch.stack(columns, dim=1)
+
+
+class MetadataNormCallback(Callback):
+    """Insert `MetadataNorm` into a LightningModule, feed it, recalibrate it, and log what is left.
+
+    Nothing in the LightningModule changes: during each step (training with its backward pass, validation,
+    test, prediction) the metadata of the batch are there for its layers, as inside `mdnorm.metadata`.
+
+    Parameters
+    ----------
+    metadata : str, int, callable, or list of them
+        Where the metadata are in a batch: a key (or the name of an attribute), an index, or a function of the
+        batch, that gives (n,) or (n, K). A list of them gives one column each.
+    labels : str, int or callable, optional
+        Where the labels are that are to be protected in training.
+    after : str, type, or list of them, optional
+        Behind which modules, as in `mdnorm.insert`. Without it, the layers are those that the module has (a
+        model that is built in ``configure_model`` inserts them there).
+    output, sample_dim
+        As in `mdnorm.insert`.
+    inputs : str, int or callable, optional
+        Where the model's input is in a batch, for the recalibration, which calls
+        ``pl_module(input)``. By default the first entry of a tuple.
+    forward : callable, optional
+        Instead, ``forward(pl_module, batch)`` runs the model.
+    recalibrate : bool
+        Make the coefficients exact at the end of a fit (`mdnorm.recalibrate`), on the training loader. Not
+        after a ``fast_dev_run``.
+    log_dependence : bool
+        Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does: within each
+        class, if `labels` gives class indices. With several layers ``dcor2/<name>/<column>``.
+    column_names : sequence of str, or mapping from str to sequence of int, optional
+        Of `DependenceCallback`.
+    **options
+        Of `MetadataNorm`, for `mdnorm.insert`.
+
+    Attributes
+    ----------
+    report : InsertionReport or None
+        What went where, from the start of a fit on.
+
+    Raises
+    ------
+    ValueError
+        What `mdnorm.insert` refuses; at the start, a module without layers; `recalibrate` with several
+        processes, of which each would see its own part of the data.
+    TypeError
+        At the first batch: it is no tuple, and neither `inputs` nor `forward` says what to recalibrate with.
+    KeyError, IndexError
+        At the first batch: it has no such key or index.
+
+    Notes
+    -----
+    Checkpoints that were saved during the fit have the running coefficients:
+    ``trainer.save_checkpoint(path)`` after it has the exact ones.
+
+    Examples
+    --------
+    >>> callback = MetadataNormCallback("age", "diagnosis", after="encoder", inputs="image", window=300)
+
+    Then ``Trainer(callbacks=[callback])``.
+    """
+
+    def __init__(
+        self,
+        metadata: Selector | list[Selector],
+        labels: Selector | None = None,
+        *,
+        after: Target | Sequence[Target] | None = None,
+        output: Selector | None = None,
+        sample_dim: int = 0,
+        inputs: Selector | None = None,
+        forward: Callable[[LightningModule, Any], Any] | None = None,
+        recalibrate: bool = True,
+        log_dependence: bool = True,
+        column_names: ColumnNames | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if after is None and options:
+            raise ValueError(
+                f"{', '.join(options)} would be ignored: they are options of layers behind after=."
+            )
+        if inputs is not None and forward is not None:
+            raise ValueError("inputs and forward both say how to run the model: give one of them.")
+        self.metadata = metadata
+        self.labels = labels
+        self.after = after
+        self.output = output
+        self.sample_dim = sample_dim
+        self.inputs = inputs
+        self.forward = forward
+        self.recalibrate = recalibrate
+        self.log_dependence = log_dependence
+        self.column_names = column_names
+        self.options = options
+        self.report: InsertionReport | None = None
+        self._open = ExitStack()
+        self._measures: list[DependenceCallback] = []
+
+    # -- start and end ----------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Insert the layers: before the optimiser is made and the model is wrapped."""
+        if self.recalibrate and stage == "fit" and trainer.world_size > 1:
+            raise ValueError(
+                f"recalibrate=True with {trainer.world_size} processes: each would see its own part of the "
+                "data. Give recalibrate=False and call mdnorm.recalibrate in one process afterwards."
+            )
+        if self.after is not None:
+            insert(pl_module, self.after, output=self.output, sample_dim=self.sample_dim, **self.options)
+        self.report = insertions(pl_module)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for layers, so that a model without any fails before training."""
+        if not context.slots_of(pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no MetadataNorm: give after=, or build the model with "
+                "layers."
+            )
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Recalibrate."""
+        self._close()
+        if not self.recalibrate or getattr(trainer, "fast_dev_run", False):
+            return
+
+        def forward(_: torch.nn.Module, batch: Any) -> None:
+            batch = trainer.strategy.batch_to_device(batch, pl_module.device)
+            with trainer.precision_plugin.forward_context():
+                self._enter(pl_module, batch, with_labels=True)
+                try:
+                    if self.forward is not None:
+                        self.forward(pl_module, batch)
+                    else:
+                        pl_module(self._input_of(batch))
+                finally:
+                    self._close()
+
+        loader: Any = trainer.train_dataloader
+        _recalibrate(pl_module, loader, forward=forward, progress=trainer.is_global_zero)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take metadata and hooks away."""
+        self.teardown(trainer, pl_module, "")
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take metadata and hooks away; the layers stay."""
+        self._close()
+        for measure in self._measures:
+            measure.close()
+
+    # -- steps ------------------------------------------------------------------------------------------
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Give the layers the metadata and labels of the batch."""
+        if self.recalibrate and self.forward is None and batch_idx == 0:
+            # Before training, not after it.
+            self._input_of(batch)
+        self._enter(pl_module, batch, with_labels=True)
+
+    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
+        """Take them away: the backward pass is over."""
+        self._close()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to measure the dependence."""
+        if not self.log_dependence:
+            return
+        if not self._measures:
+            self._measures = self._make_measures(pl_module)
+        for measure in self._measures:
+            measure.on_validation_start(trainer, pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+    ) -> None:
+        """Give the layers the metadata of the batch."""
+        for measure in self._measures:
+            measure.on_validation_batch_start(trainer, pl_module, batch, *args, **kwargs)
+        self._enter(pl_module, batch)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Take them away, and measure."""
+        self._close()
+        for measure in self._measures:
+            measure.on_validation_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the dependence."""
+        for measure in self._measures:
+            measure.on_validation_epoch_end(trainer, pl_module)
+
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
+    ) -> None:
+        """Give the layers the metadata of the batch."""
+        self._enter(pl_module, batch)
+
+    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
+        """Take them away."""
+        self._close()
+
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
+    ) -> None:
+        """Give the layers the metadata of the batch."""
+        self._enter(pl_module, batch)
+
+    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
+        """Take them away."""
+        self._close()
+
+    # -- parts ------------------------------------------------------------------------------------------
+
+    def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
+        self._close()
+        metadata = _metadata_of(batch, self.metadata)
+        if isinstance(self.metadata, (list, tuple)):
+            # Columns that were put together in float64, which not every device has.
+            metadata = metadata.to(functional.statistics_dtype(pl_module.device))
+        metadata = metadata.to(pl_module.device)
+        labels = None
+        if with_labels and self.labels is not None:
+            labels = select(batch, self.labels, "the batch")
+        self._open.enter_context(context.metadata(pl_module, metadata, labels))
+
+    def _close(self) -> None:
+        self._open.close()
+
+    def _input_of(self, batch: Any) -> Any:
+        if self.inputs is not None:
+            return select(batch, self.inputs, "the batch")
+        if isinstance(batch, (tuple, list)) and not isinstance(batch, Mapping) and len(batch) > 0:
+            return batch[0]
+        raise TypeError(
+            f"the batch is {described(batch)}: give inputs= the key of the model's input, or forward= a "
+            "function of the module and the batch, for the recalibration at the end (or recalibrate=False)."
+        )
+
+    def _make_measures(self, pl_module: LightningModule) -> list[DependenceCallback]:
+        names = [row.name for row in insertions(pl_module)]
+
+        def features(name: str) -> Callable[[Any], Tensor]:
+            return lambda output: find_features(output, self.output, name).movedim(self.sample_dim, 0)
+
+        return [
+            DependenceCallback(
+                name,
+                self.metadata,
+                self.labels,
+                column_names=self.column_names,
+                output=features(name),
+                prefix="dcor2" if len(names) == 1 else f"dcor2/{name}",
+            )
+            for name in names
+        ]
