@@ -156,7 +156,8 @@ def residualize_dask(
         assert specification is not None
         design = specification.design()
         if design is not None:
-            design = _fitted_design(design, parts, specification, seed)
+            tables = [block if other is None else other for block, other in pairs]
+            design = _fitted_design(design, tables, specification, seed)
         shared = delayed((specification, design), traverse=False)
         tasks = [delayed(_moments)(part, shared) for part in parts]
         moments = compute(_tree(_add, tasks))[0]
@@ -279,17 +280,20 @@ def _read_part(block: Any, other: Any, names: tuple[str, ...], variables: list[s
     values = block[list(names)].to_numpy() if is_frame else np.asarray(block)
     if values.dtype != np.float32:
         values = values.astype(np.float64)
-    source = block if other is None else other
-    if not hasattr(source, "columns"):
-        array = np.asarray(source)
-        source = {f"m{index}": array[:, index] for index in range(array.shape[1])}
-    table = as_arrow(source, variables)
+    table = _read_table(block if other is None else other, variables)
     rows = len(values)
     if variables and table.num_rows != rows:
         raise ValueError(
             f"a partition has {rows} rows of features and {table.num_rows} of metadata: partition both alike."
         )
     return _Part(values, table)
+
+
+def _read_table(block: Any, variables: Sequence[str]) -> Any:
+    if not hasattr(block, "columns"):
+        array = np.asarray(block)
+        block = {f"m{index}": array[:, index] for index in range(array.shape[1])}
+    return as_arrow(block, variables)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -325,13 +329,13 @@ def _moments(part: _Part, shared: tuple[Specification, Design | None]) -> SiteMo
     return site_moments(part.features, metadata, labels, sites)
 
 
-def _fitted_design(design: Design, parts: list[Any], specification: Specification, seed: int) -> Design:
+def _fitted_design(design: Design, tables: list[Any], specification: Specification, seed: int) -> Design:
     from dask.base import compute
     from dask.delayed import delayed
 
     variables = design_variables(design, with_labels=True)
     samples = [
-        delayed(_sample)(part, specification, variables, (seed, index)) for index, part in enumerate(parts)
+        delayed(_sample)(table, specification, variables, (seed, index)) for index, table in enumerate(tables)
     ]
     sample: DesignSample = compute(_tree(_merge, samples))[0]
     if not sample.num_rows:
@@ -340,12 +344,12 @@ def _fitted_design(design: Design, parts: list[Any], specification: Specificatio
 
 
 def _sample(
-    part: _Part, specification: Specification, variables: list[str], seed: tuple[int, int]
+    table: Any, specification: Specification, variables: list[str], seed: tuple[int, int]
 ) -> DesignSample:
     design = specification.design()
     assert design is not None
     sample = DesignSample(design, seed, MAX_DESIGN_ROWS)
-    sample.add(part.table.select(variables))
+    sample.add(_read_table(table, variables))
     return sample
 
 
