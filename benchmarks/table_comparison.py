@@ -275,7 +275,7 @@ METHODS = {
         site_residualizer,
         {},
         "sites",
-        drawn="mdnorm, site scale\n(= neuroHarmonize)",
+        drawn="mdnorm, site scale (= neuro-\nHarmonize with label)",
     ),
 }
 
@@ -366,13 +366,22 @@ def _noise(rng: np.random.Generator, loadings: Floats, num_rows: int) -> Floats:
     return noise
 
 
+def _label_effect(rng: np.random.Generator, loadings: Floats) -> Floats:
+    """Return an effect (D,) that allows an accuracy of 87 %, whatever its direction in the noise."""
+    effect = rng.standard_normal(loadings.shape[1])
+    covariance = 0.5 * (np.eye(effect.size) + loadings.T @ loadings)
+    distance = np.sqrt(effect @ np.linalg.solve(covariance, effect))
+    scaled: Floats = effect * (2 * 1.1264 / distance)  # the normal distribution is 0.87 at 1.1264
+    return scaled
+
+
 def _site_split(
     seed: int, num_rows: int, num_features: int, shares: Sequence[float], *, scale: bool = False
 ) -> Split:
     """Simulate sites; `shares` are those of label 1 at each site in the training rows."""
     rng = np.random.default_rng(seed)
     loadings = rng.standard_normal((3, num_features)) / np.sqrt(3)
-    effect = 0.35 * rng.standard_normal(num_features)
+    effect = _label_effect(rng, loadings)
     location = rng.standard_normal((len(shares), num_features))
     spread = np.ones_like(location)
     if scale:
@@ -407,7 +416,7 @@ def curved_age(seed: int) -> Split:
     """Simulate features that are curves of the age, and a label that grows likely with it."""
     rng = np.random.default_rng(seed)
     loadings = rng.standard_normal((3, 20)) / np.sqrt(3)
-    effect = 0.35 * rng.standard_normal(20)
+    effect = _label_effect(rng, loadings)
     weights = 0.7 * rng.standard_normal((3, 20))
 
     def draw(count: int, slope: float) -> Table:
@@ -526,7 +535,7 @@ CASES = {
     "age": Case("Curved effect of age", curved_age, 5),
     "penguins": Case("Penguins: sex, across species", penguins, 10),
     "diabetes": Case("Diabetes: progress, age and sex", diabetes, 10),
-    "breast-cancer": Case("Breast cancer: cells' size", breast_cancer, 10),
+    "breast-cancer": Case("Breast cancer: size of nuclei", breast_cancer, 10),
     "digits": Case("Digits: parity, amount of ink", digits, 5),
 }
 
@@ -607,7 +616,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     cases = [name for name in CASES if any(row["case"] == name for row in rows)]
     num_columns = min(4, len(cases))
     num_lines = -(-len(cases) // num_columns)
-    size = (3.4 * num_columns, 3.2 * num_lines + 1.1)
+    size = (3.4 * num_columns, 3.1 * num_lines + 1.3)
     canvas, axes = plt.subplots(num_lines, num_columns, figsize=size, squeeze=False, layout="constrained")
     handles: dict[str, Any] = {}
     for axis, case in zip(axes.flat, cases, strict=False):
@@ -627,13 +636,14 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
                 yerr=100 * kept[1],
                 fmt=MARKERS[index],
                 color=PALETTE[index],
-                markersize=7,
+                markersize=11 if MARKERS[index] == "*" else 8,
                 markeredgecolor="white",
-                markeredgewidth=0.6,
+                markeredgewidth=0.5,
                 elinewidth=0.9,
                 zorder=3,
             )
         axis.axvline(0, color="0.85", linewidth=0.8, zorder=0)
+        axis.set_xlim(-8, 108)
         axis.set_title(CASES[case].title, fontsize=10)
         axis.tick_params(labelsize=9)
         axis.spines[["top", "right"]].set_visible(False)
@@ -647,7 +657,7 @@ def figure(rows: list[dict[str, Any]], path: Path) -> None:
     order = [METHODS[name].drawn for name in drawn] + [_POSSIBLE]
     shown = [name for name in order if name in handles]
     lines = [handles[name] for name in shown]
-    canvas.legend(lines, shown, loc="outside lower center", ncols=5, fontsize=9, frameon=False)
+    canvas.legend(lines, shown, loc="outside upper center", ncols=5, fontsize=9, frameon=False)
     save_figure(canvas, path)
     plt.close(canvas)
 
