@@ -167,7 +167,9 @@ def open_table(path: Path) -> TableFile:
     return formats[_checked_suffix(path, tuple(formats))](path)
 
 
-def open_features(path: Path, features: Sequence[str] | None = None, reserved: Sequence[str] = ()) -> Any:
+def open_features(
+    path: Path, features: Sequence[str] | None = None, reserved: Sequence[str] = ()
+) -> FeatureFile:
     """Open a file with features.
 
     Parameters

@@ -326,6 +326,8 @@ def residualize_file(
         "scale": scale,
         "empirical_bayes": empirical_bayes,
         "ridge": ridge != 0,
+        "missing": missing != "error",
+        "unseen": unseen != "error",
         "fit_rows": fit_rows is not None,
         "features": features is not None,
         "coefficients": coefficients is not None,
