@@ -120,14 +120,18 @@ def _agreeing(work: Callable[[], None], order: list[str], group: ProcessGroup | 
         work()
         return order
     failure: Exception | None = None
+    has_samples = True
     try:
         work()
     except NoSamplesError:
-        pass  # Others may have samples; if none has, no layer ran.
+        has_samples = False
     except Exception as error:
         failure = error
+    answers = gather_or_raise((list(order), has_samples), failure, group)
+    if not any(has_samples for _, has_samples in answers):
+        raise NoSamplesError("no samples: the loader is empty on every process.")
     merged: list[str] = []
-    for names in gather_or_raise(list(order), failure, group):
+    for names, _ in answers:
         merged += [name for name in names if name not in merged]
     return merged
 
