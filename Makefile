@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo audit test lint types unit browser bench full variants continual ablation format clean
+.PHONY: help demo audit test lint types unit browser bench full variants continual tables ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -53,6 +53,9 @@ variants: $(VENV)/.demo ## Run the harder variants of the synthetic data (an hou
 
 continual: $(VENV)/.demo ## Run the continual task (an hour), resumable
 	$(BIN)/mdnorm experiment continual --methods all --out results/continual
+
+tables: $(VENV)/.dev ## Compare ways to take metadata out of tables (ten minutes)
+	$(BIN)/python benchmarks/table_comparison.py --out results/tables
 
 ablation: $(VENV)/.demo ## Measure what each part of the recipe contributes (half an hour), resumable
 	$(BIN)/python benchmarks/synthetic_ablation.py --out results/ablation

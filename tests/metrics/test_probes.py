@@ -238,6 +238,17 @@ def test_constant_features_are_at_chance(model: Any, num_classes: int) -> None:
         assert score.p_value == 1
 
 
+def test_a_column_of_rounding_is_a_constant() -> None:
+    rng = np.random.default_rng(0)
+    age = rng.uniform(20, 80, 200)
+    features = rng.standard_normal((200, 5))
+    expected = probe(features, age, num_permutations=19)
+    left = np.column_stack([features, -1e-17 * age])
+    assert probe(left, age, num_permutations=19).score == pytest.approx(expected.score, abs=1e-12)
+    left[3, -1] = 1e-3
+    assert probe(left, age, num_permutations=19).score > -1
+
+
 def test_a_constant_column_changes_nothing() -> None:
     x, y = _data(60, 3)
     beside = np.column_stack([x, np.full(60, 7.0)])

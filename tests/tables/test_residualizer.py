@@ -788,3 +788,12 @@ def test_the_estimator_is_found_where_tables_are() -> None:
     assert mdnorm.tables.MetadataResidualizer is MetadataResidualizer
     with pytest.raises(AttributeError, match="no attribute 'Residualiser'"):
         _ = mdnorm.tables.Residualiser
+
+
+def test_the_site_of_a_frame_can_be_given_by_its_position() -> None:
+    features, frame, label = _table()
+    position = list(frame.columns).index("site")
+    np.testing.assert_array_equal(
+        MetadataResidualizer(site=position).fit_transform(features, label, metadata=frame),
+        MetadataResidualizer(site="site").fit_transform(features, label, metadata=frame),
+    )

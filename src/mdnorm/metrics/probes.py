@@ -44,6 +44,9 @@ Integers = NDArray[np.int64]
 # component of a small variance needs, to almost a constant prediction.
 _STRENGTHS = np.logspace(-8, 3, 12)
 
+# A column that varies less than this share of the largest absolute value is a constant up to rounding.
+_ROUNDING = 64 * np.finfo(np.float64).eps
+
 # Fewer rows say nothing about any target.
 _MIN_ROWS = 10
 
@@ -255,7 +258,8 @@ def probe(
         R² for regression (1 − squared error / squared error of the mean of the training rows, over the rows
         of all folds: 0 for a probe that knows nothing, negative where it is worse than that). For classes the
         balanced accuracy over the rows of all folds, and the AUC, the mean over folds and over the classes
-        against the rest. Constant features give chance and a p-value of 1.
+        against the rest. Constant features, up to rounding of the largest
+        value, give chance and a p-value of 1.
 
     Raises
     ------
@@ -437,6 +441,10 @@ def _as_features(features: Tensor | ArrayLike) -> Floats:
         )
     if rows.shape[0] == 0:
         return rows
+    # What is left of a column that was subtracted from itself is rounding, which a probe could read.
+    rounding = np.ptp(rows, axis=0) <= _ROUNDING * np.abs(rows).max()
+    if rounding.any():
+        rows = np.where(rounding, 0.0, rows)
     # Columns are standardised anyway; a power of two first, so that no square can overflow.
     _, exponents = np.frexp(np.abs(rows).max(axis=0))
     scaled: Floats = np.ldexp(rows, -exponents)
@@ -615,7 +623,8 @@ def _representations(train: Floats, test: Floats, settings: _Settings) -> Iterat
     """Yield transformed training and test features: the standardised ones, and those that are not linear."""
     from sklearn.preprocessing import StandardScaler
 
-    varying = np.ptp(train, axis=0) > 0
+    # Columns are at most 1 in absolute value: what varies less than this in training is a constant.
+    varying = np.ptp(train, axis=0) > _ROUNDING
     if not varying.any():
         yield np.zeros((train.shape[0], 1)), np.zeros((test.shape[0], 1))
         return

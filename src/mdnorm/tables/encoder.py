@@ -43,6 +43,8 @@ class ColumnEncoder:
             else those present, sorted.
         """
         columns = named_columns(table, self.name)
+        if isinstance(self.site, int) and self.site not in columns and 0 <= self.site < len(columns):
+            self.site = list(columns)[self.site]
         if self.site is not None and self.site not in columns:
             raise ValueError(f"site={self.site!r} is not a column of {self.name}; it has {list(columns)}.")
         self.columns_ = list(columns)
