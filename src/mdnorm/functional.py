@@ -673,7 +673,8 @@ class _RemoveRegression(torch.autograd.Function):
             out = features - _expand(basis @ coefficients, positions)
         else:
             out = torch.addmm(matrix, basis, coefficients, alpha=-1).reshape(features.shape)
-        return out.to(features.dtype), moments
+        # Detached, it is no view: an in-place ReLU may follow.
+        return out.to(features.dtype).detach(), moments
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -748,7 +749,8 @@ class _RemoveSharedRegression(torch.autograd.Function):
     ) -> Tensor:
         ctx.positions, ctx.shape, ctx.group = positions, features.shape, group
         ctx.save_for_backward(basis, projector)
-        return remove_effect(features, basis, coefficients, positions)
+        # Detached, it is no view: an in-place ReLU may follow.
+        return remove_effect(features, basis, coefficients, positions).detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -840,7 +842,8 @@ class _RemoveRunningRegression(torch.autograd.Function):
         # The two buffers are state, updated in the backward pass: the version of a saved tensor is guarded.
         ctx.adjoint, ctx.weight = adjoint, weight
         ctx.save_for_backward(basis, projector, count, decay)
-        return remove_effect(features, basis, coefficients, positions)
+        # Detached, it is no view: an in-place ReLU may follow.
+        return remove_effect(features, basis, coefficients, positions).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable

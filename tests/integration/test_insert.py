@@ -214,6 +214,24 @@ class TestWhatItDoes:
 
         assert torch.autograd.gradcheck(function, images.requires_grad_())
 
+    @pytest.mark.parametrize("granularity", ["element", "channel"])
+    @pytest.mark.parametrize("estimator", ["batch", "dataset", "running", "recursive", "penalty"])
+    @pytest.mark.parametrize("training", [True, False])
+    def test_an_activation_that_works_in_place_may_follow(self, estimator, granularity, training):
+        images, metadata, labels = data()
+        results = []
+        for inplace in (False, True):
+            torch.manual_seed(0)
+            model = nn.Sequential(nn.Conv1d(2, 3, 1), nn.ReLU(inplace), nn.Linear(8, 1)).double()
+            options = {"estimator": estimator, "granularity": granularity}
+            mdnorm.insert(model, "0", num_metadata=2, num_labels=1, example=images, **options)
+            mdnorm.fit_gram(model, metadata, labels)
+            with mdnorm.metadata(model.train(training), metadata, labels):
+                model(images).square().mean().backward()
+            gradients = [parameter.grad for parameter in model[0].parameters() if parameter.grad is not None]
+            results.append((gradients, dict(model.state_dict())))
+        torch.testing.assert_close(results[1], results[0])
+
     def test_several_calls_each_corrected_one_state(self):
         class Twice(nn.Module):
             def __init__(self):
