@@ -54,8 +54,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     Notes
     -----
     - `Trainer` saves its checkpoints before the recalibration: call ``trainer.save_model()`` after `train`.
-    - ``from_pretrained`` knows nothing of the layers: make the model from its config, insert the same layers
-      and load the state dict.
+    - ``from_pretrained`` fills what the constructor of a class made: let a subclass insert there, with
+      `num_metadata`, `num_labels` and `num_features`. The original class loads the folder without the layers.
     - Several GPUs in one process (`nn.DataParallel`) would split the batch and not the metadata: start one
       process for each (``torchrun``, ``accelerate launch``).
     """

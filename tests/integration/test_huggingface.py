@@ -1,0 +1,164 @@
+"""`MetadataTrainer`: the same as a loop by hand."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+
+import mdnorm
+from mdnorm.integration import MetadataTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory")
+
+
+class Patients(Dataset):
+    """Forty images, a key that the model knows nothing of, and metadata."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.metadata = torch.randn(40, 2, generator=generator)
+        self.labels = torch.randint(0, 2, (40,), generator=generator)
+        self.images = torch.randn(40, 1, 8, 8, generator=generator)
+        self.images += (self.metadata[:, 0] + self.labels).reshape(-1, 1, 1, 1)
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return {
+            "pixel_values": self.images[index],
+            "labels": int(self.labels[index]),
+            "metadata": self.metadata[index],
+            "age": 3.0,
+        }
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        num_labels=2,
+    )
+    return ViTForImageClassification(config)
+
+
+def arguments(tmp_path, **options):
+    return TrainingArguments(
+        output_dir=str(tmp_path),
+        num_train_epochs=2,
+        per_device_train_batch_size=16,
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        logging_strategy="no",
+        use_cpu=True,
+        optim="sgd",
+        learning_rate=0.1,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        **options,
+    )
+
+
+class InOrder(MetadataTrainer):
+    """Does not shuffle."""
+
+    def _get_train_sampler(self, *_):
+        return None
+
+
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_the_same_as_a_loop_by_hand(tmp_path, is_checkpointed):
+    model, twin, data = make_model(), make_model(), Patients()
+    for one in (model, twin):
+        mdnorm.insert(one, "vit.layers.0")
+    if is_checkpointed:
+        # transformers renamed it.
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    trainer = InOrder(model, arguments(tmp_path), train_dataset=data)
+    trainer.train()
+
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    twin.train()
+    for _ in range(2):
+        for rows in torch.arange(40).split(16):
+            with mdnorm.metadata(twin, data.metadata[rows], data.labels[rows]):
+                loss = twin(pixel_values=data.images[rows], labels=data.labels[rows]).loss
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+    batches = [
+        {"pixel_values": data.images[rows], "metadata": data.metadata[rows], "labels": data.labels[rows]}
+        for rows in torch.arange(40).split(16)
+    ]
+    mdnorm.recalibrate(twin, batches, progress=False)
+    assert list(model.state_dict()) == list(twin.state_dict())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], msg=name)
+
+
+def test_evaluation_has_the_metadata(tmp_path):
+    model, data = make_model(), Patients()
+    mdnorm.insert(model, "vit.layernorm")
+    trainer = MetadataTrainer(model, arguments(tmp_path), train_dataset=data, eval_dataset=data)
+    trainer.train()
+    logits = torch.as_tensor(trainer.predict(data).predictions)
+    with torch.no_grad(), mdnorm.metadata(model.eval(), data.metadata):
+        torch.testing.assert_close(model(data.images).logits, logits)
+    loss = nn.functional.cross_entropy(logits, data.labels)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(float(loss), abs=1e-5)
+    with pytest.raises(RuntimeError, match="got no metadata"):
+        model(data.images)
+
+
+class LayeredViTForImageClassification(ViTForImageClassification):
+    """Inserts in its constructor, with all sizes; transformers choose the loss by the end of its name."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        mdnorm.insert(self, "vit.layernorm", num_metadata=2, num_labels=1, num_features=(5, 8))
+
+
+def test_a_saved_folder_takes_the_layers_along(tmp_path):
+    data = Patients()
+    model = LayeredViTForImageClassification(make_model().config)
+    trainer = MetadataTrainer(model, arguments(tmp_path), train_dataset=data)
+    trainer.train()
+    trainer.save_model(str(tmp_path))
+    twin = LayeredViTForImageClassification.from_pretrained(tmp_path)
+    state = dict(twin.state_dict())
+    torch.testing.assert_close(state, dict(model.state_dict()), rtol=0, atol=0)
+    assert bool(state["vit.layernorm.metadata_norm.estimator.coefficients"].any())
+    # And the original class takes the folder without the layer.
+    plain = ViTForImageClassification.from_pretrained(tmp_path)
+    mdnorm.remove(twin)
+    torch.testing.assert_close(dict(plain.state_dict()), dict(twin.state_dict()), rtol=0, atol=0)
+
+
+def test_without_protection_and_recalibration(tmp_path):
+    model, data = make_model(), Patients()
+    mdnorm.insert(model, "vit.layernorm", num_labels=0)
+    options = {"train_dataset": data, "protect": None, "recalibrate": False}
+    trainer = MetadataTrainer(model, arguments(tmp_path), **options)
+    trainer.train()
+    before = model.vit.layernorm.metadata_norm.estimator.coefficients.clone()
+    assert trainer.recalibrate() == ["vit.layernorm.metadata_norm"]
+    assert not torch.equal(model.vit.layernorm.metadata_norm.estimator.coefficients, before)
+
+
+def test_errors(tmp_path):
+    with pytest.raises(ValueError, match="ViTForImageClassification has no MetadataNorm"):
+        MetadataTrainer(make_model(), arguments(tmp_path), train_dataset=Patients())
+    model = make_model()
+    mdnorm.insert(model, "vit.layernorm")
+    trainer = MetadataTrainer(model, arguments(tmp_path), train_dataset=Patients(), metadata="height")
+    with pytest.raises(KeyError, match="no key 'height'"):
+        trainer.train()

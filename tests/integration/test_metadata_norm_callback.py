@@ -1,0 +1,193 @@
+"""`MetadataNormCallback` in small Lightning fits."""
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning_model import Data, Model, make_data
+from torch import nn
+from torch.utils.data import DataLoader
+
+import mdnorm
+from mdnorm.integration import DependenceRecorder, MetadataNormCallback
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:DeprecationWarning"),
+]
+
+
+class DictModel(Model):
+    """Its forward takes images, for the recalibration."""
+
+    def forward(self, images):
+        return self.head(self.relu(self.pair(self.encoder(images))[1])).squeeze(1)
+
+    def predict_step(self, batch, batch_idx):
+        return self(batch["images"] if isinstance(batch, dict) else batch[0])
+
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.loss(batch))
+
+
+def trainer(callbacks, tmp_path, **options):
+    return pl.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        **options,
+    )
+
+
+def loaders(kind="dict"):
+    return DataLoader(Data(kind), batch_size=16), DataLoader(Data(kind), batch_size=25)
+
+
+def test_the_same_as_a_loop_by_hand(tmp_path):
+    torch.manual_seed(0)
+    model, twin = DictModel(), DictModel()
+    twin.load_state_dict(model.state_dict())
+    callback = MetadataNormCallback("both", "label", after="encoder", inputs="images", window=100)
+    trainer([callback], tmp_path).fit(model, *loaders())
+
+    mdnorm.insert(twin, "encoder", window=100)
+    optimizer = twin.configure_optimizers()
+    for _ in range(2):
+        for batch in loaders()[0]:
+            with mdnorm.metadata(twin, batch["both"], batch["label"]):
+                loss = twin.training_step(batch, 0)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+    batches = [(batch["images"], batch["both"], batch["label"]) for batch in loaders()[0]]
+    mdnorm.recalibrate(twin, batches, progress=False)
+    assert list(model.state_dict()) == list(twin.state_dict())
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], msg=name)
+    assert [row.output_shape for row in callback.report] == [(2, 4)]
+
+
+def test_what_is_logged_is_what_the_layer_puts_out(tmp_path):
+    model = DictModel()
+    callback = MetadataNormCallback("both", "label", after=["encoder"], inputs="images", num_metadata=2)
+    fit = trainer([callback], tmp_path)
+    fit.fit(model, *loaders())
+    fit.validate(model, loaders()[1], verbose=False)
+    recorder, data = DependenceRecorder(model.eval(), "encoder", within_labels=True), make_data()
+    with torch.no_grad(), recorder, mdnorm.metadata(model, data["both"]):
+        model(data["images"])
+        recorder.update(data["both"], data["label"])
+    expected = recorder.compute()
+    logged = {name: float(value) for name, value in fit.callback_metrics.items() if name.startswith("dcor2/")}
+    for column in (0, 1):
+        for label in (0, 1):
+            value = expected[f"column_{column}/label_{label}"]
+            assert logged[f"dcor2/both_{column}/label_{label}"] == pytest.approx(value, abs=1e-5)
+
+
+def test_several_layers_have_prefixes_and_tuples_are_taken_apart(tmp_path):
+    model = DictModel()
+    callback = MetadataNormCallback(
+        2, 1, after=["encoder", "pair"], output=lambda o: o[1] if isinstance(o, tuple) else o
+    )
+    fit = trainer([callback], tmp_path)
+    fit.fit(model, *loaders("tuple"))
+    names = set(fit.callback_metrics)
+    assert {"dcor2/encoder/column_0/label_0", "dcor2/pair/column_1/label_1"} <= names
+    data = make_data()
+    pair = []
+    model.pair.register_forward_hook(lambda _, __, output: pair.append(output[1].clone()))
+    with torch.no_grad(), mdnorm.metadata(model.eval(), data["both"]):
+        model(data["images"])
+    design = torch.cat([data["both"], data["label"][:, None].float(), torch.ones(50, 1)], dim=1)
+    slopes = torch.linalg.lstsq(design, pair[0]).solution[:2]
+    torch.testing.assert_close(slopes, torch.zeros_like(slopes), atol=1e-5, rtol=0)
+
+
+def test_every_stage_has_the_metadata_and_none_are_left(tmp_path):
+    model = DictModel()
+    callback = MetadataNormCallback(["age", "sex"], "label", after="encoder", inputs="images")
+    fit = trainer([callback], tmp_path)
+    fit.fit(model, *loaders())
+    fit.test(model, loaders()[1], verbose=False)
+    predictions = torch.cat(fit.predict(model, loaders()[1]))
+    data = make_data()
+    with torch.no_grad(), mdnorm.metadata(model.eval(), data["both"]):
+        torch.testing.assert_close(predictions, model(data["images"]))
+    with pytest.raises(RuntimeError, match="got no metadata"):
+        model(data["images"])
+
+
+def test_an_error_in_a_step_leaves_no_metadata(tmp_path):
+    class Failing(DictModel):
+        def training_step(self, batch, batch_idx):
+            self.loss(batch)
+            raise KeyError("in the step")
+
+    model = Failing()
+    with pytest.raises(KeyError, match="in the step"):
+        trainer([MetadataNormCallback("both", after="encoder", inputs="images")], tmp_path).fit(
+            model, *loaders()
+        )
+    with pytest.raises(RuntimeError, match="got no metadata"):
+        model(make_data()["images"])
+
+
+def test_a_model_with_layers_of_its_own_and_a_function_that_runs_it(tmp_path):
+    model = DictModel()
+    model.encoder = nn.Sequential(model.encoder, mdnorm.MetadataNorm(4, 2, 1))
+    seen = []
+
+    def forward(module, batch):
+        seen.append(len(batch["images"]))
+        module(batch["images"])
+
+    callback = MetadataNormCallback("both", "label", forward=forward, log_dependence=False)
+    fit = trainer([callback], tmp_path)
+    fit.fit(model, *loaders())
+    # Once for the order of the layers, then the whole loader.
+    assert seen == [16, 16, 16, 16, 2]
+    assert not any(name.startswith("dcor2") for name in fit.callback_metrics)
+
+
+def test_recalibration_can_be_left_out(tmp_path):
+    models = []
+    for recalibrate in (True, False):
+        torch.manual_seed(0)
+        models.append(DictModel())
+        callback = MetadataNormCallback(
+            "both", "label", after="encoder", inputs="images", recalibrate=recalibrate, estimator="batch"
+        )
+        trainer([callback], tmp_path).fit(models[-1], *loaders())
+    exact, running = (model.encoder.metadata_norm.estimator.coefficients for model in models)
+    assert torch.equal(models[0].encoder.weight, models[1].encoder.weight)
+    assert not torch.allclose(exact, running)
+
+
+class TestErrors:
+    def test_settings(self):
+        with pytest.raises(ValueError, match="window would be ignored"):
+            MetadataNormCallback("age", window=100)
+        with pytest.raises(ValueError, match="give one of them"):
+            MetadataNormCallback("age", inputs="images", forward=lambda *_: None)
+
+    def test_a_model_without_layers(self, tmp_path):
+        with pytest.raises(ValueError, match="DictModel has no MetadataNorm: give after="):
+            trainer([MetadataNormCallback("age")], tmp_path).fit(DictModel(), *loaders())
+
+    def test_a_name_that_is_not_there(self, tmp_path):
+        with pytest.raises(ValueError, match="did you mean 'encoder'"):
+            trainer([MetadataNormCallback("age", after="encodre")], tmp_path).fit(DictModel(), *loaders())
+
+    def test_batches_are_looked_at_before_training(self, tmp_path):
+        fit = trainer([MetadataNormCallback("age", after="encoder")], tmp_path)
+        with pytest.raises(TypeError, match="give inputs= the key of the model's input"):
+            fit.fit(DictModel(), *loaders())
+        fit = trainer([MetadataNormCallback("height", after="encoder", inputs="images")], tmp_path)
+        with pytest.raises(KeyError, match="no key 'height': its keys are 'images', 'age'"):
+            fit.fit(DictModel(), *loaders())
