@@ -6,7 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -201,22 +201,32 @@ def _run_all(
 
     `setting` is the experiment's module, with `train` and `write_outputs`; `folder` one to make inside `out`.
     """
-    from mdnorm.experiments.results import ResultsError, ResultStore
+    from mdnorm.experiments.results import ResultsError, ResultStore, SharedResultStore
     from mdnorm.experiments.runner import RunFailedError, Runner
 
     make_folder(folder or out)
+    rank, world_size = _place_in_torchrun()
+    if world_size > 1 and jobs not in (None, 1):
+        fail(f"--jobs {jobs} under torchrun: say --nproc-per-node {jobs} instead.", BAD_INPUT)
     # A scheduler's SIGTERM ends like Ctrl-C: workers stopped, finished rows kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with only_writer(out):
-            runner: Runner[Any] = Runner(
-                ResultStore(out / "results.json"), setting.train, jobs or os.cpu_count() or 1
-            )
+        with only_writer(out) if rank == 0 else nullcontext():
+            runner: Runner[Any]
+            if world_size > 1:
+                runner = Runner(SharedResultStore(out / "results.json"), setting.train)
+            else:
+                runner = Runner(ResultStore(out / "results.json"), setting.train, jobs or os.cpu_count() or 1)
             pending = runner.pending(runs)
-            if len(pending) < len(runs):
+            if len(pending) < len(runs) and rank == 0:
                 errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")
-            with _progress_bar(sum(run.epochs for run in pending), len(pending)) as progress:
+            epochs = sum(run.epochs for run in pending)
+            with _progress_bar(epochs, len(pending), several=world_size > 1) as progress:
                 rows = runner.run(runs, progress)
+            if rank > 0:
+                raise typer.Exit
+            if isinstance(runner.store, SharedResultStore):
+                runner.store.clear_claims()
     except ResultsError as error:
         fail(str(error), BAD_INPUT)
     except RunFailedError as error:
@@ -226,9 +236,19 @@ def _run_all(
     return rows, setting.write_outputs(out, runs, rows, command=command_line())
 
 
+def _place_in_torchrun() -> tuple[int, int]:
+    """Return this process's rank and how many torchrun started; (0, 1) without it."""
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
 class _Bar:
-    def __init__(self, progress: Progress, epochs: int, runs: int) -> None:
+    def __init__(self, progress: Progress, epochs: int, runs: int, moves: bool) -> None:
         self._progress = progress
+        self._moves = moves
         self._epochs = progress.add_task("epochs", total=epochs)
         self._runs = progress.add_task("trainings", total=runs)
 
@@ -237,7 +257,7 @@ class _Bar:
 
     def run_done(self, row: Row) -> None:
         self._progress.advance(self._runs)
-        if not self._progress.console.is_terminal:
+        if not self._moves:
             # Without a terminal (CI, a log file) bars cannot move: one line a training instead.
             self._progress.console.print(
                 f"{row['method']}, batch size {row['batch_size']}, seed {row['seed']}: "
@@ -247,7 +267,7 @@ class _Bar:
 
 
 @contextmanager
-def _progress_bar(epochs: int, runs: int) -> Iterator[_Bar]:
+def _progress_bar(epochs: int, runs: int, several: bool) -> Iterator[_Bar]:
     columns = (
         TextColumn("{task.description:>9}"),
         BarColumn(),
@@ -255,8 +275,9 @@ def _progress_bar(epochs: int, runs: int) -> Iterator[_Bar]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=errors, disable=not runs) as progress:
-        yield _Bar(progress, epochs, runs)
+    # Bars of several processes would overwrite each other: lines from all instead.
+    with Progress(*columns, console=errors, disable=not runs or several) as progress:
+        yield _Bar(progress, epochs, runs, moves=errors.is_terminal and not several)
 
 
 def _print_table(report_table: ReportTable, section: int | None = None) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +60,58 @@ class ResultStore:
         lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
         write_text_atomically(self.path, f"[\n{lines}\n]\n")
         self.rows = rows
+
+
+class SharedResultStore(ResultStore):
+    """A store to which several processes add rows, each run claimed by one of them.
+
+    Rows of the others are seen after `refresh`. What a process holds is free again when it dies, however it
+    dies: the operating system gives up its locks.
+
+    Parameters
+    ----------
+    path : Path
+        See `ResultStore`. Claims are files in the folder ``.claims`` beside it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.claims = path.parent / ".claims"
+        self.claims.mkdir(exist_ok=True)
+
+    def refresh(self) -> None:
+        """Read the rows that all processes have added so far."""
+        if self.path.exists():
+            self.rows = _read(self.path)
+
+    def add(self, row: Row) -> None:
+        """Append a row to those of all processes."""
+        from filelock import FileLock
+
+        with FileLock(self.claims / "results.lock"):
+            self.refresh()
+            super().add(row)
+
+    @contextmanager
+    def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
+        """Hold the run with these settings; False where another process does."""
+        from filelock import FileLock, Timeout
+
+        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+        lock = FileLock(self.claims / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def clear_claims(self) -> None:
+        """Remove the files of the claims, once every run has its row."""
+        shutil.rmtree(self.claims, ignore_errors=True)
 
 
 def _read(path: Path) -> list[Row]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 
-from mdnorm.experiments.results import ResultStore, Row
+from mdnorm.experiments.results import ResultStore, Row, SharedResultStore
+
+_PATIENCE = 0.5  # seconds between looks at what other processes have finished
 
 
 class Run(Protocol):
@@ -68,12 +71,17 @@ class Runner(Generic[RunT]):
     train : callable
         A module-level function (worker processes import it).
     jobs : int
-        Number of worker processes; 1 trains in this process.
+        Number of worker processes; 1 trains in this process. With a `SharedResultStore` other processes
+        train beside this one, and it is 1.
     """
 
     def __init__(self, store: ResultStore, train: Train[RunT], jobs: int = 1) -> None:
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}.")
+        if jobs > 1 and isinstance(store, SharedResultStore):
+            raise ValueError(
+                f"jobs must be 1 where processes share the store, got {jobs}: start more of them."
+            )
         self.store = store
         self.train = train
         self.jobs = jobs
@@ -94,7 +102,10 @@ class Runner(Generic[RunT]):
         """
         progress = progress or _Silent()
         pending = self.pending(runs)
-        failures = (self._in_process if self.jobs == 1 else self._in_workers)(pending, progress)
+        if isinstance(self.store, SharedResultStore):
+            failures = self._beside_others(self.store, pending, progress)
+        else:
+            failures = (self._in_process if self.jobs == 1 else self._in_workers)(pending, progress)
         if failures:
             raise RunFailedError("\n".join(failures))
         rows = [self.store.find(run.settings()) for run in runs]
@@ -118,6 +129,30 @@ class Runner(Generic[RunT]):
         with one_thread():
             for run in runs:
                 failures += self._finish(run, partial(self.train, run, progress.epoch_done), progress)
+        return failures
+
+    def _beside_others(self, store: SharedResultStore, runs: Sequence[RunT], progress: Progress) -> list[str]:
+        """Train what no other process has claimed until every run has a row or has failed here."""
+        failures: list[str] = []
+        waiting = list(runs)
+        with one_thread():
+            while waiting:
+                held_by_others = []
+                for run in waiting:
+                    with store.claim(run.settings()) as claimed:
+                        if not claimed:
+                            held_by_others.append(run)
+                            continue
+                        store.refresh()
+                        if store.find(run.settings()) is None:
+                            failures += self._finish(
+                                run, partial(self.train, run, progress.epoch_done), progress
+                            )
+                if len(held_by_others) == len(waiting):
+                    time.sleep(_PATIENCE)
+                store.refresh()
+                # Looked at again: the process that held a run may have died.
+                waiting = [run for run in held_by_others if store.find(run.settings()) is None]
         return failures
 
     def _in_workers(self, runs: Sequence[RunT], progress: Progress) -> list[str]:
