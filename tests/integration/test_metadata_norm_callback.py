@@ -169,6 +169,25 @@ def test_recalibration_can_be_left_out(tmp_path):
     assert not torch.allclose(exact, running)
 
 
+def test_two_processes_recalibrate_on_the_data_of_both(tmp_path):
+    model = DictModel()
+    del model.unused
+    # What is spawned brings back the state only: the layer must be there before.
+    mdnorm.insert(model, "encoder", num_metadata=2, num_labels=1, num_features=4)
+    callback = MetadataNormCallback("both", "label", inputs="images", log_dependence=False)
+    # 48 samples: a DistributedSampler repeats none.
+    loader = DataLoader(Data("dict", stop=48), batch_size=8)
+    fit = trainer([callback], tmp_path, devices=2, strategy="ddp_spawn", num_sanity_val_steps=0)
+    fit.fit(model, loader)
+    data = {name: values[:48].double() for name, values in make_data().items()}
+    with torch.no_grad():
+        features = nn.functional.linear(data["images"], model.encoder.weight.double())
+    design = torch.cat([data["both"], data["label"][:, None], torch.ones(48, 1)], dim=1)
+    expected = torch.linalg.lstsq(design, features).solution[:2]
+    actual = model.encoder.metadata_norm.estimator.coefficients
+    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+
+
 class TestErrors:
     def test_settings(self):
         with pytest.raises(ValueError, match="window would be ignored"):

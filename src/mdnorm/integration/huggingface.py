@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from torch import nn
 
@@ -41,13 +41,13 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Key of the labels whose effect is protected in training, the same that the model learns from as a
         rule; None for none. They stay in the batch.
     recalibrate : bool
-        Whether to recalibrate at the end of `train`, on the training data.
+        Whether to recalibrate at the end of `train`, on the training data, of several processes on the shares
+        of all.
 
     Raises
     ------
     ValueError
-        The model has no `MetadataNorm`, or `recalibrate` is asked for with several processes, of which each
-        would see its own part of the data.
+        The model has no `MetadataNorm`.
     KeyError
         At the first batch: it has no such key.
 
@@ -77,11 +77,6 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             raise ValueError(
                 f"{type(self._network).__name__} has no MetadataNorm: mdnorm.insert(model, after=…) before "
                 "the Trainer is made."
-            )
-        if recalibrate and self.args.world_size > 1:
-            raise ValueError(
-                f"recalibrate=True with {self.args.world_size} processes: each would see its own part of the "
-                "data. Give recalibrate=False and call mdnorm.recalibrate in one process afterwards."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -136,4 +131,5 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             with self.compute_loss_context_manager(), context.metadata(model, metadata, labels):
                 return model(**inputs)
 
-        return _recalibrate(self._network, self.get_train_dataloader(), forward=forward)
+        group: Literal["world", "local"] = "world" if self.args.world_size > 1 else "local"
+        return _recalibrate(self._network, self.get_train_dataloader(), forward=forward, process_group=group)

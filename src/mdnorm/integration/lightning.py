@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -285,8 +285,8 @@ class MetadataNormCallback(Callback):
     forward : callable, optional
         Instead, ``forward(pl_module, batch)`` runs the model.
     recalibrate : bool
-        Make the coefficients exact at the end of a fit (`mdnorm.recalibrate`), on the training loader. Not
-        after a ``fast_dev_run``.
+        Make the coefficients exact at the end of a fit (`mdnorm.recalibrate`), on the training loader, of
+        several processes on the shares of all. Not after a ``fast_dev_run``.
     log_dependence : bool
         Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does: within each
         class, if `labels` gives class indices. With several layers ``dcor2/<name>/<column>``.
@@ -303,8 +303,7 @@ class MetadataNormCallback(Callback):
     Raises
     ------
     ValueError
-        What `mdnorm.insert` refuses; at the start, a module without layers; `recalibrate` with several
-        processes, of which each would see its own part of the data.
+        What `mdnorm.insert` refuses; at the start, a module without layers.
     TypeError
         At the first batch: it is no tuple, and neither `inputs` nor `forward` says what to recalibrate with.
     KeyError, IndexError
@@ -312,8 +311,10 @@ class MetadataNormCallback(Callback):
 
     Notes
     -----
-    Checkpoints that were saved during the fit have the running coefficients:
-    ``trainer.save_checkpoint(path)`` after it has the exact ones.
+    - Checkpoints that were saved during the fit have the running coefficients:
+      ``trainer.save_checkpoint(path)`` after it has the exact ones.
+    - Strategies that start their processes within `fit` ("ddp_spawn") bring back the state of the model only:
+      `mdnorm.insert` the layers before, with the same options.
 
     Examples
     --------
@@ -363,11 +364,6 @@ class MetadataNormCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Insert the layers: before the optimiser is made and the model is wrapped."""
-        if self.recalibrate and stage == "fit" and trainer.world_size > 1:
-            raise ValueError(
-                f"recalibrate=True with {trainer.world_size} processes: each would see its own part of the "
-                "data. Give recalibrate=False and call mdnorm.recalibrate in one process afterwards."
-            )
         if self.after is not None:
             insert(pl_module, self.after, output=self.output, sample_dim=self.sample_dim, **self.options)
         self.report = insertions(pl_module)
@@ -399,7 +395,8 @@ class MetadataNormCallback(Callback):
                     self._close()
 
         loader: Any = trainer.train_dataloader
-        _recalibrate(pl_module, loader, forward=forward, progress=trainer.is_global_zero)
+        group: Literal["world", "local"] = "world" if trainer.world_size > 1 else "local"
+        _recalibrate(pl_module, loader, forward=forward, progress=trainer.is_global_zero, process_group=group)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take metadata and hooks away."""
