@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 import mdnorm
@@ -36,8 +38,13 @@ TOLERANCES = {"float64": 1e-10, "float32": 1e-6}
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of the four processes left, scenario by scenario."""
-    folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=WORLD)
+    # Once for all workers of pytest-xdist, which have folders of their own in one folder.
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "four_processes"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            folder.mkdir()
+            torch.multiprocessing.spawn(run, args=(str(folder),), nprocs=WORLD)
     left = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(WORLD)]
     for rank, scenarios in enumerate(left):
         for name, result in scenarios.items():
