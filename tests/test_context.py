@@ -192,26 +192,42 @@ class TestThreads:
         thread.join()
         return result[0]
 
-    def test_one_without_any_takes_what_there_is(self):
-        """As the threads of the backward pass on a GPU do, which run checkpointed layers again."""
+    def test_one_without_any_does_not_take_those_of_another(self):
         images, metadata, _ = data()
         model = make_model().eval()
-        model[1].estimator.coefficients.fill_(1.0)
         with mdnorm.metadata(model, metadata):
-            out = self.in_thread(lambda: model(images))
-        assert torch.equal(out, explicit(model, images, metadata))
-        assert "got no metadata" in str(self.in_thread(lambda: model(images)))
+            assert "got no metadata" in str(self.in_thread(lambda: model(images)))
 
-    def test_one_without_any_cannot_choose(self):
-        images, metadata, _ = data()
-        model = make_model().eval()
+    def test_a_backward_pass_in_another_thread(self):
+        """As on a GPU: it repeats the checkpointed part, with the metadata of the block or of the last one."""
+        gradients = []
+        for reentrant, elsewhere, inside in ((None, False, True), (False, True, True), (False, True, False)):
+            images, metadata, labels = data()
+            model = Checkpointed(reentrant)
+            images.requires_grad_()
+            with mdnorm.metadata(model, metadata, labels):
+                loss = model(images).square().mean()
+                if inside and elsewhere:
+                    self.in_thread(loss.backward)
+            if not elsewhere:
+                loss.backward()
+            elif not inside:
+                self.in_thread(loss.backward)
+            gradients.append(images.grad)
+        assert torch.equal(gradients[0], gradients[1])
+        assert torch.equal(gradients[0], gradients[2])
 
-        def inside():
-            with mdnorm.metadata(model, metadata + 1):
-                return self.in_thread(lambda: model(images))
+    def test_a_backward_pass_that_cannot_know_whose(self):
+        images, metadata, labels = data()
+        model = Checkpointed(False)
 
-        with mdnorm.metadata(model, metadata):
-            assert "2 threads gave metadata" in str(self.in_thread(inside))
+        def inside(loss):
+            with mdnorm.metadata(model, metadata + 1, labels):
+                return self.in_thread(loss.backward)
+
+        with mdnorm.metadata(model, metadata, labels):
+            loss = model(images).square().mean()
+            assert "2 threads have given metadata" in str(self.in_thread(lambda: inside(loss)))
 
 
 class TestCopies:

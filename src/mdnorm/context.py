@@ -32,11 +32,11 @@ def is_recomputing() -> bool:
 
 
 class MetadataSlot:
-    """Where a layer finds the metadata of the batch: what this thread put there, else what any thread did.
+    """Where a layer finds the metadata of the batch: what this thread put there.
 
-    A thread sees its own metadata, so that a model can serve several of them. A thread without any is one
-    that works for another (the backward pass on a GPU, `nn.DataParallel`), and takes what is there, if it is
-    one only.
+    A thread sees only its own, so that a model can serve several of them. The backward pass on a GPU runs in
+    threads of torch, which put nothing there: where it repeats a part of the forward pass, they take what is
+    there, or was last.
 
     A copy, or one from a file, is empty.
     """
@@ -44,6 +44,7 @@ class MetadataSlot:
     def __init__(self) -> None:
         # Plain attributes: torch.compile follows these into graph inputs.
         self.local = threading.local()
+        self._lock = threading.Lock()
         self._open: list[Given] = []
         self._last: Given | None = None
 
@@ -55,31 +56,32 @@ class MetadataSlot:
         given: Given | None = getattr(self.local, "given", None)
         if given is not None or torch.compiler.is_compiling():
             return given
-        others = self._open
-        if len(others) == 1:
-            return others[0]
-        if len(others) > 1:
+        if not is_recomputing():
+            return None
+        if len(self._open) > 1:
             raise RuntimeError(
-                f"{len(others)} threads gave metadata to this layer, and this one, which gave none, cannot "
-                "know whose to take: enter mdnorm.metadata in the thread that runs the model."
+                f"{len(self._open)} threads have given metadata to this layer, and its forward pass is "
+                "repeated in a thread that gave none: train in one thread at a time, or without checkpointing."
             )
-        return self._last if is_recomputing() else None
+        return self._open[0] if self._open else self._last
 
     def enter(self, given: Given) -> Given | None:
         """Put metadata there; return what was there before, for `leave`."""
         before: Given | None = getattr(self.local, "given", None)
         self.local.given = given
         if not torch.compiler.is_compiling():
-            self._open = [*(other for other in self._open if other is not before), given]
+            with self._lock:
+                self._open = [*(other for other in self._open if other is not before), given]
         return before
 
     def leave(self, given: Given, before: Given | None) -> None:
         """Put back what was there before."""
         self.local.given = before
         if not torch.compiler.is_compiling():
-            self._last = given
-            rest = [other for other in self._open if other is not given]
-            self._open = rest if before is None else [*rest, before]
+            with self._lock:
+                self._last = given
+                rest = [other for other in self._open if other is not given]
+                self._open = rest if before is None else [*rest, before]
 
 
 def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
@@ -121,9 +123,8 @@ def metadata(
     -----
     - Blocks nest; the inner one counts, and the outer one again after it. Each model has its own: blocks of
       several models with different metadata can be open together. An exception closes the block.
-    - Threads: what one thread gives, it alone sees, except threads that have nothing of their own (those in
-      which the backward pass runs on a GPU). `nn.DataParallel` splits a batch; use `mdnorm.WithMetadata`
-      there, whose metadata it splits as well.
+    - What one thread gives, it alone sees. `nn.DataParallel` runs the model in threads, each with a part of
+      the batch: use `mdnorm.WithMetadata` there, whose metadata it splits as well.
     - Activation checkpointing runs layers again in the backward pass. Outside of the block they then see
       the metadata of the last block: right where each forward pass is followed by its backward pass. Where
       several come first, have the backward pass inside the block. The running state is not updated twice.

@@ -150,11 +150,22 @@ class TestWhere:
             mdnorm.insert(model, "0")
 
     def test_wrapped_models(self):
-        for model in (torch.compile(Net(), backend="eager"), nn.DataParallel(Net())):
+        """A graph that has run would not be traced again, and silently leave the layer out."""
+        compiled = Net()
+        compiled.compile(backend="eager")
+        for model in (torch.compile(Net(), backend="eager"), nn.DataParallel(Net()), compiled):
             with pytest.raises(ValueError, match="insert into the plain model first"):
                 mdnorm.insert(model, "**.fc1")
         with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module, got str"):
             mdnorm.insert("model", "fc1")
+
+    def test_wrapped_parts(self):
+        model = Net()
+        model.features = torch.compile(model.features, backend="eager")
+        for after in ("features", "**.conv2", Block):
+            with pytest.raises(ValueError, match=r"inside, a compiled or wrapped module \(OptimizedModule\)"):
+                mdnorm.insert(model, after)
+        assert [row.name for row in mdnorm.insert(model, "fc1")] == ["fc1"]
 
     def test_a_name_that_is_taken(self):
         model = Net()

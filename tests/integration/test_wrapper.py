@@ -147,6 +147,34 @@ def test_replicas_have_their_own_metadata():
     torch.testing.assert_close(torch.cat(outputs), expected)
 
 
+@pytest.fixture
+def process_group(tmp_path):
+    options = {"init_method": f"file://{tmp_path}/store", "rank": 0, "world_size": 1}
+    torch.distributed.init_process_group("gloo", **options)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrapped", ["inside", "context"])
+def test_in_distributed_data_parallel(process_group, wrapped):
+    images, metadata, labels = data()
+    model, twin = make_model(), make_model()
+    if wrapped == "inside":
+        parallel = nn.parallel.DistributedDataParallel(WithMetadata(model))
+        out = parallel(images, metadata=metadata, labels=labels)
+    else:
+        parallel = nn.parallel.DistributedDataParallel(model)
+        with mdnorm.metadata(parallel, metadata, labels):
+            out = parallel(images)
+    expected = WithMetadata(twin)(images, metadata=metadata, labels=labels)
+    torch.testing.assert_close(out, expected)
+    for loss in (out, expected):
+        loss.square().mean().backward()
+    gradients = [[parameter.grad for parameter in net.parameters()] for net in (model, twin)]
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(dict(model.state_dict()), dict(twin.state_dict()))
+
+
 class TestRecalibrate:
     def test_a_tuple_and_a_dict(self):
         images, metadata, labels = data(100)

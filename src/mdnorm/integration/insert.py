@@ -206,6 +206,7 @@ def insert(
                 f"{name!r} has a MetadataNorm already, with other options "
                 f"({_differences(existing[1].settings, settings)}): mdnorm.remove(model, {name!r}) first."
             )
+    _refuse_wrapped_parts(model, dict(fresh))
     shapes: dict[str, torch.Size] = {}
     if example is not None:
         shapes = _shapes_of_example(model, dict(fresh), output, sample_dim, example)
@@ -538,12 +539,31 @@ def _calls_its_children(module: nn.Module) -> bool:
 def _refuse_wrapped(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
-    if hasattr(model, "_orig_mod") or isinstance(model, wrappers):
+    if _is_wrapped(model):
         raise ValueError(
-            f"the model is wrapped ({type(model).__name__}), which would not see what is inserted now: "
-            "insert into the plain model first, then compile or wrap it."
+            f"the model is compiled or wrapped ({type(model).__name__}), which would not see what is "
+            "inserted now: insert into the plain model first, then compile or wrap it."
         )
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether something holds on to the module as it was: a graph that has run is not traced again."""
+    wrappers = (nn.DataParallel, nn.parallel.DistributedDataParallel, torch.jit.ScriptModule)
+    is_compiled = hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    return is_compiled or isinstance(module, wrappers)
+
+
+def _refuse_wrapped_parts(model: nn.Module, targets: dict[str, nn.Module]) -> None:
+    for around in model.modules():
+        if not _is_wrapped(around):
+            continue
+        inside = {id(module) for module in around.modules()}
+        for name, module in targets.items():
+            if id(module) in inside:
+                raise ValueError(
+                    f"{name!r} is, or is inside, a compiled or wrapped module ({type(around).__name__}), "
+                    "which would not see what is inserted now: insert first, then compile or wrap."
+                )
 
 
 def _refuse_unusable(name: str, module: nn.Module, output: Selector | None, sample_dim: int) -> None:
@@ -555,8 +575,6 @@ def _refuse_unusable(name: str, module: nn.Module, output: Selector | None, samp
             f"{name!r} is an {type(module).__name__}, which has no output: name the modules in it, "
             f"'{name}.*' say."
         )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise ValueError(f"{name!r} is a TorchScript module, into which nothing can be inserted.")
     if not isinstance(module, nn.Sequential):
         return
     last = f"{name}.{len(module) - 1}" if len(module) else name
