@@ -140,3 +140,8 @@ def test_arrays_without_names():
 def test_errors(metadata, kinds, ignore, message):
     with pytest.raises(InputError, match=message):
         as_columns(metadata, kinds, ignore)
+
+
+def test_columns_are_ignored_by_pattern():
+    table = {"age": RNG.standard_normal(N), "roi_1": RNG.standard_normal(N), "roi_2": RNG.standard_normal(N)}
+    assert [column.name for column in as_columns(table, ignore=["roi_*"])] == ["age"]

@@ -125,3 +125,11 @@ def test_a_table_in_another_encoding_is_named(tmp_path):
     (tmp_path / "metadata.csv").write_bytes("Ort\nK\xf6ln\n".encode("latin-1"))
     with pytest.raises(InputError, match="column 'Ort' is not UTF-8 text"):
         read_table(tmp_path / "metadata.csv")
+
+
+def test_columns_of_a_table_are_chosen_by_name_and_pattern(tmp_path):
+    (tmp_path / "table.csv").write_text("subject,roi_1,age,roi_2\ns1,1,40,2\ns2,3,50,4\n")
+    np.testing.assert_array_equal(read_features(tmp_path / "table.csv", columns=["roi_*"]), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(read_features(tmp_path / "table.csv", columns=["age"]), [[40], [50]])
+    with pytest.raises(InputError, match=r"no column in .*table.csv 'voxel_\*'; there are 'subject'"):
+        read_features(tmp_path / "table.csv", columns=["roi_*", "voxel_*"])

@@ -71,7 +71,7 @@ def audit(
     kinds : mapping, optional
         Names of metadata columns to "continuous" or "categorical", where the inferred kind is wrong.
     ignore : sequence of str
-        Metadata columns to leave out.
+        Metadata columns to leave out: names, and patterns such as "voxel_*".
     subjects : str or (n,) array, optional
         Who a row belongs to, where a subject has several: they stay together in the cross-validation.
     names : pair of str, optional

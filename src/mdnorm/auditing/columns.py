@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnorm.auditing.reading import InputError
+from mdnorm.auditing.reading import InputError, matching
 from mdnorm.extras import requires
 
 __all__ = ["Column", "Kind", "as_column", "as_columns"]
@@ -96,7 +96,7 @@ def as_columns(
     kinds : mapping, optional
         Names to "continuous" or "categorical", where the inferred kind is not what is meant.
     ignore : sequence of str
-        Names to leave out.
+        Names, and patterns such as "voxel_*", to leave out.
 
     Raises
     ------
@@ -106,15 +106,12 @@ def as_columns(
     """
     kinds = dict(kinds or {})
     table = _as_mapping(metadata)
-    unknown = [name for name in [*kinds, *ignore] if name not in table]
-    if unknown:
-        raise InputError(
-            f"no metadata column {', '.join(map(repr, unknown))}; there are {', '.join(map(repr, table))}."
-        )
+    matching(list(table), list(kinds), "metadata column")
+    ignored = matching(list(table), ignore, "metadata column")
     lengths = {name: len(values) for name, values in table.items()}
     if len(set(lengths.values())) > 1:
         raise InputError(f"the metadata columns differ in length: {lengths}.")
-    return [as_column(name, values, kinds.get(name)) for name, values in table.items() if name not in ignore]
+    return [as_column(name, values, kinds.get(name)) for name, values in table.items() if name not in ignored]
 
 
 def _as_mapping(metadata: Any) -> dict[str, Any]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +16,7 @@ from mdnorm.extras import requires
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["InputError", "read_features", "read_table"]
+__all__ = ["InputError", "matching", "read_features", "read_table"]
 
 FEATURE_FORMATS = (".npy", ".npz", ".safetensors", ".parquet", ".csv", ".tsv")
 TABLE_FORMATS = (".csv", ".tsv", ".parquet")
@@ -24,7 +26,7 @@ class InputError(ValueError):
     """What was given to audit cannot be audited; the message says what is wrong and what to do."""
 
 
-def read_features(path: Path, key: str | None = None) -> NDArray[Any]:
+def read_features(path: Path, key: str | None = None, columns: Sequence[str] = ()) -> NDArray[Any]:
     """Return the features in a file, one row for each sample.
 
     Parameters
@@ -34,6 +36,8 @@ def read_features(path: Path, key: str | None = None) -> NDArray[Any]:
     key : str, optional
         Name of the array in an ``.npz`` or ``.safetensors`` file. It may be left out where there is only one
         array, or one of the name "features".
+    columns : sequence of str
+        Of a table: names and patterns such as "voxel_*" of the columns that are features. All by default.
 
     Returns
     -------
@@ -53,7 +57,7 @@ def read_features(path: Path, key: str | None = None) -> NDArray[Any]:
     elif suffix == ".safetensors":
         values = _read_safetensors(path, key)
     else:
-        values = _table_as_array(read_table(path), path)
+        values = _table_as_array(read_table(path), path, columns)
     if values.dtype.kind not in "biuf":
         raise InputError(f"{path} holds values of dtype {values.dtype}: features must be real numbers.")
     return values
@@ -107,7 +111,6 @@ def _checked_suffix(path: Path, formats: tuple[str, ...], what: str) -> str:
 
 
 def _read_csv(path: Path, suffix: str) -> pyarrow.Table:
-    import pyarrow.types
     from pyarrow import csv
 
     def parse(delimiter: str) -> pyarrow.Table:
@@ -118,12 +121,18 @@ def _read_csv(path: Path, suffix: str) -> pyarrow.Table:
         )
 
     if suffix == ".tsv":
-        return parse("\t")
+        return _checked_texts(parse("\t"), path)
     with path.open(encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
     # The header tells: a comma in it may also be part of a quoted name, but then no other separator is there.
     counts = {delimiter: header.count(delimiter) for delimiter in ",;\t"}
-    table = parse("," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter]))
+    delimiter = "," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter])
+    return _checked_texts(parse(delimiter), path)
+
+
+def _checked_texts(table: pyarrow.Table, path: Path) -> pyarrow.Table:
+    import pyarrow.types
+
     for field in table.schema:
         if pyarrow.types.is_binary(field.type):
             raise InputError(f"{path}: column {field.name!r} is not UTF-8 text: save the table as UTF-8.")
@@ -187,8 +196,27 @@ def _chosen_key(names: list[str], key: str | None, path: Path) -> str:
     )
 
 
-def _table_as_array(table: pyarrow.Table, path: Path) -> NDArray[Any]:
+def matching(names: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:
+    """Return the names that agree with any of the patterns ("age", "voxel_*").
+
+    Raises
+    ------
+    InputError
+        A pattern agrees with none.
+    """
+    for pattern in patterns:
+        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+            raise InputError(f"no {where} {pattern!r}; there are {', '.join(map(repr, names))}.")
+    return [
+        name for name in names if any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
+    ]
+
+
+def _table_as_array(table: pyarrow.Table, path: Path, columns: Sequence[str]) -> NDArray[Any]:
     import pyarrow.types as kinds
+
+    if columns:
+        table = table.select(matching(table.column_names, columns, f"column in {path}"))
 
     def is_number(kind: pyarrow.DataType) -> bool:
         return bool(
@@ -199,7 +227,6 @@ def _table_as_array(table: pyarrow.Table, path: Path) -> NDArray[Any]:
     if wrong:
         raise InputError(
             f"{path} has columns that are not numbers: {', '.join(map(repr, wrong[:5]))}"
-            f"{', …' if len(wrong) > 5 else ''}. Every column of a table of features is a feature."
+            f"{', …' if len(wrong) > 5 else ''}. Choose the columns that are features."
         )
-    columns = [column.to_numpy().astype(np.float64) for column in table.columns]
-    return np.stack(columns, axis=1)
+    return np.stack([column.to_numpy().astype(np.float64) for column in table.columns], axis=1)

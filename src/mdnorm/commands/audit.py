@@ -54,7 +54,9 @@ def audit(
         list[str] | None,
         typer.Option(help="COLUMN=continuous or COLUMN=categorical, where the inferred kind is wrong."),
     ] = None,
-    ignore: Annotated[list[str] | None, typer.Option(help="Metadata column to leave out.")] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Metadata column to leave out, or a pattern such as 'voxel_*'.")
+    ] = None,
     subject: Annotated[
         str | None,
         typer.Option(help="Metadata column that says whose sample it is, where subjects have several."),
@@ -66,6 +68,9 @@ def audit(
     key: Annotated[
         str | None, typer.Option(help="Name of the array in .npz and .safetensors files. [default: features]")
     ] = None,
+    columns: Annotated[
+        str, typer.Option(help="Of a table of features: names and patterns, such as 'volume,voxel_*'.")
+    ] = "",
     max_rows: Annotated[int, typer.Option(min=20, help="More rows than this are sampled.")] = 2000,
     permutations: Annotated[int, typer.Option(min=19, help="Of each probe.")] = 200,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -81,17 +86,18 @@ def audit(
         from mdnorm.auditing.audit import number_of_steps
         from mdnorm.auditing.columns import as_columns
 
-        values = auditing.read_features(features, key)
-        values_after = None if after is None else auditing.read_features(after, key)
+        chosen = [part.strip() for part in columns.split(",") if part.strip()]
+        values = auditing.read_features(features, key, chosen)
+        values_after = None if after is None else auditing.read_features(after, key, chosen)
         table = auditing.read_table(metadata)
         kinds = _kinds(kind or [])
         names = _names(name or [], 1 if after is None else 2)
-        columns = as_columns(table, kinds, ignore or [])
+        described = as_columns(table, kinds, ignore or [])
         if not json_output:
-            _print_kinds(columns)
+            _print_kinds(described)
         make_folder(out)
         used = [part for part in (prediction, prediction_after, score, score_after, subject) if part]
-        count = sum(column.is_auditable and column.name not in used for column in columns)
+        count = sum(column.is_auditable and column.name not in used for column in described)
         with only_writer(out):
             total = number_of_steps(count, 1 if after is None else 2)
             with _progress_bar() as progress:
