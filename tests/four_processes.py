@@ -201,8 +201,12 @@ def equality(groups: Groups) -> Any:
         if rank is None:
             continue
         group = groups.of_size[world]
-        for case in CASES:
+        for index, case in enumerate(CASES):
+            if world == 2 and index % 2 != groups.rank // 2:
+                continue  # The two pairs share the cases.
             for name, dtype in (("float64", torch.float64), ("float32", torch.float32)):
+                if world == 3 and name == "float32":
+                    continue  # Seconds saved; two and four have it.
                 net = DistributedDataParallel(prepare(case, dtype), process_group=group)
                 results[f"{world} {case} {name}"] = train(case, dtype, net, shares(world, rank), group)
     return results

@@ -26,6 +26,8 @@ __all__ = ["even_batches", "global_mean", "synchronize"]
 
 T = TypeVar("T")
 
+_UNKNOWN = object()
+
 
 def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") -> nn.Module:
     """Say with which processes the `MetadataNorm` layers of a model share their moments in training.
@@ -216,13 +218,20 @@ def active_group(setting: Any) -> ProcessGroup | None:
     Raises
     ------
     RuntimeError
-        Inside ``DistributedDataParallel.join``, which would hang.
+        Inside ``DistributedDataParallel.join``, which would hang; or "auto" cannot be told with this torch.
     """
     # The first two are constants to torch.compile, so a model in one process is traced as a whole.
     if not torch.distributed.is_available() or not torch.distributed.is_initialized() or setting == "local":
         return None
-    # What DistributedDataParallel sets for the time of its forward pass.
-    wrapper: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    # What DistributedDataParallel sets for the time of its forward pass; no public name says so.
+    wrapper: Any = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", _UNKNOWN)
+    if wrapper is _UNKNOWN:
+        if setting == "auto":
+            raise RuntimeError(
+                f"torch {torch.__version__} does not tell whether a model is in DistributedDataParallel: "
+                "call mdnorm.distributed.synchronize(model, process_group), or with 'local', before training."
+            )
+        wrapper = None
     if wrapper is not None and _would_hang_in_join(wrapper):
         raise RuntimeError(
             "DistributedDataParallel.join cannot stand in for the collectives of metadata layers, so "
