@@ -199,7 +199,7 @@ class TestThreads:
             assert "got no metadata" in str(self.in_thread(lambda: model(images)))
 
     def test_a_backward_pass_in_another_thread(self):
-        """As on a GPU: it repeats the checkpointed part, with the metadata of the block or of the last one."""
+        """As on a GPU: it repeats the checkpointed part, with the metadata of the block or the last one."""
         gradients = []
         for reentrant, elsewhere, inside in ((None, False, True), (False, True, True), (False, True, False)):
             images, metadata, labels = data()

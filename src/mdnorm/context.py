@@ -61,7 +61,7 @@ class MetadataSlot:
         if len(self._open) > 1:
             raise RuntimeError(
                 f"{len(self._open)} threads have given metadata to this layer, and its forward pass is "
-                "repeated in a thread that gave none: train in one thread at a time, or without checkpointing."
+                "repeated in a thread that gave none: train in one thread at a time."
             )
         return self._open[0] if self._open else self._last
 

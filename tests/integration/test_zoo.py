@@ -9,6 +9,9 @@ from torch import nn
 import mdnorm
 from mdnorm.integration.insert import find_features
 
+# MONAI remembers what it failed to import, here for a warning of torch, for the tests after these.
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+
 NUM_SAMPLES = 24
 
 
