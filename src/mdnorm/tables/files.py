@@ -113,6 +113,8 @@ class FeatureFile(Protocol):
     path: Path
     num_rows: int | None
     feature_names: tuple[str, ...]
+    dtype: np.dtype[Any]
+    """Of the features in a block."""
 
     def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
         """Yield the rows in order, with other columns; None: with all that `writer` needs."""
@@ -605,7 +607,7 @@ class FeatureTable:
                 name: pyarrow.float32() if table.schema.field(name).type in single else pyarrow.float64()
                 for name in feature_names
             }
-        self._dtype = np.result_type(*{kind.to_pandas_dtype() for kind in self._types.values()})
+        self.dtype = np.result_type(*{kind.to_pandas_dtype() for kind in self._types.values()})
 
     def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
         """Yield the rows in order."""
@@ -616,7 +618,7 @@ class FeatureTable:
         names = [name for name in self.table.names if name in self._types or name in others]
         start = 0
         for batch in self.table.batches(names, batch_rows, self.feature_names):
-            features = np.empty((len(self.feature_names), batch.num_rows), self._dtype)
+            features = np.empty((len(self.feature_names), batch.num_rows), self.dtype)
             for row, name in zip(features, self.feature_names, strict=True):
                 row[:] = batch.column(name).to_numpy(zero_copy_only=False)
             yield Block(start, features.T, batch.select(others))
@@ -672,26 +674,28 @@ class ArrayFile:
                 }.get(version)
                 if read is None:
                     raise ValueError(f"version {version} of the format is not supported")
-                self.shape, self.fortran_order, self.dtype = read(file)
+                self.shape, self.fortran_order, self._stored = read(file)
                 self._offset = file.tell()
         except ValueError as error:
             raise TableFileError(f"{path} cannot be read as an array: {error}") from error
-        if self.dtype.kind not in "biuf":
-            raise TableFileError(f"{path} holds values of dtype {self.dtype}: features must be real numbers.")
+        if self._stored.kind not in "biuf":
+            raise TableFileError(
+                f"{path} holds values of dtype {self._stored}: features must be real numbers."
+            )
         if not self.shape or 0 in self.shape:
             raise TableFileError(f"{path} has the shape {self.shape}: there must be rows and features.")
-        expected = self._offset + self.dtype.itemsize * math.prod(self.shape)
+        expected = self._offset + self._stored.itemsize * math.prod(self.shape)
         size = path.stat().st_size
         if size < expected:
             raise TableFileError(
-                f"{path} is truncated: it has {size} bytes, shape {self.shape} and dtype {self.dtype} need "
+                f"{path} is truncated: it has {size} bytes, shape {self.shape} and dtype {self._stored} need "
                 f"{expected}."
             )
         self.num_rows: int | None = self.shape[0]
         self.num_features = math.prod(self.shape[1:])
         self.feature_names = tuple(map(str, range(self.num_features)))
-        self.out_dtype = np.dtype(
-            np.float32 if self.dtype.kind == "f" and self.dtype.itemsize <= 4 else np.float64
+        self.dtype = np.dtype(
+            np.float32 if self._stored.kind == "f" and self._stored.itemsize <= 4 else np.float64
         )
 
     def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
@@ -699,21 +703,21 @@ class ArrayFile:
         with self.path.open("rb") as file:
             for start in range(0, self.shape[0], batch_rows):
                 rows = min(batch_rows, self.shape[0] - start)
-                yield Block(start, self._read(file, start, rows).astype(self.out_dtype, copy=False), None)
+                yield Block(start, self._read(file, start, rows).astype(self.dtype, copy=False), None)
 
     def _read(self, file: BinaryIO, start: int, rows: int) -> NDArray[Any]:
         if not self.fortran_order:
-            values = np.empty((rows, self.num_features), self.dtype)
+            values = np.empty((rows, self.num_features), self._stored)
             self._read_into(file, start * self.num_features, values)
             return values
-        columns = np.empty((self.num_features, rows), self.dtype)
+        columns = np.empty((self.num_features, rows), self._stored)
         for index, column in enumerate(columns):
             self._read_into(file, index * self.shape[0] + start, column)
         transposed: NDArray[Any] = columns.T
         return transposed
 
     def _read_into(self, file: BinaryIO, start: int, values: NDArray[Any]) -> None:
-        file.seek(self._offset + start * self.dtype.itemsize)
+        file.seek(self._offset + start * self._stored.itemsize)
         if file.readinto(values.data.cast("B")) < values.nbytes:  # type: ignore[attr-defined]
             raise TableFileError(f"{self.path} became shorter while it was read.")
 
@@ -727,7 +731,7 @@ class _ArrayWriter:
         self._source = source
         self._file = path.open("wb")
         header = {
-            "descr": np.lib.format.dtype_to_descr(source.out_dtype),
+            "descr": np.lib.format.dtype_to_descr(source.dtype),
             "fortran_order": source.fortran_order,
             "shape": source.shape,
         }
@@ -742,8 +746,8 @@ class _ArrayWriter:
         self._writing = self._pool.submit(self._write, block.start, features)
 
     def _write(self, start: int, features: NDArray[Any]) -> None:
-        values = features.astype(self._source.out_dtype, copy=False)
-        size = self._source.out_dtype.itemsize
+        values = features.astype(self._source.dtype, copy=False)
+        size = self._source.dtype.itemsize
         if not self._source.fortran_order:
             self._file.seek(self._offset + start * self._source.num_features * size)
             self._file.write(np.ascontiguousarray(values).data.cast("B"))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from mdnorm.design import Design
 from mdnorm.designs.tables import Column, read_columns
@@ -36,8 +37,10 @@ FloatArray = NDArray[np.float64]
 _FORMAT = "mdnorm.MetadataModel"
 _VERSION = 1
 
-# Rows that become float64 at once, for the cache: 2 MiB of 64 features.
-_STEP_VALUES = 2**18
+# Rows that become float64 at once, for the cache: 1 MiB of 64 features.
+_STEP_VALUES = 2**17
+# Steps with one centre, after which their sums are put together with those before.
+_MERGED_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -472,9 +475,12 @@ def _transformed(
             columns.update(read_columns({name: values}, [name])[0])
     design._check_kinds(columns)
     design._check_missing(columns)
-    metadata = np.empty((table.num_rows, design.num_metadata))
+    # By columns: what is done to a column later runs along it, not over the few columns of each row.
+    metadata = np.empty((design.num_metadata, table.num_rows)).T
     for rows, block in design._chunks(design._evaluate_all(columns)):
-        metadata[rows] = design._finished(block)
+        part = metadata[rows]
+        part[:] = block
+        part[:] = design._finished(part)
     return metadata, design._label_matrix(columns, table.num_rows) if with_labels else None
 
 
@@ -503,43 +509,66 @@ def block_moments(features: NDArray[Any], metadata: FloatArray, labels: FloatArr
     ValueError
         NaN or infinite values, or values whose squares overflow.
     """
-    design = torch.from_numpy(np.concatenate([metadata, labels], axis=1))
-    values = torch.from_numpy(features).T
-    total = Moments.empty(features.shape[1], metadata.shape[1], labels.shape[1])
-    step = _step_rows(features.shape[1])
-    for start in range(0, len(features), step):
-        # A copy also of float64: it is worked on in place.
-        part = values[:, start : start + step].to(torch.float64, copy=True)
-        columns = design[start : start + step]
-        rows = len(columns)
-        # Any number near the mean will do for centring: what is left of the mean is taken out below.
-        near = part[:, :16].mean(dim=1, keepdim=True)
-        part -= near
-        design_near = columns.mean(dim=0)
-        left = torch.cat([columns - design_near, columns.new_ones(rows, 1)], dim=1)
-        products = part @ left
-        gram = left.T @ left
-        squares = part.square_().sum(dim=1)
-        if not (bool(torch.isfinite(squares).all()) and bool(torch.isfinite(gram).all())):
+    num_features = features.shape[1]
+    total = Moments.empty(num_features, metadata.shape[1], labels.shape[1])
+    design = torch.from_numpy(np.concatenate([metadata.T, labels.T]))
+    by_columns = features.flags.f_contiguous and not features.flags.c_contiguous
+    values = torch.from_numpy(features.T if by_columns else features)
+    step = _step_rows(num_features)
+    shape = (num_features, step) if by_columns else (step, num_features)
+    # One for all steps: new memory would be as slow as the sums.
+    buffer = torch.empty(shape, dtype=torch.float64)
+    for start in range(0, len(features), _MERGED_STEPS * step):
+        rows = slice(start, min(start + _MERGED_STEPS * step, len(features)))
+        part = values[:, rows] if by_columns else values[rows]
+        moments = _merged_steps(part, design[:, rows], metadata.shape[1], buffer, by_columns)
+        if moments is None:
             # It says which rows and columns.
-            Moments.empty(features.shape[1], metadata.shape[1], labels.shape[1]).update(
-                features, design.numpy()
-            )
+            Moments.empty(num_features, metadata.shape[1], labels.shape[1]).update(features, design.T.numpy())
             raise ValueError("the squares of the values overflow float64: rescale the features.")
-        feature_rest, design_rest = products[:, -1], gram[:-1, -1]
-        total._add(
-            Moments(
-                num_metadata=metadata.shape[1],
-                count=float(rows),
-                num_rows=rows,
-                design_mean=(design_near + design_rest / rows).numpy(),
-                feature_mean=(near[:, 0] + feature_rest / rows).numpy(),
-                gram=(gram[:-1, :-1] - torch.outer(design_rest, design_rest) / rows).numpy(),
-                cross=(products[:, :-1].T - torch.outer(design_rest, feature_rest) / rows).numpy(),
-                feature_squares=(squares - feature_rest.square() / rows).clamp_(min=0).numpy(),
-            )
-        )
+        total._add(moments)
     return total
+
+
+def _merged_steps(
+    values: Tensor, design: Tensor, num_metadata: int, buffer: Tensor, by_columns: bool
+) -> Moments | None:
+    """Return the moments of values (n, D), or (D, n) by columns, with design (K, n); None: not finite.
+
+    The buffer, of as many rows as a step, holds them in float64.
+    """
+    axis = 1 if by_columns else 0
+    rows, step = values.shape[axis], buffer.shape[axis]
+    # Any number near the mean will do for centring: what is left of the mean is taken out below.
+    some = values[:, :: max(1, rows // 32)] if by_columns else values[:: max(1, rows // 32)]
+    near = some.to(torch.float64).mean(dim=axis, keepdim=True)
+    design_near = design.mean(dim=1)
+    left = torch.cat([design - design_near[:, None], design.new_ones(1, rows)])
+    gram = left @ left.T
+    wide, deep = buffer.shape[1 - axis], len(left)
+    products = buffer.new_zeros((wide, deep) if by_columns else (deep, wide))
+    squares = buffer.new_zeros(wide)
+    for start in range(0, rows, step):
+        end = min(start + step, rows)
+        block, columns = buffer.narrow(axis, 0, end - start), left[:, start:end]
+        block.copy_(values.narrow(axis, start, end - start)).sub_(near)
+        # The layouts that the products are fastest in.
+        products.addmm_(*((block, columns.T) if by_columns else (columns, block)))
+        squares += block.square_().sum(dim=axis)
+    if not (bool(torch.isfinite(squares).all()) and bool(torch.isfinite(gram).all())):
+        return None
+    cross = products.T if by_columns else products
+    feature_rest, design_rest = cross[-1], gram[:-1, -1]
+    return Moments(
+        num_metadata=num_metadata,
+        count=float(rows),
+        num_rows=rows,
+        design_mean=(design_near + design_rest / rows).numpy(),
+        feature_mean=(near.flatten() + feature_rest / rows).numpy(),
+        gram=(gram[:-1, :-1] - torch.outer(design_rest, design_rest) / rows).numpy(),
+        cross=(cross[:-1] - torch.outer(design_rest, feature_rest) / rows).contiguous().numpy(),
+        feature_squares=(squares - feature_rest.square() / rows).clamp_(min=0).numpy(),
+    )
 
 
 def site_moments(

@@ -1,16 +1,21 @@
 """Residuals of tables that do not fit into memory: fit and transform in blocks of rows.
 
 What is learnt is additive over rows. Three passes: the metadata alone, for levels, knots and means of the
-design; features and metadata, for the `Moments` of each site; and once more, to write the residuals.
+design; features and metadata, for the `Moments` of each site; and features once more, to write the residuals.
+The design matrix of the second pass is kept in a file for the third.
 """
 
 from __future__ import annotations
 
+import signal
+import tempfile
+import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -34,6 +39,7 @@ from mdnorm.tables.files import (
 from mdnorm.tables.model import (
     DesignColumns,
     MetadataModel,
+    SiteCodes,
     SiteMoments,
     Specification,
     add_moments,
@@ -213,6 +219,92 @@ class _Taker:
             close()
 
 
+class _KeptDesign:
+    """Design matrices of all rows, kept on disk from one pass to the next.
+
+    The file has no name: it is gone when it is closed or when the process ends, however it ends. A design of
+    more columns than features is not kept: the file would be larger than the result.
+
+    Parameters
+    ----------
+    folder : Path
+        Where the file is.
+    features : FeatureFile
+        Numbers are kept in the precision of its features, as deviations from near their mean: float32 then
+        rounds numbers of the size of the effects, as does the subtraction.
+    with_labels : bool
+        Whether protected columns are kept too.
+    """
+
+    def __init__(self, folder: Path, features: FeatureFile, with_labels: bool) -> None:
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
+        self._dtype, self._with_labels = features.dtype, with_labels
+        self._max_columns = len(features.feature_names)
+        self.is_kept = True
+        self._centre: NDArray[np.float64] | None = None
+        self._num_metadata = 0
+        self._lengths: list[int] = []
+        self._levels: dict[Hashable, int] = {}
+        self._has_sites = False
+        self._next = 0
+        self._left: tuple[NDArray[Any], NDArray[np.int32]] | None = None
+
+    def add(self, columns: DesignColumns) -> None:
+        """Append rows."""
+        metadata, labels, sites = columns
+        parts = [metadata.T, labels.T] if self._with_labels and labels is not None else [metadata.T]
+        self.is_kept = sum(map(len, parts)) <= self._max_columns
+        if not self.is_kept:
+            return
+        values = np.concatenate(parts)
+        if self._centre is None:
+            self._centre, self._num_metadata = values.mean(1), len(metadata.T)
+            self._has_sites = sites is not None
+        # By torch: what is too large for float32 becomes infinite without a warning, and is reported as such
+        # where it is subtracted.
+        kept = torch.from_numpy(values - self._centre[:, None]).to(_TORCH_DTYPES[self._dtype.name])
+        self._file.write(np.ascontiguousarray(kept.numpy()).data.cast("B") if kept.numel() else b"")
+        if sites is not None:
+            places = [self._levels.setdefault(level, len(self._levels)) for level in sites.levels]
+            codes = np.array(places, dtype=np.int32)[sites.codes]
+            self._file.write(codes.tobytes())
+        self._lengths.append(len(metadata))
+
+    def rewind(self) -> None:
+        """Go back to the first row, to take them."""
+        self._file.seek(0)
+
+    def take(self, rows: int) -> DesignColumns:
+        """Return the next rows."""
+        assert self._centre is not None
+        values, codes = self._read() if self._left is None else self._left
+        while values.shape[1] < rows:
+            more_values, more_codes = self._read()
+            values = np.concatenate([values, more_values], axis=1)
+            codes = np.concatenate([codes, more_codes])
+        self._left = (values[:, rows:], codes[rows:]) if values.shape[1] > rows else None
+        restored = values[:, :rows] + self._centre[:, None]
+        metadata, labels = restored[: self._num_metadata].T, restored[self._num_metadata :].T
+        sites = SiteCodes(codes[:rows].astype(np.intp), list(self._levels)) if self._has_sites else None
+        return metadata, labels if self._with_labels else None, sites
+
+    def _read(self) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        assert self._centre is not None
+        rows = self._lengths[self._next]
+        self._next += 1
+        size = len(self._centre) * rows * self._dtype.itemsize
+        values = np.frombuffer(self._file.read(size), self._dtype).reshape(len(self._centre), rows)
+        codes = np.frombuffer(self._file.read(4 * rows if self._has_sites else 0), np.int32)
+        return values, codes
+
+    def close(self) -> None:
+        """Delete the file."""
+        self._file.close()
+
+
+_TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
+
+
 @contextmanager
 def _at_rows(path: Path, start: int, rows: int) -> Iterator[None]:
     """Say in errors which rows of the file the message is about."""
@@ -372,7 +464,7 @@ def residualize_file(
     elif batch_rows < 1:
         raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
 
-    with _one_thread():
+    with _one_thread(), _cleaned_up_at_termination():
         return _residualize(
             rows, specification, model, fit_rows, out, coefficients, batch_rows, seed, progress
         )
@@ -389,6 +481,32 @@ def _one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def _cleaned_up_at_termination() -> Iterator[None]:
+    """Remove temporary files at SIGTERM, as batch systems send it; the process then ends by it as ever."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    class Terminated(BaseException):
+        pass
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # A second one would interrupt the removal.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def _residualize(
     rows: _Rows,
     specification: Specification | None,
@@ -401,27 +519,33 @@ def _residualize(
     progress: Progress,
 ) -> ResidualizeSummary:
     num_fitted, notes = 0, []
-    if specification is not None:
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConfoundedDesignWarning)
-            model, num_fitted = _fit(rows, specification, fit_rows, batch_rows, seed, progress)
-        notes = [str(entry.message) for entry in caught if entry.category is ConfoundedDesignWarning]
-        if coefficients is not None:
-            model.save(Path(coefficients))
-    assert model is not None
-    num_rows = _write(rows, model, out, batch_rows, progress)
+    with ExitStack() as stack:
+        kept: _KeptDesign | None = None
+        if specification is not None:
+            # Rows that are not fitted to have no design matrix yet.
+            if fit_rows is None:
+                kept = _KeptDesign(out.parent, rows.features, specification.scale)
+                stack.callback(kept.close)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always", ConfoundedDesignWarning)
+                model, num_fitted = _fit(rows, specification, fit_rows, kept, batch_rows, seed, progress)
+            notes = [str(entry.message) for entry in caught if entry.category is ConfoundedDesignWarning]
+            if coefficients is not None:
+                model.save(Path(coefficients))
+        assert model is not None
+        num_rows = _write(rows, model, kept, out, batch_rows, progress)
     design = model.design
     removed = () if design is None or not model.removes_design else design.metadata_names
-    kept: tuple[str, ...] = ()
+    protected: tuple[str, ...] = ()
     if design is not None:
-        kept = design.label_names if model.removes_design else design.metadata_names
+        protected = design.label_names if model.removes_design else design.metadata_names
     return ResidualizeSummary(
         num_rows=num_rows,
         num_features=len(model.feature_names),
         num_rows_fitted=num_fitted,
         feature_names=model.feature_names,
         metadata_names=removed,
-        label_names=kept,
+        label_names=protected,
         sites=() if model.site is None else tuple(map(str, model.location_scale.sites)),
         warnings=tuple(notes),
     )
@@ -447,6 +571,7 @@ def _fit(
     rows: _Rows,
     specification: Specification,
     fit_rows: str | float | None,
+    kept: _KeptDesign | None,
     batch_rows: int,
     seed: int,
     progress: Progress,
@@ -493,6 +618,8 @@ def _fit(
                 if mask is not None:
                     features, table = features.T[:, mask].T, table.filter(mask)
                 columns = design_columns(design, removes, specification.site, table, with_labels=True)
+            if kept is not None:
+                kept.add(columns)
             yield block, features, columns
 
     # One thread reads, one makes the design, this one sums.
@@ -542,10 +669,22 @@ def _check_complete(table: pyarrow.Table) -> None:
             )
 
 
-def _write(rows: _Rows, model: MetadataModel, out: Path, batch_rows: int, progress: Progress) -> int:
+def _write(
+    rows: _Rows,
+    model: MetadataModel,
+    kept: _KeptDesign | None,
+    out: Path,
+    batch_rows: int,
+    progress: Progress,
+) -> int:
     num_rows = 0
 
     def designed() -> Iterator[tuple[Block, DesignColumns]]:
+        if kept is not None and kept.is_kept:
+            kept.rewind()
+            for block in rows.features.blocks(batch_rows, None):
+                yield block, kept.take(len(block.features))
+            return
         for block, table in rows.blocks(model.variables, batch_rows, whole=True):
             with _at_rows(rows.table.path, block.start, len(block.features)):
                 columns = model.columns(table)
