@@ -151,8 +151,11 @@ def test_bad_files_exit_with_2(folder):
     assert pq.ParquetFile(folder / "table.parquet").metadata.num_rows == N
 
 
-def test_interrupted_by_ctrl_c_it_leaves_no_file(folder):
-    n = 200_000
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)], ids=["ctrl-c", "term"]
+)
+def test_interrupted_it_leaves_no_file(folder, number, status):
+    n = 60_000
     rng = np.random.default_rng(0)
     table = pd.DataFrame({"age": rng.uniform(20, 80, n)})
     table = table.assign(**{f"f{index}": rng.standard_normal(n) for index in range(8)})
@@ -166,8 +169,8 @@ def test_interrupted_by_ctrl_c_it_leaves_no_file(folder):
     while not any((folder / "out").iterdir()) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.02)
     assert process.poll() is None, "it was too fast to be interrupted"
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130, stderr
-    assert "interrupted" in stderr
+    assert process.returncode == status, stderr
+    assert ("interrupted" in stderr) == (number == signal.SIGINT)
     assert os.listdir(folder / "out") == []  # noqa: PTH208

@@ -37,8 +37,8 @@ FloatArray = NDArray[np.float64]
 _FORMAT = "mdnorm.MetadataModel"
 _VERSION = 1
 
-# Rows that become float64 at once, for the cache: 1 MiB of 64 features.
-_STEP_VALUES = 2**17
+# Values that become float64 at once, for the cache: 2 MiB.
+_STEP_VALUES = 2**18
 # Steps with one centre, after which their sums are put together with those before.
 _MERGED_STEPS = 8
 

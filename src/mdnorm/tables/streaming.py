@@ -238,7 +238,9 @@ class _KeptDesign:
 
     def __init__(self, folder: Path, features: FeatureFile, with_labels: bool) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._dtype, self._with_labels = features.dtype, with_labels
+        # Metadata are standardised, labels have whatever size they have.
+        self._dtype = np.dtype(np.float64) if with_labels else features.dtype
+        self._with_labels = with_labels
         self._max_columns = len(features.feature_names)
         self.is_kept = True
         self._centre: NDArray[np.float64] | None = None
@@ -260,10 +262,7 @@ class _KeptDesign:
         if self._centre is None:
             self._centre, self._num_metadata = values.mean(1), len(metadata.T)
             self._has_sites = sites is not None
-        # By torch: what is too large for float32 becomes infinite without a warning, and is reported as such
-        # where it is subtracted.
-        kept = torch.from_numpy(values - self._centre[:, None]).to(_TORCH_DTYPES[self._dtype.name])
-        self._file.write(np.ascontiguousarray(kept.numpy()).data.cast("B") if kept.numel() else b"")
+        self._file.write((values - self._centre[:, None]).astype(self._dtype, order="C").tobytes())
         if sites is not None:
             places = [self._levels.setdefault(level, len(self._levels)) for level in sites.levels]
             codes = np.array(places, dtype=np.int32)[sites.codes]
@@ -300,9 +299,6 @@ class _KeptDesign:
     def close(self) -> None:
         """Delete the file."""
         self._file.close()
-
-
-_TORCH_DTYPES = {"float32": torch.float32, "float64": torch.float64}
 
 
 @contextmanager
