@@ -282,7 +282,8 @@ class Estimator(nn.Module, ABC):
             )
         coefficients, widths = state_dict.get(prefix + "coefficients"), state_dict.get(prefix + "num_columns")
         if not self.is_allocated and coefficients is not None and widths is not None:
-            num_metadata, num_labels = (int(width) for width in widths)
+            # Averages of checkpoints (EMA, soups) may have them a rounding off.
+            num_metadata, num_labels = (round(float(width)) for width in widths)
             self.allocate(num_metadata, num_labels, tuple(coefficients.shape[1:]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 

@@ -171,6 +171,7 @@ class PenaltyEstimator(Estimator):
             for dim in positions:
                 sharing *= features.shape[dim]
             self.loss = self.loss / max(sharing, 1)
+        self._refresh()
         return self.evaluate(features, columns[:, :num_metadata], positions)
 
     def _divisor(self, columns: Tensor) -> float | Tensor:
@@ -180,14 +181,36 @@ class PenaltyEstimator(Estimator):
             return max(columns.shape[0], 1)
         return eager(_samples_a_process)(columns, group)
 
+    def train(self, mode: bool = True) -> PenaltyEstimator:
+        """Set the mode; before evaluation `coefficients` becomes what the parameter says."""
+        super().train(mode)
+        if not mode:
+            self._refresh()
+        return self
+
+    @torch.no_grad()
+    def _refresh(self) -> None:
+        coefficients = self._learned()
+        if coefficients is not None:
+            self.coefficients.copy_(coefficients)
+
+    def _learned(self) -> Tensor | None:
+        """Return the coefficients that the parameter stands for; None before the Gram matrix is known."""
+        if self.operator is None or self.weight is None:
+            return None
+        # The optimiser moved the parameter since the last forward pass.
+        weight = self.weight.detach().flatten(1).to(self.operator.dtype)
+        learned = (self.operator @ weight).reshape(self.coefficients.shape)
+        return learned.to(self.coefficients.dtype)
+
     def evaluate(self, features: Tensor, metadata: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Remove the learned effect of the metadata columns (N, K_m) from features (N, ...)."""
-        if self.operator is not None and self.weight is not None:
-            # The optimiser moved the parameter since the last forward pass.
-            with torch.no_grad():
-                weight = self.weight.flatten(1).to(self.operator.dtype)
-                self.coefficients.copy_((self.operator @ weight).reshape(self.coefficients.shape))
-        return super().evaluate(features, metadata, positions)
+        coefficients = self._learned()
+        if coefficients is None:
+            return super().evaluate(features, metadata, positions)
+        # Evaluation writes nothing: it can be exported, run by threads, and transformed by torch.func.
+        basis = functional.effect_basis(metadata, self.gram_mean[: metadata.shape[1]], self.center)
+        return functional.remove_effect(features, basis, coefficients.flatten(1), positions)
 
     def extra_repr(self) -> str:
         """Return the settings; the optimiser's learning rate stands for momentum and window."""

@@ -82,7 +82,14 @@ class RunningEstimator(BatchEstimator):
         self.coefficients_weight.copy_(self.lasting(gram.count))
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """Update the running moments and remove the effect that they show."""
+        """Update the running moments and remove the effect that they show.
+
+        Raises
+        ------
+        RuntimeError
+            Inside a transform of `torch.func`, which knows no state of the backward pass.
+        """
+        _refuse_transforms(features)
         group = self.active_group()
         if group is not None:
             return eager(self._remove)(features, columns, positions, group)
@@ -131,3 +138,13 @@ class RunningEstimator(BatchEstimator):
             # The cumulative fit has no noise of a window: its latest value is the best.
             return torch.where(count > 0, torch.zeros_like(count), 1.0)
         return self.decay(count) ** (1 / self.averaging)
+
+
+def _refuse_transforms(features: Tensor) -> None:
+    if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(features):
+        return
+    raise RuntimeError(
+        "estimator='running' cannot train inside torch.func (vmap, grad, vjp, ...): it updates state in the "
+        "backward pass, which those transforms do not allow. Train each model by loss.backward(), or take "
+        "'batch', 'dataset', 'recursive' or 'penalty'. Evaluation (model.eval()) works."
+    )
