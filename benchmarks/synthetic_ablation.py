@@ -39,7 +39,7 @@ class ForwardOnly(RunningEstimator):
         moments = functional.feature_moments(features.detach(), rows, positions)
         mean = self.gram_mean.clone()
         count, _, coefficients = self._merge(batch, moments, features.shape[0])
-        self._average(coefficients, count, self.gram_mean - mean)
+        self._average(coefficients, count, mean)
         basis = functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center)
         return functional.remove_effect(features, basis, coefficients, positions)
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mdnorm import functional
 from mdnorm.functional import (
     Gram,
     coefficient_operator,
@@ -644,3 +645,78 @@ class TestRescale:
             torch.randn(2).double(),
         )
         assert torch.autograd.gradcheck(lambda f: rescale(f, basis, effect, mean, (2,)), features)
+
+
+class TestWellConditionedDesigns:
+    """One inverse instead of three eigendecompositions, where nothing has to be dropped."""
+
+    @staticmethod
+    def both(gram, ridge, monkeypatch):
+        fast = coefficient_operator(gram, ridge)
+        with monkeypatch.context() as patch:
+            patch.setattr(functional, "can_read", lambda tensor: False)
+            return fast, coefficient_operator(gram, ridge)
+
+    @pytest.mark.parametrize("ridge", [0.0, 0.3])
+    @pytest.mark.parametrize("k_y", [0, 1, 3])
+    def test_same_as_by_eigenvectors(self, k_y, ridge, monkeypatch):
+        _, metadata, labels = make(k_m=4, k_y=max(k_y, 1))
+        gram = Gram.from_data(metadata * 10.0 ** torch.arange(4), labels[:, :k_y] if k_y else None)
+        fast, slow = self.both(gram, ridge, monkeypatch)
+        unit = gram.covariance.diagonal().sqrt()
+        scale = torch.outer(unit, unit)
+        torch.testing.assert_close(fast * scale, slow * scale, atol=1e-11, rtol=0)
+        if not ridge:
+            expected = np.linalg.inv(gram.covariance.numpy() / scale.numpy())
+            np.testing.assert_allclose(fast * scale, expected, atol=1e-11)
+
+    @pytest.mark.parametrize("case", ["constant", "collinear", "label twice", "nearly collinear"])
+    def test_others_take_the_eigenvectors(self, case, monkeypatch):
+        _, metadata, labels = make(k_m=3, k_y=2)
+        if case == "constant":
+            metadata[:, 1] = 7
+        elif case == "collinear":
+            metadata[:, 1] = metadata[:, 0] - 2 * metadata[:, 2]
+        elif case == "label twice":
+            labels[:, 1] = labels[:, 0]
+        else:
+            metadata[:, 1] = metadata[:, 0] + 1e-4 * metadata[:, 1]
+        gram = Gram.from_data(metadata, labels)
+        assert functional._well_conditioned_inverse(gram, 0.0) is None
+        fast, slow = self.both(gram, 0.0, monkeypatch)
+        assert torch.equal(fast, slow)
+
+
+def test_merging_in_place_is_merging():
+    _, metadata, labels = make()
+    first, second = Gram.from_data(metadata[:25], labels[:25]), Gram.from_data(metadata[25:], labels[25:])
+    expected = first.merge(second, 0.7)
+    for weight, decay in ((float(second.count), 0.7), (second.count, torch.tensor([0.7]).double())):
+        gram = Gram(first.mean.clone(), first.covariance.clone(), first.count.clone(), first.num_metadata)
+        step, share = gram.merge_(second, weight, decay)
+        torch.testing.assert_close(gram.mean, expected.mean)
+        torch.testing.assert_close(gram.covariance, expected.covariance)
+        torch.testing.assert_close(gram.count, expected.count)
+        torch.testing.assert_close(step, second.mean - first.mean)
+        assert float(share) == pytest.approx(float(second.count / expected.count))
+
+
+def test_projected_rows_are_the_operator_times_the_rows():
+    _, metadata, labels = make()
+    columns = torch.cat([metadata, labels], 1)
+    gram = Gram.from_columns(columns, metadata.shape[1])
+    for center in (False, True):
+        operator = functional.removal_operator(gram, center=center)
+        for count in (None, torch.tensor([90.0]).double()):
+            expected = operator @ moment_rows(columns, gram.mean, count)
+            actual = functional.projected_rows(operator, columns, gram.mean, count)
+            torch.testing.assert_close(actual, expected, atol=1e-14, rtol=1e-12)
+
+
+def test_in_vmap_with_design_and_features():
+    """Nothing is read inside a transform, by either form of the function."""
+    features, metadata, labels = make(shape=(4,))
+    stacked = torch.stack([features, features.flip(0)]), torch.stack([metadata, metadata.roll(3, 0)])
+    out = torch.func.vmap(lambda f, m: metadata_norm(f, m, labels, check_finite=False))(*stacked)
+    for one, f, m in zip(out, *stacked, strict=True):
+        torch.testing.assert_close(one, metadata_norm(f, m, labels), atol=1e-10, rtol=0)

@@ -27,19 +27,25 @@ gradient needs no activation: only `B` and `P` (N numbers a column) are saved.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.distributed import all_reduce_sum, eager, world_size
+from mdnorm.weights import all_finite, at_least, can_read, is_transforming, ratio, read, write_
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
     from torch.distributed import ProcessGroup
+
+    from mdnorm.weights import Weight
 
 __all__ = [
     "Gram",
@@ -69,6 +75,8 @@ Granularity = Literal["element", "channel"]
 # above float64 rounding and far below anything a measured column shows.
 _CONSTANT_RTOL = 1e-12
 _COLLINEAR_RTOL = 1e-11
+# Largest element of the inverse of a correlation matrix up to which it is taken as it is.
+_WELL_CONDITIONED = 1e5
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -79,6 +87,14 @@ def statistics_dtype(device: torch.device) -> torch.dtype:
 def compute_dtype(features: Tensor) -> torch.dtype:
     """Return the dtype in which features are regressed: their own, but never below float32."""
     return torch.promote_types(features.dtype, torch.float32)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which autocast does not compute below float32."""
+    # Entering torch.autocast costs as much as a small product: only where there is something to switch off.
+    if torch.is_autocast_enabled(device.type):
+        return cast("AbstractContextManager[None]", torch.autocast(device.type, enabled=False))
+    return contextlib.nullcontext()
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -103,6 +119,9 @@ def _as_columns(values: Tensor | ArrayLike, name: str, device: torch.device | No
 
 
 def _check_finite(columns: Tensor, name: str) -> None:
+    # One pass in the usual case. Where finite values overflow in the sum, each is looked at.
+    if bool(all_finite(columns)):
+        return
     finite = torch.isfinite(columns)
     if bool(finite.all()):
         return
@@ -250,7 +269,7 @@ class Gram:
         divisor = max(columns.shape[0], 1)
         mean = columns.sum(0) / divisor
         centred = columns - mean
-        covariance = centred.mT @ centred / divisor
+        covariance = (centred.mT @ centred).div_(divisor)
         count = torch.full((1,), columns.shape[0], dtype=columns.dtype, device=columns.device)
         return cls(mean, covariance, count, num_metadata)
 
@@ -308,6 +327,19 @@ class Gram:
             + share * (1 - share) * torch.outer(step, step)
         )
         return Gram(self.mean + share * step, covariance, count, self.num_metadata)
+
+    def merge_(self, other: Gram, weight: Weight, decay: Weight) -> tuple[Tensor, Weight]:
+        """Merge in place; return the step (K,) from this mean to the other one, and the other's share.
+
+        As `merge`, of `other` with the given weight instead of its count.
+        """
+        count = read(self.count) * decay + weight
+        share = weight / at_least(count, torch.finfo(self.count.dtype).tiny)
+        step = other.mean - self.mean
+        self.covariance.lerp_(other.covariance, share).addr_(step * (share * (1 - share)), step)
+        self.mean.add_(step * share)
+        write_(self.count, count)
+        return step, share
 
     @property
     def matrix(self) -> Tensor:
@@ -373,6 +405,10 @@ def coefficient_operator(gram: Gram, ridge: float | Tensor = 0.0) -> Tensor:
         direction of the metadata exactly, the removed part is uncorrelated with that direction.
     """
     num_metadata = gram.num_metadata
+    if can_read(gram.covariance):
+        inverse = _well_conditioned_inverse(gram, float(ridge))
+        if inverse is not None:
+            return inverse
     scale = column_scale(gram)
     correlation = gram.covariance / torch.outer(scale, scale)
     s_mm = correlation[:num_metadata, :num_metadata]
@@ -393,6 +429,35 @@ def coefficient_operator(gram: Gram, ridge: float | Tensor = 0.0) -> Tensor:
     selector = torch.eye(correlation.shape[0], dtype=partial.dtype, device=partial.device)[num_metadata:]
     label_rows = s_yy_inverse @ (selector - s_my.mT @ metadata_rows)
     return torch.cat([metadata_rows, label_rows]) / torch.outer(scale, scale)
+
+
+def _well_conditioned_inverse(gram: Gram, ridge: float) -> Tensor | None:
+    """Return the coefficient operator where every direction clearly varies, else None.
+
+    With no direction to drop, the pseudo-inverses are inverses and their formula is that of the blocks of one
+    inverse. Its largest element bounds the smallest eigenvalue of the correlation matrix from below, and with
+    it every eigenvalue that would be compared with `_COLLINEAR_RTOL`. NumPy, since for K×K numbers on the CPU
+    the call is what takes the time.
+    """
+    covariance = gram.covariance.detach().numpy()
+    variance = covariance.diagonal()
+    threshold = _CONSTANT_RTOL * np.abs(gram.mean.detach().numpy()) + np.finfo(variance.dtype).tiny ** 0.5
+    # Also false for a NaN.
+    if not (variance > threshold * threshold).all():
+        return None
+    scale = np.sqrt(variance)
+    units = scale[:, None] * scale
+    correlation = covariance / units
+    if ridge > 0:
+        correlation[range(gram.num_metadata), range(gram.num_metadata)] += ridge
+    try:
+        inverse = np.linalg.inv(correlation)
+    except np.linalg.LinAlgError:
+        return None
+    # Of a positive definite matrix the largest element is on the diagonal.
+    if not np.abs(inverse.diagonal()).max() < _WELL_CONDITIONED:
+        return None
+    return torch.from_numpy(inverse / units)
 
 
 def column_scale(gram: Gram) -> Tensor:
@@ -455,6 +520,12 @@ def moment_rows(columns: Tensor, mean: Tensor, count: Tensor | None = None) -> T
     """
     divisor = max(columns.shape[0], 1) if count is None else count.clamp_min(1)
     return torch.cat([(columns - mean).mT, columns.new_ones(1, columns.shape[0])]) / divisor
+
+
+def projected_rows(operator: Tensor, columns: Tensor, mean: Tensor, count: Tensor | None = None) -> Tensor:
+    """Return ``operator @ moment_rows(columns, mean, count)``, (R, N), in fewer steps."""
+    divisor = max(columns.shape[0], 1) if count is None else count.clamp_min(1)
+    return torch.addmm(operator[:, -1:], operator[:, :-1], (columns - mean).mT).div_(divisor)
 
 
 def effect_basis(metadata: Tensor, mean: Tensor, center: bool) -> Tensor:
@@ -616,7 +687,7 @@ def remove_effect(
     dtype = compute_dtype(features)
     basis, coefficients = basis.to(dtype), coefficients.to(dtype)
     # Autocast would run these products below float32.
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         if positions:
             return (features - _expand(basis @ coefficients, positions)).to(features.dtype)
         matrix = _as_matrix(features, positions, dtype)
@@ -644,7 +715,7 @@ def rescale(
     (N, ...) tensor, dtype of the features
     """
     dtype = compute_dtype(features)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         effect = basis.to(dtype) @ coefficients.to(dtype)
         # ±30 is a factor of 3 million: far beyond any effect, and it keeps a wild one from overflowing.
         factor = torch.exp(-0.5 * effect.clamp(-30, 30))
@@ -659,6 +730,22 @@ def rescale(
 
 class _RemoveRegression(torch.autograd.Function):
     """``out = f − B Q A f`` and its transpose, each one fused product; saves the design, not the features."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
+        # What torch does with a `setup_context`, without binding a signature in every call: that takes as
+        # long as all the rest for a small batch.
+        output = _TransformableRemoveRegression.forward(*inputs)
+        _TransformableRemoveRegression.setup_context(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _TransformableRemoveRegression.backward(ctx, grad, _)
+
+
+class _TransformableRemoveRegression(torch.autograd.Function):
+    """The form that torch.func and torch.compile take."""
 
     generate_vmap_rule = True
 
@@ -687,7 +774,7 @@ class _RemoveRegression(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         basis, projector = ctx.saved_tensors
         positions = ctx.positions
-        with torch.autocast(grad.device.type, enabled=False):
+        with full_precision(grad.device):
             if positions:
                 matrix = grad.to(basis.dtype).sum(positions)
             else:
@@ -723,8 +810,10 @@ def remove_regression(
     moments : (L, D) tensor, float32 or float64, without gradient
     """
     dtype = compute_dtype(features)
-    with torch.autocast(features.device.type, enabled=False):
-        out, moments = _RemoveRegression.apply(  # type: ignore[no-untyped-call]
+    traced = torch.compiler.is_compiling() or is_transforming()
+    function = _TransformableRemoveRegression if traced else _RemoveRegression
+    with full_precision(features.device):
+        out, moments = function.apply(  # type: ignore[no-untyped-call]
             features,
             basis.to(dtype),
             None if operator is None else operator.to(dtype),
@@ -756,7 +845,7 @@ class _RemoveSharedRegression(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         basis, projector = ctx.saved_tensors
         positions = ctx.positions
-        with torch.autocast(grad.device.type, enabled=False):
+        with full_precision(grad.device):
             matrix = grad.to(basis.dtype).sum(positions) if positions else _as_matrix(grad, (), basis.dtype)
             adjoint = all_reduce_sum(basis.mT @ matrix, ctx.group)
             result = _subtract_projected(grad, matrix, projector, adjoint, positions, ctx.shape)
@@ -812,7 +901,7 @@ def remove_shared_regression(
     (N, ...) tensor, dtype of the features. Can be differentiated any number of times, on all processes alike.
     """
     dtype = compute_dtype(features)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         out: Tensor = _RemoveSharedRegression.apply(  # type: ignore[no-untyped-call]
             features, basis.to(dtype), coefficients.to(dtype), projector.to(dtype), positions, group
         )
@@ -831,8 +920,8 @@ class _RemoveRunningRegression(torch.autograd.Function):
         projector: Tensor,
         adjoint: Tensor,
         weight: Tensor,
-        count: Tensor,
-        decay: Tensor,
+        count: Weight,
+        decay: Weight,
         positions: tuple[int, ...],
         samples: Tensor | int,
         group: ProcessGroup | None,
@@ -841,33 +930,48 @@ class _RemoveRunningRegression(torch.autograd.Function):
         ctx.samples, ctx.group = samples, group
         # The two buffers are state, updated in the backward pass: the version of a saved tensor is guarded.
         ctx.adjoint, ctx.weight = adjoint, weight
-        ctx.save_for_backward(basis, projector, count, decay)
+        if isinstance(count, Tensor):
+            ctx.save_for_backward(basis, projector, count, decay)
+        else:
+            ctx.save_for_backward(basis, projector)
+            ctx.count, ctx.decay = count, decay
         # Detached, it is no view: an in-place ReLU may follow.
         return remove_effect(features, basis, coefficients, positions).detach()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        basis, projector, count, decay = ctx.saved_tensors
+        basis, projector, *weights = ctx.saved_tensors
+        count, decay = weights or (ctx.count, ctx.decay)
         positions = ctx.positions
-        with torch.autocast(grad.device.type, enabled=False):
+        with full_precision(grad.device):
             matrix = grad.to(basis.dtype).sum(positions) if positions else _as_matrix(grad, (), basis.dtype)
-            batch = basis.mT @ matrix / ctx.samples
+            batch = basis.mT @ matrix
+            is_mean = isinstance(ctx.samples, int) and ctx.samples == 1
+            if not is_mean:
+                batch = batch / ctx.samples
             if ctx.group is not None:
                 batch = all_reduce_sum(batch, ctx.group)
-            adjoint = ctx.samples * _update_adjoint(batch, ctx.adjoint, ctx.weight, count, decay)
+            adjoint = _update_adjoint(batch, ctx.adjoint, ctx.weight, count, decay)
+            if not is_mean:
+                adjoint = ctx.samples * adjoint
             result = _subtract_projected(grad, matrix, projector, adjoint, positions, ctx.shape)
         return (result.to(grad.dtype), *(None,) * 10)
 
 
-def _update_adjoint(batch: Tensor, adjoint: Tensor, weight: Tensor, count: Tensor, decay: Tensor) -> Tensor:
+def _update_adjoint(batch: Tensor, adjoint: Tensor, weight: Tensor, count: Weight, decay: Weight) -> Tensor:
     """Move the running adjoint towards that of the batch, in place; return it in the batch's dtype."""
     # An overflowed gradient (a skipped step of mixed-precision training) must not enter the state.
-    finite = torch.isfinite(batch.sum())
-    count = torch.where(finite, count, 0.0)
-    weight.mul_(torch.where(finite, decay, 1.0)).add_(count)
-    share = (count / weight.clamp_min(1e-30)).to(adjoint.dtype)
-    adjoint.lerp_(torch.where(finite, batch, 0.0).to(adjoint.dtype), share)
+    finite = all_finite(batch)
+    if isinstance(finite, Tensor):
+        used = finite.to(weight.dtype)
+        count, decay = count * used, decay * used + (1 - used)
+        batch = torch.where(finite, batch, 0.0)
+    elif not finite:
+        return adjoint.to(batch.dtype)
+    total = read(weight) * decay + count
+    write_(weight, total)
+    adjoint.lerp_(batch.to(adjoint.dtype), ratio(count, total, adjoint.dtype))
     return adjoint.to(batch.dtype)
 
 
@@ -879,8 +983,8 @@ def remove_running_regression(
     adjoint: Tensor,
     weight: Tensor,
     *,
-    count: Tensor,
-    decay: Tensor,
+    count: Weight,
+    decay: Weight,
     positions: tuple[int, ...] = (),
     reduction: Literal["mean", "sum"] = "mean",
     group: ProcessGroup | None = None,
@@ -907,9 +1011,9 @@ def remove_running_regression(
         State, updated in place by the backward pass.
     weight : (1,) tensor
         State: the decayed number of samples behind `adjoint`.
-    count : (1,) tensor
+    count : float or (1,) tensor
         What this batch weighs.
-    decay : (1,) tensor
+    decay : float or (1,) tensor, as `count`
         What the past keeps of its weight.
     positions : tuple of int
         Dimensions that share a coefficient, from `position_dims`.
@@ -936,7 +1040,7 @@ def remove_running_regression(
     samples: Tensor | int = world_size(group)
     if reduction == "sum":
         samples = max(features.shape[0], 1) if num_samples is None else num_samples.clamp_min(1).to(dtype)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         out: Tensor = _RemoveRunningRegression.apply(  # type: ignore[no-untyped-call]
             features,
             basis.to(dtype),
@@ -971,12 +1075,12 @@ def feature_moments(features: Tensor, rows: Tensor, positions: tuple[int, ...] =
     (L, D) tensor
     """
     dtype = compute_dtype(features)
-    with torch.autocast(features.device.type, enabled=False):
+    with full_precision(features.device):
         return rows.to(dtype) @ _as_matrix(features, positions, dtype)
 
 
 def merge_cross_moments_(
-    cross: Tensor, mean: Tensor, batch: Tensor, step: Tensor, share: Tensor
+    cross: Tensor, mean: Tensor, batch: Tensor, step: Tensor, share: Weight
 ) -> tuple[Tensor, Tensor]:
     """Update the running cross covariance and mean of features in place by those of a batch.
 
@@ -992,11 +1096,11 @@ def merge_cross_moments_(
         The batch's moments ``[E[(x − x̄) fᵀ]; E[fᵀ]]``, x̄ the batch's own mean.
     step : (K,) tensor
         Mean of the batch's columns minus their running mean.
-    share : (1,) tensor
+    share : float or (1,) tensor
         Weight of the batch in the result.
     """
     cross.lerp_(batch[:-1], share)
-    cross.addr_(step * share * (1 - share), batch[-1] - mean)
+    cross.addr_(step * (share * (1 - share)), batch[-1] - mean)
     mean.lerp_(batch[-1], share)
     return cross, mean
 
@@ -1145,7 +1249,7 @@ def _shared_metadata_norm(
         features,
         effect_basis(columns[:, :num_metadata], gram.mean[:num_metadata], center),
         operator.to(moments.dtype) @ moments,
-        operator @ moment_rows(columns, gram.mean, batch.count),
+        projected_rows(operator, columns, gram.mean, batch.count),
         positions,
         group,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,13 @@ from mdnorm import functional
 from mdnorm.context import is_recomputing
 from mdnorm.distributed import GroupSetting, active_group
 from mdnorm.functional import Gram
+from mdnorm.weights import all_finite, at_least, positive
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from mdnorm.distributed import ProcessGroupSetting
+    from mdnorm.weights import Weight
 
 _UNKNOWN = (0,)  # feature shape of the empty buffers that stand in until the first features come
 
@@ -174,9 +176,10 @@ class Estimator(nn.Module, ABC):
     @property
     def feature_shape(self) -> tuple[int, ...] | None:
         """Shape of a sample's coefficients, or None while unknown."""
-        if not self.knows_design or self.coefficients.shape[1:] == _UNKNOWN:
+        coefficients = self._buffers["coefficients"]
+        if coefficients is None or coefficients.shape[1:] == _UNKNOWN:
             return None
-        return tuple(self.coefficients.shape[1:])
+        return tuple(coefficients.shape[1:])
 
     def allocate(
         self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...] | None = None
@@ -300,22 +303,38 @@ class Estimator(nn.Module, ABC):
 
         A batch that activation checkpointing runs again is in the state already, and counts for nothing.
         """
-        finite = torch.isfinite(moments.sum())
+        moments, count = self.weigh(moments, num_samples)
+        if isinstance(count, Tensor):
+            return moments, count
+        return moments, torch.full((1,), count, dtype=self.gram_count.dtype, device=moments.device)
+
+    def weigh(self, moments: Tensor, num_samples: int | Tensor) -> tuple[Tensor, Weight]:
+        """Return what `usable` does, the number of samples as a plain number where that costs nothing."""
+        finite = all_finite(moments)
+        dtype = self.coefficients.dtype
+        if not isinstance(finite, Tensor):
+            if finite and not is_recomputing():
+                return moments.to(dtype), float(num_samples)
+            return torch.zeros_like(moments, dtype=dtype), 0.0
         if is_recomputing():
             finite = torch.zeros_like(finite)
         if isinstance(num_samples, Tensor):
             count = num_samples.to(self.gram_count.dtype)
         else:
             count = torch.full((1,), num_samples, dtype=self.gram_count.dtype, device=moments.device)
-        moments = torch.where(finite, moments, 0.0).to(self.coefficients.dtype)
-        return moments, torch.where(finite, count, 0.0)
+        return torch.where(finite, moments, 0.0).to(dtype), torch.where(finite, count, 0.0)
 
-    def decay(self, count: Tensor) -> Tensor:
+    @overload
+    def decay(self, count: Tensor) -> Tensor: ...
+
+    @overload
+    def decay(self, count: Weight) -> Weight: ...
+
+    def decay(self, count: Weight) -> Weight:
         """Return what a batch of `count` samples leaves of the weight of the past: an empty one, all."""
         if self.window is not None:
-            return (1 - count / self.window).clamp_min(0)
-        kept = 1.0 if self.momentum is None else 1.0 - self.momentum
-        return torch.where(count > 0, torch.full_like(count, kept), 1.0)
+            return at_least(1 - count / self.window, 0.0)
+        return positive(count, 1.0 if self.momentum is None else 1.0 - self.momentum, 1.0)
 
     # -- forward ----------------------------------------------------------------------------------------
 

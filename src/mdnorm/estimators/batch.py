@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,6 +14,8 @@ from mdnorm.functional import Gram
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from mdnorm.weights import Weight
 
 
 class BatchEstimator(Estimator):
@@ -77,7 +78,7 @@ class BatchEstimator(Estimator):
             features,
             functional.effect_basis(columns[:, :num_metadata], batch.mean[:num_metadata], self.center),
             operator.to(moments.dtype) @ moments,
-            operator @ functional.moment_rows(columns, batch.mean, batch.count),
+            functional.projected_rows(operator, columns, batch.mean, batch.count),
             positions,
             group,
         )
@@ -105,8 +106,8 @@ class BatchEstimator(Estimator):
         self.feature_mean.view(-1).copy_(moments[-1])
 
     @torch.no_grad()
-    def _update(self, batch: Gram, moments: Tensor, num_samples: int | Tensor) -> Tensor:
-        """Merge a batch into the running state; return its weight (1,)."""
+    def _update(self, batch: Gram, moments: Tensor, num_samples: int | Tensor) -> Weight:
+        """Merge a batch into the running state; return its weight."""
         count, _, coefficients = self._merge(batch, moments, num_samples)
         _rows(self.coefficients).copy_(coefficients)
         return count
@@ -114,23 +115,28 @@ class BatchEstimator(Estimator):
     @torch.no_grad()
     def _merge(
         self, batch: Gram, moments: Tensor, num_samples: int | Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Weight, Tensor, Tensor]:
         """Merge a batch into the running moments and solve for the coefficients.
 
-        Returns the weight of the batch (1,), the operator (R, K + 1) of the merged Gram matrix, and the
+        Returns the weight of the batch, the operator (R, K + 1) of the merged Gram matrix, and the
         coefficients (R, D).
         """
-        moments, count = self.usable(moments, num_samples)
-        merged = self.gram.merge(dataclasses.replace(batch, count=count), self.decay(count))
-        share = (count / merged.count.clamp_min(1e-30)).to(moments.dtype)
-        step = (batch.mean - self.gram_mean).to(moments.dtype)
+        moments, count = self.weigh(moments, num_samples)
+        gram = self.gram
+        step, share = gram.merge_(batch, count, self.decay(count))
         cross, mean = functional.merge_cross_moments_(
-            _rows(self.cross_covariance), self.feature_mean.view(-1), moments, step, share
+            _rows(self.cross_covariance),
+            self.feature_mean.view(-1),
+            moments,
+            step.to(moments.dtype),
+            share.to(moments.dtype) if isinstance(share, Tensor) else share,
         )
-        self._store_gram(merged)
-        operator = functional.removal_operator(merged, ridge=self.ridge, center=self.center)
-        running = torch.cat([cross, mean.unsqueeze(0)])
-        return count, operator, operator.to(running.dtype) @ running
+        operator = functional.removal_operator(gram, ridge=self.ridge, center=self.center)
+        coefficients = operator[:, :-1].to(cross.dtype) @ cross
+        if self.center:
+            # The mean of the features is in the intercept alone; joining it to the rest would copy them all.
+            coefficients[-1] += mean
+        return count, operator, coefficients
 
 
 def _rows(buffer: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from mdnorm import functional
 from mdnorm.distributed import eager
 from mdnorm.estimators.base import Estimator
 from mdnorm.functional import Gram
+from mdnorm.weights import ratio, read, write_
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,9 +85,9 @@ class DatasetEstimator(Estimator):
         """Remove the batch's estimate of the effect and update the running coefficients."""
         self.check_ready()
         assert self.operator is not None
-        num_metadata = self.gram.num_metadata
+        num_metadata = self.coefficients.shape[0] - self.center
         basis = functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center)
-        rows = self.operator @ functional.moment_rows(columns, self.gram_mean)
+        rows = functional.projected_rows(self.operator, columns, self.gram_mean)
         group = self.active_group()
         if group is not None:
             return eager(self._remove_shared)(features, basis, rows, positions, group)
@@ -119,7 +120,8 @@ class DatasetEstimator(Estimator):
 
     @torch.no_grad()
     def _update(self, coefficients: Tensor, num_samples: int | Tensor) -> None:
-        coefficients, count = self.usable(coefficients, num_samples)
-        self.weight.mul_(self.decay(count)).add_(count)
-        share = (count / self.weight.clamp_min(1e-30)).to(coefficients.dtype)
+        coefficients, count = self.weigh(coefficients, num_samples)
+        weight = read(self.weight) * self.decay(count) + count
+        write_(self.weight, weight)
+        share = ratio(count, weight, coefficients.dtype)
         self.coefficients.view(self.coefficients.shape[0], -1).lerp_(coefficients, share)

@@ -95,7 +95,11 @@ class LogVarianceEstimator(BatchEstimator):
     ) -> None:
         num_metadata = self.gram.num_metadata
         batch, moments, num_samples = self._batch_moments(features, columns, positions, group)
-        count = self._update(batch, moments, num_samples)
+        count = torch.as_tensor(
+            self._update(batch, moments, num_samples),
+            dtype=self.gram_count.dtype,
+            device=self.gram_count.device,
+        ).reshape(1)
         operator = functional.coefficient_operator(self.gram, self.ridge)
         slopes = operator.to(self.cross_covariance.dtype) @ self.cross_covariance.flatten(1)
         basis = functional.effect_basis(columns, self.gram_mean, True)

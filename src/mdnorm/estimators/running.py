@@ -12,9 +12,12 @@ from mdnorm.context import is_recomputing
 from mdnorm.distributed import eager
 from mdnorm.estimators.batch import BatchEstimator
 from mdnorm.functional import Gram
+from mdnorm.weights import positive, ratio, read, write_
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+    from mdnorm.weights import Weight
 
 
 class RunningEstimator(BatchEstimator):
@@ -102,16 +105,16 @@ class RunningEstimator(BatchEstimator):
         batch, moments, num_samples = self._batch_moments(features, columns, positions, group)
         mean = self.gram_mean.clone()
         count, operator, coefficients = self._merge(batch, moments, num_samples)
-        self._average(coefficients, count, self.gram_mean - mean)
+        self._average(coefficients, count, mean)
         if is_recomputing():
             # The moments have this batch already; the backward pass, now under way, has not.
-            count = batch.count.to(count.dtype)
+            count = read(batch.count)
         total = None if group is None else batch.count
         return functional.remove_running_regression(
             features,
             functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center),
             coefficients,
-            operator @ functional.moment_rows(columns, self.gram_mean, total),
+            functional.projected_rows(operator, columns, self.gram_mean, total),
             self.adjoint.flatten(1),
             self.adjoint_weight,
             count=count,
@@ -123,20 +126,21 @@ class RunningEstimator(BatchEstimator):
         )
 
     @torch.no_grad()
-    def _average(self, coefficients: Tensor, count: Tensor, step: Tensor) -> None:
-        """Move the average towards a batch's coefficients (R, D), the mean of the columns having moved."""
+    def _average(self, coefficients: Tensor, count: Weight, mean: Tensor) -> None:
+        """Move the average towards a batch's coefficients (R, D); `mean` is what that of the columns was."""
         average = self.coefficients.flatten(1)
         if self.center:
             # The intercept is the one at the mean metadata: the same line, seen from the new mean.
-            average[-1] += step[: average.shape[0] - 1].to(average.dtype) @ average[:-1]
-        self.coefficients_weight.mul_(self._average_decay(count)).add_(count)
-        share = (count / self.coefficients_weight.clamp_min(1e-30)).to(average.dtype)
-        average.lerp_(coefficients, share)
+            step = (self.gram_mean - mean)[: average.shape[0] - 1]
+            average[-1] += step.to(average.dtype) @ average[:-1]
+        weight = read(self.coefficients_weight) * self._average_decay(count) + count
+        write_(self.coefficients_weight, weight)
+        average.lerp_(coefficients, ratio(count, weight, average.dtype))
 
-    def _average_decay(self, count: Tensor) -> Tensor:
+    def _average_decay(self, count: Weight) -> Weight:
         if self.window is None and self.momentum is None:
             # The cumulative fit has no noise of a window: its latest value is the best.
-            return torch.where(count > 0, torch.zeros_like(count), 1.0)
+            return positive(count, 0.0, 1.0)
         return self.decay(count) ** (1 / self.averaging)
 
 
