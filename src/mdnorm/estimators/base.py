@@ -283,12 +283,22 @@ class Estimator(nn.Module, ABC):
                 f"this checkpoint of {type(self).__name__} has version {version}; this mdnorm reads up to "
                 f"version {self._version}: update mdnorm."
             )
+        self._upgrade(state_dict, prefix)
         coefficients, widths = state_dict.get(prefix + "coefficients"), state_dict.get(prefix + "num_columns")
         if not self.is_allocated and coefficients is not None and widths is not None:
             # Averages of checkpoints (EMA, soups) may have them a rounding off.
             num_metadata, num_labels = (round(float(width)) for width in widths)
             self.allocate(num_metadata, num_labels, tuple(coefficients.shape[1:]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+    def _upgrade(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Add what states saved by earlier layouts lack, where it follows from the rest."""
+        coefficients, mean = state_dict.get(prefix + "coefficients"), state_dict.get(prefix + "gram_mean")
+        if prefix + "num_columns" in state_dict or coefficients is None or mean is None:
+            return
+        num_metadata = coefficients.shape[0] - self.center
+        widths = [num_metadata, mean.shape[0] - num_metadata]
+        state_dict[prefix + "num_columns"] = torch.tensor(widths, dtype=mean.dtype)
 
     _version = 1
 

@@ -78,6 +78,13 @@ class RunningEstimator(BatchEstimator):
             "coefficients_weight": (1,),
         }
 
+    def _upgrade(self, state_dict: dict[str, Any], prefix: str) -> None:
+        super()._upgrade(state_dict, prefix)
+        count = state_dict.get(prefix + "gram_count")
+        # Before evaluation averaged the coefficients, they were those of the running moments.
+        if count is not None and prefix + "adjoint" in state_dict:
+            state_dict.setdefault(prefix + "coefficients_weight", self.lasting(count).clone())
+
     @torch.no_grad()
     def set_moments(self, gram: Gram, moments: Tensor) -> None:
         """Replace the running moments and the average of the coefficients."""
