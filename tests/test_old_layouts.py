@@ -1,7 +1,7 @@
 """States saved by earlier layouts load, and evaluate to what they did when they were saved.
 
-Each file has, for some estimators, a state with features, metadata and the output of evaluation. A safetensors
-file has no version, as any state that is stored as plain tensors.
+Each file has, for some estimators, a state with features, metadata and the output of evaluation. A
+safetensors file has no version, as any state that is stored as plain tensors.
 """
 
 from pathlib import Path
