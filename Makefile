@@ -31,7 +31,7 @@ types: $(VENV)/.dev ## Check types (mypy --strict)
 	$(BIN)/mypy
 
 unit: $(VENV)/.dev browser ## Run the tests
-	$(BIN)/python -m pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 browser: ## Install Chromium, for the tests of the page, where that is possible and needed
 	@command -v chromium chromium-browser google-chrome > /dev/null || { \
