@@ -24,7 +24,8 @@ INTERRUPTED = 130
 
 def fail(message: str, code: int) -> NoReturn:
     """Print an error and leave with this exit code."""
-    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False)
+    # Paths must survive: no line is broken within them.
+    errors.print(f"[bold red]error:[/] {escape(message)}", highlight=False, soft_wrap=True)
     raise typer.Exit(code)
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm.arrays import as_real_tensor
+from mdnorm.integration.eager import eager
 from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames, Rows
@@ -159,8 +160,8 @@ class LayerOutputs:
         self.clear()
         stack = ExitStack()
         # A compiled graph would pass by the hook. What was not imported has compiled nothing.
-        if "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance"):
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch._dynamo" in sys.modules:
+            stack.enter_context(eager())
         handle = self.module.register_forward_hook(self._collect, with_kwargs=True)
         stack.callback(handle.remove)
         self._open = stack

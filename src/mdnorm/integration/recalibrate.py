@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from mdnorm import context, functional
 from mdnorm.distributed import gather_objects, gather_or_raise, group_of
 from mdnorm.functional import Gram, NoSamplesError, statistics_dtype
 from mdnorm.integration.dependence import described
+from mdnorm.integration.eager import eager
 from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
 
@@ -95,7 +96,7 @@ def recalibrate(
     model.eval()
     try:
         # A compiled graph would pass by the hooks that see a layer's input.
-        with torch.no_grad(), _eager(), _noting_order(layers) as order:
+        with torch.no_grad(), eager(), _noting_order(layers) as order:
             names = _agreeing(partial(_run_one_batch, model, loader, run), order, group)
             if not names:
                 raise ValueError("no MetadataNorm layer ran in the forward pass.")
@@ -194,11 +195,6 @@ def _length(loader: Iterable[Any]) -> int | None:
         return len(loader)  # type: ignore[arg-type]
     except TypeError:
         return None
-
-
-def _eager() -> AbstractContextManager[Any]:
-    set_stance = getattr(torch.compiler, "set_stance", None)
-    return nullcontext() if set_stance is None else set_stance("force_eager")
 
 
 @contextmanager
