@@ -79,7 +79,7 @@ def save(path: Path, checkpoint: dict[str, object]) -> None:
 
 
 def main() -> None:
-    """Train from the last checkpoint on, recalibrate, and leave the model."""
+    """Join the other processes, train, leave them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("results/ddp"))
     parser.add_argument("--epochs", type=int, default=6)
@@ -89,6 +89,14 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     join_the_others()
+    train(options)
+    # Only when nobody needs the others, and no model holds the group any more, may it go.
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def train(options: argparse.Namespace) -> None:
+    """Go on from the last checkpoint, recalibrate, and leave the model."""
     rank, world_size = torch.distributed.get_rank(), torch.distributed.get_world_size()
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "checkpoint.pt"
@@ -134,7 +142,6 @@ def main() -> None:
     if rank == 0:
         save(options.out / "model.pt", net.state_dict())
         (options.out / "history.json").write_text(json.dumps(history))
-    torch.distributed.destroy_process_group()
 
 
 def die_once(folder: Path, is_victim: bool) -> None:
