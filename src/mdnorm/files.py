@@ -1,4 +1,4 @@
-"""Files that are complete or absent, never half written."""
+"""Files that are complete or absent, never half written; and how a text table is separated."""
 
 from __future__ import annotations
 
@@ -38,3 +38,14 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Write UTF-8 text: readers see the old file or the new one, also after a crash."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def csv_delimiter(path: Path) -> str:
+    """Return what separates the columns of a text table: a tab in ``.tsv``, else as its header tells."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    # A comma in the header may also be part of a quoted name, but then no other separator is there.
+    counts = {delimiter: header.count(delimiter) for delimiter in ",;\t"}
+    return "," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter])

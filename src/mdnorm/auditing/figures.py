@@ -10,7 +10,7 @@ import numpy as np
 
 from mdnorm.auditing.columns import Column
 from mdnorm.auditing.plots import COLOURS
-from mdnorm.auditing.results import ColumnAudit, Measure, Projection
+from mdnorm.auditing.results import ColumnAudit, Projection
 from mdnorm.extras import requires
 
 if TYPE_CHECKING:
@@ -69,13 +69,8 @@ def overview(report: Report) -> Figure | None:
 def _draw(axis: Axes, columns: Sequence[ColumnAudit], titles: Mapping[str, str], *, probe: bool) -> None:
     axis.axvline(0, color="0.5", linewidth=1, linestyle="--", zorder=0)
     for index, key in enumerate(columns[0].representations):
-        measures: list[Measure] = []
-        for column in columns:
-            representation = column.representations[key]
-            if probe:
-                measures.append((representation.best_probe_within or representation.best_probe)[1])
-            else:
-                measures.append(representation.dependence_within or representation.dependence)
+        shown = [column.representations[key] for column in columns]
+        measures = [each.shown_probe if probe else each.shown_dependence for each in shown]
         count = len(columns)
         shift = 0.0 if len(columns[0].representations) == 1 else (0.13 if index == 0 else -0.13)
         heights = [count - 1 - row + shift for row in range(count)]

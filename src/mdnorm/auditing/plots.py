@@ -62,21 +62,21 @@ def overview_plots(
         return []
     where = f" within classes of {label}" if label else ""
 
-    def dependence(column: ColumnAudit, key: str) -> Measure:
-        representation = column.representations[key]
-        return representation.dependence_within or representation.dependence
-
-    def probe(column: ColumnAudit, key: str) -> Measure:
-        representation = column.representations[key]
-        return (representation.best_probe_within or representation.best_probe)[1]
-
     plots = []
-    for identifier, title, axis, choose, as_share in (
-        ("overview-dependence", f"Dependence{where}", "dcor²", dependence, False),
-        ("overview-probes", f"Best probe{where}", "share of the way to perfect", probe, True),
+    for identifier, title, axis, as_share in (
+        ("overview-dependence", f"Dependence{where}", "dcor²", False),
+        ("overview-probes", f"Best probe{where}", "share of the way to perfect", True),
     ):
         names = [column.name for column in audited]
-        series = {key: [choose(column, key) for column in audited] for key in audited[0].representations}
+        series = {
+            key: [
+                column.representations[key].shown_probe
+                if as_share
+                else column.representations[key].shown_dependence
+                for column in audited
+            ]
+            for key in audited[0].representations
+        }
         plots.append(
             _measure_plot(
                 identifier,

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
+from mdnorm.files import csv_delimiter
 
 if TYPE_CHECKING:
     import pyarrow
@@ -81,7 +82,7 @@ def read_table(path: Path) -> pyarrow.Table:
         import pyarrow
         import pyarrow.parquet
     try:
-        table = pyarrow.parquet.read_table(path) if suffix == ".parquet" else _read_csv(path, suffix)
+        table = pyarrow.parquet.read_table(path) if suffix == ".parquet" else _read_csv(path)
     except InputError:
         raise
     except (pyarrow.ArrowException, ValueError, OSError) as error:
@@ -110,29 +111,15 @@ def _checked_suffix(path: Path, formats: tuple[str, ...], what: str) -> str:
     return suffix
 
 
-def _read_csv(path: Path, suffix: str) -> pyarrow.Table:
+def _read_csv(path: Path) -> pyarrow.Table:
+    import pyarrow.types
     from pyarrow import csv
 
-    def parse(delimiter: str) -> pyarrow.Table:
-        return csv.read_csv(
-            path,
-            parse_options=csv.ParseOptions(delimiter=delimiter),
-            convert_options=csv.ConvertOptions(strings_can_be_null=True),
-        )
-
-    if suffix == ".tsv":
-        return _checked_texts(parse("\t"), path)
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline()
-    # The header tells: a comma in it may also be part of a quoted name, but then no other separator is there.
-    counts = {delimiter: header.count(delimiter) for delimiter in ",;\t"}
-    delimiter = "," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter])
-    return _checked_texts(parse(delimiter), path)
-
-
-def _checked_texts(table: pyarrow.Table, path: Path) -> pyarrow.Table:
-    import pyarrow.types
-
+    table = csv.read_csv(
+        path,
+        parse_options=csv.ParseOptions(delimiter=csv_delimiter(path)),
+        convert_options=csv.ConvertOptions(strings_can_be_null=True),
+    )
     for field in table.schema:
         if pyarrow.types.is_binary(field.type):
             raise InputError(f"{path}: column {field.name!r} is not UTF-8 text: save the table as UTF-8.")

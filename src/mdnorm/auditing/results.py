@@ -87,6 +87,16 @@ class Representation:
             return None
         return max(self.probes_within.items(), key=lambda item: item[1].value)
 
+    @property
+    def shown_dependence(self) -> Measure:
+        """The dependence that an overview shows: within label classes where there is one."""
+        return self.dependence_within or self.dependence
+
+    @property
+    def shown_probe(self) -> Measure:
+        """The score that an overview shows: the best one, within label classes where there is one."""
+        return (self.best_probe_within or self.best_probe)[1]
+
 
 @dataclass(frozen=True)
 class ColumnAudit:

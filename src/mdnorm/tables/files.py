@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
+from mdnorm.files import csv_delimiter
 
 if TYPE_CHECKING:
     import pyarrow
@@ -445,7 +446,7 @@ class CsvFile:
             from pyarrow import csv
         self.path = path
         self.num_rows: int | None = None
-        self._delimiter = _delimiter(path)
+        self._delimiter = csv_delimiter(path)
         with _reading(path, "CSV"), csv.open_csv(path, parse_options=self._parsing()) as reader:
             # Of the first block only; a later value that is no number is an error that names it.
             self._first = reader.schema
@@ -551,16 +552,6 @@ class _CsvWriter:
         finally:
             self._pool.shutdown()
             self._writer.close()
-
-
-def _delimiter(path: Path) -> str:
-    if path.suffix.lower() == ".tsv":
-        return "\t"
-    with path.open(encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline()
-    # A comma in the header may also be part of a quoted name, but then no other separator is there.
-    counts = {delimiter: header.count(delimiter) for delimiter in ",;\t"}
-    return "," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter])
 
 
 def _without_missing(values: pyarrow.Array) -> pyarrow.Array:

@@ -4,7 +4,7 @@ The same network trains under DistributedDataParallel without a layer, with one 
 that share their moments, interleaved, on as many gloo processes as asked for. (SyncBatchNorm, the natural
 yardstick, has no CPU form.) On a shared machine look at the differences, not at the times.
 
-    python benchmarks/distributed.py --processes 2
+    python benchmarks/distributed_moments.py --processes 2
 """
 
 from __future__ import annotations
