@@ -17,6 +17,7 @@ import argparse
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import torch
@@ -93,6 +94,10 @@ def main() -> None:
     # Only when nobody needs the others, and no model holds the group any more, may it go.
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    # All is written. Without Python's own end, during which a thread that gloo left behind may still wake up,
+    # ask for the interpreter, and abort the process: rare, and torchrun would start everything again.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def train(options: argparse.Namespace) -> None:

@@ -106,8 +106,9 @@ def test_jobs_and_torchrun_are_one_too_many(tmp_path, monkeypatch):
 def test_the_example_ends_with_the_same_bits_after_a_death(tmp_path):
     options = ["--epochs", 3, "--samples", 301]
     undisturbed = torchrun(EXAMPLE, *options, "--out", tmp_path / "undisturbed")
+    # As the example's docstring says it: one restart for the death here, the others for what gloo may do.
     interrupted = torchrun(
-        "--max-restarts", 1, EXAMPLE, *options, "--out", tmp_path / "interrupted", "--die-in-epoch", 1
+        "--max-restarts", 3, EXAMPLE, *options, "--out", tmp_path / "interrupted", "--die-in-epoch", 1
     )
     output_of(undisturbed)
     output = output_of(interrupted)
