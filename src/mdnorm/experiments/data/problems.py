@@ -1,0 +1,59 @@
+"""What is wrong with the files of a data set, gathered before training starts."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+__all__ = ["DataProblemsError", "Problems"]
+
+
+class DataProblemsError(Exception):
+    """Files or rows of a data set cannot be used; the message lists every one of them."""
+
+
+@dataclass
+class Problems:
+    """Collects problems, so that all are told at once and nothing is dropped in silence.
+
+    Attributes
+    ----------
+    found : list of (kind, subject, detail)
+        As in ("no image", "sub-07", "sub-07/anat has no *_T1w.nii.gz").
+    """
+
+    found: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add(self, kind: str, subject: str, detail: str) -> None:
+        """Note that `subject` (a file, a row, a person) has a problem of some kind."""
+        self.found.append((kind, subject, detail))
+
+    def __bool__(self) -> bool:
+        return bool(self.found)
+
+    def text(self) -> str:
+        """Return one line a problem, below a line with their number by kind."""
+        counts = Counter(kind for kind, _, _ in self.found)
+        head = ", ".join(f"{count} × {kind}" for kind, count in sorted(counts.items()))
+        lines = [f"  {kind}: {subject}: {detail}" for kind, subject, detail in self.found]
+        return "\n".join([f"{len(self.found)} problem(s) in the data ({head}):", *lines])
+
+    def settle(self, on_problem: str) -> None:
+        """Raise or go on, as asked.
+
+        Parameters
+        ----------
+        on_problem : "error" or "skip"
+            "skip" leaves out what was noted; the caller shows `text`.
+
+        Raises
+        ------
+        DataProblemsError
+            There are problems, and `on_problem` is "error".
+        ValueError
+            Another value of `on_problem`.
+        """
+        if on_problem not in ("error", "skip"):
+            raise ValueError(f"on_problem must be 'error' or 'skip', got {on_problem!r}.")
+        if self.found and on_problem == "error":
+            raise DataProblemsError(f"{self.text()}\nRepair the data, or leave these out (skip).")
