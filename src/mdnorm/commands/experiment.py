@@ -190,6 +190,99 @@ def continual(
         _print_paths(out, report)
 
 
+def _confounded_command(name: str, text: str) -> None:
+    """Add ``mdnorm experiment NAME`` for a setting with confounded images, clips or volumes."""
+
+    def command(
+        out: Annotated[
+            Path | None,
+            typer.Option(help="Folder for results, figures and the report. [default: results/SETTING]"),
+        ] = None,
+        methods: Annotated[
+            str, typer.Option(help="Comma-separated methods or 'all'. [default: all; with --quick a few]")
+        ] = "default",
+        seeds: Annotated[
+            int | None, typer.Option(min=1, help="Seeds a method. [default: 3; with --quick 1]")
+        ] = None,
+        seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+        size: Annotated[int | None, typer.Option(help="Training samples. [default: tuned]")] = None,
+        batch_size: Annotated[int | None, typer.Option(help="[default: tuned]")] = None,
+        epochs: Annotated[int | None, typer.Option(min=1, help="[default: tuned]")] = None,
+        learning_rate: Annotated[float | None, typer.Option(help="[default: tuned]")] = None,
+        quick: Annotated[
+            bool, typer.Option("--quick", help="Few methods, one seed, less data: minutes on two cores.")
+        ] = False,
+        jobs: Annotated[
+            int | None, typer.Option(min=1, help="Networks at a time, one thread each. [default: all cores]")
+        ] = None,
+        json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+    ) -> None:
+        from mdnorm.experiments import confounded
+
+        target = out or Path("results", name)
+        try:
+            setting = confounded.get_setting(name)
+            runs = confounded.plan(
+                setting,
+                _confounded_methods(methods, setting.quick_methods if quick else confounded.METHOD_NAMES),
+                seeds or (1 if quick else confounded.SEEDS),
+                first_seed=seed,
+                size=size or (setting.quick_size if quick else None),
+                batch_size=batch_size,
+                epochs=epochs or (setting.quick_epochs if quick else None),
+                learning_rate=learning_rate,
+                features_dir=target / "features",
+            )
+        except ValueError as error:
+            fail(str(error), BAD_INPUT)
+        rows, report = _run_all(confounded, runs, target, jobs, folder=target / "features")
+        if json_output:
+            typer.echo(json.dumps(rows, indent=2))
+            return
+        from mdnorm.experiments.confounded_report import tables
+
+        for table in tables(rows, setting):
+            typer.echo(f"\n{table.title}")
+            _print_table(table)
+        _print_paths(target, report)
+
+    command.__doc__ = text
+    experiment.command(name)(command)
+
+
+def _confounded_methods(text: str, default: Sequence[str]) -> list[str]:
+    from mdnorm.experiments.confounded import METHOD_NAMES
+
+    if text == "default":
+        return list(default)
+    return list(METHOD_NAMES) if text == "all" else _names(text)
+
+
+_GO_ON = "\n\nFinished networks are kept: interrupt with Ctrl-C and repeat the command to go on."
+_confounded_command(
+    "image",
+    "Drawn faces: the label is in their geometry, the skin's shade goes with the label.\n\n"
+    "An honest network is as good on faces whose shade says nothing about the label; the table shows how far "
+    "each method is from that." + _GO_ON,
+)
+_confounded_command(
+    "digits",
+    "Real digits, coloured: the colour goes with the label.\n\n"
+    "An honest network is as good on digits whose colour says nothing about the label." + _GO_ON,
+)
+_confounded_command(
+    "video",
+    "Clips of a figure in action: the scene behind it goes with the action.\n\n"
+    "An honest network is as good on clips whose scenes were shuffled." + _GO_ON,
+)
+_confounded_command(
+    "mri",
+    "Brains in 3D: diagnosis goes with site and age.\n\n"
+    "An honest network is as good on subjects whose site, age and sex say nothing about the diagnosis."
+    + _GO_ON,
+)
+
+
 def _print_paths(out: Path, report: Path) -> None:
     typer.echo(f"\nReport: {report}\nTable:  {out / 'table.md'}\nRows:   {out / 'results.json'}")
 

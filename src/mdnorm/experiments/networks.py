@@ -56,3 +56,39 @@ class SyntheticNetwork(nn.Module):
     def forward(self, images: Tensor, metadata: Tensor, labels: Tensor | None = None) -> Tensor:
         """Return the (N,) logits. Labels are needed in training only, and by `MetadataNorm` only."""
         return self.classify(self.features(images, metadata, labels))
+
+
+class BackboneNetwork(nn.Module):
+    """Any backbone, a hidden layer whose values are "the features", ReLU and a linear classifier.
+
+    Parameters
+    ----------
+    backbone : nn.Module
+        From (N, C, *spatial) to (N, F), with F as its attribute ``num_features``.
+    num_classes : int
+    """
+
+    num_hidden = 64
+
+    def __init__(self, backbone: nn.Module, num_classes: int) -> None:
+        super().__init__()
+        self.backbone = backbone
+        num_features = backbone.num_features
+        if not isinstance(num_features, int):
+            raise TypeError(f"num_features of the backbone must be an int, got {num_features!r}.")
+        self.hidden = nn.Linear(num_features, self.num_hidden)
+        self.head = nn.Linear(self.num_hidden, num_classes)
+
+    def features(self, inputs: Tensor) -> Tensor:
+        """Return the (N, 64) features before the ReLU, behind what was inserted after ``hidden``."""
+        features: Tensor = self.hidden(self.backbone(inputs))
+        return features
+
+    def classify(self, features: Tensor) -> Tensor:
+        """Return the (N, number of classes) logits from the features."""
+        logits: Tensor = self.head(features.relu())
+        return logits
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the (N, number of classes) logits."""
+        return self.classify(self.features(inputs))

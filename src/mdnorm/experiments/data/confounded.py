@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ConfoundedData", "Samples"]
+__all__ = ["ConfoundedData", "Samples", "select", "split"]
 
 
 @dataclass(frozen=True)
@@ -78,3 +78,60 @@ class ConfoundedData:
     classes: tuple[str, ...]
     groups: tuple[str, ...]
     confounders: dict[str, tuple[int, ...]]
+
+
+def select(samples: Samples, rows: Tensor) -> Samples:
+    """Return the samples of these rows, (n,) int64."""
+    return Samples(**{name: tensor[rows] for name, tensor in vars(samples).items()})
+
+
+def split(samples: Samples, *, seed: int, test_share: float = 0.3) -> tuple[Samples, Samples, Samples]:
+    """Divide real samples into training, test and confound-free test data.
+
+    The confound-free data are those of the test data of which every group has equally many of every class:
+    there the group says nothing about the label. Groups that lack a class are left out of them.
+
+    Parameters
+    ----------
+    samples : Samples
+    seed : int
+        Of the division.
+    test_share : float
+        Of the samples of each class and group, between 0 and 1.
+
+    Returns
+    -------
+    train, test, confound_free : Samples
+
+    Raises
+    ------
+    ValueError
+        A share out of range, or fewer than two groups with all classes among the test data.
+    """
+    if not 0 < test_share < 1:
+        raise ValueError(f"test_share must be between 0 and 1, got {test_share}.")
+    generator = torch.Generator().manual_seed(seed)
+    classes, groups = samples.labels.unique(), samples.groups.unique()
+    train, test, balanced = [], [], []
+    for group in groups:
+        held_out = []
+        for label in classes:
+            rows = torch.nonzero((samples.groups == group) & (samples.labels == label))[:, 0]
+            rows = rows[torch.randperm(len(rows), generator=generator)]
+            count = round(test_share * len(rows))
+            held_out.append(rows[:count])
+            train.append(rows[count:])
+        test += held_out
+        fewest = min(map(len, held_out))
+        if fewest:
+            balanced.append(torch.cat([rows[:fewest] for rows in held_out]))
+    if len(balanced) < 2:
+        raise ValueError(
+            "no confound-free test data: fewer than two groups have every class among the test data; join "
+            "groups or classes, or give more samples."
+        )
+    return (
+        select(samples, torch.cat(train)),
+        select(samples, torch.cat(test)),
+        select(samples, torch.cat(balanced)),
+    )

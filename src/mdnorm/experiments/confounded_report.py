@@ -1,0 +1,414 @@
+"""Tables, figures, report and audit of the settings with confounded images, clips or volumes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from mdnorm.experiments.data.confounded import ConfoundedData
+from mdnorm.experiments.methods import METHODS, titles
+from mdnorm.experiments.report import ReportFigure, ReportTable, mean_with_deviation, write_report
+from mdnorm.experiments.results import Row
+from mdnorm.experiments.settings import Setting
+from mdnorm.files import write_text_atomically
+from mdnorm.plotting import MARKERS, PALETTE, save_figure
+
+if TYPE_CHECKING:
+    from mdnorm.experiments.confounded import ConfoundedRun
+
+__all__ = ["accuracy_figure", "audit_networks", "groups_figure", "tables", "write"]
+
+LEGEND = (
+    "Mean ± standard deviation over seeds. “Confound-free”: balanced accuracy on held-out data in which the "
+    "metadata say nothing about the label, the honest measure. “Confounded”: on held-out data like those of "
+    "the training. dcor², bias-corrected, is that of the features with the metadata within the classes of "
+    "the confound-free data, averaged over the classes; 0 is right. “Gap”: the largest difference in the "
+    "recall of a class between groups. “Recalibrated”: with exact coefficients from the training data."
+)
+
+
+def _final(row: Row) -> Row:
+    """What the method leaves behind in the end: recalibrated where it can be."""
+    final: Row = row.get("recalibrated", row)
+    return final
+
+
+def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    found: dict[str, list[Row]] = {}
+    for name in titles({row["method"] for row in rows}):
+        found[name] = [row for row in rows if row["method"] == name]
+    return found
+
+
+def _dependence(row: Row, variable: str) -> float:
+    return statistics.fmean(row["dcor2"][variable].values())
+
+
+def _percent(values: Sequence[float]) -> str:
+    return mean_with_deviation([100 * value for value in values], 1)
+
+
+def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
+    """Return the table of all methods, that of dcor² by class, and that of recall by group.
+
+    Parameters
+    ----------
+    rows : sequence of dict
+        As from `mdnorm.experiments.confounded.train`, at least one.
+    setting : Setting
+    """
+    variables = list(rows[0]["dcor2"])
+    limit = (
+        f"Best possible on confound-free data: {100 * setting.limit:.1f} %; dcor² 0."
+        if setting.limit is not None
+        else "No analytic limit of accuracy; dcor² 0 without the confounders."
+    )
+    methods = _by_method(rows)
+    overview = []
+    for name, members in methods.items():
+        plain = [
+            _percent([row["bacc"] for row in members]),
+            _percent([row["bacc_confounded"] for row in members]),
+            *(mean_with_deviation([_dependence(row, v) for row in members], 3) for v in variables),
+            _percent([row["gap"] for row in members]),
+        ]
+        again = ["–"] * (1 + len(variables))
+        if "recalibrated" in members[0]:
+            after = [row["recalibrated"] for row in members]
+            again = [
+                _percent([row["bacc"] for row in after]),
+                *(mean_with_deviation([_dependence(row, v) for row in after], 3) for v in variables),
+            ]
+        seconds = f"{statistics.fmean(row['seconds_per_epoch'] for row in members):.1f}"
+        overview.append([METHODS[name].title, str(len(members)), *plain, *again, seconds])
+    headings = [
+        "Method",
+        "Seeds",
+        "Confound-free (%)",
+        "Confounded (%)",
+        *(f"dcor² {v}" for v in variables),
+        "Gap (points)",
+        "Recalibrated (%)",
+        *(f"recal. dcor² {v}" for v in variables),
+        "s / epoch",
+    ]
+    classes = list(rows[0]["dcor2"][variables[0]])
+    by_class = [
+        [
+            METHODS[name].title,
+            *(
+                mean_with_deviation([_final(row)["dcor2"][v][c] for row in members], 3)
+                for v in variables
+                for c in classes
+            ),
+        ]
+        for name, members in methods.items()
+    ]
+    groups = list(rows[0]["recall"])
+    by_group = [
+        [
+            METHODS[name].title,
+            *(
+                _percent([statistics.fmean(_final(row)["recall"][group].values()) for row in members])
+                for group in groups
+            ),
+            *(
+                _percent([_final(row)["recall"][group][classes[-1]] for row in members])
+                for group in groups
+                if len(classes) == 2
+            ),
+        ]
+        for name, members in methods.items()
+    ]
+    rates = [f"TPR, {group} (%)" for group in groups if len(classes) == 2]
+    recalibrated = " Networks with Metadata Normalization are recalibrated."
+    return [
+        ReportTable(headings, overview, limit, LEGEND),
+        ReportTable(
+            ["Method", *(f"{v}, {c}" for v in variables for c in classes)],
+            by_class,
+            "dcor² within each class; 0 is right.",
+            "On the confound-free data." + recalibrated,
+            "dcor² of features and metadata by class",
+        ),
+        ReportTable(
+            ["Method", *(f"{group} (%)" for group in groups), *rates],
+            by_group,
+            "The nearer to each other the groups are, the fairer the network.",
+            (f"TPR: share of “{classes[-1]}” that is found. " if len(classes) == 2 else "")
+            + "Balanced accuracy on the confound-free data."
+            + recalibrated,
+            "Accuracy by group",
+        ),
+    ]
+
+
+def accuracy_figure(rows: Sequence[Row], setting: Setting) -> Figure:
+    """Accuracy with and without confounding, and the dependence left, by method."""
+    methods = _by_method(rows)
+    figure = Figure(figsize=(7.0, 1.2 + 0.32 * len(methods)), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    series = (
+        ("confounded test data", "bacc_confounded", PALETTE[1], MARKERS[1]),
+        ("confound-free test data", "bacc", PALETTE[4], MARKERS[0]),
+    )
+    for label, key, colour, marker in series:
+        _draw(
+            left,
+            [[100 * _final(row)[key] for row in members] for members in methods.values()],
+            label,
+            colour,
+            marker,
+        )
+    if setting.limit is not None:
+        left.axvline(100 * setting.limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
+        left.annotate(
+            f"limit {100 * setting.limit:.1f} %",
+            (100 * setting.limit, 1),
+            xycoords=("data", "axes fraction"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            ha="center",
+            fontsize=7,
+            color="0.3",
+        )
+    left.set_yticks(range(len(methods)), [METHODS[name].title for name in methods], fontsize=8)
+    left.invert_yaxis()
+    left.set_xlabel("balanced accuracy (%)", fontsize=8)
+    variables = list(rows[0]["dcor2"])
+    for index, variable in enumerate(variables):
+        _draw(
+            right,
+            [[_dependence(_final(row), variable) for row in members] for members in methods.values()],
+            variable,
+            PALETTE[(3, 6, 5)[index % 3]],
+            MARKERS[(0, 2, 3)[index % 3]],
+        )
+    right.axvline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
+    right.set_xlabel("dcor² within classes", fontsize=8)
+    for axis in (left, right):
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(axis="y", color="0.92", linewidth=0.8)
+        axis.set_axisbelow(True)
+    handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
+    labels = [*left.get_legend_handles_labels()[1], *(f"dcor² with {name}" for name in variables)]
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _draw(axis: Axes, values: Sequence[Sequence[float]], label: str, colour: str, marker: str) -> None:
+    means = [statistics.fmean(each) for each in values]
+    deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    axis.errorbar(
+        means,
+        range(len(means)),
+        xerr=deviations,
+        label=label,
+        color=colour,
+        marker=marker,
+        markersize=5,
+        linestyle="none",
+        capsize=2,
+        linewidth=1,
+    )
+
+
+def groups_figure(rows: Sequence[Row], names: Sequence[str]) -> Figure:
+    """Accuracy by metadata group on confound-free data, of a few methods."""
+    methods = {name: members for name, members in _by_method(rows).items() if name in names}
+    groups = list(rows[0]["recall"])
+    figure = Figure(figsize=(7.0, 3.2), layout="constrained")
+    axis = figure.subplots()
+    for index, (name, members) in enumerate(methods.items()):
+        shift = (index - (len(methods) - 1) / 2) * 0.7 / len(methods)
+        values = [
+            [100 * statistics.fmean(_final(row)["recall"][group].values()) for row in members]
+            for group in groups
+        ]
+        axis.errorbar(
+            [position + shift for position in range(len(groups))],
+            [statistics.fmean(each) for each in values],
+            yerr=[statistics.stdev(each) if len(each) > 1 else 0.0 for each in values],
+            label=METHODS[name].title,
+            color=PALETTE[index % len(PALETTE)],
+            marker=MARKERS[index % len(MARKERS)],
+            markersize=5,
+            linestyle="none",
+            capsize=2,
+            linewidth=1,
+        )
+    axis.set_xticks(range(len(groups)), groups, fontsize=8)
+    axis.set_ylabel("balanced accuracy (%)", fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
+    return figure
+
+
+def _best(rows: Sequence[Row]) -> str | None:
+    """The method with Metadata Normalization that is most accurate on confound-free data, if there is one."""
+    means = {
+        name: statistics.fmean(_final(row)["bacc"] for row in members)
+        for name, members in _by_method(rows).items()
+        if METHODS[name].layers != "none"
+    }
+    return max(means, key=lambda name: means[name]) if means else None
+
+
+def audit_networks(
+    out: Path, data: ConfoundedData, before: Path, after: Path, names: tuple[str, str]
+) -> Path:
+    """Audit two networks on the confound-free data and write the page into ``out/audit``.
+
+    Parameters
+    ----------
+    out : Path
+    data : ConfoundedData
+        Names of classes, groups and variables.
+    before, after : Path
+        Kept features of the two.
+    names : pair of str
+
+    Returns
+    -------
+    Path
+        Of the page.
+    """
+    from safetensors.torch import load_file
+
+    from mdnorm.auditing import audit
+    from mdnorm.auditing.measuring import Settings
+
+    tensors, others = load_file(before), load_file(after)
+    metadata: dict[str, Any] = {}
+    for variable, columns in data.confounders.items():
+        values = tensors["confounders"][:, list(columns)]
+        if len(columns) == 1:
+            metadata[variable] = values[:, 0].tolist()
+        elif bool(((values == 0) | (values == 1)).all()):
+            # One-hot: a category again.
+            codes = values.argmax(1).tolist()
+            known = len(columns) == len(data.groups)
+            metadata[variable] = [data.groups[code] if known else str(code) for code in codes]
+        else:
+            for index, column in enumerate(values.T):
+                metadata[f"{variable} {index + 1}"] = column.tolist()
+    classes = data.classes
+    report = audit(
+        tensors["features"],
+        metadata,
+        [classes[label] for label in tensors["labels"].tolist()],
+        after=others["features"],
+        predictions=[classes[label] for label in tensors["scores"].argmax(1).tolist()],
+        predictions_after=[classes[label] for label in others["scores"].argmax(1).tolist()],
+        positive=classes[-1] if len(classes) == 2 else None,
+        names=names,
+        settings=Settings(num_permutations=100),
+    )
+    return report.save(out / "audit")
+
+
+def write(
+    out: Path,
+    setting: Setting,
+    data: Callable[[], ConfoundedData],
+    runs: Sequence[ConfoundedRun],
+    rows: Sequence[Row],
+    *,
+    command: str,
+) -> Path:
+    """Write table.md, the figures, report.html and, of "none" and the best method, ``audit/report.html``.
+
+    Parameters
+    ----------
+    out : Path
+        An existing folder.
+    setting : Setting
+    data : callable
+        Returns the data of the first run.
+    runs, rows
+        The plan and its rows.
+    command : str
+        Shown in the report.
+
+    Returns
+    -------
+    Path
+        Of the report.
+    """
+    from mdnorm import __version__
+
+    shown_tables = tables(rows, setting)
+    write_text_atomically(
+        out / "table.md", "\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in shown_tables)
+    )
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    best = _best(rows)
+    compared = [name for name in ("none", "batchnorm", "groupnorm", "brnet", best) if name is not None]
+    samples = data()
+    figures = [
+        ReportFigure(
+            save_figure(setting.examples(samples), folder / "examples.png"),
+            "The data",
+            "Example samples of each class and group.",
+            "Examples from the training data. The network sees these, never the metadata.",
+        ),
+        ReportFigure(
+            save_figure(accuracy_figure(rows, setting), folder / "accuracy.png"),
+            "Accuracy and what the features hold of the metadata",
+            "Balanced accuracy on both test sets and dcor² by method; the numbers are in the table.",
+            "A network that cheats is good on the confounded data (orange) and poor on the confound-free "
+            "ones (blue). Networks with Metadata Normalization are recalibrated.",
+        ),
+        ReportFigure(
+            save_figure(groups_figure(rows, compared), folder / "groups.png"),
+            "Accuracy by group",
+            "Balanced accuracy by metadata group; the numbers are in the table.",
+            "On the confound-free data.",
+        ),
+    ]
+    introduction = list(setting.introduction)
+    kept = {run.method: Path(run.features_file) for run in runs if run.features_file}
+    if best is not None and all(name in kept and kept[name].exists() for name in ("none", best)):
+        names = ("the uncorrected network", METHODS[best].title)
+        audit_networks(out, samples, kept["none"], kept[best], names)
+        introduction.append(
+            f"What the uncorrected network and the best with Metadata Normalization ({METHODS[best].title}) "
+            "still know of each metadata variable is in audit/report.html beside this page."
+        )
+    first = runs[0]
+    settings = {
+        "mdnorm": __version__,
+        "torch": torch.__version__,
+        "training samples": str(first.size),
+        "held-out samples": f"{len(samples.test)} confounded, {len(samples.confound_free)} confound-free",
+        "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
+        "batch size, epochs, learning rate": f"{first.batch_size}, {first.epochs}, {first.learning_rate:g}",
+        "optimiser": "Adam, learning rate falling to 0 by a half cosine",
+        "Metadata Normalization and BR-Net build on": f"norm “{setting.base_norm}”",
+    }
+    return write_report(
+        out,
+        title=setting.title,
+        introduction=introduction,
+        tables=shown_tables,
+        figures=figures,
+        settings=settings | _options({run.method for run in runs}),
+        command=command,
+    )
+
+
+def _options(names: set[str]) -> dict[str, str]:
+    return {
+        METHODS[name].title: str(METHODS[name].options)
+        for name in titles(names)
+        if METHODS[name].options is not None
+    }

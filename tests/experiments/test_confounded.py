@@ -1,0 +1,305 @@
+"""The experiment of settings 2 to 4, on tiny images with a known effect and a known confounder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import nn
+from typer.testing import CliRunner
+
+from mdnorm.commands import app
+from mdnorm.experiments import confounded
+from mdnorm.experiments.confounded import METHOD_NAMES, build, evaluate, fit, get_setting, plan, train
+from mdnorm.experiments.confounded_report import tables
+from mdnorm.experiments.data.confounded import ConfoundedData, Samples, select, split
+from mdnorm.experiments.data.problems import DataProblemsError, Problems
+from mdnorm.experiments.methods import METHODS
+from mdnorm.experiments.settings import Setting
+from mdnorm.layer import MetadataNorm
+
+
+def make_samples(size: int, seed: int, share: float) -> Samples:
+    """4×4 images: the label dims the left half a little, the site lights the right half."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(size) % 2
+    agrees = torch.rand(size, generator=generator) < share
+    site = torch.where(agrees, labels, 1 - labels)
+    inputs = 0.3 * torch.randn(size, 1, 4, 4, generator=generator)
+    inputs[..., :2] += 0.1 * (2 * labels - 1)[:, None, None, None]
+    inputs[..., 2:] += 1.0 * (2 * site - 1)[:, None, None, None]
+    column = site.float()[:, None]
+    return Samples(inputs, labels, column, column, site)
+
+
+def make_data(size: int, seed: int) -> ConfoundedData:
+    parts = [
+        make_samples(n, 3 * seed + k, share)
+        for k, (n, share) in enumerate([(size, 0.9), (400, 0.9), (400, 0.5)])
+    ]
+    return ConfoundedData(*parts, ("ill", "well"), ("first", "second"), {"site": (0,)})
+
+
+class Backbone(nn.Sequential):
+    num_features = 32
+
+    def __init__(self, norm: str) -> None:
+        layer = {"none": nn.Identity(), "batch": nn.BatchNorm1d(32), "group": nn.GroupNorm(4, 32)}[norm]
+        super().__init__(nn.Flatten(), nn.Linear(16, 32), layer, nn.ReLU())
+
+
+def draw(data: ConfoundedData) -> Figure:
+    figure = Figure()
+    figure.subplots().imshow(data.train.inputs[0, 0].numpy())
+    return figure
+
+
+SETTING = Setting(
+    name="tiny",
+    title="Tiny images",
+    introduction=("Two halves.",),
+    make_data=make_data,
+    backbone=Backbone,
+    slots=("1",),
+    base_norm="none",
+    batch_size=50,
+    epochs=12,
+    learning_rate=5e-3,
+    size=600,
+    quick_size=300,
+    quick_epochs=6,
+    quick_methods=("none", "mdn-last-running"),
+    limit=0.827,  # Φ(0.1 · √8 / 0.3)
+    examples=draw,
+)
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(confounded.SETTINGS, "tiny", (__name__, "SETTING"))
+
+
+def run_of(method: str, **changes: object):
+    return plan(SETTING, [method], 1, **changes)[0]
+
+
+class TestPlan:
+    def test_every_method_of_a_seed_follows_the_other(self):
+        runs = plan(SETTING, seeds=2, first_seed=5)
+        assert [run.method for run in runs] == 2 * list(METHOD_NAMES)
+        assert [run.seed for run in runs] == [5] * 10 + [6] * 10
+        assert set(METHOD_NAMES) <= set(METHODS)
+
+    def test_settings_tell_runs_apart_and_not_the_file(self, tmp_path):
+        run = run_of("batchnorm", features_dir=tmp_path)
+        assert run.settings() == run_of("batchnorm").settings()
+        assert run.settings()["norm"] == "batch"
+        assert run.settings() != run_of("batchnorm", epochs=3).settings()
+        json.dumps(run.settings())
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"methods": ["nothing"]}, "unknown method"),
+            ({"methods": []}, "none given"),
+            ({"seeds": 0}, "seeds must be at least 1"),
+            ({"size": 3}, "size must be at least 40"),
+            ({"batch_size": 1}, "batch size must be at least 2"),
+            ({"epochs": 0}, "epochs must be at least 1"),
+            ({"learning_rate": float("nan")}, "learning rate"),
+        ],
+    )
+    def test_bad_numbers(self, changes, message):
+        with pytest.raises(ValueError, match=message):
+            plan(SETTING, **changes)
+
+    def test_unknown_setting(self):
+        with pytest.raises(ValueError, match="unknown setting"):
+            get_setting("audio")
+
+
+class TestNetworks:
+    @pytest.mark.parametrize(
+        ("method", "layers"), [("none", 0), ("brnet", 0), ("mdn-last-running", 1), ("mdn-every-running", 2)]
+    )
+    def test_layers_sit_where_they_should(self, method, layers):
+        network = build(SETTING, method, make_data(60, 0), 0)
+        found = [name for name, module in network.named_modules() if isinstance(module, MetadataNorm)]
+        assert len(found) == layers
+        assert all(name.startswith(("hidden.", "backbone.1.")) for name in found)
+
+    def test_weights_follow_from_the_seed(self):
+        data = make_data(60, 0)
+        plain, corrected = build(SETTING, "none", data, 3), build(SETTING, "mdn-last-batch", data, 3)
+        assert torch.equal(plain.head.weight, corrected.head.weight)
+        assert torch.equal(plain.hidden.weight, corrected.hidden.weight)
+
+    def test_a_backbone_without_its_width(self):
+        backbone = nn.Linear(3, 2)
+        backbone.num_features = "2"
+        with pytest.raises(TypeError, match="num_features"):
+            confounded.BackboneNetwork(backbone, 2)
+
+
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_every_method_trains_and_its_row_is_json(method):
+    row = train(run_of(method, size=151, epochs=1), lambda: None)
+    json.dumps(row, allow_nan=False)
+    assert 0 <= row["bacc"] <= 1
+    assert ("recalibrated" in row) == method.startswith("mdn")
+
+
+def test_a_network_cheats_and_correction_stops_it():
+    rows = {name: train(run_of(name), lambda: None) for name in ("none", "mdn-last-running")}
+    cheats, corrected = rows["none"], rows["mdn-last-running"]["recalibrated"]
+    assert cheats["bacc_confounded"] > cheats["bacc"] + 0.05
+    assert np.mean(list(cheats["dcor2"]["site"].values())) > 0.3
+    assert corrected["bacc"] > cheats["bacc"] + 0.03
+    assert np.mean(list(corrected["dcor2"]["site"].values())) < 0.03
+    assert corrected["gap"] < cheats["gap"]
+
+
+def test_the_same_seed_gives_the_same_row():
+    first, second = (train(run_of("brnet", epochs=2), lambda: None) for _ in range(2))
+    for row in (first, second):
+        row.pop("seconds_per_epoch")
+    assert first == second
+
+
+def test_epochs_are_told():
+    told = []
+    train(run_of("none", epochs=3, size=100), lambda: told.append(1))
+    assert len(told) == 3
+
+
+def test_measures_agree_with_their_definition():
+    data = make_data(200, 1)
+    network = build(SETTING, "none", data, 0)
+    fit(
+        network,
+        METHODS["none"],
+        data.train,
+        batch_size=50,
+        epochs=3,
+        learning_rate=1e-2,
+        seed=0,
+        epoch_done=list,
+    )
+    row = evaluate(network, data)
+    free = data.confound_free
+    with torch.no_grad():
+        predicted = network(free.inputs).argmax(1).numpy()
+    labels, groups = free.labels.numpy(), free.groups.numpy()
+    recall = np.array(
+        [[np.mean(predicted[(labels == c) & (groups == g)] == c) for c in range(2)] for g in range(2)]
+    )
+    assert [list(found.values()) for found in row["recall"].values()] == recall.tolist()
+    assert row["gap"] == pytest.approx(np.abs(recall[0] - recall[1]).max())
+    by_class = [np.mean(predicted[labels == c] == c) for c in range(2)]
+    assert row["bacc"] == pytest.approx(np.mean(by_class))
+
+
+class TestData:
+    def test_rows_must_agree(self):
+        samples = make_samples(10, 0, 0.9)
+        with pytest.raises(ValueError, match="same number of rows"):
+            Samples(samples.inputs, samples.labels[:9], samples.metadata, samples.confounders, samples.groups)
+
+    def test_values_must_be_finite(self):
+        samples = make_samples(10, 0, 0.9)
+        samples.metadata[4] = float("nan")
+        with pytest.raises(ValueError, match=r"metadata must be finite: rows \[4\]"):
+            Samples(**vars(samples))
+
+    def test_split_of_real_samples(self):
+        samples = make_samples(1000, 0, 0.9)
+        train_part, test, free = split(samples, seed=1)
+        assert len(train_part) + len(test) == 1000
+        assert len(test) == pytest.approx(300, abs=4)
+        table = [[int(((free.labels == c) & (free.groups == g)).sum()) for c in range(2)] for g in range(2)]
+        assert table[0][0] == table[0][1] > 10
+        assert table[1][0] == table[1][1] > 10
+        again = split(samples, seed=1)
+        assert torch.equal(again[0].inputs, train_part.inputs)
+        # No sample is on both sides.
+        seen = {tuple(row) for row in train_part.inputs.flatten(1).tolist()}
+        assert not any(tuple(row) in seen for row in test.inputs.flatten(1).tolist())
+
+    def test_split_without_overlap(self):
+        samples = make_samples(100, 0, 1.0)
+        with pytest.raises(ValueError, match="no confound-free test data"):
+            split(samples, seed=0)
+        with pytest.raises(ValueError, match="test_share"):
+            split(samples, seed=0, test_share=1.0)
+
+    def test_select(self):
+        samples = make_samples(10, 0, 0.9)
+        assert torch.equal(select(samples, torch.tensor([3, 1])).labels, samples.labels[[3, 1]])
+
+
+class TestProblems:
+    def test_all_are_told_at_once(self):
+        problems = Problems()
+        problems.settle("error")
+        problems.add("no image", "sub-1", "anat is empty")
+        problems.add("no image", "sub-2", "anat is empty")
+        problems.add("no row", "sub-3", "not in participants.tsv")
+        with pytest.raises(DataProblemsError) as error:
+            problems.settle("error")
+        for text in ("3 problem(s)", "2 × no image", "sub-1", "sub-2", "sub-3"):
+            assert text in str(error.value)
+        problems.settle("skip")
+
+    def test_unknown_wish(self):
+        with pytest.raises(ValueError, match="on_problem"):
+            Problems().settle("ignore")
+
+
+class TestCommand:
+    def test_outputs(self, tmp_path, monkeypatch):
+        # The commands are made when the module is imported: this one borrows the name of another.
+        monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
+        out = tmp_path / "out"
+        arguments = ["experiment", "image", "--quick", "--jobs", "1", "--out", str(out)]
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+        assert "No normalisation" in result.output
+        rows = json.loads((out / "results.json").read_text())
+        assert [row["method"] for row in rows] == ["none", "mdn-last-running"]
+        for name in ("table.md", "report.html", "audit/report.html", "audit/report.json"):
+            assert (out / name).stat().st_size > 100
+        for name in ("examples", "accuracy", "groups"):
+            assert (out / "figures" / f"{name}.png").stat().st_size > 1000
+        again = CliRunner().invoke(app, [*arguments, "--json"])
+        assert again.exit_code == 0
+        assert "2 of 2 trainings are already finished" in again.stderr
+        assert json.loads(again.stdout) == rows
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [(["--methods", "magic"], "unknown method"), (["--size", "5"], "size must be at least 40")],
+    )
+    def test_bad_options(self, arguments, message, tmp_path, monkeypatch):
+        monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
+        result = CliRunner().invoke(app, ["experiment", "image", "--out", str(tmp_path), *arguments])
+        assert result.exit_code == 2
+        assert message in " ".join(result.stderr.split())
+        assert not list(Path(tmp_path).glob("results.json"))
+
+
+IMAGE = Setting(**(vars(SETTING) | {"name": "image"}))
+
+
+def test_tables_have_every_method_and_variable():
+    runs = [run_of(name, size=100, epochs=1) for name in ("none", "mdn-last-batch")]
+    rows = [run.settings() | train(run, lambda: None) for run in runs]
+    overview, by_class, by_group = tables(rows, SETTING)
+    assert [line[0] for line in overview.lines] == ["No normalisation", "MDN, last layer, batch"]
+    assert all(len(line) == len(overview.headings) for line in overview.lines)
+    assert by_class.headings == ["Method", "site, ill", "site, well"]
+    assert by_group.headings[1:] == ["first (%)", "second (%)", "TPR, first (%)", "TPR, second (%)"]
+    assert "82.7 %" in overview.limits
