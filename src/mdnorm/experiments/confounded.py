@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ __all__ = [
     "evaluate",
     "fit",
     "get_setting",
+    "method_of",
     "plan",
     "train",
     "write_outputs",
@@ -108,11 +109,20 @@ class ConfoundedRun:
 
     def settings(self) -> Row:
         """Return the settings as JSON values, those of the method included."""
-        row: Row = asdict(self) | METHODS[self.method].settings()
+        setting = get_setting(self.setting)
+        row: Row = asdict(self) | method_of(setting, self.method).settings()
         for name in ("features_file", "degree"):
             # The degree is the synthetic images': here the design comes with the data.
             row.pop(name, None)
-        return row | {"norm": _norm(get_setting(self.setting), self.method)}
+        return row | {"norm": _norm(setting, self.method)}
+
+
+def method_of(setting: Setting, name: str) -> Method:
+    """Return the method of a name with what is tuned for the setting."""
+    method = METHODS[name]
+    if method.adversary is None:
+        return method
+    return replace(method, adversary=method.adversary | {"strength": setting.brnet_strength})
 
 
 def _norm(setting: Setting, method: str) -> str:
@@ -378,7 +388,7 @@ def train(run: ConfoundedRun, epoch_done: Callable[[], None]) -> Row:
         measures after `mdnorm.recalibrate` on the training data (its features are the ones kept).
     """
     setting = get_setting(run.setting)
-    method = METHODS[run.method]
+    method = method_of(setting, run.method)
     data = _data(run.setting, run.size, run.seed)
     network = build(setting, run.method, data, run.seed)
     trained = fit(

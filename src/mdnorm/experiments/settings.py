@@ -50,6 +50,8 @@ class Setting:
         Accuracy on confound-free data of the best rule there is, a fraction, where it is known.
     examples : callable
         Draws example samples.
+    brnet_strength : float
+        Weight of BR-Net's term, tuned for the accuracy on confound-free data.
     granularity : str
         Of the layers in the slots; see `mdnorm.MetadataNorm`.
     """
@@ -70,4 +72,5 @@ class Setting:
     quick_methods: tuple[str, ...]
     limit: float | None
     examples: Callable[[ConfoundedData], Figure]
+    brnet_strength: float = 30.0
     granularity: str = "element"
