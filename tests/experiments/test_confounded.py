@@ -16,7 +16,7 @@ from mdnorm.commands import app
 from mdnorm.experiments import confounded
 from mdnorm.experiments.confounded import METHOD_NAMES, build, evaluate, fit, get_setting, plan, train
 from mdnorm.experiments.confounded_report import tables
-from mdnorm.experiments.data.confounded import ConfoundedData, Samples, select, split
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, select, split
 from mdnorm.experiments.data.problems import DataProblemsError, Problems
 from mdnorm.experiments.methods import METHODS
 from mdnorm.experiments.settings import Setting
@@ -58,6 +58,15 @@ def draw(data: ConfoundedData) -> Figure:
     return figure
 
 
+def load_data(folder: Path, on_problem: str) -> LoadedData:
+    problems = Problems()
+    if not (folder / "scan.txt").exists():
+        problems.add("no image", "sub-1", f"{folder.name} has no scan.txt")
+    problems.settle(on_problem)
+    text = problems.text() if problems else ""
+    return LoadedData(make_samples(400, 7, 0.8), ("ill", "well"), ("first", "second"), {"site": (0,)}, text)
+
+
 SETTING = Setting(
     name="tiny",
     title="Tiny images",
@@ -73,6 +82,7 @@ SETTING = Setting(
     quick_size=300,
     quick_epochs=6,
     quick_methods=("none", "mdn-last-running"),
+    load=load_data,
     limit=0.827,  # Φ(0.1 · √8 / 0.3)
     examples=draw,
 )
@@ -116,6 +126,11 @@ class TestPlan:
     def test_bad_numbers(self, changes, message):
         with pytest.raises(ValueError, match=message):
             plan(SETTING, **changes)
+
+    def test_a_setting_without_real_data(self, monkeypatch):
+        monkeypatch.setitem(confounded.SETTINGS, "bare", (__name__, "BARE"))
+        with pytest.raises(ValueError, match="no real data"):
+            confounded.load("bare", "folder", "error")
 
     def test_unknown_setting(self):
         with pytest.raises(ValueError, match="unknown setting"):
@@ -285,9 +300,29 @@ class TestCommand:
         assert "2 of 2 trainings are already finished" in again.stderr
         assert json.loads(again.stdout) == rows
 
+    def test_real_data(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
+        folder, out = tmp_path / "data", tmp_path / "out"
+        folder.mkdir()
+        arguments = ["experiment", "image", "--quick", "--epochs", "1", "--jobs", "1", "--out", str(out)]
+        arguments += ["--data", str(folder)]
+        refused = CliRunner().invoke(app, arguments)
+        assert refused.exit_code == 2
+        assert "1 × no image" in refused.stderr
+        assert not (out / "results.json").exists()
+        result = CliRunner().invoke(app, [*arguments, "--on-problem", "skip"])
+        assert result.exit_code == 0, result.output
+        assert "left out: 1 problem(s)" in result.stderr
+        assert "No analytic limit" in (out / "table.md").read_text()
+        assert json.loads((out / "results.json").read_text())[0]["data"] == str(folder)
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
-        [(["--methods", "magic"], "unknown method"), (["--size", "5"], "size must be at least 40")],
+        [
+            (["--on-problem", "hide"], "on_problem"),
+            (["--methods", "magic"], "unknown method"),
+            (["--size", "5"], "size must be at least 40"),
+        ],
     )
     def test_bad_options(self, arguments, message, tmp_path, monkeypatch):
         monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
@@ -298,6 +333,7 @@ class TestCommand:
 
 
 IMAGE = Setting(**(vars(SETTING) | {"name": "image"}))
+BARE = Setting(**(vars(SETTING) | {"name": "bare", "load": None}))
 
 
 def test_tables_have_every_method_and_variable():

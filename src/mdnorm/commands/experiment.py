@@ -209,6 +209,13 @@ def _confounded_command(name: str, text: str) -> None:
         batch_size: Annotated[int | None, typer.Option(help="[default: tuned]")] = None,
         epochs: Annotated[int | None, typer.Option(min=1, help="[default: tuned]")] = None,
         learning_rate: Annotated[float | None, typer.Option(help="[default: tuned]")] = None,
+        data: Annotated[
+            Path | None,
+            typer.Option(help="Folder of the real data set in its published layout. [default: none]"),
+        ] = None,
+        on_problem: Annotated[
+            str, typer.Option(help="Files and rows of real data that cannot be used: 'error' or 'skip'.")
+        ] = "error",
         quick: Annotated[
             bool, typer.Option("--quick", help="Few methods, one seed, less data: minutes on two cores.")
         ] = False,
@@ -218,6 +225,7 @@ def _confounded_command(name: str, text: str) -> None:
         json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
     ) -> None:
         from mdnorm.experiments import confounded
+        from mdnorm.experiments.data.problems import DataProblemsError
 
         target = out or Path("results", name)
         try:
@@ -231,9 +239,16 @@ def _confounded_command(name: str, text: str) -> None:
                 batch_size=batch_size,
                 epochs=epochs or (setting.quick_epochs if quick else None),
                 learning_rate=learning_rate,
+                data=data,
+                on_problem=on_problem,
                 features_dir=target / "features",
             )
-        except ValueError as error:
+            if data is not None:
+                # Told before training starts, not by a worker in the middle of it.
+                problems = confounded.load(name, str(data), on_problem).problems
+                if problems:
+                    errors.print(f"left out: {problems}", highlight=False, markup=False, soft_wrap=True)
+        except (ValueError, DataProblemsError, OSError) as error:
             fail(str(error), BAD_INPUT)
         rows, report = _run_all(confounded, runs, target, jobs, folder=target / "features")
         if json_output:

@@ -18,7 +18,7 @@ from torch.nn.functional import cross_entropy
 
 from mdnorm import context
 from mdnorm.experiments.adversary import Adversary
-from mdnorm.experiments.data.confounded import ConfoundedData, Samples
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
 from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.networks import BackboneNetwork
 from mdnorm.experiments.results import Row
@@ -34,9 +34,11 @@ __all__ = [
     "SETTINGS",
     "ConfoundedRun",
     "build",
+    "data_of",
     "evaluate",
     "fit",
     "get_setting",
+    "load",
     "method_of",
     "plan",
     "train",
@@ -92,8 +94,12 @@ class ConfoundedRun:
     method : str
         One of `METHOD_NAMES`.
     seed, size, batch_size, epochs : int
-        `size` is the number of training samples.
+        `size` is the number of training samples; real data have as many as they have.
     learning_rate : float
+    data : str or None
+        Folder of a real data set; None generates data.
+    on_problem : "error" or "skip"
+        What to do with files and rows of the real data set that cannot be used.
     features_file : str or None
         Where to keep the features of the confound-free data; not part of the settings.
     """
@@ -105,6 +111,8 @@ class ConfoundedRun:
     batch_size: int
     epochs: int
     learning_rate: float
+    data: str | None = None
+    on_problem: str = "error"
     features_file: str | None = None
 
     def settings(self) -> Row:
@@ -139,6 +147,8 @@ def plan(
     batch_size: int | None = None,
     epochs: int | None = None,
     learning_rate: float | None = None,
+    data: Path | None = None,
+    on_problem: str = "error",
     features_dir: Path | None = None,
 ) -> list[ConfoundedRun]:
     """Return the runs of a setting's table, seed by seed; None takes the setting's own numbers.
@@ -152,6 +162,8 @@ def plan(
     if unknown or not methods:
         names = ", ".join(unknown) or "(none given)"
         raise ValueError(f"unknown method(s) {names}: choose from {', '.join(METHOD_NAMES)}.")
+    if on_problem not in ("error", "skip"):
+        raise ValueError(f"on_problem must be 'error' or 'skip', got {on_problem!r}.")
     numbers = {
         "seeds": seeds,
         "size": setting.size if size is None else size,
@@ -174,6 +186,8 @@ def plan(
             numbers["batch size"],
             numbers["epochs"],
             rate,
+            None if data is None else str(data),
+            on_problem,
             str(features_dir / f"{method}-seed{seed}.safetensors")
             if features_dir is not None and seed == first_seed
             else None,
@@ -373,9 +387,35 @@ def evaluate(network: BackboneNetwork, data: ConfoundedData, features_file: str 
 
 
 @lru_cache(maxsize=1)
-def _data(setting: str, size: int, seed: int) -> ConfoundedData:
+def load(setting: str, folder: str, on_problem: str) -> LoadedData:
+    """Return a real data set.
+
+    Raises
+    ------
+    ValueError
+        The setting has no loader, or the data cannot be used.
+    DataProblemsError
+        Files or rows that cannot be used, all of them listed, with `on_problem` "error".
+    FileNotFoundError
+        No such data; the message says what to get.
+    """
+    loader = get_setting(setting).load
+    if loader is None:
+        raise ValueError(f"the setting {setting!r} has no real data to load: leave `data` out.")
+    return loader(Path(folder), on_problem)
+
+
+@lru_cache(maxsize=1)
+def _data(setting: str, size: int, seed: int, folder: str | None, on_problem: str) -> ConfoundedData:
     # The methods of a seed come one after the other, with the same data.
+    if folder is not None:
+        return load(setting, folder, on_problem).divide(seed)
     return get_setting(setting).make_data(size, seed)
+
+
+def data_of(run: ConfoundedRun) -> ConfoundedData:
+    """Return the data of a run; kept until another is asked for."""
+    return _data(run.setting, run.size, run.seed, run.data, run.on_problem)
 
 
 def train(run: ConfoundedRun, epoch_done: Callable[[], None]) -> Row:
@@ -389,7 +429,7 @@ def train(run: ConfoundedRun, epoch_done: Callable[[], None]) -> Row:
     """
     setting = get_setting(run.setting)
     method = method_of(setting, run.method)
-    data = _data(run.setting, run.size, run.seed)
+    data = data_of(run)
     network = build(setting, run.method, data, run.seed)
     trained = fit(
         network,
@@ -416,5 +456,4 @@ def write_outputs(out: Path, runs: Sequence[ConfoundedRun], rows: Sequence[Row],
     from mdnorm.experiments.confounded_report import write
 
     setting = get_setting(runs[0].setting)
-    data = partial(_data, setting.name, runs[0].size, runs[0].seed)
-    return write(out, setting, data, runs, rows, command=command)
+    return write(out, setting, partial(data_of, runs[0]), runs, rows, command=command)

@@ -64,9 +64,10 @@ def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
     setting : Setting
     """
     variables = list(rows[0]["dcor2"])
+    on_generated = not any(row.get("data") for row in rows)
     limit = (
         f"Best possible on confound-free data: {100 * setting.limit:.1f} %; dcor² 0."
-        if setting.limit is not None
+        if setting.limit is not None and on_generated
         else "No analytic limit of accuracy; dcor² 0 without the confounders."
     )
     methods = _by_method(rows)
@@ -166,7 +167,7 @@ def accuracy_figure(rows: Sequence[Row], setting: Setting) -> Figure:
             colour,
             marker,
         )
-    if setting.limit is not None:
+    if setting.limit is not None and not any(row.get("data") for row in rows):
         left.axvline(100 * setting.limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
         left.annotate(
             f"limit {100 * setting.limit:.1f} %",
@@ -388,7 +389,8 @@ def write(
     settings = {
         "mdnorm": __version__,
         "torch": torch.__version__,
-        "training samples": str(first.size),
+        "data": first.data or "generated",
+        "training samples": str(len(samples.train)),
         "held-out samples": f"{len(samples.test)} confounded, {len(samples.confound_free)} confound-free",
         "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
         "batch size, epochs, learning rate": f"{first.batch_size}, {first.epochs}, {first.learning_rate:g}",

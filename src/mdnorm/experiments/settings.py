@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mdnorm.experiments.data.confounded import ConfoundedData
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -52,6 +53,8 @@ class Setting:
         Draws example samples.
     brnet_strength : float
         Weight of BR-Net's term, tuned for the accuracy on confound-free data.
+    load : callable or None
+        (folder of the real data set in its published layout, "error" or "skip") → `LoadedData`.
     granularity : str
         Of the layers in the slots; see `mdnorm.MetadataNorm`.
     """
@@ -73,4 +76,5 @@ class Setting:
     limit: float | None
     examples: Callable[[ConfoundedData], Figure]
     brnet_strength: float = 30.0
+    load: Callable[[Path, str], LoadedData] | None = None
     granularity: str = "element"

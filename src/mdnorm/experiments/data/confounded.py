@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ConfoundedData", "Samples", "select", "split"]
+__all__ = ["ConfoundedData", "LoadedData", "Samples", "select", "split"]
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,32 @@ class ConfoundedData:
     classes: tuple[str, ...]
     groups: tuple[str, ...]
     confounders: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """A real data set in memory, not divided yet.
+
+    Attributes
+    ----------
+    samples : Samples
+    classes, groups : tuple of str
+    confounders : dict of str to tuple of int
+        As of `ConfoundedData`.
+    problems : str
+        What was left out and why; empty where nothing was.
+    """
+
+    samples: Samples
+    classes: tuple[str, ...]
+    groups: tuple[str, ...]
+    confounders: dict[str, tuple[int, ...]]
+    problems: str = ""
+
+    def divide(self, seed: int) -> ConfoundedData:
+        """Return training, test and confound-free data; see `split`."""
+        parts = split(self.samples, seed=seed)
+        return ConfoundedData(*parts, self.classes, self.groups, self.confounders)
 
 
 def select(samples: Samples, rows: Tensor) -> Samples:
