@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo audit test lint types unit browser bench full variants continual tables ablation format clean
+.PHONY: help demo audit test lint types unit browser bench full variants continual settings tables ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -54,6 +54,12 @@ variants: $(VENV)/.demo ## Run the harder variants of the synthetic data (an hou
 
 continual: $(VENV)/.demo ## Run the continual task (an hour), resumable
 	$(BIN)/mdnorm experiment continual --methods all --out results/continual
+
+settings: $(VENV)/.dev ## Run faces, coloured digits, video and MRI with every method (two hours), resumable
+	$(BIN)/mdnorm experiment image
+	$(BIN)/mdnorm experiment digits
+	$(BIN)/mdnorm experiment video
+	$(BIN)/mdnorm experiment mri
 
 tables: $(VENV)/.dev ## Compare ways to take metadata out of tables (ten minutes)
 	$(BIN)/python benchmarks/table_comparison.py --out results/tables
