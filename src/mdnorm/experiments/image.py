@@ -153,8 +153,8 @@ SETTING = Setting(
     title="Metadata Normalization on faces",
     introduction=(
         "Drawn faces. Five measures of their geometry (jaw, brows, mouth, hair) tell the label, with "
-        "overlap. The skin's shade, from the Monk scale, tells nothing of it, but goes with it in the training data: "
-        "nine of ten “male” faces are from the darker half of the scale, nine of ten “female” ones from the "
+        "overlap. The skin's shade, from the Monk scale, tells nothing of it, but goes with it in the training "
+        "data: nine of ten “male” faces are from the darker half of the scale, nine of ten “female” ones from the "
         "lighter half.",
         f"The best rule that looks at the geometry is right in {100 * faces.LIMIT:.1f} % of all faces whose "
         "shade says nothing. A network that judges by the shade is better on data like those of its training "

@@ -1,8 +1,8 @@
 """Drawn faces: the label is in their geometry, the skin's shade goes with the label.
 
 The label shifts five measures of a face (width of the jaw, thickness and height of the brows, size of the
-mouth, length of the hair), each a normal variable of standard deviation 1 in both classes, by known amounts δ.
-The best rule is therefore linear in them and right in Φ(‖δ‖ / 2) of all cases. Shade, pose, light and
+mouth, length of the hair), each a normal variable of standard deviation 1 in both classes, by known amounts
+δ. The best rule is therefore linear in them and right in Φ(‖δ‖ / 2) of all cases. Shade, pose, light and
 background say nothing about the label beyond the correlation that is asked for.
 """
 
@@ -40,7 +40,7 @@ _SHIFTS = np.array([1.4, 1.1, 0.9, 1.1, 0.9])
 LIMIT = 0.5 * (1 + math.erf(float(np.linalg.norm(_SHIFTS)) / 2 / math.sqrt(2)))
 """Share of faces that the best rule gets right, where shade and label are independent."""
 
-# Pillow draws to whole pixels: fewer would leave only four thicknesses of the brows.
+# Pillow draws to whole pixels: fewer would leave a few thicknesses of the brows only.
 _OVERSAMPLING = 8
 
 
@@ -170,18 +170,12 @@ def _draw(geometry: NDArray[Any], shade: float, generator: np.random.Generator, 
     )
     ellipse(x, y - height + 4, width * 0.95, 9, hair)
     thickness = max(2.2 + 0.7 * brow_thickness, 0.4)
-    level = y - 10.5 + 1.1 * brow_height
+    # Both ends rounded for themselves would change the thickness by two pixels at a time.
+    top = round((y - 10.5 + 1.1 * brow_height - thickness / 2) * unit)
+    bottom = top + round(thickness * unit) - 1
     for direction in (-1, 1):
         cx = x + direction * 10.5
-        draw.rectangle(
-            (
-                (cx - 6.5) * unit,
-                (level - thickness / 2) * unit,
-                (cx + 6.5) * unit,
-                (level + thickness / 2) * unit,
-            ),
-            _colour(hair * 0.6),
-        )
+        draw.rectangle(((cx - 6.5) * unit, top, (cx + 6.5) * unit, max(bottom, top)), _colour(hair * 0.6))
         ellipse(cx, y - 3, 4.6, 2.6, np.array([240.0, 240.0, 240.0]))
         ellipse(cx + generator.normal(0, 0.5), y - 3, 2.1, 2.3, np.array([40.0, 30.0, 25.0]))
     draw.polygon(
