@@ -77,7 +77,7 @@ def make_face_data(size: int, seed: int) -> ConfoundedData:
         drawn: Faces = make_faces(count, seed=3 * seed + part, correlation=correlation)
         return _face_samples(drawn.images, drawn.labels, drawn.shade)
 
-    parts = (draw(size, 0, 0.8), draw(_HELD_OUT, 1, 0.8), draw(_HELD_OUT, 2, 0.0))
+    parts = (draw(size, 0, 0.6), draw(_HELD_OUT, 1, 0.6), draw(_HELD_OUT, 2, 0.0))
     return ConfoundedData(*parts, faces.CLASSES, GROUPS, {"shade": (0,)})
 
 
@@ -154,8 +154,8 @@ SETTING = Setting(
     introduction=(
         "Drawn faces. Five measures of their geometry (jaw, brows, mouth, hair) tell the label, with "
         "overlap. The skin's shade, from the Monk scale, tells nothing of it, but goes with it in the "
-        "training data: nine of ten “male” faces are from the darker half of the scale, nine of ten “female” "
-        "ones from the lighter half.",
+        "training data: eight of ten “male” faces are from the darker half of the scale, eight of ten "
+        "“female” ones from the lighter half.",
         f"The best rule that looks at the geometry is right in {100 * faces.LIMIT:.1f} % of all faces whose "
         "shade says nothing. A network that judges by the shade is better on data like those of its training "
         "and worse there.",
@@ -163,14 +163,14 @@ SETTING = Setting(
     make_data=make_face_data,
     backbone=ImageBackbone,
     slots=("norm1", "norm2", "norm3"),
-    base_norm="none",
+    base_norm="group",
     batch_size=50,
-    epochs=15,
+    epochs=12,
     learning_rate=1e-3,
-    size=2000,
-    quick_size=1000,
+    size=3000,
+    quick_size=2000,
     quick_epochs=10,
-    quick_methods=("none", "mdn-last-running"),
+    quick_methods=("none", "mdn-every-running"),
     limit=faces.LIMIT,
     examples=_face_examples,
     load=load_faces,
