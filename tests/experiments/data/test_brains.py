@@ -1,0 +1,96 @@
+"""Drawn brains: reproducible, what metadata do and do not change, a BIDS folder that reads back equal."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mdnorm.experiments.data.bids import load_bids, standardize
+from mdnorm.experiments.data.brains import LIMIT, SEPARATION, SHAPE, SITES, make_brains, write_bids
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    return make_brains(120, seed=0)
+
+
+def test_the_seed_decides(drawn):
+    again, other = make_brains(120, seed=0), make_brains(120, seed=1)
+    assert torch.equal(drawn.volumes, again.volumes)
+    assert torch.equal(drawn.age, again.age)
+    assert not torch.equal(drawn.volumes, other.volumes)
+
+
+def test_shapes_and_values(drawn):
+    assert drawn.volumes.shape == (120, 1, *SHAPE)
+    assert drawn.volumes.dtype == torch.float32
+    assert bool(drawn.volumes.isfinite().all())
+    assert drawn.labels.bincount().tolist() == [60, 60]
+    inside = (drawn.volumes > 0).double().mean((1, 2, 3, 4))
+    # A brain of 1.2 to 2.4 litres in the 8.8 litres of the volume.
+    assert 1.2 / 8.8 < inside.min() < inside.max() < 2.4 / 8.8
+
+
+def test_men_have_larger_heads(drawn):
+    inside = (drawn.volumes > 0).double().sum((1, 2, 3, 4))
+    assert inside[drawn.sex == 1].mean() > 1.1 * inside[drawn.sex == 0].mean()
+
+
+def test_hippocampus_is_darker_in_atrophy(drawn):
+    # The voxels about (±27, −20, −16) mm.
+    volumes = standardize(drawn.volumes)[:, 0]
+    local = torch.cat([volumes[:, 10:13, 18:21, 8:11], volumes[:, 19:22, 18:21, 8:11]], 1).mean((1, 2, 3))
+    correlation = torch.corrcoef(torch.stack([local.double(), drawn.hippocampus.double()]))[0, 1]
+    assert correlation > 0.3
+
+
+def test_correlation_and_independence():
+    # Labels and metadata do not depend on how many volumes are looked at, so few voxels do.
+    with_label = make_brains(400, seed=3, correlation=0.8)
+    without = make_brains(400, seed=3, correlation=0.0)
+
+    def difference(brains):
+        return float(brains.age[brains.labels == 1].mean() - brains.age[brains.labels == 0].mean())
+
+    # 0.8 × 12 years; the standard error is below 0.9 years.
+    assert abs(difference(with_label) - 9.6) < 3
+    assert abs(difference(without)) < 3
+    shares = [float((with_label.site[with_label.labels == k] >= 2).double().mean()) for k in (0, 1)]
+    assert shares[1] - shares[0] > 0.25
+
+
+def test_limit_is_reached_by_the_hippocampus():
+    assert math.isclose(LIMIT, 0.9, abs_tol=1e-3)
+    brains = make_brains(400, seed=5, correlation=0.0)
+    right = ((brains.hippocampus < 0).long() == brains.labels).double().mean()
+    assert abs(float(right) - LIMIT) < 4 * math.sqrt(LIMIT * (1 - LIMIT) / 400)
+    assert SEPARATION > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"size": 1}, "size must be at least 2"),
+        ({"size": 4, "correlation": 1.5}, "correlation must be between 0 and 1, got 1.5"),
+        ({"size": 4, "correlation": math.nan}, "correlation must be between 0 and 1"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        make_brains(seed=0, **arguments)
+
+
+def test_bids_reads_back_equal(tmp_path):
+    brains = make_brains(20, seed=2, correlation=0.5)
+    write_bids(tmp_path / "data", brains)
+    found = load_bids(tmp_path / "data")
+    assert not found.problems
+    assert torch.equal(found.volumes, standardize(brains.volumes))
+    for name in ("labels", "age", "sex"):
+        assert torch.equal(getattr(found, name), getattr(brains, name))
+    assert [found.sites[k] for k in found.site] == [SITES[k] for k in brains.site]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
+    with pytest.raises(FileExistsError, match="name a folder that does not"):
+        write_bids(tmp_path / "data", brains)
