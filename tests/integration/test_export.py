@@ -73,12 +73,12 @@ def test_inductor_trains_and_evaluates_as_eager():
 class Checkpointed(nn.Module):
     """A layer behind, or inside, a part that is run again in the backward pass."""
 
-    def __init__(self, estimator, inside):
+    def __init__(self, estimator, inside, scale=False):
         super().__init__()
         torch.manual_seed(0)
         self.inside = inside
         self.part = nn.Sequential(nn.Linear(36, 4), nn.Tanh(), nn.Linear(4, 4))
-        self.norm = mdnorm.MetadataNorm(4, 2, 1, estimator=estimator)
+        self.norm = mdnorm.MetadataNorm(4, 2, 1, estimator=estimator, scale=scale)
         self.head = nn.Linear(4, 1)
         self.checkpointed = True
 
@@ -108,6 +108,32 @@ def test_compiled_with_checkpointing(estimator, inside):
         torch.testing.assert_close(model.state_dict()[name], value, msg=name)
     for parameter, other in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, other.grad)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize(
+    ("estimator", "scale", "setting"),
+    [
+        ("running", False, "estimator='running'"),
+        ("recursive", False, "estimator='recursive'"),
+        ("batch", True, "scale=True"),
+    ],
+)
+def test_compiled_inside_a_checkpoint_is_refused(estimator, scale, setting, fullgraph):
+    """The coefficients come from the state, which a second run would find changed; evaluation works."""
+    torch._dynamo.reset()
+    model = Checkpointed(estimator, True, scale)
+    loss_of(model, *make_data(16, 0)).backward()
+    before = {name: value.clone() for name, value in state_of(model).items()}
+    compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
+    with pytest.raises(RuntimeError, match=f"{setting} cannot train inside of an activation-checkpointed"):
+        loss_of(compiled, *make_data(16, 1))
+    for name, value in state_of(model).items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, msg=name)
+    compiled.eval()
+    images, metadata, _ = make_data(16, 2)
+    with mdnorm.metadata(model, metadata):
+        torch.testing.assert_close(compiled(images), model(images))
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)

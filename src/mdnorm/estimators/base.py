@@ -370,3 +370,47 @@ class Estimator(nn.Module, ABC):
         """Return the settings, for ``print(model)``."""
         memory = f"momentum={self.momentum}" if self.window is None else f"window={self.window}"
         return f"{memory}, ridge={self.ridge}, center={self.center}"
+
+
+def refuse_compiled_checkpoint(setting: str) -> None:
+    """Raise where `torch.compile` traces an estimator inside of an activation-checkpointed part.
+
+    Compiled code repeats the part with the state that the batch has already entered, and nothing in it can
+    tell the two runs apart. An estimator that takes its coefficients from the state calls this in training.
+
+    Parameters
+    ----------
+    setting : str
+        What asks for the estimator, for the message: ``estimator='running'``.
+
+    Raises
+    ------
+    RuntimeError
+        While tracing (as a subclass of it, torch's own, with this message in it).
+    """
+    if torch.compiler.is_compiling():
+        _refuse_traced_checkpoint(setting)
+
+
+def _refuse_traced_checkpoint(setting: str) -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    except AttributeError:  # torch.export(strict=False) runs this code itself
+        return False
+    while tracer is not None:
+        if "activation_checkpoint" in str(getattr(tracer, "source_target", "")):
+            raise RuntimeError(
+                f"{setting} cannot train inside of an activation-checkpointed part of a compiled model: "
+                "the part is repeated with the state that the batch has already entered, and the gradient "
+                "would be wrong. Keep the layer out of the checkpointed part (it saves only the design for "
+                "its backward pass), or take estimator 'batch' or 'dataset' without scale."
+            )
+        tracer = tracer.parent
+    return False
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler: the function is run
+# while tracing, where the part that is being traced is known.
+_refuse_traced_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]

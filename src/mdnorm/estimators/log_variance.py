@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mdnorm import functional
 from mdnorm.distributed import all_reduce_sum, eager
+from mdnorm.estimators.base import refuse_compiled_checkpoint
 from mdnorm.estimators.batch import BatchEstimator
 from mdnorm.functional import Gram
 
@@ -81,7 +82,14 @@ class LogVarianceEstimator(BatchEstimator):
         }
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """Update the running moments and remove the effect on the scale that they show."""
+        """Update the running moments and remove the effect on the scale that they show.
+
+        Raises
+        ------
+        RuntimeError
+            Inside of an activation-checkpointed part of a compiled model.
+        """
+        refuse_compiled_checkpoint("scale=True")
         group = self.active_group()
         if group is not None:
             eager(self._update_scale)(features.detach(), columns, positions, group)

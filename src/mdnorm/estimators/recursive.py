@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mdnorm import functional
 from mdnorm.distributed import eager
-from mdnorm.estimators.base import Estimator
+from mdnorm.estimators.base import Estimator, refuse_compiled_checkpoint
 from mdnorm.functional import Gram
 
 if TYPE_CHECKING:
@@ -121,7 +121,14 @@ class RecursiveEstimator(Estimator):
         return rows
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
-        """Correct the coefficients by this batch and remove the effect that they show."""
+        """Correct the coefficients by this batch and remove the effect that they show.
+
+        Raises
+        ------
+        RuntimeError
+            Inside of an activation-checkpointed part of a compiled model.
+        """
+        refuse_compiled_checkpoint(f"estimator={self.name!r}")
         # The prediction error of half-precision features is not rounded to their precision.
         constant = features.detach().to(functional.compute_dtype(features))
         group = self.active_group()

@@ -10,6 +10,7 @@ from torch import Tensor
 from mdnorm import functional
 from mdnorm.context import is_recomputing
 from mdnorm.distributed import eager
+from mdnorm.estimators.base import refuse_compiled_checkpoint
 from mdnorm.estimators.batch import BatchEstimator
 from mdnorm.functional import Gram
 from mdnorm.weights import positive, ratio, read, write_
@@ -97,8 +98,10 @@ class RunningEstimator(BatchEstimator):
         Raises
         ------
         RuntimeError
-            Inside a transform of `torch.func`, which knows no state of the backward pass.
+            Inside a transform of `torch.func`, which knows no state of the backward pass, or inside of an
+            activation-checkpointed part of a compiled model, which is repeated with another state.
         """
+        refuse_compiled_checkpoint(f"estimator={self.name!r}")
         _refuse_transforms(features)
         group = self.active_group()
         if group is not None:
