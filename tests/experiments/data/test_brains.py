@@ -29,8 +29,8 @@ def test_shapes_and_values(drawn):
     assert bool(drawn.volumes.isfinite().all())
     assert drawn.labels.bincount().tolist() == [60, 60]
     inside = (drawn.volumes > 0).double().mean((1, 2, 3, 4))
-    # A brain of 1.2 to 2.4 litres in the 8.8 litres of the volume.
-    assert 1.2 / 8.8 < inside.min() < inside.max() < 2.4 / 8.8
+    # Litres of the 8.8 of the volume; voxels of 6 mm that are brain in part widen it by their rim.
+    assert 1.2 / 8.8 < inside.min() < inside.max() < 3.2 / 8.8
 
 
 def test_men_have_larger_heads(drawn):

@@ -103,7 +103,7 @@ def standardize(volumes: Tensor) -> Tensor:
         MONAI is not installed.
     """
     with requires("mri"):
-        from monai.transforms import NormalizeIntensity
+        from monai.transforms.intensity.array import NormalizeIntensity
 
     if volumes.ndim != 5:
         raise ValueError(f"volumes must have shape (N, C, D, H, W), got {tuple(volumes.shape)}.")
@@ -315,8 +315,10 @@ def _resample(
     voxels: NDArray[np.float32], affine: NDArray[np.float64], shape: tuple[int, int, int], spacing: float
 ) -> Tensor:
     with requires("mri"):
-        from monai.data import MetaTensor
-        from monai.transforms import GaussianSmooth, Orientation, ResizeWithPadOrCrop, Spacing
+        from monai.data.meta_tensor import MetaTensor
+        from monai.transforms.croppad.array import ResizeWithPadOrCrop
+        from monai.transforms.intensity.array import GaussianSmooth
+        from monai.transforms.spatial.array import Orientation, Spacing
 
     volume: Any = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine))
     # MONAI 1.6 warns unless it is told how the axes are called.

@@ -151,8 +151,8 @@ def make_brains(size: int, *, seed: int, correlation: float = 0.8) -> Brains:
 def _template() -> tuple[Tensor, Tensor]:
     """Return grey and white matter, (2, *SHAPE), and the voxels' places in mm, (*SHAPE, 3)."""
     with requires("mri"):
-        from nilearn import datasets
-        from nilearn.image import resample_img
+        from nilearn import datasets  # type: ignore[import-untyped]
+        from nilearn.image import resample_img  # type: ignore[import-untyped]
 
     maps = []
     for load in (datasets.load_mni152_gm_template, datasets.load_mni152_wm_template):
@@ -221,7 +221,7 @@ def _draw(
     # Lost tissue leaves fluid. The hippocampus is thinned where the template has it.
     bump = sum(_blob(source, centre, _HIPPOCAMPUS_RADII) for centre in _HIPPOCAMPUS)
     assert isinstance(bump, Tensor)
-    loss = (0.30 - 0.07 * column(hippocampus)).clamp(0, 0.9) * bump[..., 0].unsqueeze(1)
+    loss = (0.30 - 0.10 * column(hippocampus)).clamp(0, 0.9) * bump[..., 0].unsqueeze(1)
     cortex = (0.15 + 0.05 * years + 0.03 * normal(1, 1, 1, 1)).clamp(0, 0.5)
     inside = (grey + white).clamp(0, 1)
     grey, white = grey * (1 - cortex) * (1 - loss), white * (1 - loss)
@@ -259,6 +259,7 @@ def write_bids(folder: Path, brains: Brains) -> None:
     with requires("mri"):
         import nibabel as nib
 
+    make_image: Any = nib.nifti1.Nifti1Image
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists: name a folder that does not.")
@@ -289,7 +290,7 @@ def write_bids(folder: Path, brains: Brains) -> None:
             )
             anat = partial / subject / "anat"
             anat.mkdir(parents=True)
-            image = nib.nifti1.Nifti1Image(brains.volumes[row, 0].numpy(), _affine())
+            image = make_image(brains.volumes[row, 0].numpy(), _affine())
             image.header.set_xyzt_units("mm")
             nib.save(image, anat / f"{subject}_T1w.nii.gz")
         (partial / "participants.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
