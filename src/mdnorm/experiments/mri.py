@@ -159,7 +159,8 @@ SETTING = Setting(
         "hippocampus, whose volume overlaps between patients and controls. Age widens the ventricles and "
         "thins the cortex, sex changes the size of the head, and every site has its own contrast, bias field "
         "and noise; none of these tells anything of the diagnosis. But in the training data nine of ten "
-        "patients come from an old cohort (74 ± 6 years, mostly at two of the four sites) and nine of ten controls "
+        "patients come from an old cohort (74 ± 6 years, mostly at two of the four sites) "
+        "and nine of ten controls "
         "from a young one (62 ± 6 years, mostly at the other two).",
         f"The best rule that looks at the hippocampus is right in {100 * brains.LIMIT:.1f} % of all brains "
         "whose age and site say nothing. A network that judges by age and site is better on data like those "
