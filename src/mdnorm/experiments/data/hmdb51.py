@@ -1,8 +1,9 @@
 """HMDB51 in its published layout, with scene scores as metadata.
 
-Kuehne et al. (2011), serre-lab.clps.brown.edu: ``hmdb51_org/<class>/<clip>.avi`` and, for each class and each of
-three splits, ``testTrainMulti_7030_splits/<class>_test_split1.txt`` with lines "clip.avi 1" (training), 2 (test)
-or 0 (neither). The scene scores of each clip, those of a Places365 classifier say, are a table of their own.
+Kuehne et al. (2011), serre-lab.clps.brown.edu: ``hmdb51_org/<class>/<clip>.avi`` and, for each class and each
+of three splits, ``testTrainMulti_7030_splits/<class>_test_split1.txt`` with lines "clip.avi 1" (training), 2
+(test) or 0 (neither). The scene scores of each clip, those of a Places365 classifier say, are a table of
+their own.
 """
 
 from __future__ import annotations
@@ -167,7 +168,8 @@ def _read_scores(
     table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     if "clip" not in table.columns or len(table.columns) < 3:
         raise ValueError(
-            f"{path} must have a column 'clip' and two scenes or more, got {', '.join(map(str, table.columns))}."
+            f"{path} must have a column 'clip' and two scenes or more, got "
+            f"{', '.join(map(str, table.columns))}."
         )
     scenes = [name for name in table.columns if name != "clip"]
     values = table[scenes].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)

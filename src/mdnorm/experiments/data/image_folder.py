@@ -207,4 +207,5 @@ def _read(path: Path, size: int, problems: Problems) -> np.ndarray[Any, Any] | N
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         problems.add("unreadable image", path.name, str(error))
         return None
-    return np.asarray(fitted).transpose(2, 0, 1).copy()
+    pixels: np.ndarray[Any, Any] = np.asarray(fitted).transpose(2, 0, 1).copy()
+    return pixels
