@@ -174,9 +174,8 @@ def plan(
     for name, value in numbers.items():
         if value < least[name]:
             raise ValueError(f"{name} must be at least {least[name]}, got {value}.")
-    rate = setting.learning_rate if learning_rate is None else learning_rate
-    if not 0 < rate < math.inf:
-        raise ValueError(f"learning rate must be a positive number, got {rate}.")
+    if learning_rate is not None and not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
     return [
         ConfoundedRun(
             setting.name,
@@ -185,7 +184,7 @@ def plan(
             numbers["size"],
             numbers["batch size"],
             numbers["epochs"],
-            rate,
+            learning_rate or setting.norm_learning_rates.get(_norm(setting, method), setting.learning_rate),
             None if data is None else str(data),
             on_problem,
             str(features_dir / f"{method}-seed{seed}.safetensors")

@@ -393,7 +393,8 @@ def write(
         "training samples": str(len(samples.train)),
         "held-out samples": f"{len(samples.test)} confounded, {len(samples.confound_free)} confound-free",
         "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
-        "batch size, epochs, learning rate": f"{first.batch_size}, {first.epochs}, {first.learning_rate:g}",
+        "batch size, epochs": f"{first.batch_size}, {first.epochs}",
+        "learning rate": ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs})),
         "optimiser": "Adam, learning rate falling to 0 by a half cosine",
         "Metadata Normalization and BR-Net build on": f"norm “{setting.base_norm}”",
     }

@@ -173,6 +173,7 @@ SETTING = Setting(
     quick_methods=("none", "mdn-last-running"),
     limit=faces.LIMIT,
     examples=_face_examples,
+    brnet_strength=1.0,
     load=load_faces,
 )
 
@@ -199,4 +200,5 @@ DIGITS = Setting(
     quick_methods=("none", "mdn-last-running"),
     limit=1 - digits.LABEL_NOISE,
     examples=_digit_examples,
+    brnet_strength=0.3,
 )

@@ -171,8 +171,11 @@ SETTING = Setting(
     slots=("norm1", "norm2", "norm3"),
     base_norm="none",
     batch_size=50,
-    epochs=20,
+    epochs=15,
     learning_rate=1e-3,
+    # At 1e-3 the first steps of networks with a norm leave no hidden unit alive.
+    brnet_strength=1.0,
+    norm_learning_rates={"batch": 3e-4, "group": 3e-4},
     size=1000,
     quick_size=600,
     quick_epochs=15,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,8 @@ class Setting:
         Accuracy on confound-free data of the best rule there is, a fraction, where it is known.
     examples : callable
         Draws example samples.
+    norm_learning_rates : mapping
+        Norm → learning rate, where a norm wants another.
     brnet_strength : float
         Weight of BR-Net's term, tuned for the accuracy on confound-free data.
     load : callable or None
@@ -75,6 +77,7 @@ class Setting:
     quick_methods: tuple[str, ...]
     limit: float | None
     examples: Callable[[ConfoundedData], Figure]
+    norm_learning_rates: Mapping[str, float] = field(default_factory=dict)
     brnet_strength: float = 30.0
     load: Callable[[Path, str], LoadedData] | None = None
     granularity: str = "element"

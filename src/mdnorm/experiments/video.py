@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -181,5 +180,6 @@ SETTING = Setting(
     quick_methods=("none", "mdn-last-running"),
     limit=1 - LABEL_NOISE,
     examples=_examples,
-    load=partial(load_videos, num_scenes=5),
+    brnet_strength=1.0,
+    load=load_videos,
 )
