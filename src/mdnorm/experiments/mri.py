@@ -173,10 +173,10 @@ SETTING = Setting(
     batch_size=50,
     epochs=15,
     learning_rate=1e-3,
-    # At 1e-3 the first steps of networks with a norm leave no hidden unit alive.
     brnet_strength=1.0,
+    # At 1e-3 the first steps of networks with a norm leave no hidden unit alive.
     norm_learning_rates={"batch": 3e-4, "group": 3e-4},
-    size=1000,
+    size=800,
     quick_size=600,
     quick_epochs=15,
     quick_methods=("none", "mdn-last-running"),

@@ -221,7 +221,7 @@ def _draw(
     # Lost tissue leaves fluid. The hippocampus is thinned where the template has it.
     bump = sum(_blob(source, centre, _HIPPOCAMPUS_RADII) for centre in _HIPPOCAMPUS)
     assert isinstance(bump, Tensor)
-    loss = (0.30 - 0.10 * column(hippocampus)).clamp(0, 0.9) * bump[..., 0].unsqueeze(1)
+    loss = (0.30 - 0.08 * column(hippocampus)).clamp(0, 0.9) * bump[..., 0].unsqueeze(1)
     cortex = (0.15 + 0.05 * years + 0.03 * normal(1, 1, 1, 1)).clamp(0, 0.5)
     inside = (grey + white).clamp(0, 1)
     grey, white = grey * (1 - cortex) * (1 - loss), white * (1 - loss)
