@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
@@ -23,8 +22,9 @@ from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.networks import BackboneNetwork
 from mdnorm.experiments.results import Row
 from mdnorm.experiments.settings import Setting
+from mdnorm.experiments.training import Losses, num_steps, optimise
 from mdnorm.files import atomic_path
-from mdnorm.integration import fit_gram, insert, parameter_groups, penalty_loss, recalibrate
+from mdnorm.integration import fit_gram, insert, recalibrate
 from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import distance_correlation_sqr
 
@@ -227,14 +227,6 @@ def _metadata(
     return context.metadata(network, metadata, labels) if corrected else nullcontext()
 
 
-def _batches(rows: Tensor, size: int) -> Iterator[Tensor]:
-    """Batches of `size`; a last one of a single row joins the one before, for BatchNorm's sake."""
-    parts = list(rows.split(size))
-    if len(parts) > 1 and len(parts[-1]) == 1:
-        parts[-2:] = [torch.cat(parts[-2:])]
-    yield from parts
-
-
 def fit(
     network: BackboneNetwork,
     method: Method,
@@ -265,50 +257,43 @@ def fit(
     dict
         "train_loss" of the last epoch and "seconds_per_epoch".
     """
-    optimizers: list[torch.optim.Optimizer] = []
-    parameters: Any = network.parameters()
-    if method.penalty:
-        (parameters, coefficients) = (group["params"] for group in parameter_groups(network))
-        optimizers.append(torch.optim.SGD(coefficients, lr=min(1.0, batch_size / method.penalty["window"])))
-    optimizers.append(torch.optim.Adam(parameters, lr=learning_rate, fused=True))
-    steps = epochs * math.ceil(len(samples) / batch_size)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], steps)
-    # One predictor for each column of the confounders, together as strong as the one of a single column.
-    width = samples.confounders.shape[1]
-    adversaries = [
-        Adversary(
-            network.num_hidden,
-            steps,
-            **(method.adversary | {"strength": method.adversary["strength"] / width}),
+    steps = num_steps(len(samples), batch_size, epochs)
+
+    def make_losses() -> Losses:
+        # One predictor for each column of the confounders, together as strong as the one of a single column.
+        width = samples.confounders.shape[1]
+        adversaries = (
+            [
+                Adversary(network.num_hidden, steps, **(method.adversary | {"strength": strength}))
+                for strength in width * [method.adversary["strength"] / width]
+            ]
+            if method.adversary
+            else []
         )
-        for _ in range(width if method.adversary else 0)
-        if method.adversary is not None
-    ]
-    generator = torch.Generator().manual_seed(seed)
-    start = time.perf_counter()
-    network.train()
-    loss_sum = 0.0
-    for _ in range(epochs):
-        loss_sum = 0.0
-        for rows in _batches(torch.randperm(len(samples), generator=generator), batch_size):
-            for each in optimizers:
-                each.zero_grad()
+
+        def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
             labels = samples.labels[rows]
             with _metadata(network, samples.metadata[rows], labels):
                 features = network.features(samples.inputs[rows])
             loss = task_loss = cross_entropy(network.classify(features), labels)
-            if method.penalty:
-                loss = loss + penalty_loss(network)
             for column, adversary in enumerate(adversaries):
                 loss = loss + adversary.step(features, samples.confounders[rows, column], labels)
-            loss.backward()
-            for each in optimizers:
-                each.step()
-            scheduler.step()
-            loss_sum += task_loss.item() * len(rows)
-        epoch_done()
-    seconds = (time.perf_counter() - start) / epochs
-    return {"train_loss": loss_sum / len(samples), "seconds_per_epoch": seconds}
+            return task_loss, loss
+
+        return losses
+
+    return optimise(
+        network,
+        method,
+        make_losses,
+        num_samples=len(samples),
+        batch_size=batch_size,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        seed=seed,
+        epoch_done=epoch_done,
+        least_batch_size=2,  # BatchNorm has no variance of one sample
+    )
 
 
 @torch.no_grad()
