@@ -325,7 +325,7 @@ def write(
     *,
     command: str,
 ) -> Path:
-    """Write table.md, the figures, report.html and, of "none" and the best method, ``audit/report.html``.
+    """Write table.md, the figures, report.html and, of the best network and its like without it, ``audit/report.html``.
 
     Parameters
     ----------
@@ -378,9 +378,12 @@ def write(
     ]
     introduction = list(setting.introduction)
     kept = {run.method: Path(run.features_file) for run in runs if run.features_file}
-    if best is not None and all(name in kept and kept[name].exists() for name in ("none", best)):
+    # The same network without Metadata Normalization, or what else there is without it.
+    wanted = {"none": "none", "batch": "batchnorm", "group": "groupnorm"}[setting.base_norm]
+    plain = next((name for name in (wanted, "none", "batchnorm", "groupnorm") if name in kept), None)
+    if best is not None and plain is not None and all(kept[name].exists() for name in (plain, best)):
         names = ("the uncorrected network", METHODS[best].title)
-        audit_networks(out, samples, kept["none"], kept[best], names)
+        audit_networks(out, samples, kept[plain], kept[best], names)
         introduction.append(
             f"What the uncorrected network and the best with Metadata Normalization ({METHODS[best].title}) "
             "still know of each metadata variable is in audit/report.html beside this page."

@@ -176,7 +176,7 @@ SETTING = Setting(
     brnet_strength=1.0,
     # At 1e-3 the first steps of networks with a norm leave no hidden unit alive.
     norm_learning_rates={"batch": 3e-4, "group": 3e-4},
-    size=800,
+    size=600,
     quick_size=600,
     quick_epochs=15,
     quick_methods=("none", "mdn-last-running"),
