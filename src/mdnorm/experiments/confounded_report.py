@@ -325,7 +325,7 @@ def write(
     *,
     command: str,
 ) -> Path:
-    """Write table.md, the figures, report.html and, of the best network and its like without it, ``audit/report.html``.
+    """Write table.md, figures, report.html and, of the best network and its like without it, an audit.
 
     Parameters
     ----------
