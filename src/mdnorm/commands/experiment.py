@@ -52,13 +52,14 @@ def _names(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
 
-def _methods(text: str, default: Sequence[str]) -> list[str]:
+def _methods(text: str, default: Sequence[str], every: Sequence[str] | None = None) -> list[str]:
+    """Return the named methods; "all" are those of `every`, by default of the synthetic table."""
     from mdnorm.experiments.methods import METHODS
 
     if text == "default":
         return list(default)
     if text == "all":
-        return [name for name, method in METHODS.items() if method.in_table]
+        return list(every or (name for name, method in METHODS.items() if method.in_table))
     return _names(text)
 
 
@@ -230,9 +231,10 @@ def _confounded_command(name: str, text: str) -> None:
         target = out or Path("results", name)
         try:
             setting = confounded.get_setting(name)
+            chosen = setting.quick_methods if quick else confounded.METHOD_NAMES
             runs = confounded.plan(
                 setting,
-                _confounded_methods(methods, setting.quick_methods if quick else confounded.METHOD_NAMES),
+                _methods(methods, chosen, every=confounded.METHOD_NAMES),
                 seeds or (1 if quick else confounded.SEEDS),
                 first_seed=seed,
                 size=size or (setting.quick_size if quick else None),
@@ -263,14 +265,6 @@ def _confounded_command(name: str, text: str) -> None:
 
     command.__doc__ = text
     experiment.command(name)(command)
-
-
-def _confounded_methods(text: str, default: Sequence[str]) -> list[str]:
-    from mdnorm.experiments.confounded import METHOD_NAMES
-
-    if text == "default":
-        return list(default)
-    return list(METHOD_NAMES) if text == "all" else _names(text)
 
 
 _GO_ON = "\n\nFinished networks are kept: interrupt with Ctrl-C and repeat the command to go on."

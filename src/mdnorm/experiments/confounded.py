@@ -22,10 +22,9 @@ from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.networks import BackboneNetwork
 from mdnorm.experiments.results import Row
 from mdnorm.experiments.settings import Setting
-from mdnorm.experiments.training import Losses, num_steps, optimise
+from mdnorm.experiments.training import Losses, has_metadata_norm, num_steps, optimise
 from mdnorm.files import atomic_path
 from mdnorm.integration import fit_gram, insert, recalibrate
-from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import distance_correlation_sqr
 
 __all__ = [
@@ -223,8 +222,7 @@ def _metadata(
     network: nn.Module, metadata: Tensor, labels: Tensor | None = None
 ) -> AbstractContextManager[object]:
     """The context of a batch; nothing for a network without layers."""
-    corrected = any(isinstance(module, MetadataNorm) for module in network.modules())
-    return context.metadata(network, metadata, labels) if corrected else nullcontext()
+    return context.metadata(network, metadata, labels) if has_metadata_norm(network) else nullcontext()
 
 
 def fit(

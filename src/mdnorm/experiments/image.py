@@ -14,6 +14,7 @@ from mdnorm.experiments.data import digits, faces
 from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
 from mdnorm.experiments.data.faces import Faces, make_faces
 from mdnorm.experiments.data.image_folder import load_image_folder
+from mdnorm.experiments.networks import norm_layer
 from mdnorm.experiments.settings import Setting
 
 __all__ = ["DIGITS", "SETTING", "ImageBackbone", "load_faces", "make_digit_data", "make_face_data"]
@@ -38,7 +39,7 @@ class ImageBackbone(nn.Module):
         before = 3
         for index, width in enumerate(channels, 1):
             self.add_module(f"conv{index}", nn.Conv2d(before, width, 3, padding=1))
-            self.add_module(f"norm{index}", _norm(norm, width))
+            self.add_module(f"norm{index}", norm_layer(norm, width, 2))
             before = width
         self.pool = nn.MaxPool2d(2)
         self.last_pool = nn.AdaptiveAvgPool2d(4)
@@ -51,12 +52,6 @@ class ImageBackbone(nn.Module):
             hidden = self.get_submodule(f"norm{index}")(self.get_submodule(f"conv{index}")(hidden)).relu()
             hidden = self.pool(hidden) if index < 3 else self.last_pool(hidden)
         return hidden.flatten(1)
-
-
-def _norm(norm: str, channels: int) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm2d(channels)
-    return nn.GroupNorm(4, channels) if norm == "group" else nn.Identity()
 
 
 def _face_samples(images: Tensor, labels: Tensor, shade: Tensor) -> Samples:

@@ -13,6 +13,7 @@ from mdnorm.experiments.data import brains
 from mdnorm.experiments.data.bids import load_bids, standardize
 from mdnorm.experiments.data.brains import make_brains
 from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
+from mdnorm.experiments.networks import norm_layer
 from mdnorm.experiments.settings import Setting
 from mdnorm.extras import requires
 
@@ -47,7 +48,7 @@ class BrainBackbone(nn.Module):
         for index, width in enumerate(channels, 1):
             convolution = Convolution(3, before, width, strides=2 if index < 4 else 1, conv_only=True)
             self.add_module(f"conv{index}", convolution)
-            self.add_module(f"norm{index}", _norm(norm, width))
+            self.add_module(f"norm{index}", norm_layer(norm, width, 3))
             before = width
         self.pool = nn.AdaptiveAvgPool3d((4, 5, 4))
         self.num_features = 80 * before
@@ -59,12 +60,6 @@ class BrainBackbone(nn.Module):
             hidden = self.get_submodule(f"norm{index}")(self.get_submodule(f"conv{index}")(hidden)).relu()
         pooled: Tensor = self.pool(hidden)
         return pooled.flatten(1)
-
-
-def _norm(norm: str, channels: int) -> nn.Module:
-    if norm == "batch":
-        return nn.BatchNorm3d(channels)
-    return nn.GroupNorm(4, channels) if norm == "group" else nn.Identity()
 
 
 def _samples(

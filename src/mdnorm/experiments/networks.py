@@ -58,6 +58,13 @@ class SyntheticNetwork(nn.Module):
         return self.classify(self.features(images, metadata, labels))
 
 
+def norm_layer(norm: str, channels: int, spatial_dims: int) -> nn.Module:
+    """Return a backbone's norm, "none", "batch" or "group", for maps of 2 or 3 spatial dimensions."""
+    if norm == "batch":
+        return nn.BatchNorm3d(channels) if spatial_dims == 3 else nn.BatchNorm2d(channels)
+    return nn.GroupNorm(4, channels) if norm == "group" else nn.Identity()
+
+
 class BackboneNetwork(nn.Module):
     """Any backbone, a hidden layer whose values are "the features", ReLU and a linear classifier.
 

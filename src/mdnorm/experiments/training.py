@@ -51,7 +51,7 @@ def check_settings(
         raise ValueError("groups need at least 4 images: the distance correlation is not defined below.")
 
 
-def has_metadata_norm(network: SyntheticNetwork) -> bool:
+def has_metadata_norm(network: nn.Module) -> bool:
     """Whether the network has layers to prepare (`mdnorm.fit_gram`) and to recalibrate."""
     return any(isinstance(module, MetadataNorm) for module in network.modules())
 

@@ -71,9 +71,7 @@ class VideoBackbone(nn.Module):
         return features
 
 
-def _samples(
-    found: VideoFolder, components: SceneComponents, rows: Tensor, num_classes: int | None = None
-) -> Samples:
+def _samples(found: VideoFolder, components: SceneComponents, rows: Tensor) -> Samples:
     scores = found.scores[rows]
     reduced = components(scores)
     scene = scores.argmax(1)
@@ -81,7 +79,7 @@ def _samples(
         found.clips[rows].float() / 255 - 0.5,
         found.labels[rows],
         torch.cat([reduced, reduced.square() - 1], 1),
-        one_hot(scene, len(found.scenes) if num_classes is None else num_classes).float(),
+        one_hot(scene, len(found.scenes)).float(),
         scene,
     )
 
