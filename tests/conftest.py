@@ -1,4 +1,6 @@
-"""Shared settings: seeded randomness, and hypothesis profiles without a time limit on a loaded machine."""
+"""Shared settings: seeded randomness, hypothesis without a time limit on a loaded machine, errors that are seen."""
+
+from typing import Any
 
 import pytest
 import torch
@@ -22,3 +24,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+_internal_errors: list[str] = []
+_ended_workers: list[str] = []
+
+
+def pytest_internalerror(excrepr: object) -> None:
+    _internal_errors.append(str(excrepr))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any, error: object) -> None:
+    _ended_workers.append(f"{node.gateway.id}: {getattr(node, 'workeroutput', {}).get('exitstatus')}, {error}")
+
+
+def pytest_unconfigure() -> None:
+    # A worker's own error is followed by pages on the workers that are missing then, and a log's end shows only these.
+    if _internal_errors:
+        print("Workers that ended, with exit status and error:", *_ended_workers[:4], sep="\n  ")
+        print("The first internal error:", *_internal_errors[0].splitlines()[-8:], sep="\n  ")
