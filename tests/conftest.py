@@ -1,4 +1,4 @@
-"""Shared settings: seeded randomness, hypothesis without a time limit on a loaded machine, errors that are seen."""
+"""Shared settings: seeded randomness, hypothesis without a time limit on a loaded machine, errors seen."""
 
 from typing import Any
 
@@ -36,11 +36,13 @@ def pytest_internalerror(excrepr: object) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any, error: object) -> None:
-    _ended_workers.append(f"{node.gateway.id}: {getattr(node, 'workeroutput', {}).get('exitstatus')}, {error}")
+    _ended_workers.append(
+        f"{node.gateway.id}: {getattr(node, 'workeroutput', {}).get('exitstatus')}, {error}"
+    )
 
 
 def pytest_unconfigure() -> None:
-    # A worker's own error is followed by pages on the workers that are missing then, and a log's end shows only these.
+    # Pages on the missing workers follow a worker's own error, and a log's end shows only these.
     if _internal_errors:
         print("Workers that ended, with exit status and error:", *_ended_workers[:4], sep="\n  ")
         print("The first internal error:", *_internal_errors[0].splitlines()[-8:], sep="\n  ")

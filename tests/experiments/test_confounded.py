@@ -197,6 +197,35 @@ def test_epochs_are_told():
     assert len(told) == 3
 
 
+@pytest.mark.parametrize("warmup_epochs", [0, 1, 3])
+def test_the_learning_rate_rises_during_the_warmup_and_falls_to_zero(warmup_epochs, monkeypatch):
+    rates = []
+
+    class Recorded(torch.optim.Adam):
+        def step(self, closure=None):
+            rates.append(self.param_groups[0]["lr"])
+            return super().step(closure)
+
+    monkeypatch.setattr(torch.optim, "Adam", Recorded)
+    data = make_data(100, 1)
+    fit(
+        build(SETTING, "none", data, 0),
+        METHODS["none"],
+        data.train,
+        batch_size=20,
+        epochs=3,
+        learning_rate=1e-2,
+        warmup_epochs=warmup_epochs,
+        seed=0,
+        epoch_done=list,
+    )
+    assert len(rates) == 15
+    rise = 5 * warmup_epochs
+    np.testing.assert_allclose(rates[:rise], 1e-2 * np.arange(1, rise + 1) / (rise + 1))
+    fall = 1e-2 * (1 + np.cos(np.pi * np.arange(15 - rise) / (15 - rise))) / 2 if rise < 15 else []
+    np.testing.assert_allclose(rates[rise:], fall)
+
+
 def test_measures_agree_with_their_definition():
     data = make_data(200, 1)
     network = build(SETTING, "none", data, 0)
@@ -207,6 +236,7 @@ def test_measures_agree_with_their_definition():
         batch_size=50,
         epochs=3,
         learning_rate=1e-2,
+        warmup_epochs=1,
         seed=0,
         epoch_done=list,
     )

@@ -95,6 +95,7 @@ class ConfoundedRun:
     seed, size, batch_size, epochs : int
         `size` is the number of training samples; real data have as many as they have.
     learning_rate : float
+    warmup_epochs : int
     data : str or None
         Folder of a real data set; None generates data.
     on_problem : "error" or "skip"
@@ -110,6 +111,7 @@ class ConfoundedRun:
     batch_size: int
     epochs: int
     learning_rate: float
+    warmup_epochs: int = 0
     data: str | None = None
     on_problem: str = "error"
     features_file: str | None = None
@@ -184,6 +186,7 @@ def plan(
             numbers["batch size"],
             numbers["epochs"],
             learning_rate or setting.norm_learning_rates.get(_norm(setting, method), setting.learning_rate),
+            setting.warmup_epochs,
             None if data is None else str(data),
             on_problem,
             str(features_dir / f"{method}-seed{seed}.safetensors")
@@ -233,10 +236,11 @@ def fit(
     batch_size: int,
     epochs: int,
     learning_rate: float,
+    warmup_epochs: int,
     seed: int,
     epoch_done: Callable[[], None],
 ) -> Row:
-    """Train a network by Adam, the learning rate falling to 0 by a half cosine.
+    """Train a network by Adam, the learning rate falling to 0 by a half cosine after it has risen.
 
     Parameters
     ----------
@@ -244,7 +248,7 @@ def fit(
         From `build`; changed in place.
     method : Method
     samples : Samples
-    batch_size, epochs, learning_rate
+    batch_size, epochs, learning_rate, warmup_epochs
     seed : int
         Of the order of the samples.
     epoch_done : callable
@@ -290,6 +294,7 @@ def fit(
         learning_rate=learning_rate,
         seed=seed,
         epoch_done=epoch_done,
+        warmup_epochs=warmup_epochs,
         least_batch_size=2,  # BatchNorm has no variance of one sample
     )
 
@@ -420,6 +425,7 @@ def train(run: ConfoundedRun, epoch_done: Callable[[], None]) -> Row:
         batch_size=run.batch_size,
         epochs=run.epochs,
         learning_rate=run.learning_rate,
+        warmup_epochs=run.warmup_epochs,
         seed=run.seed,
         epoch_done=epoch_done,
     )

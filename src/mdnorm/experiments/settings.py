@@ -51,6 +51,8 @@ class Setting:
         Accuracy on confound-free data of the best rule there is, a fraction, where it is known.
     examples : callable
         Draws example samples.
+    warmup_epochs : int
+        During which the learning rate rises.
     norm_learning_rates : mapping
         Norm → learning rate, where a norm wants another.
     brnet_strength : float
@@ -77,6 +79,7 @@ class Setting:
     quick_methods: tuple[str, ...]
     limit: float | None
     examples: Callable[[ConfoundedData], Figure]
+    warmup_epochs: int = 0
     norm_learning_rates: Mapping[str, float] = field(default_factory=dict)
     brnet_strength: float = 30.0
     load: Callable[[Path, str], LoadedData] | None = None

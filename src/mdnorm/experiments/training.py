@@ -139,6 +139,7 @@ def optimise(
     seed: int,
     epoch_done: Callable[[], None],
     least_batch_size: int = 1,
+    warmup_epochs: int = 0,
 ) -> Row:
     """Train any network as `fit` does.
 
@@ -154,6 +155,8 @@ def optimise(
         See `fit`.
     least_batch_size : int
         A smaller last batch joins the one before.
+    warmup_epochs : int
+        During these first epochs the learning rate rises to its value, by the same amount at each step.
 
     Returns
     -------
@@ -169,7 +172,7 @@ def optimise(
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     optimizers.append(optimizer)
     steps = num_steps(num_samples, batch_size, epochs)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scheduler = _schedule(optimizer, steps, num_steps(num_samples, batch_size, warmup_epochs))
     losses = make_losses()
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
@@ -194,6 +197,17 @@ def optimise(
         epoch_done()
     seconds = (time.perf_counter() - start) / epochs
     return {"train_loss": loss_sum / num_samples, "seconds_per_epoch": seconds}
+
+
+def _schedule(
+    optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    schedulers = torch.optim.lr_scheduler
+    if warmup_steps == 0:
+        return schedulers.CosineAnnealingLR(optimizer, steps)
+    rise = schedulers.LinearLR(optimizer, 1 / (warmup_steps + 1), 1.0, warmup_steps)
+    fall = schedulers.CosineAnnealingLR(optimizer, max(steps - warmup_steps, 1))
+    return schedulers.SequentialLR(optimizer, [rise, fall], [warmup_steps])
 
 
 def batches(data: SyntheticData, metadata: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
