@@ -63,8 +63,8 @@ def load_data(folder: Path, on_problem: str) -> LoadedData:
     if not (folder / "scan.txt").exists():
         problems.add("no image", "sub-1", f"{folder.name} has no scan.txt")
     problems.settle(on_problem)
-    text = problems.text() if problems else ""
-    return LoadedData(make_samples(400, 7, 0.8), ("ill", "well"), ("first", "second"), {"site": (0,)}, text)
+    samples = make_samples(400, 7, 0.8)
+    return LoadedData(samples, ("ill", "well"), ("first", "second"), {"site": (0,)}, problems.text())
 
 
 SETTING = Setting(
@@ -296,6 +296,7 @@ class TestProblems:
     def test_all_are_told_at_once(self):
         problems = Problems()
         problems.settle("error")
+        assert problems.text() == ""
         problems.add("no image", "sub-1", "anat is empty")
         problems.add("no image", "sub-2", "anat is empty")
         problems.add("no row", "sub-3", "not in participants.tsv")
@@ -304,6 +305,13 @@ class TestProblems:
         for text in ("3 problem(s)", "2 × no image", "sub-1", "sub-2", "sub-3"):
             assert text in str(error.value)
         problems.settle("skip")
+
+    def test_what_was_left_out_explains_why_too_little_is_left(self):
+        problems = Problems()
+        assert problems.classes(["well", "ill", "well"], "the table must have two labels") == ("ill", "well")
+        problems.add("no image", "sub-1", "anat is empty")
+        with pytest.raises(ValueError, match=r"two labels, got ill\.\n1 problem.*\n  no image: sub-1"):
+            problems.classes(["ill", "ill"], "the table must have two labels")
 
     def test_unknown_wish(self):
         with pytest.raises(ValueError, match="on_problem"):

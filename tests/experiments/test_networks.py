@@ -1,7 +1,9 @@
+import pytest
 import torch
 from torch import nn
 
 from mdnorm import MetadataNorm
+from mdnorm.experiments.confounded import get_setting
 from mdnorm.experiments.networks import SLOTS, SyntheticNetwork
 
 
@@ -23,3 +25,9 @@ def test_slots_have_the_shapes_they_say():
 def test_identity_slots_need_no_metadata():
     network = SyntheticNetwork(lambda name, shape: nn.Identity())
     assert network(torch.randn(2, 1, 32, 32), None).shape == (2,)
+
+
+@pytest.mark.parametrize("name", ["image", "digits", "video", "mri"])
+def test_a_norm_that_there_is_not(name):
+    with pytest.raises(ValueError, match="norm must be one of none, batch, group, got 'layer'"):
+        get_setting(name).backbone("layer")

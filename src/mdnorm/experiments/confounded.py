@@ -21,7 +21,7 @@ from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Sampl
 from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.networks import BackboneNetwork
 from mdnorm.experiments.results import Row
-from mdnorm.experiments.settings import Setting
+from mdnorm.experiments.settings import METHOD_OF_NORM, Setting
 from mdnorm.experiments.training import Losses, has_metadata_norm, num_steps, optimise
 from mdnorm.files import atomic_path
 from mdnorm.integration import fit_gram, insert, recalibrate
@@ -63,7 +63,7 @@ METHOD_NAMES = (
     "mdn-last-penalty",
     "mdn-every-running",
 )
-_NORMS = {"none": "none", "batchnorm": "batch", "groupnorm": "group"}
+_NORM_OF_METHOD = {method: norm for norm, method in METHOD_OF_NORM.items()}
 _EVALUATION_BATCH = 100
 
 
@@ -135,7 +135,7 @@ def method_of(setting: Setting, name: str) -> Method:
 
 
 def _norm(setting: Setting, method: str) -> str:
-    return _NORMS.get(method, setting.base_norm)
+    return _NORM_OF_METHOD.get(method, setting.base_norm)
 
 
 def plan(

@@ -15,7 +15,7 @@ from mdnorm.experiments.data.confounded import ConfoundedData
 from mdnorm.experiments.methods import METHODS, titles
 from mdnorm.experiments.report import ReportFigure, ReportTable, mean_with_deviation, write_report
 from mdnorm.experiments.results import Row
-from mdnorm.experiments.settings import Setting
+from mdnorm.experiments.settings import METHOD_OF_NORM, Setting
 from mdnorm.files import write_text_atomically
 from mdnorm.plotting import MARKERS, PALETTE, save_figure
 
@@ -379,8 +379,8 @@ def write(
     introduction = list(setting.introduction)
     kept = {run.method: Path(run.features_file) for run in runs if run.features_file}
     # The same network without Metadata Normalization, or what else there is without it.
-    wanted = {"none": "none", "batch": "batchnorm", "group": "groupnorm"}[setting.base_norm]
-    plain = next((name for name in (wanted, "none", "batchnorm", "groupnorm") if name in kept), None)
+    wanted = (METHOD_OF_NORM[setting.base_norm], *METHOD_OF_NORM.values())
+    plain = next((name for name in wanted if name in kept), None)
     if best is not None and plain is not None and all(kept[name].exists() for name in (plain, best)):
         names = ("the uncorrected network", METHODS[best].title)
         audit_networks(out, samples, kept[plain], kept[best], names)

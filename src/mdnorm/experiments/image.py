@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from mdnorm.experiments.data import digits, faces
 from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
 from mdnorm.experiments.data.faces import Faces, make_faces
 from mdnorm.experiments.data.image_folder import load_image_folder
-from mdnorm.experiments.networks import norm_layer
+from mdnorm.experiments.networks import ConvolutionalBackbone
 from mdnorm.experiments.settings import Setting
 
 __all__ = ["DIGITS", "SETTING", "ImageBackbone", "load_faces", "make_digit_data", "make_face_data"]
@@ -24,34 +25,27 @@ COLOURS = ("red", "green")
 _HELD_OUT = 800
 
 
-class ImageBackbone(nn.Module):
-    """Three convolutions with pooling between them, for images of 16 to 64 pixels a side.
+class ImageBackbone(ConvolutionalBackbone):
+    """Three convolutions with pooling between them, for (N, 3, H, W) images of 16 to 64 pixels a side.
 
     Parameters
     ----------
     norm : "none", "batch" or "group"
     channels : tuple of int
-        Of the convolutions.
+        Of the convolutions; there are 16 features for each channel of the last.
     """
 
     def __init__(self, norm: str, channels: tuple[int, int, int] = (16, 32, 32)) -> None:
-        super().__init__()
-        before = 3
-        for index, width in enumerate(channels, 1):
-            self.add_module(f"conv{index}", nn.Conv2d(before, width, 3, padding=1))
-            self.add_module(f"norm{index}", norm_layer(norm, width, 2))
-            before = width
-        self.pool = nn.MaxPool2d(2)
-        self.last_pool = nn.AdaptiveAvgPool2d(4)
-        self.num_features = 16 * before
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the (N, 16 · channels) features of (N, 3, H, W) images."""
-        hidden = images
-        for index in (1, 2, 3):
-            hidden = self.get_submodule(f"norm{index}")(self.get_submodule(f"conv{index}")(hidden)).relu()
-            hidden = self.pool(hidden) if index < 3 else self.last_pool(hidden)
-        return hidden.flatten(1)
+        convolutions = [nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise((3, *channels))]
+        super().__init__(
+            convolutions,
+            channels,
+            norm,
+            spatial_dims=2,
+            pool=nn.MaxPool2d(2),
+            last_pool=nn.AdaptiveAvgPool2d(4),
+            num_positions=4 * 4,
+        )
 
 
 def _face_samples(images: Tensor, labels: Tensor, shade: Tensor) -> Samples:
@@ -80,8 +74,7 @@ def load_faces(folder: Path, on_problem: str) -> LoadedData:
     """Return a folder of images with a table, see `load_image_folder`, for ``mdnorm experiment image``."""
     found = load_image_folder(folder, on_problem=on_problem)
     samples = _face_samples(found.images, found.labels, found.shade)
-    problems = found.problems.text() if found.problems else ""
-    return LoadedData(samples, found.classes, GROUPS, {"shade": (0,)}, problems)
+    return LoadedData(samples, found.classes, GROUPS, {"shade": (0,)}, found.problems.text())
 
 
 def make_digit_data(size: int, seed: int) -> ConfoundedData:

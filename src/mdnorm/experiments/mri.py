@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from mdnorm import basis
 from mdnorm.experiments.data import brains
 from mdnorm.experiments.data.bids import load_bids, standardize
 from mdnorm.experiments.data.brains import make_brains
 from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
-from mdnorm.experiments.networks import norm_layer
+from mdnorm.experiments.networks import ConvolutionalBackbone
 from mdnorm.experiments.settings import Setting
 from mdnorm.extras import requires
 
@@ -24,14 +26,14 @@ _AGE_RANGE = (40.0, 95.0)
 _DECADE = 10.0
 
 
-class BrainBackbone(nn.Module):
-    """Four 3D convolutions of MONAI, of stride 2 but the last, for volumes of about 32 voxels a side.
+class BrainBackbone(ConvolutionalBackbone):
+    """Four 3D convolutions of MONAI, of stride 2 but the last, for (N, 1, D, H, W) volumes of some 32 voxels.
 
     Parameters
     ----------
     norm : "none", "batch" or "group"
     channels : tuple of int
-        Of the convolutions; multiples of 4.
+        Of the convolutions; multiples of 4. There are 80 features for each channel of the last.
 
     Raises
     ------
@@ -40,26 +42,23 @@ class BrainBackbone(nn.Module):
     """
 
     def __init__(self, norm: str, channels: tuple[int, int, int, int] = (8, 16, 32, 32)) -> None:
-        super().__init__()
         with requires("mri"):
             from monai.networks.blocks.convolutions import Convolution
 
-        before = 1
-        for index, width in enumerate(channels, 1):
-            convolution = Convolution(3, before, width, strides=2 if index < 4 else 1, conv_only=True)
-            self.add_module(f"conv{index}", convolution)
-            self.add_module(f"norm{index}", norm_layer(norm, width, 3))
-            before = width
-        self.pool = nn.AdaptiveAvgPool3d((4, 5, 4))
-        self.num_features = 80 * before
-
-    def forward(self, volumes: Tensor) -> Tensor:
-        """Return the (N, 80 · channels) features of (N, 1, D, H, W) volumes."""
-        hidden = volumes
-        for index in (1, 2, 3, 4):
-            hidden = self.get_submodule(f"norm{index}")(self.get_submodule(f"conv{index}")(hidden)).relu()
-        pooled: Tensor = self.pool(hidden)
-        return pooled.flatten(1)
+        layers = zip(pairwise((1, *channels)), (2, 2, 2, 1), strict=True)
+        convolutions = [
+            Convolution(3, before, after, strides=stride, conv_only=True)
+            for (before, after), stride in layers
+        ]
+        super().__init__(
+            convolutions,
+            channels,
+            norm,
+            spatial_dims=3,
+            pool=nn.Identity(),
+            last_pool=nn.AdaptiveAvgPool3d((4, 5, 4)),
+            num_positions=4 * 5 * 4,
+        )
 
 
 def _samples(
@@ -72,11 +71,11 @@ def _samples(
     age_range: tuple[float, float],
 ) -> Samples:
     low, high = age_range
-    one_hot = torch.nn.functional.one_hot(site, sites).float()
+    each_site = one_hot(site, sites).float()
     male = sex.float().unsqueeze(1)
     # The first site is the reference: with all of them the columns would add up to the intercept.
-    design = torch.cat([basis.polynomial(age, 3, low=low, high=high), male, one_hot[:, 1:]], 1)
-    variables = torch.cat([age.unsqueeze(1) / _DECADE, male, one_hot], 1)
+    design = torch.cat([basis.polynomial(age, 3, low=low, high=high), male, each_site[:, 1:]], 1)
+    variables = torch.cat([age.unsqueeze(1) / _DECADE, male, each_site], 1)
     return Samples(volumes, labels, design, variables, site)
 
 
@@ -116,8 +115,8 @@ def load_brains(folder: Path, on_problem: str) -> LoadedData:
     samples = _samples(
         found.volumes, found.labels, found.age, found.sex, found.site, len(found.sites), (low, high)
     )
-    problems = found.problems.text() if found.problems else ""
-    return LoadedData(samples, found.classes, found.sites, _confounders(len(found.sites)), problems)
+    confounders = _confounders(len(found.sites))
+    return LoadedData(samples, found.classes, found.sites, confounders, found.problems.text())
 
 
 def _examples(data: ConfoundedData) -> Figure:
@@ -154,9 +153,8 @@ SETTING = Setting(
         "hippocampus, whose volume overlaps between patients and controls. Age widens the ventricles and "
         "thins the cortex, sex changes the size of the head, and every site has its own contrast, bias field "
         "and noise; none of these tells anything of the diagnosis. But in the training data nine of ten "
-        "patients come from an old cohort (74 ± 6 years, mostly at two of the four sites) "
-        "and nine of ten controls "
-        "from a young one (62 ± 6 years, mostly at the other two).",
+        "patients come from an old cohort (74 ± 6 years, mostly at two of the four sites) and nine of ten "
+        "controls from a young one (62 ± 6 years, mostly at the other two).",
         f"The best rule that looks at the hippocampus is right in {100 * brains.LIMIT:.1f} % of all brains "
         "whose age and site say nothing. A network that judges by age and site is better on data like those "
         "of its training and worse there.",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 
+from mdnorm.experiments.settings import NORMS
 from mdnorm.layer import MetadataNorm
 
 SLOTS = {"conv1": (16, 28, 28), "conv2": (32, 24, 24), "fc1": (84,)}
@@ -58,11 +59,79 @@ class SyntheticNetwork(nn.Module):
         return self.classify(self.features(images, metadata, labels))
 
 
+def check_norm(norm: str) -> None:
+    """Raise ValueError for a norm that is none of `mdnorm.experiments.settings.NORMS`."""
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}.")
+
+
 def norm_layer(norm: str, channels: int, spatial_dims: int) -> nn.Module:
-    """Return a backbone's norm, "none", "batch" or "group", for maps of 2 or 3 spatial dimensions."""
+    """Return a backbone's norm for maps of 2 or 3 spatial dimensions.
+
+    Parameters
+    ----------
+    norm : "none", "batch" or "group"
+    channels : int
+        A multiple of 4 for "group".
+    spatial_dims : 2 or 3
+
+    Raises
+    ------
+    ValueError
+        Another norm.
+    """
+    check_norm(norm)
     if norm == "batch":
         return nn.BatchNorm3d(channels) if spatial_dims == 3 else nn.BatchNorm2d(channels)
     return nn.GroupNorm(4, channels) if norm == "group" else nn.Identity()
+
+
+class ConvolutionalBackbone(nn.Module):
+    """Convolutions, each with a norm, ReLU and pooling behind it, then flattened.
+
+    The convolutions are the submodules ``conv1``, ``conv2``, …, the norms ``norm1``, ``norm2``, ….
+
+    Parameters
+    ----------
+    convolutions : sequence of nn.Module
+    channels : sequence of int
+        Of each convolution's result.
+    norm : "none", "batch" or "group"
+    spatial_dims : 2 or 3
+    pool : nn.Module
+        Behind each convolution but the last.
+    last_pool : nn.Module
+        Behind the last convolution; leaves `num_positions` positions, whatever the size of the input.
+    num_positions : int
+    """
+
+    def __init__(
+        self,
+        convolutions: Sequence[nn.Module],
+        channels: Sequence[int],
+        norm: str,
+        *,
+        spatial_dims: int,
+        pool: nn.Module,
+        last_pool: nn.Module,
+        num_positions: int,
+    ) -> None:
+        super().__init__()
+        self.depth = len(convolutions)
+        for index, (convolution, width) in enumerate(zip(convolutions, channels, strict=True), 1):
+            self.add_module(f"conv{index}", convolution)
+            self.add_module(f"norm{index}", norm_layer(norm, width, spatial_dims))
+        self.pool = pool
+        self.last_pool = last_pool
+        self.num_features = num_positions * channels[-1]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the (N, num_features) features of (N, C, *spatial) inputs."""
+        hidden = inputs
+        for index in range(1, self.depth + 1):
+            hidden = self.get_submodule(f"norm{index}")(self.get_submodule(f"conv{index}")(hidden)).relu()
+            hidden = self.pool(hidden) if index < self.depth else self.last_pool(hidden)
+        return hidden.flatten(1)
 
 
 class BackboneNetwork(nn.Module):

@@ -14,9 +14,11 @@ from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["NORMS", "Setting"]
+__all__ = ["METHOD_OF_NORM", "NORMS", "Setting"]
 
-NORMS = ("none", "batch", "group")
+METHOD_OF_NORM = {"none": "none", "batch": "batchnorm", "group": "groupnorm"}
+"""Norm of a backbone → the method that has this norm and nothing else."""
+NORMS = tuple(METHOD_OF_NORM)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from torch.nn.functional import one_hot
 from mdnorm.experiments.data.actions import LABEL_NOISE, SCENES, make_clips, write_hmdb51
 from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
 from mdnorm.experiments.data.hmdb51 import SceneComponents, VideoFolder, load_hmdb51
+from mdnorm.experiments.networks import check_norm
 from mdnorm.experiments.settings import Setting
 from mdnorm.extras import requires
 
@@ -40,6 +41,7 @@ class VideoBackbone(nn.Module):
     """
 
     def __init__(self, norm: str, width: int = 8) -> None:
+        check_norm(norm)
         with requires("video"):
             from monai.networks.nets import ResNet  # type: ignore[attr-defined]
 
@@ -94,20 +96,15 @@ def make_video_data(size: int, seed: int) -> ConfoundedData:
         make_clips(_HELD_OUT, seed=3 * seed + 1, correlation=_CORRELATION),
         make_clips(_HELD_OUT, seed=3 * seed + 2, correlation=0.0),
     ]
-    parts = []
     with TemporaryDirectory() as folder:
-        for number, test in enumerate(held_out):
-            # The training clips are written once; each half of the test data has a folder of its own.
-            empty = make_clips(3, seed=0)
-            parts.append(
-                load_hmdb51(write_hmdb51(Path(folder) / str(number), train if number == 0 else empty, test))
-            )
-    first, second = parts
+        # The layout has one set of test clips: the second has a folder of its own, without training clips.
+        first = load_hmdb51(write_hmdb51(Path(folder) / "first", train, held_out[0]))
+        second = load_hmdb51(write_hmdb51(Path(folder) / "second", None, held_out[1]))
     components = SceneComponents.fit(first.scores[~first.is_test], NUM_COMPONENTS)
     return ConfoundedData(
         _samples(first, components, torch.nonzero(~first.is_test)[:, 0]),
         _samples(first, components, torch.nonzero(first.is_test)[:, 0]),
-        _samples(second, components, torch.nonzero(second.is_test)[:, 0]),
+        _samples(second, components, torch.arange(len(second.labels))),
         first.classes,
         SCENES,
         {"scene": tuple(range(len(SCENES)))},
@@ -131,8 +128,7 @@ def load_videos(folder: Path, on_problem: str, *, num_scenes: int = 5) -> Loaded
         groups[samples.groups == scene] = number
     names = (*(found.scenes[scene] for scene in frequent.tolist()), "other")
     kept = Samples(samples.inputs, samples.labels, samples.metadata, components(found.scores), groups)
-    problems = found.problems.text() if found.problems else ""
-    return LoadedData(kept, found.classes, names, {"scene": tuple(range(rank))}, problems)
+    return LoadedData(kept, found.classes, names, {"scene": tuple(range(rank))}, found.problems.text())
 
 
 def _examples(data: ConfoundedData) -> Figure:

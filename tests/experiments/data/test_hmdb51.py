@@ -10,7 +10,7 @@ import pytest
 import torch
 from sklearn.decomposition import PCA
 
-from mdnorm.experiments.data.actions import SCENES, encode, make_clips, write_hmdb51
+from mdnorm.experiments.data.actions import ACTIONS, SCENES, encode, make_clips, write_hmdb51
 from mdnorm.experiments.data.hmdb51 import SceneComponents, decode, load_hmdb51
 from mdnorm.experiments.data.problems import DataProblemsError
 
@@ -119,6 +119,36 @@ def test_absent_parts_say_what_to_get(tmp_path, folder):
 def test_bad_tables(folder):
     (folder / "scene_scores.csv").write_text("name,beach,sea\nx,1,0\n")
     with pytest.raises(ValueError, match="column 'clip'"):
+        load_hmdb51(folder)
+
+
+def test_a_clip_in_the_folder_of_another_class_is_not_taken(folder):
+    name = next(name for name in clip_names(folder) if name.startswith("jump"))
+    clips = folder / "hmdb51_org"
+    (clips / "jump" / name).rename(clips / "wave" / name)
+    with pytest.raises(DataProblemsError) as error:
+        load_hmdb51(folder)
+    assert f"no clip: {name}: not in {clips / 'jump'}" in str(error.value)
+    assert f"clip in no split: {name}: {clips / 'wave' / name}" in str(error.value)
+    assert name not in load_hmdb51(folder, on_problem="skip").names
+
+
+def test_a_folder_of_test_clips_only(tmp_path):
+    clips = make_clips(9, seed=5)
+    found = load_hmdb51(write_hmdb51(tmp_path / "hmdb51", None, clips))
+    assert bool(found.is_test.all())
+    names = [f"{ACTIONS[label]}_test_{row:05d}.mp4" for row, label in enumerate(clips.labels)]
+    assert found.names == tuple(sorted(names))
+
+
+def test_there_are_three_splits(folder):
+    with pytest.raises(ValueError, match="split must be 1, 2 or 3, got 4"):
+        load_hmdb51(folder, split=4)
+
+
+def test_a_damaged_table_of_scores_is_named(folder):
+    (folder / "scene_scores.parquet").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"scene_scores\.parquet cannot be read as a table of scene scores"):
         load_hmdb51(folder)
 
 

@@ -152,12 +152,14 @@ def test_tables_that_cannot_be_used(tmp_path):
     table = folder / "labels.csv"
     with pytest.raises(ValueError, match=r"no column for the shade \(tone\); it has filename, bi\.gender"):
         load_image_folder(folder, columns={"shade": "tone"})
+    with pytest.raises(ValueError, match="columns may name file, label, shade, got tone"):
+        load_image_folder(folder, columns={"tone": "bi.fitz"})
     table.write_text("filename,bi.fitz\na.png,I\n")
     with pytest.raises(ValueError, match=r"no column for the label \(bi\.gender or gender or label\)"):
         load_image_folder(folder)
     for content in (b"", b"filename,bi.gender,bi.fitz\na.png,M\xe4nnlich,I\n", b"a,b\n1,2,3\n1,2,3,4,5\n"):
         table.write_bytes(content)
-        with pytest.raises(ValueError, match=r"labels\.csv is no CSV table in UTF-8 with a header"):
+        with pytest.raises(ValueError, match=r"labels\.csv cannot be read as a table \(UTF-8, a header"):
             load_image_folder(folder)
     (folder / "other.csv").write_text("")
     with pytest.raises(ValueError, match=r"several tables \(labels\.csv, other\.csv\): name one"):

@@ -248,14 +248,16 @@ def encode(frames: Pixels, path: Path, *, rate: int = 8) -> Path:
     return path
 
 
-def write_hmdb51(folder: Path, train: Clips, test: Clips) -> Path:
+def write_hmdb51(folder: Path, train: Clips | None, test: Clips) -> Path:
     """Write clips in HMDB51's layout, with scene scores: what `load_hmdb51` reads.
 
     Parameters
     ----------
     folder : Path
         Made if it does not exist.
-    train, test : Clips
+    train : Clips or None
+        None writes test clips only.
+    test : Clips
 
     Returns
     -------
@@ -263,14 +265,16 @@ def write_hmdb51(folder: Path, train: Clips, test: Clips) -> Path:
         Of the folder.
     """
     scores, lines = [], {action: list[str]() for action in ACTIONS}
-    for part, clips in ((1, train), (2, test)):
+    for part, use, clips in (("train", 1, train), ("test", 2, test)):
+        if clips is None:
+            continue
         for row in range(len(clips)):
             action = ACTIONS[int(clips.labels[row])]
-            name = f"{action}_{'train' if part == 1 else 'test'}_{row:05d}.mp4"
+            name = f"{action}_{part}_{row:05d}.mp4"
             target = folder / "hmdb51_org" / action / name
             target.parent.mkdir(parents=True, exist_ok=True)
             encode(clips.frames[row], target)
-            lines[action].append(f"{name} {part} ")
+            lines[action].append(f"{name} {use} ")
             scores.append((name, *(f"{score:.6f}" for score in clips.scores[row])))
     splits = folder / "testTrainMulti_7030_splits"
     splits.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mdnorm.experiments.data.brains import SHAPE, SPACING
 from mdnorm.experiments.data.problems import Problems
+from mdnorm.experiments.data.tables import TextTable, given_columns, is_missing, read_text_table
 from mdnorm.extras import requires
 
 __all__ = ["COLUMNS", "BidsFolder", "load_bids", "standardize"]
@@ -27,8 +28,8 @@ __all__ = ["COLUMNS", "BidsFolder", "load_bids", "standardize"]
 COLUMNS = ("age", "sex", "site", "diagnosis")
 """What the table of participants must tell, beside ``participant_id``."""
 
+_KEY = "participant_id"
 _SEXES = {"f": 0, "female": 0, "m": 1, "male": 1}
-_MISSING = {"", "n/a", "na", "nan", "none", "null"}
 _OLDEST = 120
 _ADVICE = (
     "The layout is participants.tsv (participant_id, age, sex, site, diagnosis) and one image a subject, "
@@ -130,7 +131,7 @@ def load_bids(
     ----------
     folder : Path
     columns : mapping, optional
-        "age", "sex", "site" and "diagnosis" → the its column in participants.tsv; by default the same.
+        "age", "sex", "site" and "diagnosis" → its column in participants.tsv; by default of the same name.
     shape : tuple of int
         Voxels from left to right, back to front, bottom to top. Volumes are padded with 0 or cropped about
         the middle.
@@ -147,15 +148,13 @@ def load_bids(
     FileNotFoundError
         No such folder or no table: the message says what layout is needed and where such data come from.
     ValueError
-        A column is missing, an argument out of range, fewer than two diagnoses.
+        The table cannot be parsed, a column is missing or there twice, an argument out of range, fewer than
+        two diagnoses.
     DataProblemsError
         All problems, with on_problem="error".
     MissingExtraError
         A package of the extra "mri" is not installed.
     """
-    with requires("mri"):
-        import pandas as pd
-
     folder = Path(folder)
     table = folder / "participants.tsv"
     for path, what in ((folder, "folder"), (table, "table")):
@@ -165,23 +164,16 @@ def load_bids(
         raise ValueError(
             f"spacing must be positive and shape three positive numbers, got {spacing} and {shape}."
         )
-    unknown = set(columns or {}) - set(COLUMNS)
-    if unknown:
-        raise ValueError(f"columns may name {', '.join(COLUMNS)}, got {', '.join(sorted(unknown))}.")
-    names = {part: (columns or {}).get(part, part) for part in COLUMNS}
-    try:
-        data = pd.read_csv(table, sep="\t", dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{table} cannot be read as a table with tabs: {error}") from error
-    lacking = [name for name in ("participant_id", *names.values()) if name not in data.columns]
+    names = {part: part for part in COLUMNS} | given_columns(columns, COLUMNS)
+    data = read_text_table(table, "\t")
+    lacking = [name for name in (_KEY, *names.values()) if name not in data.columns]
     if lacking:
         raise ValueError(
             f"{table} has no column {', '.join(lacking)}; it has {', '.join(data.columns)}. Name others by "
             "columns."
         )
     problems = Problems()
-    participants = _participants(data, names, problems)
-    listed = {_subject(text) for text in data["participant_id"]}
+    participants, listed = _participants(data, names, problems)
     images = _images(folder)
     for subject in sorted(images.keys() - listed):
         problems.add("no row", subject, f"not in {table.name}")
@@ -198,13 +190,9 @@ def load_bids(
             if volume is not None:
                 found.append((participant, volume))
     problems.settle(on_problem)
-    classes = tuple(sorted({participant.diagnosis for participant, _ in found}))
+    needed = f"{table} must have two diagnoses or more with images"
+    classes = problems.classes((participant.diagnosis for participant, _ in found), needed)
     sites = tuple(sorted({participant.site for participant, _ in found}))
-    if len(classes) < 2:
-        raise ValueError(
-            f"{table} must have two diagnoses or more with images, got {', '.join(classes) or 'none'}."
-            + (f"\n{problems.text()}" if problems else "")
-        )
     return BidsFolder(
         standardize(torch.stack([volume for _, volume in found])),
         torch.tensor([classes.index(participant.diagnosis) for participant, _ in found]),
@@ -219,20 +207,22 @@ def load_bids(
 
 
 def _subject(text: str) -> str:
-    text = text.strip()
     return text if text.startswith("sub-") or not text else f"sub-{text}"
 
 
-def _participants(data: Any, names: Mapping[str, str], problems: Problems) -> list[_Participant]:
-    """Return the rows that can be used; which of several rows of a subject is right, nobody can say."""
+def _participants(
+    table: TextTable, names: Mapping[str, str], problems: Problems
+) -> tuple[list[_Participant], set[str]]:
+    """Return the rows that can be used, and the subjects of all rows.
+
+    Which of several rows of a subject is right, nobody can say.
+    """
     found = []
-    count = Counter(_subject(text) for text in data["participant_id"])
-    for line, values in enumerate(data[["participant_id", *names.values()]].to_numpy().tolist(), 2):
-        subject, cells = _subject(values[0]), [cell.strip() for cell in values[1:]]
-        row = dict(zip(COLUMNS, cells, strict=True))
-        where = f"line {line} of participants.tsv"
+    rows = [(where, _subject(row[_KEY]), row) for where, row in table.walk({_KEY: _KEY} | dict(names))]
+    count = Counter(subject for _, subject, _ in rows)
+    for where, subject, row in rows:
         if not subject:
-            problems.add("no participant_id", where, "the cell is empty")
+            problems.add(f"no {_KEY}", where, "the cell is empty")
             continue
         if count[subject] > 1:
             problems.add("duplicate row", subject, where)
@@ -243,8 +233,8 @@ def _participants(data: Any, names: Mapping[str, str], problems: Problems) -> li
             for part, valid in (
                 ("age", age is not None),
                 ("sex", sex is not None),
-                ("site", row["site"].lower() not in _MISSING),
-                ("diagnosis", row["diagnosis"].lower() not in _MISSING),
+                ("site", not is_missing(row["site"])),
+                ("diagnosis", not is_missing(row["diagnosis"])),
             )
             if not valid
         ]
@@ -252,7 +242,7 @@ def _participants(data: Any, names: Mapping[str, str], problems: Problems) -> li
             problems.add(f"bad {part}", subject, f"{row[part]!r} in {where}")
         if not wrong and age is not None and sex is not None:
             found.append(_Participant(subject, age, sex, row["site"], row["diagnosis"]))
-    return found
+    return found, set(count)
 
 
 def _age(text: str) -> float | None:

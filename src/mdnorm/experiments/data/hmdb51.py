@@ -73,20 +73,22 @@ def load_hmdb51(
     image_size : int
         The centre square is resized to it.
     on_problem : "error" or "skip"
-        What to do with clips that are named and not there, not named, named twice, cannot be decoded, or have
-        no or bad scores.
+        What to do with clips that are named and not in the folder of their class, not named, named twice,
+        cannot be decoded, or have no or bad scores.
 
     Raises
     ------
     FileNotFoundError
         No such folder, or a part of it is not there: the message says what to get.
     ValueError
-        A table without the column "clip", or fewer than two classes.
+        Another split, a table that cannot be parsed or has no column "clip", or fewer than two classes.
     DataProblemsError
         All problems, with on_problem="error".
     MissingExtraError
         PyAV, pandas or pyarrow is not installed.
     """
+    if split not in (1, 2, 3):
+        raise ValueError(f"split must be 1, 2 or 3, got {split!r}.")
     files, splits = folder / "hmdb51_org", folder / "testTrainMulti_7030_splits"
     for part in (files, splits):
         if not part.is_dir():
@@ -98,7 +100,7 @@ def load_hmdb51(
     problems = Problems()
     for name in sorted(name for name, found in table.items() if len(found) > 1):
         problems.add("duplicate scores", name, f"{len(table[name])} rows")
-    available = {path.name: path for path in sorted(files.glob("*/*")) if path.is_file()}
+    available = {(path.parent.name, path.name): path for path in files.glob("*/*") if path.is_file()}
     named: dict[str, tuple[str, int]] = {}
     for path in sorted(splits.glob(f"*_test_split{split}.txt")):
         action = path.name[: -len(f"_test_split{split}.txt")]
@@ -117,7 +119,7 @@ def load_hmdb51(
     for name, (action, use) in sorted(named.items(), key=lambda item: (item[1][0], item[0])):
         if use == 0:
             continue
-        if name not in available:
+        if (action, name) not in available:
             problems.add("no clip", name, f"not in {files / action}")
             continue
         rows = table.get(name, [])
@@ -126,19 +128,17 @@ def load_hmdb51(
                 problems.add("no scores" if not rows else "bad scores", name, "in the table of scene scores")
             continue
         try:
-            frames = decode(available[name], num_frames, image_size)
+            frames = decode(available[action, name], num_frames, image_size)
         except ValueError as error:
             problems.add("unreadable clip", name, str(error))
             continue
         found.append((frames, action, rows[0], use == 2, name))
-    for name in sorted(available.keys() - named.keys()):
-        problems.add("clip in no split", name, str(available[name]))
+    in_split = {(action, name) for name, (action, _) in named.items()}
+    for action, name in sorted(available.keys() - in_split):
+        problems.add("clip in no split", name, str(available[action, name]))
     problems.settle(on_problem)
-    classes = tuple(sorted({action for _, action, *_ in found}))
-    if len(classes) < 2:
-        raise ValueError(
-            f"{folder} must have clips of two classes or more, got {', '.join(classes) or 'none'}."
-        )
+    needed = f"{folder} must have clips of two classes or more"
+    classes = problems.classes((action for _, action, *_ in found), needed)
     return VideoFolder(
         torch.from_numpy(np.stack([frames for frames, *_ in found])).permute(0, 4, 1, 2, 3).contiguous(),
         torch.tensor([classes.index(action) for _, action, *_ in found]),
@@ -165,7 +165,10 @@ def _read_scores(
             f"there is no table of scene scores {path}: a column 'clip' (the file's name) and one for each "
             "scene, from a Places365 classifier on frames of the clip, say."
         )
-    table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    try:
+        table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read as a table of scene scores: {error}") from error
     if "clip" not in table.columns or len(table.columns) < 3:
         raise ValueError(
             f"{path} must have a column 'clip' and two scenes or more, got "

@@ -6,7 +6,7 @@ table with ``filename``, ``bi.gender`` and ``bi.fitz``; the data set is given ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mdnorm.experiments.data.faces import SHADES
 from mdnorm.experiments.data.problems import Problems
+from mdnorm.experiments.data.tables import given_columns, is_missing, read_text_table
 from mdnorm.extras import requires
 from mdnorm.files import csv_delimiter
 
@@ -88,23 +89,17 @@ def load_image_folder(
     FileNotFoundError
         No such folder or no table: the message says what to get.
     ValueError
-        The table cannot be parsed, a column is missing, several tables, fewer than two classes.
+        The table cannot be parsed, a column is missing or there twice, several tables, fewer than two
+        classes.
     DataProblemsError
         All problems, with on_problem="error".
     MissingExtraError
-        pandas or Pillow is not installed.
+        Pillow is not installed.
     """
-    with requires("image"):
-        import pandas as pd
-
+    given = given_columns(columns, COLUMNS)
     table = _table(folder, table)
-    try:
-        data = pd.read_csv(
-            table, sep=csv_delimiter(table), dtype=str, keep_default_na=False, skipinitialspace=True
-        )
-    except (pd.errors.EmptyDataError, pd.errors.ParserError, UnicodeDecodeError) as error:
-        raise ValueError(f"{table} is no CSV table in UTF-8 with a header: {error}") from error
-    names = {part: _column(part, list(data.columns), columns or {}, table) for part in COLUMNS}
+    data = read_text_table(table, csv_delimiter(table))
+    names = {part: _column(part, data.columns, given, table) for part in COLUMNS}
     available: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _SUFFIXES:
@@ -115,9 +110,8 @@ def load_image_folder(
             problems.add("duplicate image", name, f"in {', '.join(str(p.parent) for p in paths)}")
     found: list[tuple[str, str, int, np.ndarray[Any, Any]]] = []
     seen: set[str] = set()
-    for line, (file, label, shade) in enumerate(data[[names[part] for part in COLUMNS]].to_numpy(), 2):
-        name = Path(str(file).strip()).name
-        where = f"line {line} of {table.name}"
+    for where, row in data.walk(names):
+        name = Path(row["file"]).name
         if not name:
             problems.add("no file name", where, "the cell is empty")
             continue
@@ -130,27 +124,20 @@ def load_image_folder(
             continue
         if len(available[name]) > 1:
             continue
-        kind = str(label).strip().lower()
-        fitzpatrick = _fitzpatrick(str(shade))
-        if kind in ("", "na", "nan", "n/a") or fitzpatrick is None:
-            problems.add(
-                "bad label" if fitzpatrick is not None else "bad shade",
-                name,
-                f"{label!r}, {shade!r} in {where}",
-            )
+        label, shade = row["label"].lower(), _fitzpatrick(row["shade"])
+        if is_missing(label) or shade is None:
+            kind = "bad shade" if shade is None else "bad label"
+            problems.add(kind, name, f"{row['label']!r}, {row['shade']!r} in {where}")
             continue
         pixels = _read(available[name][0], image_size, problems)
         if pixels is not None:
-            found.append((name, _LABELS.get(kind, kind), fitzpatrick, pixels))
+            found.append((name, _LABELS.get(label, label), shade, pixels))
     for name in available.keys() - seen:
         problems.add("no row", name, f"not in {table.name}")
     problems.found.sort()
     problems.settle(on_problem)
-    classes = tuple(sorted({label for _, label, _, _ in found}))
-    if len(classes) < 2:
-        raise ValueError(
-            f"{table} must have two labels or more with images, got {', '.join(classes) or 'none'}."
-        )
+    needed = f"{table} must have two labels or more with images"
+    classes = problems.classes((label for _, label, *_ in found), needed)
     return ImageFolder(
         torch.from_numpy(np.stack([pixels for *_, pixels in found])),
         torch.tensor([classes.index(label) for _, label, _, _ in found]),
@@ -178,7 +165,7 @@ def _table(folder: Path, table: Path | None) -> Path:
     return table
 
 
-def _column(part: str, available: list[str], given: Mapping[str, str], table: Path) -> str:
+def _column(part: str, available: Sequence[str], given: Mapping[str, str], table: Path) -> str:
     wanted = (given[part],) if part in given else COLUMNS[part]
     found = next((name for name in wanted if name in available), None)
     if found is None:
@@ -189,7 +176,7 @@ def _column(part: str, available: list[str], given: Mapping[str, str], table: Pa
 
 
 def _fitzpatrick(text: str) -> int | None:
-    text = text.strip().upper()
+    text = text.upper()
     if text in SHADES:
         return SHADES.index(text) + 1
     return int(text) if text in {"1", "2", "3", "4", "5", "6"} else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 __all__ = ["DataProblemsError", "Problems"]
@@ -32,11 +33,33 @@ class Problems:
         return bool(self.found)
 
     def text(self) -> str:
-        """Return one line a problem, below a line with their number by kind."""
+        """Return one line a problem, below a line with their number by kind; "" without problems."""
+        if not self.found:
+            return ""
         counts = Counter(kind for kind, _, _ in self.found)
         head = ", ".join(f"{count} × {kind}" for kind, count in sorted(counts.items()))
         lines = [f"  {kind}: {subject}: {detail}" for kind, subject, detail in self.found]
         return "\n".join([f"{len(self.found)} problem(s) in the data ({head}):", *lines])
+
+    def classes(self, labels: Iterable[str], needed: str) -> tuple[str, ...]:
+        """Return the different labels of what is left, sorted.
+
+        Parameters
+        ----------
+        labels : iterable of str
+        needed : str
+            What there must be, as in "labels.csv must have two labels or more".
+
+        Raises
+        ------
+        ValueError
+            Fewer than two; the message lists the problems too, since what was left out may be why.
+        """
+        names = tuple(sorted(set(labels)))
+        if len(names) < 2:
+            text = f"{needed}, got {', '.join(names) or 'none'}."
+            raise ValueError("\n".join(filter(None, (text, self.text()))))
+        return names
 
     def settle(self, on_problem: str) -> None:
         """Raise or go on, as asked.

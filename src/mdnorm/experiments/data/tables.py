@@ -1,0 +1,111 @@
+"""Tables of text beside the files of a data set: every cell as it is written, every row with its place."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["TextTable", "given_columns", "is_missing", "read_text_table"]
+
+_MISSING = frozenset({"", "n/a", "na", "nan", "none", "null"})
+
+
+def is_missing(text: str) -> bool:
+    """Whether a cell says that there is no value."""
+    return text.strip().lower() in _MISSING
+
+
+def given_columns(columns: Mapping[str, str] | None, parts: Iterable[str]) -> dict[str, str]:
+    """Return the names that a caller gives to columns, by part.
+
+    Raises
+    ------
+    ValueError
+        A name for something that is none of `parts`.
+    """
+    given, known = dict(columns or {}), list(parts)
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        raise ValueError(f"columns may name {', '.join(known)}, got {', '.join(unknown)}.")
+    return given
+
+
+@dataclass(frozen=True)
+class TextTable:
+    """A table as it was read.
+
+    Attributes
+    ----------
+    path : Path
+    columns : tuple of str
+        The header.
+    rows : tuple of (int, tuple of str)
+        Line in the file and cells, stripped, one for each column.
+    """
+
+    path: Path
+    columns: tuple[str, ...]
+    rows: tuple[tuple[int, tuple[str, ...]], ...]
+
+    def walk(self, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
+        """Yield where each row stands ("line 7 of labels.csv") and its cells.
+
+        Parameters
+        ----------
+        names : mapping
+            What a cell is to be called → its column, which must be in `columns`.
+
+        Raises
+        ------
+        ValueError
+            Several columns have one of the names.
+        """
+        repeated = [name for name in names.values() if self.columns.count(name) > 1]
+        if repeated:
+            raise ValueError(f"{self.path} has more than one column of the name {', '.join(repeated)}.")
+        positions = {part: self.columns.index(name) for part, name in names.items()}
+        for line, cells in self.rows:
+            yield (
+                f"line {line} of {self.path.name}",
+                {part: cells[position] for part, position in positions.items()},
+            )
+
+
+def read_text_table(path: Path, delimiter: str) -> TextTable:
+    """Read a table with a header; blank lines are left out, cells that a row lacks at its end are empty.
+
+    Parameters
+    ----------
+    path : Path
+    delimiter : str
+        What separates the columns.
+
+    Raises
+    ------
+    ValueError
+        The file is empty or not UTF-8, a quotation has no end, or a row has more cells than the header.
+    """
+    rows: list[tuple[int, tuple[str, ...]]] = []
+    separator = "tabs" if delimiter == "\t" else f"{delimiter!r}"
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
+            reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
+            columns = tuple(name.strip() for name in next(reader, []))
+            if not any(columns):
+                raise ValueError("there is no header")
+            line = reader.line_num
+            for cells in reader:
+                stripped = [cell.strip() for cell in cells]
+                if any(stripped[len(columns) :]):
+                    raise ValueError(f"line {line + 1} has {len(cells)} cells, the header {len(columns)}")
+                if any(stripped):
+                    lacking = [""] * (len(columns) - len(stripped))
+                    rows.append((line + 1, tuple([*stripped, *lacking][: len(columns)])))
+                line = reader.line_num
+    except (csv.Error, ValueError) as error:
+        raise ValueError(
+            f"{path} cannot be read as a table (UTF-8, a header, columns separated by {separator}): {error}."
+        ) from error
+    return TextTable(path, columns, tuple(rows))
