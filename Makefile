@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo audit test lint types unit browser bench full variants continual settings tables ablation format clean
+.PHONY: help demo audit test lint types unit browser bench full variants continual settings site tables ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -60,6 +60,9 @@ settings: $(VENV)/.dev ## Run faces, coloured digits, video and MRI with every m
 	$(BIN)/mdnorm experiment digits
 	$(BIN)/mdnorm experiment video
 	$(BIN)/mdnorm experiment mri
+
+site: $(VENV)/.dev ## Build the documentation: build/site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 tables: $(VENV)/.dev ## Compare ways to take metadata out of tables (ten minutes)
 	$(BIN)/python benchmarks/table_comparison.py --out results/tables

@@ -8,8 +8,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
-from chromium import BROWSER, OPTIONS, needs_chromium
 from playwright.sync_api import sync_playwright
+
+from chromium import BROWSER, OPTIONS, needs_chromium
 
 ROOT = Path(__file__).parent.parent
 MAIN_PAGES = (

@@ -29,7 +29,7 @@ def _page_of(target: str) -> str:
 
 
 def on_files(files: Any, config: Any) -> Any:
-    """Add the changelog and the rest of the project's documents, and a page for each file that is linked to."""
+    """Add the project's other documents, and a page for each file that is linked to."""
     targets = set(DOCUMENTS)
     for file in files.documentation_pages():
         if file.src_uri.endswith(".md"):

@@ -31,9 +31,11 @@ def _arrow(axis: Any, start: tuple[float, float], end: tuple[float, float], **st
 def causes() -> Figure:
     """Return confounder, mediator and collider as diagrams."""
     figure = Figure(figsize=(8.6, 2.6), layout="constrained")
-    left, right, top, bottom = (0.15, 0.25), (0.85, 0.25), (0.5, 0.85), (0.5, 0.25)
+    left, right, top = (0.15, 0.25), (0.85, 0.25), (0.5, 0.85)
     for axis, title in zip(
-        figure.subplots(1, 3), ("Confounder: remove it", "Mediator: leave it", "Collider: leave it"), strict=True
+        figure.subplots(1, 3),
+        ("Confounder: remove it", "Mediator: leave it", "Collider: leave it"),
+        strict=True,
     ):
         axis.set(xlim=(-0.1, 1.1), ylim=(0, 1.05), title=title)
         axis.title.set_fontsize(10)
@@ -79,7 +81,9 @@ def confounding() -> Figure:
         gap = float(values[ill == 1].mean() - values[ill == 0].mean())
         for label, name, colour, marker in ((0, "healthy", BLUE, "o"), (1, "ill", ORANGE, "s")):
             inside = ill == label
-            axis.scatter(age[inside], values[inside], s=9, color=colour, marker=marker, alpha=0.75, label=name)
+            axis.scatter(
+                age[inside], values[inside], s=9, color=colour, marker=marker, alpha=0.75, label=name
+            )
             slope = torch.stack([age[inside], torch.ones(int(inside.sum()))], 1)
             line = torch.linalg.lstsq(slope, values[inside, None]).solution[:, 0]
             ends = torch.tensor([float(age[inside].min()), float(age[inside].max())])
