@@ -90,6 +90,38 @@ def test_what_is_logged_is_what_the_layer_puts_out(tmp_path):
             assert logged[f"dcor2/both_{column}/label_{label}"] == pytest.approx(value, abs=1e-5)
 
 
+def one_hot(batch):
+    return nn.functional.one_hot(batch["label"], 2)
+
+
+def continuous(batch):
+    # A label that is often 0: whole batches may look like classes.
+    return (batch["age"] - 1).relu()
+
+
+@pytest.mark.parametrize("labels", [one_hot, continuous, lambda batch: batch["both"]])
+def test_dependence_with_labels_that_are_no_class_indices(tmp_path, labels):
+    """One-hot columns are classes; with other labels all samples are measured together."""
+    model, is_classes = DictModel(), labels is one_hot
+    callback = MetadataNormCallback("age", labels, after=["encoder"], inputs="images", recalibrate=False)
+    fit = trainer([callback], tmp_path)
+    fit.fit(model, *loaders())
+    recorder = DependenceRecorder(
+        model.eval(), "encoder", within_labels=is_classes, column_names=["age"], max_samples=2000
+    )
+    data = make_data()
+    with torch.no_grad(), recorder, mdnorm.metadata(model, data["age"]):
+        model(data["images"])
+        recorder.update(data["age"], data["label"])
+    logged = {
+        name.removeprefix("dcor2/"): float(value)
+        for name, value in fit.callback_metrics.items()
+        if name.startswith("dcor2/")
+    }
+    assert logged == pytest.approx(recorder.compute(), abs=1e-5)
+    assert ("age/label_1" in logged) == is_classes
+
+
 def test_several_layers_have_prefixes_and_tuples_are_taken_apart(tmp_path):
     model = DictModel()
     callback = MetadataNormCallback(

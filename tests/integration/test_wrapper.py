@@ -66,6 +66,24 @@ def test_without_metadata_the_context_around_it_counts():
         model(images)
 
 
+def test_labels_without_metadata_are_refused():
+    """They would have been left out without a word, and their effect removed with the metadata's."""
+    images, metadata, labels = data()
+    model = WithMetadata(make_model())
+    with (
+        mdnorm.metadata(model, metadata, labels),
+        pytest.raises(ValueError, match="labels= was given without metadata="),
+    ):
+        model(images, labels=1 - labels)
+    # A model that computes its loss from them gets them, the layers those of the context.
+    model = WithMetadata(Classifier(), forward_labels=True)
+    twin = copy.deepcopy(model)
+    with mdnorm.metadata(model, metadata, labels):
+        out = model(images, labels=labels)
+    for actual, expected in zip(out, twin(images, metadata=metadata, labels=labels), strict=True):
+        assert torch.equal(actual, expected)
+
+
 def test_the_model_keeps_its_state_dict():
     model = make_model()
     names = list(model.state_dict())

@@ -191,7 +191,7 @@ class DependenceCallback(Callback):
             self._outputs.clear()
             return
         metadata = _metadata_of(batch, self.metadata)
-        labels = None if self.labels is None else select(batch, self.labels, "the batch")
+        labels = None if self.labels is None else self._classes(select(batch, self.labels, "the batch"))
         self._metric.update(self._outputs.take(metadata.shape[0]), metadata, labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -217,6 +217,10 @@ class DependenceCallback(Callback):
         for name, value in values.items():
             # The same value everywhere; sync_dist says so to Lightning.
             pl_module.log(self._logged(name, values), value, prog_bar=self.prog_bar, sync_dist=True)
+
+    def _classes(self, labels: Any) -> Any:
+        """Return the class index of each sample."""
+        return labels
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take the hook off the layer."""
@@ -261,6 +265,44 @@ def _metadata_of(batch: Any, selector: Selector | list[Selector]) -> Tensor:
     return torch.stack(columns, dim=1)
 
 
+class _InsertedDependence(DependenceCallback):
+    """Measures within the classes of labels that need not be class indices: they are those of a layer.
+
+    Whether they are is known when all were seen: a continuous label may well be 0 in a whole batch.
+    """
+
+    _are_classes = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._are_classes = True
+        super().on_validation_start(trainer, pl_module)
+
+    def _classes(self, labels: Any) -> Tensor:
+        labels = as_real_tensor(labels, "labels")
+        classes = _class_indices(labels)
+        if classes is None:
+            self._are_classes = False
+            return torch.zeros(len(labels), dtype=torch.int64)
+        return classes
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._metric is not None and self.labels is not None:
+            self._metric.within_labels = trainer.strategy.reduce_boolean_decision(self._are_classes)
+        super().on_validation_epoch_end(trainer, pl_module)
+
+
+def _class_indices(labels: Tensor) -> Tensor | None:
+    """Return the classes, (n,), of class indices or one-hot columns; None for other labels."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        is_one_hot = bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all())
+        return labels.to(torch.int64).argmax(1) if is_one_hot else None
+    if labels.ndim not in (1, 2):
+        return None
+    labels = labels.reshape(-1)
+    indices = labels.to(torch.int64)
+    return indices if bool((indices == labels).all()) else None
+
+
 class MetadataNormCallback(Callback):
     """Insert `MetadataNorm` into a LightningModule, feed it, recalibrate it, and log what is left.
 
@@ -288,8 +330,10 @@ class MetadataNormCallback(Callback):
         Make the coefficients exact at the end of a fit (`mdnorm.recalibrate`), on the training loader, of
         several processes on the shares of all. Not after a ``fast_dev_run``.
     log_dependence : bool
-        Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does: within each
-        class, if `labels` gives class indices. With several layers ``dcor2/<name>/<column>``.
+        Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does. Within each
+        class (``dcor2/<column>/label_<class>``), if `labels` gives class indices or one-hot columns in all
+        of the validation data; over all samples for other labels (continuous, several columns). With several
+        layers ``dcor2/<name>/<column>``.
     column_names : sequence of str, or mapping from str to sequence of int, optional
         Of `DependenceCallback`.
     **options
@@ -513,7 +557,7 @@ class MetadataNormCallback(Callback):
             return lambda output: find_features(output, self.output, name).movedim(self.sample_dim, 0)
 
         return [
-            DependenceCallback(
+            _InsertedDependence(
                 name,
                 self.metadata,
                 self.labels,

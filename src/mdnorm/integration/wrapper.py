@@ -69,7 +69,8 @@ class WithMetadata(nn.Module):
         metadata : (N,) or (N, K_m), optional
             Without them the model runs in the context around it, if there is one.
         labels : (N,) or (N, K_y), optional
-            Needed in training where a layer has label columns.
+            Needed in training where a layer has label columns. They belong to the metadata given here; those
+            of a context are given with it.
 
         Returns
         -------
@@ -79,7 +80,15 @@ class WithMetadata(nn.Module):
         ------
         RuntimeError
             There are no metadata, here or in a context.
+        ValueError
+            Labels without metadata, unless the model itself gets them (`forward_labels`); in training,
+            labels where no layer has label columns, or none where one has.
         """
+        if labels is not None and metadata is None and not self.forward_labels:
+            raise ValueError(
+                "labels= was given without metadata=: no layer would get these labels. Give both here, or both "
+                "to mdnorm.metadata around this call."
+            )
         if self.forward_labels and labels is not None:
             kwargs["labels"] = labels
         if metadata is None:
