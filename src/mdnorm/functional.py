@@ -28,6 +28,7 @@ gradient needs no activation: only `B` and `P` (N numbers a column) are saved.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -39,10 +40,10 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.distributed import all_reduce_sum, eager, world_size
-from mdnorm.weights import all_finite, at_least, can_read, is_transforming, ratio, read, write_
+from mdnorm.weights import all_finite, at_least, can_read, is_small, is_transforming, ratio, read, write_
 
 if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
+    from numpy.typing import ArrayLike, NDArray
     from torch.distributed import ProcessGroup
 
     from mdnorm.weights import Weight
@@ -79,6 +80,9 @@ _COLLINEAR_RTOL = 1e-11
 _WELL_CONDITIONED = 1e5
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def statistics_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype in which K×K statistics are kept on `device`: float64 wherever it exists."""
     return torch.float32 if device.type == "mps" else torch.float64
@@ -94,7 +98,7 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
     # Entering torch.autocast costs as much as a small product: only where there is something to switch off.
     if torch.is_autocast_enabled(device.type):
         return cast("AbstractContextManager[None]", torch.autocast(device.type, enabled=False))
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -115,14 +119,29 @@ def _as_columns(values: Tensor | ArrayLike, name: str, device: torch.device | No
             f"{name} is on {tensor.device} but the features are on {device}: "
             f"move it with {name}.to({str(device)!r})."
         )
-    return tensor.detach().to(statistics_dtype(tensor.device))
+    return tensor
 
 
-def _check_finite(columns: Tensor, name: str) -> None:
-    # One pass in the usual case. Where finite values overflow in the sum, each is looked at.
-    if bool(all_finite(columns)):
-        return
-    finite = torch.isfinite(columns)
+def _side_by_side(blocks: list[Tensor], check_finite: bool) -> tuple[Tensor, bool]:
+    """Return all blocks in one constant tensor (N, K), and False where a value may be NaN or infinite."""
+    arrays = []
+    for block in blocks:
+        # NumPy knows no bfloat16.
+        if block.dtype == torch.bfloat16 or not can_read(block):
+            break
+        arrays.append(block.numpy(force=True).T)
+    else:
+        # In NumPy, since the calls take the time; each column in one piece, as its sums want it.
+        joined = np.empty((sum(map(len, arrays)), blocks[0].shape[0]))
+        np.concatenate(arrays, out=joined)
+        return torch.from_numpy(joined.T), not check_finite or math.isfinite(np.vdot(joined, joined))
+    dtype = statistics_dtype(blocks[0].device)
+    columns = torch.cat([block.detach().to(dtype) for block in blocks], dim=1)
+    return columns, not check_finite or bool(all_finite(columns))
+
+
+def _check_finite(block: Tensor, name: str) -> None:
+    finite = torch.isfinite(block)
     if bool(finite.all()):
         return
     bad_rows, bad_columns = (~finite).nonzero(as_tuple=True)
@@ -130,7 +149,7 @@ def _check_finite(columns: Tensor, name: str) -> None:
     shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
     raise ValueError(
         f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) {shown} "
-        f"({len(rows)} of {columns.shape[0]} rows): drop or impute these rows before they reach the layer."
+        f"({len(rows)} of {block.shape[0]} rows): drop or impute these rows before they reach the layer."
     )
 
 
@@ -225,12 +244,16 @@ def design_columns(
                 f"{name} has {block.shape[1]} column(s) but num_{name}={expected} was expected "
                 f"(shape {tuple(block.shape)})."
             )
-        # While a graph is traced nothing can be looked at; eager calls check every batch.
-        if check_finite and not torch.compiler.is_compiling():
-            _check_finite(block, name)
     if metadata_block.shape[1] == 0:
         raise ValueError("metadata has no columns: there is nothing to remove.")
-    return torch.cat([block for _, block, _ in blocks], dim=1), metadata_block.shape[1]
+    # While a graph is traced nothing can be looked at; eager calls check every batch.
+    check_finite = check_finite and not torch.compiler.is_compiling()
+    columns, finite = _side_by_side([block for _, block, _ in blocks], check_finite)
+    if not finite:
+        # Or finite values overflowed in the sum.
+        for name, block, _ in blocks:
+            _check_finite(block, name)
+    return columns, metadata_block.shape[1]
 
 
 class NoSamplesError(ValueError):
@@ -335,11 +358,27 @@ class Gram:
         """
         count = read(self.count) * decay + weight
         share = weight / at_least(count, torch.finfo(self.count.dtype).tiny)
-        step = other.mean - self.mean
-        self.covariance.lerp_(other.covariance, share).addr_(step * (share * (1 - share)), step)
-        self.mean.add_(step * share)
+        if isinstance(share, Tensor):
+            step = other.mean - self.mean
+            self.covariance.lerp_(other.covariance, share).addr_(step * (share * (1 - share)), step)
+            self.mean.add_(step * share)
+        else:
+            step = self._merge_arrays_(other, share)
         write_(self.count, count)
         return step, share
+
+    def _merge_arrays_(self, other: Gram, share: float) -> Tensor:
+        """Merge mean and covariance in place in NumPy: for K×K numbers on the CPU the calls take the time."""
+        mean, covariance = self.mean.numpy(force=True), self.covariance.numpy(force=True)
+        step = other.mean.numpy(force=True) - mean
+        shift = share * step
+        merged = (1 - share) * covariance
+        merged += share * other.covariance.numpy(force=True)
+        merged += np.multiply.outer((1 - share) * shift, step)
+        # By torch, which keeps count of what changes in place.
+        self.covariance.copy_(torch.from_numpy(merged))
+        self.mean.copy_(torch.from_numpy(mean + shift))
+        return torch.from_numpy(step)
 
     @property
     def matrix(self) -> Tensor:
@@ -404,11 +443,12 @@ def coefficient_operator(gram: Gram, ridge: float | Tensor = 0.0) -> Tensor:
         are collinear the removed part ``(m − m̄)·β_m`` is still unique; where the labels determine a
         direction of the metadata exactly, the removed part is uncorrelated with that direction.
     """
+    inverse = _well_conditioned_inverse(gram, ridge)
+    return _rank_revealing_operator(gram, ridge) if inverse is None else torch.from_numpy(inverse)
+
+
+def _rank_revealing_operator(gram: Gram, ridge: float | Tensor) -> Tensor:
     num_metadata = gram.num_metadata
-    if can_read(gram.covariance):
-        inverse = _well_conditioned_inverse(gram, float(ridge))
-        if inverse is not None:
-            return inverse
     scale = column_scale(gram)
     correlation = gram.covariance / torch.outer(scale, scale)
     s_mm = correlation[:num_metadata, :num_metadata]
@@ -431,33 +471,39 @@ def coefficient_operator(gram: Gram, ridge: float | Tensor = 0.0) -> Tensor:
     return torch.cat([metadata_rows, label_rows]) / torch.outer(scale, scale)
 
 
-def _well_conditioned_inverse(gram: Gram, ridge: float) -> Tensor | None:
+def _well_conditioned_inverse(gram: Gram, ridge: float | Tensor) -> NDArray[Any] | None:
     """Return the coefficient operator where every direction clearly varies, else None.
 
     With no direction to drop, the pseudo-inverses are inverses and their formula is that of the blocks of one
     inverse. Its largest element bounds the smallest eigenvalue of the correlation matrix from below, and with
-    it every eigenvalue that would be compared with `_COLLINEAR_RTOL`. NumPy, since for K×K numbers on the CPU
-    the call is what takes the time.
+    it every eigenvalue that would be compared with `_COLLINEAR_RTOL`. NumPy and numbers, since for K×K
+    numbers on the CPU the call is what takes the time; None where they cannot be read.
     """
-    covariance = gram.covariance.detach().numpy()
-    variance = covariance.diagonal()
-    threshold = _CONSTANT_RTOL * np.abs(gram.mean.detach().numpy()) + np.finfo(variance.dtype).tiny ** 0.5
-    # Also false for a NaN.
-    if not (variance > threshold * threshold).all():
+    if not can_read(gram.covariance):
         return None
+    covariance = gram.covariance.numpy(force=True)
+    variance = covariance.diagonal()
+    least = torch.finfo(gram.covariance.dtype).tiny ** 0.5
+    for value, mean in zip(variance.tolist(), gram.mean.tolist(), strict=True):
+        threshold = _CONSTANT_RTOL * abs(mean) + least
+        # Also for a NaN.
+        if not value > threshold * threshold:
+            return None
     scale = np.sqrt(variance)
-    units = scale[:, None] * scale
+    units = np.multiply.outer(scale, scale)
     correlation = covariance / units
     if ridge > 0:
-        correlation[range(gram.num_metadata), range(gram.num_metadata)] += ridge
+        correlation[range(gram.num_metadata), range(gram.num_metadata)] += float(ridge)
     try:
-        inverse = np.linalg.inv(correlation)
+        inverse: NDArray[Any] = np.linalg.inv(correlation)
     except np.linalg.LinAlgError:
         return None
     # Of a positive definite matrix the largest element is on the diagonal.
-    if not np.abs(inverse.diagonal()).max() < _WELL_CONDITIONED:
-        return None
-    return torch.from_numpy(inverse / units)
+    for value in inverse.diagonal().tolist():
+        if not abs(value) < _WELL_CONDITIONED:
+            return None
+    inverse /= units
+    return inverse
 
 
 def column_scale(gram: Gram) -> Tensor:
@@ -502,7 +548,10 @@ def removal_operator(gram: Gram, *, ridge: float = 0.0, center: bool = False) ->
         R = K_m, or K_m + 1 with `center`. Times the moments ``[E[(x − μ) fᵀ]; E[fᵀ]]`` it gives the rows of
         β_m and, with `center`, the intercept of the centred metadata, ``β_0 + μ_m β_m = f̄ − μ_y β_y``.
     """
-    operator = coefficient_operator(gram, ridge)
+    inverse = _well_conditioned_inverse(gram, ridge)
+    if inverse is not None:
+        return _as_removal_operator(inverse, gram, center)
+    operator = _rank_revealing_operator(gram, ridge)
     removed = torch.nn.functional.pad(operator[: gram.num_metadata], (0, 1))
     if not center:
         return removed
@@ -510,6 +559,16 @@ def removal_operator(gram: Gram, *, ridge: float = 0.0, center: bool = False) ->
         [-gram.mean[gram.num_metadata :] @ operator[gram.num_metadata :], gram.mean.new_ones(1)]
     )
     return torch.cat([removed, intercept.unsqueeze(0)])
+
+
+def _as_removal_operator(inverse: NDArray[Any], gram: Gram, center: bool) -> Tensor:
+    width = gram.num_metadata
+    operator = np.zeros((width + center, inverse.shape[1] + 1), inverse.dtype)
+    operator[:width, :-1] = inverse[:width]
+    if center:
+        operator[width, :-1] = -gram.mean.numpy(force=True)[width:] @ inverse[width:]
+        operator[width, -1] = 1
+    return torch.from_numpy(operator)
 
 
 def moment_rows(columns: Tensor, mean: Tensor, count: Tensor | None = None) -> Tensor:
@@ -657,7 +716,23 @@ def _as_matrix(features: Tensor, positions: tuple[int, ...], dtype: torch.dtype)
     """
     if positions:
         return features.to(dtype).mean(positions)
+    if features.ndim == 2 and features.dtype == dtype:
+        # As it is: for a small batch each call counts.
+        return features
     return features.flatten(1).to(dtype)
+
+
+def _gradient_matrix(grad: Tensor, positions: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Reduce the features' gradient to that of the (N, D) matrix, summed over the positions."""
+    return grad.to(dtype).sum(positions) if positions else _as_matrix(grad, (), dtype)
+
+
+def _subtract_product(features: Tensor, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return ``matrix − left @ right`` in shape and dtype of the features, whose matrix (N, D) it is."""
+    out = torch.addmm(matrix, left, right, alpha=-1)
+    if features.ndim == 2 and features.dtype == out.dtype:
+        return out
+    return out.to(features.dtype).reshape(features.shape)
 
 
 def _expand(matrix: Tensor, positions: tuple[int, ...]) -> Tensor:
@@ -685,13 +760,18 @@ def remove_effect(
     (N, ...) tensor, dtype of the features. The gradient reaches the features unchanged.
     """
     dtype = compute_dtype(features)
-    basis, coefficients = basis.to(dtype), coefficients.to(dtype)
     # Autocast would run these products below float32.
     with full_precision(features.device):
-        if positions:
-            return (features - _expand(basis @ coefficients, positions)).to(features.dtype)
-        matrix = _as_matrix(features, positions, dtype)
-        return torch.addmm(matrix, basis, coefficients, alpha=-1).to(features.dtype).reshape(features.shape)
+        return _subtract_effect(features, basis.to(dtype), coefficients.to(dtype), positions)
+
+
+def _subtract_effect(
+    features: Tensor, basis: Tensor, coefficients: Tensor, positions: tuple[int, ...]
+) -> Tensor:
+    """`remove_effect` where dtypes and autocast are taken care of."""
+    if positions:
+        return (features - _expand(basis @ coefficients, positions)).to(features.dtype)
+    return _subtract_product(features, _as_matrix(features, (), basis.dtype), basis, coefficients)
 
 
 def rescale(
@@ -728,24 +808,24 @@ def rescale(
         return torch.lerp(centre.expand_as(features), features.to(dtype), factor).to(features.dtype)
 
 
-class _RemoveRegression(torch.autograd.Function):
-    """``out = f − B Q A f`` and its transpose, each one fused product; saves the design, not the features."""
-
-    @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        # What torch does with a `setup_context`, without binding a signature in every call: that takes as
-        # long as all the rest for a small batch.
-        output = _TransformableRemoveRegression.forward(*inputs)
-        _TransformableRemoveRegression.setup_context(ctx, inputs, output)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _TransformableRemoveRegression.backward(ctx, grad, _)
+def _without_effect(
+    features: Tensor,
+    basis: Tensor,
+    coefficients: Tensor,
+    positions: tuple[int, ...],
+    matrix: Tensor | None,
+) -> Tensor:
+    """Return the output of an autograd function; `matrix` is the features' where that is known already."""
+    if matrix is None or positions:
+        out = _subtract_effect(features, basis, coefficients, positions)
+    else:
+        out = _subtract_product(features, matrix, basis, coefficients)
+    # Detached, it is no view: an in-place ReLU may follow.
+    return out.detach()
 
 
 class _TransformableRemoveRegression(torch.autograd.Function):
-    """The form that torch.func and torch.compile take."""
+    """``out = f − B Q A f`` and its transpose, in the form that torch.func and torch.compile take."""
 
     generate_vmap_rule = True
 
@@ -756,12 +836,7 @@ class _TransformableRemoveRegression(torch.autograd.Function):
         matrix = _as_matrix(features, positions, rows.dtype)
         moments = rows @ matrix
         coefficients = moments if operator is None else operator @ moments
-        if positions:
-            out = features - _expand(basis @ coefficients, positions)
-        else:
-            out = torch.addmm(matrix, basis, coefficients, alpha=-1).reshape(features.shape)
-        # Detached, it is no view: an in-place ReLU may follow.
-        return out.to(features.dtype).detach(), moments
+        return _without_effect(features, basis, coefficients, positions, matrix), moments
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -775,12 +850,9 @@ class _TransformableRemoveRegression(torch.autograd.Function):
         basis, projector = ctx.saved_tensors
         positions = ctx.positions
         with full_precision(grad.device):
-            if positions:
-                matrix = grad.to(basis.dtype).sum(positions)
-            else:
-                matrix = _as_matrix(grad, positions, basis.dtype)
+            matrix = _gradient_matrix(grad, positions, basis.dtype)
             result = _subtract_projected(grad, matrix, projector, basis.mT @ matrix, positions, ctx.shape)
-        return result.to(grad.dtype), None, None, None, None
+        return result, None, None, None, None
 
 
 def remove_regression(
@@ -810,21 +882,35 @@ def remove_regression(
     moments : (L, D) tensor, float32 or float64, without gradient
     """
     dtype = compute_dtype(features)
-    traced = torch.compiler.is_compiling() or is_transforming()
-    function = _TransformableRemoveRegression if traced else _RemoveRegression
+    basis, rows = _cast(basis, dtype), _cast(rows, dtype)
+    if operator is not None:
+        operator = _cast(operator, dtype)
     with full_precision(features.device):
-        out, moments = function.apply(  # type: ignore[no-untyped-call]
-            features,
-            basis.to(dtype),
-            None if operator is None else operator.to(dtype),
-            rows.to(dtype),
-            positions,
+        if torch.compiler.is_compiling() or is_transforming():
+            return _TransformableRemoveRegression.apply(  # type: ignore[no-any-return, no-untyped-call]
+                features, basis, operator, rows, positions
+            )
+        matrix = _as_matrix(features.detach(), positions, dtype)
+        moments = rows @ matrix
+        coefficients, projector = moments, rows
+        if operator is not None:
+            coefficients, projector = operator @ moments, operator @ rows
+        out: Tensor = _RemoveRegression.apply(  # type: ignore[no-untyped-call]
+            features, basis, coefficients, projector, positions, None, matrix
         )
     return out, moments
 
 
-class _RemoveSharedRegression(torch.autograd.Function):
-    """``out = f − B P f`` where `P f` is a sum over processes, and so is ``Bᵀ g`` in the backward pass."""
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    # To ask is cheaper than a conversion of nothing.
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
+class _RemoveRegression(torch.autograd.Function):
+    """``out = f − B P f`` and its transpose, each one fused product; saves the design, not the features.
+
+    With a group, `P f` is a sum over its processes, and so is ``Bᵀ g`` in the backward pass.
+    """
 
     @staticmethod
     def forward(
@@ -834,22 +920,24 @@ class _RemoveSharedRegression(torch.autograd.Function):
         coefficients: Tensor,
         projector: Tensor,
         positions: tuple[int, ...],
-        group: ProcessGroup,
+        group: ProcessGroup | None,
+        matrix: Tensor | None,
     ) -> Tensor:
         ctx.positions, ctx.shape, ctx.group = positions, features.shape, group
         ctx.save_for_backward(basis, projector)
-        # Detached, it is no view: an in-place ReLU may follow.
-        return remove_effect(features, basis, coefficients, positions).detach()
+        return _without_effect(features, basis, coefficients, positions, matrix)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         basis, projector = ctx.saved_tensors
         positions = ctx.positions
         with full_precision(grad.device):
-            matrix = grad.to(basis.dtype).sum(positions) if positions else _as_matrix(grad, (), basis.dtype)
-            adjoint = all_reduce_sum(basis.mT @ matrix, ctx.group)
+            matrix = _gradient_matrix(grad, positions, basis.dtype)
+            adjoint = basis.mT @ matrix
+            if ctx.group is not None:
+                adjoint = all_reduce_sum(adjoint, ctx.group)
             result = _subtract_projected(grad, matrix, projector, adjoint, positions, ctx.shape)
-        return (result.to(grad.dtype), *(None,) * 5)
+        return (result, *(None,) * 6)
 
 
 def _subtract_projected(
@@ -865,8 +953,8 @@ def _subtract_projected(
         sharing = 1
         for dim in positions:
             sharing *= shape[dim]
-        return grad - _expand(projector.mT @ adjoint / max(sharing, 1), positions)
-    return torch.addmm(matrix, projector.mT, adjoint, alpha=-1).reshape(grad.shape)
+        return (grad - _expand(projector.mT @ adjoint / max(sharing, 1), positions)).to(grad.dtype)
+    return _subtract_product(grad, matrix, projector.mT, adjoint)
 
 
 def remove_shared_regression(
@@ -902,8 +990,8 @@ def remove_shared_regression(
     """
     dtype = compute_dtype(features)
     with full_precision(features.device):
-        out: Tensor = _RemoveSharedRegression.apply(  # type: ignore[no-untyped-call]
-            features, basis.to(dtype), coefficients.to(dtype), projector.to(dtype), positions, group
+        out: Tensor = _RemoveRegression.apply(  # type: ignore[no-untyped-call]
+            features, basis.to(dtype), coefficients.to(dtype), projector.to(dtype), positions, group, None
         )
     return out
 
@@ -935,8 +1023,7 @@ class _RemoveRunningRegression(torch.autograd.Function):
         else:
             ctx.save_for_backward(basis, projector)
             ctx.count, ctx.decay = count, decay
-        # Detached, it is no view: an in-place ReLU may follow.
-        return remove_effect(features, basis, coefficients, positions).detach()
+        return _without_effect(features, basis, coefficients, positions, None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -945,7 +1032,7 @@ class _RemoveRunningRegression(torch.autograd.Function):
         count, decay = weights or (ctx.count, ctx.decay)
         positions = ctx.positions
         with full_precision(grad.device):
-            matrix = grad.to(basis.dtype).sum(positions) if positions else _as_matrix(grad, (), basis.dtype)
+            matrix = _gradient_matrix(grad, positions, basis.dtype)
             batch = basis.mT @ matrix
             is_mean = isinstance(ctx.samples, int) and ctx.samples == 1
             if not is_mean:
@@ -956,7 +1043,7 @@ class _RemoveRunningRegression(torch.autograd.Function):
             if not is_mean:
                 adjoint = ctx.samples * adjoint
             result = _subtract_projected(grad, matrix, projector, adjoint, positions, ctx.shape)
-        return (result.to(grad.dtype), *(None,) * 10)
+        return (result, *(None,) * 10)
 
 
 def _update_adjoint(batch: Tensor, adjoint: Tensor, weight: Tensor, count: Weight, decay: Weight) -> Tensor:
@@ -971,8 +1058,8 @@ def _update_adjoint(batch: Tensor, adjoint: Tensor, weight: Tensor, count: Weigh
         return adjoint.to(batch.dtype)
     total = read(weight) * decay + count
     write_(weight, total)
-    adjoint.lerp_(batch.to(adjoint.dtype), ratio(count, total, adjoint.dtype))
-    return adjoint.to(batch.dtype)
+    adjoint.lerp_(_cast(batch, adjoint.dtype), ratio(count, total, adjoint.dtype))
+    return _cast(adjoint, batch.dtype)
 
 
 def remove_running_regression(
@@ -1043,9 +1130,9 @@ def remove_running_regression(
     with full_precision(features.device):
         out: Tensor = _RemoveRunningRegression.apply(  # type: ignore[no-untyped-call]
             features,
-            basis.to(dtype),
-            coefficients.to(dtype),
-            projector.to(dtype),
+            _cast(basis, dtype),
+            _cast(coefficients, dtype),
+            _cast(projector, dtype),
             adjoint,
             weight,
             count,
@@ -1057,7 +1144,6 @@ def remove_running_regression(
     return out
 
 
-@torch.no_grad()
 def feature_moments(features: Tensor, rows: Tensor, positions: tuple[int, ...] = ()) -> Tensor:
     """Return the moments ``rows @ features``, without gradient.
 
@@ -1076,7 +1162,7 @@ def feature_moments(features: Tensor, rows: Tensor, positions: tuple[int, ...] =
     """
     dtype = compute_dtype(features)
     with full_precision(features.device):
-        return rows.to(dtype) @ _as_matrix(features, positions, dtype)
+        return _cast(rows.detach(), dtype) @ _as_matrix(features.detach(), positions, dtype)
 
 
 def merge_cross_moments_(
@@ -1098,11 +1184,53 @@ def merge_cross_moments_(
         Mean of the batch's columns minus their running mean.
     share : float or (1,) tensor
         Weight of the batch in the result.
+
+    Returns
+    -------
+    cross, mean
     """
-    cross.lerp_(batch[:-1], share)
-    cross.addr_(step * (share * (1 - share)), batch[-1] - mean)
-    mean.lerp_(batch[-1], share)
+    if not isinstance(share, Tensor) and is_small(cross):
+        return _merge_cross_arrays_(cross, mean, batch, step, share)
+    step = _cast(step, cross.dtype)
+    if isinstance(share, Tensor):
+        share = _cast(share, cross.dtype)
+    batch_cross, batch_mean = batch[:-1], batch[-1]
+    cross.lerp_(batch_cross, share)
+    cross.addr_(step * (share * (1 - share)), batch_mean - mean)
+    mean.lerp_(batch_mean, share)
     return cross, mean
+
+
+def _merge_cross_arrays_(
+    cross: Tensor, mean: Tensor, batch: Tensor, step: Tensor, share: float
+) -> tuple[Tensor, Tensor]:
+    """`merge_cross_moments_` of few numbers, in NumPy."""
+    old_mean, moments = mean.numpy(force=True), batch.numpy(force=True)
+    difference = moments[-1] - old_mean
+    merged = (1 - share) * cross.numpy(force=True)
+    merged += share * moments[:-1]
+    merged += np.multiply.outer(share * (1 - share) * step.numpy(force=True), difference)
+    # By torch, which keeps count of what changes in place.
+    cross.copy_(torch.from_numpy(merged))
+    mean.copy_(torch.from_numpy(old_mean + share * difference))
+    return cross, mean
+
+
+def apply_operator(operator: Tensor, cross: Tensor) -> Tensor:
+    """Return the coefficients ``operator[:, :-1] @ cross``, (R, D), in the dtype of the moments.
+
+    Parameters
+    ----------
+    operator : (R, K + 1) tensor
+        See `removal_operator`.
+    cross : (K, D) tensor
+        Cross covariance of columns and features.
+    """
+    if is_small(cross):
+        values = cross.numpy(force=True)
+        product = operator.numpy(force=True)[:, :-1].astype(values.dtype, copy=False) @ values
+        return torch.from_numpy(product)
+    return operator[:, :-1].to(cross.dtype) @ cross
 
 
 def recursive_update(factor: Tensor, rows: Tensor, decay: Tensor | float, limit: float) -> Tensor:

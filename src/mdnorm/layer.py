@@ -172,19 +172,30 @@ class MetadataNorm(nn.Module):
         return [self.estimator] if self.scale_estimator is None else [self.scale_estimator, self.estimator]
 
     @property
+    def _sizes(self) -> tuple[tuple[int, ...] | None, int | None, int | None]:
+        """`num_features`, `num_metadata` and `num_labels`: those of the state, or else those asked for."""
+        num_metadata, num_labels, shape = self.estimator.sizes
+        if num_metadata is not None and shape is not None:
+            return shape, num_metadata, num_labels
+        requested = self._requested
+        if num_metadata is None:
+            return requested
+        return requested[0], num_metadata, num_labels
+
+    @property
     def num_metadata(self) -> int | None:
         """Number of metadata columns K_m, or None while unknown."""
-        return self.estimator.num_metadata if self.estimator.knows_design else self._requested[1]
+        return self._sizes[1]
 
     @property
     def num_labels(self) -> int | None:
         """Number of label columns K_y, or None while unknown."""
-        return self.estimator.num_labels if self.estimator.knows_design else self._requested[2]
+        return self._sizes[2]
 
     @property
     def num_features(self) -> tuple[int, ...] | None:
         """Shape of a sample's features ("element") or (channels,) ("channel"); None while unknown."""
-        return self.estimator.feature_shape if self.estimator.is_allocated else self._requested[0]
+        return self._sizes[0]
 
     @property
     def process_group(self) -> ProcessGroupSetting:
@@ -225,8 +236,9 @@ class MetadataNorm(nn.Module):
             return tuple(features.shape[1:])
         return tuple(length for dim, length in enumerate(features.shape) if dim > 0 and dim not in positions)
 
-    def _check_features(self, features: Tensor, positions: tuple[int, ...]) -> None:
-        expected = self.num_features
+    def _check_features(
+        self, features: Tensor, positions: tuple[int, ...], expected: tuple[int, ...] | None
+    ) -> None:
         shape = self._shape_of_coefficients(features, positions)
         if expected is None or shape == expected:
             return
@@ -280,10 +292,10 @@ class MetadataNorm(nn.Module):
         if metadata is None:
             metadata, labels = self.given_metadata(labels)
         positions = functional.position_dims(features, self.granularity, self.channel_dim)
-        self._check_features(features, positions)
+        expected, num_metadata, num_labels = self._sizes
+        self._check_features(features, positions, expected)
         if not self.training:
             return self._evaluate(features, metadata, positions)
-        num_labels = self.num_labels
         if labels is None and num_labels:
             raise ValueError(
                 f"labels are needed in training: the layer has num_labels={num_labels}. "
@@ -298,16 +310,17 @@ class MetadataNorm(nn.Module):
             metadata,
             labels,
             num_samples=features.shape[0],
-            num_metadata=self.num_metadata,
+            num_metadata=num_metadata,
             num_labels=num_labels,
             device=features.device,
             check_finite=self.check_finite,
         )
-        self.estimator.check_ready()
-        if not self.estimator.is_allocated:
+        estimator = self.estimator
+        estimator.check_ready()
+        if not estimator.is_allocated:
             self.allocate_for(features, positions, columns, num_metadata)
         # Autocast would compute what goes into the state below float32.
-        with torch.autocast(features.device.type, enabled=False):
+        with functional.full_precision(features.device):
             for part in self._parts:
                 features = part(features, columns, positions)
         return features
@@ -353,7 +366,7 @@ class MetadataNorm(nn.Module):
         )
         if not self.estimator.is_allocated:
             return features
-        with torch.autocast(features.device.type, enabled=False):
+        with functional.full_precision(features.device):
             for part in self._parts:
                 features = part.evaluate(features, columns, positions)
         return features

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,22 +19,52 @@ if TYPE_CHECKING:
 
     Weight: TypeAlias = float | Tensor
 
-__all__ = ["all_finite", "at_least", "can_read", "is_transforming", "positive", "ratio", "read", "write_"]
+__all__ = [
+    "all_finite",
+    "at_least",
+    "can_read",
+    "is_small",
+    "is_transforming",
+    "positive",
+    "ratio",
+    "read",
+    "write_",
+]
+
+
+_PLAIN = (Tensor, nn.Parameter)
+_BLAS_DTYPES = (torch.float32, torch.float64)
+# Up to as many values the call takes the time and not the arithmetic.
+_SMALL = 2**14
+# No public names say whether a transform of torch.func is at work (torch.autograd.Function itself asks in
+# this way), or torch.jit.trace, or a dispatch mode (make_fx, FakeTensorMode). To all of them, what is read
+# and computed beside torch would be a constant.
+_transforms_are_active = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 
 
 def can_read(tensor: Tensor) -> bool:
     """Whether the values of a tensor are at hand: on the CPU, no graph being traced, no wrapper around it."""
+    # First, since what follows cannot be traced.
+    if torch.compiler.is_compiling():
+        return False
     return (
-        not torch.compiler.is_compiling()
-        and tensor.device.type == "cpu"
-        and (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-        and not is_transforming()
+        tensor.is_cpu
+        and type(tensor) in _PLAIN
+        and not _transforms_are_active()
+        and _tracing_state() is None
+        and _dispatch_modes() == 0
     )
+
+
+def is_small(tensor: Tensor) -> bool:
+    """Whether a tensor's values can be read and are so few that NumPy, whose calls cost less, is quicker."""
+    return tensor.numel() <= _SMALL and tensor.dtype in _BLAS_DTYPES and can_read(tensor)
 
 
 def is_transforming() -> bool:
     """Whether a transform of torch.func (vmap, grad) is at work."""
-    # No public name says so; torch.autograd.Function itself asks in this way.
     return bool(torch._C._are_functorch_transforms_active())
 
 
@@ -67,5 +98,10 @@ def ratio(part: Weight, whole: Weight, dtype: torch.dtype) -> Weight:
 
 def all_finite(tensor: Tensor) -> bool | Tensor:
     """Whether no value is NaN or infinite, nor their sum: as a 0-dimensional tensor where that waits."""
+    if is_small(tensor):
+        # The quickest call that sees all values. Where squares overflow, the sum decides.
+        values = tensor.numpy(force=True)
+        if math.isfinite(np.vdot(values, values)):
+            return True
     total = tensor.sum()
     return math.isfinite(total) if can_read(tensor) else torch.isfinite(total)

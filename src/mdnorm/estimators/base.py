@@ -132,7 +132,9 @@ class Estimator(nn.Module, ABC):
             # Activation checkpointing repeats the forward pass outside that of DistributedDataParallel.
             return cast("ProcessGroup | None", self._last_group.value if self._last_group else None)
         group = active_group(self._process_group.value)
-        self._last_group = None if group is None else GroupSetting(group)
+        # Setting an attribute of a module takes a while: only where there is something to say.
+        if group is not None or self._last_group is not None:
+            self._last_group = None if group is None else GroupSetting(group)
         return group
 
     # -- state ------------------------------------------------------------------------------------------
@@ -166,20 +168,27 @@ class Estimator(nn.Module, ABC):
     @property
     def num_metadata(self) -> int | None:
         """K_m, or None while unknown."""
-        return self.coefficients.shape[0] - self.center if self.knows_design else None
+        return self.sizes[0]
 
     @property
     def num_labels(self) -> int | None:
         """K_y, or None while unknown."""
-        return self.gram_mean.shape[0] - (self.num_metadata or 0) if self.knows_design else None
+        return self.sizes[1]
 
     @property
     def feature_shape(self) -> tuple[int, ...] | None:
         """Shape of a sample's coefficients, or None while unknown."""
-        coefficients = self._buffers["coefficients"]
-        if coefficients is None or coefficients.shape[1:] == _UNKNOWN:
-            return None
-        return tuple(coefficients.shape[1:])
+        return self.sizes[2]
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None, tuple[int, ...] | None]:
+        """`num_metadata`, `num_labels` and `feature_shape` in one."""
+        coefficients, mean = self._buffers["coefficients"], self._buffers["gram_mean"]
+        if coefficients is None or mean is None:
+            return None, None, None
+        num_metadata = coefficients.shape[0] - self.center
+        shape = tuple(coefficients.shape[1:])
+        return num_metadata, mean.shape[0] - num_metadata, None if shape == _UNKNOWN else shape
 
     def allocate(
         self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...] | None = None
@@ -324,7 +333,7 @@ class Estimator(nn.Module, ABC):
         dtype = self.coefficients.dtype
         if not isinstance(finite, Tensor):
             if finite and not is_recomputing():
-                return moments.to(dtype), float(num_samples)
+                return (moments if moments.dtype == dtype else moments.to(dtype)), float(num_samples)
             return torch.zeros_like(moments, dtype=dtype), 0.0
         if is_recomputing():
             finite = torch.zeros_like(finite)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.centred_design import CentredDesign, centred_design, silent_as_torch
 from mdnorm.distributed import eager
 from mdnorm.estimators.base import Estimator
 from mdnorm.functional import Gram
@@ -52,49 +53,51 @@ class BatchEstimator(Estimator):
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Remove the least-squares fit of this batch and update the running moments."""
-        num_metadata = self.gram.num_metadata
         group = self.active_group()
         if group is not None:
             return eager(self._forward_shared)(features, columns, positions, group)
-        batch = Gram.from_columns(columns, num_metadata)
-        out, moments = functional.remove_regression(
-            features,
-            functional.effect_basis(columns[:, :num_metadata], batch.mean[:num_metadata], self.center),
-            functional.removal_operator(batch, ridge=self.ridge, center=self.center),
-            functional.moment_rows(columns, batch.mean),
-            positions,
-        )
-        self._update(batch, moments, features.shape[0])
+        dtype = functional.compute_dtype(features)
+        with silent_as_torch():
+            design = centred_design(columns, self.num_metadata or 0)
+            out, moments = functional.remove_regression(
+                features,
+                design.basis(self.center, dtype),
+                functional.removal_operator(design.gram, ridge=self.ridge, center=self.center),
+                design.moment_rows(dtype),
+                positions,
+            )
+            self._update(design.gram, moments, features.shape[0])
         return out
 
     def _forward_shared(
         self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup
     ) -> Tensor:
         """Remove the fit of the batch that all processes have together."""
-        num_metadata = self.gram.num_metadata
-        batch, moments, num_samples = self._batch_moments(features, columns, positions, group)
-        operator = functional.removal_operator(batch, ridge=self.ridge, center=self.center)
-        out = functional.remove_shared_regression(
-            features,
-            functional.effect_basis(columns[:, :num_metadata], batch.mean[:num_metadata], self.center),
-            operator.to(moments.dtype) @ moments,
-            functional.projected_rows(operator, columns, batch.mean, batch.count),
-            positions,
-            group,
-        )
-        self._update(batch, moments, num_samples)
+        with silent_as_torch():
+            design = centred_design(columns, self.num_metadata or 0)
+            batch, moments, num_samples = self._batch_moments(features, design, positions, group)
+            operator = functional.removal_operator(batch, ridge=self.ridge, center=self.center)
+            design = design.about(batch.mean)
+            out = functional.remove_shared_regression(
+                features,
+                design.basis(self.center, moments.dtype),
+                operator.to(moments.dtype) @ moments,
+                design.projected_rows(operator, moments.dtype, batch.count),
+                positions,
+                group,
+            )
+            self._update(batch, moments, num_samples)
         return out
 
     def _batch_moments(
-        self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup | None
+        self, features: Tensor, design: CentredDesign, positions: tuple[int, ...], group: ProcessGroup | None
     ) -> tuple[Gram, Tensor, int | Tensor]:
         """Return Gram matrix, feature moments and number of samples of the batch of all processes."""
-        batch = Gram.from_columns(columns, self.gram.num_metadata)
-        rows = functional.moment_rows(columns, batch.mean)
-        moments = functional.feature_moments(features.detach(), rows, positions)
+        rows = design.moment_rows(functional.compute_dtype(features))
+        moments = functional.feature_moments(features, rows, positions)
         if group is None:
-            return batch, moments, columns.shape[0]
-        batch, moments = functional.share_moments(batch, moments, group, self.gram_mean)
+            return design.gram, moments, features.shape[0]
+        batch, moments = functional.share_moments(design.gram, moments, group, self.gram_mean)
         return batch, moments, batch.count
 
     @torch.no_grad()
@@ -105,18 +108,17 @@ class BatchEstimator(Estimator):
         _rows(self.cross_covariance).copy_(moments[:-1])
         self.feature_mean.view(-1).copy_(moments[-1])
 
-    @torch.no_grad()
     def _update(self, batch: Gram, moments: Tensor, num_samples: int | Tensor) -> Weight:
         """Merge a batch into the running state; return its weight."""
-        count, _, coefficients = self._merge(batch, moments, num_samples)
-        _rows(self.coefficients).copy_(coefficients)
+        with torch.no_grad():
+            count, _, coefficients = self._merge(batch, moments, num_samples)
+            _rows(self.coefficients).copy_(coefficients)
         return count
 
-    @torch.no_grad()
     def _merge(
         self, batch: Gram, moments: Tensor, num_samples: int | Tensor
     ) -> tuple[Weight, Tensor, Tensor]:
-        """Merge a batch into the running moments and solve for the coefficients.
+        """Merge a batch into the running moments and solve for the coefficients, without gradient.
 
         Returns the weight of the batch, the operator (R, K + 1) of the merged Gram matrix, and the
         coefficients (R, D).
@@ -125,14 +127,10 @@ class BatchEstimator(Estimator):
         gram = self.gram
         step, share = gram.merge_(batch, count, self.decay(count))
         cross, mean = functional.merge_cross_moments_(
-            _rows(self.cross_covariance),
-            self.feature_mean.view(-1),
-            moments,
-            step.to(moments.dtype),
-            share.to(moments.dtype) if isinstance(share, Tensor) else share,
+            _rows(self.cross_covariance), _values(self.feature_mean), moments, step, share
         )
         operator = functional.removal_operator(gram, ridge=self.ridge, center=self.center)
-        coefficients = operator[:, :-1].to(cross.dtype) @ cross
+        coefficients = functional.apply_operator(operator, cross)
         if self.center:
             # The mean of the features is in the intercept alone; joining it to the rest would copy them all.
             coefficients[-1] += mean
@@ -140,4 +138,8 @@ class BatchEstimator(Estimator):
 
 
 def _rows(buffer: Tensor) -> Tensor:
-    return buffer.view(buffer.shape[0], -1)
+    return buffer if buffer.ndim == 2 else buffer.view(buffer.shape[0], -1)
+
+
+def _values(buffer: Tensor) -> Tensor:
+    return buffer if buffer.ndim == 1 else buffer.view(-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.centred_design import centred_design, silent_as_torch
 from mdnorm.distributed import eager
 from mdnorm.estimators.base import Estimator
 from mdnorm.functional import Gram
@@ -15,6 +16,12 @@ from mdnorm.weights import ratio, read, write_
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_NO_GRAM = (
+    "estimator='dataset' needs the Gram matrix of the training set before training: call "
+    "mdnorm.fit_gram(model, metadata, labels) once with all training metadata (and labels), or choose "
+    "estimator='batch'."
+)
 
 
 class DatasetEstimator(Estimator):
@@ -66,11 +73,7 @@ class DatasetEstimator(Estimator):
     def check_ready(self) -> None:
         """Raise RuntimeError before the Gram matrix of the training set is known."""
         if self.operator is None:
-            raise RuntimeError(
-                "estimator='dataset' needs the Gram matrix of the training set before training: call "
-                "mdnorm.fit_gram(model, metadata, labels) once with all training metadata (and labels), "
-                "or choose estimator='batch'."
-            )
+            raise RuntimeError(_NO_GRAM)
 
     def _make_operator(self) -> None:
         self.operator = functional.removal_operator(self.gram, ridge=self.ridge, center=self.center)
@@ -83,11 +86,13 @@ class DatasetEstimator(Estimator):
 
     def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
         """Remove the batch's estimate of the effect and update the running coefficients."""
-        self.check_ready()
-        assert self.operator is not None
-        num_metadata = self.coefficients.shape[0] - self.center
-        basis = functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center)
-        rows = functional.projected_rows(self.operator, columns, self.gram_mean)
+        operator, dtype = self.operator, functional.compute_dtype(features)
+        if operator is None:
+            raise RuntimeError(_NO_GRAM)
+        with silent_as_torch():
+            design = centred_design(columns, operator.shape[0] - self.center, self.gram_mean)
+            basis = design.basis(self.center, dtype)
+            rows = design.projected_rows(operator, dtype)
         group = self.active_group()
         if group is not None:
             return eager(self._remove_shared)(features, basis, rows, positions, group)
@@ -105,7 +110,7 @@ class DatasetEstimator(Estimator):
     ) -> Tensor:
         """Remove the estimate of the batch that all processes have together."""
         num_samples = features.shape[0]
-        local = num_samples * functional.feature_moments(features.detach(), rows, positions)
+        local = num_samples * functional.feature_moments(features, rows, positions)
         # Only the coefficients, in the dtype of the features: the Gram matrix is the same everywhere.
         buffer = torch.cat([local.reshape(-1), local.new_full((1,), num_samples)])
         torch.distributed.all_reduce(buffer, group=group)
@@ -118,10 +123,12 @@ class DatasetEstimator(Estimator):
         self._update(coefficients, count)
         return out
 
-    @torch.no_grad()
     def _update(self, coefficients: Tensor, num_samples: int | Tensor) -> None:
-        coefficients, count = self.weigh(coefficients, num_samples)
-        weight = read(self.weight) * self.decay(count) + count
-        write_(self.weight, weight)
-        share = ratio(count, weight, coefficients.dtype)
-        self.coefficients.view(self.coefficients.shape[0], -1).lerp_(coefficients, share)
+        with torch.no_grad():
+            coefficients, count = self.weigh(coefficients, num_samples)
+            state = self.weight
+            weight = read(state) * self.decay(count) + count
+            write_(state, weight)
+            share = ratio(count, weight, coefficients.dtype)
+            average = self.coefficients
+            average.view(average.shape[0], -1).lerp_(coefficients, share)

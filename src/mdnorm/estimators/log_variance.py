@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.centred_design import centred_design, silent_as_torch
 from mdnorm.distributed import all_reduce_sum, eager
 from mdnorm.estimators.base import refuse_compiled_checkpoint
 from mdnorm.estimators.batch import BatchEstimator
@@ -102,11 +103,12 @@ class LogVarianceEstimator(BatchEstimator):
         self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup | None
     ) -> None:
         num_metadata = self.gram.num_metadata
-        batch, moments, num_samples = self._batch_moments(features, columns, positions, group)
+        with silent_as_torch():
+            design = centred_design(columns, num_metadata)
+            batch, moments, num_samples = self._batch_moments(features, design, positions, group)
+            weight_of_batch = self._update(batch, moments, num_samples)
         count = torch.as_tensor(
-            self._update(batch, moments, num_samples),
-            dtype=self.gram_count.dtype,
-            device=self.gram_count.device,
+            weight_of_batch, dtype=self.gram_count.dtype, device=self.gram_count.device
         ).reshape(1)
         operator = functional.coefficient_operator(self.gram, self.ridge)
         slopes = operator.to(self.cross_covariance.dtype) @ self.cross_covariance.flatten(1)

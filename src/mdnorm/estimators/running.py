@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mdnorm import functional
+from mdnorm.centred_design import centred_design, silent_as_torch
 from mdnorm.context import is_recomputing
 from mdnorm.distributed import eager
 from mdnorm.estimators.base import refuse_compiled_checkpoint
@@ -111,20 +112,25 @@ class RunningEstimator(BatchEstimator):
     def _remove(
         self, features: Tensor, columns: Tensor, positions: tuple[int, ...], group: ProcessGroup | None
     ) -> Tensor:
-        num_metadata = self.gram.num_metadata
-        batch, moments, num_samples = self._batch_moments(features, columns, positions, group)
-        mean = self.gram_mean.clone()
-        count, operator, coefficients = self._merge(batch, moments, num_samples)
-        self._average(coefficients, count, mean)
+        dtype = functional.compute_dtype(features)
+        with torch.no_grad(), silent_as_torch():
+            design = centred_design(columns, self.num_metadata or 0)
+            batch, moments, num_samples = self._batch_moments(features, design, positions, group)
+            total = None if group is None else batch.count
+            mean = self.gram_mean.clone() if self.center else None
+            count, operator, coefficients = self._merge(batch, moments, num_samples)
+            self._average(coefficients, count, mean)
+            design = design.about(self.gram_mean)
+            basis = design.basis(self.center, dtype)
+            projector = design.projected_rows(operator, dtype, total)
         if is_recomputing():
             # The moments have this batch already; the backward pass, now under way, has not.
             count = read(batch.count)
-        total = None if group is None else batch.count
         return functional.remove_running_regression(
             features,
-            functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center),
+            basis,
             coefficients,
-            functional.projected_rows(operator, columns, self.gram_mean, total),
+            projector,
             self.adjoint.flatten(1),
             self.adjoint_weight,
             count=count,
@@ -135,11 +141,13 @@ class RunningEstimator(BatchEstimator):
             num_samples=total,
         )
 
-    @torch.no_grad()
-    def _average(self, coefficients: Tensor, count: Weight, mean: Tensor) -> None:
-        """Move the average towards a batch's coefficients (R, D); `mean` is what that of the columns was."""
+    def _average(self, coefficients: Tensor, count: Weight, mean: Tensor | None) -> None:
+        """Move the average towards a batch's coefficients (R, D).
+
+        `mean` (K,) is what that of the columns was; only `center` needs it.
+        """
         average = self.coefficients.flatten(1)
-        if self.center:
+        if mean is not None:
             # The intercept is the one at the mean metadata: the same line, seen from the new mean.
             step = (self.gram_mean - mean)[: average.shape[0] - 1]
             average[-1] += step.to(average.dtype) @ average[:-1]
