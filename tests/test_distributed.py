@@ -441,6 +441,8 @@ class TestSettings:
     def test_a_model_without_a_layer(self):
         with pytest.raises(ValueError, match="Linear has no MetadataNorm layer"):
             synchronize(nn.Linear(2, 2))
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got NoneType"):
+            synchronize(None)
 
     def test_the_global_mean_of_one_process(self):
         losses = torch.randn(7, requires_grad=True)

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from mdnorm.context import slots_of
+
 if TYPE_CHECKING:
     from typing import TypeAlias
 
@@ -53,16 +55,17 @@ def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") 
     ValueError
         The model has no `MetadataNorm` layer, or this process does not belong to the group.
     TypeError
-        Neither a process group nor one of the names.
+        `model` is not a module, or `process_group` neither a process group nor one of the names.
 
     Notes
     -----
     With a group given, or "world", every training forward pass is a collective: a process that runs one alone
     waits for the others until the group's timeout. Evaluation never communicates.
     """
-    from mdnorm.layer import MetadataNorm
-
-    layers = [module for module in model.modules() if isinstance(module, MetadataNorm)]
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    # The layers are told by their slot for metadata: their module is built upon this one.
+    layers: list[Any] = [layer for layer, _ in slots_of(model)]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
     for layer in layers:
@@ -257,7 +260,14 @@ def group_of(model: nn.Module, setting: Any) -> tuple[nn.Module, ProcessGroup | 
 
     "auto" is the wrapper's group, and none without a wrapper. The wrapper's own forward pass would exchange
     buffers, so processes with more batches than others would wait for them.
+
+    Raises
+    ------
+    TypeError
+        `model` is not a module, or `setting` neither a process group nor one of the names.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     setting = GroupSetting(setting).value
     if isinstance(model, nn.parallel.DistributedDataParallel):
         setting = model.process_group if setting == "auto" else setting

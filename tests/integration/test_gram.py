@@ -36,6 +36,8 @@ def test_lazy_layers_learn_their_columns():
 
 
 def test_errors():
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got list"):
+        fit_gram([MetadataNorm(4, 1)], torch.randn(9))
     with pytest.raises(ValueError, match="Linear has no MetadataNorm layer"):
         fit_gram(nn.Linear(2, 2), torch.randn(9))
     model = nn.Sequential(MetadataNorm(4, 2, estimator="dataset"), MetadataNorm(4, 3, estimator="dataset"))

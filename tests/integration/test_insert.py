@@ -441,6 +441,54 @@ class TestAgain:
         with pytest.raises(ValueError, match="with other options"):
             mdnorm.insert(model, ["fc1"], estimator=RunningEstimator(window=200))
 
+    def test_every_setting_of_an_estimator_counts(self):
+        class Own(RunningEstimator):
+            def __init__(self, share, **settings):
+                super().__init__(**settings)
+                self.share = share
+
+        model = Net()
+        mdnorm.insert(model, "fc1", estimator=RunningEstimator(reduction="sum"))
+        mdnorm.insert(model, "head", estimator=Own(0.5))
+        mdnorm.insert(model, "head", estimator=Own(0.5))
+        with pytest.raises(ValueError, match=r"\(reduction='sum' instead of 'mean'\)"):
+            mdnorm.insert(model, "fc1", estimator=RunningEstimator())
+        with pytest.raises(ValueError, match=r"\(share=0.5 instead of 0.25\)"):
+            mdnorm.insert(model, "head", estimator=Own(0.25))
+        with pytest.raises(ValueError, match=r"estimator=Own instead of RunningEstimator"):
+            mdnorm.insert(model, "head")
+
+    @pytest.mark.parametrize("trained", [False, True])
+    def test_a_default_that_is_given_is_the_same_as_one_that_is_left_out(self, trained):
+        model = Net()
+        mdnorm.insert(model, "fc1", window=500)
+        if trained:
+            images, metadata, _ = data()
+            with mdnorm.metadata(model, metadata):
+                model(images)
+        for options in (
+            {},
+            {"estimator": "running"},
+            {"estimator": RunningEstimator()},
+            {"granularity": "element", "ridge": 0, "scale": False},
+            {"process_group": "auto"},
+        ):
+            assert not any(row.is_new for row in mdnorm.insert(model, "fc1", **options)), options
+        for options in ({"estimator": "batch"}, {"scale": True}, {"process_group": "world"}):
+            with pytest.raises(ValueError, match="with other options"):
+                mdnorm.insert(model, "fc1", **options)
+
+    def test_an_instance_goes_where_the_module_is(self):
+        with torch.device("meta"):
+            model = nn.Sequential(nn.Linear(8, 4))
+        estimator = RunningEstimator()
+        mdnorm.insert(
+            model, "0", estimator=estimator, num_features=4, num_metadata=2, num_labels=1, scale=True
+        )
+        layer = model[0].metadata_norm
+        assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}
+        assert estimator.placement.device.type == "cpu"
+
     def test_other_options_are_an_error_that_leaves_the_model(self):
         model = Net()
         mdnorm.insert(model, "fc1", num_metadata=2, window=100)
@@ -448,6 +496,17 @@ class TestAgain:
         with pytest.raises(ValueError, match=message):
             mdnorm.insert(model, ["head", "fc1"], num_metadata=2, window=200)
         assert [row.name for row in insertions(model)] == ["fc1"]
+
+    @pytest.mark.parametrize("sample_dim", [2, 9, -3])
+    def test_a_dimension_that_the_output_does_not_have(self, sample_dim):
+        model, (images, metadata, _) = Net(), data()
+        message = rf"sample_dim={sample_dim}, but the output of 'fc1' has shape \(40, 4\), 2 dimension"
+        with pytest.raises(ValueError, match=message):
+            mdnorm.insert(model, "fc1", sample_dim=sample_dim, example=images)
+        assert len(insertions(model)) == 0
+        mdnorm.insert(model, "fc1", sample_dim=sample_dim)
+        with pytest.raises(ValueError, match=message), mdnorm.metadata(model, metadata):
+            model(images)
 
     def test_wrong_options_leave_the_model(self):
         model = Net()

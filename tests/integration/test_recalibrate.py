@@ -1,5 +1,6 @@
 import copy
 import sys
+from collections import UserDict
 
 import numpy as np
 import pytest
@@ -298,7 +299,61 @@ def test_a_compiled_model_that_has_run():
     assert net.fc_norm.estimator.coefficients.any()
 
 
+class InContext(nn.Module):
+    """Its forward takes no metadata: the layer finds them in a context."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.norm = nn.Linear(6, 4), MetadataNorm(4, 2, 1)
+
+    def forward(self, images):
+        return self.norm(self.body(images.flatten(1)))
+
+
+class TestHowTheModelIsCalled:
+    def test_a_layer_called_without_metadata_takes_those_of_the_context(self):
+        images, metadata, labels = data()
+        models = [InContext() for _ in range(4)]
+        for model, batch in zip(
+            models,
+            [
+                (images, metadata, labels),
+                [images, metadata, labels],
+                {"images": images, "metadata": metadata, "labels": labels},
+                UserDict(images=images, metadata=metadata, labels=labels),
+            ],
+            strict=True,
+        ):
+            assert recalibrate(model, [batch]) == ["norm"]
+        with torch.no_grad():
+            features = models[0].body(images.flatten(1)).double()
+        x = design_matrix(metadata - metadata.mean(0), labels)
+        expected = np.linalg.lstsq(x, features.numpy(), rcond=None)[0][:2]
+        for model in models:
+            np.testing.assert_allclose(model.norm.estimator.coefficients, expected, rtol=0, atol=1e-5)
+
+    def test_a_mapping_that_is_no_dict(self):
+        """The batches of transformers' tokenizers are such mappings."""
+        images, metadata, labels = data()
+        nets = [trained("batch", images, metadata, labels, num_labels=1) for _ in range(2)]
+        recalibrate(nets[0], [UserDict(images=images, metadata=metadata, labels=labels)])
+        recalibrate(nets[1], [(images, metadata, labels)])
+        for name, value in nets[1].state_dict().items():
+            assert torch.equal(nets[0].state_dict()[name], value), name
+
+    def test_a_mapping_without_metadata(self):
+        images, metadata, _ = data()
+        with pytest.raises(ValueError, match="a dict with the keys 'images', 'age', without 'metadata'"):
+            recalibrate(InContext(), [{"images": images, "age": metadata}])
+
+
 class TestErrors:
+    @pytest.mark.parametrize("model", [Net, None, "net"])
+    def test_no_module(self, model):
+        with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got (type|NoneType|str)"):
+            recalibrate(model, [(torch.ones(3, 2), torch.ones(3, 2))])
+
     def test_a_generator(self):
         images, metadata, labels = data()
         net = trained("batch", images, metadata, labels)

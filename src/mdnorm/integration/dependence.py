@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm.arrays import as_real_tensor
-from mdnorm.integration.eager import eager
+from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames, Rows
@@ -161,7 +161,7 @@ class LayerOutputs:
         stack = ExitStack()
         # A compiled graph would pass by the hook. What was not imported has compiled nothing.
         if "torch._dynamo" in sys.modules:
-            stack.enter_context(eager())
+            stack.enter_context(uncompiled())
         handle = self.module.register_forward_hook(self._collect, with_kwargs=True)
         stack.callback(handle.remove)
         self._open = stack

@@ -53,6 +53,8 @@ def fit_gram(
 
     Raises
     ------
+    TypeError
+        `model` is not a module.
     ValueError
         No `MetadataNorm` in the model, layers of different sizes, no samples, or what
         `mdnorm.functional.design_columns` refuses.

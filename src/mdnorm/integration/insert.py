@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from mdnorm.estimators import Estimator
+from mdnorm.estimators import Estimator, make_estimator
 from mdnorm.integration.dependence import Selector, described, select
 from mdnorm.layer import MetadataNorm
 
@@ -163,7 +164,8 @@ def insert(
     ValueError
         A name or pattern matches nothing (the message lists names that are near); the module has a layer
         already, with other options; a container that cannot be followed, such as an `nn.ModuleList`; the
-        model is compiled or wrapped; with `example`, a module that does not run.
+        model is compiled or wrapped; with `example`, a module that does not run, or whose output has no
+        dimension `sample_dim`.
     TypeError
         `after` is something else, or the output has no tensor.
 
@@ -178,7 +180,9 @@ def insert(
       something of a layer must it have all. One from after it has ``<name>.metadata_norm.…``.
     - **Calls.** A module that is called several times in a forward pass, or has several places, has one
       layer with one state: each call is corrected, and its batch counts.
-    - Inserting again with the same options changes nothing.
+    - Inserting again with the same options changes nothing. An option that is left out is the same as its
+      default, and estimators are compared by their class and their public settings.
+    - An estimator given as an instance is copied for each layer, and the copy put on the module's device.
     - A module whose ``forward`` is called directly, or only its weights are used, passes by its layer; the
       report shows no output shape then.
     - An LSTM's hidden state is not corrected, only its output.
@@ -201,10 +205,10 @@ def insert(
         if existing is None:
             _refuse_unusable(name, module, output, sample_dim)
             fresh.append((name, module))
-        elif _comparable(existing[1].settings) != _comparable(settings):
+        elif differences := _differences(existing[1].settings, _resolved(settings, name)):
             raise ValueError(
-                f"{name!r} has a MetadataNorm already, with other options "
-                f"({_differences(existing[1].settings, settings)}): mdnorm.remove(model, {name!r}) first."
+                f"{name!r} has a MetadataNorm already, with other options ({differences}): "
+                f"mdnorm.remove(model, {name!r}) first."
             )
     _refuse_wrapped_parts(model, dict(fresh))
     shapes: dict[str, torch.Size] = {}
@@ -217,7 +221,7 @@ def insert(
     for (name, module), layer in zip(fresh, layers, strict=True):
         layer.train(module.training)
         layer.inserted_after = name
-        application = _Application(output, sample_dim, settings)
+        application = _Application(output, sample_dim, _resolved(settings, name))
         application.shape = tuple(shapes[name]) if name in shapes else None
         application.attach(module, layer)
     return InsertionReport(model, frozenset(map(id, layers)))
@@ -326,7 +330,7 @@ class _Application:
         assert layer is not None
         name: str = layer.inserted_after  # type: ignore[assignment]
         features = find_features(output, self.output, name)
-        features = features.movedim(self.sample_dim, 0) if self.sample_dim else features
+        features = samples_first(features, self.sample_dim, name) if self.sample_dim else features
         if not torch.compiler.is_compiling():
             self.shape = tuple(features.shape)
         try:
@@ -374,6 +378,22 @@ def find_features(output: Any, selector: Selector | None, name: str) -> Tensor:
         if selector is None
         else f"output= selects {described(found)} from the output of {name!r}, not a tensor."
     )
+
+
+def samples_first(features: Tensor, sample_dim: int, name: str) -> Tensor:
+    """Return a module's output with the dimension of the samples as the first.
+
+    Raises
+    ------
+    ValueError
+        It has no such dimension.
+    """
+    if not -features.ndim <= sample_dim < features.ndim:
+        raise ValueError(
+            f"sample_dim={sample_dim}, but the output of {name!r} has shape {tuple(features.shape)}, "
+            f"{features.ndim} dimension(s): give the one that counts the samples."
+        )
+    return features.movedim(sample_dim, 0)
 
 
 def _entries(output: Any) -> list[tuple[Any, Any]]:
@@ -610,13 +630,14 @@ def _make_layer(
 ) -> MetadataNorm:
     options = dict(options)
     num_features: Any = options.pop("num_features", None)
-    if isinstance(options.get("estimator"), Estimator):
+    tensor = next((t for part in (module, model) for t in _tensors(part)), None)
+    if tensor is not None:
+        options = {"device": tensor.device, "dtype": tensor.dtype} | options
+    estimator: Any = options.get("estimator")
+    device: Any = options.get("device")
+    if isinstance(estimator, Estimator):
         # Each layer has its own state.
-        options["estimator"] = copy.deepcopy(options["estimator"])
-    else:
-        tensor = next((t for part in (module, model) for t in _tensors(part)), None)
-        if tensor is not None:
-            options = {"device": tensor.device, "dtype": tensor.dtype} | options
+        options["estimator"] = copy.deepcopy(estimator).to(device)
     if shape is not None and num_features is None:
         if options.get("granularity", "element") == "channel":
             channel_dim: Any = options.get("channel_dim", 1)
@@ -643,7 +664,7 @@ def _shapes_of_example(
 
     def noting(name: str) -> Any:
         def note(_: nn.Module, __: tuple[Any, ...], value: Any) -> None:
-            shapes[name] = find_features(value, output, name).movedim(sample_dim, 0).shape
+            shapes[name] = samples_first(find_features(value, output, name), sample_dim, name).shape
 
         return note
 
@@ -682,17 +703,39 @@ def _shapes_of_example(
 # -- options ------------------------------------------------------------------------------------------------
 
 
-def _comparable(settings: dict[str, Any]) -> dict[str, str]:
-    return {
-        key: f"{type(value).__name__}({value.extra_repr()})" if isinstance(value, Estimator) else repr(value)
-        for key, value in settings.items()
-        if value is not None
+def _resolved(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return settings with their defaults, and the estimator as its class and its own settings.
+
+    So "running" is the same as nothing, and an instance the same as its name with the same settings.
+    """
+    parameters = inspect.signature(MetadataNorm.__init__).parameters.values()
+    resolved = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | settings
+    own = {key: resolved.pop(key) for key in ("momentum", "window", "ridge", "center")}
+    try:
+        estimator = make_estimator(resolved["estimator"], **own)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"after {name!r}: {error}") from error
+    resolved["estimator"] = type(estimator)
+    # State is in tensors, or not known yet.
+    public = {key: value for key, value in vars(estimator).items() if not key.startswith("_")}
+    resolved |= {
+        key: value for key, value in public.items() if key != "training" and not isinstance(value, Tensor)
     }
+    if resolved["scale"]:
+        resolved |= {f"{key} of the scale": own[key] for key in ("momentum", "window")}
+    if resolved["process_group"] == "auto":
+        resolved["process_group"] = estimator.process_group
+    return {key: value for key, value in resolved.items() if value is not None}
 
 
 def _differences(have: dict[str, Any], want: dict[str, Any]) -> str:
-    before, now = _comparable(have), _comparable(want)
-    keys = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    """Return for a message in what settings differ; "" where they do not."""
     return ", ".join(
-        f"{key}={before.get(key, 'default')} instead of {now.get(key, 'default')}" for key in keys
+        f"{key}={_shown(have.get(key))} instead of {_shown(want.get(key))}"
+        for key in {**have, **want}
+        if have.get(key) != want.get(key)
     )
+
+
+def _shown(value: Any) -> str:
+    return value.__name__ if isinstance(value, type) else repr(value)

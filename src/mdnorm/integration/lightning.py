@@ -18,7 +18,14 @@ from mdnorm import context, functional
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
 from mdnorm.integration.dependence import LayerOutputs, Selector, described, select
-from mdnorm.integration.insert import InsertionReport, Target, find_features, insert, insertions
+from mdnorm.integration.insert import (
+    InsertionReport,
+    Target,
+    find_features,
+    insert,
+    insertions,
+    samples_first,
+)
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames
@@ -554,7 +561,9 @@ class MetadataNormCallback(Callback):
         names = [row.name for row in insertions(pl_module)]
 
         def features(name: str) -> Callable[[Any], Tensor]:
-            return lambda output: find_features(output, self.output, name).movedim(self.sample_dim, 0)
+            return lambda output: samples_first(
+                find_features(output, self.output, name), self.sample_dim, name
+            )
 
         return [
             _InsertedDependence(

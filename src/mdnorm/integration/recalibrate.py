@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from mdnorm import context, functional
 from mdnorm.distributed import gather_objects, gather_or_raise, group_of
 from mdnorm.functional import Gram, NoSamplesError, statistics_dtype
 from mdnorm.integration.dependence import described
-from mdnorm.integration.eager import eager
+from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
 
@@ -53,11 +54,13 @@ def recalibrate(
         pass (a `DataLoader`, a list; not a generator). The training data, as a rule. Labels must reach the
         layers that have label columns.
     forward : callable, optional
-        ``forward(model, batch)`` runs the model. Default: ``model(**batch)`` for a dict, ``model(*batch)``
-        for a tuple or list, else ``model(batch)``. Where metadata come from a context (`mdnorm.insert`,
-        `mdnorm.WithMetadata`): a tuple is ``(input, metadata)`` or ``(input, metadata, labels)``, a dict has
-        them as "metadata" and "labels", and the rest of it goes to the model. For other batches give a
-        function that enters `mdnorm.metadata`.
+        ``forward(model, batch)`` runs the model. Default: ``model(**batch)`` for a dict or another mapping,
+        ``model(*batch)`` for a tuple or list, else ``model(batch)``. Where metadata come from a context
+        (`mdnorm.insert`, `mdnorm.WithMetadata`, a model whose forward takes no metadata and calls its layer
+        as ``norm(features)``): a tuple is ``(input, metadata)`` or ``(input, metadata, labels)``, a mapping
+        has them as "metadata" and "labels", and the rest of it goes to the model. Whether the forward of a
+        model of your own takes metadata is read off its signature: an argument of that name, or as many
+        arguments as the batch has. For other batches give a function that enters `mdnorm.metadata`.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
     process_group : ProcessGroup, "world", "auto" or "local"
@@ -72,8 +75,10 @@ def recalibrate(
 
     Raises
     ------
+    TypeError
+        `model` is not a module.
     ValueError
-        No layer, none that runs, no samples, an iterator, or labels missing.
+        No layer, none that runs, no samples, an iterator, metadata or labels missing.
     RuntimeError
         Another process of the group failed.
 
@@ -96,7 +101,7 @@ def recalibrate(
     model.eval()
     try:
         # A compiled graph would pass by the hooks that see a layer's input.
-        with torch.no_grad(), eager(), _noting_order(layers) as order:
+        with torch.no_grad(), uncompiled(), _noting_order(layers) as order:
             names = _agreeing(partial(_run_one_batch, model, loader, run), order, group)
             if not names:
                 raise ValueError("no MetadataNorm layer ran in the forward pass.")
@@ -139,15 +144,30 @@ def _agreeing(work: Callable[[], None], order: list[str], group: ProcessGroup | 
 
 def _call(model: nn.Module, batch: Any) -> Any:
     takes_metadata = any(isinstance(module, WithMetadata) for module in model.modules())
-    if takes_metadata or any(
-        getattr(module, "inserted_after", None) is not None for module in model.modules()
-    ):
+    is_inserted = any(getattr(module, "inserted_after", None) is not None for module in model.modules())
+    if takes_metadata or is_inserted or not _takes_batch(model, batch):
         return _call_with_context(model, batch, takes_metadata)
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         return model(**batch)
     if isinstance(batch, (tuple, list)):
         return model(*batch)
     return model(batch)
+
+
+def _takes_batch(model: nn.Module, batch: Any) -> bool:
+    """Whether the forward pass takes a whole batch, metadata and labels included."""
+    # What torch.compile returns has a forward of any arguments.
+    signature = inspect.signature(getattr(model, "_orig_mod", model).forward)
+    if "metadata" in signature.parameters:
+        return True
+    if isinstance(batch, Mapping):
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        return takes_any or all(key in signature.parameters for key in batch)
+    try:
+        signature.bind(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    except TypeError:
+        return False
+    return True
 
 
 def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> Any:
@@ -161,10 +181,11 @@ def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> An
     else:
         inputs, keywords, metadata, labels = (), {}, None, None
     if metadata is None:
+        missing = ", without 'metadata'" if isinstance(batch, Mapping) and "metadata" not in batch else ""
         raise ValueError(
-            f"a batch is {described(batch)}, but must be (input, metadata), (input, metadata, labels) or a "
-            "dict with the key 'metadata' for a model whose layers take metadata from a context: give "
-            "forward= a function of model and batch that enters mdnorm.metadata."
+            f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, "
+            "labels) or a dict with the key 'metadata' for a model whose layers take metadata from a "
+            "context: give forward= a function of model and batch that enters mdnorm.metadata."
         )
     if takes_metadata:
         return model(*inputs, metadata=metadata, labels=labels, **keywords)

@@ -86,8 +86,8 @@ class WithMetadata(nn.Module):
         """
         if labels is not None and metadata is None and not self.forward_labels:
             raise ValueError(
-                "labels= was given without metadata=: no layer would get these labels. Give both here, or both "
-                "to mdnorm.metadata around this call."
+                "labels= was given without metadata=: no layer would get these labels. Give both here, or "
+                "both to mdnorm.metadata around this call."
             )
         if self.forward_labels and labels is not None:
             kwargs["labels"] = labels

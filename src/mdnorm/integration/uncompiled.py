@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-__all__ = ["eager"]
+__all__ = ["uncompiled"]
 
 _lock = threading.Lock()
 _open = 0
@@ -16,7 +16,7 @@ _stance = ExitStack()
 
 
 @contextmanager
-def eager() -> Iterator[None]:
+def uncompiled() -> Iterator[None]:
     """Run compiled models eagerly inside the block.
 
     Blocks may overlap in any order: compiled graphs are used again when the last one ends. PyTorch's own
