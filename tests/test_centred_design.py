@@ -160,3 +160,21 @@ def test_in_place_changes_of_the_state_are_counted():
     layer(torch.randn(9, 4), torch.randn(9))
     for name in ("coefficients", "gram_mean", "gram_covariance", "gram_count", "cross_covariance"):
         assert buffers[f"estimator.{name}"]._version > before[f"estimator.{name}"]
+
+
+class TestPositiveDefiniteInverse:
+    @pytest.mark.parametrize("k", [1, 2, 3, 6])
+    @pytest.mark.parametrize("noise", [1.0, 1e-2])
+    def test_inverts(self, k, noise):
+        generator = np.random.default_rng(k)
+        root = generator.normal(size=(k, 1)) + noise * generator.normal(size=(k, 8))
+        matrix = root @ root.T / 8
+        inverse = functional._positive_definite_inverse(matrix)
+        np.testing.assert_allclose(inverse @ matrix, np.eye(k), atol=1e-15 * np.linalg.cond(matrix) * 8)
+        np.testing.assert_allclose(inverse, np.linalg.inv(matrix), rtol=1e-14 * np.linalg.cond(matrix))
+
+    @pytest.mark.parametrize("k", [2, 3])
+    @pytest.mark.parametrize("value", [1.0, float("nan")])
+    def test_of_no_such_matrix(self, k, value):
+        inverse = functional._positive_definite_inverse(np.full((k, k), value))
+        assert inverse is None or not np.isfinite(inverse).all()

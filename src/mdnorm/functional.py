@@ -374,7 +374,7 @@ class Gram:
         shift = share * step
         merged = (1 - share) * covariance
         merged += share * other.covariance.numpy(force=True)
-        merged += np.multiply.outer((1 - share) * shift, step)
+        merged += ((1 - share) * shift)[:, None] * step
         # By torch, which keeps count of what changes in place.
         self.covariance.copy_(torch.from_numpy(merged))
         self.mean.copy_(torch.from_numpy(mean + shift))
@@ -490,13 +490,12 @@ def _well_conditioned_inverse(gram: Gram, ridge: float | Tensor) -> NDArray[Any]
         if not value > threshold * threshold:
             return None
     scale = np.sqrt(variance)
-    units = np.multiply.outer(scale, scale)
+    units = scale[:, None] * scale
     correlation = covariance / units
     if ridge > 0:
         correlation[range(gram.num_metadata), range(gram.num_metadata)] += float(ridge)
-    try:
-        inverse: NDArray[Any] = np.linalg.inv(correlation)
-    except np.linalg.LinAlgError:
+    inverse = _positive_definite_inverse(correlation)
+    if inverse is None:
         return None
     # Of a positive definite matrix the largest element is on the diagonal.
     for value in inverse.diagonal().tolist():
@@ -504,6 +503,21 @@ def _well_conditioned_inverse(gram: Gram, ridge: float | Tensor) -> NDArray[Any]
             return None
     inverse /= units
     return inverse
+
+
+def _positive_definite_inverse(matrix: NDArray[Any]) -> NDArray[Any] | None:
+    """Return the inverse of a positive definite matrix, None where it turns out not to be one."""
+    if len(matrix) == 2:
+        # By numbers, as for a metadata and a label column: LAPACK takes several times as long to start.
+        (first, between), (_, second) = matrix.tolist()
+        determinant = first * second - between * between
+        if not determinant > 0:
+            return None
+        return np.array(((second, -between), (-between, first)), matrix.dtype) / determinant
+    try:
+        return np.linalg.inv(matrix)
+    except np.linalg.LinAlgError:
+        return None
 
 
 def column_scale(gram: Gram) -> Tensor:
@@ -1209,7 +1223,7 @@ def _merge_cross_arrays_(
     difference = moments[-1] - old_mean
     merged = (1 - share) * cross.numpy(force=True)
     merged += share * moments[:-1]
-    merged += np.multiply.outer(share * (1 - share) * step.numpy(force=True), difference)
+    merged += (share * (1 - share) * step.numpy(force=True))[:, None] * difference
     # By torch, which keeps count of what changes in place.
     cross.copy_(torch.from_numpy(merged))
     mean.copy_(torch.from_numpy(old_mean + share * difference))
