@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,8 @@ from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Sampl
 from mdnorm.experiments.data.problems import DataProblemsError, Problems
 from mdnorm.experiments.methods import METHODS
 from mdnorm.experiments.settings import Setting
+from mdnorm.experiments.training import num_steps
+from mdnorm.extras import MissingExtraError
 from mdnorm.layer import MetadataNorm
 
 
@@ -197,8 +200,10 @@ def test_epochs_are_told():
     assert len(told) == 3
 
 
+# Of 101 samples the last one joins the batch before it.
+@pytest.mark.parametrize("size", [100, 101])
 @pytest.mark.parametrize("warmup_epochs", [0, 1, 3])
-def test_the_learning_rate_rises_during_the_warmup_and_falls_to_zero(warmup_epochs, monkeypatch):
+def test_the_learning_rate_rises_during_the_warmup_and_falls_to_zero(warmup_epochs, size, monkeypatch):
     rates = []
 
     class Recorded(torch.optim.Adam):
@@ -207,7 +212,7 @@ def test_the_learning_rate_rises_during_the_warmup_and_falls_to_zero(warmup_epoc
             return super().step(closure)
 
     monkeypatch.setattr(torch.optim, "Adam", Recorded)
-    data = make_data(100, 1)
+    data = make_data(size, 1)
     fit(
         build(SETTING, "none", data, 0),
         METHODS["none"],
@@ -224,6 +229,14 @@ def test_the_learning_rate_rises_during_the_warmup_and_falls_to_zero(warmup_epoc
     np.testing.assert_allclose(rates[:rise], 1e-2 * np.arange(1, rise + 1) / (rise + 1))
     fall = 1e-2 * (1 + np.cos(np.pi * np.arange(15 - rise) / (15 - rise))) / 2 if rise < 15 else []
     np.testing.assert_allclose(rates[rise:], fall)
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "least", "expected"),
+    [(100, 1, 3 * 5), (101, 1, 3 * 6), (101, 2, 3 * 5), (102, 2, 3 * 6), (1, 2, 3), (19, 2, 3)],
+)
+def test_steps_are_counted_as_they_are_made(num_samples, least, expected):
+    assert num_steps(num_samples, 20, 3, least) == expected
 
 
 def test_measures_agree_with_their_definition():
@@ -286,6 +299,13 @@ class TestData:
             split(samples, seed=0)
         with pytest.raises(ValueError, match="test_share"):
             split(samples, seed=0, test_share=1.0)
+
+    def test_too_few_to_measure_within_a_class(self):
+        samples = make_samples(400, 0, 1.0)
+        groups = samples.groups.clone()
+        groups[:4] = 1 - groups[:4]
+        with pytest.raises(ValueError, match=r"have 2 sample\(s\) of each class, too few to measure"):
+            split(replace(samples, groups=groups), seed=0)
 
     def test_select(self):
         samples = make_samples(10, 0, 0.9)
@@ -354,12 +374,35 @@ class TestCommand:
         assert "No analytic limit" in (out / "table.md").read_text()
         assert json.loads((out / "results.json").read_text())[0]["data"] == str(folder)
 
+    def test_real_data_that_cannot_be_divided_or_read(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
+        arguments = ["experiment", "image", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+        samples = make_samples(400, 0, 1.0)
+
+        def without_overlap(folder, on_problem):
+            return LoadedData(samples, ("ill", "well"), ("first", "second"), {"site": (0,)})
+
+        def without_package(folder, on_problem):
+            raise MissingExtraError("the package 'monai' is missing: pip install 'mdnorm[mri]'")
+
+        for load, message in (
+            (without_overlap, "no confound-free test data"),
+            (without_package, "mdnorm[mri]"),
+        ):
+            monkeypatch.setitem(globals(), "IMAGE", replace(IMAGE, load=load))
+            confounded.load.cache_clear()
+            result = CliRunner().invoke(app, arguments)
+            assert result.exit_code == 2, result.output
+            assert message in " ".join(result.stderr.split())
+            assert not (tmp_path / "out").exists()
+
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
             (["--on-problem", "hide"], "on_problem"),
             (["--methods", "magic"], "unknown method"),
             (["--size", "5"], "size must be at least 40"),
+            (["--size", "0"], "size must be at least 40, got 0"),
         ],
     )
     def test_bad_options(self, arguments, message, tmp_path, monkeypatch):
@@ -383,3 +426,37 @@ def test_tables_have_every_method_and_variable():
     assert by_class.headings == ["Method", "site, ill", "site, well"]
     assert by_group.headings[1:] == ["first (%)", "second (%)", "TPR, first (%)", "TPR, second (%)"]
     assert "82.7 %" in overview.limits
+
+
+class TestOutputsOfRealData:
+    """Small data sets, and groups that lack a class: what cannot be measured is left out, and said."""
+
+    def outputs(self, groups, tmp_path, monkeypatch, **options):
+        samples = replace(make_samples(400, 7, 1.0), groups=groups)
+        loaded = LoadedData(samples, ("ill", "well"), ("first", "second", "third"), {"site": (0,)})
+        monkeypatch.setitem(confounded.SETTINGS, "tiny", (__name__, "REAL"))
+        monkeypatch.setitem(globals(), "REAL", replace(SETTING, load=lambda folder, on_problem: loaded))
+        confounded.load.cache_clear()
+        confounded._data.cache_clear()
+        names = ["none", "mdn-last-running"]
+        runs = plan(REAL, names, 1, epochs=1, data=tmp_path / "data", **options)
+        rows = [run.settings() | train(run, lambda: None) for run in runs]
+        return confounded.write_outputs(tmp_path, runs, rows, command="mdnorm experiment tiny")
+
+    def test_a_group_without_a_class(self, tmp_path, monkeypatch):
+        groups = torch.arange(400) // 2 % 2
+        groups[:80:2] = 2
+        self.outputs(groups, tmp_path, monkeypatch)
+        lines = (tmp_path / "table.md").read_text().split("Accuracy by group")[1].splitlines()
+        cells = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| No", "| MDN"))]
+        assert [[cell == "–" for cell in line[1:]] for line in cells] == 2 * [2 * [False, False, True]]
+
+    def test_too_few_samples_for_an_audit(self, tmp_path, monkeypatch):
+        groups = torch.arange(400) % 2
+        groups[:12] = 1 - groups[:12]
+        report = self.outputs(groups, tmp_path, monkeypatch, features_dir=tmp_path)
+        assert "There is no audit of what the networks still know: only 8 rows" in report.read_text()
+        assert not (tmp_path / "audit").exists()
+
+
+REAL = SETTING

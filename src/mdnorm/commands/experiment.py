@@ -33,6 +33,7 @@ from mdnorm.commands.common import (
     make_folder,
     only_writer,
 )
+from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
     from mdnorm.experiments.report import ReportTable
@@ -237,7 +238,7 @@ def _confounded_command(name: str, text: str) -> None:
                 _methods(methods, chosen, every=confounded.METHOD_NAMES),
                 seeds or (1 if quick else confounded.SEEDS),
                 first_seed=seed,
-                size=size or (setting.quick_size if quick else None),
+                size=setting.quick_size if quick and size is None else size,
                 batch_size=batch_size,
                 epochs=epochs or (setting.quick_epochs if quick else None),
                 learning_rate=learning_rate,
@@ -250,7 +251,8 @@ def _confounded_command(name: str, text: str) -> None:
                 problems = confounded.load(name, str(data), on_problem).problems
                 if problems:
                     errors.print(f"left out: {problems}", highlight=False, markup=False, soft_wrap=True)
-        except (ValueError, DataProblemsError, OSError) as error:
+                confounded.data_of(runs[0])
+        except (ValueError, DataProblemsError, MissingExtraError, OSError) as error:
             fail(str(error), BAD_INPUT)
         rows, report = _run_all(confounded, runs, target, jobs, folder=target / "features")
         if json_output:

@@ -65,6 +65,7 @@ METHOD_NAMES = (
 )
 _NORM_OF_METHOD = {method: norm for norm, method in METHOD_OF_NORM.items()}
 _EVALUATION_BATCH = 100
+_LEAST_BATCH = 2  # BatchNorm has no variance of one sample
 
 
 def get_setting(name: str) -> Setting:
@@ -157,7 +158,7 @@ def plan(
     Raises
     ------
     ValueError
-        An unknown method, a number out of range, or a batch size that leaves a single sample to BatchNorm.
+        An unknown method, no method, an unknown `on_problem`, or a number out of range.
     """
     unknown = [method for method in methods if method not in METHOD_NAMES]
     if unknown or not methods:
@@ -171,7 +172,7 @@ def plan(
         "batch size": setting.batch_size if batch_size is None else batch_size,
         "epochs": setting.epochs if epochs is None else epochs,
     }
-    least = {"seeds": 1, "size": 40, "batch size": 2, "epochs": 1}
+    least = {"seeds": 1, "size": 40, "batch size": _LEAST_BATCH, "epochs": 1}
     for name, value in numbers.items():
         if value < least[name]:
             raise ValueError(f"{name} must be at least {least[name]}, got {value}.")
@@ -259,7 +260,7 @@ def fit(
     dict
         "train_loss" of the last epoch and "seconds_per_epoch".
     """
-    steps = num_steps(len(samples), batch_size, epochs)
+    steps = num_steps(len(samples), batch_size, epochs, _LEAST_BATCH)
 
     def make_losses() -> Losses:
         # One predictor for each column of the confounders, together as strong as the one of a single column.
@@ -295,7 +296,7 @@ def fit(
         seed=seed,
         epoch_done=epoch_done,
         warmup_epochs=warmup_epochs,
-        least_batch_size=2,  # BatchNorm has no variance of one sample
+        least_batch_size=_LEAST_BATCH,
     )
 
 
@@ -380,7 +381,7 @@ def load(setting: str, folder: str, on_problem: str) -> LoadedData:
     Raises
     ------
     ValueError
-        The setting has no loader, or the data cannot be used.
+        The setting is unknown or has no loader, or the data cannot be used.
     DataProblemsError
         Files or rows that cannot be used, all of them listed, with `on_problem` "error".
     FileNotFoundError
@@ -401,7 +402,13 @@ def _data(setting: str, size: int, seed: int, folder: str | None, on_problem: st
 
 
 def data_of(run: ConfoundedRun) -> ConfoundedData:
-    """Return the data of a run; kept until another is asked for."""
+    """Return the data of a run; kept until another is asked for.
+
+    Raises
+    ------
+    ValueError, DataProblemsError, FileNotFoundError
+        Those of `load`, and of `LoadedData.divide` for real data.
+    """
     return _data(run.setting, run.size, run.seed, run.data, run.on_problem)
 
 

@@ -7,13 +7,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mdnorm.experiments.data.confounded import ConfoundedData
+from mdnorm.experiments.figures import draw_series
 from mdnorm.experiments.methods import METHODS, titles
-from mdnorm.experiments.report import ReportFigure, ReportTable, mean_with_deviation, write_report
+from mdnorm.experiments.report import (
+    ReportFigure,
+    ReportTable,
+    common_settings,
+    listed,
+    mean_with_deviation,
+    write_report,
+)
 from mdnorm.experiments.results import Row
 from mdnorm.experiments.settings import METHOD_OF_NORM, Setting
 from mdnorm.files import write_text_atomically
@@ -51,7 +58,20 @@ def _dependence(row: Row, variable: str) -> float:
 
 
 def _percent(values: Sequence[float]) -> str:
-    return mean_with_deviation([100 * value for value in values], 1)
+    return mean_with_deviation([100 * value for value in values], 1) if values else "–"
+
+
+def _group_recalls(rows: Sequence[Row], group: str) -> list[dict[str, float]]:
+    """Recall by class in a group, seed by seed; empty where the confound-free data have nobody of it."""
+    return [recall for row in rows if (recall := _final(row)["recall"][group])]
+
+
+def _group_accuracy(rows: Sequence[Row], group: str) -> list[float]:
+    return [statistics.fmean(recall.values()) for recall in _group_recalls(rows, group)]
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
@@ -115,12 +135,9 @@ def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
     by_group = [
         [
             METHODS[name].title,
+            *(_percent(_group_accuracy(members, group)) for group in groups),
             *(
-                _percent([statistics.fmean(_final(row)["recall"][group].values()) for row in members])
-                for group in groups
-            ),
-            *(
-                _percent([_final(row)["recall"][group][classes[-1]] for row in members])
+                _percent([recall[classes[-1]] for recall in _group_recalls(members, group)])
                 for group in groups
                 if len(classes) == 2
             ),
@@ -205,8 +222,7 @@ def accuracy_figure(rows: Sequence[Row], setting: Setting) -> Figure:
 
 
 def _draw(axis: Axes, values: Sequence[Sequence[float]], label: str, colour: str, marker: str) -> None:
-    means = [statistics.fmean(each) for each in values]
-    deviations = [statistics.stdev(each) if len(each) > 1 else 0.0 for each in values]
+    means, deviations = zip(*map(_mean_and_deviation, values), strict=True)
     axis.errorbar(
         means,
         range(len(means)),
@@ -227,28 +243,17 @@ def groups_figure(rows: Sequence[Row], names: Sequence[str]) -> Figure:
     groups = list(rows[0]["recall"])
     figure = Figure(figsize=(7.0, 3.2), layout="constrained")
     axis = figure.subplots()
-    for index, (name, members) in enumerate(methods.items()):
-        shift = (index - (len(methods) - 1) / 2) * 0.7 / len(methods)
-        values = [
-            [100 * statistics.fmean(_final(row)["recall"][group].values()) for row in members]
-            for group in groups
-        ]
-        axis.errorbar(
-            [position + shift for position in range(len(groups))],
-            [statistics.fmean(each) for each in values],
-            yerr=[statistics.stdev(each) if len(each) > 1 else 0.0 for each in values],
-            label=METHODS[name].title,
-            color=PALETTE[index % len(PALETTE)],
-            marker=MARKERS[index % len(MARKERS)],
-            markersize=5,
-            linestyle="none",
-            capsize=2,
-            linewidth=1,
-        )
-    axis.set_xticks(range(len(groups)), groups, fontsize=8)
+    series = {
+        name: {
+            position: _mean_and_deviation([100 * value for value in values])
+            for position, group in enumerate(groups)
+            if (values := _group_accuracy(members, group))
+        }
+        for name, members in methods.items()
+    }
+    draw_series(axis, series, {name: METHODS[name].title for name in methods}, groups)
     axis.set_ylabel("balanced accuracy (%)", fontsize=8)
     axis.tick_params(labelsize=8)
-    axis.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
     return figure
 
@@ -281,6 +286,11 @@ def audit_networks(
     -------
     Path
         Of the page.
+
+    Raises
+    ------
+    InputError
+        There are too few samples for an audit, or nothing varies among them.
     """
     from safetensors.torch import load_file
 
@@ -344,7 +354,7 @@ def write(
     Path
         Of the report.
     """
-    from mdnorm import __version__
+    from mdnorm.auditing import InputError
 
     shown_tables = tables(rows, setting)
     write_text_atomically(
@@ -383,21 +393,23 @@ def write(
     plain = next((name for name in wanted if name in kept), None)
     if best is not None and plain is not None and all(kept[name].exists() for name in (plain, best)):
         names = ("the uncorrected network", METHODS[best].title)
-        audit_networks(out, samples, kept[plain], kept[best], names)
-        introduction.append(
-            f"What the uncorrected network and the best with Metadata Normalization ({METHODS[best].title}) "
-            "still know of each metadata variable is in audit/report.html beside this page."
-        )
+        try:
+            audit_networks(out, samples, kept[plain], kept[best], names)
+        except InputError as error:
+            introduction.append(f"There is no audit of what the networks still know: {error}")
+        else:
+            introduction.append(
+                "What the uncorrected network and the best with Metadata Normalization "
+                f"({METHODS[best].title}) still know of each metadata variable is in audit/report.html "
+                "beside this page."
+            )
     first = runs[0]
-    settings = {
-        "mdnorm": __version__,
-        "torch": torch.__version__,
+    settings = common_settings(run.seed for run in runs) | {
         "data": first.data or "generated",
         "training samples": str(len(samples.train)),
         "held-out samples": f"{len(samples.test)} confounded, {len(samples.confound_free)} confound-free",
-        "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
         "batch size, epochs": f"{first.batch_size}, {first.epochs}",
-        "learning rate": ", ".join(f"{rate:g}" for rate in sorted({run.learning_rate for run in runs})),
+        "learning rate": listed(run.learning_rate for run in runs),
         "optimiser": "Adam, learning rate falling to 0 by a half cosine",
         "Metadata Normalization and BR-Net build on": f"norm “{setting.base_norm}”",
     }

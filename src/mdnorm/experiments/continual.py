@@ -13,7 +13,6 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +28,14 @@ from mdnorm.experiments.data.continual import (
 )
 from mdnorm.experiments.data.synthetic import SyntheticData
 from mdnorm.experiments.methods import METHODS, build, describe, panels, titles
-from mdnorm.experiments.report import ReportTable, mean_with_deviation
+from mdnorm.experiments.report import (
+    ReportFigure,
+    ReportTable,
+    common_settings,
+    listed,
+    mean_with_deviation,
+    write_report,
+)
 from mdnorm.experiments.results import Row
 from mdnorm.experiments.training import (
     GROUPS,
@@ -289,12 +295,12 @@ def transfer(
 def limits_text() -> str:
     """Return the sentence on the analytic limits."""
 
-    def listed(limits: Sequence[float]) -> str:
+    def percent(limits: Sequence[float]) -> str:
         return ", ".join(f"{100 * limit:.4g}" for limit in limits)
 
     return (
-        f"Analytic limits by stage: {listed(EFFECT_LIMITS)} % from the true effect alone, "
-        f"{listed(BOTH_LIMITS)} % with the confounder; dcor² 0 without it."
+        f"Analytic limits by stage: {percent(EFFECT_LIMITS)} % from the true effect alone, "
+        f"{percent(BOTH_LIMITS)} % with the confounder; dcor² 0 without it."
     )
 
 
@@ -407,9 +413,8 @@ def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], 
     Path
         Of the report.
     """
-    from mdnorm import __version__, plotting
+    from mdnorm import plotting
     from mdnorm.experiments import figures
-    from mdnorm.experiments.report import ReportFigure, write_report
     from mdnorm.files import write_text_atomically
 
     names = titles({run.method for run in runs})
@@ -452,19 +457,12 @@ def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], 
             "forget there what it knew: its last row then falls to 50 %.",
         ),
     ]
-
-    def listed(values: set[int] | set[float]) -> str:
-        return ", ".join(f"{value:g}" for value in sorted(values))
-
-    settings: dict[str, Any] = {
-        "mdnorm": __version__,
-        "torch": torch.__version__,
-        "training images a group and stage": listed({run.group_size for run in runs}),
-        "held-out images a group and stage": listed({run.test_group_size for run in runs}),
-        "batch size": listed({run.batch_size for run in runs}),
-        "seeds": listed({run.seed for run in runs}),
-        "epochs a stage": listed({run.epochs_per_stage for run in runs}),
-        "learning rate": listed({run.learning_rate for run in runs}),
+    settings = common_settings(run.seed for run in runs) | {
+        "training images a group and stage": listed(run.group_size for run in runs),
+        "held-out images a group and stage": listed(run.test_group_size for run in runs),
+        "batch size": listed(run.batch_size for run in runs),
+        "epochs a stage": listed(run.epochs_per_stage for run in runs),
+        "learning rate": listed(run.learning_rate for run in runs),
         "optimiser": "Adam, anew in each stage, learning rate falling to 0 by a half cosine",
     }
     return write_report(

@@ -149,10 +149,10 @@ def _draw_cells(axis: Axes, rows: Sequence[Row], names: Mapping[str, str], value
         method: {sizes.index(cell["batch_size"]): value(cell) for cell in cells if cell["method"] == method}
         for method in names
     }
-    _draw_series(axis, series, names, [str(size) for size in sizes])
+    draw_series(axis, series, names, [str(size) for size in sizes])
 
 
-def _draw_series(
+def draw_series(
     axis: Axes,
     series: Mapping[str, Mapping[int, tuple[float, float]]],
     names: Mapping[str, str],
@@ -161,7 +161,22 @@ def _draw_series(
     linestyle: str = "none",
     width: float = 0.7,
 ) -> None:
-    """Draw mean ± deviation by method and position; methods without values are left out."""
+    """Draw means with deviations, the methods beside each other at each position.
+
+    Parameters
+    ----------
+    axis : Axes
+    series : mapping
+        Method → position → mean and deviation; methods without positions are left out.
+    names : mapping
+        Method to title; their order is that of the colours.
+    ticks : sequence of str
+        Of the positions 0, 1, ….
+    linestyle : str
+        From position to position.
+    width : float
+        Share of the room of a position over which the methods are spread.
+    """
     methods = [name for name in names if series[name]]
     for index, method in enumerate(methods):
         # Side by side, or the error bars of methods at the same limit would hide each other.
@@ -209,7 +224,7 @@ def accuracy_by_stage(
             axis.plot(percent, color="0.4", linestyle="--", linewidth=1, zorder=0)
             _name_limit(axis, percent[-1], text)
         series = _own_stage(rows, names, lambda row: 100 * np.asarray(row["bacc_matrix"]))
-        _draw_series(axis, series, names, _stages(len(lower)), linestyle="-", width=0.3)
+        draw_series(axis, series, names, _stages(len(lower)), linestyle="-", width=0.3)
         axis.set_xlabel("stage")
         axis.set_ylabel("balanced accuracy on held-out data (%)")
         _legend(part, axis, title)
@@ -230,7 +245,7 @@ def dependence_by_stage(rows: Sequence[Row], panels: Panels) -> Figure:
 
             series = _own_stage(rows, names, matrix)
             ticks = _stages(max(map(len, series.values()), default=0))
-            _draw_series(axis, series, names, ticks, linestyle="-", width=0.3)
+            draw_series(axis, series, names, ticks, linestyle="-", width=0.3)
             axis.set_xlabel("stage")
             axis.set_title(f"Group {group}", fontsize=10)
         axes[0].set_ylabel("dcor² (features, confounder)")

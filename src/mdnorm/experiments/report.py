@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import base64
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
+import mdnorm
 from mdnorm.experiments.data.synthetic import (
     ACCURACY_WITH_CONFOUNDER,
     ACCURACY_WITHOUT_CONFOUNDER,
@@ -19,6 +22,17 @@ from mdnorm.files import write_text_atomically
 
 MARGIN = 0.015
 """Accuracy this far from the limit of the true effect is not chance."""
+
+
+def listed(values: Iterable[float]) -> str:
+    """Return the different values, ascending, as text."""
+    texts = (str(value) if isinstance(value, int) else f"{value:g}" for value in sorted(set(values)))
+    return ", ".join(texts)
+
+
+def common_settings(seeds: Iterable[int]) -> dict[str, str]:
+    """Return what the page of every experiment says of its runs: the versions, and their seeds."""
+    return {"mdnorm": mdnorm.__version__, "torch": torch.__version__, "seeds": listed(seeds)}
 
 
 def verdict(accuracy: float) -> str:

@@ -284,9 +284,15 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     Path
         Of the report.
     """
-    from mdnorm import __version__, plotting
+    from mdnorm import plotting
     from mdnorm.experiments import figures
-    from mdnorm.experiments.report import ReportFigure, synthetic_table, write_report
+    from mdnorm.experiments.report import (
+        ReportFigure,
+        common_settings,
+        listed,
+        synthetic_table,
+        write_report,
+    )
     from mdnorm.files import write_text_atomically
 
     names = titles({run.method for run in runs})
@@ -333,25 +339,22 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
                 "there; what order is left sits in a component that holds next to none of the variance.",
             )
         )
-    settings = {
-        "mdnorm": __version__,
-        "torch": torch.__version__,
-        "training images a group": ", ".join(str(n) for n in sorted({run.group_size for run in runs})),
-        "held-out images a group": ", ".join(str(n) for n in sorted({run.test_group_size for run in runs})),
-        "seeds": ", ".join(str(seed) for seed in sorted({run.seed for run in runs})),
+    settings = common_settings(run.seed for run in runs) | {
+        "training images a group": listed(run.group_size for run in runs),
+        "held-out images a group": listed(run.test_group_size for run in runs),
         "epochs and learning rate": "; ".join(
             f"batch size {size}: {epochs} epochs from {rate:g}"
             for size, epochs, rate in sorted({(r.batch_size, r.epochs, r.learning_rate) for r in runs})
         ),
         "optimiser": "Adam, learning rate falling to 0 by a half cosine",
-    } | describe(names)
+    }
     return write_report(
         out,
         title="Metadata Normalization on synthetic images",
         introduction=_VARIANT_TEXTS[variant],
         tables=[table],
         figures=shown,
-        settings=settings,
+        settings=settings | describe(names),
         command=command,
     )
 

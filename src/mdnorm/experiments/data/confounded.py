@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mdnorm.metrics.distance_correlation import MIN_SAMPLES
+
 __all__ = ["ConfoundedData", "LoadedData", "Samples", "select", "split"]
 
 
@@ -132,7 +134,8 @@ def split(samples: Samples, *, seed: int, test_share: float = 0.3) -> tuple[Samp
     Raises
     ------
     ValueError
-        A share out of range, or fewer than two groups with all classes among the test data.
+        A share out of range, fewer than two groups with all classes among the test data, or so few samples in
+        them that dcor² within the classes is not defined.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be between 0 and 1, got {test_share}.")
@@ -155,6 +158,12 @@ def split(samples: Samples, *, seed: int, test_share: float = 0.3) -> tuple[Samp
         raise ValueError(
             "no confound-free test data: fewer than two groups have every class among the test data; join "
             "groups or classes, or give more samples."
+        )
+    of_each_class = sum(map(len, balanced)) // len(classes)
+    if of_each_class < MIN_SAMPLES:
+        raise ValueError(
+            f"the confound-free test data have {of_each_class} sample(s) of each class, too few to measure "
+            f"dcor² within the classes ({MIN_SAMPLES}): give more samples in which class and group differ."
         )
     return (
         select(samples, torch.cat(train)),
