@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from audit_example import QUICK, example
+from audit_example import QUICK, QUICKEST, example
 
 import mdnorm
 from mdnorm.auditing import InputError
@@ -114,7 +114,7 @@ def test_without_labels_and_without_after():
 
 def test_labels_as_an_array_and_continuous_labels():
     before, _, metadata = example()
-    report = mdnorm.audit(before, {"site": metadata["site"]}, metadata["age"], settings=QUICK)
+    report = mdnorm.audit(before, {"site": metadata["site"]}, metadata["age"], settings=QUICKEST)
     assert report.label == "label"
     site = column_of(report, "site")
     assert len(site.representations["before"].dependence_by_class) == 4
@@ -128,7 +128,7 @@ def test_missing_values_are_reported_and_rows_used_stated():
     age[:30] = np.nan
     before[100:105, 2] = np.nan
     before[105, 0] = np.inf
-    report = mdnorm.audit(before, {"age": age, "site": metadata["site"]}, settings=QUICK)
+    report = mdnorm.audit(before, {"age": age, "site": metadata["site"]}, settings=QUICKEST)
     assert "6 of 240 rows have missing or infinite features" in report.notes[0]
     assert report.facts["rows_used"] == 234
     assert column_of(report, "age").num_rows == 204
@@ -146,7 +146,7 @@ def test_constants_and_identifiers_are_left_out_with_a_reason():
             "scanner": ["x"] * 240,
             "few": [1.5, 2.5] + [None] * 238,
         },
-        settings=QUICK,
+        settings=QUICKEST,
     )
     assert [column.name for column in report.columns] == ["age"]
     assert {column.name: column.kind for column in report.left_out} == {
@@ -175,19 +175,19 @@ def test_rare_classes_do_not_stop_an_audit():
     before, _, metadata = example()
     site = metadata["site"].astype(object)
     site[:2] = "rare"
-    report = mdnorm.audit(before, {"site": site}, settings=QUICK)
+    report = mdnorm.audit(before, {"site": site}, settings=QUICKEST)
     probe = report.columns[0].representations["before"].probes["linear"]
     assert "fewer than 5 rows were left out: rare" in probe.notes[0]
     assert probe.num_rows == 238
     rare = np.array([f"family {i // 3}" for i in range(240)])
-    report = mdnorm.audit(before, {"age": metadata["age"], "family": rare}, settings=QUICK)
+    report = mdnorm.audit(before, {"age": metadata["age"], "family": rare}, settings=QUICKEST)
     assert [column.name for column in report.left_out] == ["family"]
     assert "fewer than two classes have 5 rows" in report.notes[0]
 
 
 def test_many_rows_are_sampled_and_it_is_said():
     before, _, metadata = example(3000)
-    report = mdnorm.audit(before, {"age": metadata["age"]}, max_rows=200, settings=QUICK)
+    report = mdnorm.audit(before, {"age": metadata["age"]}, max_rows=200, settings=QUICKEST)
     assert "200 of 3000 rows were sampled (seed 0)" in report.notes[0]
     assert report.facts["rows_used"] == 200
     assert report.facts["rows_given"] == 3000
@@ -199,16 +199,16 @@ def test_subjects_stay_together():
     age, centre = rng.uniform(20, 80, 40), 5 * rng.standard_normal((40, 30))
     subject = np.repeat(np.arange(40), 6)
     features = centre[subject] + rng.standard_normal((240, 30))
-    leaky = mdnorm.audit(features, {"age": age[subject]}, settings=QUICK)
-    kept = mdnorm.audit(features, {"age": age[subject]}, subjects=subject, settings=QUICK)
+    leaky = mdnorm.audit(features, {"age": age[subject]}, settings=QUICKEST)
+    kept = mdnorm.audit(features, {"age": age[subject]}, subjects=subject, settings=QUICKEST)
     assert leaky.columns[0].representations["before"].best_probe[1].value > 0.5
     assert kept.columns[0].representations["before"].best_probe[1].value < 0.2
 
 
 def test_feature_maps_are_flattened():
     before, _, metadata = example()
-    flat = mdnorm.audit(before, {"age": metadata["age"]}, settings=QUICK)
-    maps = mdnorm.audit(before.reshape(240, 2, 3), {"age": metadata["age"]}, settings=QUICK)
+    flat = mdnorm.audit(before, {"age": metadata["age"]}, settings=QUICKEST)
+    maps = mdnorm.audit(before.reshape(240, 2, 3), {"age": metadata["age"]}, settings=QUICKEST)
     assert maps.facts["features"] == {"before": [240, 6]}
     assert maps.findings == flat.findings
 
@@ -230,6 +230,10 @@ def test_feature_maps_are_flattened():
         ({"labels": None, "predictions": "predicted"}, "need the labels"),
         ({"predictions": np.array(["sick"] * 240)}, "hold 'sick', which no label is"),
         ({"predictions": "predicted", "scores": np.full(240, 1.2)}, "must be probabilities from 0 to 1"),
+        ({"predictions": "predicted", "scores": np.full(240, np.nan)}, "some are NaN or infinite"),
+        ({"predictions": "predicted", "scores": "predicted later"}, "scores must be numbers: could not"),
+        ({"scores": np.full(240, 0.5)}, "scores are used beside predictions: give these too"),
+        ({"predictions_after": "predicted later"}, "predictions_after belong to the features after"),
         ({"predictions": "predicted", "positive": "sick"}, "positive='sick' is not one of the labels"),
         ({"subjects": np.zeros(3)}, r"subjects must have shape \(240,\)"),
         ({"max_rows": 3}, "max_rows must be a whole number of at least 20"),
@@ -254,7 +258,20 @@ def test_integer_and_boolean_predictions_match_their_labels():
     ]
     for labels, predictions in pairs:
         report = mdnorm.audit(
-            before, {"site": metadata["site"]}, labels, predictions=predictions, settings=QUICK
+            before, {"site": metadata["site"]}, labels, predictions=predictions, settings=QUICKEST
         )
         gaps = report.columns[0].representations["before"].group_gaps
         assert gaps["gaps"]["accuracy"]["value"] == 0
+
+
+def test_a_model_that_always_says_the_same_is_audited():
+    before, _, metadata = example()
+    label = (metadata["diagnosis"] == "ill").astype(int)
+    for predictions in (np.ones(240, int), np.ones(240), "predicted"):
+        columns = {"site": metadata["site"], "predicted": np.ones(240, int)}
+        report = mdnorm.audit(
+            before, columns, label, predictions=predictions, positive=1.0, settings=QUICKEST
+        )
+        site = column_of(report, "site")
+        accuracy = site.representations["before"].group_gaps["groups"][0]["rates"]["accuracy"]["value"]
+        assert accuracy == pytest.approx(label[metadata["site"] == "a"].mean())

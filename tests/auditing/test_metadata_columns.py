@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mdnorm.auditing.columns import as_column, as_columns
+from mdnorm.auditing.columns import as_classes, as_column, as_columns
 from mdnorm.auditing.reading import InputError
 
 N = 60
@@ -145,3 +145,23 @@ def test_errors(metadata, kinds, ignore, message):
 def test_columns_are_ignored_by_pattern():
     table = {"age": RNG.standard_normal(N), "roi_1": RNG.standard_normal(N), "roi_2": RNG.standard_normal(N)}
     assert [column.name for column in as_columns(table, ignore=["roi_*"])] == ["age"]
+
+
+def test_columns_that_were_read_before_stay_as_they_are():
+    table = {"age": RNG.standard_normal(N), "site": ["a", "b"] * (N // 2)}
+    columns = as_columns(table)
+    assert as_columns(columns) == columns
+    assert as_columns(columns, ignore=["age"]) == columns[1:]
+    with pytest.raises(InputError, match="were read before"):
+        as_columns(columns, {"age": "categorical"})
+    with pytest.raises(InputError, match="no metadata column 'sight'"):
+        as_columns(columns, ignore=["sight"])
+
+
+def test_classes_have_one_name_however_they_are_stored():
+    for values in ([1, 0, 2], [1.0, 0.0, 2.0], ["1", "0", "2"], torch.tensor([1, 0, 2])):
+        assert as_classes(values, "predictions").tolist() == ["1", "0", "2"]
+    assert as_classes([1, 1], "predictions").tolist() == ["1", "1"]
+    assert as_classes([1.5, None], "predictions").tolist() == ["1.5", ""]
+    with pytest.raises(InputError, match=r"predictions must have shape \(n,\), got \(1, 2\)"):
+        as_classes([[1, 2]], "predictions")

@@ -5,6 +5,7 @@ import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
+from mdnorm.auditing import columns
 from mdnorm.commands import app
 
 N = 120
@@ -58,6 +59,14 @@ def test_from_files_to_report(files):
     assert content["facts"]["features_file"].endswith("before.npy")
     assert (files / "out" / "report.html").stat().st_size > 10**6
     assert (files / "out" / "figures" / "overview.png").exists()
+
+
+def test_the_table_is_read_once(files, monkeypatch):
+    read = []
+    original = columns.as_column
+    monkeypatch.setattr(columns, "as_column", lambda name, *rest: read.append(name) or original(name, *rest))
+    assert quick(files, "--ignore", "age").exit_code == 0
+    assert read == ["participant", "diagnosis", "site", "predicted"]
 
 
 def test_json_and_options(files):

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnorm.auditing.columns import Column, as_column, as_columns
+from mdnorm.auditing.columns import Column, as_classes, as_column, as_columns
 from mdnorm.auditing.findings import find
 from mdnorm.auditing.measuring import MODELS, Predictions, Settings, measure_column, project
 from mdnorm.auditing.reading import InputError
@@ -22,7 +22,6 @@ __all__ = ["audit", "number_of_steps"]
 
 _MIN_ROWS = 20
 _PROJECTED_ROWS = 1000
-_KEYS = ("before", "after")
 
 
 def audit(
@@ -55,9 +54,10 @@ def audit(
     ----------
     features : (n, p) or (n, …) array or tensor
         One row a sample; more dimensions are flattened.
-    metadata : DataFrame, mapping or array
-        Of pandas, polars or pyarrow; or names to columns; rows in the order of `features`. Missing values are
-        fine: a column is measured on the rows where it is there.
+    metadata : DataFrame, mapping, array or sequence of Column
+        Of pandas, polars or pyarrow; or names to columns; or what `mdnorm.auditing.columns.as_columns` made
+        of these; rows in the order of `features`. Missing values are fine: a column is measured on the rows
+        where it is there.
     labels : str or (n,) array, optional
         Name of a metadata column, or the labels themselves: what the features are meant to know.
     after : (n, …) array or tensor, optional
@@ -123,14 +123,18 @@ def audit(
     _check_rows(given, columns, num_rows)
 
     label = _label(labels, by_name, kinds, num_rows)
-    predicted = {
-        key: _predictions(classes, probabilities, label, positive, by_name, num_rows, suffix)
-        for key, classes, probabilities, suffix in (
-            ("before", predictions, scores, ""),
-            ("after", predictions_after, scores_after, "_after"),
-        )
-        if classes is not None and key in given
-    }
+    predicted = {}
+    for key, classes, probabilities, suffix in (
+        ("before", predictions, scores, ""),
+        ("after", predictions_after, scores_after, "_after"),
+    ):
+        if classes is None and probabilities is None:
+            continue
+        if classes is None:
+            raise InputError(f"scores{suffix} are used beside predictions{suffix}: give these too.")
+        if key not in given:
+            raise InputError(f"predictions{suffix} belong to the features after: give these too.")
+        predicted[key] = _predictions(classes, probabilities, label, positive, by_name, num_rows, suffix)
     subject_values = None if subjects is None else _values(subjects, by_name, num_rows, "subjects")
 
     rows = _rows_to_use(given, max_rows, settings.seed, notes)
@@ -297,9 +301,8 @@ def _predictions(
     if label is None or label.kind != "categorical":
         raise InputError(f"predictions{suffix} need the labels, as classes, to compare with.")
     values = _values(classes, by_name, num_rows, f"predictions{suffix}")
-    # Through the same reading as the labels, so that 1, 1.0, "1" and True of a table mean the same class.
-    column = as_column("predictions", values, "categorical") if values.dtype.kind != "U" else None
-    names = values.astype(np.str_) if column is None else column.values.astype(np.str_)
+    # Read as the labels are, so that 1, 1.0 and "1" of a table mean the same class.
+    names = as_classes(values, f"predictions{suffix}")
     strange = sorted(set(names.tolist()) - set(label.values[label.present].tolist()))
     if strange:
         raise InputError(
@@ -308,15 +311,26 @@ def _predictions(
         )
     scores = None
     if probabilities is not None:
-        scores = np.asarray(_values(probabilities, by_name, num_rows, f"scores{suffix}"), np.float64)
-        if not (np.isfinite(scores).all() and scores.min() >= 0 and scores.max() <= 1):
-            raise InputError(
-                f"scores{suffix} must be probabilities from 0 to 1, got {np.nanmin(scores):.3g} to "
-                f"{np.nanmax(scores):.3g}: apply the sigmoid or softmax first."
-            )
-    if positive is not None and str(positive) not in label.values:
+        scores = _probabilities(_values(probabilities, by_name, num_rows, f"scores{suffix}"), suffix)
+    positive_name = None if positive is None else str(as_classes([positive], "positive")[0])
+    if positive_name is not None and positive_name not in label.values[label.present]:
         raise InputError(f"positive={positive!r} is not one of the labels.")
-    return Predictions(names, scores, None if positive is None else str(positive))
+    return Predictions(names, scores, positive_name)
+
+
+def _probabilities(values: NDArray[Any], suffix: str) -> NDArray[np.float64]:
+    try:
+        scores = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"scores{suffix} must be numbers: {error}.") from error
+    if not np.isfinite(scores).all():
+        raise InputError(f"scores{suffix} must be probabilities, but some are NaN or infinite.")
+    if scores.min() < 0 or scores.max() > 1:
+        raise InputError(
+            f"scores{suffix} must be probabilities from 0 to 1, got {scores.min():.3g} to "
+            f"{scores.max():.3g}: apply the sigmoid or softmax first."
+        )
+    return scores
 
 
 def _rows_to_use(

@@ -14,7 +14,7 @@ from torch import Tensor
 from mdnorm.auditing.reading import InputError, matching
 from mdnorm.extras import requires
 
-__all__ = ["Column", "Kind", "as_column", "as_columns"]
+__all__ = ["Column", "Kind", "as_classes", "as_column", "as_columns"]
 
 Kind = Literal["continuous", "categorical", "constant", "identifier"]
 
@@ -91,8 +91,9 @@ def as_columns(
 
     Parameters
     ----------
-    metadata : DataFrame, mapping, tensor or array
-        Of pandas, polars or pyarrow; or names to columns of length n; or (n,) or (n, K) without names.
+    metadata : DataFrame, mapping, tensor, array or sequence of Column
+        Of pandas, polars or pyarrow; or names to columns of length n; or (n,) or (n, K) without names; or
+        columns that were read before.
     kinds : mapping, optional
         Names to "continuous" or "categorical", where the inferred kind is not what is meant.
     ignore : sequence of str
@@ -101,10 +102,15 @@ def as_columns(
     Raises
     ------
     InputError
-        A name in `kinds` or `ignore` does not exist, a kind is unknown, columns differ in length, or a column
-        cannot be read as its kind.
+        A name in `kinds` or `ignore` does not exist, a kind is unknown or given for columns that were read
+        before, columns differ in length, or a column cannot be read as its kind.
     """
     kinds = dict(kinds or {})
+    if isinstance(metadata, (list, tuple)) and all(isinstance(column, Column) for column in metadata):
+        if kinds:
+            raise InputError("these metadata columns were read before: give their kinds there.")
+        ignored = matching([column.name for column in metadata], ignore, "metadata column")
+        return [column for column in metadata if column.name not in ignored]
     table = _as_mapping(metadata)
     matching(list(table), list(kinds), "metadata column")
     ignored = matching(list(table), ignore, "metadata column")
@@ -187,9 +193,45 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
         raise InputError(
             f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
         )
+    array = _numbers_or_texts(values, f"metadata column {name!r}")
+    if array.dtype.kind == "f":
+        return _numeric(name, array, kind)
+    if kind == "continuous":
+        try:
+            return _numeric(name, np.array([float(text) if text else np.nan for text in array]), kind)
+        except ValueError as error:
+            raise InputError(f"metadata column {name!r} cannot be read as continuous: {error}.") from error
+    return _categorical(name, array, forced=kind is not None)
+
+
+def as_classes(values: Any, name: str) -> NDArray[np.str_]:
+    """Return the classes of rows by the names that `as_column` gives them: 1 and 1.0 are the class "1".
+
+    Parameters
+    ----------
+    values : (n,) array or tensor
+    name : str
+        For the error message.
+
+    Returns
+    -------
+    (n,) array of str
+        "" where missing.
+
+    Raises
+    ------
+    InputError
+        Another shape.
+    """
+    array = _numbers_or_texts(values, name)
+    return _class_names(array) if array.dtype.kind == "f" else array
+
+
+def _numbers_or_texts(values: Any, name: str) -> NDArray[Any]:
+    """Return float64, NaN where missing, or strings, "" where missing."""
     array = _as_array(values)
     if array.ndim != 1:
-        raise InputError(f"metadata column {name!r} must have shape (n,), got {array.shape}.")
+        raise InputError(f"{name} must have shape (n,), got {array.shape}.")
     if array.dtype.kind in "mM":
         array = np.where(
             np.isnat(array), np.nan, array.astype(f"{array.dtype.kind}8[ms]").astype(np.int64) / 1000
@@ -197,14 +239,8 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
     if array.dtype.kind == "O" and all(value is None or _is_number(value) for value in array.tolist()):
         array = np.array([np.nan if value is None else float(value) for value in array.tolist()])
     if array.dtype.kind in "iuf":
-        return _numeric(name, array.astype(np.float64), kind)
-    texts = np.array(["" if _is_missing(value) else str(value) for value in array.tolist()], dtype=np.str_)
-    if kind == "continuous":
-        try:
-            return _numeric(name, np.array([float(text) if text else np.nan for text in texts]), kind)
-        except ValueError as error:
-            raise InputError(f"metadata column {name!r} cannot be read as continuous: {error}.") from error
-    return _categorical(name, texts, forced=kind is not None)
+        return array.astype(np.float64)
+    return np.array(["" if _is_missing(value) else str(value) for value in array.tolist()], dtype=np.str_)
 
 
 def _is_number(value: Any) -> bool:
@@ -235,18 +271,19 @@ def _numeric(name: str, values: NDArray[np.float64], kind: str | None) -> Column
         kind is None and whole and len(distinct) <= _MAX_CLASSES_OF_NUMBERS and len(distinct) < present.sum()
     )
     if classes:
-        texts = np.array(
-            [_class_name(value) if inside else "" for value, inside in zip(values, present, strict=True)],
-            dtype=np.str_,
-        )
         if kind is None:
             note = f"{note} Whole numbers with {len(distinct)} distinct values: read as classes.".strip()
-        return Column(name, "categorical", texts, present, note)
+        return Column(name, "categorical", _class_names(values), present, note)
     return Column(name, "continuous", values, present, note)
 
 
-def _class_name(value: float) -> str:
-    return str(int(value)) if value == round(value) else f"{value:g}"
+def _class_names(values: NDArray[np.float64]) -> NDArray[np.str_]:
+    def class_name(value: float) -> str:
+        if not np.isfinite(value):
+            return ""
+        return str(int(value)) if value == round(value) else f"{value:g}"
+
+    return np.array([class_name(value) for value in values.tolist()], dtype=np.str_)
 
 
 def _counts_rows(name: str, distinct: NDArray[np.float64], num_present: int) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from mdnorm.auditing.results import ColumnAudit, Finding, Measure, Representation
 
-__all__ = ["find", "is_found", "level_of"]
+__all__ = ["describe", "find", "is_found", "level_of", "number", "p_text", "percent"]
 
 SIGNIFICANCE = 0.05
 
@@ -34,6 +34,15 @@ def p_text(value: float | None) -> str:
     if value is None:
         return ""
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+
+
+def describe(measure: Measure) -> str:
+    """Return a measure as text: "R² 0.62", "97 % (chance 33 %)", "0.412 [0.380, 0.445]"."""
+    if measure.name == "dcor²":
+        return f"{number(measure.value, 3)} [{number(measure.low or 0, 3)}, {number(measure.high or 0, 3)}]"
+    if measure.name == "R²":
+        return f"R² {number(measure.value)}"
+    return f"{percent(measure.value)} (chance {percent(measure.chance)})"
 
 
 def is_found(measure: Measure) -> bool:
@@ -136,8 +145,7 @@ def _within(representation: Representation, label: str | None) -> str:
     if best is not None:
         model, measure = best
         if is_found(measure):
-            value = f"R² {number(measure.value)}" if measure.name == "R²" else percent(measure.value)
-            parts.append(f"{value} ({_MODELS[model]}, {p_text(measure.p_value)})")
+            parts.append(f"{_value(measure.value, measure)} ({_MODELS[model]}, {p_text(measure.p_value)})")
         else:
             parts.append(f"no better than by chance ({p_text(measure.p_value)})")
     dependence = representation.dependence_within
@@ -159,7 +167,7 @@ def _change(column: ColumnAudit, titles: Mapping[str, str]) -> Finding:
             old_probe, new_probe = before.best_probe_within[1], after.best_probe_within[1]
     numbers = (
         f"dcor²{where} went from {number(old.value, 3)} to {number(new.value, 3)}, the best probe from "
-        f"{_short(old_probe)} to {_short(new_probe)}"
+        f"{describe(old_probe)} to {describe(new_probe)}"
     )
     probed, dependent = is_found(new_probe), is_found(new)
     if not (is_found(old) or is_found(old_probe)):
@@ -185,17 +193,11 @@ def _change(column: ColumnAudit, titles: Mapping[str, str]) -> Finding:
     return Finding("change", "strong", f"{column.name} is still there: {numbers}.", column.name)
 
 
-def _short(measure: Measure) -> str:
-    if measure.name == "R²":
-        return f"R² {number(measure.value)}"
-    return f"{percent(measure.value)} (chance {percent(measure.chance)})"
-
-
 def _on_label(column: ColumnAudit, titles: Mapping[str, str]) -> list[Finding]:
     parts = []
     for key, representation in column.representations.items():
         model, measure = representation.best_probe
-        parts.append(f"{_short(measure)} from {titles[key]} ({_MODELS[model]})")
+        parts.append(f"{describe(measure)} from {titles[key]} ({_MODELS[model]})")
     text = f"The label {column.name} can be predicted with {'; '.join(parts)}."
     return [Finding("label", "note", text, column.name)]
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdnorm.auditing.columns import Column
-from mdnorm.auditing.findings import number, p_text, percent
-from mdnorm.auditing.results import ColumnAudit, Finding, Measure, Projection, as_json
+from mdnorm.auditing.findings import describe, p_text
+from mdnorm.auditing.results import ColumnAudit, Finding, Projection, as_json
 from mdnorm.extras import requires
 from mdnorm.files import write_text_atomically
 
@@ -247,17 +247,6 @@ def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def describe(measure: Measure | None) -> str:
-    """Return a measure as text: "R² 0.62", "97 % (chance 33 %)", "0.412 [0.380, 0.445]"."""
-    if measure is None:
-        return "–"
-    if measure.name == "dcor²":
-        return f"{number(measure.value, 3)} [{number(measure.low or 0, 3)}, {number(measure.high or 0, 3)}]"
-    if measure.name == "R²":
-        return f"R² {number(measure.value)}"
-    return f"{percent(measure.value)} (chance {percent(measure.chance)})"
 
 
 def titles_of(keys: Sequence[str], names: tuple[str, str] | None) -> dict[str, str]:

@@ -90,14 +90,13 @@ def audit(
         values = auditing.read_features(features, key, chosen)
         values_after = None if after is None else auditing.read_features(after, key, chosen)
         table = auditing.read_table(metadata)
-        kinds = _kinds(kind or [])
         names = _names(name or [], 1 if after is None else 2)
-        described = as_columns(table, kinds, ignore or [])
+        read = as_columns(table, _kinds(kind or []), ignore or [])
         if not json_output:
-            _print_kinds(described)
+            _print_kinds(read)
         make_folder(out)
         used = [part for part in (prediction, prediction_after, score, score_after, subject) if part]
-        count = sum(column.is_auditable and column.name not in used for column in described)
+        count = sum(column.is_auditable and column.name not in used for column in read)
         with only_writer(out):
             total = number_of_steps(count, 1 if after is None else 2)
             with _progress_bar() as progress:
@@ -108,7 +107,7 @@ def audit(
 
                 report = auditing.audit(
                     values,
-                    table,
+                    read,
                     label,
                     after=values_after,
                     predictions=prediction,
@@ -116,8 +115,6 @@ def audit(
                     scores=score,
                     scores_after=score_after,
                     positive=positive,
-                    kinds=kinds,
-                    ignore=ignore or [],
                     subjects=subject,
                     names=names,
                     max_rows=max_rows,
