@@ -12,7 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdnorm.metrics.columns import as_categories, as_column, shown
+from mdnorm.metrics.checks import listed
+from mdnorm.metrics.columns import as_categories, as_column
 
 
 @given(st.lists(st.one_of(st.integers(-3, 3)), min_size=1, max_size=30), st.booleans())
@@ -95,5 +96,5 @@ def test_errors_name_the_argument(values: Any, error: type[Exception], message: 
 
 
 def test_long_lists_are_cut() -> None:
-    assert shown(["a", "b"]) == "'a', 'b'"
-    assert shown(range(9), 3) == "0, 1, 2, …"
+    assert listed(["a", "b"]) == "'a', 'b'"
+    assert listed(range(9), 3) == "0, 1, 2, …"

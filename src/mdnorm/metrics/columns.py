@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.extras import requires
+from mdnorm.metrics.checks import listed
 
-__all__ = ["Categories", "as_categories", "as_column", "shown"]
+__all__ = ["Categories", "as_categories", "as_column"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +26,6 @@ class Categories:
     def counts(self) -> NDArray[np.int64]:
         """Rows of each class, (number of classes,)."""
         return np.bincount(self.codes, minlength=len(self.names)).astype(np.int64)
-
-
-def shown(values: Any, limit: int = 5) -> str:
-    """Return the first few of `values` for an error message."""
-    items = [repr(value) for value in values]
-    return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
 
 
 def as_column(values: Any, name: str) -> NDArray[Any]:
@@ -79,7 +74,7 @@ def as_column(values: Any, name: str) -> NDArray[Any]:
     if bad.any():
         rows = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"{name} has missing or infinite values in row(s) {shown(rows)} ({len(rows)} of {array.size} "
+            f"{name} has missing or infinite values in row(s) {listed(rows)} ({len(rows)} of {array.size} "
             "rows): drop these rows from every argument, or give missing values a category of their own."
         )
     if array.dtype.kind == "O":

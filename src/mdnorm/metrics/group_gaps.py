@@ -20,7 +20,9 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
-from mdnorm.metrics.columns import Categories, as_categories, as_column, shown
+from mdnorm.metrics.checks import check_integer, listed
+from mdnorm.metrics.columns import Categories, as_categories, as_column
+from mdnorm.metrics.rates import ratio
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -224,14 +226,11 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
     """
     with requires("metrics"):
         import pandas as pd
-    if isinstance(num_groups, bool) or not isinstance(num_groups, (int, np.integer)):
-        raise TypeError(f"num_groups must be an integer, got {num_groups!r}.")
-    if num_groups < 1:
-        raise ValueError(f"num_groups must be at least 1, got {num_groups}.")
+    check_integer("num_groups", num_groups, 1)
     column = as_column(values, "values")
     if column.dtype.kind not in "biuf":
         raise TypeError(
-            f"values must be numbers, got {column.dtype} such as {shown(column.tolist(), 1)}: pass a column "
+            f"values must be numbers, got {column.dtype} such as {listed(column.tolist(), 1)}: pass a column "
             "of categories as groups as it is."
         )
     numbers = column.astype(np.float64)
@@ -449,15 +448,12 @@ def _check_options(confidence: float, num_bootstrap: int, num_bins: int, seed: i
         raise TypeError(f"confidence must be a number, got {confidence!r}.")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {confidence}: for example 0.95.")
-    for name, value, low in (
+    for name, value, least in (
         ("num_bootstrap", num_bootstrap, 0),
         ("num_bins", num_bins, 1),
         ("seed", seed, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} must be an integer, got {value!r}.")
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}.")
+        check_integer(name, value, least)
 
 
 def _check_groups(members: Categories) -> None:
@@ -488,24 +484,24 @@ def _problem(
         ) from error
     if unknown and not set(true.names) & set(guessed.names):
         raise ValueError(
-            f"predictions and labels have no class in common, got {shown(guessed.names)} and "
-            f"{shown(true.names)}: pass predicted classes, and probabilities as scores."
+            f"predictions and labels have no class in common, got {listed(guessed.names)} and "
+            f"{listed(true.names)}: pass predicted classes, and probabilities as scores."
         )
     if unknown:
-        notes.append(f"predictions has class(es) that no row has as its label: {shown(unknown)}.")
+        notes.append(f"predictions has class(es) that no row has as its label: {listed(unknown)}.")
     code: int | None = None
     if positive is not None:
         if positive not in classes:
-            raise ValueError(f"positive must be one of the classes {shown(classes)}, got {positive!r}.")
+            raise ValueError(f"positive must be one of the classes {listed(classes)}, got {positive!r}.")
         if len(classes) > 2:
             raise ValueError(
-                f"positive is for two classes, got {len(classes)} ({shown(classes)}): compare one with the "
+                f"positive is for two classes, got {len(classes)} ({listed(classes)}): compare one with the "
                 "rest by passing labels == positive and predictions == positive."
             )
         code = classes.index(positive)
     elif len(classes) == 2:
         if classes not in ((0, 1), (-1, 1)):
-            raise ValueError(f"positive must name the positive one of the classes {shown(classes)}.")
+            raise ValueError(f"positive must name the positive one of the classes {listed(classes)}.")
         code = 1
     order = {name: index for index, name in enumerate(classes)}
     return _Problem(
@@ -528,7 +524,7 @@ def _probabilities(scores: Tensor | ArrayLike, problem: _Problem) -> Floats:
         binary = "" if problem.positive is None else f"({num_rows},) or "
         raise ValueError(
             f"scores must have shape {binary}({num_rows}, {num_classes}), one row per sample and one column "
-            f"for each of the classes {shown(problem.classes)}, got {array.shape}."
+            f"for each of the classes {listed(problem.classes)}, got {array.shape}."
         )
     # Also true of NaN.
     bad = ~((array >= 0) & (array <= 1))
@@ -537,7 +533,7 @@ def _probabilities(scores: Tensor | ArrayLike, problem: _Problem) -> Floats:
     if bad.any():
         rows = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"scores must be probabilities, but row(s) {shown(rows)} ({len(rows)} of {num_rows} rows) are "
+            f"scores must be probabilities, but row(s) {listed(rows)} ({len(rows)} of {num_rows} rows) are "
             "NaN, outside 0 to 1, or do not sum to 1: apply a sigmoid or softmax to logits, drop rows with "
             "NaN from every argument."
         )
@@ -668,7 +664,7 @@ def _rates_of_sums(sums: Floats, problem: _Problem, names: list[str]) -> Floats:
     num_classes = len(problem.classes)
     table = sums[:, : num_classes**2].reshape(-1, num_classes, num_classes)
     total = table.sum(axis=(1, 2))
-    recalls = _ratio(np.einsum("bkk->bk", table), table.sum(axis=2))
+    recalls = ratio(np.einsum("bkk->bk", table), table.sum(axis=2))
     out = np.empty((sums.shape[0], len(names)))
     for position, name in enumerate(names):
         if name == "accuracy":
@@ -689,11 +685,6 @@ def _rates_of_sums(sums: Floats, problem: _Problem, names: list[str]) -> Floats:
         else:
             out[:, position] = recalls[:, [f"recall[{label}]" for label in problem.classes].index(name)]
     return out
-
-
-def _ratio(values: Floats, totals: Floats) -> Floats:
-    ratio: Floats = np.divide(values, totals, out=np.full(values.shape, np.nan), where=totals > 0)
-    return ratio
 
 
 def _resampled(
@@ -800,7 +791,7 @@ def _deviations(resampled: Floats, values: Floats) -> Floats:
         return resampled
     finite = np.isfinite(resampled)
     lost = (~finite & np.isfinite(values)).any(axis=1, keepdims=True)
-    means = _ratio(np.where(finite, resampled, 0).sum(axis=0), finite.sum(axis=0).astype(np.float64))
+    means = ratio(np.where(finite, resampled, 0).sum(axis=0), finite.sum(axis=0).astype(np.float64))
     return np.where(lost, np.nan, resampled - means)
 
 
@@ -828,7 +819,7 @@ def _note_undefined(problem: _Problem, by_group: dict[str, Floats], notes: list[
                 if not (problem.true[problem.members == index] == code).any()
             ]
             notes.append(
-                f"group {group!r} has no row of class(es) {shown(absent)}: {', '.join(missing)} not defined."
+                f"group {group!r} has no row of class(es) {listed(absent)}: {', '.join(missing)} not defined."
             )
         if size < _SMALL_GROUP:
             notes.append(f"group {group!r} has {size} row(s) only: its intervals are too narrow.")

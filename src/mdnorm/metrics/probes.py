@@ -30,7 +30,9 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
-from mdnorm.metrics.columns import Categories, as_categories, as_column, shown
+from mdnorm.metrics.checks import check_integer, listed
+from mdnorm.metrics.columns import Categories, as_categories, as_column
+from mdnorm.metrics.rates import mean_of_defined, ratio
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -45,7 +47,7 @@ Integers = NDArray[np.int64]
 _STRENGTHS = np.logspace(-8, 3, 12)
 
 # A column that varies less than this share of the largest absolute value is a constant up to rounding.
-_ROUNDING = 64 * np.finfo(np.float64).eps
+_LEAST_VARIATION = 1e-12
 
 # Fewer rows say nothing about any target.
 _MIN_ROWS = 10
@@ -66,7 +68,7 @@ _MAX_WAVES = 6
 _MAX_QUANTILES = 1000
 
 # Eigenvalues below this share of the largest are rounding.
-_ROUNDING = 1e-12
+_LEAST_EIGENVALUE = 1e-12
 
 # Least share of the variance that is within classes.
 _MIN_WITHIN = 1e-6
@@ -258,8 +260,8 @@ def probe(
         R² for regression (1 − squared error / squared error of the mean of the training rows, over the rows
         of all folds: 0 for a probe that knows nothing, negative where it is worse than that). For classes the
         balanced accuracy over the rows of all folds, and the AUC, the mean over folds and over the classes
-        against the rest. Constant features, up to rounding of the largest
-        value, give chance and a p-value of 1.
+        against the rest. Constant features, up to rounding of the largest value, give chance and a p-value
+        of 1.
 
     Raises
     ------
@@ -412,16 +414,13 @@ def _check_options(
         raise ValueError(f"model must be 'linear' or 'nonlinear', got {model!r}.")
     if task not in ("auto", "classification", "regression"):
         raise ValueError(f"task must be 'auto', 'classification' or 'regression', got {task!r}.")
-    for name, value, low in (
+    for name, value, least in (
         ("num_folds", num_folds, 2),
         ("num_permutations", num_permutations, 0),
         ("num_landmarks", num_landmarks, 1),
         ("seed", seed, 0),
     ):
-        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-            raise TypeError(f"{name} must be an integer, got {value!r}.")
-        if value < low:
-            raise ValueError(f"{name} must be at least {low}, got {value}.")
+        check_integer(name, value, least)
 
 
 def _as_features(features: Tensor | ArrayLike) -> Floats:
@@ -436,13 +435,13 @@ def _as_features(features: Tensor | ArrayLike) -> Floats:
     bad = (~np.isfinite(rows).all(axis=1)).nonzero()[0].tolist()
     if bad:
         raise ValueError(
-            f"features has NaN or infinite values in row(s) {shown(bad)} ({len(bad)} of {rows.shape[0]} "
+            f"features has NaN or infinite values in row(s) {listed(bad)} ({len(bad)} of {rows.shape[0]} "
             "rows): drop these rows from every argument, or impute them."
         )
     if rows.shape[0] == 0:
         return rows
     # What is left of a column that was subtracted from itself is rounding, which a probe could read.
-    rounding = np.ptp(rows, axis=0) <= _ROUNDING * np.abs(rows).max()
+    rounding = np.ptp(rows, axis=0) <= _LEAST_VARIATION * np.abs(rows).max()
     if rounding.any():
         rows = np.where(rounding, 0.0, rows)
     # Columns are standardised anyway; a power of two first, so that no square can overflow.
@@ -470,7 +469,7 @@ def _as_numbers(column: NDArray[Any]) -> Floats:
     if column.dtype.kind not in "biuf":
         raise TypeError(
             f"target must be numeric for task='regression', got {column.dtype} values such as "
-            f"{shown(column.tolist(), 1)}: pass task='classification'."
+            f"{listed(column.tolist(), 1)}: pass task='classification'."
         )
     numbers = column.astype(np.float64)
     largest = np.abs(numbers).max()
@@ -494,7 +493,7 @@ def _check_classes(codes: Integers, classes: Categories, subjects: Integers | No
     if present.size == codes.size:
         raise _UnusableError(
             f"target has a different value in each of its {codes.size} rows, such as "
-            f"{shown([classes.names[code] for code in present], 2)}: an identifier cannot be predicted; if "
+            f"{listed([classes.names[code] for code in present], 2)}: an identifier cannot be predicted; if "
             "it is a number, pass task='regression'."
         )
     unit = "row"
@@ -505,7 +504,7 @@ def _check_classes(codes: Integers, classes: Categories, subjects: Integers | No
     single = [classes.names[code] for code in present if counts[code] < 2]
     if single:
         raise _UnusableError(
-            f"target has {len(single)} class(es) with one {unit} only: {shown(single)}. Merge them with "
+            f"target has {len(single)} class(es) with one {unit} only: {listed(single)}. Merge them with "
             "others or drop their rows; a class must be in two folds at least."
         )
     return int(counts[present].min())
@@ -624,7 +623,7 @@ def _representations(train: Floats, test: Floats, settings: _Settings) -> Iterat
     from sklearn.preprocessing import StandardScaler
 
     # Columns are at most 1 in absolute value: what varies less than this in training is a constant.
-    varying = np.ptp(train, axis=0) > _ROUNDING
+    varying = np.ptp(train, axis=0) > _LEAST_VARIATION
     if not varying.any():
         yield np.zeros((train.shape[0], 1)), np.zeros((test.shape[0], 1))
         return
@@ -751,7 +750,7 @@ class _Basis:
 
         narrow = train.shape[1] <= train.shape[0]
         eigenvalues, vectors = eigh(train.T @ train if narrow else train @ train.T)
-        kept = eigenvalues > _ROUNDING * eigenvalues[-1]
+        kept = eigenvalues > _LEAST_EIGENVALUE * eigenvalues[-1]
         eigenvalues, vectors = eigenvalues[kept], vectors[:, kept]
         if narrow:
             self.train, self.test = train @ vectors, test @ vectors
@@ -1067,28 +1066,17 @@ class _ClassScores:
             )
 
     def result(self) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float]]:
-        recall = _ratio(self.hits.sum(axis=0), self.rows.sum(axis=0))
-        accuracy = _mean(recall, axis=1)
-        fold_accuracy = _mean(_ratio(self.hits[:, 0], self.rows[:, 0]), axis=1)
+        recall = ratio(self.hits.sum(axis=0), self.rows.sum(axis=0))
+        accuracy = mean_of_defined(recall, axis=1)
+        fold_accuracy = mean_of_defined(ratio(self.hits[:, 0], self.rows[:, 0]), axis=1)
         # Scores of different folds have different offsets, so ranks are not compared across folds.
-        fold_area = _mean(_mean(np.moveaxis(self.areas, 0, 2), axis=2), axis=1)
-        fold_areas = _mean(self.areas[:, 0], axis=1)
+        fold_area = mean_of_defined(mean_of_defined(np.moveaxis(self.areas, 0, 2), axis=2), axis=1)
+        fold_areas = mean_of_defined(self.areas[:, 0], axis=1)
         return (
             {"balanced_accuracy": accuracy, "auc": np.where(np.isfinite(fold_area), fold_area, 0.5)},
             {"balanced_accuracy": fold_accuracy, "auc": fold_areas},
             {"balanced_accuracy": 1 / self.num_classes, "auc": 0.5},
         )
-
-
-def _ratio(values: Floats, totals: Floats) -> Floats:
-    ratio: Floats = np.divide(values, totals, out=np.full(values.shape, np.nan), where=totals > 0)
-    return ratio
-
-
-def _mean(values: Floats, axis: int) -> Floats:
-    """Return the mean over the values that are defined; NaN where none is."""
-    defined = np.isfinite(values)
-    return _ratio(np.where(defined, values, 0.0).sum(axis=axis), defined.sum(axis=axis).astype(np.float64))
 
 
 def _decisions(scores: Floats, coded: Floats, agreement: Floats) -> Integers:

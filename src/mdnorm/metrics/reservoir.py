@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
-from mdnorm.metrics.distance_correlation import distance_correlation_sqr
+from mdnorm.metrics.checks import listed
+from mdnorm.metrics.distance_correlation import MIN_SAMPLES, distance_correlation_sqr
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
 __all__ = [
-    "MIN_SAMPLES",
     "ColumnNames",
     "Rows",
     "TooFewSamplesError",
@@ -36,13 +36,11 @@ __all__ = [
     "check_settings",
     "column_groups",
     "dependence",
+    "sample",
     "sample_keys",
 ]
 
 ColumnNames = Sequence[str] | Mapping[str, Sequence[int]]
-
-# The bias-corrected distance correlation is not defined for fewer.
-MIN_SAMPLES = 4
 
 # The value of all columns together; no column may have this name.
 JOINT = "joint"
@@ -285,9 +283,8 @@ def _check_finite(rows: Tensor, name: str, where: str = "") -> None:
     if bool(torch.isfinite(rows).all()):
         return
     bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
-    shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
     raise ValueError(
-        f"{name} have NaN or infinite values {where}in row(s) {shown} of this batch ({len(bad)} of "
+        f"{name} have NaN or infinite values {where}in row(s) {listed(bad)} of this batch ({len(bad)} of "
         f"{rows.shape[0]}): drop these rows, or impute them."
     )
 

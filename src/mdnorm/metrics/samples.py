@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
+from mdnorm.metrics.checks import listed
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -96,13 +97,13 @@ def as_samples(*, min_samples: int, reason: str, **variables: Tensor | ArrayLike
             for i, (name, count) in enumerate(counts.items())
         ]
         raise ValueError(
-            f"{_listed(counts)} must have one row per sample each, got {_listed(named)}: pass the same "
+            f"{_joined(counts)} must have one row per sample each, got {_joined(named)}: pass the same "
             "samples in the same order."
         )
     num_samples = next(iter(counts.values()))
     if num_samples < min_samples:
         raise ValueError(
-            f"{_listed(counts)} must have at least {min_samples} rows, got {num_samples}: {reason}, pool "
+            f"{_joined(counts)} must have at least {min_samples} rows, got {num_samples}: {reason}, pool "
             "more samples."
         )
     if devices:
@@ -110,14 +111,14 @@ def as_samples(*, min_samples: int, reason: str, **variables: Tensor | ArrayLike
         target = next(rows[name].device for name in devices)
         rows = {name: values.to(target) for name, values in rows.items()}
     for name, values in rows.items():
-        _check_finite(values, name, _listed(counts))
+        _check_finite(values, name, _joined(counts))
     rescaled = [_rescaled(values) for values in rows.values()]
     return Samples(
         tuple(values for values, _ in rescaled), tuple(exponent for _, exponent in rescaled), bool(devices)
     )
 
 
-def _listed(names: Iterable[str]) -> str:
+def _joined(names: Iterable[str]) -> str:
     words = list(names)
     return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
@@ -150,10 +151,9 @@ def _check_finite(rows: Tensor, name: str, all_names: str) -> None:
     bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
     if not bad:
         return
-    shown = ", ".join(map(str, bad[:5])) + (", …" if len(bad) > 5 else "")
     raise ValueError(
-        f"{name} has NaN or infinite values in row(s) {shown} ({len(bad)} of {rows.shape[0]} rows): drop "
-        f"these rows from {all_names}, or impute them."
+        f"{name} has NaN or infinite values in row(s) {listed(bad)} ({len(bad)} of {rows.shape[0]} rows): "
+        f"drop these rows from {all_names}, or impute them."
     )
 
 
@@ -224,9 +224,8 @@ def as_codes(labels: Tensor | ArrayLike, name: str, num_samples: int) -> tuple[T
             f"ordered ({error})."
         ) from error
     if missing:
-        shown = ", ".join(map(str, missing[:5])) + (", …" if len(missing) > 5 else "")
         raise ValueError(
-            f"{name} has NaN in row(s) {shown} ({len(missing)} of {num_samples} rows): drop these rows from "
-            "all inputs."
+            f"{name} has NaN in row(s) {listed(missing)} ({len(missing)} of {num_samples} rows): drop these "
+            "rows from all inputs."
         )
     return torch.from_numpy(codes.astype(np.int64)), classes.tolist()
