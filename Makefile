@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo audit test lint types unit browser bench full variants continual settings site tables ablation format clean
+.PHONY: help demo audit test lint types unit browser bench full variants continual settings site release versions tables ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -63,6 +63,19 @@ settings: $(VENV)/.dev ## Run faces, coloured digits, video and MRI with every m
 
 site: $(VENV)/.dev ## Build the documentation: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+release: $(VENV)/.dev ## Build wheel and source distribution, and list all that tests ran with (SBOM): dist/
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/cyclonedx-py environment --of JSON -o dist/sbom.json $(VENV)
+
+# With the newest versions that PYTHON gets, not the pinned ones, in an environment of its own.
+versions: ## Test the layer with another Python: make versions PYTHON=python3.13
+	$(PYTHON) -m venv build/versions
+	build/versions/bin/python -m pip install --quiet . dcor hypothesis pytest safetensors scipy
+	build/versions/bin/python -m pytest -q tests/test_functional.py tests/test_layer.py tests/test_basis.py \
+		tests/test_context.py tests/test_old_layouts.py tests/estimators
 
 tables: $(VENV)/.dev ## Compare ways to take metadata out of tables (ten minutes)
 	$(BIN)/python benchmarks/table_comparison.py --out results/tables

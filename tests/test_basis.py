@@ -171,6 +171,13 @@ def test_errors(function, message):
         function()
 
 
+def test_a_negative_degree():
+    with pytest.raises(ValueError, match="degree must not be negative, got -1"):
+        basis.spline_knots(torch.rand(20), 4, degree=-1)
+    with pytest.raises(ValueError, match="degree must not be negative, got -1"):
+        basis.spline(torch.rand(20), [0.0, 1.0], degree=-1)
+
+
 def test_a_curve_goes_with_its_basis_and_not_with_a_line():
     """What the module is for: beside a label that follows the metadata, a line leaves the curve."""
     rng = np.random.default_rng(0)

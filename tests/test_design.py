@@ -651,6 +651,11 @@ def test_inference_needs_neither_formulaic_nor_pandas() -> None:
         ({"formula": "1"}, ValueError, "at least one metadata column"),
         ({"formula": []}, ValueError, "at least one metadata column"),
         ({"formula": [3]}, TypeError, "by name, got 3"),
+        ({"formula": None}, TypeError, "formula must be a string or a list of column names, got None"),
+        ({"formula": {"age", "site"}}, TypeError, "formula is a set, whose order.*give a list"),
+        ({"formula": {"age": 1}}, TypeError, "formula is a dict"),
+        ({"formula": "age", "labels": {"sick"}}, TypeError, "labels is a set"),
+        ({"formula": "age", "labels": 3}, TypeError, "labels must be a string or a list.*got 3"),
         ({"formula": "y ~ age"}, FormulaError, "several parts.*labels="),
         ({"formula": "age | site"}, FormulaError, "several parts"),
         ({"formula": "age +"}, FormulaError, "cannot be read"),
@@ -681,6 +686,14 @@ def test_errors_when_built(arguments: Any, error: type[Exception], message: str)
     with pytest.raises(error, match=message) as caught:
         Design(**arguments)
     assert str(caught.value).isprintable()
+
+
+def test_half_precision_columns() -> None:
+    ages = torch.tensor([30.0, 41.5, 50.0, 66.0])
+    for dtype in (torch.bfloat16, torch.float16):
+        design = Design("age").fit({"age": ages.to(dtype)})
+        expected = Design("age").fit({"age": ages}).transform({"age": ages})
+        assert torch.equal(design.transform({"age": ages.to(dtype)}).metadata, expected.metadata)
 
 
 SMALL = {"age": [30.0, 40.0, 50.0, 60.0], "site": list("abab"), "one": [1, 1, 1, 1], "none": [None] * 4}

@@ -72,6 +72,7 @@ def spline_knots(values: Tensor | ArrayLike, num_columns: int, degree: int = 3) 
     num_columns : int
         Columns that `spline` is to have, at least `degree`.
     degree : int
+        Of `spline`, at least 0.
 
     Returns
     -------
@@ -81,8 +82,9 @@ def spline_knots(values: Tensor | ArrayLike, num_columns: int, degree: int = 3) 
     Raises
     ------
     ValueError
-        Too few columns, no values, or so few different values that knots coincide.
+        A negative degree, too few columns, no values, or so few different values that knots coincide.
     """
+    _check_degree(degree)
     if num_columns < degree:
         raise ValueError(f"num_columns must be at least degree={degree}, got {num_columns}.")
     vector = _as_vector(values).double()
@@ -98,6 +100,11 @@ def spline_knots(values: Tensor | ArrayLike, num_columns: int, degree: int = 3) 
             "one-hot columns."
         )
     return knots
+
+
+def _check_degree(degree: int) -> None:
+    if degree < 0:
+        raise ValueError(f"degree must not be negative, got {degree}.")
 
 
 def spline(values: Tensor | ArrayLike, knots: Tensor | ArrayLike, degree: int = 3) -> Tensor:
@@ -120,14 +127,13 @@ def spline(values: Tensor | ArrayLike, knots: Tensor | ArrayLike, degree: int = 
     Raises
     ------
     ValueError
-        A wrong shape, NaN, or knots that do not ascend.
+        A wrong shape, NaN, a negative degree, or knots that do not ascend.
 
     References
     ----------
     de Boor, A Practical Guide to Splines (1978), chapter X.
     """
-    if degree < 0:
-        raise ValueError(f"degree must not be negative, got {degree}.")
+    _check_degree(degree)
     vector = _as_vector(values)
     inner = _as_vector(knots, "knots").double().to(vector.device)
     if inner.numel() < 2 or bool((inner.diff() <= 0).any()):

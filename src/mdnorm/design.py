@@ -18,7 +18,7 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -182,6 +182,9 @@ class Design:
         The formula cannot be read, or has something in it that is not allowed.
     ValueError
         `missing` or `unseen` is none of these, or there are no metadata columns.
+    TypeError
+        `formula` or `labels` is neither a string nor a sequence of strings. A set is none: it has no order,
+        and columns in another order at inference would be other metadata.
 
     Notes
     -----
@@ -227,8 +230,12 @@ class Design:
     ) -> None:
         _check_choice("missing", missing, ("error", "mean", "indicator"))
         _check_choice("unseen", unseen, ("error", "mean"))
-        self.formula: str | tuple[str, ...] = formula if isinstance(formula, str) else tuple(formula)
-        self.labels = (labels,) if isinstance(labels, str) else tuple(labels or ())
+        self.formula: str | tuple[str, ...] = (
+            formula if isinstance(formula, str) else _in_order("formula", formula)
+        )
+        self.labels = (
+            (labels,) if isinstance(labels, str) else _in_order("labels", () if labels is None else labels)
+        )
         self.missing = missing
         self.unseen = unseen
         self.standardize = bool(standardize)
@@ -918,6 +925,17 @@ class Design:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}.")
+
+
+def _in_order(name: str, entries: Any) -> tuple[str, ...]:
+    if isinstance(entries, (Set, Mapping)):
+        raise TypeError(
+            f"{name} is a {type(entries).__name__}, whose order is not part of its meaning, but columns need "
+            "one: give a list."
+        )
+    if not isinstance(entries, Iterable):
+        raise TypeError(f"{name} must be a string or a list of column names, got {entries!r}.")
+    return tuple(entries)
 
 
 def _column_or_factor(entry: str) -> Factor:

@@ -513,11 +513,14 @@ def _positive_definite_inverse(matrix: NDArray[Any]) -> NDArray[Any] | None:
         determinant = first * second - between * between
         if not determinant > 0:
             return None
-        return np.array(((second, -between), (-between, first)), matrix.dtype) / determinant
+        inverse: NDArray[Any] = np.array(((second, -between), (-between, first)), matrix.dtype)
+        inverse /= determinant
+        return inverse
     try:
-        return np.linalg.inv(matrix)
+        inverse = np.linalg.inv(matrix)
     except np.linalg.LinAlgError:
         return None
+    return inverse
 
 
 def column_scale(gram: Gram) -> Tensor:

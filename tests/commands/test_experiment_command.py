@@ -160,6 +160,19 @@ def test_bad_options_of_continual_end_with_2(tmp_path, arguments, message):
     assert not (tmp_path / "results.json").exists()
 
 
+@pytest.fixture
+def planned(monkeypatch):
+    """What the commands would do: they stop, with exit code 7, before anything is trained or written."""
+    calls = []
+
+    def stop(setting, runs, out, *args, **kwargs):
+        calls.append((runs, out))
+        raise typer.Exit(7)
+
+    monkeypatch.setattr(experiment, "_run_all", stop)
+    return calls
+
+
 @pytest.mark.parametrize(
     ("arguments", "cells"),
     [
@@ -169,16 +182,10 @@ def test_bad_options_of_continual_end_with_2(tmp_path, arguments, message):
         (["--methods", "all"], 48),
     ],
 )
-def test_what_continual_plans(tmp_path, monkeypatch, arguments, cells):
-    planned = []
-
-    def stop(setting, runs, *args, **kwargs):
-        planned.extend(runs)
-        raise typer.Exit(7)
-
-    monkeypatch.setattr(experiment, "_run_all", stop)
+def test_what_continual_plans(tmp_path, planned, arguments, cells):
     assert call("experiment", "continual", "--out", tmp_path, *arguments).exit_code == 7
-    assert len(planned) == cells
+    ((runs, _),) = planned
+    assert len(runs) == cells
 
 
 def test_info():
@@ -228,18 +235,17 @@ def test_module_can_be_run():
     assert mdnorm.__version__ in result.stdout
 
 
-def test_variants_have_a_folder_each(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    small = ["--methods", "none", "--batch-sizes", "20", "--seeds", "1", "--epochs", "1", "--group-size", "4"]
+def test_variants_have_a_folder_each(planned):
     for variant in ("plain", "quadratic"):
-        result = call("experiment", "synthetic", *small, "--jobs", "1", "--variant", variant)
-        assert result.exit_code == 0, result.output
-    folders = sorted(path.name for path in (tmp_path / "results").iterdir())
-    assert folders == ["synthetic", "synthetic-quadratic"]
+        assert call("experiment", "synthetic", "--variant", variant).exit_code == 7
+    assert [out.as_posix() for _, out in planned] == ["results/synthetic", "results/synthetic-quadratic"]
+    assert [{run.variant for run in runs} for runs, _ in planned] == [{"plain"}, {"quadratic"}]
+    assert planned[1][0][0].features_file.startswith("results/synthetic-quadratic/features/")
 
 
-def test_what_cannot_be_trained_is_said(tmp_path):
-    small = ["--batch-sizes", "1,8", "--seeds", "1", "--epochs", "1", "--group-size", "4", "--jobs", "1"]
-    result = call("experiment", "synthetic", "--methods", "batchnorm", *small, "--out", tmp_path)
-    assert result.exit_code == 0, result.output
+def test_what_cannot_be_trained_is_said(tmp_path, planned):
+    arguments = ["--methods", "batchnorm", "--batch-sizes", "1,8", "--out", tmp_path]
+    result = call("experiment", "synthetic", *arguments)
     assert "left out: BatchNorm cannot train with batch size 1." in " ".join(result.stderr.split())
+    ((runs, _),) = planned
+    assert {run.batch_size for run in runs} == {8}

@@ -11,6 +11,7 @@ from decimal import Decimal
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -200,7 +201,9 @@ def _is_single(cell: Any) -> bool:
 
 def _of_values(name: str, values: Any) -> Column:
     if isinstance(values, Tensor):
-        values = values.detach().cpu().numpy()
+        values = values.detach().cpu()
+        # numpy has no bfloat16.
+        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
     if hasattr(values, "__array__") and not isinstance(values, np.ndarray):  # a Series of any library
         with requires("design"):
             import narwhals.stable.v1 as nw

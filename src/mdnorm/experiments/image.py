@@ -161,7 +161,7 @@ SETTING = Setting(
     quick_methods=("none", "mdn-last-running"),
     limit=faces.LIMIT,
     examples=_face_examples,
-    brnet_strength=1.0,
+    brnet_strength=0.1,
     load=load_faces,
 )
 

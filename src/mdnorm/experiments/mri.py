@@ -164,12 +164,12 @@ SETTING = Setting(
     slots=("norm1", "norm2", "norm3"),
     base_norm="none",
     batch_size=50,
-    epochs=15,
+    epochs=10,
     learning_rate=1e-3,
-    brnet_strength=1.0,
-    # At 1e-3 the first steps of networks with a norm leave no hidden unit alive.
-    norm_learning_rates={"batch": 3e-4, "group": 3e-4},
-    size=600,
+    # Without it the first steps may leave no hidden unit alive.
+    warmup_epochs=2,
+    brnet_strength=0.1,
+    size=1200,
     quick_size=600,
     quick_epochs=15,
     quick_methods=("none", "mdn-last-running"),

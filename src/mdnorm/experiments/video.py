@@ -174,6 +174,6 @@ SETTING = Setting(
     quick_methods=("groupnorm", "mdn-last-running"),
     limit=1 - LABEL_NOISE,
     examples=_examples,
-    brnet_strength=1.0,
+    brnet_strength=0.3,
     load=load_videos,
 )

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
+from mdnorm.arrays import as_real_array
 from mdnorm.functional import Gram, coefficient_operator
 
 __all__ = ["Moments"]
@@ -303,9 +304,7 @@ def _as_table(values: ArrayLike, name: str) -> NDArray[Any]:
     table = np.asarray(values)
     if table.ndim != 2:
         raise ValueError(f"{name} must have shape (num_rows, num_columns), got {table.shape}.")
-    if table.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be real and numeric, got an array of dtype {table.dtype}.")
-    return table
+    return as_real_array(values, name) if table.dtype.kind not in "biuf" else table
 
 
 def _as_weights(values: ArrayLike, rows: int) -> FloatArray:

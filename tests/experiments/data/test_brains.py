@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from mdnorm.experiments.data import brains
 from mdnorm.experiments.data.bids import load_bids, standardize
 from mdnorm.experiments.data.brains import LIMIT, SEPARATION, SHAPE, SITES, make_brains, write_bids
 
@@ -46,13 +47,25 @@ def test_hippocampus_is_darker_in_atrophy(drawn):
     assert correlation > 0.3
 
 
+@pytest.fixture
+def without_volumes(monkeypatch):
+    """Labels, metadata and hippocampus only: they are drawn before the volumes, which take all the time."""
+    monkeypatch.setattr(brains, "_draw", lambda age, *_: torch.zeros(len(age), 1, *SHAPE))
+
+
+def test_what_is_drawn_without_volumes_is_the_same(drawn, without_volumes):
+    again = make_brains(120, seed=0)
+    for name in ("labels", "age", "sex", "site", "hippocampus"):
+        assert torch.equal(getattr(drawn, name), getattr(again, name))
+
+
+@pytest.mark.usefixtures("without_volumes")
 def test_correlation_and_independence():
-    # Labels and metadata do not depend on how many volumes are looked at, so few voxels do.
     with_label = make_brains(400, seed=3, correlation=0.8)
     without = make_brains(400, seed=3, correlation=0.0)
 
-    def difference(brains):
-        return float(brains.age[brains.labels == 1].mean() - brains.age[brains.labels == 0].mean())
+    def difference(found):
+        return float(found.age[found.labels == 1].mean() - found.age[found.labels == 0].mean())
 
     # 0.8 × 12 years; the standard error is below 0.9 years.
     assert abs(difference(with_label) - 9.6) < 3
@@ -61,10 +74,11 @@ def test_correlation_and_independence():
     assert shares[1] - shares[0] > 0.25
 
 
+@pytest.mark.usefixtures("without_volumes")
 def test_limit_is_reached_by_the_hippocampus():
     assert math.isclose(LIMIT, 0.9, abs_tol=1e-3)
-    brains = make_brains(400, seed=5, correlation=0.0)
-    right = ((brains.hippocampus < 0).long() == brains.labels).double().mean()
+    found = make_brains(400, seed=5, correlation=0.0)
+    right = ((found.hippocampus < 0).long() == found.labels).double().mean()
     assert abs(float(right) - LIMIT) < 4 * math.sqrt(LIMIT * (1 - LIMIT) / 400)
     assert SEPARATION > 0
 
@@ -83,14 +97,14 @@ def test_bad_arguments(arguments, message):
 
 
 def test_bids_reads_back_equal(tmp_path):
-    brains = make_brains(20, seed=2, correlation=0.5)
-    write_bids(tmp_path / "data", brains)
+    written = make_brains(20, seed=2, correlation=0.5)
+    write_bids(tmp_path / "data", written)
     found = load_bids(tmp_path / "data")
     assert not found.problems
-    assert torch.equal(found.volumes, standardize(brains.volumes))
+    assert torch.equal(found.volumes, standardize(written.volumes))
     for name in ("labels", "age", "sex"):
-        assert torch.equal(getattr(found, name), getattr(brains, name))
-    assert [found.sites[k] for k in found.site] == [SITES[k] for k in brains.site]
+        assert torch.equal(getattr(found, name), getattr(written, name))
+    assert [found.sites[k] for k in found.site] == [SITES[k] for k in written.site]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data"]
     with pytest.raises(FileExistsError, match="name a folder that does not"):
-        write_bids(tmp_path / "data", brains)
+        write_bids(tmp_path / "data", written)
