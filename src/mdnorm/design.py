@@ -233,9 +233,8 @@ class Design:
         self.formula: str | tuple[str, ...] = (
             formula if isinstance(formula, str) else _in_order("formula", formula)
         )
-        self.labels = (
-            (labels,) if isinstance(labels, str) else _in_order("labels", () if labels is None else labels)
-        )
+        labels = () if labels is None else labels
+        self.labels = (labels,) if isinstance(labels, str) else _in_order("labels", labels)
         self.missing = missing
         self.unseen = unseen
         self.standardize = bool(standardize)
