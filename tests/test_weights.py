@@ -1,14 +1,27 @@
-"""Weights give the same numbers as Python floats and as tensors."""
+"""Weights give the same numbers as Python floats and as tensors, small values as arrays and as tensors."""
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mdnorm.weights import all_finite, at_least, can_read, is_transforming, positive, ratio, read, write_
+from mdnorm import weights
+from mdnorm.weights import (
+    all_finite,
+    at_least,
+    can_read,
+    is_small,
+    is_transforming,
+    positive,
+    product,
+    ratio,
+    read,
+    write_,
+)
 
 NUMBERS = st.floats(0, 1e6)
 
@@ -84,3 +97,28 @@ class TestAllFinite:
 
     def test_empty(self):
         assert all_finite(torch.ones(0, 3)) is True
+
+    @pytest.mark.parametrize("shape", [(4, 3), (4000, 3)])
+    def test_squares_may_overflow(self, shape):
+        values = torch.full(shape, 1e30)
+        assert all_finite(values) is True
+        assert all_finite(values.T) is True
+        values[-1, -1] = math.nan
+        assert all_finite(values) is False
+        assert all_finite(values.T) is False
+
+
+class TestSmall:
+    def test_by_number_dtype_and_device(self):
+        assert is_small(torch.ones(weights._SMALL))
+        assert not is_small(torch.ones(weights._SMALL + 1))
+        assert not is_small(torch.ones(2, dtype=torch.float16))
+        assert not is_small(torch.ones(2, device="meta"))
+
+    @pytest.mark.parametrize("n", [3, 200, 5000])
+    def test_product_by_either(self, n):
+        generator = np.random.default_rng(0)
+        left, right = generator.normal(size=(8, n)), generator.normal(size=(n, 8))
+        assert (left.size * 8 > weights._FEW_MULTIPLICATIONS) == (n == 5000)
+        np.testing.assert_allclose(product(left, right), np.einsum("ij,jk->ik", left, right), atol=1e-10)
+        np.testing.assert_allclose(product(right.T, left.T), right.T @ left.T, atol=1e-10)

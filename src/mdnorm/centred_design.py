@@ -17,14 +17,14 @@ from torch import Tensor
 
 from mdnorm import functional
 from mdnorm.functional import Gram
-from mdnorm.weights import can_read, read
+from mdnorm.weights import can_read, product, read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 __all__ = ["CentredDesign", "centred_design", "silent_as_torch"]
 
-# With more numbers the arithmetic takes the time, which torch spreads over its threads.
+# With more numbers the arithmetic takes the time, and torch spreads it over its threads.
 _MOST_IN_NUMPY = 2**16
 
 _NUMPY_DTYPES: dict[torch.dtype, Any] = {torch.float32: np.float32, torch.float64: np.float64}
@@ -108,7 +108,7 @@ class _ArrayDesign(CentredDesign):
         own = np.add.reduce(columns, 1)
         own /= self._divisor
         self._centred = centred = columns - own[:, None]
-        covariance = centred @ centred.T
+        covariance = product(centred, centred.T)
         covariance /= self._divisor
         count = np.array([columns.shape[1]], columns.dtype)
         self.gram = Gram(
@@ -136,7 +136,7 @@ class _ArrayDesign(CentredDesign):
     def projected_rows(self, operator: Tensor, dtype: torch.dtype, count: Tensor | None = None) -> Tensor:
         divisor = self._divisor if count is None else max(float(read(count)), 1.0)
         scaled = operator.numpy(force=True) / divisor
-        rows = scaled[:, :-1] @ self._centred
+        rows = product(scaled[:, :-1], self._centred)
         if operator.shape[0] > self._num_metadata:
             rows += scaled[:, -1:]
         return torch.from_numpy(rows.astype(_NUMPY_DTYPES[dtype], copy=False))

@@ -28,7 +28,6 @@ gradient needs no activation: only `B` and `P` (N numbers a column) are saved.
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -40,7 +39,17 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.distributed import all_reduce_sum, eager, world_size
-from mdnorm.weights import all_finite, at_least, can_read, is_small, is_transforming, ratio, read, write_
+from mdnorm.weights import (
+    all_finite,
+    at_least,
+    can_read,
+    is_small,
+    is_transforming,
+    product,
+    ratio,
+    read,
+    write_,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -122,8 +131,8 @@ def _as_columns(values: Tensor | ArrayLike, name: str, device: torch.device | No
     return tensor
 
 
-def _side_by_side(blocks: list[Tensor], check_finite: bool) -> tuple[Tensor, bool]:
-    """Return all blocks in one constant tensor (N, K), and False where a value may be NaN or infinite."""
+def _side_by_side(blocks: list[Tensor]) -> Tensor:
+    """Return all blocks in one constant tensor (N, K)."""
     arrays = []
     for block in blocks:
         # NumPy knows no bfloat16.
@@ -134,10 +143,9 @@ def _side_by_side(blocks: list[Tensor], check_finite: bool) -> tuple[Tensor, boo
         # In NumPy, since the calls take the time; each column in one piece, as its sums want it.
         joined = np.empty((sum(map(len, arrays)), blocks[0].shape[0]))
         np.concatenate(arrays, out=joined)
-        return torch.from_numpy(joined.T), not check_finite or math.isfinite(np.vdot(joined, joined))
+        return torch.from_numpy(joined.T)
     dtype = statistics_dtype(blocks[0].device)
-    columns = torch.cat([block.detach().to(dtype) for block in blocks], dim=1)
-    return columns, not check_finite or bool(all_finite(columns))
+    return torch.cat([block.detach().to(dtype) for block in blocks], dim=1)
 
 
 def _check_finite(block: Tensor, name: str) -> None:
@@ -246,10 +254,9 @@ def design_columns(
             )
     if metadata_block.shape[1] == 0:
         raise ValueError("metadata has no columns: there is nothing to remove.")
+    columns = _side_by_side([block for _, block, _ in blocks])
     # While a graph is traced nothing can be looked at; eager calls check every batch.
-    check_finite = check_finite and not torch.compiler.is_compiling()
-    columns, finite = _side_by_side([block for _, block, _ in blocks], check_finite)
-    if not finite:
+    if check_finite and not torch.compiler.is_compiling() and not bool(all_finite(columns)):
         # Or finite values overflowed in the sum.
         for name, block, _ in blocks:
             _check_finite(block, name)
@@ -1245,8 +1252,8 @@ def apply_operator(operator: Tensor, cross: Tensor) -> Tensor:
     """
     if is_small(cross):
         values = cross.numpy(force=True)
-        product = operator.numpy(force=True)[:, :-1].astype(values.dtype, copy=False) @ values
-        return torch.from_numpy(product)
+        coefficients = product(operator.numpy(force=True)[:, :-1].astype(values.dtype, copy=False), values)
+        return torch.from_numpy(coefficients)
     return operator[:, :-1].to(cross.dtype) @ cross
 
 

@@ -3,12 +3,14 @@
 A running average needs a handful of operations on single numbers. As tensors they cost as much as the whole
 of a small layer; on a GPU, or while a graph is traced, reading them would wait for the device or break the
 graph. So the same formula works on a `Weight`, which is whichever of the two costs nothing.
+
+`can_read` and `is_small` say where small matrices, too, are better computed beside torch, in NumPy.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +18,8 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from typing import TypeAlias
+
+    from numpy.typing import NDArray
 
     Weight: TypeAlias = float | Tensor
 
@@ -26,6 +30,7 @@ __all__ = [
     "is_small",
     "is_transforming",
     "positive",
+    "product",
     "ratio",
     "read",
     "write_",
@@ -34,8 +39,11 @@ __all__ = [
 
 _PLAIN = (Tensor, nn.Parameter)
 _BLAS_DTYPES = (torch.float32, torch.float64)
-# Up to as many values the call takes the time and not the arithmetic.
-_SMALL = 2**14
+# Up to as many values, and as many multiplications, the call takes the time and not the arithmetic; and
+# NumPy's BLAS starts no threads, which would fight with those of torch for the cores: it made steps take ten
+# times as long. (OpenBLAS does from 10 000 values of an inner product on.)
+_SMALL = 2**13
+_FEW_MULTIPLICATIONS = 2**17
 # No public names say whether a transform of torch.func is at work (torch.autograd.Function itself asks in
 # this way), or torch.jit.trace, or a dispatch mode (make_fx, FakeTensorMode). To all of them, what is read
 # and computed beside torch would be a constant.
@@ -61,6 +69,14 @@ def can_read(tensor: Tensor) -> bool:
 def is_small(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read and are so few that NumPy, whose calls cost less, is quicker."""
     return tensor.numel() <= _SMALL and tensor.dtype in _BLAS_DTYPES and can_read(tensor)
+
+
+def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
+    """Return ``left @ right`` of two matrices, by torch and its threads where it is no small product."""
+    if left.size * right.shape[1] <= _FEW_MULTIPLICATIONS:
+        result: NDArray[Any] = left @ right
+        return result
+    return (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
 
 
 def is_transforming() -> bool:
@@ -100,7 +116,7 @@ def all_finite(tensor: Tensor) -> bool | Tensor:
     """Whether no value is NaN or infinite, nor their sum: as a 0-dimensional tensor where that waits."""
     if is_small(tensor):
         # The quickest call that sees all values. Where squares overflow, the sum decides.
-        values = tensor.numpy(force=True)
+        values = tensor.numpy(force=True).ravel("K")
         if math.isfinite(np.vdot(values, values)):
             return True
     total = tensor.sum()
