@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import re
 import sys
 from pathlib import Path
@@ -51,7 +50,6 @@ def test_runs_from_top_to_bottom(path, monkeypatch, tmp_path):
         pytest.skip(f"not installed: {', '.join(missing)}")
     import nbformat
     from nbclient import NotebookClient
-    from traitlets.config import Config
 
     settings, folder = tmp_path / "settings", tmp_path / "work"
     folder.mkdir()
@@ -80,8 +78,6 @@ def test_runs_from_top_to_bottom(path, monkeypatch, tmp_path):
         kernel_name="this-interpreter",
         timeout=SLOWEST,
         resources={"metadata": {"path": str(folder)}},
-        # Sockets that only this user can open, where there are such, not ports.
-        config=Config({"KernelManager": {"transport": "ipc" if os.name == "posix" else "tcp"}}),
     ).execute()
 
     errors = [
