@@ -1,10 +1,11 @@
-"""Files that are complete or absent, never half written; and how a text table is separated."""
+"""Files that are complete or absent, never half written; and how a text table is written."""
 
 from __future__ import annotations
 
 import os
+import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -49,3 +50,34 @@ def csv_delimiter(path: Path) -> str:
     # A comma in the header may also be part of a quoted name, but then no other separator is there.
     counts = {delimiter: header.count(delimiter) for delimiter in ",;\t"}
     return "," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter])
+
+
+# Rows of usual tables are much shorter; reading is fastest with blocks of some megabytes.
+_CSV_BLOCK_BYTES = 2**22
+
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
+
+
+def csv_block_bytes(path: Path) -> int:
+    """Return how many bytes to read at once of a text table: no row, nor the header, may be longer.
+
+    Raises
+    ------
+    UnicodeDecodeError
+        The header is not UTF-8.
+    """
+    with path.open("rb") as file:
+        header, row = file.readline(), file.readline()
+    header.decode("utf-8")
+    # Other rows may be longer than the first one. Arrow takes no more than 2³¹ bytes.
+    return min(max(_CSV_BLOCK_BYTES, 4 * len(header), 4 * len(row)), 2**31 - 1)
+
+
+def decimal_comma_example(values: Iterable[str | None]) -> str | None:
+    """Return a value of a column of text if most are numbers with a decimal comma (26,4), otherwise None.
+
+    Such numbers would be taken for categories.
+    """
+    present = [value for value in values if value]
+    found = [value for value in present if _DECIMAL_COMMA.fullmatch(value)]
+    return found[0].strip() if 2 * len(found) > len(present) else None

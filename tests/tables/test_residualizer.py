@@ -269,6 +269,13 @@ def test_metadata_as_columns_of_the_table(keep_metadata: bool) -> None:
     assert list(residualizer.feature_names_in_) == list(whole.columns)
 
 
+@pytest.mark.parametrize("column", ["age", 0])
+def test_a_single_column_without_brackets(column: Any) -> None:
+    table = pd.DataFrame({"age": [1.0, 2, 3, 4], "a": [1.0, 3, 2, 4], "g": 0.0, "e": 1.0})
+    with pytest.raises(TypeError, match=rf"metadata_columns must be a sequence.*\[{column!r}\]"):
+        MetadataResidualizer(metadata_columns=column).fit(table)
+
+
 def test_metadata_columns_by_position_and_numeric_keeping() -> None:
     features, frame, label = _table()
     table = np.column_stack([features, frame["age"], np.arange(90) % 2]).astype(np.float32)

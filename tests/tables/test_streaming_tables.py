@@ -1,3 +1,5 @@
+import datetime
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -70,11 +72,15 @@ def folder(tmp_path):
     return tmp_path
 
 
-def as_matrix(path) -> np.ndarray:
+def as_matrix(path, names=NAMES) -> np.ndarray:
     if path.suffix == ".npy":
         return np.load(path)
-    table = pq.read_table(path) if path.suffix == ".parquet" else pa.csv.read_csv(path)
-    return np.column_stack([table.column(name).to_numpy() for name in NAMES])
+    table = (
+        pq.read_table(path)
+        if path.suffix == ".parquet"
+        else pa.csv.read_csv(path, pa.csv.ReadOptions(block_size=2**24))
+    )
+    return np.column_stack([table.column(name).to_numpy() for name in names])
 
 
 SOURCES = ["table.parquet", "table.csv", "features.npy", "fortran.npy"]
@@ -778,6 +784,153 @@ def test_confounded_designs_are_reported(tmp_path) -> None:
         tmp_path / "t.csv", tmp_path / "o.csv", formula="scanner", labels=["sick"], features=["f"]
     )
     assert "confounded" in summary.warnings[0]
+
+
+# --------------------------------------------------------------------------------------------------------
+# Text tables as they come
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["age,f\n", "age,f", "age;f\r\n"])
+def test_a_header_without_rows(text: str, tmp_path) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(TableFileError, match=r"t\.csv has a header but no rows"):
+        residualize_file(tmp_path / "t.csv", tmp_path / "o.csv", formula="age")
+
+
+def test_a_header_longer_than_a_block(tmp_path) -> None:
+    table = values(people(6), 2)
+    names = [f"{index:0400000}" for index in (1, 2)]
+    lines = [",".join(["age", *names, "x" * 400_000])]
+    lines += [f"{20 + row},{first!r},{second!r},x" for row, (first, second) in enumerate(table.tolist())]
+    (tmp_path / "t.csv").write_text("\n".join(lines) + "\n")
+    summary = residualize_file(tmp_path / "t.csv", tmp_path / "o.csv", formula="age")
+    assert summary.feature_names == tuple(names)
+    wanted = table - np.outer(np.arange(6) - 2.5, np.polyfit(np.arange(6), table, 1)[0])
+    np.testing.assert_allclose(as_matrix(tmp_path / "o.csv", names), wanted, rtol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "age,place,f\n1,Zürich,2\n2,Köln,3\n3,Ulm,5\n4,Ulm,5\n".encode("latin-1"),
+        "age,größe,f\n1,1,2\n2,2,3\n3,2,5\n4,2,5\n".encode("latin-1"),
+        "age,size,f\n1,1,2\n2,2,3\n3,2,5\n4,2,5\n".encode("utf-16"),
+        ("age,place,f\n" + "1,Ulm,2\n2,Ulm,3\n" * 400_000 + "3,Köln,5\n").encode("latin-1"),
+    ],
+    ids=["cells", "header", "utf-16", "later"],
+)
+def test_text_that_is_not_utf_8(content: bytes, tmp_path) -> None:
+    (tmp_path / "t.csv").write_bytes(content)
+    with pytest.raises(TableFileError, match=r"t\.csv is not UTF-8.*save it as UTF-8"):
+        residualize_file(tmp_path / "t.csv", tmp_path / "o.csv", formula="age + place")
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+def test_decimal_commas_are_no_categories(suffix: str, tmp_path) -> None:
+    """They would be read as levels of a category, or a feature be left out, without a word."""
+    delimiter = ";" if suffix == ".csv" else "\t"
+    rows = [("age", "iq", "f"), *((f"{20 + i}", f"{90 + i}", f"{i}.5") for i in range(12))]
+    table, out = tmp_path / f"t{suffix}", tmp_path / f"o{suffix}"
+    table.write_text("\n".join(delimiter.join(row) for row in rows))
+    residualize_file(table, out, formula="age")
+    for column, name in enumerate(rows[0]):
+        wrong = [list(row) for row in rows]
+        for row in wrong[1:11]:
+            row[column] = f"-{row[column].split('.')[0]},4"
+        wrong[11][column] = "NA"
+        table.write_text("\n".join(delimiter.join(row) for row in wrong))
+        with pytest.raises(
+            TableFileError, match=rf"column '{name}' has numbers with a comma, such as -\d+,4"
+        ):
+            residualize_file(table, out, formula="age")
+
+
+def test_quoted_decimal_commas_between_commas(tmp_path) -> None:
+    rows = [f'"{20 + i},5","{i},1",{i}.5' for i in range(12)]
+    (tmp_path / "t.csv").write_text("\n".join(["age,electrodes,f", *rows]))
+    with pytest.raises(TableFileError, match="column 'age' has numbers with a comma, such as 20,5"):
+        residualize_file(tmp_path / "t.csv", tmp_path / "o.csv", formula="age")
+    # Of a column that is only passed on, nothing is known.
+    (tmp_path / "t.csv").write_text(
+        "\n".join(["age,electrodes,f", *(row.replace(',5"', '"') for row in rows)])
+    )
+    residualize_file(tmp_path / "t.csv", tmp_path / "o.csv", formula="age")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Types of columns
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "column",
+    [
+        pa.array([[1.0], [2.0], [3.0], [5.0], [6.0], [7.0]]),
+        pa.array([{"a": 1}] * 6),
+        pa.array([b"a"] * 6),
+        pa.array([1, 2, 3, 4, 5, 6], pa.duration("s")),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    "how", [{"formula": "m"}, {"site": "m"}, {"formula": "age", "labels": ["m"]}], ids=str
+)
+def test_columns_that_are_no_metadata(column: pa.Array, how: dict[str, Any], tmp_path) -> None:
+    table = pa.table({"m": column, "age": [1.0, 2, 3, 4, 5, 7], "f": [1.0, 2, 1, 2, 1, 4]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(
+        TableFileError, match=r"t\.parquet: column 'm' has the type (list|struct|binary|dura)"
+    ):
+        residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", **how)
+    pq.write_table(table.drop_columns("m"), tmp_path / "t.parquet")
+    model = tmp_path / "c.safetensors"
+    residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", coefficients=model)
+    with pytest.raises(TypeError, match=r"column 'age' has the type (list|struct|binary|dura)"):
+        MetadataModel.load(model).remove(np.ones((6, 1)), pa.table({"age": column}))
+
+
+@pytest.mark.parametrize("kind", ["date", "timestamp", "csv"])
+def test_sites_that_are_dates_are_saved(kind: str, tmp_path) -> None:
+    days = [datetime.date(2024, 5, 1 + i % 2) for i in range(12)]
+    features = np.random.default_rng(0).standard_normal(12) + np.arange(12) % 2
+    table = pa.table({"day": days, "f": features})
+    if kind == "timestamp":
+        table = table.set_column(0, "day", table.column("day").cast(pa.timestamp("us")))
+    source, out = (tmp_path / f"{name}.{'csv' if kind == 'csv' else 'parquet'}" for name in "to")
+    pa.csv.write_csv(table, source) if kind == "csv" else pq.write_table(table, source)
+    saved = str(tmp_path / "c.safetensors")
+    summary = residualize_file(source, out, site="day", coefficients=saved)
+    assert summary.sites == tuple(f"2024-05-0{d}" + "T00:00:00" * (kind == "timestamp") for d in (1, 2))
+    wanted = as_matrix(out, ["f"])
+    np.testing.assert_allclose(wanted[::2].mean(), wanted[1::2].mean(), rtol=1e-12)
+    residualize_file(source, out, model=MetadataModel.load(saved))
+    np.testing.assert_allclose(as_matrix(out, ["f"]), wanted, rtol=1e-12)
+
+
+def test_sites_that_cannot_be_saved_are_named_before_anything_is_fitted(tmp_path) -> None:
+    dose = pa.array([Decimal("0.5"), Decimal("1.5")] * 6)
+    pq.write_table(pa.table({"dose": dose, "f": np.arange(12.0)}), tmp_path / "t.parquet")
+    stages: list[str] = []
+    with pytest.raises(ValueError, match=r"column 'dose', the site, has values of type Decimal \(0.5\)"):
+        residualize_file(
+            tmp_path / "t.parquet",
+            tmp_path / "o.parquet",
+            site="dose",
+            coefficients=tmp_path / "c.safetensors",
+            progress=lambda stage, done, total: stages.append(stage),
+        )
+    assert not stages
+
+
+def test_paths_of_models_may_be_text(tmp_path) -> None:
+    table = people(20)
+    table.assign(f=np.arange(20.0)).to_parquet(tmp_path / "t.parquet")
+    saved = str(tmp_path / "a.safetensors")
+    residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", coefficients=saved)
+    again = str(tmp_path / "b.safetensors")
+    MetadataModel.load(saved).save(again)
+    assert MetadataModel.load(again).feature_names == MetadataModel.load(saved).feature_names
 
 
 def test_after_an_error_while_writing_nothing_is_left(folder, monkeypatch) -> None:

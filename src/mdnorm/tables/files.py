@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-from mdnorm.files import csv_delimiter
+from mdnorm.files import csv_block_bytes, csv_delimiter, decimal_comma_example
 
 if TYPE_CHECKING:
     import pyarrow
@@ -45,7 +45,11 @@ T = TypeVar("T")
 _MAX_ROW_GROUP_BYTES = 2**26
 
 _READ_BUFFER_BYTES = 2**18
-_CSV_BLOCK_BYTES = 2**22
+# Rows of a text table by which a column is told to have decimal commas.
+_COMMA_ROWS = 1000
+
+
+_NO_METADATA = "but metadata are numbers, strings, booleans, categories or dates: convert or leave it out."
 
 
 class TableFileError(ValueError):
@@ -160,7 +164,8 @@ def open_table(path: Path) -> TableFile:
     Raises
     ------
     TableFileError
-        The file is missing, empty, truncated or of another format, or two columns have the same name.
+        The file is missing, empty, truncated, not UTF-8 or of another format, two columns have the same name,
+        or a text table has numbers with decimal commas.
     """
     formats: dict[str, Callable[[Path], TableFile]] = {
         ".parquet": ParquetFile,
@@ -263,6 +268,27 @@ def _check_names(path: Path, names: Sequence[str]) -> None:
         raise TableFileError(f"{path} has more than one column of the name(s) {_shown(repeated)}.")
 
 
+def check_metadata(table: TableFile, columns: Sequence[str]) -> None:
+    """Raise where a table lacks columns, or they are of a type that no metadata have."""
+    check_columns(table, columns)
+    if isinstance(table, ParquetFile):
+        for name in columns:
+            kind = table.schema.field(name).type
+            if not is_metadata_type(kind):
+                raise TableFileError(f"{table.path}: column {name!r} has the type {kind}, {_NO_METADATA}")
+
+
+def is_metadata_type(kind: pyarrow.DataType) -> bool:
+    """Whether values of a type are numbers, strings, booleans, dates, or categories of these."""
+    import pyarrow.types as kinds
+
+    if kinds.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = kinds.is_string(kind) or kinds.is_large_string(kind) or kind == "string_view"
+    is_number = _is_number(kind) or kinds.is_decimal(kind) or kinds.is_boolean(kind) or kinds.is_null(kind)
+    return bool(is_text or is_number or kinds.is_date(kind) or kinds.is_timestamp(kind))
+
+
 def check_columns(table: TableFile, columns: Sequence[str]) -> None:
     """Raise where a table lacks columns."""
     for name in columns:
@@ -279,6 +305,8 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
     except TableFileError:
         raise
     except (pyarrow.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in str(error):
+            raise TableFileError(f"{path} is not UTF-8: save it as UTF-8.") from error
         raise TableFileError(f"{path} cannot be read as {kind}: {error}") from error
 
 
@@ -443,18 +471,46 @@ class CsvFile:
 
     def __init__(self, path: Path) -> None:
         with requires("tables"):
+            import pyarrow.types
             from pyarrow import csv
         self.path = path
         self.num_rows: int | None = None
         self._delimiter = csv_delimiter(path)
-        with _reading(path, "CSV"), csv.open_csv(path, parse_options=self._parsing()) as reader:
-            # Of the first block only; a later value that is no number is an error that names it.
-            self._first = reader.schema
-            if reader.read_next_batch().num_rows == 0:
+        with _reading(path, "CSV"):
+            self._reading = csv.ReadOptions(block_size=csv_block_bytes(path))
+            self._check_rows()
+            with csv.open_csv(path, self._reading, self._parsing()) as reader:
+                # Of the first block only; a later value that is no number is an error that names it.
+                self._first = reader.schema
+                first = next(iter(reader), None)
+            if first is None or first.num_rows == 0:
                 raise TableFileError(f"{path} has a header but no rows.")
-        self.names = tuple(self._first.names)
+            self.names = tuple(self._first.names)
         _check_names(path, self.names)
+        for field in self._first:
+            if pyarrow.types.is_binary(field.type):
+                raise TableFileError(f"{path} is not UTF-8 (column {field.name!r}): save it as UTF-8.")
+        if self._delimiter != ",":
+            # Also columns that are not asked for: features are by default all those of numbers.
+            for name, kind in zip(self.names, self._first.types, strict=True):
+                if pyarrow.types.is_string(kind):
+                    self._check_decimal_commas(name, first.column(name))
         self._types: dict[str, pyarrow.DataType] = {}
+
+    def _check_rows(self) -> None:
+        # Arrow calls a header without a line behind it an empty file.
+        with self.path.open("rb") as file:
+            file.readline()
+            if not file.readline():
+                raise TableFileError(f"{self.path} has a header but no rows.")
+
+    def _check_decimal_commas(self, name: str, values: pyarrow.Array) -> None:
+        example = decimal_comma_example(_without_missing(values.slice(0, _COMMA_ROWS)).to_pylist())
+        if example is not None:
+            raise TableFileError(
+                f"{self.path}: column {name!r} has numbers with a comma, such as {example}, which would be "
+                "taken for categories: save the table with decimal points."
+            )
 
     def _parsing(self) -> Any:
         from pyarrow import csv
@@ -478,7 +534,7 @@ class CsvFile:
             _reading(self.path, "CSV"),
             csv.open_csv(
                 self.path,
-                read_options=csv.ReadOptions(block_size=_CSV_BLOCK_BYTES),
+                read_options=self._reading,
                 parse_options=self._parsing(),
                 convert_options=csv.ConvertOptions(column_types=types, include_columns=list(columns)),
             ) as reader,
@@ -515,8 +571,10 @@ class CsvFile:
             ]
             for name in columns
         }
-        for batch in self.batches(columns, batch_rows):
+        for index, batch in enumerate(self.batches(columns, batch_rows)):
             for name, kinds in possible.items():
+                if not index:
+                    self._check_decimal_commas(name, batch.column(name))
                 if kinds:
                     values = _without_missing(batch.column(name))
                     possible[name] = [kind for kind in kinds if _casts(values, kind)]

@@ -5,6 +5,7 @@ All parts of it work on blocks of rows, so that files and clusters use the same 
 
 from __future__ import annotations
 
+import datetime
 import json
 import math
 from collections.abc import Hashable, Mapping, Sequence
@@ -22,9 +23,7 @@ from mdnorm.designs.tables import Column, read_columns
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.tables.combat import LocationScale, fit_location_scale
-from mdnorm.tables.files import (
-    TableFileError,
-)
+from mdnorm.tables.files import TableFileError, is_metadata_type
 from mdnorm.tables.moments import Moments
 
 if TYPE_CHECKING:
@@ -54,7 +53,7 @@ class Specification:
     labels : tuple of str
         Columns or factors that are protected.
     site : str or None
-        Column that names the site of a row.
+        Column that names the site of a row: strings, numbers, or dates, which are named by their ISO text.
     scale, empirical_bayes, ridge
         As for `mdnorm.tables.fit_location_scale`.
     missing, unseen : str
@@ -227,14 +226,20 @@ class MetadataModel:
     # Saving
     # ----------------------------------------------------------------------------------------------------
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write the model as a safetensors file, complete or not at all.
 
         Parameters
         ----------
-        path : Path
+        path : str or Path
             With the suffix ``.safetensors``; its folder must exist.
+
+        Raises
+        ------
+        TableFileError
+            Another suffix.
         """
+        path = Path(path)
         with requires("tables"):
             from safetensors.numpy import save_file
         check_model_path(path)
@@ -258,16 +263,22 @@ class MetadataModel:
             save_file(tensors, temporary, metadata={"mdnorm": json.dumps(state)})
 
     @classmethod
-    def load(cls, path: Path) -> MetadataModel:
+    def load(cls, path: str | Path) -> MetadataModel:
         """Return the model that `save` wrote. Nothing in the file is run.
+
+        Parameters
+        ----------
+        path : str or Path
 
         Raises
         ------
-        ValueError
-            The file is missing, damaged, of something else or of a later version, or contradicts itself.
+        TableFileError
+            A `ValueError`: the file is missing, damaged, of something else or of a later version, or
+            contradicts itself.
         """
         with requires("tables"):
             from safetensors import SafetensorError, safe_open
+        path = Path(path)
         check_model_path(path)
         if not path.is_file():
             raise TableFileError(f"{path} does not exist.")
@@ -391,6 +402,12 @@ def as_arrow(table: Any, columns: Sequence[str]) -> pyarrow.Table:
     for name in columns:
         if name not in table.column_names:
             raise ValueError(f"the metadata have no column {name!r}; they have {table.column_names[:10]}.")
+        kind = table.schema.field(name).type
+        if not is_metadata_type(kind):
+            raise TypeError(
+                f"column {name!r} has the type {kind}: metadata are numbers, strings, booleans, categories "
+                "or dates."
+            )
     return table.select(list(columns))
 
 
@@ -433,6 +450,14 @@ def _site_codes(values: pyarrow.ChunkedArray, name: str) -> SiteCodes:
             f"column {name!r}, the site, is missing in row(s) {np.flatnonzero(missing)[:5].tolist()}: drop "
             "or fill these rows."
         )
+    # Names that a file of coefficients can hold; of others it is said now, not after all has been fitted.
+    levels = [level.isoformat() if isinstance(level, datetime.date) else level for level in levels]
+    for level in levels:
+        if not isinstance(level, (str, int, float)) and level is not None:
+            raise ValueError(
+                f"column {name!r}, the site, has values of type {type(level).__name__} ({level}): sites are "
+                "names or numbers, so convert the column to text."
+            )
     return SiteCodes(codes, levels)
 
 

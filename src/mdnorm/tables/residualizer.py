@@ -357,6 +357,11 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
     # ----------------------------------------------------------------------------------------------------
 
     def _check_parameters(self) -> None:
+        if isinstance(self.metadata_columns, (str, int)):
+            raise TypeError(
+                f"metadata_columns must be a sequence of columns, got {self.metadata_columns!r}: write "
+                f"metadata_columns=[{self.metadata_columns!r}]."
+            )
         if not (isinstance(self.ridge, (int, float, np.number)) and 0 <= self.ridge < np.inf):
             raise ValueError(f"ridge must be a finite number, at least 0, got {self.ridge!r}.")
         if self.protect_target not in ("auto", "categorical", "continuous", False):

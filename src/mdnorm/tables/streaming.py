@@ -32,6 +32,7 @@ from mdnorm.tables.files import (
     TableFile,
     TableFileError,
     check_columns,
+    check_metadata,
     open_features,
     open_table,
     prefetched,
@@ -454,7 +455,7 @@ def residualize_file(
             "order."
         )
     rows = _Rows(file, table, key)
-    check_columns(rows.table, reserved)
+    check_metadata(rows.table, reserved)
     if batch_rows is None:
         batch_rows = min(max(_BLOCK_VALUES // len(file.feature_names), 256), 2**18)
     elif batch_rows < 1:
