@@ -1,12 +1,20 @@
 """Metadata Normalization: remove what metadata explain from a network's features, and measure what is left.
 
-The layer is `MetadataNorm`; `fit_gram` prepares the paper's estimator, `recalibrate` makes the coefficients
-of a trained network exact; `mdnorm.functional` holds the maths, `mdnorm.basis` flexible metadata columns,
-`mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence; `audit` reports what features
-know of metadata.
+The layer is `MetadataNorm`; `insert` puts it into a model of others, and `insertions` says where; `fit_gram`
+prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `Design`
+turns tables into metadata columns; `audit` reports what features know of metadata.
+
+`mdnorm.functional` holds the maths, `mdnorm.basis` flexible metadata columns, `mdnorm.estimators` the
+strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what works on whole models,
+`mdnorm.distributed` what several processes need, `mdnorm.auditing` the parts of `audit`. `mdnorm.tables` and
+`mdnorm.sklearn`, tables without a network, are imported when they are first used; the latter needs
+scikit-learn.
 """
 
-from mdnorm import basis, estimators, functional, metrics
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from mdnorm import auditing, basis, distributed, estimators, functional, integration, metrics
 from mdnorm.auditing import audit
 from mdnorm.context import metadata
 from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis
@@ -16,12 +24,17 @@ from mdnorm.integration import (
     design_of,
     fit_gram,
     insert,
+    insertions,
     parameter_groups,
     penalty_loss,
     recalibrate,
     remove,
 )
 from mdnorm.layer import MetadataNorm
+
+if TYPE_CHECKING:
+    from mdnorm import sklearn as sklearn
+    from mdnorm import tables as tables
 
 __all__ = [
     "ConfoundedDesignWarning",
@@ -31,12 +44,16 @@ __all__ = [
     "WithMetadata",
     "attach_design",
     "audit",
+    "auditing",
     "basis",
     "design_of",
+    "distributed",
     "estimators",
     "fit_gram",
     "functional",
     "insert",
+    "insertions",
+    "integration",
     "metadata",
     "metrics",
     "parameter_groups",
@@ -46,3 +63,16 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+# Not in `__all__`: a star would import them.
+_LAZY = ("sklearn", "tables")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"mdnorm.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LAZY})
