@@ -18,8 +18,10 @@ def make_columns(n, k=5, seed=0):
 
 
 def in_torch(monkeypatch):
-    for module in (weights, functional, centred_design):
+    for module in (weights, functional):
         monkeypatch.setattr(module, "can_read", lambda tensor: False)
+    for module in (weights, functional, centred_design):
+        monkeypatch.setattr(module, "can_leave_torch", lambda tensor: False)
 
 
 def assert_equal(actual, expected, dtype):

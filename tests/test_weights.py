@@ -8,11 +8,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdnorm import weights
 from mdnorm.weights import (
     all_finite,
     at_least,
+    can_leave_torch,
     can_read,
     is_small,
     is_transforming,
@@ -76,6 +78,20 @@ class TestCanRead:
 
         traced = torch.compile(double, backend="eager", fullgraph=True)
         assert torch.equal(traced(torch.ones(2)), torch.full((2,), 3.0))
+
+    def test_matrices_stay_where_operations_are_recorded(self):
+        class Counter(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                return func(*args, **(kwargs or {}))
+
+        values = torch.ones(2)
+        assert can_leave_torch(values)
+        assert is_small(values)
+        with Counter():
+            assert can_read(values)
+            assert not can_leave_torch(values)
+            assert not is_small(values)
+        assert not can_leave_torch(torch.ones(2, device="meta"))
 
     def test_not_of_a_subclass(self):
         class Wrapped(torch.Tensor):

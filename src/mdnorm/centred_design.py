@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mdnorm import functional
 from mdnorm.functional import Gram
-from mdnorm.weights import can_read, product, read
+from mdnorm.weights import can_leave_torch, product, read
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -48,7 +48,7 @@ def centred_design(columns: Tensor, num_metadata: int, mean: Tensor | None = Non
     mean : (K,) tensor, optional
         None: that of the batch.
     """
-    if columns.numel() <= _MOST_IN_NUMPY and columns.dtype == torch.float64 and can_read(columns):
+    if columns.numel() <= _MOST_IN_NUMPY and columns.dtype == torch.float64 and can_leave_torch(columns):
         return _ArrayDesign(columns.numpy(force=True).T, num_metadata, mean)
     return CentredDesign(columns, num_metadata, mean)
 

@@ -42,6 +42,7 @@ from mdnorm.distributed import all_reduce_sum, eager, world_size
 from mdnorm.weights import (
     all_finite,
     at_least,
+    can_leave_torch,
     can_read,
     is_small,
     is_transforming,
@@ -136,7 +137,7 @@ def _side_by_side(blocks: list[Tensor]) -> Tensor:
     arrays = []
     for block in blocks:
         # NumPy knows no bfloat16.
-        if block.dtype == torch.bfloat16 or not can_read(block):
+        if block.dtype == torch.bfloat16 or not can_leave_torch(block):
             break
         arrays.append(block.numpy(force=True).T)
     else:

@@ -4,7 +4,7 @@ A running average needs a handful of operations on single numbers. As tensors th
 of a small layer; on a GPU, or while a graph is traced, reading them would wait for the device or break the
 graph. So the same formula works on a `Weight`, which is whichever of the two costs nothing.
 
-`can_read` and `is_small` say where small matrices, too, are better computed beside torch, in NumPy.
+`can_leave_torch` and `is_small` say where small matrices, too, are better computed beside torch, in NumPy.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "all_finite",
     "at_least",
+    "can_leave_torch",
     "can_read",
     "is_small",
     "is_transforming",
@@ -45,8 +46,7 @@ _BLAS_DTYPES = (torch.float32, torch.float64)
 _SMALL = 2**13
 _FEW_MULTIPLICATIONS = 2**17
 # No public names say whether a transform of torch.func is at work (torch.autograd.Function itself asks in
-# this way), or torch.jit.trace, or a dispatch mode (make_fx, FakeTensorMode). To all of them, what is read
-# and computed beside torch would be a constant.
+# this way), torch.jit.trace, or a dispatch mode (make_fx, FakeTensorMode, a profiler).
 _transforms_are_active = torch._C._are_functorch_transforms_active
 _tracing_state = torch._C._get_tracing_state
 _dispatch_modes = torch._C._len_torch_dispatch_stack
@@ -57,18 +57,18 @@ def can_read(tensor: Tensor) -> bool:
     # First, since what follows cannot be traced.
     if torch.compiler.is_compiling():
         return False
-    return (
-        tensor.is_cpu
-        and type(tensor) in _PLAIN
-        and not _transforms_are_active()
-        and _tracing_state() is None
-        and _dispatch_modes() == 0
-    )
+    return tensor.is_cpu and type(tensor) in _PLAIN and not _transforms_are_active()
+
+
+def can_leave_torch(tensor: Tensor) -> bool:
+    """Whether matrices can be computed beside torch: values that can be read, and nothing that records."""
+    # To whatever follows the operations of torch, what NumPy computes would be a constant.
+    return can_read(tensor) and _tracing_state() is None and _dispatch_modes() == 0
 
 
 def is_small(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read and are so few that NumPy, whose calls cost less, is quicker."""
-    return tensor.numel() <= _SMALL and tensor.dtype in _BLAS_DTYPES and can_read(tensor)
+    return tensor.numel() <= _SMALL and tensor.dtype in _BLAS_DTYPES and can_leave_torch(tensor)
 
 
 def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
