@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from mdnorm.design import ConfoundedDesignWarning, Design, FormulaError
+from mdnorm.designs.tables import read_columns
 from mdnorm.layer import MetadataNorm
 
 # Our own recurrences against those of formulaic, in float64.
@@ -686,6 +687,22 @@ def test_errors_when_built(arguments: Any, error: type[Exception], message: str)
     with pytest.raises(error, match=message) as caught:
         Design(**arguments)
     assert str(caught.value).isprintable()
+
+
+def test_what_a_design_uses_of_a_table() -> None:
+    design = Design("age:C(batch) + age + C(site)", labels=["diagnosis", "C(sex)"])
+    assert sorted(design.variables()) == ["age", "batch", "diagnosis", "sex", "site"]
+    assert sorted(design.variables(labels=False)) == ["age", "batch", "site"]
+    assert design.declared_categories() == {"batch", "site", "sex"}
+    table = _table()
+    columns, _ = read_columns(table, design.variables())
+    with pytest.raises(RuntimeError, match="not fitted"):
+        design.transform_columns(columns, labels=True)
+    expected = design.fit(table).transform(table, dtype=torch.float64)
+    metadata, labels = design.transform_columns(columns, labels=True)
+    np.testing.assert_array_equal(metadata, expected.metadata)
+    np.testing.assert_array_equal(labels, expected.labels)
+    assert design.transform_columns(columns, labels=False)[1] is None
 
 
 def test_half_precision_columns() -> None:

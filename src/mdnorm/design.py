@@ -309,6 +309,26 @@ class Design:
         self._check_fitted()
         return {text: fitted.levels for text, fitted in self._factors.items() if fitted.kind == "category"}
 
+    def variables(self, *, labels: bool = True) -> list[str]:
+        """Return the columns of a table that the design, fitted or not, uses.
+
+        Parameters
+        ----------
+        labels : bool
+            Whether those of the labels are among them.
+        """
+        factors = self._factors_as_written(labels)
+        return list(dict.fromkeys(name for factor in factors for name in factor.variables))
+
+    def declared_categories(self) -> set[str]:
+        """Return the columns that are a category whatever they hold: those in ``C(…)``."""
+        factors = self._factors_as_written(True)
+        return {name for factor in factors if factor.kind == "category" for name in factor.variables}
+
+    def _factors_as_written(self, labels: bool) -> list[Factor]:
+        factors = [factor for term in self._written_terms for factor in term]
+        return [*factors, *(self._label_factors if labels else ())]
+
     # ----------------------------------------------------------------------------------------------------
     # Fit and transform
     # ----------------------------------------------------------------------------------------------------
@@ -341,7 +361,7 @@ class Design:
             Label and metadata can hardly be told apart: see `diagnose`.
         """
         self._is_fitted = False
-        columns, num_rows = read_columns(table, self._variables(with_labels=True))
+        columns, num_rows = read_columns(table, self.variables())
         if num_rows < 2:
             raise ValueError(
                 f"the table has {num_rows} row(s): fit needs at least 2, and many more to be of use."
@@ -362,7 +382,7 @@ class Design:
                 )
         self._terms = self._scoped_terms()
         self._indicators = (
-            tuple(name for name in self._variables(with_labels=False) if columns[name].missing.any())
+            tuple(name for name in self.variables(labels=False) if columns[name].missing.any())
             if self.missing == "indicator"
             else ()
         )
@@ -416,7 +436,7 @@ class Design:
         if not dtype.is_floating_point:
             raise TypeError(f"dtype must be a floating-point one, got {dtype}.")
         with_labels = self._with_labels(table, labels)
-        columns, num_rows = read_columns(table, self._variables(with_labels))
+        columns, num_rows = read_columns(table, self.variables(labels=with_labels))
         self._check_kinds(columns)
         self._check_missing(columns)
         metadata = torch.empty(num_rows, self.num_metadata, dtype=dtype)
@@ -428,6 +448,41 @@ class Design:
             label_matrix = torch.from_numpy(self._label_matrix(columns, num_rows)).to(dtype)
             _check_fits(label_matrix, self.label_names)
         return DesignMatrices(metadata, label_matrix, self.metadata_names, self.label_names)
+
+    def transform_columns(
+        self, columns: Mapping[str, Column], *, labels: bool
+    ) -> tuple[Matrix, Matrix | None]:
+        """Return the matrices of columns that were read before, in float64.
+
+        Parameters
+        ----------
+        columns : mapping from str to Column
+            All of `variables`.
+        labels : bool
+            Whether to return label columns.
+
+        Returns
+        -------
+        metadata : (n, K_m) array
+            Each of its columns is contiguous.
+        labels : (n, K_y) array or None
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            As `transform`.
+        """
+        self._check_fitted()
+        self._check_kinds(columns)
+        self._check_missing(columns)
+        num_rows = len(next(iter(columns.values())).missing)
+        # By columns: what is done to a column later runs along it, not over the few columns of each row.
+        metadata: Matrix = np.empty((self.num_metadata, num_rows)).T
+        for rows, block in self._chunks(self._evaluate_all(columns)):
+            part = metadata[rows]
+            part[:] = block
+            part[:] = self._finished(part)
+        return metadata, self._label_matrix(columns, num_rows) if labels else None
 
     def fit_transform(self, table: Any, *, dtype: torch.dtype | None = None) -> DesignMatrices:
         """Fit the design to a table and return its matrices: `fit`, then `transform`."""
@@ -456,7 +511,7 @@ class Design:
             As for `transform`; and a table of fewer than 2 rows.
         """
         self._check_fitted()
-        columns, num_rows = read_columns(table, self._variables(self._with_labels(table, None)))
+        columns, num_rows = read_columns(table, self.variables(labels=self._with_labels(table, None)))
         if num_rows < 2:
             raise ValueError(f"the table has {num_rows} row(s): a diagnosis needs at least 2.")
         self._check_kinds(columns)
@@ -554,7 +609,7 @@ class Design:
             factor.text: _factor_from_state(factor, read(states, factor.text, dict)) for factor in factors
         }
         kinds = read(state, "variables", dict)
-        design._kinds = {name: read(kinds, name, str) for name in design._variables(with_labels=True)}
+        design._kinds = {name: read(kinds, name, str) for name in design.variables()}
         if not set(design._kinds.values()) <= set(KINDS):
             raise ValueError("it has a variable of an unknown kind")
         design._terms = {}
@@ -567,7 +622,7 @@ class Design:
                 raise ValueError("it has a term of unknown factors")
             design._terms[read(term, "name", str)] = products
         design._indicators = _strings(state, "indicators")
-        if not set(design._indicators) <= set(design._variables(with_labels=False)):
+        if not set(design._indicators) <= set(design.variables(labels=False)):
             raise ValueError("it has an indicator of an unknown variable")
         design._is_fitted = True
         design._mean = np.array(numbers_in(state, "mean"))
@@ -590,11 +645,6 @@ class Design:
     def _check_fitted(self) -> None:
         if not self._is_fitted:
             raise RuntimeError("the design is not fitted: call fit(table) with the training data first.")
-
-    def _variables(self, with_labels: bool) -> list[str]:
-        factors = [factor for term in self._written_terms for factor in term]
-        factors += self._label_factors if with_labels else ()
-        return list(dict.fromkeys(name for factor in factors for name in factor.variables))
 
     def _with_labels(self, table: Any, wanted: bool | None) -> bool:
         needed = [name for factor in self._label_factors for name in factor.variables]
@@ -860,7 +910,7 @@ class Design:
     def _column_indices(self) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
         """Return the indices of the metadata columns of each term, and of each variable."""
         terms: dict[str, list[int]] = {}
-        variables: dict[str, list[int]] = {name: [] for name in self._variables(with_labels=False)}
+        variables: dict[str, list[int]] = {name: [] for name in self.variables(labels=False)}
         at = 0
         for name, products in self._terms.items():
             for term in products:

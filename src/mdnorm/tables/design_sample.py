@@ -37,11 +37,7 @@ class DesignSample:
     def __init__(
         self, design: Design, seed: int | tuple[int, ...] = 0, max_rows: int = MAX_DESIGN_ROWS
     ) -> None:
-        factors = [factor for term in design._written_terms for factor in term]
-        factors += design._label_factors
-        self._categories = {
-            name for factor in factors if factor.kind == "category" for name in factor.variables
-        }
+        self._categories = design.declared_categories()
         self._random = np.random.default_rng(seed)
         self._max_rows = max_rows
         self._tables: list[pyarrow.Table] = []

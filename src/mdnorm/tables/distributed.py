@@ -24,7 +24,6 @@ from mdnorm.tables.model import (
     add_moments,
     as_arrow,
     design_columns,
-    design_variables,
     fitted_model,
     for_design,
     needed_variables,
@@ -333,7 +332,7 @@ def _fitted_design(design: Design, tables: list[Any], specification: Specificati
     from dask.base import compute
     from dask.delayed import delayed
 
-    variables = design_variables(design, with_labels=True)
+    variables = design.variables()
     samples = [
         delayed(_sample)(table, specification, variables, (seed, index)) for index, table in enumerate(tables)
     ]

@@ -81,7 +81,7 @@ class Specification:
                 if getattr(self, name):
                     raise ValueError(f"{name}=True needs site=, the column that names the site.")
         design = self.design()
-        if self.site is not None and design is not None and self.site in design_variables(design, True):
+        if self.site is not None and design is not None and self.site in design.variables():
             raise ValueError(
                 f"{self.site!r} is the site and in formula or labels as well: take it out of one of them."
             )
@@ -364,17 +364,12 @@ class SiteCodes:
 DesignColumns = tuple[FloatArray, "FloatArray | None", "SiteCodes | None"]
 
 
-def design_variables(design: Design, with_labels: bool) -> list[str]:
-    """Return the columns of the table that a design, fitted or not, uses."""
-    return design._variables(with_labels)
-
-
 def needed_variables(
     design: Design | None, removes_design: bool, site: str | None, with_labels: bool
 ) -> list[str]:
     names: list[str] = []
     if design is not None and (removes_design or with_labels):
-        names += design_variables(design, with_labels)
+        names += design.variables(labels=with_labels)
     if site is not None:
         names.append(site)
     return names
@@ -472,7 +467,7 @@ def design_columns(
         return empty, empty, sites
     if not removes_design and not with_labels:
         return empty, None, sites
-    variables = design_variables(design, with_labels)
+    variables = design.variables(labels=with_labels)
     columns, labels = _transformed(design, table.select(variables), with_labels and design.num_labels > 0)
     if not removes_design:
         return empty, columns, sites
@@ -498,15 +493,7 @@ def _transformed(
             columns[name] = Column(name, found, np.where(missing, 0, codes), missing, True, tuple(levels))
         else:
             columns.update(read_columns({name: values}, [name])[0])
-    design._check_kinds(columns)
-    design._check_missing(columns)
-    # By columns: what is done to a column later runs along it, not over the few columns of each row.
-    metadata = np.empty((design.num_metadata, table.num_rows)).T
-    for rows, block in design._chunks(design._evaluate_all(columns)):
-        part = metadata[rows]
-        part[:] = block
-        part[:] = design._finished(part)
-    return metadata, design._label_matrix(columns, table.num_rows) if with_labels else None
+    return design.transform_columns(columns, labels=with_labels)
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -47,7 +47,6 @@ from mdnorm.tables.model import (
     as_arrow,
     check_model_path,
     design_columns,
-    design_variables,
     fitted_model,
     for_design,
     needed_variables,
@@ -575,7 +574,7 @@ def _fit(
 ) -> tuple[MetadataModel, int]:
     design = specification.design()
     chosen = [fit_rows] if isinstance(fit_rows, str) else []
-    variables = [] if design is None else design_variables(design, with_labels=True)
+    variables = [] if design is None else design.variables()
     if design is not None:
         sample = DesignSample(design, seed)
         everything = sample if fit_rows is None else DesignSample(design, seed, max_rows=1)
