@@ -102,7 +102,7 @@ def test_arrays_of_any_chunks_give_least_squares(
 def test_one_frame_with_everything(partitions: int) -> None:
     table = whole()
     frame = dd.from_pandas(table, npartitions=partitions)
-    result, model = residualize_dask(frame, formula="age + site", labels=["sick"])
+    result, model = residualize_dask(frame, formula="age + site", labels="sick")
     out = result.compute()
     assert model.feature_names == tuple(NAMES)
     wanted = least_squares(table[NAMES].to_numpy(), columns(table), table[["sick"]].to_numpy())

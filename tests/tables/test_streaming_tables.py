@@ -923,6 +923,14 @@ def test_sites_that_cannot_be_saved_are_named_before_anything_is_fitted(tmp_path
     assert not stages
 
 
+def test_a_single_name_is_not_read_letter_by_letter(tmp_path) -> None:
+    people(40).assign(volume=np.arange(40.0), g=0.0).to_parquet(tmp_path / "t.parquet")
+    summary = residualize_file(
+        tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", labels="sick", features="vol*"
+    )
+    assert (summary.label_names, summary.feature_names) == (("sick",), ("volume",))
+
+
 def test_paths_of_models_may_be_text(tmp_path) -> None:
     table = people(20)
     table.assign(f=np.arange(20.0)).to_parquet(tmp_path / "t.parquet")

@@ -57,7 +57,7 @@ def residualize_dask(
     metadata: Any = None,
     *,
     formula: str | Sequence[str] | None = None,
-    labels: Sequence[str] = (),
+    labels: str | Sequence[str] = (),
     site: str | None = None,
     feature_names: Sequence[str] | None = None,
     scale: bool = False,
@@ -82,7 +82,7 @@ def residualize_dask(
         metadata are columns of the DataFrame `features`.
     formula : str or sequence of str, optional
         Metadata to remove, as for `mdnorm.Design`. None: all columns of an array; otherwise only the site.
-    labels : sequence of str
+    labels : str or sequence of str
         Columns that are protected.
     site : str, optional
         Column that names the site of a row; its effect is removed.
@@ -128,6 +128,8 @@ def residualize_dask(
         )
     if metadata is not None and not isinstance(metadata, (da.Array, dd.DataFrame)):
         raise TypeError(f"metadata must be an array or DataFrame of Dask, got {type(metadata).__name__}.")
+    # One name, not its letters.
+    labels = [labels] if isinstance(labels, str) else labels
     if metadata is None and isinstance(features, da.Array):
         raise ValueError("metadata=None, but features is an array, which has no columns for them.")
     if isinstance(features, da.Array):

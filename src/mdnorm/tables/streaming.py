@@ -318,11 +318,11 @@ def residualize_file(
     out: str | Path,
     *,
     formula: str | Sequence[str] | None = None,
-    labels: Sequence[str] = (),
+    labels: str | Sequence[str] = (),
     site: str | None = None,
     metadata: str | Path | None = None,
     key: str | None = None,
-    features: Sequence[str] | None = None,
+    features: str | Sequence[str] | None = None,
     scale: bool = False,
     empirical_bayes: bool = False,
     ridge: float = 0.0,
@@ -349,7 +349,7 @@ def residualize_file(
         float32, other numbers float64; other columns, types, codecs and row groups stay as they are.
     formula : str or sequence of str, optional
         Metadata to remove, as for `mdnorm.Design`.
-    labels : sequence of str
+    labels : str or sequence of str
         Columns (or factors) that are protected: in the regression, never removed.
     site : str, optional
         Column that names the site, batch or scanner of a row; its effect is removed.
@@ -358,7 +358,7 @@ def residualize_file(
         they are columns of `source`.
     key : str, optional
         Column of both tables that must have the same values in the same order.
-    features : sequence of str, optional
+    features : str or sequence of str, optional
         Features by name or pattern (``"voxel_*"``). None: the numeric columns that are not used otherwise.
     scale, empirical_bayes, ridge
         As for `mdnorm.tables.fit_location_scale`.
@@ -406,6 +406,9 @@ def residualize_file(
     ('volume',)
     """
     source, out = Path(source), Path(out)
+    # One name, not its letters.
+    labels = [labels] if isinstance(labels, str) else labels
+    features = [features] if isinstance(features, str) else features
     progress = progress or _no_progress
     fits = {
         "formula": formula is not None,
