@@ -10,7 +10,7 @@ import pytest
 from bs4 import BeautifulSoup
 from playwright.sync_api import sync_playwright
 
-from chromium import BROWSER, OPTIONS, needs_chromium
+from chromium import BROWSER, OPTIONS, needs_chromium, record_problems
 
 ROOT = Path(__file__).parent.parent
 MAIN_PAGES = (
@@ -31,7 +31,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     # The theme's notice about a future version of the generator is no warning about these pages.
-    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "WARNING" not in done.stderr
@@ -93,15 +93,7 @@ def test_pages_work_in_a_browser_from_the_disk(built, width, scheme):
         browser = playwright.chromium.launch(executable_path=BROWSER, args=list(OPTIONS))
         context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
         page = context.new_page()
-        problems = []
-        page.on("console", lambda message: problems.append(message.text) if message.type != "log" else None)
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "request",
-            lambda request: (
-                None if request.url.startswith(("file:", "data:", "blob:")) else problems.append(request.url)
-            ),
-        )
+        problems = record_problems(page)
         for name in MAIN_PAGES:
             page.goto((built / name).as_uri())
             page.wait_for_selector("h1")
@@ -111,8 +103,8 @@ def test_pages_work_in_a_browser_from_the_disk(built, width, scheme):
         wanted = "default" if scheme == "light" else "slate"
         assert page.evaluate("document.body.dataset.mdColorScheme") == wanted
         page.evaluate("document.getElementById('__search').click()")
-        page.wait_for_timeout(1000)  # the index loads behind the page
-        page.fill("input.md-search__input", "recalibrate")
+        # By key, as a reader does: the page listens to keys.
+        page.locator("input.md-search__input").press_sequentially("recalibrate", delay=60)
         page.wait_for_selector(".md-search-result__item a", state="attached", timeout=60_000)
         assert problems == []
         browser.close()
