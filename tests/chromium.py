@@ -16,3 +16,17 @@ OPTIONS = (
 )
 # `make test` installs Chromium where it may.
 needs_chromium = pytest.mark.skipif(BROWSER is None, reason="no Chromium: install it to test the pages")
+
+
+def record_problems(page):
+    """Return a list that fills with what the page complains of, and with what it loads from elsewhere."""
+    problems = []
+    page.on("console", lambda message: problems.append(message.text) if message.type != "log" else None)
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.on(
+        "request",
+        lambda request: (
+            problems.append(request.url) if not request.url.startswith(("file:", "data:", "blob:")) else None
+        ),
+    )
+    return problems

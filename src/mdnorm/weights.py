@@ -81,7 +81,7 @@ def product(left: NDArray[Any], right: NDArray[Any]) -> NDArray[Any]:
 
 def is_transforming() -> bool:
     """Whether a transform of torch.func (vmap, grad) is at work."""
-    return bool(torch._C._are_functorch_transforms_active())
+    return bool(_transforms_are_active())
 
 
 def read(tensor: Tensor) -> Weight:

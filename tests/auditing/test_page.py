@@ -1,29 +1,18 @@
 """The page in a real browser: it renders, works by mouse and keyboard, narrow and dark, and is accessible."""
 
-import shutil
-
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-# `make test` installs Chromium where it may.
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium: install it to test the page")
+from chromium import BROWSER, OPTIONS, needs_chromium, record_problems
+
+pytestmark = needs_chromium
 
 
 def view_name(view):
     return f"{view[0]}-{view[1]}"
 
 
-OPTIONS = (
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-)
 VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 two_views = pytest.mark.parametrize("page", [VIEWS[0], VIEWS[3]], ids=view_name, indirect=True)
 
@@ -46,15 +35,7 @@ def page(request, browser, address):
     width, scheme = request.param
     context = browser.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme)
     page = context.new_page()
-    problems = []
-    page.on("console", lambda message: problems.append(message.text) if message.type != "log" else None)
-    page.on("pageerror", lambda error: problems.append(str(error)))
-    page.on(
-        "request",
-        lambda request: (
-            problems.append(request.url) if not request.url.startswith(("file:", "data:", "blob:")) else None
-        ),
-    )
+    problems = record_problems(page)
     page.goto(address)
     page.wait_for_selector("#overview-dependence .main-svg")
     yield page

@@ -186,7 +186,7 @@ def plan(
             numbers["size"],
             numbers["batch size"],
             numbers["epochs"],
-            learning_rate or setting.norm_learning_rates.get(_norm(setting, method), setting.learning_rate),
+            learning_rate or setting.learning_rate,
             setting.warmup_epochs,
             None if data is None else str(data),
             on_problem,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +55,6 @@ class Setting:
         Draws example samples.
     warmup_epochs : int
         During which the learning rate rises.
-    norm_learning_rates : mapping
-        Norm → learning rate, where a norm wants another.
     brnet_strength : float
         Weight of BR-Net's term, tuned for the accuracy on confound-free data.
     load : callable or None
@@ -82,7 +80,6 @@ class Setting:
     limit: float | None
     examples: Callable[[ConfoundedData], Figure]
     warmup_epochs: int = 0
-    norm_learning_rates: Mapping[str, float] = field(default_factory=dict)
     brnet_strength: float = 30.0
     load: Callable[[Path, str], LoadedData] | None = None
     granularity: str = "element"
