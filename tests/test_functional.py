@@ -1,4 +1,6 @@
+import collections
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -317,6 +319,67 @@ class TestGram:
         assert float(Gram.from_data([1.0, 2.0, 6.0]).mean) == 3
         assert Gram.from_data([[1.0, 2.0], [3.0, 5.0]]).mean.tolist() == [2, 3.5]
 
+    def test_one_mapping_or_named_pair_is_the_whole_set(self):
+        _, metadata, labels = make()
+        whole = Gram.from_data(metadata, labels)
+        pair = collections.namedtuple("Pair", ["metadata", "labels"])(metadata, labels)
+        batch = collections.UserDict(metadata=metadata, labels=labels)
+        for data in (pair, batch, [batch], [pair]):
+            gram = Gram.from_data(data)
+            torch.testing.assert_close(gram.covariance, whole.covariance, rtol=0, atol=0)
+            assert (gram.num_metadata, float(gram.count)) == (3, 60)
+
+    def test_two_arrays_are_a_pair_where_labels_are_expected_and_batches_where_not(self):
+        _, metadata, labels = make()
+        whole = Gram.from_data(metadata, labels)
+        pair = Gram.from_data((metadata, labels), num_labels=labels.shape[1])
+        torch.testing.assert_close(pair.covariance, whole.covariance)
+        batches = Gram.from_data([metadata[:30], metadata[30:]], num_labels=0)
+        assert (batches.mean.shape[0], float(batches.count)) == (3, 60)
+        assert float(Gram.from_data([metadata[:29], metadata[29:]]).count) == 60
+        for data in ((metadata, labels), [metadata.numpy(), labels.numpy()], [metadata[:, 0], labels[:, 0]]):
+            with pytest.raises(ValueError, match="may be metadata and labels or two batches"):
+                Gram.from_data(data)
+
+    def test_rows_in_a_list_are_not_taken_for_batches(self):
+        rows = [np.array([30.0, 1.0]), np.array([40.0, 0.0]), np.array([50.0, 1.0])]
+        for data in (rows, tuple(map(torch.from_numpy, rows))):
+            with pytest.raises(ValueError, match="3 1-dimensional arrays of 2 values"):
+                Gram.from_data(data)
+        assert float(Gram.from_data(rows, num_metadata=1).count) == 6
+        assert float(Gram.from_data([row[:1] for row in rows]).count) == 3
+        assert float(Gram.from_data([rows[0], rows[1], rows[2][:1]]).count) == 5
+
+    def test_a_mapping_without_metadata_names_its_keys(self):
+        with pytest.raises(ValueError, match=r"keys \['age', 'labels'\]: metadata must be under 'metadata'"):
+            Gram.from_data([{"age": torch.ones(2), "labels": torch.ones(2)}])
+
+    def test_class_indices_are_no_ordinal_column_unless_asked_for(self):
+        metadata = torch.randn(9, 1)
+        classes = torch.arange(9) % 3
+        with pytest.raises(ValueError, match=r"integers from 0 to 2 .* labels.float\(\)"):
+            Gram.from_data(metadata, classes)
+        with pytest.raises(ValueError, match="integers from 0 to 2"):
+            metadata_norm(torch.randn(9, 2), metadata, classes.numpy())
+        assert Gram.from_data(metadata, classes, num_labels=3).mean.shape == (4,)
+        for labels in (classes.float(), classes.clamp_max(1), classes.bool(), 2 * classes.clamp_max(1) - 1):
+            assert Gram.from_data(metadata, labels).mean.shape == (2,)
+        assert Gram.from_data(metadata, classes, num_labels=1).mean.shape == (2,)
+
+    @pytest.mark.parametrize("as_weight", [float, lambda weight: torch.tensor([weight]).double()])
+    def test_what_weighs_nothing_may_be_nan(self, as_weight):
+        _, metadata, labels = make()
+        gram = Gram.from_data(metadata, labels)
+        nan = Gram(gram.mean * math.nan, gram.covariance * math.nan, torch.zeros(1), gram.num_metadata)
+        merged = gram.merge(nan)
+        torch.testing.assert_close(merged.covariance, gram.covariance, rtol=0, atol=0)
+        before = gram.covariance.clone()
+        step, share = gram.merge_(nan, as_weight(0.0), 1.0)
+        assert not step.any()
+        assert float(share) == 0
+        torch.testing.assert_close(gram.covariance, before, rtol=0, atol=0)
+        assert float(gram.count) == 60
+
     def test_operator_rows_of_constant_columns_are_zero(self):
         metadata = torch.stack([torch.arange(9.0), torch.full((9,), 4.0)], 1)
         operator = coefficient_operator(Gram.from_data(metadata))
@@ -329,7 +392,7 @@ class TestGram:
         with pytest.raises(ValueError, match="3 items"):
             Gram.from_data([(torch.ones(2), torch.ones(2), torch.ones(2))])
         with pytest.raises(ValueError, match="2 design columns, the batches before it had 1"):
-            Gram.from_data([torch.ones(2), torch.ones(2, 2)])
+            Gram.from_data([torch.ones(3), torch.ones(2, 2)])
         with pytest.raises(ValueError, match="labels come with each batch"):
             Gram.from_data([torch.ones(2)], torch.ones(2))
 

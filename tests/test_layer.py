@@ -308,6 +308,63 @@ class TestState:
         torch.testing.assert_close(by_window.estimator.coefficients, forgetful.estimator.coefficients)
         assert "window=100" in repr(by_window)
 
+    @pytest.mark.parametrize("scale", [False, True])
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_reset_parameters_after_to_empty(self, estimator, scale):
+        """What torch's own delayed initialisation does: build on meta, take memory, reset."""
+        with torch.device("meta"):
+            layer = build(estimator, device="meta", scale=scale).half()
+        layer.to_empty(device="cpu")
+        for tensor in layer.state_dict().values():
+            tensor.fill_(float("nan"))
+        layer.reset_parameters()
+        fresh = build(estimator, scale=scale)
+        for (key, have), want in zip(layer.state_dict().items(), fresh.state_dict().values(), strict=True):
+            assert have.dtype == want.dtype, key
+            assert torch.equal(have, want), key
+        data = inputs()
+        for each in (layer, fresh):
+            fit_gram(each, *data[1:])
+        assert torch.equal(layer(*data), fresh(*data))
+
+    @pytest.mark.parametrize("scale", [False, True])
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_a_half_precision_checkpoint_that_is_assigned(self, estimator, scale):
+        layer, data = prepared(estimator, scale=scale), inputs()
+        step(layer, *data)
+        half = {key: value.half() for key, value in layer.state_dict().items()}
+        assigned, copied = build(estimator, scale=scale), build(estimator, scale=scale)
+        assigned.load_state_dict(half, assign=True)
+        copied.load_state_dict(half)
+        for _ in range(2):
+            for (key, have), want in zip(
+                assigned.state_dict().items(), copied.state_dict().values(), strict=True
+            ):
+                assert have.dtype == want.dtype, key
+                assert torch.equal(have, want), key
+            assert torch.equal(step(assigned, *data), step(copied, *data))
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+def test_unchecked_nan_metadata_do_not_stay_in_the_state(estimator, scale, is_compiled):
+    torch._dynamo.reset()
+    layer = prepared(estimator, scale=scale, check_finite=False)
+    whole = torch.compile(layer, fullgraph=True, backend="eager") if is_compiled else layer
+    features, metadata, labels = inputs()
+    whole(features, metadata, labels)
+    before = {key: value.clone() for key, value in layer.state_dict().items()}
+    ruined = metadata.clone()
+    ruined[3, 1] = float("nan")
+    features.requires_grad_()
+    whole(features, ruined, labels).sum().backward()
+    for key, value in layer.state_dict().items():
+        assert torch.equal(value, before[key]), key
+    # And goes on as if that batch had not been.
+    assert torch.isfinite(whole(features, metadata, labels)).all()
+
 
 class TestPrecision:
     @pytest.mark.parametrize("estimator", ESTIMATORS)
@@ -409,6 +466,19 @@ class TestLabels:
         out = build("batch")(features, metadata, labels)
         torch.testing.assert_close(out, build("batch")(features, metadata, labels.float()[:, None]))
 
+    def test_class_indices_with_an_open_number_of_labels(self):
+        classes = torch.arange(9) % 3
+        layer = build("batch", k_y=None)
+        with pytest.raises(ValueError, match=r"integers from 0 to 2 .* give num_labels"):
+            layer(torch.randn(9, 6), torch.randn(9, 2), classes)
+        layer(torch.randn(9, 6), torch.randn(9, 2), classes % 2)
+        assert layer.num_labels == 1
+        with pytest.raises(ValueError, match="integers from 0 to 2"):
+            layer(torch.randn(9, 6), torch.randn(9, 2), classes)
+        layer(torch.randn(9, 6), torch.randn(9, 2), classes.float())
+        with pytest.raises(ValueError, match=r"float32 but num_labels=3 .*labels.long\(\)"):
+            build("batch", k_y=3)(torch.randn(9, 6), torch.randn(9, 2), classes.float())
+
     def test_errors(self):
         features, metadata, labels = inputs()
         with pytest.raises(ValueError, match=r"labels are needed in training.*num_labels=1"):
@@ -483,6 +553,16 @@ class TestBadInput:
             ((4, 1), {"momentum": "often"}, ValueError, "momentum must be in"),
             ((4, 1), {"estimator": "recursive", "ridge": 0.1}, ValueError, "takes no ridge"),
             ((4, 1), {"estimator": 3}, TypeError, "estimator must be a name"),
+            ((4.0, 1), {}, ValueError, "num_features must be"),
+            (("ab", 1), {}, ValueError, "num_features must be"),
+            ((True, 1), {}, ValueError, "num_features must be"),
+            ((4, 1.0), {}, ValueError, "num_metadata must be an int ≥ 1"),
+            ((4, "age"), {}, ValueError, "num_metadata must be an int ≥ 1"),
+            ((4, 1), {"channel_dim": "last"}, ValueError, "channel_dim must be an int"),
+            ((4, 1), {"momentum": True}, TypeError, "momentum must be a number, None or 'auto', got True"),
+            ((4, 1), {"window": "500"}, TypeError, "window must be a number or None, got '500'"),
+            ((4, 1), {"ridge": None}, TypeError, "ridge must be a number, got None"),
+            ((4, 1), {"dtype": torch.int64}, TypeError, "dtype must be a floating-point dtype"),
         ],
     )
     def test_arguments(self, arguments, options, error, message):
@@ -495,6 +575,18 @@ class TestEstimatorArgument:
         layer = MetadataNorm(4, 1, estimator=BatchEstimator(momentum=0.5, ridge=0.1, center=True))
         assert layer.estimator.coefficients.shape == (2, 4)
         assert layer.estimator.momentum == 0.5
+
+    def test_instance_goes_where_the_layer_is_asked_to_be(self):
+        layer = MetadataNorm(4, 1, estimator=BatchEstimator(), dtype=torch.float64, device="meta")
+        assert layer.estimator.coefficients.dtype == torch.float64
+        assert layer.estimator.coefficients.is_meta
+
+    def test_instance_of_a_layer_of_unknown_sizes_is_taken_too(self):
+        estimator = BatchEstimator()
+        first = MetadataNorm(None, None, estimator=estimator)
+        with pytest.raises(ValueError, match="already serves a layer"):
+            MetadataNorm(None, None, estimator=estimator)
+        assert copy.deepcopy(first).estimator is not estimator
 
     def test_instance_serves_one_layer(self):
         estimator = DatasetEstimator()
@@ -574,6 +666,12 @@ def test_sizes_known_in_part_with_scale(estimator, sizes):
     batch = inputs()
     assert layer(*batch).shape == (30, 6)
     assert layer.eval()(*batch).shape == (30, 6)
+
+
+def test_sizes_of_numpy_are_ints():
+    layer = MetadataNorm((np.int64(3), np.int32(2)), np.int64(1), np.int64(0), channel_dim=np.int64(1))
+    assert repr(layer) == repr(MetadataNorm((3, 2), 1, 0))
+    assert MetadataNorm(np.int64(4), 1, momentum=np.float32(0.5)).num_features == (4,)
 
 
 def test_repr_names_the_sizes_and_settings():

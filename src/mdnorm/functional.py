@@ -28,7 +28,7 @@ gradient needs no activation: only `B` and `P` (N numbers a column) are saved.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
@@ -176,14 +176,21 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor 
     Raises
     ------
     ValueError
-        A class index is outside 0 … num_labels − 1.
+        A class index is outside 0 … num_labels − 1; or `num_labels` is None and the labels are integers other
+        than two values: class indices, of which one column would make a ranking.
     """
-    if num_labels is None or num_labels < 2:
+    if num_labels is None:
+        return _refuse_classes(labels)
+    if num_labels < 2:
         return labels
     tensor = as_real_tensor(labels, "labels")
-    single = tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)
-    if not single or tensor.is_floating_point():
+    if not _is_single_column(tensor):
         return tensor
+    if tensor.is_floating_point():
+        raise ValueError(
+            f"labels has 1 column(s) of {tensor.dtype} but num_labels={num_labels} was expected: class "
+            "indices must be integers (labels.long()), label columns must be that many."
+        )
     indices = tensor.reshape(-1).long()
     if not torch.compiler.is_compiling() and indices.numel():
         low, high = int(indices.min()), int(indices.max())
@@ -194,6 +201,28 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor 
             )
     # A comparison instead of one_hot: it needs no check of its own, so it can be traced.
     return indices.unsqueeze(1) == torch.arange(num_labels, device=indices.device)
+
+
+def _is_single_column(tensor: Tensor) -> bool:
+    return tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)
+
+
+def _refuse_classes(labels: Tensor | ArrayLike) -> Tensor:
+    """Return labels whose number of columns nobody gave; raise where one column would rank classes."""
+    tensor = as_real_tensor(labels, "labels")
+    if not _is_single_column(tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
+        return tensor
+    if torch.compiler.is_compiling() or not tensor.numel():
+        return tensor
+    low, high = int(tensor.min()), int(tensor.max())
+    # Two values are one column however they are coded.
+    if (low >= 0 and high <= 1) or (low == -1 and bool((tensor.abs() == 1).all())):
+        return tensor
+    raise ValueError(
+        f"labels are integers from {low} to {high} and nothing says how many classes there are: give "
+        "num_labels (or, to functions without it, one-hot columns) for class indices, labels.float() for one "
+        "column of an ordinal or continuous label."
+    )
 
 
 def design_columns(
@@ -217,7 +246,7 @@ def design_columns(
     labels : (N,) or (N, K_y), optional
         Label columns; integer class indices become one-hot columns (see `label_columns`).
     num_samples, num_metadata, num_labels : int, optional
-        What is expected of N, K_m and K_y; None accepts anything.
+        What is expected of N, K_m and K_y; None accepts anything, but integer labels only of two values.
     device : torch.device, optional
         Where the columns must be; None accepts any device.
     check_finite : bool
@@ -319,17 +348,22 @@ class Gram:
         ----------
         metadata : (N, K_m) tensor or array, or an iterable of batches
             Each batch of an iterable (a `DataLoader`, a generator) is `metadata`, a pair
-            `(metadata, labels)` or a dict with the keys "metadata" and, with labels, "labels".
+            `(metadata, labels)` or a mapping with the keys "metadata" and, with labels, "labels". One such
+            mapping, or what `mdnorm.Design.transform` returns, may also stand for the whole set.
         labels : (N, K_y), optional
             Only with metadata given as one table.
+        num_metadata, num_labels : int, optional
+            What is expected of K_m and K_y, as for `design_columns`.
 
         Raises
         ------
         ValueError
-            No sample at all, or what `design_columns` refuses.
+            No sample at all, what `design_columns` refuses, or a sequence of arrays that can be read in two
+            ways (two batches, or metadata and labels; batches of one column, or rows) where the expected
+            sizes do not tell.
         """
         gram: Gram | None = None
-        for batch_metadata, batch_labels in _batches(metadata, labels):
+        for batch_metadata, batch_labels in _batches(metadata, labels, num_metadata, num_labels):
             columns, width = design_columns(
                 batch_metadata, batch_labels, num_metadata=num_metadata, num_labels=num_labels
             )
@@ -351,10 +385,12 @@ class Gram:
         """
         count = self.count * decay + other.count
         share = other.count / count.clamp_min(torch.finfo(count.dtype).tiny)
-        step = other.mean - self.mean
+        # What has no weight may be NaN: an unusable batch.
+        has_weight = other.count > 0
+        step = torch.where(has_weight, other.mean - self.mean, 0.0)
         covariance = (
             (1 - share) * self.covariance
-            + share * other.covariance
+            + share * torch.where(has_weight, other.covariance, 0.0)
             + share * (1 - share) * torch.outer(step, step)
         )
         return Gram(self.mean + share * step, covariance, count, self.num_metadata)
@@ -362,14 +398,19 @@ class Gram:
     def merge_(self, other: Gram, weight: Weight, decay: Weight) -> tuple[Tensor, Weight]:
         """Merge in place; return the step (K,) from this mean to the other one, and the other's share.
 
-        As `merge`, of `other` with the given weight instead of its count.
+        As `merge`, of `other` with the given weight instead of its count. Where that is 0 (an unusable batch,
+        whose values may be NaN) mean and covariance stay, and the step is 0.
         """
         count = read(self.count) * decay + weight
         share = weight / at_least(count, torch.finfo(self.count.dtype).tiny)
         if isinstance(share, Tensor):
-            step = other.mean - self.mean
-            self.covariance.lerp_(other.covariance, share).addr_(step * (share * (1 - share)), step)
+            has_weight = share > 0
+            step = torch.where(has_weight, other.mean - self.mean, 0.0)
+            covariance = torch.where(has_weight, other.covariance, self.covariance)
+            self.covariance.lerp_(covariance, share).addr_(step * (share * (1 - share)), step)
             self.mean.add_(step * share)
+        elif share == 0:
+            step = torch.zeros_like(self.mean)
         else:
             step = self._merge_arrays_(other, share)
         write_(self.count, count)
@@ -397,27 +438,79 @@ class Gram:
         return matrix
 
 
-def _batches(metadata: Any, labels: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(metadata, Tensor) or hasattr(metadata, "__array__"):
-        yield metadata, labels
-        return
-    if isinstance(metadata, (list, tuple)) and metadata and _is_number_table(metadata):
+def _batches(
+    metadata: Any, labels: Any, num_metadata: int | None, num_labels: int | None
+) -> Iterable[tuple[Any, Any]]:
+    if _is_array(metadata) or (
+        isinstance(metadata, (list, tuple)) and metadata and _is_number_table(metadata)
+    ):
         yield metadata, labels
         return
     if labels is not None:
         raise ValueError("labels come with each batch, as (metadata, labels), when metadata is an iterable.")
+    if _names_its_parts(metadata) or _is_pair(metadata, num_labels):
+        yield _parts_of(metadata)
+        return
+    _refuse_rows(metadata, num_metadata)
     for batch in metadata:
-        if isinstance(batch, dict):
-            yield batch["metadata"], batch.get("labels")
-        elif isinstance(batch, (tuple, list)):
-            if len(batch) != 2:
-                raise ValueError(
-                    f"a batch must be metadata or (metadata, labels), got {len(batch)} items: "
-                    "select the two from your loader, e.g. ((b[1], b[2]) for b in loader)."
-                )
-            yield batch[0], batch[1]
-        else:
-            yield batch, None
+        yield _parts_of(batch)
+
+
+def _parts_of(batch: Any) -> tuple[Any, Any]:
+    """Return metadata and labels (None without) of what stands for a batch."""
+    if isinstance(batch, Mapping):
+        if "metadata" not in batch:
+            raise ValueError(
+                f"a batch has the keys {sorted(map(str, batch))}: metadata must be under 'metadata', labels "
+                "under 'labels'. Select them from your loader, e.g. ((b['age'], b['y']) for b in loader)."
+            )
+        return batch["metadata"], batch.get("labels")
+    if not isinstance(batch, (tuple, list)):
+        return batch, None
+    if len(batch) != 2:
+        raise ValueError(
+            f"a batch must be metadata or (metadata, labels), got {len(batch)} items: "
+            "select the two from your loader, e.g. ((b[1], b[2]) for b in loader)."
+        )
+    return batch[0], batch[1]
+
+
+def _names_its_parts(values: Any) -> bool:
+    """Whether this is a mapping or a named pair (`mdnorm.design.DesignMatrices`): no sequence of batches."""
+    return isinstance(values, Mapping) or getattr(values, "_fields", None) == ("metadata", "labels")
+
+
+def _is_pair(values: Any, num_labels: int | None) -> bool:
+    """Whether two arrays are metadata and labels, no batches of metadata; raise where that is open."""
+    if not isinstance(values, (list, tuple)) or len(values) != 2 or not all(map(_is_array, values)):
+        return False
+    if num_labels is not None:
+        return num_labels > 0
+    if len(values[0]) != len(values[1]):
+        return False
+    raise ValueError(
+        "metadata is a sequence of two arrays with the same number of rows, which may be metadata and labels "
+        "or two batches: give the labels as the argument labels, or the batches joined to one table."
+    )
+
+
+def _refuse_rows(values: Any, num_metadata: int | None) -> None:
+    """Raise where a list of 1-dimensional arrays may be the rows of a table."""
+    if not isinstance(values, (list, tuple)) or not values or num_metadata == 1:
+        return
+    if not all(_is_array(row) and row.ndim == 1 for row in values):
+        return
+    lengths = {len(row) for row in values}
+    if len(lengths) == 1 and lengths != {1}:
+        raise ValueError(
+            f"metadata is a sequence of {len(values)} 1-dimensional arrays of {lengths.pop()} values, which "
+            "may be the rows of a table or batches of one column: join rows to one table (numpy.stack, "
+            "torch.stack), or give batches as columns, (n, 1)."
+        )
+
+
+def _is_array(values: Any) -> bool:
+    return isinstance(values, Tensor) or hasattr(values, "__array__")
 
 
 def _is_number_table(values: list[Any] | tuple[Any, ...]) -> bool:
@@ -1206,7 +1299,7 @@ def merge_cross_moments_(
     batch : (K + 1, D) tensor
         The batch's moments ``[E[(x − x̄) fᵀ]; E[fᵀ]]``, x̄ the batch's own mean.
     step : (K,) tensor
-        Mean of the batch's columns minus their running mean.
+        Mean of the batch's columns minus their running mean; finite, see `Gram.merge_`.
     share : float or (1,) tensor
         Weight of the batch in the result.
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -138,11 +139,12 @@ class MetadataNorm(nn.Module):
         if granularity not in ("element", "channel"):
             raise ValueError(f"granularity must be 'element' or 'channel', got {granularity!r}.")
         shape = _feature_shape(num_features, granularity)
-        for name, value, least in (("num_metadata", num_metadata, 1), ("num_labels", num_labels, 0)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be an int ≥ {least} or None, got {value!r}.")
+        num_metadata = _number_of_columns("num_metadata", num_metadata, 1)
+        num_labels = _number_of_columns("num_labels", num_labels, 0)
+        if _as_int(channel_dim) is None:
+            raise ValueError(f"channel_dim must be an int, got {channel_dim!r}.")
         self.granularity: Granularity = granularity
-        self.channel_dim = channel_dim
+        self.channel_dim = operator.index(channel_dim)
         self.check_finite = check_finite
         self.metadata_slot = MetadataSlot()
         self.estimator = make_estimator(
@@ -161,6 +163,7 @@ class MetadataNorm(nn.Module):
             )
         # An estimator given as an instance may bring a group of its own.
         self.process_group = self.estimator.process_group if process_group == "auto" else process_group
+        self.estimator.claim()
         # What was asked for; what is, is read off the estimator's state once that exists.
         self._requested = (shape, num_metadata, num_labels)
         if shape is not None and num_metadata is not None and num_labels is not None:
@@ -265,6 +268,14 @@ class MetadataNorm(nn.Module):
         for part in self._parts:
             part.allocate(num_metadata, num_labels, shape)
 
+    def reset_parameters(self) -> None:
+        """Forget everything learned, as after construction; a Gram matrix of the training set, too.
+
+        Needed after `torch.nn.Module.to_empty`, which leaves whatever was in the memory.
+        """
+        for part in self._parts:
+            part.reset_parameters()
+
     # -- forward ----------------------------------------------------------------------------------------
 
     def forward(
@@ -306,6 +317,10 @@ class MetadataNorm(nn.Module):
                 "labels were given but the layer has num_labels=0: build it with the number of label columns "
                 "to protect them, or leave the labels out."
             )
+        if num_labels == 1 and self._requested[2] is None:
+            # Found from the labels, and binary ones were all there were: indices of more classes are an error
+            # in a later batch, too.
+            num_labels = None
         columns, num_metadata = functional.design_columns(
             metadata,
             labels,
@@ -380,14 +395,38 @@ class MetadataNorm(nn.Module):
         return text if self.channel_dim == 1 else text + f", channel_dim={self.channel_dim}"
 
 
+def _as_int(value: object) -> int | None:
+    """Return an integer of any kind (numpy's, too) as an int, None where it is something else."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def _number_of_columns(name: str, value: object, least: int) -> int | None:
+    if value is None:
+        return None
+    number = _as_int(value)
+    if number is None or number < least:
+        raise ValueError(f"{name} must be an int ≥ {least} or None, got {value!r}.")
+    return number
+
+
 def _feature_shape(
     num_features: int | Sequence[int] | None, granularity: Granularity
 ) -> tuple[int, ...] | None:
     if num_features is None:
         return None
-    shape = (num_features,) if isinstance(num_features, int) else tuple(num_features)
-    is_valid = shape and all(isinstance(n, int) and not isinstance(n, bool) and n > 0 for n in shape)
-    if not is_valid or (granularity == "channel" and len(shape) != 1):
+    single = _as_int(num_features)
+    lengths: tuple[object, ...] = ()
+    if single is not None:
+        lengths = (single,)
+    elif isinstance(num_features, Iterable):
+        lengths = tuple(num_features)
+    shape = tuple(length for length in map(_as_int, lengths) if length is not None and length > 0)
+    if not shape or len(shape) < len(lengths) or (granularity == "channel" and len(shape) != 1):
         wanted = (
             "a positive int or a tuple of them" if granularity == "element" else "a positive int (channels)"
         )

@@ -230,3 +230,9 @@ def test_default_settings():
     assert (estimator.momentum, estimator.window) == (None, 2000)
     assert MetadataNorm(3, 1, estimator="batch").scale_estimator is None
     assert MetadataNorm(3, 1, scale=True, window=70).scale_estimator.window == 70
+
+
+def test_has_no_intercept_to_remove():
+    with pytest.raises(ValueError, match="give center to the layer's estimator"):
+        LogVarianceEstimator(center=True)
+    MetadataNorm(4, 1, scale=True, center=True)(torch.randn(20, 4), torch.randn(20, 1))

@@ -1,9 +1,11 @@
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mdnorm import MetadataNorm, fit_gram
+from mdnorm import Design, MetadataNorm, fit_gram
 
 
 def test_streams_over_a_loader_into_every_layer():
@@ -51,3 +53,16 @@ def test_errors():
         fit_gram(MetadataNorm(4, 1, estimator="dataset"), torch.tensor([1, 2, 3, 4, float("nan")]))
     with pytest.raises(ValueError, match="labels has 1"):
         fit_gram(MetadataNorm(4, 1, 2, estimator="dataset"), torch.randn(9), torch.randn(9))
+
+
+def test_a_pair_that_is_no_two_batches():
+    """What a design returns, and what a loader's batch is: both are metadata and labels."""
+    table = pd.DataFrame({"age": np.arange(9.0), "site": list("abcabcabc"), "sick": [0, 1, 1, 1, 0, 0, 1, 0, 1]})
+    design = Design("age + site", labels="sick").fit(table)
+    layer = MetadataNorm(4, 3, 1, estimator="dataset")
+    matrices = design.transform(table)
+    want = fit_gram(layer, matrices.metadata, matrices.labels)
+    for data in (matrices, tuple(matrices), list(matrices), dict(matrices._asdict())):
+        gram = fit_gram(layer, data)
+        assert float(gram.count) == 9
+        assert torch.equal(gram.covariance, want.covariance)

@@ -45,7 +45,8 @@ def make_estimator(estimator: str | Estimator, **settings: Any) -> Estimator:
     estimator : str or Estimator
         A key of `ESTIMATORS`, or an instance (a subclass of your own, say), which brings its own settings.
     **settings
-        Arguments of `Estimator`, for an estimator made by name.
+        Arguments of `Estimator`, for an estimator made by name. `device` and `dtype` go for an instance, too:
+        it is moved there.
 
     Raises
     ------
@@ -55,9 +56,9 @@ def make_estimator(estimator: str | Estimator, **settings: Any) -> Estimator:
         Neither a name nor an instance.
     """
     if isinstance(estimator, Estimator):
-        if estimator.knows_design:
+        if estimator.knows_design or estimator.is_claimed:
             raise ValueError(
-                f"this {type(estimator).__name__} already holds the state of a layer: "
+                f"this {type(estimator).__name__} already serves a layer: "
                 "each layer needs an instance of its own."
             )
         given = [name for name, default in _DEFAULTS.items() if settings.get(name, default) != default]
@@ -66,6 +67,9 @@ def make_estimator(estimator: str | Estimator, **settings: Any) -> Estimator:
                 f"an instance of {type(estimator).__name__} brings its own settings: give {', '.join(given)} "
                 "to it, not to the layer."
             )
+        device, dtype = settings.get("device"), settings.get("dtype")
+        if device is not None or dtype is not None:
+            estimator.to(device=device, dtype=dtype)
         return estimator
     if not isinstance(estimator, str):
         raise TypeError(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, overload
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -48,6 +50,13 @@ class Estimator(nn.Module, ABC):
     device, dtype
         Where and in what precision the coefficients are kept (float32 at least), as for any torch layer.
 
+    Raises
+    ------
+    TypeError
+        `momentum`, `window` or `ridge` is not a number, or `dtype` not a floating-point one.
+    ValueError
+        One of them is out of its range.
+
     Attributes
     ----------
     coefficients : (R, *feature_shape) buffer
@@ -89,6 +98,8 @@ class Estimator(nn.Module, ABC):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        for argument, value in (("momentum", momentum), ("window", window), ("ridge", ridge)):
+            _check_number(argument, value)
         if momentum == "auto":
             momentum = self.default_momentum
             window = self.default_window if window is None else window
@@ -107,8 +118,11 @@ class Estimator(nn.Module, ABC):
         self.window = window
         self.ridge = float(ridge)
         self.center = bool(center)
+        self._is_claimed = False
         self._process_group = GroupSetting("auto")
         self._last_group: GroupSetting | None = None
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a floating-point dtype, got {dtype}.")
         for buffer in self.state_shapes(0, 0, ()):
             self.register_buffer(buffer, None)
         # Remembers device and dtype until the sizes are known; moved by `.to()` like any buffer.
@@ -154,6 +168,15 @@ class Estimator(nn.Module, ABC):
             "gram_count": (1,),
             "coefficients": (num_metadata + self.center, *feature_shape),
         }
+
+    @property
+    def is_claimed(self) -> bool:
+        """Whether a layer has this instance: one state cannot serve the features of two."""
+        return self._is_claimed
+
+    def claim(self) -> None:
+        """Make the instance the one of a layer."""
+        self._is_claimed = True
 
     @property
     def knows_design(self) -> bool:
@@ -263,10 +286,18 @@ class Estimator(nn.Module, ABC):
         """Raise RuntimeError where something must be given before training. Nothing by default."""
 
     def reset(self) -> None:
-        """Forget everything learned: all statistics back to zero."""
-        for name, buffer in self.named_buffers():
-            if name != "num_columns":
+        """Forget everything learned: all statistics back to zero; the sizes stay."""
+        num_metadata, num_labels, _ = self.sizes
+        with torch.no_grad():
+            for buffer in self.buffers():
                 buffer.zero_()
+            # Written again, since `to_empty` leaves anything there.
+            if num_metadata is not None and num_labels is not None:
+                self.num_columns[0], self.num_columns[1] = num_metadata, num_labels
+
+    def reset_parameters(self) -> None:
+        """`reset`, under the name that torch calls after `torch.nn.Module.to_empty`."""
+        self.reset()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Estimator:
         before = dict(self._buffers)
@@ -278,7 +309,8 @@ class Estimator(nn.Module, ABC):
             # model.half() and model.bfloat16() move the state to the new device but never below float32, and
             # model.float() leaves the statistics of the design in float64.
             if torch.finfo(new.dtype).bits < 32 or (name in self.precise and new.dtype != old.dtype):
-                new = old.to(new.device)
+                # There is nothing to copy from meta: this is `to_empty`.
+                new = torch.empty_like(old, device=new.device) if old.is_meta else old.to(new.device)
             # model.to(memory_format=...) restrides 4-d buffers; the updates need the plain layout.
             self._buffers[name] = new.contiguous()
         return self
@@ -299,6 +331,16 @@ class Estimator(nn.Module, ABC):
             num_metadata, num_labels = (round(float(width)) for width in widths)
             self.allocate(num_metadata, num_labels, tuple(coefficients.shape[1:]))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        # load_state_dict(assign=True) takes tensors as they are, and a checkpoint may be in half precision.
+        for name, buffer in self._buffers.items():
+            if buffer is not None and name not in self._non_persistent_buffers_set:
+                self._buffers[name] = buffer.to(self._least_dtype(name, buffer))
+
+    def _least_dtype(self, name: str, buffer: Tensor) -> torch.dtype:
+        """Return the dtype that a buffer may have: its own, if not below what its statistics need."""
+        precise = name in self.precise
+        least = functional.statistics_dtype(buffer.device) if precise else torch.float32
+        return torch.promote_types(buffer.dtype, least)
 
     def _upgrade(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Add what states saved by earlier layouts lack, where it follows from the rest."""
@@ -379,6 +421,17 @@ class Estimator(nn.Module, ABC):
         """Return the settings, for ``print(model)``."""
         memory = f"momentum={self.momentum}" if self.window is None else f"window={self.window}"
         return f"{memory}, ridge={self.ridge}, center={self.center}"
+
+
+def _check_number(argument: str, value: object) -> None:
+    if value is None and argument != "ridge":
+        return
+    if isinstance(value, str) and argument == "momentum":
+        return
+    # A bool is a number to Python, and never meant as one here.
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, numbers.Real):
+        wanted = {"momentum": "a number, None or 'auto'", "window": "a number or None", "ridge": "a number"}
+        raise TypeError(f"{argument} must be {wanted[argument]}, got {value!r}.")
 
 
 def refuse_compiled_checkpoint(setting: str) -> None:

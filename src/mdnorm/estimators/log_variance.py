@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -69,6 +69,13 @@ class LogVarianceEstimator(BatchEstimator):
     log_gram_mean: Tensor
     log_gram_covariance: Tensor
     log_gram_count: Tensor
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        if self.center:
+            raise ValueError(
+                "LogVarianceEstimator has no intercept to remove: give center to the layer's estimator."
+            )
 
     def state_shapes(
         self, num_metadata: int, num_labels: int, feature_shape: tuple[int, ...]
@@ -140,7 +147,7 @@ class LogVarianceEstimator(BatchEstimator):
             self.log_cross_covariance.flatten(1),
             self.log_mean.view(-1),
             log_moments,
-            (batch.mean - past.mean).to(log_moments.dtype),
+            torch.where(usable, batch.mean - past.mean, 0.0).to(log_moments.dtype),
             (batch.count / merged.count.clamp_min(1e-30)).to(log_moments.dtype),
         )
         self.log_gram_mean.copy_(merged.mean)

@@ -137,6 +137,10 @@ class PenaltyEstimator(Estimator):
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        if self.weight is not None:
+            dtype = self._least_dtype("weight", self.weight)
+            if self.weight.dtype != dtype:
+                self.weight = nn.Parameter(self.weight.detach().to(dtype), self.weight.requires_grad)
         self.operator = self.whitening = None
         if self.knows_design and float(self.gram_count) > 0:
             self._make_operators()

@@ -156,12 +156,13 @@ class RecursiveEstimator(Estimator):
             num_samples = batch.count
             rows = self._rows_like(batch, scale)
         innovation, count = self.usable(innovation, num_samples)
-        used = (count > 0).to(rows.dtype)
+        # An unusable batch may be NaN.
+        rows = torch.where(count > 0, rows, 0.0)
         # A batch beyond the window forgets the past: `P` divided by almost nothing is the prior.
         decay = self.decay(count).clamp_min(1e-12)
         # A zero factor is one that no batch has reached.
         factor = torch.where(self.factor.any(), self.factor, self._prior())
-        factor = functional.recursive_update(factor, rows * used, decay, self.prior)
+        factor = functional.recursive_update(factor, rows, decay, self.prior)
         # An unused batch must not even rotate the root.
         self.factor.copy_(torch.where(count > 0, factor, self.factor))
         gain = (factor @ factor.mT).to(innovation.dtype)

@@ -141,6 +141,11 @@ class RunningEstimator(BatchEstimator):
             num_samples=total,
         )
 
+    def extra_repr(self) -> str:
+        """Return the settings, for ``print(model)``."""
+        text = super().extra_repr()
+        return text if self.reduction == "mean" else f"{text}, reduction={self.reduction!r}"
+
     def _average(self, coefficients: Tensor, count: Weight, mean: Tensor | None) -> None:
         """Move the average towards a batch's coefficients (R, D).
 
