@@ -1,5 +1,6 @@
 """Shared settings: seeded randomness, hypothesis without a time limit on a loaded machine, errors seen."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,15 @@ settings.load_profile("mdnorm")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Keep the number of threads: Lightning changes it, and with it the last bit of later tests' sums."""
+    number = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != number:
+        torch.set_num_threads(number)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

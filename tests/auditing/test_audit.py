@@ -7,7 +7,7 @@ import torch
 from audit_example import QUICK, QUICKEST, example
 
 import mdnorm
-from mdnorm.auditing import InputError
+from mdnorm.auditing import InputError, Settings
 from mdnorm.auditing.audit import number_of_steps
 from mdnorm.auditing.findings import is_found
 from mdnorm.metrics import cka, distance_correlation_sqr
@@ -203,6 +203,84 @@ def test_subjects_stay_together():
     kept = mdnorm.audit(features, {"age": age[subject]}, subjects=subject, settings=QUICKEST)
     assert leaky.columns[0].representations["before"].best_probe[1].value > 0.5
     assert kept.columns[0].representations["before"].best_probe[1].value < 0.2
+
+
+def test_distance_correlations_are_of_one_row_of_each_subject():
+    """Rows of the same subject are alike: taken for independent, they make any column significant."""
+    alarms = {"rows": 0, "subjects": 0}
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        age, centre = rng.uniform(20, 80, 30), 3 * rng.standard_normal((30, 4))
+        sick = np.repeat(rng.permutation(30) < 15, 6)
+        subject = np.repeat([f"s{i}" for i in range(30)], 6)
+        features = np.repeat(centre, 6, axis=0) + rng.standard_normal((180, 4))
+        for key, given in (("rows", None), ("subjects", subject)):
+            settings = Settings(num_permutations=1, num_bootstrap=0, num_folds=2, seed=seed)
+            report = mdnorm.audit(features, {"age": np.repeat(age, 6)}, subjects=given, settings=settings)
+            dependence = report.columns[0].representations["before"].dependence
+            alarms[key] += dependence.p_value < 0.05
+            if given is not None:
+                assert dependence.num_rows == 30
+                assert dependence.low <= dependence.value <= dependence.high
+                assert "180 rows are of 30 subjects" in report.notes[0]
+    assert alarms["rows"] >= 18
+    assert alarms["subjects"] <= 4  # 1 is expected
+    report = mdnorm.audit(features, {"age": np.repeat(age, 6)}, sick, subjects=subject, settings=QUICKEST)
+    column = report.columns[0]
+    assert "Class False of the label has 15 rows, too few to look within." in column.note
+    assert column.representations["before"].dependence_within is None
+
+
+def test_subjects_are_resampled_whole_for_the_gaps():
+    _, after, metadata = example(seed=3)
+    arguments = {"labels": "diagnosis", "predictions": "predicted", "settings": QUICK}
+    rows = np.repeat(np.arange(240), 4)
+    repeated = {name: np.asarray(values)[rows] for name, values in metadata.items()}
+    repeated["site"] = np.asarray(metadata["site"])[rows]
+    features = after[rows] + 1e-3 * np.random.default_rng(0).standard_normal((960, 6))
+
+    def widths(**options):
+        report = mdnorm.audit(features, repeated, max_rows=960, **arguments, **options)
+        column = next(column for column in report.columns if column.name == "site")
+        groups = column.representations["before"].group_gaps["groups"]
+        return np.array([g["rates"]["accuracy"]["high"] - g["rates"]["accuracy"]["low"] for g in groups])
+
+    # Four copies of each row say nothing new, so the interval is twice as wide as that of 960 rows.
+    ratio = widths(subjects=rows) / widths()
+    assert (ratio > 1.5).all()
+    assert (ratio < 2.6).all()
+
+
+def test_dates_are_read_as_dates():
+    before, _, metadata = example()
+    days = np.datetime64("2020-01-01") + np.arange(240).astype("timedelta64[D]")
+    table = {"visit": days, "diagnosis": metadata["diagnosis"], "predicted": metadata["predicted"]}
+    report = mdnorm.audit(before, table, "diagnosis", predictions="predicted", settings=QUICK)
+    visit = next(column for column in report.columns if column.name == "visit")
+    assert visit.description == "2020-01-01 to 2020-08-27, median 2020-04-29"
+    groups = [group["group"] for group in visit.representations["before"].group_gaps["groups"]]
+    assert groups[0] == "2020-01-01 to 2020-02-29"
+    assert len(groups) == 4
+    page = report.to_html()
+    assert "2020-08-27" in page
+    assert "1.577" not in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_permutations": 0}, "num_permutations must be at least 1, got 0"),
+        ({"num_bootstrap": 2.5}, "num_bootstrap must be an integer, got 2.5"),
+        ({"num_folds": 1}, "num_folds must be at least 2"),
+        ({"seed": "today"}, "seed must be an integer, got 'today'"),
+        ({"confidence": 95}, "confidence must be between 0 and 1, got 95"),
+        ({"confidence": float("nan")}, "confidence must be between 0 and 1, got nan"),
+        ({"confidence": None}, "confidence must be a number, got None"),
+    ],
+)
+def test_settings_are_checked(changes, message):
+    with pytest.raises(InputError, match=message):
+        Settings(**changes)
 
 
 def test_feature_maps_are_flattened():

@@ -165,3 +165,23 @@ def test_classes_have_one_name_however_they_are_stored():
     assert as_classes([1.5, None], "predictions").tolist() == ["1.5", ""]
     with pytest.raises(InputError, match=r"predictions must have shape \(n,\), got \(1, 2\)"):
         as_classes([[1, 2]], "predictions")
+
+
+@pytest.mark.parametrize("library", [pd.Series, pl.Series])
+def test_a_series_is_a_table_of_one_column(library):
+    values = [20.0 + i / 7 for i in range(N)]
+    series = library(name="age", data=values) if library is pd.Series else library("age", values)
+    columns = as_columns(series)
+    assert [column.name for column in columns] == ["age"]
+    np.testing.assert_array_equal(columns[0].values, values)
+    assert [column.name for column in as_columns(pd.Series(values))] == ["metadata"]
+
+
+def test_dates_keep_missing_values_and_times():
+    stamps = pd.Series(pd.date_range("2024-03-01 08:30", periods=N, freq="37min", tz="Europe/Vienna"))
+    stamps[4] = pd.NaT
+    column = as_columns(pd.DataFrame({"scan": stamps}))[0]
+    assert (column.kind, column.num_missing, column.is_date) == ("continuous", 1, True)
+    assert column.describe().startswith("2024-03-01 07:30 to 2024-03-")
+    assert column.rows(np.arange(N) > 9).is_date
+    assert not as_columns({"age": np.arange(N) / 7})[0].is_date

@@ -133,3 +133,41 @@ def test_columns_of_a_table_are_chosen_by_name_and_pattern(tmp_path):
     np.testing.assert_array_equal(read_features(tmp_path / "table.csv", columns=["age"]), [[40], [50]])
     with pytest.raises(InputError, match=r"no column in .*table.csv 'voxel_\*'; there are 'subject'"):
         read_features(tmp_path / "table.csv", columns=["roi_*", "voxel_*"])
+
+
+def test_paths_may_be_texts(tmp_path, values):
+    write(tmp_path / "features.csv", values)
+    np.testing.assert_allclose(read_features(str(tmp_path / "features.csv")), values, rtol=1e-7)
+    assert read_table(str(tmp_path / "features.csv")).num_rows == len(values)
+
+
+def test_options_that_say_nothing_of_the_file_are_errors(tmp_path, values):
+    for suffix in (".npy", ".csv"):
+        write(tmp_path / f"features{suffix}", values)
+        with pytest.raises(InputError, match="no named arrays, so a key"):
+            read_features(tmp_path / f"features{suffix}", "features")
+    write(tmp_path / "features.npz", values)
+    for suffix in (".npy", ".npz"):
+        with pytest.raises(InputError, match="no named columns"):
+            read_features(tmp_path / f"features{suffix}", columns=["roi_*"])
+
+
+def test_long_rows_and_headers_of_text_tables(tmp_path):
+    names = [f"a_feature_with_a_long_name_{i}" for i in range(60_000)]
+    path = tmp_path / "wide.csv"
+    path.write_text(",".join(names) + "\n" + ",".join(["0.25"] * 60_000) + "\n" + ",".join(["1"] * 60_000))
+    assert read_features(path).shape == (2, 60_000)
+    (tmp_path / "notes.csv").write_text('age,note\n40,"two\nlines"\n50,one\n')
+    assert read_table(tmp_path / "notes.csv")["note"].to_pylist() == ["two\nlines", "one"]
+
+
+def test_decimal_commas_are_not_taken_for_categories(tmp_path):
+    (tmp_path / "metadata.csv").write_text("alter;ort\n40,5;Graz\n38,25;Linz\n")
+    with pytest.raises(InputError, match="column 'alter' has numbers with a comma, such as 40,5"):
+        read_table(tmp_path / "metadata.csv")
+
+
+def test_a_header_in_another_encoding_is_said(tmp_path):
+    (tmp_path / "metadata.csv").write_bytes("K\xf6rpergr\xf6\xdfe,Ort\n180,Linz\n".encode("latin-1"))
+    with pytest.raises(InputError, match="is not UTF-8: save the table as UTF-8"):
+        read_table(tmp_path / "metadata.csv")

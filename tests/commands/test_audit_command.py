@@ -101,6 +101,8 @@ def test_json_and_options(files):
         (["--prediction", "predicted"], "need the labels"),
         (["--label", "diagnosis", "--prediction", "site"], "which no label is"),
         (["--label", "diagnosis", "--subject", "age"], "12 missing value(s)"),
+        (["--key", "hidden"], "no named arrays, so a key ('hidden') says nothing"),
+        (["--columns", "roi_*"], "no named columns, so columns ('roi_*') say nothing"),
     ],
 )
 def test_bad_options_exit_with_2(files, arguments, message):
@@ -145,3 +147,11 @@ def test_outputs_that_cannot_be_written_exit_with_2(files):
         result = quick(files)
     assert result.exit_code == 2
     assert "another process is writing" in " ".join(result.stderr.split())
+
+
+def test_key_and_columns_are_for_the_files_that_they_fit(files):
+    features = np.load(files / "before.npy")
+    np.savez(files / "after.npz", hidden=features, other=features)
+    result = quick(files, "--after", files / "after.npz", "--key", "hidden", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["facts"]["features"]["after"] == list(features.shape)

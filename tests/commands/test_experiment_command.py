@@ -1,6 +1,8 @@
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import typer
@@ -105,6 +107,25 @@ def test_an_output_folder_that_cannot_be(tmp_path):
     result = synthetic(tmp_path / "file" / "out")
     assert result.exit_code == 2
     assert "cannot write to" in result.stderr
+
+
+def test_sigterm_keeps_the_finished_trainings(tmp_path):
+    """As a batch system sends it; outside of the trainings the signal means what it meant before."""
+    handler = signal.getsignal(signal.SIGTERM)
+    assert synthetic(tmp_path / "whole").exit_code == 0
+    assert signal.getsignal(signal.SIGTERM) is handler
+    command = [sys.executable, "-m", "mdnorm", "experiment", "synthetic", *SMALL, "--seeds", "500"]
+    command += ["--jobs", "1", "--out", str(tmp_path)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 120
+    results = tmp_path / "results.json"
+    while not results.exists() and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted; finished trainings are stored" in " ".join(stderr.split())
+    assert json.loads(results.read_text())[0]["method"] == "none"
 
 
 def test_a_failed_training_ends_with_1_and_keeps_the_others(tmp_path):

@@ -57,7 +57,9 @@ def test_errors():
 
 def test_a_pair_that_is_no_two_batches():
     """What a design returns, and what a loader's batch is: both are metadata and labels."""
-    table = pd.DataFrame({"age": np.arange(9.0), "site": list("abcabcabc"), "sick": [0, 1, 1, 1, 0, 0, 1, 0, 1]})
+    table = pd.DataFrame(
+        {"age": np.arange(9.0), "site": list("abcabcabc"), "sick": [0, 1, 1, 1, 0, 0, 1, 0, 1]}
+    )
     design = Design("age + site", labels="sick").fit(table)
     layer = MetadataNorm(4, 3, 1, estimator="dataset")
     matrices = design.transform(table)

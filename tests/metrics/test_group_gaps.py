@@ -175,6 +175,27 @@ def test_intervals_agree_with_the_bootstrap_of_fairlearn() -> None:
         assert rate.high == pytest.approx(frame.by_group_ci[1].loc[group, "accuracy"], abs=0.015)
 
 
+def test_subjects_are_resampled_with_all_their_rows() -> None:
+    y, p, g, scores = _data(400)
+    subjects = np.random.default_rng(1).integers(0, 90, 400)
+    result = group_gaps(y, p, g, scores=scores, subjects=subjects, num_bootstrap=4000, confidence=0.9)
+    rng = np.random.default_rng(5)
+    rows_of = [np.flatnonzero((g == "c") & (subjects == s)) for s in np.unique(subjects[g == "c"])]
+    values = []
+    for _ in range(4000):
+        drawn = np.concatenate([rows_of[i] for i in rng.integers(len(rows_of), size=len(rows_of))])
+        values.append([(y == p)[drawn].mean(), p[drawn][y[drawn] == 1].mean()])
+    for name, column in zip(("accuracy", "true_positive_rate"), np.array(values).T, strict=True):
+        rate, (low, high) = result.groups[2].rates[name], np.quantile(column, [0.05, 0.95])
+        assert rate.low == pytest.approx(low, abs=0.012)
+        assert rate.high == pytest.approx(high, abs=0.012)
+    # A subject for each row is no subjects.
+    same = group_gaps(y, p, g, subjects=np.arange(400), num_bootstrap=50).to_dict()
+    assert same == group_gaps(y, p, g, num_bootstrap=50).to_dict()
+    with pytest.raises(ValueError, match="400 rows in labels and 3 in subjects"):
+        group_gaps(y, p, g, subjects=[1, 2, 3])
+
+
 @pytest.mark.parametrize("true_gap", [0.0, 0.2])
 def test_intervals_of_gaps_cover_the_gap(true_gap: float) -> None:
     covered = 0

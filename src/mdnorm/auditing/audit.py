@@ -73,7 +73,8 @@ def audit(
     ignore : sequence of str
         Metadata columns to leave out: names, and patterns such as "voxel_*".
     subjects : str or (n,) array, optional
-        Who a row belongs to, where a subject has several: they stay together in the cross-validation.
+        Who a row belongs to, where a subject has several: they stay together in the cross-validation and in
+        the intervals of the gaps between groups, and distance correlations are those of one row of each.
     names : pair of str, optional
         What to call the features before and after in the report.
     max_rows : int
@@ -152,6 +153,15 @@ def audit(
             f"{_MIN_ROWS}."
         )
     _note_constant_features(used, notes)
+
+    if subject_values is not None:
+        num_subjects = len(np.unique(subject_values[rows]))
+        if num_subjects < len(rows):
+            notes.append(
+                f"{len(rows)} rows are of {num_subjects} subjects: distance correlations are those of one "
+                f"row of each (seed {settings.seed}), since their intervals and tests are for independent "
+                "rows."
+            )
 
     kept = [column.rows(rows) for column in columns if column.name not in reserved]
     kept = [_again_auditable(column) for column in kept]

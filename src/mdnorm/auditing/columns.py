@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +20,7 @@ Kind = Literal["continuous", "categorical", "constant", "identifier"]
 
 _MAX_CLASSES_OF_NUMBERS = 10
 _MAX_CLASSES = 200
+_SECONDS_OF_A_DAY = 86_400
 _IDENTIFIER_NAME = re.compile(r"(^|[_\W])(u?id|uuid|index|row|unnamed)([_\W]|$)", re.IGNORECASE)
 
 
@@ -38,6 +39,8 @@ class Column:
         False where the value is missing.
     note : str
         What the reader should know about how it was read; may be empty.
+    is_date : bool
+        Whether the values are the seconds since 1970 of dates.
     """
 
     name: str
@@ -45,6 +48,7 @@ class Column:
     values: NDArray[Any]
     present: NDArray[np.bool_]
     note: str = ""
+    is_date: bool = False
 
     @property
     def is_auditable(self) -> bool:
@@ -58,7 +62,7 @@ class Column:
 
     def rows(self, index: NDArray[Any]) -> Column:
         """Return the column with these rows only."""
-        return Column(self.name, self.kind, self.values[index], self.present[index], self.note)
+        return replace(self, values=self.values[index], present=self.present[index])
 
     def design_matrix(self) -> NDArray[np.float64]:
         """Return the values for a distance: (n, 1) numbers, or (n, number of classes) indicators."""
@@ -67,11 +71,21 @@ class Column:
         classes, codes = np.unique(self.values, return_inverse=True)
         return np.eye(len(classes))[codes]
 
+    def text(self, value: float) -> str:
+        """Return a value of a continuous column as it is read: a number of four digits, or a date."""
+        if not self.is_date:
+            return _number(value)
+        values = self.values[self.present]
+        has_times = bool(np.any(values % _SECONDS_OF_A_DAY))
+        date = np.datetime64(round(value), "s")
+        return str(date.astype("datetime64[m]" if has_times else "datetime64[D]")).replace("T", " ")
+
     def describe(self) -> str:
         """Return a few words on the values."""
         values = self.values[self.present]
         if self.kind == "continuous":
-            return f"{_number(values.min())} to {_number(values.max())}, median {_number(np.median(values))}"
+            low, middle, high = map(self.text, (values.min(), float(np.median(values)), values.max()))
+            return f"{low} to {high}, median {middle}"
         if self.kind == "categorical":
             classes, counts = np.unique(values, return_counts=True)
             order = np.argsort(-counts, kind="stable")
@@ -91,7 +105,7 @@ def as_columns(
 
     Parameters
     ----------
-    metadata : DataFrame, mapping, tensor, array or sequence of Column
+    metadata : DataFrame, Series, mapping, tensor, array or sequence of Column
         Of pandas, polars or pyarrow; or names to columns of length n; or (n,) or (n, K) without names; or
         columns that were read before.
     kinds : mapping, optional
@@ -133,12 +147,14 @@ def _as_mapping(metadata: Any) -> dict[str, Any]:
     with requires("audit"):
         import narwhals as nw
     try:
-        frame = nw.from_native(metadata, eager_only=True)
+        frame = nw.from_native(metadata, eager_only=True, allow_series=True)
     except TypeError as error:
         raise InputError(
             "metadata must be a DataFrame of pandas, polars or pyarrow, a mapping of names to columns, or an "
             f"array, got {type(metadata).__name__}."
         ) from error
+    if isinstance(frame, nw.Series):
+        return {str(frame.name or "metadata"): _series_values(frame)}
     return {str(name): _series_values(frame[name]) for name in frame.columns}
 
 
@@ -153,15 +169,20 @@ def _as_array(values: Any) -> NDArray[Any]:
 
 
 def _series_values(series: Any) -> NDArray[Any]:
-    """Return a narwhals series as floats (NaN where missing) or as objects (None where missing)."""
+    """Return a narwhals series as floats (NaN where missing), dates (NaT) or objects (None)."""
     import narwhals as nw
 
     kind = series.dtype
     if kind.is_numeric():
         return np.asarray(series.cast(nw.Float64).to_numpy(), np.float64)
     if kind in (nw.Datetime, nw.Date):
-        seconds = series.cast(nw.Datetime("us")).dt.timestamp("ms").cast(nw.Float64) / 1000
-        return np.asarray(seconds.to_numpy(), np.float64)
+        # Of a time zone: the moment, in UTC.
+        series = series.cast(nw.Datetime("us")) if kind == nw.Date else series
+        stamps = series.dt.timestamp("ms").cast(nw.Float64).to_numpy()
+        is_missing = np.isnan(stamps)
+        dates = np.where(is_missing, 0, stamps).astype(np.int64).astype("datetime64[ms]")
+        dates[is_missing] = np.datetime64("NaT")
+        return dates
     if kind == nw.Duration:
         return np.asarray(series.dt.total_milliseconds().cast(nw.Float64).to_numpy(), np.float64) / 1000
     if kind.is_nested():
@@ -193,9 +214,11 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
         raise InputError(
             f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
         )
+    values = _as_array(values)
     array = _numbers_or_texts(values, f"metadata column {name!r}")
     if array.dtype.kind == "f":
-        return _numeric(name, array, kind)
+        column = _numeric(name, array, kind)
+        return replace(column, is_date=column.kind == "continuous" and values.dtype.kind == "M")
     if kind == "continuous":
         try:
             return _numeric(name, np.array([float(text) if text else np.nan for text in array]), kind)

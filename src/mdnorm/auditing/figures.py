@@ -106,7 +106,10 @@ def projections(column: Column, projections: Mapping[str, Projection], titles: M
                 *points[inside].T, c=shown.values[inside], cmap="viridis", s=8, linewidths=0, alpha=0.85
             )
             if axis is axes[-1]:
-                figure.colorbar(drawn, ax=list(axes), label=column.name)
+                bar = figure.colorbar(drawn, ax=list(axes), label=column.name)
+                if column.is_date:
+                    ticks = np.linspace(shown.values[inside].min(), shown.values[inside].max(), 4)
+                    bar.set_ticks(list(ticks), labels=[column.text(tick) for tick in ticks])
         else:
             names, counts = np.unique(shown.values[inside], return_counts=True)
             for name in names[np.argsort(-counts, kind="stable")][:8]:

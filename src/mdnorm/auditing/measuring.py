@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.auditing.columns import Column
+from mdnorm.auditing.reading import InputError
 from mdnorm.auditing.results import ColumnAudit, Measure, Projection, Representation
 from mdnorm.extras import requires
 from mdnorm.metrics import (
@@ -17,7 +18,8 @@ from mdnorm.metrics import (
     distance_correlation_interval,
     distance_correlation_sqr,
 )
-from mdnorm.metrics.group_gaps import group_gaps, quantile_groups
+from mdnorm.metrics.checks import check_integer
+from mdnorm.metrics.group_gaps import QuantileGroups, group_gaps, quantile_groups
 from mdnorm.metrics.probes import ProbeScore, probe
 
 __all__ = ["Predictions", "Settings", "measure_column", "project", "within_classes"]
@@ -44,6 +46,11 @@ class Settings:
     num_folds : int
         Of the cross-validation of probes.
     seed : int
+
+    Raises
+    ------
+    InputError
+        A setting is of another type, or out of its range.
     """
 
     num_permutations: int = 200
@@ -51,6 +58,19 @@ class Settings:
     confidence: float = 0.95
     num_folds: int = 5
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        least = {"num_permutations": 1, "num_bootstrap": 0, "num_folds": 2, "seed": 0}
+        for name, low in least.items():
+            try:
+                check_integer(name, getattr(self, name), low)
+            except (TypeError, ValueError) as error:
+                raise InputError(str(error)) from error
+        confidence: object = self.confidence
+        if isinstance(confidence, bool) or not isinstance(confidence, (int, float, np.floating)):
+            raise InputError(f"confidence must be a number, got {confidence!r}.")
+        if not 0 < confidence < 1:
+            raise InputError(f"confidence must be between 0 and 1, got {confidence}: for example 0.95.")
 
 
 @dataclass(frozen=True)
@@ -76,11 +96,30 @@ def within_classes(label: Column) -> tuple[NDArray[np.str_], str]:
     if label.kind == "categorical":
         return label.values, ""
     classes = np.full(len(label.values), "", dtype=object)
-    classes[label.present] = np.asarray(quantile_groups(label.values[label.present], num_groups=_NUM_BINS))
+    classes[label.present] = np.asarray(_quarters(label.rows(label.present)))
     note = (
         f"The label {label.name} is continuous: “the same {label.name}” means the same quarter of its range."
     )
     return classes.astype(np.str_), note
+
+
+def _quarters(column: Column) -> QuantileGroups:
+    """Return a continuous column without missing values in four groups, with names as its values are read."""
+    groups = quantile_groups(column.values, num_groups=_NUM_BINS)
+    if not column.is_date:
+        return groups
+    parts = [column.values[groups.codes == code] for code in range(len(groups.names))]
+    names = tuple(f"{column.text(part.min())} to {column.text(part.max())}" for part in parts)
+    # Dates a few seconds apart.
+    return replace(groups, names=names) if len(set(names)) == len(names) else groups
+
+
+def _one_row_each(subjects: NDArray[Any] | None, num_rows: int, seed: int) -> NDArray[np.int64]:
+    """Return one row of each subject, drawn at random: all rows where there are no subjects."""
+    if subjects is None:
+        return np.arange(num_rows)
+    order = np.random.default_rng(seed).permutation(num_rows)
+    return np.sort(order[np.unique(subjects[order], return_index=True)[1]])
 
 
 def measure_column(
@@ -105,7 +144,8 @@ def measure_column(
     predictions : mapping
         Names of representations to what was predicted from them.
     subjects : (n,) array or None
-        Rows of the same subject are never in training and test folds at once.
+        Rows of the same subject are never in training and test folds at once. Distance correlations, whose
+        intervals and tests are for independent rows, are those of one row of each.
     settings : Settings
     step : callable
         Called with what is done next.
@@ -121,6 +161,7 @@ def measure_column(
     rows = np.flatnonzero(present)
     shown = column.rows(rows)
     kept_subjects = None if subjects is None else subjects[rows]
+    single = _one_row_each(kept_subjects, len(rows), settings.seed)
     association = None
     classes: NDArray[np.str_] | None = None
     class_names: list[str] = []
@@ -130,16 +171,22 @@ def measure_column(
         unlabelled = int((column.present & ~present).sum())
         if unlabelled:
             class_notes.append(f"{unlabelled} rows without a label were left out.")
-        association = float(distance_correlation_sqr(shown.design_matrix(), kept_label.design_matrix()))
+        association = float(
+            distance_correlation_sqr(
+                shown.rows(single).design_matrix(), kept_label.rows(single).design_matrix()
+            )
+        )
         classes, note = within_classes(kept_label)
-        class_names, left_out = _usable_classes(classes, shown)
+        class_names, left_out = _usable_classes(classes[single], shown.rows(single))
         class_notes += [*([note] if note else []), *left_out]
     measured = {}
     for key, features in representations.items():
         step(f"{column.name}, {key}")
-        measured[key] = _measure(features[rows], shown, classes, class_names, kept_subjects, settings, step)
+        measured[key] = _measure(
+            features[rows], shown, classes, class_names, kept_subjects, single, settings, step
+        )
         if key in predictions and label is not None and not is_label:
-            gaps = _group_gaps(label.rows(rows), predictions[key], rows, shown, settings)
+            gaps = _group_gaps(label.rows(rows), predictions[key], rows, shown, kept_subjects, settings)
             measured[key] = replace(measured[key], group_gaps=gaps)
     return ColumnAudit(
         name=column.name,
@@ -174,14 +221,15 @@ def _measure(
     classes: NDArray[np.str_] | None,
     class_names: list[str],
     subjects: NDArray[Any] | None,
+    single: NDArray[np.int64],
     settings: Settings,
     step: Callable[[str], None],
 ) -> Representation:
-    dependence = _dependence(features, column, settings)
+    dependence = _dependence(features[single], column.rows(single), settings)
     by_class = {}
     if classes is not None:
         for name in class_names:
-            inside = classes == name
+            inside = single[classes[single] == name]
             by_class[name] = _dependence(features[inside], column.rows(inside), settings)
     probes: dict[str, Measure] = {}
     within: dict[str, Measure] = {}
@@ -281,14 +329,19 @@ def _as_measure(
 
 
 def _group_gaps(
-    label: Column, predictions: Predictions, rows: NDArray[Any], column: Column, settings: Settings
+    label: Column,
+    predictions: Predictions,
+    rows: NDArray[Any],
+    column: Column,
+    subjects: NDArray[Any] | None,
+    settings: Settings,
 ) -> Mapping[str, Any]:
     """Return the rates by group of the rows with a label; a continuous column is cut in four."""
     there = label.present
     labels = label.values[there]
     groups: Any = column.values[there]
     if column.kind == "continuous":
-        groups = quantile_groups(groups, num_groups=_NUM_BINS)
+        groups = _quarters(column.rows(there))
     classes = np.unique(labels)
     positive = predictions.positive
     if positive is None and len(classes) == 2:
@@ -300,6 +353,7 @@ def _group_gaps(
         # With more than two classes calibration needs the probabilities of all.
         scores=None if predictions.scores is None or len(classes) != 2 else predictions.scores[rows][there],
         positive=positive if len(classes) == 2 else None,
+        subjects=None if subjects is None else subjects[there],
         confidence=settings.confidence,
         num_bootstrap=settings.num_bootstrap,
         seed=settings.seed,

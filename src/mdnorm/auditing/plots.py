@@ -356,7 +356,12 @@ def _coloured_by_number(
 ) -> list[dict[str, Any]]:
     inside = column.present
     symbols: Any = "circle"
-    texts = [f"{_escaped(column.name)} {value:.4g}" for value in column.values[inside]]
+    values = column.values[inside]
+    texts = [f"{_escaped(column.name)} {column.text(value)}" for value in values]
+    bar: dict[str, Any] = {"title": {"text": _escaped(column.name), "side": "right"}, "thickness": 12}
+    if column.is_date:
+        ticks = np.linspace(values.min(), values.max(), 4)
+        bar |= {"tickvals": ticks, "ticktext": [column.text(tick) for tick in ticks]}
     if classes is not None and label is not None:
         names = list(np.unique(classes))
         if len(names) <= len(_CLASS_SYMBOLS):
@@ -374,13 +379,13 @@ def _coloured_by_number(
             "text": texts,
             "hovertemplate": "%{text}<extra></extra>",
             "marker": {
-                "color": column.values[inside],
+                "color": values,
                 "colorscale": "Viridis",
                 "size": 6,
                 "opacity": 0.85,
                 "symbol": symbols,
                 "line": {"width": 0.5, "color": "rgba(128,128,128,0.6)"},
-                "colorbar": {"title": {"text": _escaped(column.name), "side": "right"}, "thickness": 12},
+                "colorbar": bar,
             },
         }
     ]

@@ -12,27 +12,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-from mdnorm.files import csv_delimiter
+from mdnorm.files import csv_block_bytes, csv_delimiter, decimal_comma_example
 
 if TYPE_CHECKING:
     import pyarrow
 
 __all__ = ["InputError", "matching", "read_features", "read_table"]
 
-FEATURE_FORMATS = (".npy", ".npz", ".safetensors", ".parquet", ".csv", ".tsv")
+ARCHIVE_FORMATS = (".npz", ".safetensors")
 TABLE_FORMATS = (".csv", ".tsv", ".parquet")
+FEATURE_FORMATS = (".npy", *ARCHIVE_FORMATS, *TABLE_FORMATS)
+_COMMA_ROWS = 1000
 
 
 class InputError(ValueError):
     """What was given to audit cannot be audited; the message says what is wrong and what to do."""
 
 
-def read_features(path: Path, key: str | None = None, columns: Sequence[str] = ()) -> NDArray[Any]:
+def read_features(path: str | Path, key: str | None = None, columns: Sequence[str] = ()) -> NDArray[Any]:
     """Return the features in a file, one row for each sample.
 
     Parameters
     ----------
-    path : Path
+    path : str or Path
         ``.npy``, ``.npz``, ``.safetensors``, ``.parquet``, ``.csv`` or ``.tsv``. Nothing is unpickled.
     key : str, optional
         Name of the array in an ``.npz`` or ``.safetensors`` file. It may be left out where there is only one
@@ -48,9 +50,18 @@ def read_features(path: Path, key: str | None = None, columns: Sequence[str] = (
     Raises
     ------
     InputError
-        The file is missing, empty, truncated, of another format, or holds no numbers.
+        The file is missing, empty, truncated, of another format, or holds no numbers; a key for a file with
+        one array, or columns for one without names.
     """
+    path = Path(path)
     suffix = _checked_suffix(path, FEATURE_FORMATS, "features")
+    if key is not None and suffix not in ARCHIVE_FORMATS:
+        raise InputError(f"{path} has no named arrays, so a key ({key!r}) says nothing: leave it out.")
+    if columns and suffix not in TABLE_FORMATS:
+        raise InputError(
+            f"{path} has no named columns, so columns ({', '.join(map(repr, columns))}) say nothing: leave "
+            "them out."
+        )
     if suffix == ".npy":
         values = _read_npy(path)
     elif suffix == ".npz":
@@ -64,19 +75,21 @@ def read_features(path: Path, key: str | None = None, columns: Sequence[str] = (
     return values
 
 
-def read_table(path: Path) -> pyarrow.Table:
+def read_table(path: str | Path) -> pyarrow.Table:
     """Return a table of metadata, its types inferred, empty cells and NA, NaN, n/a, null as missing.
 
     Parameters
     ----------
-    path : Path
+    path : str or Path
         ``.csv`` with a header (separated by commas, semicolons or tabs), ``.tsv`` or ``.parquet``.
 
     Raises
     ------
     InputError
-        The file is missing, empty, truncated or of another format, or two columns have the same name.
+        The file is missing, empty, truncated or of another format, two columns have the same name, or a
+        column has numbers with decimal commas, which would be taken for categories.
     """
+    path = Path(path)
     suffix = _checked_suffix(path, TABLE_FORMATS, "a table")
     with requires("audit"):
         import pyarrow
@@ -86,6 +99,8 @@ def read_table(path: Path) -> pyarrow.Table:
     except InputError:
         raise
     except (pyarrow.ArrowException, ValueError, OSError) as error:
+        if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in str(error):
+            raise InputError(f"{path} is not UTF-8: save the table as UTF-8.") from error
         raise InputError(f"{path} cannot be read as {suffix[1:].upper()}: {error}") from error
     if table.num_rows == 0:
         raise InputError(f"{path} has a header but no rows.")
@@ -115,14 +130,23 @@ def _read_csv(path: Path) -> pyarrow.Table:
     import pyarrow.types
     from pyarrow import csv
 
+    delimiter = csv_delimiter(path)
     table = csv.read_csv(
         path,
-        parse_options=csv.ParseOptions(delimiter=csv_delimiter(path)),
-        convert_options=csv.ConvertOptions(strings_can_be_null=True),
+        csv.ReadOptions(block_size=csv_block_bytes(path)),
+        csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
+        csv.ConvertOptions(strings_can_be_null=True),
     )
     for field in table.schema:
         if pyarrow.types.is_binary(field.type):
             raise InputError(f"{path}: column {field.name!r} is not UTF-8 text: save the table as UTF-8.")
+        if delimiter != "," and pyarrow.types.is_string(field.type):
+            example = decimal_comma_example(table.column(field.name).slice(0, _COMMA_ROWS).to_pylist())
+            if example is not None:
+                raise InputError(
+                    f"{path}: column {field.name!r} has numbers with a comma, such as {example}, which would "
+                    "be taken for categories: save the table with decimal points."
+                )
     return table
 
 

@@ -87,8 +87,7 @@ def audit(
         from mdnorm.auditing.columns import as_columns
 
         chosen = [part.strip() for part in columns.split(",") if part.strip()]
-        values = auditing.read_features(features, key, chosen)
-        values_after = None if after is None else auditing.read_features(after, key, chosen)
+        values, values_after = _read_features(features, after, key, chosen)
         table = auditing.read_table(metadata)
         names = _names(name or [], 1 if after is None else 2)
         read = as_columns(table, _kinds(kind or []), ignore or [])
@@ -137,6 +136,27 @@ def audit(
     else:
         _print_findings(report)
         typer.echo(f"\nReport: {page}\nNumbers: {out / 'report.json'}\nFigures: {out / 'figures'}")
+
+
+def _read_features(before: Path, after: Path | None, key: str | None, columns: list[str]) -> tuple[Any, Any]:
+    """Return both sets of features; an option is for whichever files it can be meant for."""
+    from mdnorm.auditing.reading import ARCHIVE_FORMATS, TABLE_FORMATS, read_features
+
+    paths = [before] if after is None else [before, after]
+
+    def is_for(path: Path, formats: tuple[str, ...]) -> bool:
+        # Where it is for none of the files, the reader says so.
+        return path.suffix.lower() in formats or not any(p.suffix.lower() in formats for p in paths)
+
+    read = [
+        read_features(
+            path,
+            key if is_for(path, ARCHIVE_FORMATS) else None,
+            columns if is_for(path, TABLE_FORMATS) else (),
+        )
+        for path in paths
+    ]
+    return read[0], None if after is None else read[1]
 
 
 def _kinds(texts: Sequence[str]) -> dict[str, str]:

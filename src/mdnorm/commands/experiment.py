@@ -312,10 +312,8 @@ def _run_all(
     rank, world_size = _place_in_torchrun()
     if world_size > 1 and jobs not in (None, 1):
         fail(f"--jobs {jobs} under torchrun: say --nproc-per-node {jobs} instead.", BAD_INPUT)
-    # A scheduler's SIGTERM ends like Ctrl-C: workers stopped, finished rows kept.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        with only_writer(out) if rank == 0 else nullcontext():
+        with _sigterm_as_ctrl_c(), only_writer(out) if rank == 0 else nullcontext():
             runner: Runner[Any]
             if world_size > 1:
                 runner = Runner(SharedResultStore(out / "results.json"), setting.train)
@@ -338,6 +336,16 @@ def _run_all(
     except KeyboardInterrupt:
         fail("interrupted; finished trainings are stored, repeat the command to go on.", INTERRUPTED)
     return rows, setting.write_outputs(out, runs, rows, command=command_line())
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let a scheduler's SIGTERM end the work like Ctrl-C: workers stopped, finished rows kept."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def _place_in_torchrun() -> tuple[int, int]:

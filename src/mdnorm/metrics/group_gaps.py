@@ -282,6 +282,7 @@ def group_gaps(
     *,
     scores: Tensor | ArrayLike | None = None,
     positive: Any = None,
+    subjects: Any = None,
     confidence: float = 0.95,
     num_bootstrap: int = 1000,
     num_bins: int = 10,
@@ -302,6 +303,9 @@ def group_gaps(
         order of `GroupGaps.classes` (sorted).
     positive : object, optional
         The positive one of two classes. The default is 1 or True of 0 and 1 (or −1 and 1), False and True.
+    subjects : array-like, (n,), optional
+        Whose sample a row is, where subjects have several: they are resampled with all their rows of a group,
+        since rows of the same subject say less than as many of others.
     confidence : float
         Of the bootstrap intervals, between 0 and 1.
     num_bootstrap : int
@@ -375,7 +379,14 @@ def group_gaps(
     true = as_categories(labels, "labels")
     guessed = as_categories(predictions, "predictions")
     members = as_categories(groups, "groups")
-    for name, length in (("predictions", guessed.codes.size), ("groups", members.codes.size)):
+    given = [("predictions", guessed), ("groups", members)]
+    clusters: Integers | None = None
+    if subjects is not None:
+        owners = as_categories(subjects, "subjects")
+        given.append(("subjects", owners))
+        clusters = owners.codes
+    for name, column in given:
+        length = column.codes.size
         if length != true.codes.size:
             raise ValueError(
                 f"labels and {name} must have one row per sample each, got {true.codes.size} rows in labels "
@@ -388,7 +399,7 @@ def group_gaps(
 
     by_group = _point_values(problem, probabilities, num_bins)
     names = list(by_group)
-    resampled = _resampled(problem, probabilities, names, num_bins, num_bootstrap, seed)
+    resampled = _resampled(problem, probabilities, names, num_bins, num_bootstrap, seed, clusters)
     _note_undefined(problem, by_group, notes)
 
     group_rates = tuple(
@@ -694,8 +705,9 @@ def _resampled(
     num_bins: int,
     num_bootstrap: int,
     seed: int,
+    clusters: Integers | None,
 ) -> Floats:
-    """Return the rates (num_bootstrap, number of groups, number of names) of resampled rows."""
+    """Return the rates (num_bootstrap, number of groups, number of names) of resampled rows or clusters."""
     out = np.empty((num_bootstrap, len(problem.groups), len(names)))
     if num_bootstrap == 0:
         return out
@@ -704,7 +716,14 @@ def _resampled(
     seeds = np.random.SeedSequence(seed).spawn(len(problem.groups))
     for index, seed_sequence in enumerate(seeds):
         rng = np.random.default_rng(seed_sequence)
-        rows = columns[problem.members == index]
+        inside = problem.members == index
+        rows = columns[inside]
+        if clusters is not None:
+            # Every rate is of sums: those of a subject's rows stand for the subject.
+            owners = np.unique(clusters[inside], return_inverse=True)[1].reshape(-1)
+            totals = np.zeros((int(owners.max()) + 1, rows.shape[1]))
+            np.add.at(totals, owners, rows)
+            rows = totals
         size = rows.shape[0]
         step = max(1, _CHUNK_ELEMENTS // size)
         for start in range(0, num_bootstrap, step):
