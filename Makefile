@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help demo audit test lint types unit browser bench full variants continual settings site release versions tables ablation format clean
+.PHONY: help demo audit test lint types unit browser bench full variants continual settings site release versions minimum tables ablation format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -76,6 +76,20 @@ versions: ## Test the layer with another Python: make versions PYTHON=python3.13
 	build/versions/bin/python -m pip install --quiet . dcor hypothesis pytest safetensors scipy
 	build/versions/bin/python -m pytest -q tests/test_functional.py tests/test_layer.py tests/test_basis.py \
 		tests/test_context.py tests/test_old_layouts.py tests/estimators
+
+# pip has no option for the lowest versions, uv has; then the tests may bring their own tools, but change none of them.
+MINIMUM := build/minimum/bin
+minimum: ## Test with the lowest versions that pyproject.toml allows (Python 3.10 to 3.12 have all of them)
+	$(PYTHON) -m venv build/minimum
+	$(MINIMUM)/python -m pip install --quiet uv
+	$(MINIMUM)/uv pip install --quiet --python $(MINIMUM)/python --resolution lowest-direct \
+		'.[audit,design,experiments,metrics,tables]'
+	$(MINIMUM)/uv pip freeze --python $(MINIMUM)/python --exclude-editable | grep -v '^mdnorm' > build/minimum/lowest.txt
+	$(MINIMUM)/uv pip install --quiet --python $(MINIMUM)/python --constraint build/minimum/lowest.txt \
+		dcor hypothesis 'polars<2' pytest statsmodels
+	$(MINIMUM)/python -m pytest -q -W default tests/test_functional.py tests/test_layer.py tests/test_basis.py \
+		tests/test_context.py tests/test_old_layouts.py tests/test_design.py tests/estimators tests/commands \
+		tests/auditing --ignore tests/auditing/test_page.py
 
 tables: $(VENV)/.dev ## Compare ways to take metadata out of tables (ten minutes)
 	$(BIN)/python benchmarks/table_comparison.py --out results/tables

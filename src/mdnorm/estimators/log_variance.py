@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -140,7 +139,7 @@ class LogVarianceEstimator(BatchEstimator):
             batch, log_moments = functional.share_moments(batch, log_moments, group, self.log_gram_mean)
         usable = (count > 0) & torch.isfinite(log_moments.sum())
         log_moments = torch.where(usable, log_moments, 0.0).to(self.log_mean.dtype)
-        batch = dataclasses.replace(batch, count=torch.where(usable, batch.count, 0.0))
+        batch = Gram(batch.mean, batch.covariance, torch.where(usable, batch.count, 0.0), num_metadata)
         past = Gram(self.log_gram_mean, self.log_gram_covariance, self.log_gram_count, num_metadata)
         merged = past.merge(batch, self.decay(torch.where(usable, count, 0.0)))
         cross, _ = functional.merge_cross_moments_(

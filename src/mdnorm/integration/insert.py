@@ -362,9 +362,9 @@ def find_features(output: Any, selector: Selector | None, name: str) -> Tensor:
     if selector is not None:
         found = select(output, selector, f"the output of {name!r}")
     elif not isinstance(output, Tensor):
-        found = next(
-            (value for _, value in _entries(output) if isinstance(value, (Tensor, PackedSequence))), None
-        )
+        # No next(…, None): torch.compile cannot trace it before torch 2.8.
+        tensors = [value for _, value in _entries(output) if isinstance(value, (Tensor, PackedSequence))]
+        found = tensors[0] if tensors else None
     if isinstance(found, Tensor) and not isinstance(found, PackedSequence):
         return found
     if isinstance(found, PackedSequence):
@@ -415,12 +415,13 @@ def _replaced(output: Any, selector: Selector | None, corrected: Tensor, name: s
         key = next(key for key, value in entries if isinstance(value, Tensor))
     elif callable(selector):
         wanted = selector(output)
-        key = next((key for key, value in entries if value is wanted), None)
-        if key is None:
+        keys = [key for key, value in entries if value is wanted]
+        if not keys:
             raise TypeError(
                 f"output= must return one of the entries of the output of {name!r} ({described(output)}), "
                 "not a new tensor or one further inside: the corrected one goes back in its place."
             )
+        key = keys[0]
     elif isinstance(selector, int) and not (isinstance(output, Mapping) and selector in output):
         # The entries of a ModelOutput that are None have no index.
         present = [key for key, value in entries if value is not None or isinstance(output, (tuple, list))]
