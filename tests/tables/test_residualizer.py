@@ -37,6 +37,12 @@ with warnings.catch_warnings():
     from neuroHarmonize import harmonizationApply, harmonizationLearn
 
 
+# Before, a pipeline's score took no metadata for its transformers.
+routed_scores = pytest.mark.skipif(
+    tuple(map(int, sklearn.__version__.split(".")[:2])) < (1, 8), reason="scikit-learn below 1.8"
+)
+
+
 @pytest.fixture
 def _routing() -> Iterator[None]:
     with sklearn.config_context(enable_metadata_routing=True):
@@ -517,6 +523,7 @@ def _leaky(n: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return metadata @ effects + rng.standard_normal((n, 50)) + label[:, None] * signal, metadata, label
 
 
+@routed_scores
 @pytest.mark.usefixtures("_routing")
 def test_residualising_before_cross_validation_leaks_and_in_a_pipeline_does_not() -> None:
     classifier = make_pipeline(StandardScaler(), LogisticRegression(C=0.1))
@@ -560,6 +567,7 @@ def test_coefficients_come_from_the_training_fold_only() -> None:
     )
 
 
+@routed_scores
 @pytest.mark.usefixtures("_routing")
 def test_grid_search_with_routed_metadata_and_with_metadata_columns() -> None:
     features, frame, label = _table()
@@ -611,6 +619,7 @@ def test_diabetes_blood_values_without_age_and_sex() -> None:
     np.testing.assert_allclose(kept, partial, rtol=1e-6)
 
 
+@routed_scores
 @pytest.mark.usefixtures("_routing")
 def test_breast_cancer_texture_without_size() -> None:
     data = load_breast_cancer(as_frame=True)

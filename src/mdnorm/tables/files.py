@@ -617,7 +617,9 @@ def _without_missing(values: pyarrow.Array) -> pyarrow.Array:
     from pyarrow import compute, csv
 
     missing = compute.is_in(values, value_set=pyarrow.array(csv.ConvertOptions().null_values))
-    return compute.if_else(missing, pyarrow.scalar(None, values.type), values)
+    # No if_else of the values themselves: pyarrow 15 to 23 at least mix up the texts of slices in it.
+    rows = pyarrow.array(np.arange(len(values)))
+    return values.take(compute.if_else(missing, pyarrow.scalar(None, rows.type), rows))
 
 
 def _casts(values: pyarrow.Array, kind: pyarrow.DataType) -> bool:

@@ -517,7 +517,8 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
                 raise ValueError(
                     "metadata=None, but fit had metadata: pass those of these rows. In a pipeline, "
                     "set_transform_request(metadata=True) routes them here; with a scorer that passes them "
-                    "to no one, let them be columns of X (metadata_columns=)."
+                    "to no one (scores by name, and all before scikit-learn 1.8), let them be columns of X "
+                    "(metadata_columns=)."
                 )
             raise ValueError("metadata= was given, but fit had none: nothing is known about their effects.")
         if covariates is not None and self._covariate_encoder is None:
