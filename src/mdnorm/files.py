@@ -55,6 +55,8 @@ def csv_delimiter(path: Path) -> str:
 # Rows of usual tables are much shorter; reading is fastest with blocks of some megabytes.
 _CSV_BLOCK_BYTES = 2**22
 
+COMMA_ROWS = 1000
+"""How many values of a column are looked at for decimal commas."""
 _DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
 
 
@@ -73,11 +75,16 @@ def csv_block_bytes(path: Path) -> int:
     return min(max(_CSV_BLOCK_BYTES, 4 * len(header), 4 * len(row)), 2**31 - 1)
 
 
-def decimal_comma_example(values: Iterable[str | None]) -> str | None:
-    """Return a value of a column of text if most are numbers with a decimal comma (26,4), otherwise None.
+def decimal_comma_problem(path: Path, column: str, values: Iterable[str | None]) -> str | None:
+    """Return what is wrong with a column of text if most are numbers with a decimal comma, otherwise None.
 
-    Such numbers would be taken for categories.
+    Such numbers (26,4) would be taken for categories. Callers give the first `COMMA_ROWS` values.
     """
     present = [value for value in values if value]
     found = [value for value in present if _DECIMAL_COMMA.fullmatch(value)]
-    return found[0].strip() if 2 * len(found) > len(present) else None
+    if 2 * len(found) <= len(present):
+        return None
+    return (
+        f"{path}: column {column!r} has numbers with a comma, such as {found[0].strip()}, which would be "
+        "taken for categories: save the table with decimal points."
+    )

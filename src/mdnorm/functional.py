@@ -212,7 +212,7 @@ def _refuse_classes(labels: Tensor | ArrayLike) -> Tensor:
     tensor = as_real_tensor(labels, "labels")
     if not _is_single_column(tensor) or tensor.is_floating_point() or tensor.dtype == torch.bool:
         return tensor
-    if torch.compiler.is_compiling() or not tensor.numel():
+    if torch.compiler.is_compiling() or is_transforming() or not tensor.numel():
         return tensor
     low, high = int(tensor.min()), int(tensor.max())
     # Two values are one column however they are coded.

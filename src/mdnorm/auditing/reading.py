@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-from mdnorm.files import csv_block_bytes, csv_delimiter, decimal_comma_example
+from mdnorm.files import COMMA_ROWS, csv_block_bytes, csv_delimiter, decimal_comma_problem
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,7 +22,6 @@ __all__ = ["InputError", "matching", "read_features", "read_table"]
 ARCHIVE_FORMATS = (".npz", ".safetensors")
 TABLE_FORMATS = (".csv", ".tsv", ".parquet")
 FEATURE_FORMATS = (".npy", *ARCHIVE_FORMATS, *TABLE_FORMATS)
-_COMMA_ROWS = 1000
 
 
 class InputError(ValueError):
@@ -141,12 +140,10 @@ def _read_csv(path: Path) -> pyarrow.Table:
         if pyarrow.types.is_binary(field.type):
             raise InputError(f"{path}: column {field.name!r} is not UTF-8 text: save the table as UTF-8.")
         if delimiter != "," and pyarrow.types.is_string(field.type):
-            example = decimal_comma_example(table.column(field.name).slice(0, _COMMA_ROWS).to_pylist())
-            if example is not None:
-                raise InputError(
-                    f"{path}: column {field.name!r} has numbers with a comma, such as {example}, which would "
-                    "be taken for categories: save the table with decimal points."
-                )
+            first = table.column(field.name).slice(0, COMMA_ROWS).to_pylist()
+            problem = decimal_comma_problem(path, field.name, first)
+            if problem is not None:
+                raise InputError(problem)
     return table
 
 

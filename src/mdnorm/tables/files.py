@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-from mdnorm.files import csv_block_bytes, csv_delimiter, decimal_comma_example
+from mdnorm.files import COMMA_ROWS, csv_block_bytes, csv_delimiter, decimal_comma_problem
 
 if TYPE_CHECKING:
     import pyarrow
@@ -46,7 +46,6 @@ _MAX_ROW_GROUP_BYTES = 2**26
 
 _READ_BUFFER_BYTES = 2**18
 # Rows of a text table by which a column is told to have decimal commas.
-_COMMA_ROWS = 1000
 
 
 _NO_METADATA = "but metadata are numbers, strings, booleans, categories or dates: convert or leave it out."
@@ -505,12 +504,10 @@ class CsvFile:
                 raise TableFileError(f"{self.path} has a header but no rows.")
 
     def _check_decimal_commas(self, name: str, values: pyarrow.Array) -> None:
-        example = decimal_comma_example(_without_missing(values.slice(0, _COMMA_ROWS)).to_pylist())
-        if example is not None:
-            raise TableFileError(
-                f"{self.path}: column {name!r} has numbers with a comma, such as {example}, which would be "
-                "taken for categories: save the table with decimal points."
-            )
+        first = _without_missing(values.slice(0, COMMA_ROWS))
+        problem = decimal_comma_problem(self.path, name, first.to_pylist())
+        if problem is not None:
+            raise TableFileError(problem)
 
     def _parsing(self) -> Any:
         from pyarrow import csv
