@@ -8,7 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import mdnorm
 from mdnorm import MetadataNorm, centred_design, functional, weights
 from mdnorm.centred_design import CentredDesign
-from mdnorm.functional import Gram
+from mdnorm.functional import Gram, coefficients
+from mdnorm.functional import columns as design
 
 
 def make_columns(n, k=5, seed=0):
@@ -18,9 +19,9 @@ def make_columns(n, k=5, seed=0):
 
 
 def in_torch(monkeypatch):
-    for module in (weights, functional):
+    for module in (weights, coefficients):
         monkeypatch.setattr(module, "can_read", lambda tensor: False)
-    for module in (weights, functional, centred_design):
+    for module in (weights, design, centred_design):
         monkeypatch.setattr(module, "can_leave_torch", lambda tensor: False)
 
 
@@ -171,12 +172,12 @@ class TestPositiveDefiniteInverse:
         generator = np.random.default_rng(k)
         root = generator.normal(size=(k, 1)) + noise * generator.normal(size=(k, 8))
         matrix = root @ root.T / 8
-        inverse = functional._positive_definite_inverse(matrix)
+        inverse = coefficients._positive_definite_inverse(matrix)
         np.testing.assert_allclose(inverse @ matrix, np.eye(k), atol=1e-15 * np.linalg.cond(matrix) * 8)
         np.testing.assert_allclose(inverse, np.linalg.inv(matrix), rtol=1e-14 * np.linalg.cond(matrix))
 
     @pytest.mark.parametrize("k", [2, 3])
     @pytest.mark.parametrize("value", [1.0, float("nan")])
     def test_of_no_such_matrix(self, k, value):
-        inverse = functional._positive_definite_inverse(np.full((k, k), value))
+        inverse = coefficients._positive_definite_inverse(np.full((k, k), value))
         assert inverse is None or not np.isfinite(inverse).all()
