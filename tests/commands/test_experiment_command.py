@@ -36,8 +36,10 @@ def synthetic(out, *arguments):
 
 def test_experiment_from_start_to_report_and_again_without_work(tmp_path):
     out = tmp_path / "new" / "folder"
+    handler = signal.getsignal(signal.SIGTERM)
     first = synthetic(out, "--json")
     assert first.exit_code == 0, first.output
+    assert signal.getsignal(signal.SIGTERM) is handler
     rows = json.loads(first.stdout)
     assert [row["method"] for row in rows] == ["none", "mdn-last-dataset"]
     assert json.loads((out / "results.json").read_text()) == rows
@@ -110,10 +112,7 @@ def test_an_output_folder_that_cannot_be(tmp_path):
 
 
 def test_sigterm_keeps_the_finished_trainings(tmp_path):
-    """As a batch system sends it; outside of the trainings the signal means what it meant before."""
-    handler = signal.getsignal(signal.SIGTERM)
-    assert synthetic(tmp_path / "whole").exit_code == 0
-    assert signal.getsignal(signal.SIGTERM) is handler
+    """As a batch system sends it."""
     command = [sys.executable, "-m", "mdnorm", "experiment", "synthetic", *SMALL, "--seeds", "500"]
     command += ["--jobs", "1", "--out", str(tmp_path)]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -104,7 +105,7 @@ def read_table(path: str | Path) -> pyarrow.Table:
     if table.num_rows == 0:
         raise InputError(f"{path} has a header but no rows.")
     names = table.column_names
-    repeated = sorted({name for name in names if names.count(name) > 1})
+    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
     if repeated:
         raise InputError(f"{path} has more than one column of the name(s) {', '.join(map(repr, repeated))}.")
     return table
