@@ -1,6 +1,5 @@
 """Shared settings: seeded randomness, hypothesis without a time limit on a loaded machine, errors seen."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -18,13 +17,16 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
+# Before any test or module of one was imported: some packages change it at import, others when they train. Two
+# workers with two threads each then wait for each other longer than they compute, and with another number of
+# threads the last bit of a sum is another.
+_NUM_THREADS = torch.get_num_threads()
+
+
 @pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Keep the number of threads: Lightning changes it, and with it the last bit of later tests' sums."""
-    number = torch.get_num_threads()
-    yield
-    if torch.get_num_threads() != number:
-        torch.set_num_threads(number)
+def _threads() -> None:
+    if torch.get_num_threads() != _NUM_THREADS:
+        torch.set_num_threads(_NUM_THREADS)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
