@@ -17,9 +17,9 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-# Before any test or module of one was imported: some packages change it at import, others when they train. Two
-# workers with two threads each then wait for each other longer than they compute, and with another number of
-# threads the last bit of a sum is another.
+# As it is before any module of tests is imported: some packages change it at import, others when they train.
+# Two workers with two threads each then wait for each other longer than they compute, and with another number
+# of threads the last bit of a sum is another.
 _NUM_THREADS = torch.get_num_threads()
 
 
