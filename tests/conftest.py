@@ -23,8 +23,9 @@ def _seed() -> None:
 _NUM_THREADS = torch.get_num_threads()
 
 
-@pytest.fixture(autouse=True)
-def _threads() -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    # Before fixtures of any scope.
     if torch.get_num_threads() != _NUM_THREADS:
         torch.set_num_threads(_NUM_THREADS)
 
