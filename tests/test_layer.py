@@ -476,6 +476,8 @@ class TestLabels:
         with pytest.raises(ValueError, match="integers from 0 to 2"):
             layer(torch.randn(9, 6), torch.randn(9, 2), classes)
         layer(torch.randn(9, 6), torch.randn(9, 2), classes.float())
+        with pytest.raises(ValueError, match=r"labels has 2 column\(s\) but num_labels=1 was expected"):
+            layer(torch.randn(9, 6), torch.randn(9, 2), torch.randn(9, 2))
         with pytest.raises(ValueError, match=r"float32 but num_labels=3 .*labels.long\(\)"):
             build("batch", k_y=3)(torch.randn(9, 6), torch.randn(9, 2), classes.float())
 

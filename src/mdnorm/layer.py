@@ -317,10 +317,10 @@ class MetadataNorm(nn.Module):
                 "labels were given but the layer has num_labels=0: build it with the number of label columns "
                 "to protect them, or leave the labels out."
             )
-        if num_labels == 1 and self._requested[2] is None:
+        if labels is not None and num_labels == 1 and self._requested[2] is None:
             # Found from the labels, and binary ones were all there were: indices of more classes are an error
             # in a later batch, too.
-            num_labels = None
+            labels = functional.label_columns(labels, None)
         columns, num_metadata = functional.design_columns(
             metadata,
             labels,
