@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -73,6 +74,11 @@ def csv_block_bytes(path: Path) -> int:
     header.decode("utf-8")
     # Other rows may be longer than the first one. Arrow takes no more than 2³¹ bytes.
     return min(max(_CSV_BLOCK_BYTES, 4 * len(header), 4 * len(row)), 2**31 - 1)
+
+
+def repeated_names(names: Iterable[str]) -> list[str]:
+    """Return the names of columns that a table has more than once, in their order in the alphabet."""
+    return sorted(name for name, count in Counter(names).items() if count > 1)
 
 
 def decimal_comma_problem(path: Path, column: str, values: Iterable[str | None]) -> str | None:

@@ -18,7 +18,7 @@ from mdnorm.metrics import (
     distance_correlation_interval,
     distance_correlation_sqr,
 )
-from mdnorm.metrics.checks import check_integer
+from mdnorm.metrics.checks import check_confidence, check_integer
 from mdnorm.metrics.group_gaps import QuantileGroups, group_gaps, quantile_groups
 from mdnorm.metrics.probes import ProbeScore, probe
 
@@ -61,16 +61,12 @@ class Settings:
 
     def __post_init__(self) -> None:
         least = {"num_permutations": 1, "num_bootstrap": 0, "num_folds": 2, "seed": 0}
-        for name, low in least.items():
-            try:
+        try:
+            for name, low in least.items():
                 check_integer(name, getattr(self, name), low)
-            except (TypeError, ValueError) as error:
-                raise InputError(str(error)) from error
-        confidence: object = self.confidence
-        if isinstance(confidence, bool) or not isinstance(confidence, (int, float, np.floating)):
-            raise InputError(f"confidence must be a number, got {confidence!r}.")
-        if not 0 < confidence < 1:
-            raise InputError(f"confidence must be between 0 and 1, got {confidence}: for example 0.95.")
+            check_confidence(self.confidence)
+        except (TypeError, ValueError) as error:
+            raise InputError(str(error)) from error
 
 
 @dataclass(frozen=True)

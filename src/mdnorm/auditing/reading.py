@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import zipfile
-from collections import Counter
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-from mdnorm.files import COMMA_ROWS, csv_block_bytes, csv_delimiter, decimal_comma_problem
+from mdnorm.files import COMMA_ROWS, csv_block_bytes, csv_delimiter, decimal_comma_problem, repeated_names
 
 if TYPE_CHECKING:
     import pyarrow
@@ -105,7 +104,7 @@ def read_table(path: str | Path) -> pyarrow.Table:
     if table.num_rows == 0:
         raise InputError(f"{path} has a header but no rows.")
     names = table.column_names
-    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    repeated = repeated_names(names)
     if repeated:
         raise InputError(f"{path} has more than one column of the name(s) {', '.join(map(repr, repeated))}.")
     return table

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_integer", "listed"]
+__all__ = ["check_confidence", "check_integer", "listed"]
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -32,6 +32,26 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_confidence(value: Any) -> None:
+    """Check the confidence of an interval.
+
+    Parameters
+    ----------
+    value : object
+
+    Raises
+    ------
+    TypeError
+        It is not a number.
+    ValueError
+        It is not between 0 and 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"confidence must be a number, got {value!r}.")
+    if not 0 < value < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {value}: for example 0.95.")
 
 
 def listed(values: Iterable[Any], limit: int = 5) -> str:

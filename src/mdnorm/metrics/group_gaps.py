@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import check_integer, listed
+from mdnorm.metrics.checks import check_confidence, check_integer, listed
 from mdnorm.metrics.columns import Categories, as_categories, as_column
 from mdnorm.metrics.rates import ratio
 
@@ -455,10 +455,7 @@ class _Problem:
 
 
 def _check_options(confidence: float, num_bootstrap: int, num_bins: int, seed: int) -> None:
-    if isinstance(confidence, bool) or not isinstance(confidence, (int, float, np.number)):
-        raise TypeError(f"confidence must be a number, got {confidence!r}.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}: for example 0.95.")
+    check_confidence(confidence)
     for name, value, least in (
         ("num_bootstrap", num_bootstrap, 0),
         ("num_bins", num_bins, 1),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-from mdnorm.files import COMMA_ROWS, csv_block_bytes, csv_delimiter, decimal_comma_problem
+from mdnorm.files import COMMA_ROWS, csv_block_bytes, csv_delimiter, decimal_comma_problem, repeated_names
 
 if TYPE_CHECKING:
     import pyarrow
@@ -263,7 +262,7 @@ def _shown(names: Sequence[str], limit: int = 8) -> str:
 
 
 def _check_names(path: Path, names: Sequence[str]) -> None:
-    repeated = sorted(name for name, count in Counter(names).items() if count > 1)
+    repeated = repeated_names(names)
     if repeated:
         raise TableFileError(f"{path} has more than one column of the name(s) {_shown(repeated)}.")
 
