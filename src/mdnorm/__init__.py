@@ -4,7 +4,7 @@ The layer is `MetadataNorm`; `insert` puts it into a model of others, and `inser
 prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `Design`
 turns tables into metadata columns; `audit` reports what features know of metadata.
 
-`mdnorm.functional` holds the maths, `mdnorm.basis` flexible metadata columns, `mdnorm.estimators` the
+`mdnorm.regression` holds the maths, `mdnorm.basis` flexible metadata columns, `mdnorm.estimators` the
 strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what works on whole models,
 `mdnorm.distributed` what several processes need, `mdnorm.auditing` the parts of `audit`. `mdnorm.tables` and
 `mdnorm.sklearn`, tables without a network, are imported when they are first used; the latter needs
@@ -14,7 +14,7 @@ scikit-learn.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mdnorm import auditing, basis, distributed, estimators, functional, integration, metrics
+from mdnorm import auditing, basis, distributed, estimators, integration, metrics, regression
 from mdnorm.auditing import audit
 from mdnorm.context import metadata
 from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis
@@ -30,7 +30,8 @@ from mdnorm.integration import (
     recalibrate,
     remove,
 )
-from mdnorm.layer import MetadataNorm
+from mdnorm.layer import MetadataNorm, metadata_norm
+from mdnorm.moments import Moments
 
 if TYPE_CHECKING:
     from mdnorm import sklearn as sklearn
@@ -41,6 +42,7 @@ __all__ = [
     "Design",
     "DesignDiagnosis",
     "MetadataNorm",
+    "Moments",
     "WithMetadata",
     "attach_design",
     "audit",
@@ -50,15 +52,16 @@ __all__ = [
     "distributed",
     "estimators",
     "fit_gram",
-    "functional",
     "insert",
     "insertions",
     "integration",
     "metadata",
+    "metadata_norm",
     "metrics",
     "parameter_groups",
     "penalty_loss",
     "recalibrate",
+    "regression",
     "remove",
 ]
 

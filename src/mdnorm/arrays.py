@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["as_real_array", "as_real_tensor"]
+__all__ = ["as_real_array", "as_real_tensor", "check_finite_columns", "columns_of", "label_columns", "plain_tensor"]
 
 
 def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
@@ -114,3 +115,147 @@ def _as_numbers(array: NDArray[Any]) -> NDArray[Any]:
             return array.astype(np.float64)
     floats = [float("nan") if _is_missing(type(entry)) else float(entry) for entry in entries]
     return np.array(floats, dtype=np.float64).reshape(array.shape)
+
+
+def plain_tensor(tensor: Tensor) -> Tensor:
+    """Return a tensor without what a subclass adds to it (the affine matrix of MONAI's MetaTensor, say)."""
+    kind = type(tensor)
+    if kind is Tensor or kind.__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return tensor
+    return tensor.as_subclass(Tensor)
+
+
+def columns_of(
+    values: Tensor | ArrayLike,
+    name: str,
+    *,
+    num_samples: int | None = None,
+    num_columns: int | None = None,
+    device: torch.device | None = None,
+) -> Tensor:
+    """Return metadata or labels as a tensor of columns (N, K), checked.
+
+    Parameters
+    ----------
+    values : (N,) or (N, K)
+        Tensor or array of any real dtype, booleans included.
+    name : str
+        Of the argument, "metadata" or "labels".
+    num_samples, num_columns : int, optional
+        What is expected of N and K; None accepts anything.
+    device : torch.device, optional
+        Where a tensor must be; None accepts any device.
+
+    Raises
+    ------
+    TypeError
+        A complex or non-numeric input.
+    ValueError
+        A wrong number of dimensions, rows or columns, or a wrong device.
+    """
+    tensor = plain_tensor(as_real_tensor(values, name))
+    if tensor.ndim == 1:
+        tensor = tensor.unsqueeze(1)
+    if tensor.ndim != 2:
+        raise ValueError(
+            f"{name} must have shape (num_samples,) or (num_samples, num_columns), got {tuple(tensor.shape)}."
+        )
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device} but the features are on {device}: move it with {name}.to({str(device)!r})."
+        )
+    if num_samples is not None and tensor.shape[0] != num_samples:
+        raise ValueError(
+            f"{name} has {tensor.shape[0]} rows but there are {num_samples} samples: one row a sample is needed."
+        )
+    if num_columns is not None and tensor.shape[1] != num_columns:
+        raise ValueError(
+            f"{name} has {tensor.shape[1]} column(s) but num_{name}={num_columns} was expected "
+            f"(shape {tuple(tensor.shape)})."
+        )
+    if name == "metadata" and tensor.shape[1] == 0:
+        raise ValueError("metadata has no columns: there is nothing to remove.")
+    return tensor
+
+
+def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
+    """Turn class indices into one-hot columns where the number of label columns asks for it.
+
+    Parameters
+    ----------
+    labels : (N,) or (N, K_y)
+        Class indices (integer dtype, shape (N,) or (N, 1)), or label columns.
+    num_labels : int or None
+        Number of label columns expected. Integer labels of one column become one-hot columns when this is above 1; with
+        1 they stay one column (a binary or ordinal label).
+
+    Raises
+    ------
+    ValueError
+        A class index is outside 0 … num_labels − 1; or `num_labels` is None and the labels are integers other than two
+        values: class indices, of which one column would make a ranking.
+    """
+    tensor = plain_tensor(as_real_tensor(labels, "labels"))
+    if num_labels == 1 or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
+        return tensor
+    is_index = not tensor.is_floating_point() and tensor.dtype != torch.bool
+    if num_labels is None:
+        if is_index and tensor.numel() and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
+            low, high = int(tensor.min()), int(tensor.max())
+            # Two values are one column however they are coded.
+            if not (low >= 0 and high <= 1) and not (low == -1 and bool((tensor.abs() == 1).all())):
+                raise ValueError(
+                    f"labels are integers from {low} to {high} and nothing says how many classes there are: give "
+                    "num_labels (or, to functions without it, one-hot columns) for class indices, labels.float() for "
+                    "one column of an ordinal or continuous label."
+                )
+        return tensor
+    if num_labels == 0:
+        return tensor
+    if tensor.is_floating_point():
+        raise ValueError(
+            f"labels has 1 column(s) of {tensor.dtype} but num_labels={num_labels} was expected: class indices must be "
+            "integers (labels.long()), label columns must be that many."
+        )
+    indices = tensor.reshape(-1).long()
+    if not torch.compiler.is_compiling() and indices.numel():
+        low, high = int(indices.min()), int(indices.max())
+        if low < 0 or high >= num_labels:
+            raise ValueError(
+                f"labels has class index {low if low < 0 else high}, but num_labels={num_labels} allows 0 to "
+                f"{num_labels - 1} only."
+            )
+    # A comparison instead of one_hot: it needs no check of its own, so it can be traced.
+    return indices.unsqueeze(1) == torch.arange(num_labels, device=indices.device)
+
+
+def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
+    """Raise ValueError where a block of columns has NaN or infinite values, or values whose squares overflow.
+
+    Parameters
+    ----------
+    columns : tensor
+        All columns in the dtype that they are computed in.
+    **blocks : tensors
+        By the names of the arguments they came from.
+    """
+    # While a graph is traced nothing can be looked at; eager calls check every batch.
+    if torch.compiler.is_compiling() or math.isfinite(torch.linalg.vector_norm(columns.detach())):
+        return
+    for name, block in blocks.items():
+        finite = torch.isfinite(block)
+        if not bool(finite.all()):
+            bad_rows, bad_columns = (~finite).nonzero(as_tuple=True)
+            rows = sorted(set(bad_rows.tolist()))
+            shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
+            raise ValueError(
+                f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) {shown} "
+                f"({len(rows)} of {block.shape[0]} rows): drop or impute these rows before they reach the layer."
+            )
+    for name, block in blocks.items():
+        if not math.isfinite(torch.linalg.vector_norm(block.detach().to(columns.dtype))):
+            largest = block.detach().abs().amax(0)
+            raise ValueError(
+                f"{name} has values up to {float(largest.max()):.3g} in column {int(largest.argmax())}, whose squares "
+                "overflow: give the column in a larger unit."
+            )

@@ -21,6 +21,8 @@ class Given(NamedTuple):
 
     metadata: Any
     labels: Any
+    weights: Any = None
+    mask: Any = None
 
 
 def is_recomputing() -> bool:
@@ -96,7 +98,11 @@ def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
 
 @contextmanager
 def metadata(
-    model: nn.Module, metadata: Tensor | ArrayLike, labels: Tensor | ArrayLike | None = None
+    model: nn.Module,
+    metadata: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike | None = None,
+    weights: Tensor | ArrayLike | None = None,
+    mask: Tensor | ArrayLike | None = None,
 ) -> Iterator[None]:
     """Give the metadata of a batch to every `MetadataNorm` in a model, for the length of a ``with`` block.
 
@@ -111,6 +117,10 @@ def metadata(
         One row per sample: a tensor on the features' device, or an array.
     labels : (N,) or (N, K_y), optional
         For the layers that have label columns, in training. The others do not get them.
+    weights : (N,), optional
+        Of the samples in the fit, in training; see `MetadataNorm.forward`.
+    mask : (N, positions) bool, optional
+        Positions that count (an attention mask), for the layers whose features have these positions.
 
     Raises
     ------
@@ -157,7 +167,7 @@ def metadata(
             "labels were given but every MetadataNorm of the model has num_labels=0: build them with the "
             "number of label columns to protect the labels, or leave the labels out."
         )
-    given = Given(metadata, labels)
+    given = Given(metadata, labels, weights, mask)
     entered: list[tuple[MetadataSlot, Given | None]] = []
     try:
         for _, slot in layers:

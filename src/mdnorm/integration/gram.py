@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
+from mdnorm.arrays import check_finite_columns, columns_of, label_columns
 from mdnorm.distributed import gather_or_raise, group_of
-from mdnorm.functional import Gram, NoSamplesError
 from mdnorm.layer import MetadataNorm
+from mdnorm.moments import Moments, NoSamplesError
+from mdnorm.regression import statistics_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -24,13 +28,15 @@ def fit_gram(
     model: nn.Module,
     metadata: Tensor | ArrayLike | Iterable[Any],
     labels: Tensor | ArrayLike | None = None,
+    weights: Tensor | ArrayLike | None = None,
     *,
     process_group: ProcessGroupSetting = "auto",
-) -> Gram:
+) -> Moments:
     """Compute the Gram matrix of the training metadata and store it in every layer that needs it.
 
     Needed once before training with ``estimator="dataset"`` (Lu et al., section 3: `G` is a property of the
-    training set). Layers whose estimator does not use it are left as they are.
+    training set). The other estimators take from it the origin and the units of the columns, if no batch has
+    given them any.
 
     Parameters
     ----------
@@ -38,9 +44,11 @@ def fit_gram(
         A `MetadataNorm` or a model with such layers inside, all fed with the same metadata.
     metadata : (N, K_m) tensor or array, or an iterable of batches
         The metadata of the whole training set. An iterable (a `DataLoader`, a generator) is streamed: each
-        batch is `metadata`, `(metadata, labels)` or a dict with these keys.
+        batch is `metadata`, `(metadata, labels)`, `(metadata, labels, weights)` or a dict with these keys.
     labels : (N,) or (N, K_y), optional
         Labels where metadata is one table; class indices become one-hot as in the layer.
+    weights : (N,), optional
+        Of the samples, where metadata is one table.
     process_group : ProcessGroup, "world", "auto" or "local"
         The processes of which each gives its share of the training set (none of it, too); the matrix is the
         same on all. "auto": those of a `DistributedDataParallel`, where the model is one; else this process
@@ -48,8 +56,8 @@ def fit_gram(
 
     Returns
     -------
-    Gram
-        The matrix, to look at or to pass on.
+    Moments
+        Those of the design, to look at.
 
     Raises
     ------
@@ -57,7 +65,7 @@ def fit_gram(
         `model` is not a module.
     ValueError
         No `MetadataNorm` in the model, layers of different sizes, no samples, or what
-        `mdnorm.functional.design_columns` refuses.
+        the layer refuses.
     RuntimeError
         Another process of the group failed.
     """
@@ -67,56 +75,63 @@ def fit_gram(
         raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
     num_metadata = _common("num_metadata", {name: layer.num_metadata for name, layer in layers.items()})
     num_labels = _common("num_labels", {name: layer.num_labels for name, layer in layers.items()})
-    if group is None:
-        gram = _gram(metadata, labels, num_metadata, num_labels)
-    else:
-        gram = _shared_gram(metadata, labels, num_metadata, num_labels, group)
+    work = functools.partial(_moments, metadata, labels, weights, num_metadata, num_labels)
+    moments = work() if group is None else _shared_moments(work, group)
     for layer in layers.values():
-        if layer.estimator.uses_training_gram:
-            layer.set_gram(gram)
-    return gram
+        layer.set_gram(moments)
+    return moments
 
 
-def _gram(metadata: Any, labels: Any, num_metadata: int | None, num_labels: int | None) -> Gram:
-    gram = Gram.from_data(metadata, labels, num_metadata=num_metadata, num_labels=num_labels)
-    if num_labels and gram.mean.shape[0] == gram.num_metadata:
-        raise ValueError(f"labels are needed: the layers have num_labels={num_labels}.")
-    return gram
+def _moments(
+    metadata: Any, labels: Any, weights: Any, num_metadata: int | None, num_labels: int | None
+) -> Moments:
+    """Return the moments of the design of a whole training set, in one call or streamed."""
+    moments: Moments | None = None
+    for batch in _batches(metadata, labels, weights, num_metadata, num_labels):
+        block = columns_of(batch[0], "metadata", num_columns=num_metadata)
+        blocks = {"metadata": block}
+        if batch[1] is not None:
+            columns = label_columns(batch[1], num_labels)
+            blocks["labels"] = columns_of(columns, "labels", num_samples=len(block), num_columns=num_labels)
+        elif num_labels:
+            raise ValueError(f"labels are needed: the layers have num_labels={num_labels}.")
+        design = torch.cat([part.detach().to(statistics_dtype(part.device)) for part in blocks.values()], 1)
+        check_finite_columns(design, **blocks)
+        if moments is None:
+            moments = Moments.empty(0, block.shape[1], design.shape[1] - block.shape[1], design.device)
+        width = len(moments.gram) - 1
+        if design.shape[1] != width:
+            raise ValueError(
+                f"a batch has {design.shape[1]} design columns, the batches before it had {width}."
+            )
+        moments.update(design[:, :0], design, batch[2])
+    if moments is None or moments.units is None:
+        raise NoSamplesError("no samples: the Gram matrix needs the metadata of the training set.")
+    return moments
 
 
-def _shared_gram(
-    metadata: Any, labels: Any, num_metadata: int | None, num_labels: int | None, group: ProcessGroup
-) -> Gram:
-    """Merge the matrices of all processes, in the order of their ranks, so that all get the same bits."""
-    gram: Gram | None = None
+def _shared_moments(work: Callable[[], Moments], group: ProcessGroup) -> Moments:
+    """Merge the moments of all processes, in the order of their ranks, so that all get the same bits."""
+    mine: Moments | None = None
     failure: Exception | None = None
     try:
-        gram = _gram(metadata, labels, num_metadata, num_labels)
+        mine = work().to("cpu")
     except NoSamplesError:
         pass
     except Exception as error:
         failure = error
-    shares = [share for share in gather_or_raise(_on_cpu(gram), failure, group) if share is not None]
+    shares = [share for share in gather_or_raise(mine, failure, group) if share is not None]
     if not shares:
         raise NoSamplesError(
             "no samples on any process: the Gram matrix needs the metadata of the training set."
         )
-    widths = sorted({(share.num_metadata, share.mean.shape[0] - share.num_metadata) for share in shares})
+    widths = sorted({(share.num_metadata, share.num_protected - 1) for share in shares})
     if len(widths) > 1:
         raise ValueError(
             "the processes have different numbers of (metadata, label) columns: "
             f"{', '.join(map(str, widths))}."
         )
-    merged = shares[0]
-    for share in shares[1:]:
-        merged = merged.merge(share)
-    return merged
-
-
-def _on_cpu(gram: Gram | None) -> Gram | None:
-    if gram is None:
-        return None
-    return Gram(gram.mean.cpu(), gram.covariance.cpu(), gram.count.cpu(), gram.num_metadata)
+    return functools.reduce(Moments.merge, shares)
 
 
 def _common(argument: str, values: dict[str, int | None]) -> int | None:
@@ -127,3 +142,88 @@ def _common(argument: str, values: dict[str, int | None]) -> int | None:
             f"the layers have different {argument} ({listing}): call fit_gram on each with its own metadata."
         )
     return next(iter(known.values()), None)
+
+
+def _batches(
+    metadata: Any, labels: Any, weights: Any, num_metadata: int | None, num_labels: int | None
+) -> Iterable[tuple[Any, Any, Any]]:
+    if _is_array(metadata) or (
+        isinstance(metadata, (list, tuple)) and metadata and _is_number_table(metadata)
+    ):
+        yield metadata, labels, weights
+        return
+    if labels is not None or weights is not None:
+        raise ValueError(
+            "labels and weights come with each batch, as (metadata, labels, weights), "
+            "when metadata is an iterable."
+        )
+    if _names_its_parts(metadata) or _is_pair(metadata, num_labels):
+        yield _parts_of(metadata)
+        return
+    _refuse_rows(metadata, num_metadata)
+    for batch in metadata:
+        yield _parts_of(batch)
+
+
+def _parts_of(batch: Any) -> tuple[Any, Any, Any]:
+    """Return metadata, labels and weights (None without) of what stands for a batch."""
+    if isinstance(batch, Mapping):
+        if "metadata" not in batch:
+            raise ValueError(
+                f"a batch has the keys {sorted(map(str, batch))}: metadata must be under 'metadata', labels "
+                "under 'labels'. Select them from your loader, e.g. ((b['age'], b['y']) for b in loader)."
+            )
+        return batch["metadata"], batch.get("labels"), batch.get("weights")
+    if not isinstance(batch, (tuple, list)):
+        return batch, None, None
+    if not 2 <= len(batch) <= 3:
+        raise ValueError(
+            "a batch must be metadata, (metadata, labels) or (metadata, labels, weights), got "
+            f"{len(batch)} items: select the two from your loader, e.g. ((b[1], b[2]) for b in loader)."
+        )
+    return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+
+
+def _names_its_parts(values: Any) -> bool:
+    """Whether this is a mapping or a named pair (`mdnorm.design.DesignMatrices`): no sequence of batches."""
+    return isinstance(values, Mapping) or getattr(values, "_fields", None) == ("metadata", "labels")
+
+
+def _is_pair(values: Any, num_labels: int | None) -> bool:
+    """Whether two arrays are metadata and labels, no batches of metadata; raise where that is open."""
+    if not isinstance(values, (list, tuple)) or len(values) != 2 or not all(map(_is_array, values)):
+        return False
+    if num_labels is not None:
+        return num_labels > 0
+    if len(values[0]) != len(values[1]):
+        return False
+    raise ValueError(
+        "metadata is a sequence of two arrays with the same number of rows, which may be metadata and labels "
+        "or two batches: give the labels as the argument labels, or the batches joined to one table."
+    )
+
+
+def _refuse_rows(values: Any, num_metadata: int | None) -> None:
+    """Raise where a list of 1-dimensional arrays may be the rows of a table."""
+    if not isinstance(values, (list, tuple)) or not values or num_metadata == 1:
+        return
+    if not all(_is_array(row) and row.ndim == 1 for row in values):
+        return
+    lengths = {len(row) for row in values}
+    if len(lengths) == 1 and lengths != {1}:
+        raise ValueError(
+            f"metadata is a sequence of {len(values)} 1-dimensional arrays of {lengths.pop()} values, which "
+            "may be the rows of a table or batches of one column: join rows to one table (numpy.stack, "
+            "torch.stack), or give batches as columns, (n, 1)."
+        )
+
+
+def _is_array(values: Any) -> bool:
+    return isinstance(values, Tensor) or hasattr(values, "__array__")
+
+
+def _is_number_table(values: list[Any] | tuple[Any, ...]) -> bool:
+    first = values[0]
+    if isinstance(first, (list, tuple)) and first:
+        first = first[0]
+    return isinstance(first, (bool, int, float))

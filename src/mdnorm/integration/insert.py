@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import functools
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from mdnorm.estimators import Estimator, make_estimator
 from mdnorm.integration.dependence import Selector, described, select
 from mdnorm.layer import MetadataNorm
 
@@ -118,7 +118,7 @@ def insert(
     after: Target | Sequence[Target],
     *,
     num_metadata: int | None = None,
-    num_labels: int | None = None,
+    num_labels: int | None = 0,
     output: Selector | None = None,
     sample_dim: int = 0,
     example: Any = None,
@@ -139,8 +139,7 @@ def insert(
     num_metadata : int, optional
         Number of metadata columns; by default that of the first batch.
     num_labels : int, optional
-        Number of label columns, as of `MetadataNorm`; by default what comes with the first training batch, 0
-        without labels.
+        Number of label columns, as of `MetadataNorm`: 0 by default.
     output : str, int or callable, optional
         Which part of the module's output is corrected, where it is not a tensor: a key or attribute of a dict
         or dataclass (a `ModelOutput` of transformers), an index of a tuple, or a function that returns one of
@@ -181,9 +180,8 @@ def insert(
     - **Calls.** A module that is called several times in a forward pass, or has several places, has one
       layer with one state: each call is corrected, and its batch counts.
     - Inserting again with the same options changes nothing. An option that is left out is the same as its
-      default, and estimators are compared by their class and their public settings.
-    - An estimator given as an instance is copied for each layer, and the copy put on the module's device.
-    - A module whose ``forward`` is called directly, or only its weights are used, passes by its layer; the
+      default.
+    - A module whose ``forward`` is called directly, or whose weights alone are used, bypasses its layer; the
       report shows no output shape then.
     - An LSTM's hidden state is not corrected, only its output.
 
@@ -205,7 +203,7 @@ def insert(
         if existing is None:
             _refuse_unusable(name, module, output, sample_dim)
             fresh.append((name, module))
-        elif differences := _differences(existing[1].settings, _resolved(settings, name)):
+        elif differences := _differences(existing[1].settings, _resolved(settings)):
             raise ValueError(
                 f"{name!r} has a MetadataNorm already, with other options ({differences}): "
                 f"mdnorm.remove(model, {name!r}) first."
@@ -221,7 +219,7 @@ def insert(
     for (name, module), layer in zip(fresh, layers, strict=True):
         layer.train(module.training)
         layer.inserted_after = name
-        application = _Application(output, sample_dim, _resolved(settings, name))
+        application = _Application(output, sample_dim, _resolved(settings))
         application.shape = tuple(shapes[name]) if name in shapes else None
         application.attach(module, layer)
     return InsertionReport(model, frozenset(map(id, layers)))
@@ -323,7 +321,7 @@ class _Application:
                 "after the nn.Sequential, where output= can be given."
             )
         if not torch.compiler.is_compiling():
-            self.shape = tuple(arguments[0].shape)
+            self.shape = _shape(arguments[0])
 
     def __call__(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
         layer = module._modules[_NAME]
@@ -332,7 +330,7 @@ class _Application:
         features = find_features(output, self.output, name)
         features = samples_first(features, self.sample_dim, name) if self.sample_dim else features
         if not torch.compiler.is_compiling():
-            self.shape = tuple(features.shape)
+            self.shape = _shape(features)
         try:
             corrected = layer(features)
         except ValueError as error:
@@ -342,6 +340,11 @@ class _Application:
         if isinstance(output, Tensor):
             return corrected
         return _replaced(output, self.output, corrected, name)
+
+
+def _shape(features: Tensor) -> tuple[int, ...] | None:
+    """Return the shape of features; sequences of several lengths (a nested tensor) have none."""
+    return None if features.is_nested else tuple(features.shape)
 
 
 def _accept_earlier_checkpoints(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -634,11 +637,6 @@ def _make_layer(
     tensor = next((t for part in (module, model) for t in _tensors(part)), None)
     if tensor is not None:
         options = {"device": tensor.device, "dtype": tensor.dtype} | options
-    estimator: Any = options.get("estimator")
-    device: Any = options.get("device")
-    if isinstance(estimator, Estimator):
-        # Each layer has its own state.
-        options["estimator"] = copy.deepcopy(estimator).to(device)
     if shape is not None and num_features is None:
         if options.get("granularity", "element") == "channel":
             channel_dim: Any = options.get("channel_dim", 1)
@@ -704,29 +702,18 @@ def _shapes_of_example(
 # -- options ------------------------------------------------------------------------------------------------
 
 
-def _resolved(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """Return settings with their defaults, and the estimator as its class and its own settings.
-
-    So "running" is the same as nothing, and an instance the same as its name with the same settings.
-    """
+def _resolved(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with their defaults, so that a default given is the same as one left out."""
     parameters = inspect.signature(MetadataNorm.__init__).parameters.values()
     resolved = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY} | settings
-    own = {key: resolved.pop(key) for key in ("momentum", "window", "ridge", "center")}
-    try:
-        estimator = make_estimator(resolved["estimator"], **own)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"after {name!r}: {error}") from error
-    resolved["estimator"] = type(estimator)
-    # State is in tensors, or not known yet.
-    public = {key: value for key, value in vars(estimator).items() if not key.startswith("_")}
-    resolved |= {
-        key: value for key, value in public.items() if key != "training" and not isinstance(value, Tensor)
-    }
-    if resolved["scale"]:
-        resolved |= {f"{key} of the scale": own[key] for key in ("momentum", "window")}
-    if resolved["process_group"] == "auto":
-        resolved["process_group"] = estimator.process_group
-    return {key: value for key, value in resolved.items() if value is not None}
+    return {key: _comparable(value) for key, value in resolved.items() if value is not None}
+
+
+def _comparable(value: Any) -> Any:
+    """Return what two settings are compared by: a partial by its function and arguments."""
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    return value
 
 
 def _differences(have: dict[str, Any], want: dict[str, Any]) -> str:

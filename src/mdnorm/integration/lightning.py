@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from mdnorm import context, functional
+from mdnorm import context
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
 from mdnorm.integration.dependence import LayerOutputs, Selector, described, select
@@ -29,6 +29,7 @@ from mdnorm.integration.insert import (
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames
+from mdnorm.regression import statistics_dtype
 
 with requires("lightning"):
     from mdnorm.metrics.streaming import DistanceCorrelation
@@ -537,7 +538,7 @@ class MetadataNormCallback(Callback):
         metadata = _metadata_of(batch, self.metadata)
         if isinstance(self.metadata, (list, tuple)):
             # Columns that were put together in float64, which not every device has.
-            metadata = metadata.to(functional.statistics_dtype(pl_module.device))
+            metadata = metadata.to(statistics_dtype(pl_module.device))
         metadata = metadata.to(pl_module.device)
         labels = None
         if with_labels and self.labels is not None:

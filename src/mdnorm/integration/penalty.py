@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mdnorm.estimators import PenaltyEstimator
+from mdnorm.estimators import Penalty
 
 __all__ = ["parameter_groups", "penalty_loss"]
 
 
-def _estimators(model: nn.Module) -> list[PenaltyEstimator]:
-    found = [module for module in model.modules() if isinstance(module, PenaltyEstimator)]
+def _estimators(model: nn.Module) -> list[Penalty]:
+    found = [module for module in model.modules() if isinstance(module, Penalty)]
     if not found:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm with estimator='penalty'.")
     return found

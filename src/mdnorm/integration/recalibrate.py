@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mdnorm import context, functional
+from mdnorm import context
 from mdnorm.distributed import gather_objects, gather_or_raise, group_of
-from mdnorm.functional import Gram, NoSamplesError, statistics_dtype
 from mdnorm.integration.dependence import described
 from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
+from mdnorm.moments import Moments, NoSamplesError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -102,7 +101,7 @@ def recalibrate(
     try:
         # A compiled graph would pass by the hooks that see a layer's input.
         with torch.no_grad(), uncompiled(), _noting_order(layers) as order:
-            names = _agreeing(partial(_run_one_batch, model, loader, run), order, group)
+            names = _agreeing(functools.partial(_run_one_batch, model, loader, run), order, group)
             if not names:
                 raise ValueError("no MetadataNorm layer ran in the forward pass.")
             done: list[str] = []
@@ -111,7 +110,7 @@ def recalibrate(
                 name = next(name for name in names if name not in done)
                 bar = _bar(loader, f"recalibrate {name or 'layer'} ({len(done) + 1}/{len(names)})", progress)
                 accumulator = _Accumulator(name, layers[name])
-                names = _agreeing(partial(_accumulate, model, accumulator, bar, run), order, group)
+                names = _agreeing(functools.partial(_accumulate, model, accumulator, bar, run), order, group)
                 accumulator.finish(group)
                 done.append(name)
     finally:
@@ -251,85 +250,48 @@ class _Accumulator:
     def __init__(self, name: str, layer: MetadataNorm) -> None:
         self.name = name
         self.layer = layer
-        self.gram: Gram | None = None
-        self.cross = torch.empty(0)
-        self.mean = torch.empty(0)
+        self.moments: Moments | None = None
 
-    def add(self, features: Tensor, metadata: Any = None, labels: Any = None) -> None:
+    def add(
+        self, features: Tensor, metadata: Any = None, labels: Any = None, weights: Any = None, mask: Any = None
+    ) -> None:
         layer = self.layer
         if metadata is None:
-            metadata, labels = layer.given_metadata(labels)
+            metadata, given, weights, mask = layer.given_metadata()
+            labels = given if labels is None else labels
         if labels is None and layer.num_labels:
             raise ValueError(
                 f"the layer {self.name!r} has num_labels={layer.num_labels} but got no labels: the forward "
                 "pass of recalibrate must hand them on, as in training."
             )
-        if layer.num_labels == 0:
-            labels = None
-        columns, num_metadata = functional.design_columns(
-            metadata,
-            labels,
-            num_samples=features.shape[0],
-            num_metadata=layer.num_metadata,
-            num_labels=layer.num_labels,
-            device=features.device,
-            check_finite=layer.check_finite,
-        )
-        if columns.shape[0] == 0:
-            return
-        positions = functional.position_dims(features, layer.granularity, layer.channel_dim)
-        if layer.scale_estimator is not None and layer.scale_estimator.is_allocated:
-            features = layer.scale_estimator.evaluate(features, columns[:, :num_metadata], positions)
-        if not layer.estimator.is_allocated:
-            layer.allocate_for(features, positions, columns, num_metadata)
-        batch = Gram.from_columns(columns, num_metadata)
-        moments = functional.feature_moments(
-            features.to(columns.dtype), functional.moment_rows(columns, batch.mean), positions
-        )
-        if not bool(torch.isfinite(moments).all()):
-            raise ValueError(f"the features at the layer {self.name!r} have NaN or infinite values.")
-        if self.gram is None:
-            self.gram, self.cross, self.mean = batch, moments[:-1].clone(), moments[-1].clone()
-            return
-        step = batch.mean - self.gram.mean
-        self.gram = self.gram.merge(batch)
-        share = batch.count / self.gram.count
-        functional.merge_cross_moments_(self.cross, self.mean, moments, step, share)
+        try:
+            self.moments = layer.add_to(self.moments, features, metadata, labels, weights, mask)
+        except ValueError as error:
+            raise ValueError(f"at the layer {self.name!r}: {error}") from error
 
     def share(self, group: ProcessGroup) -> None:
-        """Merge the moments of all processes."""
-        sizes = None
-        if self.gram is not None:
-            shape = self.layer.num_features
-            sizes = (self.gram.num_metadata, self.gram.mean.shape[0] - self.gram.num_metadata, shape)
-        known = sorted({sizes for sizes in gather_objects(sizes, group) if sizes is not None})
-        if len(known) > 1:
+        """Merge the moments of all processes, in the order of their ranks, so that all get the same bits."""
+        mine = None if self.moments is None else (self.moments.to("cpu"), self.layer.num_features)
+        parts = [part for part in gather_objects(mine, group) if part is not None]
+        sizes = sorted({(m.num_metadata, m.num_protected - 1, shape) for m, shape in parts})
+        if len(sizes) > 1:
             raise ValueError(
                 f"the layer {self.name!r} has different (num_metadata, num_labels, features) on the "
-                f"processes: {', '.join(map(str, known))}."
+                f"processes: {', '.join(map(str, sizes))}."
             )
-        if not known:
+        if not parts:
             return
-        num_metadata, num_labels, shape = known[0]
-        if self.gram is None:
-            for part in self.layer._parts:
-                part.allocate(num_metadata, num_labels, shape)
-            device = self.layer.estimator.gram_mean.device
-            empty = torch.zeros(0, num_metadata + num_labels, dtype=statistics_dtype(device), device=device)
-            self.gram = Gram.from_columns(empty, num_metadata)
-            self.mean = empty.new_zeros(math.prod(shape or ()))
-            self.cross = empty.new_zeros(empty.shape[1], self.mean.shape[0])
-        moments = torch.cat([self.cross, self.mean.unsqueeze(0)])
-        origin = torch.zeros_like(self.gram.mean)
-        self.gram, moments = functional.share_moments(self.gram, moments, group, origin)
-        self.cross, self.mean = moments[:-1], moments[-1]
+        num_metadata, num_labels, shape = sizes[0]
+        self.layer.set_sizes(shape, num_metadata, num_labels)
+        self.moments = functools.reduce(Moments.merge, (moments for moments, _ in parts))
 
     def finish(self, group: ProcessGroup | None) -> None:
         if group is not None:
             self.share(group)
-        if self.gram is None:
+        estimator = self.layer.estimator
+        if self.moments is None or self.moments.units is None or estimator is None:
             raise NoSamplesError("no samples: the loader is empty.")
-        self.layer.estimator.set_moments(self.gram, torch.cat([self.cross, self.mean.unsqueeze(0)]))
+        estimator.set_moments(self.moments.to(estimator.origin.device))
 
 
 def _accumulate(model: nn.Module, accumulator: _Accumulator, loader: Iterable[Any], run: Forward) -> None:

@@ -1,0 +1,455 @@
+"""Regression of features on metadata: the maths of Metadata Normalization, once, for layers and for tables.
+
+Notation (Lu et al., CVPR 2021, section 3). A sample has metadata `m` (K_m columns), labels `y` (K_y) and features `f`
+(D values). The model is ``f = m·β_m + y·β_y + β_0 + r``; only the metadata part is removed::
+
+    out = f − (m − m̄)·β_m                       (the mean of the features stays)
+    out = f − m·β_m − β_0                        (``center=True``, the authors' form)
+
+The labels are in the regression so that an effect which label and metadata share is not removed with the metadata.
+
+**Moments.** A row of the design is ``z = [y, 1, m]``, labels and metadata about a fixed origin in units of a fixed
+scale (`Standardisation`). So the moments that least squares needs are plain weighted averages of ``z zᵀ`` and
+``z fᵀ``: batches, chunks of a table and processes add up by one sum, and a sample weight is one factor.
+
+**Coefficients.** β_m is a matrix that depends on the design alone, times ``E[z fᵀ]`` (`coefficient_operator`).
+
+**Gradient.** The map from features to output is linear, ``out = (I − B P) f`` with B and P made of the design alone, so
+the backward pass needs no features: `regress` saves N numbers a column.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from mdnorm.distributed import all_reduce_sum
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+__all__ = [
+    "Granularity",
+    "Memory",
+    "Standardisation",
+    "coefficient_operator",
+    "position_dims",
+    "regress",
+    "remove",
+]
+
+Granularity = Literal["element", "channel"]
+
+# A column is constant when its standard deviation is below this fraction of its mean.
+_CONSTANT = 1e-12
+# A direction of the design is collinear, or determined by the labels, when less than this share of its columns'
+# variance is left. It is far above the rounding of the moments, which is what an inverse would magnify.
+_COLLINEAR = {torch.float64: 1e-11, torch.float32: 1e-6}
+# What is added to the second moments of labels and intercept, whose own collinearity (one column for every class) does
+# no harm: above the rounding of averages over millions of samples, below anything that could be measured.
+_LABEL_RIDGE = 1e-12
+
+
+# -- precision ------------------------------------------------------------------------------------------------
+
+
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which K×K statistics are kept on `device`: float64 wherever it exists."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def compute_dtype(features: Tensor) -> torch.dtype:
+    """Return the dtype in which features are regressed: their own, but never below float32."""
+    return torch.promote_types(features.dtype, torch.float32)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[None]:
+    """Return a context in which autocast does not compute below float32."""
+    # Entering torch.autocast costs as much as a small product: only where there is something to switch off.
+    if torch.is_autocast_enabled(device.type):
+        return cast("AbstractContextManager[None]", torch.autocast(device.type, enabled=False))
+    return contextlib.nullcontext()
+
+
+# -- features as a matrix -------------------------------------------------------------------------------------
+
+
+def position_dims(features: Tensor, granularity: Granularity, channel_dim: int = 1) -> tuple[int, ...]:
+    """Return the dimensions over which one coefficient is shared: none for "element", else all positions.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor
+        At least 2 dimensions, the first one the samples.
+    granularity : "element" or "channel"
+        "element": every value of a sample has its own coefficients (the paper). "channel": one set of coefficients a
+        channel, shared by all positions, of which there can be any number.
+    channel_dim : int
+        Where the channels are: 1 for (N, C, H, W), −1 for tokens (N, T, D).
+
+    Raises
+    ------
+    ValueError
+        Fewer than 2 dimensions, or a channel_dim that is not a feature dimension.
+    """
+    if features.ndim < 2:
+        raise ValueError(
+            f"features must have shape (num_samples, ...) with at least 2 dimensions, got {tuple(features.shape)}."
+        )
+    if granularity == "element":
+        return ()
+    channel = channel_dim + features.ndim if channel_dim < 0 else channel_dim
+    if not 1 <= channel < features.ndim:
+        raise ValueError(
+            f"channel_dim={channel_dim} is not a feature dimension of features with shape {tuple(features.shape)} "
+            "(dimension 0 holds the samples)."
+        )
+    return tuple(dim for dim in range(1, features.ndim) if dim != channel)
+
+
+def _spread(matrix: Tensor, dims: tuple[int, ...]) -> Tensor:
+    for dim in dims:
+        matrix = matrix.unsqueeze(dim)
+    return matrix
+
+
+def as_matrix(tensor: Tensor, dims: tuple[int, ...], mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Return features (N, ...) as the (N, D) matrix that is regressed: flat, or their mean over the positions.
+
+    Averaging is exact, since all positions of a sample have the same row of the design. `mask` (N, 1, ...) is true at
+    the positions that count.
+    """
+    if not dims:
+        return tensor.to(dtype) if tensor.ndim == 2 else tensor.flatten(1).to(dtype)
+    if mask is None:
+        return tensor.to(dtype).mean(dims)
+    return torch.where(mask, tensor, 0).to(dtype).sum(dims) / _num_positions(tensor, dims, mask)
+
+
+def _num_positions(tensor: Tensor, dims: tuple[int, ...], mask: Tensor | None) -> int | Tensor:
+    """Return how many positions share the coefficients: a number, or (N, 1) with a mask; at least 1."""
+    if mask is None:
+        return max(math.prod(tensor.shape[dim] for dim in dims), 1)
+    return mask.sum(dims).clamp_min(1)
+
+
+def _subtract(
+    tensor: Tensor, matrix: Tensor | None, left: Tensor, right: Tensor, dims: tuple[int, ...], mask: Tensor | None
+) -> Tensor:
+    """Return ``tensor − left @ right``, the product spread over the positions that count."""
+    if dims:
+        product = _spread(left @ right, dims)
+        return (tensor - (product if mask is None else torch.where(mask, product, 0))).to(tensor.dtype)
+    out = torch.addmm(as_matrix(tensor, (), None, left.dtype) if matrix is None else matrix, left, right, alpha=-1)
+    # Detached where it is no leaf of the graph, the result of an autograd function is no view of anything.
+    return out if tensor.ndim == 2 and tensor.dtype == out.dtype else out.to(tensor.dtype).reshape(tensor.shape)
+
+
+def remove(
+    features: Tensor, basis: Tensor, coefficients: Tensor, dims: tuple[int, ...] = (), mask: Tensor | None = None
+) -> Tensor:
+    """Return ``features − basis @ coefficients``, the coefficients taken as given (evaluation).
+
+    Parameters
+    ----------
+    features : (N, ...) tensor, any floating dtype
+    basis : (N, R) tensor
+        The gradient reaches it, and with it the metadata.
+    coefficients : (R, D) tensor
+    dims : tuple of int
+        Dimensions that share a coefficient, from `position_dims`.
+    mask : (N, 1, ...) bool tensor, optional
+        Positions that are corrected; the others stay as they are.
+
+    Returns
+    -------
+    (N, ...) tensor, dtype of the features
+    """
+    dtype = compute_dtype(features)
+    with full_precision(features.device):
+        return _subtract(features, None, basis.to(dtype), coefficients.to(dtype), dims, mask)
+
+
+# -- design ---------------------------------------------------------------------------------------------------
+
+
+class Standardisation(NamedTuple):
+    """Origin and unit of the design columns ``[y, 1, m]``, fixed once: ``z = (x − origin) · scale``.
+
+    Attributes
+    ----------
+    origin, scale : (K,) tensors
+        0 and 1 for the intercept.
+    """
+
+    origin: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(
+        cls, columns: Tensor, intercept: int, weights: Tensor | None = None, group: ProcessGroup | None = None
+    ) -> Standardisation:
+        """Return mean and inverse standard deviation of columns (N, K), N ≥ 1 over all processes of the group."""
+        share = torch.ones_like(columns[:, :1]) if weights is None else weights.unsqueeze(1)
+        # With the column of ones, each sum has the total weight in the place of the intercept.
+        total = _over(group, (share * columns).sum(0))
+        origin = total / total[intercept]
+        variance = _over(group, (share * (columns - origin).square()).sum(0)) / total[intercept]
+        deviation = variance.sqrt()
+        varies = deviation > _CONSTANT * origin.abs() + torch.finfo(deviation.dtype).tiny ** 0.5
+        unit = torch.where(varies, deviation, torch.where(origin == 0, 1.0, origin.abs()))
+        origin[intercept], unit[intercept] = 0, 1
+        return cls(origin, 1 / unit)
+
+
+def _over(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
+    return tensor if group is None else all_reduce_sum(tensor, group)
+
+
+# -- coefficients ---------------------------------------------------------------------------------------------
+
+
+def coefficient_operator(
+    gram: Tensor,
+    num_protected: int,
+    share: float | Tensor = 0.0,
+    *,
+    dtype: torch.dtype = torch.float64,
+    every: bool = False,
+) -> Tensor:
+    """Return the matrix that takes ``E[z fᵀ]`` to the coefficients of ridge regression, by the design alone.
+
+    Labels and intercept are partialled out of the metadata (Frisch–Waugh–Lovell theorem), so with
+    ``S = E[z zᵀ]`` in blocks p (labels and intercept) and m it is
+
+        β_m = (S_mm − S_mp S_pp⁺ S_pm + share · V)⁻¹ (C_m − S_mp S_pp⁺ C_p),
+
+    V the variances of the metadata columns. What labels and other columns leave of a column is judged against all of
+    its variance: rounding is never inverted.
+
+    Parameters
+    ----------
+    gram : (K, K) tensor
+        ``E[z zᵀ]`` of rows ``z = [y, 1, m]``.
+    num_protected : int
+        K_y + 1, number of labels and intercept. Their coefficients are not shrunk.
+    share : float or (1,) tensor
+        Shrinkage of the metadata coefficients in shares of each column's variance: a prior worth `p` samples beside a
+        weight of `w` samples is ``p / (p + w)``. 0: the least-squares solution of least norm in units of the columns.
+    dtype : torch.dtype
+        Of the cross moments, whose rounding decides from where on a direction counts as collinear.
+    every : bool
+        Whether to return the rows of labels and intercept, too.
+
+    Returns
+    -------
+    (K_m, K) tensor, or (K, K) with `every`
+        A constant column has a row and a column of zeros.
+    """
+    p = num_protected
+    diagonal = gram.diagonal()
+    squares = torch.cat([diagonal[:p], diagonal[p:] - gram[p - 1, p:].square()])
+    unit = torch.where(squares > _CONSTANT**2, squares, torch.inf).rsqrt()
+    units = unit.unsqueeze(1) * unit
+    scaled = gram * units
+    if not every and (isinstance(share, Tensor) or share > 0):
+        # Factorised with labels and intercept first, what is left of the metadata never meets their large inverse.
+        ridge = torch.full_like(squares, _LABEL_RIDGE)
+        ridge[p:] = share
+        factor = torch.linalg.cholesky_ex(scaled + ridge.diag())[0]
+        return torch.cholesky_inverse(factor)[p:] * units[p:]
+    smallest = _COLLINEAR.get(dtype, _COLLINEAR[torch.float32])
+    protected = _inverse(scaled[:p, :p], smallest)
+    through = scaled[p:, :p] @ protected
+    left = scaled[p:, p:] - through @ scaled[:p, p:]
+    inverse = _inverse(left + share * torch.eye(len(left), dtype=left.dtype, device=left.device), smallest)
+    rows = torch.cat([-inverse @ through, inverse], 1)
+    if every:
+        above = torch.nn.functional.pad(protected, (0, len(left))) - through.mT @ rows
+        rows = torch.cat([above, rows])
+    return rows * (units if every else units[p:])
+
+
+def _inverse(matrix: Tensor, smallest: float) -> Tensor:
+    """Return the pseudo-inverse of a symmetric matrix, in which eigenvalues up to `smallest` are zero."""
+    values, vectors = torch.linalg.eigh(matrix)
+    return cast(Tensor, (vectors / torch.where(values > smallest, values, torch.inf)) @ vectors.mT)
+
+
+# -- the step of a network --------------------------------------------------------------------------------------
+
+
+class Memory(NamedTuple):
+    """The running mean of what the losses say about the coefficients, kept by the backward pass of `regress`.
+
+    Attributes
+    ----------
+    adjoint : (R, D) tensor
+        Changed in place.
+    weight : (1,) tensor
+        Number of samples behind it, changed in place.
+    count, kept : float or (1,) tensor
+        What this batch weighs, and what it leaves of the weight of the past.
+    samples : int or (1,) tensor
+        What the gradient of a batch is divided by to be that of a mean over its samples.
+    """
+
+    adjoint: Tensor
+    weight: Tensor
+    count: float | Tensor
+    kept: float | Tensor
+    samples: float | Tensor = 1
+
+
+def regress(
+    features: Tensor,
+    basis: Tensor,
+    coefficients: Tensor,
+    rows: Tensor,
+    dims: tuple[int, ...] = (),
+    mask: Tensor | None = None,
+    *,
+    memory: Memory | None = None,
+    group: ProcessGroup | None = None,
+) -> Tensor:
+    """Return ``features − basis @ coefficients``, with the gradient of coefficients that came from the features.
+
+    Where the coefficients are ``rows @ features``, the gradient of the features is ``g − rowsᵀ (basisᵀ g)``. What stands in
+    the brackets, the *adjoint* of the coefficients, is a sum over all samples behind them: of this batch, of all
+    processes (`group`), or of many batches (`memory`), whose gradient then tends to that of least squares over the
+    whole data set as the window grows.
+
+    Parameters
+    ----------
+    features : (N, ...) tensor, any floating dtype
+    basis : (N, R) tensor
+        What multiplies the coefficients. A constant, as all that follows.
+    coefficients : (R, D) tensor
+    rows : (R, N) tensor
+        Operator times the weighted rows of the design, as if the batch were the whole data set.
+    dims, mask
+        As in `remove`.
+    memory : Memory, optional
+        The gradient can then be taken once, and not inside of torch.func.
+    group : ProcessGroup, optional
+        The processes whose samples are one batch; one collective of R·D numbers in the backward pass.
+
+    Returns
+    -------
+    (N, ...) tensor, dtype of the features
+    """
+    dtype = compute_dtype(features)
+    out: Tensor = _Regress.apply(  # type: ignore[no-untyped-call]
+        features,
+        basis.to(dtype),
+        coefficients.to(dtype),
+        rows.to(dtype),
+        mask,
+        dims,
+        group,
+        *(memory or (None,) * 5),
+    )
+    return out
+
+
+class _Regress(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        features: Tensor,
+        basis: Tensor,
+        coefficients: Tensor,
+        rows: Tensor,
+        mask: Tensor | None,
+        dims: tuple[int, ...],
+        group: ProcessGroup | None,
+        *memory: Any,
+    ) -> Tensor:
+        # Detached, it is no view: an in-place ReLU may follow.
+        return _subtract(features, None, basis, coefficients, dims, mask).detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, basis, _, rows, mask, ctx.dims, ctx.group, *memory = inputs
+        # What is state is changed in the backward pass, and the version of a saved tensor is guarded.
+        ctx.memory = tuple(memory)
+        ctx.save_for_backward(basis, rows, mask)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        basis, rows, mask = ctx.saved_tensors
+        dims, group = ctx.dims, ctx.group
+        adjoint, weight, count, kept, samples = ctx.memory
+        with full_precision(grad.device):
+            matrix = as_matrix(grad, dims, mask, basis.dtype)
+            sharing = _num_positions(grad, dims, mask) if dims else 1
+            batch = basis.mT @ (matrix * sharing if dims else matrix)
+            if adjoint is not None:
+                if torch.is_grad_enabled():
+                    raise RuntimeError(
+                        "estimator='running' keeps state in the backward pass, which can therefore be differentiated "
+                        "only once: for second derivatives take 'batch', 'dataset' or 'recursive'."
+                    )
+                if not isinstance(samples, int) or samples != 1:
+                    batch = batch / samples
+            if group is not None:
+                batch = all_reduce_sum(batch, group)
+            if adjoint is not None:
+                advance(weight, kept, count, (adjoint, batch))
+                batch = adjoint.to(batch.dtype)
+                if not isinstance(samples, int) or samples != 1:
+                    batch = batch * samples
+            left = rows.mT if not dims else rows.mT / sharing
+            return (_subtract(grad, matrix, left, batch, dims, mask), *(None,) * 11)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether to look at a value costs nothing: on the CPU, outside of graphs and transforms."""
+    return (
+        tensor.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+    )
+
+
+def advance(
+    weight: Tensor, kept: float | Tensor, count: float | Tensor, *averages: tuple[Tensor, Tensor]
+) -> bool | Tensor:
+    """Move weighted averages towards those of a batch, in place; return whether the batch was used.
+
+    A batch with a value that is not finite (an overflow of mixed precision) is left out: it would never leave.
+
+    Parameters
+    ----------
+    weight : (1,) tensor
+        Weight of the averages, changed in place.
+    kept : float or (1,) tensor
+        What stays of the weight of the past.
+    count : float or (1,) tensor
+        Weight of the batch.
+    *averages : pairs of tensors
+        Average, changed in place, and its value in the batch.
+    """
+    finite = torch.isfinite(sum((batch.sum() for _, batch in averages[1:]), averages[0][1].sum()))
+    if is_readable(weight):
+        if not finite:
+            return False
+        total = weight.item() * float(kept) + float(count)
+        if total > 0:
+            share: float | Tensor = float(count) / total
+            weight.fill_(total)
+            for average, batch in averages:
+                average.lerp_(batch.to(average.dtype), share)
+        return True
+    used = finite.to(weight.dtype)
+    # Without the batch, all of the past is kept.
+    weight.mul_(torch.where(finite, torch.as_tensor(kept, dtype=weight.dtype, device=weight.device), 1.0))
+    weight.add_(used * count)
+    portion = used * count / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    for average, batch in averages:
+        average.lerp_(torch.where(finite, batch, 0).to(average.dtype), portion.to(average.dtype))
+    return finite
