@@ -75,11 +75,10 @@ class AllocationCounter(TorchDispatchMode):
         return out
 
 
-def allocated(step: Step, features: Tensor, gradient: Tensor) -> int:
-    """Bytes allocated over one step: the output, the gradient, and everything in between."""
+def allocated_over(step: Callable[[], object]) -> int:
+    """Bytes allocated over one step: outputs, gradients, and everything in between."""
     with AllocationCounter() as counter:
-        step(features).backward(gradient)
-    features.grad = None
+        step()
     return counter.bytes
 
 
@@ -94,7 +93,10 @@ def measure(n: int, d: int, k: int, estimators: Sequence[str], budget: float, re
         **{estimator: layer(estimator, features, metadata, labels) for estimator in estimators},
         "textbook": textbook(metadata, labels),
     }
-    memory = {name: allocated(step, features, gradient) for name, step in steps.items()}
+    memory = {}
+    for name, step in steps.items():
+        memory[name] = allocated_over(lambda step=step: step(features).backward(gradient))
+        features.grad = None
     for step in steps.values():
         time_once(step, features, gradient)
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -186,7 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="a small grid")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=101, help="most rounds of one size")
+    parser.add_argument("--repeats", type=int, default=301, help="most rounds of one size")
     parser.add_argument("--budget", type=float, default=6.0, help="seconds for one size, after five rounds")
     parser.add_argument(
         "--estimators", nargs="+", choices=ESTIMATORS, default=["dataset", "running", "batch"]
@@ -196,29 +198,30 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    widths = (84, 12544) if arguments.quick else (84, 512, 12544, 18432, 1_000_000)
-    counts = (20, 200) if arguments.quick else (20, 200, 2000)
+    # Small layers, for which the number of calls is what counts, and large ones, for which memory is.
+    sizes = [(4, n, d) for n, d in ((32, 64), (4, 512), (50, 4096), (20, 12544), (200, 12544))]
+    if not arguments.quick:
+        widths = (84, 512, 12544, 18432, 1_000_000)
+        sizes += [(k, n, d) for k in (3, 16) for d in widths for n in (20, 200, 2000)]
     rows = []
     print(f"Ratio of the medians to BatchNorm1d, forward + backward, float32, {arguments.threads} thread(s).")
     print("Memory: allocated by a step, in units of the features. K counts all columns, the intercept too.")
     methods = (*arguments.estimators, "textbook")
     print(f"{'N':>6}{'D':>9}{'K':>4}{'BatchNorm':>18}" + "".join(f"{name:>18}" for name in methods))
-    for k in (3, 16):
-        for d in widths:
-            for n in counts:
-                # Features, gradient, output, gradient of the features, and three temporaries of the textbook.
-                if 7 * 4 * n * d > arguments.max_gib * 2**30:
-                    print(f"{n:>6}{d:>9}{k:>4}   left out: more than {arguments.max_gib:g} GiB")
-                    continue
-                row = measure(n, d, k, arguments.estimators, arguments.budget, arguments.repeats)
-                rows.append({"threads": arguments.threads, **row})
-                seconds, memory = row["seconds"], row["allocated_bytes"]
-                unit = 4 * n * d
-                text = f"{1e3 * seconds['batchnorm']:.3f} ms, {memory['batchnorm'] / unit:.1f}".rjust(18)
-                for name in methods:
-                    ratio = seconds[name] / seconds["batchnorm"]
-                    text += f"{ratio:.2f} ×, {memory[name] / unit:.1f}".rjust(18)
-                print(f"{n:>6}{d:>9}{k:>4}{text}", flush=True)
+    for k, n, d in sizes:
+        # Features, gradient, output, gradient of the features, and three temporaries of the textbook.
+        if 7 * 4 * n * d > arguments.max_gib * 2**30:
+            print(f"{n:>6}{d:>9}{k:>4}   left out: more than {arguments.max_gib:g} GiB")
+            continue
+        row = measure(n, d, k, arguments.estimators, arguments.budget, arguments.repeats)
+        rows.append({"threads": arguments.threads, **row})
+        seconds, memory = row["seconds"], row["allocated_bytes"]
+        unit = 4 * n * d
+        text = f"{1e3 * seconds['batchnorm']:.3f} ms, {memory['batchnorm'] / unit:.1f}".rjust(18)
+        for name in methods:
+            ratio = seconds[name] / seconds["batchnorm"]
+            text += f"{ratio:.2f} ×, {memory[name] / unit:.1f}".rjust(18)
+        print(f"{n:>6}{d:>9}{k:>4}{text}", flush=True)
     totals = summary(rows, arguments.estimators)
     for name, total in totals.items():
         print(f"{name}: " + ", ".join(f"{key} {value:.2f}" for key, value in total.items()))

@@ -23,7 +23,6 @@ from torch.utils.checkpoint import checkpoint
 import mdnorm
 from mdnorm import MetadataNorm
 from mdnorm.distributed import even_batches, global_mean, synchronize
-from mdnorm.estimators import RunningEstimator
 
 WORLD = 4
 # How many samples each process has, step by step: equal, uneven, none on some, all on one.
@@ -33,10 +32,12 @@ SIZES = {
     4: [(6, 6, 6, 6), (9, 0, 4, 11), (0, 0, 0, 24), (7, 6, 5, 6)],
 }
 CASES: dict[str, dict[str, Any]] = {
-    "batch": {"estimator": "batch"},
+    "batch": {"estimator": "batch", "prior": 0.0},
     "batch, centred": {"estimator": "batch", "center": True},
     "batch, channels": {"estimator": "batch", "granularity": "channel"},
-    "batch, ridge": {"estimator": "batch", "ridge": 0.3},
+    "batch, prior": {"estimator": "batch", "prior": 8.0},
+    "batch, weights": {"estimator": "batch"},
+    "batch, channels, mask": {"estimator": "batch", "granularity": "channel"},
     "batch, sites": {"estimator": "batch"},
     "dataset": {"estimator": "dataset"},
     "dataset, centred, channels": {"estimator": "dataset", "center": True, "granularity": "channel"},
@@ -44,9 +45,10 @@ CASES: dict[str, dict[str, Any]] = {
     "running, centred": {"estimator": "running", "window": 60, "center": True},
     "running, channels": {"estimator": "running", "window": 60, "granularity": "channel"},
     "running, sites": {"estimator": "running", "window": 60},
-    "running, sum": {},
+    "running, channels, mask, weights": {"estimator": "running", "window": 60, "granularity": "channel"},
+    "running, sum": {"estimator": "running", "window": 60, "reduction": "sum"},
     "recursive": {"estimator": "recursive", "window": 60},
-    "recursive, centred": {"estimator": "recursive", "window": 60, "center": True},
+    "recursive, centred, weights": {"estimator": "recursive", "window": 60, "center": True},
     "penalty": {"estimator": "penalty"},
     "scale": {"estimator": "batch", "scale": True, "window": 60},
     "scale, channels": {"estimator": "batch", "scale": True, "window": 60, "granularity": "channel"},
@@ -74,25 +76,28 @@ class Net(nn.Module):
     def __init__(self, case: str, dtype: torch.dtype, repeat: bool = False) -> None:
         super().__init__()
         torch.manual_seed(0)
-        settings = dict(CASES[case])
-        if case == "running, sum":
-            settings["estimator"] = RunningEstimator(window=60, reduction="sum", dtype=dtype)
-        else:
-            settings["dtype"] = dtype
+        settings = CASES[case] | {"dtype": dtype}
         shape = 3 if settings.get("granularity") == "channel" else (3, 4)
         self.encoder = nn.Linear(6, 12, dtype=dtype)
         self.norm = MetadataNorm(shape, 3 if "sites" in case else 2, 1, **settings)
         self.head = nn.Linear(12, 1, dtype=dtype)
         self.repeat = repeat
+        self.has_weights, self.has_mask = "weights" in case, "mask" in case
 
     def forward(self, inputs: Tensor, metadata: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         features = self.encoder(inputs).unflatten(1, (3, 4))
+        weights, mask = self.rest(inputs)
         if self.repeat:
-            features = checkpoint(self.norm, features, metadata, labels, use_reentrant=False)
+            features = checkpoint(self.norm, features, metadata, labels, weights, mask, use_reentrant=False)
         else:
-            features = self.norm(features, metadata, labels)
+            features = self.norm(features, metadata, labels, weights, mask)
         # Cloned: FSDP warns of views.
         return self.head(features.tanh().flatten(1)).squeeze(1).clone(), features.clone()
+
+    def rest(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Weights of the samples, some of them 0, and a mask of the positions."""
+        weights = inputs[:, 0].detach().clamp_min(0) if self.has_weights else None
+        return weights, inputs[:, 2:] > -0.5 if self.has_mask else None
 
 
 def prepare(case: str, dtype: torch.dtype, **keywords: Any) -> Net:
@@ -222,13 +227,21 @@ def bytes_of_collectives(groups: Groups) -> Any:
             inputs, metadata, labels, _ = make_data(case, dtype)
             features = net.encoder(inputs).unflatten(1, (3, 4))
             with Counting() as forward:
-                out = net.norm(features, metadata, labels)
+                out = net.norm(features, metadata, labels, *net.rest(inputs))
             with Counting() as backward:
                 out.square().sum().backward()
             with Counting() as evaluation:
                 net.norm.eval()(features, metadata)
             assert evaluation.sizes == []
             results[f"{case} {str(dtype)[6:]}"] = (forward.sizes, backward.sizes)
+    # Without the moments of the training set, the first batch says where the columns are measured from.
+    net = synchronize(Net("running", torch.float32))
+    inputs, metadata, labels, _ = make_data("running", torch.float32)
+    results["first"] = []
+    for _ in range(3):
+        with Counting() as forward:
+            net(inputs, metadata, labels)
+        results["first"].append(forward.sizes)
     return results
 
 
@@ -383,7 +396,7 @@ def gram_and_recalibration(groups: Groups) -> Any:
         loader = [tuple(part[few] for part in data) for few in rows.split(7) if len(few)]
         order = mdnorm.recalibrate(net, loader, process_group=group)
         results[name] = {
-            "gram": (gram.mean, gram.covariance, gram.count),
+            "gram": (*map(torch.as_tensor, gram.products()[:3:2]), gram.weight),
             "order": order,
             "state": net.state_dict(),
         }
@@ -391,7 +404,7 @@ def gram_and_recalibration(groups: Groups) -> Any:
     rows = shares(4, groups.rank)[0]
     gram = mdnorm.fit_gram(wrapped, data[1][rows], data[2][rows])
     mdnorm.recalibrate(wrapped, [tuple(part[rows] for part in data)] if len(rows) else [])
-    results["wrapped"] = {"gram": gram.count, "state": wrapped.module.state_dict()}
+    results["wrapped"] = {"gram": gram.weight, "state": wrapped.module.state_dict()}
     # The first process learns the sizes from the third.
     lazy = MetadataNorm(None, None, 1, estimator="batch", dtype=dtype)
     mdnorm.recalibrate(lazy, [data] if groups.rank == 2 else [], process_group="world")
@@ -436,17 +449,16 @@ def failures(groups: Groups) -> Any:
 @scenario
 def without_a_layer(groups: Groups) -> Any:
     inputs, metadata, labels, _ = make_data("batch", torch.float64)
-    gram = mdnorm.functional.Gram.from_data(metadata, labels)
     rows = shares(4, groups.rank)[1]
     results = {}
-    for name, given in (("batch", None), ("dataset", gram)):
+    for prior in (0.0, 5.0):
         features = inputs[rows].clone().requires_grad_()
-        out = mdnorm.functional.metadata_norm(
-            features, metadata[rows], labels[rows], given, process_group=groups.of_size[4]
+        out = mdnorm.metadata_norm(
+            features, metadata[rows], labels[rows], prior=prior, process_group=groups.of_size[4]
         )
         gradient = torch.autograd.grad((out**3).sum(), features, create_graph=True)[0]
         second = torch.autograd.grad((gradient**2).sum(), features)[0]
-        results[name] = (out.detach(), gradient.detach(), second)
+        results[prior] = (out.detach(), gradient.detach(), second)
     return results
 
 

@@ -11,12 +11,13 @@ def design_matrix(metadata, labels=None):
     return np.column_stack([*blocks, np.ones(len(blocks[0]))])
 
 
-def residual(features, metadata, labels=None, center=False):
+def residual(features, metadata, labels=None, center=False, weights=None, share=0.0):
     """Least squares in the batch; the metadata part removed (the intercept too with `center`)."""
     metadata = np.asarray(metadata, float)
     matrix = np.asarray(features, float).reshape(len(metadata), -1)
-    coefficients = np.linalg.lstsq(design_matrix(metadata, labels), matrix, rcond=None)[0]
-    return remove(features, metadata, coefficients, metadata.mean(0), center)
+    weights = np.ones(len(metadata)) if weights is None else np.asarray(weights, float)
+    coefficients = weighted_least_squares(matrix, metadata, labels, weights, share)
+    return remove(features, metadata, coefficients, np.average(metadata, 0, weights), center)
 
 
 def dataset_residual(features, metadata, labels, all_metadata, all_labels, center=False):
@@ -41,7 +42,22 @@ def remove(features, metadata, coefficients, mean, center):
     return features - effect.reshape(features.shape)
 
 
-def weighted_least_squares(features, metadata, labels, weights):
-    """Coefficients of [m, y, 1] for features (N, D), each sample with its weight."""
-    root = np.sqrt(np.asarray(weights, float))[:, None]
-    return np.linalg.lstsq(design_matrix(metadata, labels) * root, features * root, rcond=None)[0]
+def weighted_least_squares(features, metadata, labels, weights, share=0.0):
+    """Coefficients of [m, y, 1] for features (N, D), each sample with its weight.
+
+    With `share`, ridge regression: each metadata column is penalised by that share of its variance, as a row.
+    """
+    features, metadata, weights = (np.asarray(values, float) for values in (features, metadata, weights))
+    design, root = design_matrix(metadata, labels), np.sqrt(weights)[:, None]
+    # About the mean, where lstsq loses no digits; the intercept is put right in the end.
+    centre = np.average(design, 0, weights)
+    centre[-1] = 0
+    design = design - centre
+    columns = metadata.shape[1]
+    penalty = np.zeros((columns, design.shape[1]))
+    penalty[:, :columns] = np.diag(np.sqrt(share * (weights @ design[:, :columns] ** 2)))
+    rows = np.vstack([design * root, penalty])
+    values = np.vstack([features * root, np.zeros((columns, features.shape[1]))])
+    coefficients = np.linalg.lstsq(rows, values, rcond=None)[0]
+    coefficients[-1] -= centre @ coefficients
+    return coefficients

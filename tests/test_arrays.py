@@ -1,4 +1,4 @@
-"""Arrays and DataFrames of every kind of numbers; what is not numeric is named."""
+"""Arrays and DataFrames of all kinds of numbers; what is not numeric, finite or rightly shaped is named."""
 
 from decimal import Decimal
 
@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import mdnorm
-from mdnorm.arrays import as_real_tensor
+from mdnorm import metadata_norm
+from mdnorm.arrays import as_real_tensor, check_finite_columns, columns_of, label_columns, plain_tensor
 
 AGES = [20.5, 30.0, 40.25]
 
@@ -60,3 +61,200 @@ def test_missing_values_are_named_by_who_looks_at_them():
 def test_what_is_not_numeric_is_named(table, message):
     with pytest.raises(TypeError, match=f"metadata must be real and numeric, (but )?{message}"):
         as_real_tensor(table, "metadata")
+
+
+class TestColumns:
+    @pytest.mark.parametrize(
+        "dtype", [torch.bool, torch.uint8, torch.int16, torch.float16, torch.bfloat16, torch.float64]
+    )
+    def test_any_real_dtype(self, dtype):
+        values = torch.tensor([[1, 0], [0, 1], [1, 1]], dtype=dtype)
+        assert columns_of(values, "metadata") is values
+        assert columns_of(values[:, 0], "labels", num_samples=3, num_columns=1).tolist() == [[1], [0], [1]]
+
+    @pytest.mark.parametrize(
+        "kind",
+        [
+            "f2",
+            "f4",
+            "f8",
+            "longdouble",
+            "i1",
+            "i8",
+            "u1",
+            "u2",
+            "u4",
+            "u8",
+            "bool",
+            ">f4",
+            ">f8",
+            ">i4",
+            "<i2",
+        ],
+    )
+    def test_arrays_of_any_dtype_count_the_same(self, kind):
+        features, values = torch.randn(6, 2, dtype=torch.float64), np.array([1, 0, 1, 1, 0, 0])
+        expected = metadata_norm(
+            features, torch.tensor(values).double(), torch.tensor(values[::-1].copy()).double()
+        )
+        array = values.astype(kind)
+        assert torch.equal(metadata_norm(features, array, array[::-1]), expected)
+        layer = mdnorm.MetadataNorm(2, 1, 1, estimator="batch", prior=0, dtype=torch.float64)
+        torch.testing.assert_close(layer(features, array, array[::-1]), expected)
+        torch.testing.assert_close(layer.eval()(features, array), expected)
+
+    @pytest.mark.parametrize(
+        "values",
+        [
+            np.arange(6.0)[::-1],
+            np.arange(12.0).reshape(6, 2)[:, ::-1],
+            np.broadcast_to(np.float32(2), 6),
+            np.arange(6, dtype=">f8"),
+            np.arange(12.0)[::2],
+            np.asfortranarray(np.arange(12.0).reshape(6, 2)),
+        ],
+    )
+    def test_arrays_that_tensors_cannot_share(self, values):
+        features = torch.randn(6, 2, dtype=torch.float64)
+        expected = metadata_norm(features, torch.tensor(values.tolist()))
+        torch.testing.assert_close(metadata_norm(features, values), expected)
+
+    @pytest.mark.parametrize("estimator", ["batch", "running", "recursive"])
+    @pytest.mark.parametrize("as_tensors", [False, True])
+    def test_nothing_is_written_to(self, estimator, as_tensors):
+        """In the dtype that the design is computed in, where a copy could be saved."""
+        arrays = {
+            "metadata": np.arange(18.0).reshape(9, 2) ** 1.5,
+            "labels": np.arange(9.0)[:, None] % 4,
+            "weights": np.arange(9.0) + 1,
+        }
+        before = {name: array.copy() for name, array in arrays.items()}
+        for array in arrays.values():
+            array.flags.writeable = as_tensors
+        given = {name: torch.from_numpy(array) for name, array in arrays.items()} if as_tensors else arrays
+        layer = mdnorm.MetadataNorm(3, 2, 1, estimator=estimator, scale=True)
+        features = torch.randn(9, 3)
+        kept = features.clone()
+        for _ in range(2):
+            layer(features, **given)
+        layer.eval()(features, given["metadata"])
+        metadata_norm(features, **given)
+        mdnorm.fit_gram(layer, **given)
+        for name, array in arrays.items():
+            np.testing.assert_array_equal(array, before[name])
+        assert torch.equal(features, kept)
+
+    def test_lists_and_tables(self):
+        assert columns_of([1, 2.5], "metadata").tolist() == [[1], [2.5]]
+        assert columns_of(pd.DataFrame({"age": AGES, "sick": [True, False, True]}), "metadata").shape == (
+            3,
+            2,
+        )
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"num_samples": 4}, "metadata has 3 rows but there are 4 samples"),
+            (
+                {"num_columns": 1},
+                r"metadata has 2 column\(s\) but num_metadata=1 was expected \(shape \(3, 2\)\)",
+            ),
+            (
+                {"device": torch.device("meta")},
+                r"metadata is on cpu but the features are on meta.*metadata\.to\('meta'\)",
+            ),
+        ],
+    )
+    def test_what_is_expected(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            columns_of(torch.ones(3, 2), "metadata", **options)
+
+    def test_dimensions(self):
+        with pytest.raises(
+            ValueError, match=r"labels must have shape \(num_samples,\) or .* got \(3, 1, 1\)"
+        ):
+            columns_of(torch.ones(3, 1, 1), "labels")
+        with pytest.raises(ValueError, match="metadata has no columns"):
+            columns_of(torch.ones(3, 0), "metadata")
+        assert columns_of(torch.ones(3, 0), "labels").shape == (3, 0)
+
+
+class TestLabelColumns:
+    def test_class_indices_become_one_hot(self):
+        indices = torch.tensor([2, 0, 1, 2])
+        expected = torch.nn.functional.one_hot(indices).tolist()
+        for labels in (
+            indices,
+            indices[:, None],
+            indices.numpy().astype(np.uint16),
+            indices.tolist(),
+            indices.to(torch.int8),
+        ):
+            assert label_columns(labels, 3).int().tolist() == expected
+        assert label_columns(indices, 1) is indices
+
+    def test_class_index_out_of_range(self):
+        with pytest.raises(ValueError, match="class index 3, but num_labels=3"):
+            label_columns(torch.tensor([0, 3]), 3)
+        with pytest.raises(ValueError, match="class index -1"):
+            label_columns(torch.tensor([-1, 2]), 3)
+
+    def test_class_indices_are_no_ordinal_column_unless_asked_for(self):
+        classes = torch.arange(9) % 3
+        with pytest.raises(ValueError, match=r"integers from 0 to 2 .* labels.float\(\)"):
+            label_columns(classes, None)
+        for labels in (
+            classes.float(),
+            classes.clamp_max(1),
+            classes.bool(),
+            2 * classes.clamp_max(1) - 1,
+            classes[:0],
+        ):
+            assert label_columns(labels, None) is labels
+
+    def test_what_is_a_column_already_stays(self):
+        one_hot = torch.eye(3)
+        assert label_columns(one_hot, 3) is one_hot
+        assert label_columns(one_hot[:, 0], 0) is not None
+        with pytest.raises(
+            ValueError, match=r"1 column\(s\) of torch\.float32 but num_labels=3 .*labels\.long\(\)"
+        ):
+            label_columns(one_hot[:, 0], 3)
+
+
+class TestFiniteColumns:
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    def test_the_block_its_columns_and_rows_are_named(self, value):
+        metadata, labels = torch.ones(9, 3), torch.ones(9, 1)
+        metadata[2:8, 1] = value
+        columns = torch.cat([labels, metadata], 1).double()
+        message = (
+            r"metadata has NaN or infinite.*column\(s\) \[1\], row\(s\) 2, 3, 4, 5, 6, … \(6 of 9 rows\)"
+        )
+        with pytest.raises(ValueError, match=message):
+            check_finite_columns(columns, metadata=metadata, labels=labels)
+
+    def test_squares_that_overflow(self):
+        labels = torch.tensor([[1.0, 2.0], [3.0, -1e160]], dtype=torch.float64)
+        with pytest.raises(
+            ValueError, match=r"labels has values up to 1e\+160 in column 1, whose squares overflow"
+        ):
+            check_finite_columns(labels, metadata=torch.ones(2, 1), labels=labels)
+        check_finite_columns(labels * 1e-10, labels=labels * 1e-10)
+
+    def test_columns_with_a_gradient(self):
+        columns = torch.ones(3, 1, dtype=torch.float64, requires_grad=True)
+        check_finite_columns(columns, metadata=columns)
+
+
+def test_a_plain_tensor_is_not_copied():
+    tensor, parameter = torch.ones(3), torch.nn.Parameter(torch.ones(3))
+    assert plain_tensor(tensor) is tensor
+
+    class Tagged(torch.Tensor):
+        pass
+
+    for subclass in (tensor.as_subclass(Tagged), parameter):
+        assert type(plain_tensor(subclass)) is torch.Tensor
+        assert plain_tensor(subclass).data_ptr() == subclass.data_ptr()
+        assert plain_tensor(subclass).requires_grad == subclass.requires_grad

@@ -44,7 +44,7 @@ def test_the_context_gives_what_arguments_give(training):
 
 def test_against_least_squares_in_numpy():
     images, metadata, labels = data()
-    model = make_model()
+    model = make_model(prior=0.0)
     with mdnorm.metadata(model, metadata.numpy(), labels.numpy()):
         out = model[:2](images)
     features = model[0](images).detach()
@@ -61,9 +61,9 @@ def test_no_metadata_is_an_error_that_says_which_layer():
         RuntimeError, match=r"this MetadataNorm\(4, num_metadata=2.* got no metadata: run the"
     ):
         model(images)
-    mdnorm.insert(model, "2", num_metadata=2, num_labels=1)
-    with pytest.raises(RuntimeError, match=r"MetadataNorm inserted after '2' got no metadata"):
-        model[2](model[1](model[0](images), metadata, labels))
+    mdnorm.insert(model, "0", num_metadata=2, num_labels=1)
+    with pytest.raises(RuntimeError, match=r"MetadataNorm inserted after '0' got no metadata"):
+        model[1](model[0](images), metadata, labels)
 
 
 def test_nothing_is_left_after_the_block_or_after_an_error_in_it():

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import os
-import pickle
+import threading
 from typing import Any
 from unittest import mock
 
@@ -30,10 +29,8 @@ from four_processes import (
     train,
     whole,
 )
-from mdnorm import MetadataNorm, functional
+from mdnorm import MetadataNorm
 from mdnorm.distributed import even_batches, global_mean, synchronize
-from mdnorm.estimators import RunningEstimator
-from mdnorm.functional import Gram
 from reference import residual
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-6}
@@ -161,13 +158,12 @@ class TestOneProcessAndSeveral:
 
     def test_without_a_layer_to_the_second_derivative(self, results):
         inputs, metadata, labels, _ = make_data("batch", torch.float64)
-        gram = mdnorm.functional.Gram.from_data(metadata, labels)
-        for name, of_all in (("batch", None), ("dataset", gram)):
+        for prior in (0.0, 5.0):
             features = inputs[24:48].clone().requires_grad_()
-            out = mdnorm.functional.metadata_norm(features, metadata[24:48], labels[24:48], of_all)
+            out = mdnorm.metadata_norm(features, metadata[24:48], labels[24:48], prior=prior)
             gradient = torch.autograd.grad((out**3).sum(), features, create_graph=True)[0]
             second = torch.autograd.grad((gradient**2).sum(), features)[0]
-            parts = zip(*(left["without_a_layer"][name] for left in results), strict=True)
+            parts = zip(*(left["without_a_layer"][prior] for left in results), strict=True)
             actual = [torch.cat(part) for part in parts]
             assert_close(actual, [out.detach(), gradient.detach(), second], 1e-9)
 
@@ -184,32 +180,34 @@ class TestCommunication:
     def floats(self, case: str, num_columns: int) -> tuple[list[int], list[int]]:
         """How many numbers the documentation says are exchanged, forward and backward."""
         d = 3 if "channels" in case else 12
-        k, k_m = num_columns, num_columns - 1
-        removed = k_m + ("centred" in case)
-        moments = (k + 1) * d + k**2 + WORLD * (k + 1)
+        k = num_columns
+        removed = k - 2 + ("centred" in case)
+        moments = k * (d + k) + 1
         if case.startswith("scale"):
-            return [moments, d, moments, moments], [removed * d]
+            return [moments] * 4, [removed * d]
         if case.startswith("penalty"):
             return [1], []
-        if case.startswith("dataset"):
-            return [removed * d + 1], [removed * d]
         if case.startswith("recursive"):
             return [moments], []
         return [moments], [removed * d]
 
     @pytest.mark.parametrize("case", list(CASES))
     def test_one_collective_each_way_and_its_bytes(self, results, case):
-        num_columns = (3 if "sites" in case else 2) + 1
+        # Metadata, label and intercept.
+        num_columns = (3 if "sites" in case else 2) + 2
         for precision, size in (("float64", 8), ("float32", 4)):
             forward, backward = self.floats(case, num_columns)
-            # Statistics of the design travel in float64, whatever the features are.
-            width = size if case.startswith("dataset") else 4 if case == "penalty" else 8
-            sizes = [width * count for count in forward]
-            if case.startswith("scale"):
-                sizes[1] = size * forward[1]
             for left in results:
                 calls = left["bytes_of_collectives"][f"{case} {precision}"]
-                assert calls == (sizes, [size * count for count in backward])
+                # Statistics of the design travel in float64, whatever the features are.
+                assert calls == ([8 * count for count in forward], [size * count for count in backward])
+
+    def test_the_first_step_agrees_on_origin_and_scale(self, results):
+        moments = 8 * (4 * (12 + 4) + 1)
+        for left in results:
+            first, *others = left["bytes_of_collectives"]["first"]
+            assert first == [8 * 4, 8 * 4, moments]
+            assert others == [[moments]] * 2
 
     def test_one_process_alone_waits_for_nobody(self, results):
         assert results[0]["alone"]["calls"] == 0
@@ -229,88 +227,81 @@ class TestCommunication:
             assert not any(left["overflow"].values()), left["overflow"]
 
 
-GROUP: Any = object()  # of processes that are played one after the other
+GROUP: Any = object()  # of processes that are played by threads
 
 
 def share_as_processes(shares, function):
-    """What `function(share)` returns on each process, for a function with one collective, in this process."""
-    buffers: list[torch.Tensor] = []
+    """What `function(share)` returns on each of as many processes, which are threads of this one."""
+    buffers: list[Any] = [None] * len(shares)
+    results: list[Any] = [None] * len(shares)
+    barrier, rank = threading.Barrier(len(shares)), threading.local()
+
+    def all_reduce(buffer, group):
+        assert group is GROUP
+        buffers[rank.value] = buffer.clone()
+        barrier.wait(60)
+        buffer.copy_(torch.stack(buffers).sum(0))
+        barrier.wait(60)
+
+    def process(number):
+        rank.value = number
+        try:
+            results[number] = function(shares[number])
+        except BaseException:
+            barrier.abort()
+            raise
+
     with (
         mock.patch("torch.distributed.get_world_size", return_value=len(shares)),
-        mock.patch("torch.distributed.get_rank") as get_rank,
-        mock.patch("torch.distributed.all_reduce") as all_reduce,
+        mock.patch("torch.distributed.all_reduce", side_effect=all_reduce),
     ):
-        all_reduce.side_effect = lambda buffer, group: buffers.append(buffer.clone())
-        for get_rank.return_value, share in enumerate(shares):
-            function(share)
-        total = torch.stack(buffers).sum(0)
-        all_reduce.side_effect = lambda buffer, group: buffer.copy_(total)
-        results = []
-        for get_rank.return_value, share in enumerate(shares):
-            results.append(function(share))
+        threads = [threading.Thread(target=process, args=(number,)) for number in range(len(shares))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     return results
 
 
 class TestSharedMoments:
     @given(
-        sizes=st.lists(st.integers(0, 20), min_size=1, max_size=6).filter(any),
+        sizes=st.lists(st.integers(0, 20), min_size=2, max_size=6).filter(lambda sizes: sum(sizes) > 1),
         k=st.integers(1, 4),
         d=st.integers(1, 5),
         location=st.sampled_from([0.0, 1990.0, 1.7e9]),
-        near=st.booleans(),
+        kind=st.sampled_from(["continuous", "sites"]),
         seed=st.integers(0, 1000),
     )
-    def test_equal_those_of_all_samples_in_numpy(self, sizes, k, d, location, near, seed):
+    def test_the_fit_of_all_samples_in_numpy(self, sizes, k, d, location, kind, seed):
+        """Columns far from zero (a year, a time stamp) and exactly collinear ones (one for every site)."""
         rng = np.random.default_rng(seed)
-        columns = location + rng.normal(size=(sum(sizes), k))
         features = 3 + rng.normal(size=(sum(sizes), d))
-        origin = torch.full((k,), location if near else 0.0, dtype=torch.float64)
+        if kind == "sites":
+            metadata = np.eye(k)[rng.integers(k, size=sum(sizes))]
+        else:
+            metadata = location + rng.normal(size=(sum(sizes), k))
         bounds = np.cumsum(sizes)[:-1]
-        parts = list(zip(np.split(columns, bounds), np.split(features, bounds), strict=True))
+        parts = list(zip(np.split(metadata, bounds), np.split(features, bounds), strict=True))
 
         def process(share):
-            x, f = map(torch.from_numpy, share)
-            gram = Gram.from_columns(x, k)
-            moments = functional.feature_moments(f, functional.moment_rows(x, gram.mean))
-            return functional.share_moments(gram, moments, GROUP, origin)
+            m, f = map(torch.from_numpy, share)
+            return mdnorm.metadata_norm(f, m, process_group=GROUP)
 
-        # A mean far from zero is itself rounded, and multiplies features of about 3.
-        tolerance = 1e-12 + 32 * np.finfo(float).eps * location
-        centred = columns - columns.mean(0)
-        results = share_as_processes(parts, process)
-        for gram, moments in results:
-            assert float(gram.count) == sum(sizes)
-            np.testing.assert_allclose(gram.mean, columns.mean(0), rtol=1e-14, atol=1e-14)
-            expected = centred.T @ centred / len(columns)
-            np.testing.assert_allclose(gram.covariance, expected, rtol=0, atol=tolerance)
-            np.testing.assert_allclose(moments[-1], features.mean(0), rtol=1e-13)
-            cross = centred.T @ features / len(columns)
-            np.testing.assert_allclose(moments[:-1], cross, rtol=0, atol=tolerance)
+        # The columns are differences of numbers of that size.
+        tolerance = 1e-9 + 1e3 * np.finfo(float).eps * location
+        centred = metadata - metadata.mean(0)
+        conditioned = np.linalg.cond(centred[:, :-1] if kind == "sites" else centred) if k > 1 else 1
+        if conditioned < 1e3:
+            out = np.concatenate(share_as_processes(parts, process))
+            expected = residual(features, centred, None)
+            np.testing.assert_allclose(out, expected, rtol=0, atol=tolerance * conditioned**2)
 
     def test_no_sample_on_any_process(self):
-        def process(x):
-            gram = Gram.from_columns(x, 2)
-            return functional.share_moments(gram, torch.zeros(3, 5), GROUP, torch.zeros_like(gram.mean))
-
-        for gram, moments in share_as_processes([torch.zeros(0, 2, dtype=torch.float64)] * 2, process):
-            assert float(gram.count) == 0
-            for part in (gram.mean, gram.covariance, moments):
-                assert torch.equal(part, torch.zeros_like(part))
-
-    @given(seed=st.integers(0, 1000), processes=st.integers(2, 5))
-    def test_exactly_collinear_columns_stay_collinear(self, seed, processes):
-        rng = np.random.default_rng(seed)
-        sites = torch.from_numpy(rng.permutation(np.arange(8 * processes) % 3))
-        columns = nn.functional.one_hot(sites, 3).double()
-
-        def process(x):
-            return functional.share_gram(Gram.from_columns(x, 3), torch.zeros(1), GROUP)[0]
-
-        whole_operator = functional.coefficient_operator(Gram.from_columns(columns, 3))
-        for gram in share_as_processes(columns.split(8), process):
-            operator = functional.coefficient_operator(gram)
-            # Of rank 2; the direction that does not vary would show with the inverse of its rounding.
-            np.testing.assert_allclose(operator, whole_operator, atol=1e-10)
+        nothing = torch.zeros(0, 2, dtype=torch.float64)
+        for out in share_as_processes(
+            [nothing] * 2, lambda x: mdnorm.metadata_norm(x, x, process_group=GROUP)
+        ):
+            assert out.shape == (0, 2)
 
 
 class TestUnevenNumbersOfBatches:
@@ -366,7 +357,8 @@ class TestGramAndRecalibration:
         gram, state = self.expected(torch.arange(96))
         for left in results:
             actual = left["gram_and_recalibration"][name]
-            assert_close(actual["gram"], (gram.mean, gram.covariance, gram.count), 1e-12)
+            products = map(torch.as_tensor, gram.products()[:3:2])
+            assert_close(actual["gram"], (*products, gram.weight), 1e-12)
             assert actual["order"] == ["norm"]
             assert_close(actual["state"], dict(state), 1e-10)
         first, *others = (left["gram_and_recalibration"][name]["state"] for left in results)
@@ -375,7 +367,7 @@ class TestGramAndRecalibration:
     def test_a_wrapped_model_brings_its_group(self, results):
         gram, state = self.expected(torch.arange(24))
         for left in results:
-            assert left["gram_and_recalibration"]["wrapped"]["gram"] == gram.count
+            assert left["gram_and_recalibration"]["wrapped"]["gram"] == gram.weight
             assert_close(left["gram_and_recalibration"]["wrapped"]["state"], dict(state), 1e-10)
 
     def test_sizes_that_one_process_knows(self, results):
@@ -393,7 +385,7 @@ class TestGramAndRecalibration:
             assert answers["nan gram"].startswith(own if rank == 1 else other)
             assert "no samples on any process" in answers["no gram"]
             assert "different numbers of (metadata, label) columns: (1, 0), (2, 0)" in answers["widths"]
-            assert "the features at the layer 'norm' have NaN" in answers["nan features"]
+            assert "at the layer 'norm': features has NaN" in answers["nan features"]
             assert ("process 2 of the group failed" in answers["nan features"]) == (rank != 2)
             assert "the loader is empty on every process" in answers["no samples"]
             assert "does not belong to the process group" in answers["stranger"]
@@ -411,17 +403,10 @@ class TestSettings:
             assert layer.process_group == setting
             assert torch.equal(layer(inputs, metadata, labels), expected)
 
-    def test_the_scale_has_the_group_of_its_layer(self):
+    def test_synchronize_returns_the_model(self):
         layer = MetadataNorm(3, 1, scale=True)
         assert synchronize(layer) is layer
-        assert layer.scale_estimator.process_group == "world"
-
-    def test_an_instance_keeps_what_it_brings(self):
-        estimator = RunningEstimator()
-        estimator.process_group = "local"
-        assert MetadataNorm(3, 1, estimator=estimator).process_group == "local"
-        assert copy.deepcopy(estimator).process_group == "local"
-        assert pickle.loads(pickle.dumps(estimator)).process_group == "local"
+        assert layer.process_group == "world"
 
     @pytest.mark.parametrize("setting", [None, 3, "all"])
     def test_what_is_no_group(self, setting):

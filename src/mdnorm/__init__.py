@@ -1,8 +1,9 @@
 """Metadata Normalization: remove what metadata explain from a network's features, and measure what is left.
 
 The layer is `MetadataNorm`; `insert` puts it into a model of others, and `insertions` says where; `fit_gram`
-prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `Design`
-turns tables into metadata columns; `audit` reports what features know of metadata.
+prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `save` and
+`load` keep model, layers and design in one file; `Design` turns tables into metadata columns; `audit` reports
+what features know of metadata.
 
 `mdnorm.regression` holds the maths, `mdnorm.basis` flexible metadata columns, `mdnorm.estimators` the
 strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what works on whole models,
@@ -25,10 +26,12 @@ from mdnorm.integration import (
     fit_gram,
     insert,
     insertions,
+    load,
     parameter_groups,
     penalty_loss,
     recalibrate,
     remove,
+    save,
 )
 from mdnorm.layer import MetadataNorm, metadata_norm
 from mdnorm.moments import Moments
@@ -55,6 +58,7 @@ __all__ = [
     "insert",
     "insertions",
     "integration",
+    "load",
     "metadata",
     "metadata_norm",
     "metrics",
@@ -63,6 +67,7 @@ __all__ = [
     "recalibrate",
     "regression",
     "remove",
+    "save",
 ]
 
 __version__ = "0.1.0"

@@ -14,7 +14,18 @@ from torch import Tensor
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["as_real_array", "as_real_tensor", "check_finite_columns", "columns_of", "label_columns", "plain_tensor"]
+__all__ = [
+    "as_real_array",
+    "as_real_tensor",
+    "check_finite_columns",
+    "columns_of",
+    "design_columns",
+    "label_columns",
+    "plain_features",
+    "plain_tensor",
+    "position_mask",
+    "row_weights",
+]
 
 
 def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
@@ -43,7 +54,8 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
         raise TypeError(f"{name} must be a tensor or an array, got None.")
     array = as_real_array(values, name)
     # A copy in native byte order: tensors cannot share read-only, byte-swapped or negatively strided memory.
-    return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    dtype = array.dtype.newbyteorder("=") if array.dtype.itemsize <= 8 else np.float64
+    return torch.from_numpy(np.array(array, dtype=dtype, order="C"))
 
 
 def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
@@ -162,16 +174,18 @@ def columns_of(
         )
     if device is not None and tensor.device != device:
         raise ValueError(
-            f"{name} is on {tensor.device} but the features are on {device}: move it with {name}.to({str(device)!r})."
+            f"{name} is on {tensor.device} but the features are on {device}: move it with "
+            f"{name}.to({str(device)!r})."
         )
     if num_samples is not None and tensor.shape[0] != num_samples:
         raise ValueError(
-            f"{name} has {tensor.shape[0]} rows but there are {num_samples} samples: one row a sample is needed."
+            f"{name} has {tensor.shape[0]} rows but there are {num_samples} samples: one row a sample is "
+            "needed."
         )
     if num_columns is not None and tensor.shape[1] != num_columns:
         raise ValueError(
-            f"{name} has {tensor.shape[1]} column(s) but num_{name}={num_columns} was expected "
-            f"(shape {tuple(tensor.shape)})."
+            f"{name} has {tensor.shape[1]} column(s) but num_{name}={num_columns} was expected (shape "
+            f"{tuple(tensor.shape)})."
         )
     if name == "metadata" and tensor.shape[1] == 0:
         raise ValueError("metadata has no columns: there is nothing to remove.")
@@ -186,36 +200,42 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
     labels : (N,) or (N, K_y)
         Class indices (integer dtype, shape (N,) or (N, 1)), or label columns.
     num_labels : int or None
-        Number of label columns expected. Integer labels of one column become one-hot columns when this is above 1; with
-        1 they stay one column (a binary or ordinal label).
+        Number of label columns expected. Integer labels of one column become one-hot columns when this is
+        above 1; with 1 they stay one column (a binary or ordinal label).
 
     Raises
     ------
     ValueError
-        A class index is outside 0 … num_labels − 1; or `num_labels` is None and the labels are integers other than two
-        values: class indices, of which one column would make a ranking.
+        A class index is outside 0 … num_labels − 1; or `num_labels` is None and the labels are integers other
+        than two values: class indices, of which one column would make a ranking.
     """
     tensor = plain_tensor(as_real_tensor(labels, "labels"))
     if num_labels == 1 or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
         return tensor
     is_index = not tensor.is_floating_point() and tensor.dtype != torch.bool
     if num_labels is None:
-        if is_index and tensor.numel() and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active():
-            low, high = int(tensor.min()), int(tensor.max())
+        if (
+            is_index
+            and tensor.numel()
+            and not torch.compiler.is_compiling()
+            and not torch._C._are_functorch_transforms_active()
+        ):
+            # torch has no minimum of the larger unsigned integers.
+            low, high = int(tensor.long().min()), int(tensor.long().max())
             # Two values are one column however they are coded.
             if not (low >= 0 and high <= 1) and not (low == -1 and bool((tensor.abs() == 1).all())):
                 raise ValueError(
-                    f"labels are integers from {low} to {high} and nothing says how many classes there are: give "
-                    "num_labels (or, to functions without it, one-hot columns) for class indices, labels.float() for "
-                    "one column of an ordinal or continuous label."
+                    f"labels are integers from {low} to {high} and nothing says how many classes there are: "
+                    "give num_labels (or, to functions without it, one-hot columns) for class indices, "
+                    "labels.float() for one column of an ordinal or continuous label."
                 )
         return tensor
     if num_labels == 0:
         return tensor
     if tensor.is_floating_point():
         raise ValueError(
-            f"labels has 1 column(s) of {tensor.dtype} but num_labels={num_labels} was expected: class indices must be "
-            "integers (labels.long()), label columns must be that many."
+            f"labels has 1 column(s) of {tensor.dtype} but num_labels={num_labels} was expected: class "
+            "indices must be integers (labels.long()), label columns must be that many."
         )
     indices = tensor.reshape(-1).long()
     if not torch.compiler.is_compiling() and indices.numel():
@@ -249,13 +269,119 @@ def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
             rows = sorted(set(bad_rows.tolist()))
             shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
             raise ValueError(
-                f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) {shown} "
-                f"({len(rows)} of {block.shape[0]} rows): drop or impute these rows before they reach the layer."
+                f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) "
+                f"{shown} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows before they "
+                "reach the layer."
             )
     for name, block in blocks.items():
         if not math.isfinite(torch.linalg.vector_norm(block.detach().to(columns.dtype))):
             largest = block.detach().abs().amax(0)
             raise ValueError(
-                f"{name} has values up to {float(largest.max()):.3g} in column {int(largest.argmax())}, whose squares "
-                "overflow: give the column in a larger unit."
+                f"{name} has values up to {float(largest.max()):.3g} in column {int(largest.argmax())}, "
+                "whose squares overflow: give the column in a larger unit."
             )
+
+
+def design_columns(
+    metadata: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike | None,
+    features: Tensor,
+    num_metadata: int | None,
+    num_labels: int | None,
+    check_finite: bool,
+) -> tuple[Tensor, int]:
+    """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K) in float64, and
+    K_m.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `columns_of` and `check_finite_columns`; metadata that want a gradient.
+    """
+    options: Any = {"num_samples": len(features), "device": features.device}
+    blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **options)}
+    if blocks["metadata"].requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "metadata.requires_grad is True, but in training metadata are constants to the layer: the "
+            "gradient through the regression is that of the features. Give metadata.detach(); in evaluation "
+            "the gradient reaches metadata."
+        )
+    if labels is not None:
+        blocks["labels"] = columns_of(
+            label_columns(labels, num_labels), "labels", num_columns=num_labels, **options
+        )
+    # float64 wherever it exists.
+    dtype = torch.float32 if features.device.type == "mps" else torch.float64
+    parts = [block.detach().to(dtype) for block in reversed(blocks.values())]
+    parts.insert(len(parts) - 1, torch.ones_like(parts[-1][:, :1]))
+    columns = torch.cat(parts, 1)
+    if check_finite:
+        check_finite_columns(columns, **blocks)
+    return columns, blocks["metadata"].shape[1]
+
+
+def row_weights(
+    weights: Tensor | ArrayLike | None,
+    columns: Tensor,
+    mask: Tensor | None,
+    dims: tuple[int, ...],
+    check: bool,
+) -> Tensor | None:
+    """Return the weight of each sample in the fit (N,), that of its positions included; None where all weigh
+    1.
+
+    Raises
+    ------
+    ValueError
+        A wrong shape or device, NaN, infinite or negative weights.
+    """
+    if weights is None and mask is None:
+        return None
+    result = columns.new_ones(len(columns))
+    if weights is not None:
+        result = (
+            columns_of(weights, "weights", num_samples=len(columns), device=columns.device)
+            .detach()
+            .to(columns.dtype)
+        )
+        if result.shape[1] != 1:
+            raise ValueError(f"weights must have shape (num_samples,), got {tuple(result.shape)}.")
+        result = result[:, 0]
+        if check and not torch.compiler.is_compiling():
+            bad = ~(result.isfinite() & (result >= 0))
+            if bool(bad.any()):
+                raise ValueError(
+                    f"weights must be finite and not negative: row(s) {bad.nonzero()[:5, 0].tolist()}."
+                )
+    # Every position counts the same, so a sample counts as the share of its positions that are there.
+    return result if mask is None else result * mask.to(result.dtype).mean(dims)[:, 0]
+
+
+def plain_features(features: Tensor) -> Tensor:
+    """Return features without what a subclass adds; raise TypeError where they are no tensor of real
+    numbers.
+    """
+    if not isinstance(features, Tensor):
+        raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}.")
+    if not features.is_floating_point():
+        raise TypeError(f"features must have a floating-point dtype, got {features.dtype}.")
+    return plain_tensor(features)
+
+
+def position_mask(mask: Tensor | ArrayLike, features: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """Return a mask (N, positions) as one that spreads over the features."""
+    if not dims:
+        raise ValueError(
+            "mask= says which positions count: it needs granularity='channel' and features with positions."
+        )
+    tensor = plain_tensor(as_real_tensor(mask, "mask"))
+    tensor = tensor if isinstance(mask, Tensor) else tensor.to(features.device)
+    expected = tuple(features.shape[dim] for dim in (0, *dims))
+    if tuple(tensor.shape) != expected:
+        raise ValueError(
+            f"mask must have shape {expected}, samples and positions, got {tuple(tensor.shape)}."
+        )
+    if tensor.device != features.device:
+        raise ValueError(f"mask is on {tensor.device} but the features are on {features.device}.")
+    (channel,) = set(range(1, features.ndim)) - set(dims)
+    return (tensor if tensor.dtype == torch.bool else tensor != 0).unsqueeze(channel)

@@ -3,26 +3,133 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["Given", "MetadataSlot", "is_recomputing", "metadata"]
+__all__ = ["Given", "MetadataSlot", "columns_by_design", "is_recomputing", "is_table", "metadata"]
 
 
 class Given(NamedTuple):
-    """What a context holds for one layer."""
+    """What a context holds for the layers of a model."""
 
     metadata: Any
     labels: Any
     weights: Any = None
     mask: Any = None
+
+    def mask_for(self, features: Tensor, dims: tuple[int, ...], layer: str) -> Any:
+        """Return the mask where it belongs to the features of a layer, otherwise None.
+
+        The mask is given for the model as a whole. It belongs to features with its positions; those without
+        positions (pooled ones), or with others (an image beside a text), have nothing to do with it. Where
+        padding may count as data nevertheless, a warning names the layer.
+
+        Parameters
+        ----------
+        features : (N, ...) tensor
+        dims : tuple of int
+            Dimensions of the positions, which share a coefficient.
+        layer : str
+            For the warning.
+        """
+        given = tuple(np.shape(self.mask) if not hasattr(self.mask, "shape") else self.mask.shape)
+        positions = tuple(features.shape[dim] for dim in dims)
+        # With another number of samples it is wrong, which the layer says.
+        if given[1:] == positions or given[:1] != tuple(features.shape[:1]):
+            return self.mask
+        if not torch.compiler.is_compiling():
+            if len(given) - 1 == len(positions):
+                warnings.warn(
+                    f"{layer} has features with {_shown(positions)} positions and does not use the mask, "
+                    f"which has {_shown(given[1:])}: padding counts as data there.",
+                    stacklevel=3,
+                )
+            elif not dims and given == tuple(features.shape[: len(given)]) and features.ndim > len(given):
+                warnings.warn(
+                    f"{layer} has coefficients of its own for each position and does not use the mask: "
+                    "padding counts as data there. Build it with granularity='channel'.",
+                    stacklevel=3,
+                )
+        return None
+
+
+def _shown(lengths: tuple[int, ...]) -> str:
+    return " × ".join(map(str, lengths)) or "no"
+
+
+def is_table(values: object) -> bool:
+    """Whether this is a table with named columns: a mapping, a DataFrame or a table of any library."""
+    if isinstance(values, Tensor):
+        return False
+    return isinstance(values, Mapping) or any(
+        hasattr(type(values), name) for name in ("columns", "column_names")
+    )
+
+
+_tables = threading.local()
+
+
+@contextmanager
+def labels_of_tables() -> Iterator[None]:
+    """Take the labels of tables in evaluation, too: `mdnorm.recalibrate` fits with them."""
+    before = getattr(_tables, "with_labels", False)
+    _tables.with_labels = True
+    try:
+        yield
+    finally:
+        _tables.with_labels = before
+
+
+def columns_by_design(
+    model: nn.Module, metadata: Any, labels: Any = None, *, with_labels: bool = True
+) -> tuple[Any, Any]:
+    """Return metadata and labels: those of a table as the design in the model turns it into columns.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With a design (`mdnorm.insert` or `mdnorm.attach_design`) where metadata are a table.
+    metadata, labels
+        Of a batch. What is no table is returned as it is, and so are labels that are given.
+    with_labels : bool
+        Whether to take labels from the table, where it has them.
+
+    Raises
+    ------
+    TypeError
+        A mapping, and the model has no design.
+    ValueError
+        The model has several designs, or what the design refuses.
+    """
+    if not is_table(metadata):
+        return metadata, labels
+    # The module that holds a design is built upon this one.
+    designs: list[Any] = [module for module in model.modules() if hasattr(module, "columns_of_table")]
+    if not designs:
+        if isinstance(metadata, Mapping):
+            raise TypeError(
+                f"metadata is a {type(metadata).__name__} of columns, but {type(model).__name__} has no "
+                "design that turns them into numbers: mdnorm.insert(model, after=…, design=design) or "
+                "mdnorm.attach_design(model, design) puts one there."
+            )
+        return metadata, labels
+    if len(designs) > 1:
+        raise ValueError(
+            f"the model has {len(designs)} designs, and the table may be meant for each: give it to the part "
+            "of the model that you mean."
+        )
+    wanted = labels is None and (with_labels or getattr(_tables, "with_labels", False))
+    columns, own_labels = designs[0].columns_of_table(metadata, with_labels=wanted)
+    return columns, labels if own_labels is None else own_labels
 
 
 def is_recomputing() -> bool:
@@ -99,7 +206,7 @@ def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
 @contextmanager
 def metadata(
     model: nn.Module,
-    metadata: Tensor | ArrayLike,
+    metadata: Tensor | ArrayLike | Any,
     labels: Tensor | ArrayLike | None = None,
     weights: Tensor | ArrayLike | None = None,
     mask: Tensor | ArrayLike | None = None,
@@ -113,21 +220,27 @@ def metadata(
     ----------
     model : nn.Module
         The model itself, or one that contains it (``DistributedDataParallel``, ``torch.compile``).
-    metadata : (N,) or (N, K_m)
-        One row per sample: a tensor on the features' device, or an array.
+    metadata : (N,) or (N, K_m), or a table
+        One row per sample: a tensor on the features' device, or an array. Where the model has a design
+        (`mdnorm.insert` with ``design=``, `mdnorm.attach_design`), a table (a dict, a DataFrame of pandas or
+        polars, …) is turned into columns by it.
     labels : (N,) or (N, K_y), optional
-        For the layers that have label columns, in training. The others do not get them.
+        For the layers that have label columns, in training. The others do not get them. By default those of
+        the table, where it has them.
     weights : (N,), optional
         Of the samples in the fit, in training; see `MetadataNorm.forward`.
     mask : (N, positions) bool, optional
-        Positions that count (an attention mask), for the layers whose features have these positions.
+        Positions that count, for the model as a whole (an attention mask). It is used by the layers whose
+        features have these positions; layers behind a pooling have none and do not need it. A layer with
+        another number of them, or with coefficients of its own for each (``granularity="element"``), does
+        not use it either, and warns.
 
     Raises
     ------
     ValueError
         The model has no `MetadataNorm`, or labels are given in training and no layer has label columns.
     TypeError
-        `model` is not a module, or `metadata` is None.
+        `model` is not a module, or `metadata` is None, or a dict and the model has no design.
 
     Notes
     -----
@@ -162,6 +275,7 @@ def metadata(
             "there."
         )
     is_training = any(layer.training for layer, _ in layers)
+    metadata, labels = columns_by_design(model, metadata, labels, with_labels=is_training)
     if labels is not None and is_training and all(layer.num_labels == 0 for layer, _ in layers):
         raise ValueError(
             "labels were given but every MetadataNorm of the model has num_labels=0: build them with the "

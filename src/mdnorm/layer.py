@@ -9,17 +9,26 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from mdnorm.arrays import check_finite_columns, columns_of, label_columns, plain_tensor
-from mdnorm.context import MetadataSlot, is_recomputing
+from mdnorm.arrays import (
+    check_finite_columns,
+    columns_of,
+    design_columns,
+    label_columns,
+    plain_features,
+    position_mask,
+    row_weights,
+)
+from mdnorm.context import MetadataSlot
 from mdnorm.distributed import GroupSetting, active_group, eager, world_size
-from mdnorm.estimators import ESTIMATORS, Batch, Estimator, Spread, batch_moments
+from mdnorm.estimators import ESTIMATORS, Batch, Estimator, Spread
+from mdnorm.estimators.base import batch_moments
 from mdnorm.moments import Moments
 from mdnorm.regression import (
     Granularity,
     Standardisation,
-    as_matrix,
     coefficient_operator,
     full_precision,
+    is_eager,
     position_dims,
     regress,
     statistics_dtype,
@@ -37,39 +46,40 @@ __all__ = ["MetadataNorm", "metadata_norm"]
 class MetadataNorm(nn.Module):
     """Remove from the features what the metadata explain (Lu et al., CVPR 2021, arXiv:2104.09052).
 
-    For features `f` with metadata `m` and labels `y`, fits ``f = m·β_m + y·β_y + β_0 + r`` by least squares and returns
-    ``f − (m − m̄)·β_m``. In training the gradient flows through the coefficients as well; in evaluation remembered
-    coefficients are used and labels are not needed. There are no parameters (except with "penalty").
+    For features `f` with metadata `m` and labels `y`, fits ``f = m·β_m + y·β_y + β_0 + r`` by least squares
+    and returns ``f − (m − m̄)·β_m``. In training the gradient flows through the coefficients as well; in
+    evaluation remembered coefficients are used and labels are not needed. There are no parameters (except
+    with "penalty").
 
     Parameters
     ----------
     num_features : int, tuple of int, or None
-        Shape of a sample's features ("element"; an int is a 1-tuple) or number of channels ("channel"). None takes it
-        from the first batch or from a loaded state_dict.
+        Shape of a sample's features ("element"; an int is a 1-tuple) or number of channels ("channel"). None
+        takes it from the first batch or from a loaded state_dict.
     num_metadata : int or None
         Number of metadata columns, K_m ≥ 1. None as above, or by `mdnorm.fit_gram`.
     num_labels : int or None
-        Number of label columns, K_y. 0 (default): labels are not used, and an effect that label and metadata share is
-        removed. C for C classes given as indices or one-hot; 1 for a binary or continuous label. None as above (where
-        no labels come with the first batch: 0).
+        Number of label columns, K_y. 0 (default): labels are not used, and an effect that label and metadata
+        share is removed. C for C classes given as indices or one-hot; 1 for a binary or continuous label.
+        None as above (where no labels come with the first batch: 0).
     estimator : str or callable
-        Where the coefficients come from: "running" (least squares over the last `window` samples, forward and backward:
-        any batch size), "batch" (least squares in the batch), "dataset" (the paper: Gram matrix of the training set, given
-        once by `mdnorm.fit_gram`), "recursive" (R-MDN), "penalty" (PMDN); or a subclass of
-        `mdnorm.estimators.Estimator`, or a `functools.partial` of one with settings of your own.
+        Where the coefficients come from: "running" (least squares over the last `window` samples, forward and
+        backward: any batch size), "batch" (least squares in the batch), "dataset" (the paper: Gram matrix of
+        the training set, given once by `mdnorm.fit_gram`), "recursive" (R-MDN), "penalty" (PMDN); or a
+        subclass of `mdnorm.estimators.Estimator`, or a `functools.partial` of one with settings of your own.
     granularity : "element" or "channel"
-        "element" (the paper): every value of a sample has its own coefficients. "channel": one set of coefficients a
-        channel, shared by all positions, of which there may be any number.
+        "element" (the paper): every value of a sample has its own coefficients. "channel": one set of
+        coefficients a channel, shared by all positions, of which there may be any number.
     window : float, optional
-        How many samples the running state looks back, whatever the batch size; infinity: all. By default 500. At least
-        ten times the number of columns with "running" and "recursive".
+        How many samples the running state looks back, whatever the batch size; infinity: all. By default 500.
+        At least ten times the number of columns with "running" and "recursive".
     prior : float, optional
-        Shrinkage of the coefficients, worth so many samples (default 1): a batch of N samples alone shrinks by 1 / N, a
-        full window hardly. 0: exact least squares, which moves features without bound where the labels of a few
-        samples nearly determine their metadata.
+        Shrinkage of the coefficients, worth so many samples (default 1): a batch of N samples alone shrinks
+        by 1 / N, a full window hardly. 0: exact least squares, which moves features without bound where the
+        labels of a few samples nearly determine their metadata.
     center : bool
-        Remove the intercept as well, as the authors' code does. The default keeps the mean of the features, so that the
-        layers behind need not follow its moving estimate.
+        Remove the intercept as well, as the authors' code does. The default keeps the mean of the features,
+        so that the layers behind need not follow its moving estimate.
     scale : bool
         Remove the metadata's effect on the features' log-variance as well, before that on their mean; see
         `mdnorm.estimators.Spread`.
@@ -78,24 +88,27 @@ class MetadataNorm(nn.Module):
     check_finite : bool
         Look for NaN and infinite metadata in every batch; on a GPU this waits for the device.
     process_group : ProcessGroup, "auto", "world" or "local"
-        With which processes moments are shared in training. "auto": those of `DistributedDataParallel` inside its forward
-        passes, else none. See `mdnorm.distributed.synchronize`.
+        With which processes moments are shared in training. "auto": those of `DistributedDataParallel` inside
+        its forward passes, else none. See `mdnorm.distributed.synchronize`.
     device, dtype
-        Where and in what precision the state is kept. Statistics are never below float32: `model.half()` leaves them.
+        Where and in what precision the state is kept. Statistics are never below float32: `model.half()`
+        leaves them.
     **options
         Further settings of the estimator, such as ``reduction="sum"`` of `mdnorm.estimators.LeastSquares`.
 
     Shape
     -----
-    features (N, ...), N ≥ 0, in float64, float32, bfloat16 or float16 → the same shape and dtype, a plain tensor.
+    features (N, ...), N ≥ 0, in float64, float32, bfloat16 or float16 → the same shape and dtype, a plain
+    tensor.
 
     Notes
     -----
-    - A batch of any size works, the last partial one included; 1 sample has no variation within the batch, so "batch"
-      returns it unchanged in training.
-    - "running" keeps state of the backward pass, too. It takes the loss to be a mean over the batch (for a sum give
-      ``reduction="sum"``) and the gradients that reach it to be those of one loss: give all losses to one backward pass
-      a training forward, and take another estimator where losses alternate (a GAN) or a second derivative is needed.
+    - A batch of any size works, the last partial one included; 1 sample has no variation within the batch, so
+      "batch" returns it unchanged in training.
+    - "running" keeps state of the backward pass, too. It takes the loss to be a mean over the batch (for a
+      sum give ``reduction="sum"``) and the gradients that reach it to be those of one loss: give all losses
+      to one backward pass a training forward, and take another estimator where losses alternate (a GAN) or a
+      second derivative is needed.
     - Metadata are constants in training. In evaluation the gradient reaches them.
     - Before the first training batch (or a loaded state) evaluation returns the features unchanged.
     - A batch whose features overflow to infinity or NaN passes them on but does not enter the state.
@@ -164,15 +177,18 @@ class MetadataNorm(nn.Module):
         self._finds_labels = num_labels is None
         self._gram: Moments | None = None
         self._make = _maker(estimator)
-        memory = {} if window is None else {"window": window}
+        memory: dict[str, Any] = {} if window is None else {"window": window}
         self._options = {"center": center} | memory | ({} if prior is None else {"prior": prior}) | options
         self._spread_options = memory if scale else None
         # Remembers device and dtype until the sizes are known; moved by `.to()` like any buffer.
         self.register_buffer("_placement", torch.empty(0, device=device, dtype=dtype), persistent=False)
         self.register_module("estimator", None)
         self.register_module("spread", None)
-        # Wrong settings are an error now, not at the first batch.
-        self._make(1, 0, (1,), device="meta", **self._options)
+        try:
+            # Wrong settings are an error now, not at the first batch.
+            self._make(1, 0, (1,), device="meta", **self._options)
+        except TypeError as error:
+            raise TypeError(f"estimator={estimator!r}: {error}") from error
         self._build()
 
     def _build(self) -> None:
@@ -185,13 +201,14 @@ class MetadataNorm(nn.Module):
             self._gram = None
 
     def _make_parts(self) -> None:
-        sizes = (self.num_metadata, self.num_labels, self.num_features)
+        sizes: Any = (self.num_metadata, self.num_labels, self.num_features)
         placement: Any = {"device": self._placement.device, "dtype": self._placement.dtype}
         # A state made under inference mode could never be trained on.
         with torch.inference_mode(False):
             self.estimator = self._make(*sizes, **placement, **self._options).train(self.training)
             if self._spread_options is not None:
-                self.spread = Spread(*sizes, **placement, **self._spread_options).train(self.training)
+                make: Any = Spread
+                self.spread = make(*sizes, **placement, **self._spread_options).train(self.training)
 
     @property
     def parts(self) -> list[Estimator]:
@@ -208,7 +225,9 @@ class MetadataNorm(nn.Module):
             The sizes are not known yet.
         """
         if self.estimator is None:
-            raise RuntimeError(f"{self._described()} has no coefficients before its first batch: its sizes are open.")
+            raise RuntimeError(
+                f"{self._described()} has no coefficients before its first batch: its sizes are open."
+            )
         part = self.estimator
         scale = part.scale[part.num_protected :].to(part.coefficients)
         return part.coefficients[: part.num_metadata] * scale.reshape(-1, *[1] * len(part.num_features))
@@ -222,11 +241,12 @@ class MetadataNorm(nn.Module):
     def process_group(self, value: ProcessGroupSetting) -> None:
         self._group_setting = GroupSetting(value)
 
-    def _active_group(self) -> ProcessGroup | None:
+    def _active_group(self, repeated: bool) -> ProcessGroup | None:
         """Return the group to share moments in during this forward pass, None for this process alone."""
-        if is_recomputing():
-            # Activation checkpointing repeats the forward pass outside that of DistributedDataParallel.
+        if repeated:
             return cast("ProcessGroup | None", self._last_group.value if self._last_group else None)
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+            return None
         group = active_group(self._group_setting.value)
         if group is not None or self._last_group is not None:
             self._last_group = None if group is None else GroupSetting(group)
@@ -249,7 +269,9 @@ class MetadataNorm(nn.Module):
         for name, number in have.items():
             expected = getattr(self, f"num_{name}")
             if expected is not None and number != expected:
-                raise ValueError(f"the Gram matrix has {number} {name} column(s), the layer num_{name}={expected}.")
+                raise ValueError(
+                    f"the Gram matrix has {number} {name} column(s), the layer num_{name}={expected}."
+                )
         self.num_metadata, self.num_labels = have["metadata"], have["labels"]
         self._gram = moments
         self._build()
@@ -266,7 +288,7 @@ class MetadataNorm(nn.Module):
             self.set_sizes(coefficients[1:], mean[0], origin[0] - 1 - mean[0])
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    # -- forward ----------------------------------------------------------------------------------------------
+    # -- forward ------------------------------------------------------------------------------------------
 
     def forward(
         self,
@@ -282,34 +304,45 @@ class MetadataNorm(nn.Module):
         ----------
         features : (N, ...) tensor
         metadata : (N,) or (N, K_m)
-            Tensor on the features' device, or an array. Without it, all that follows is that of `mdnorm.metadata` or
-            `mdnorm.WithMetadata`.
+            Tensor on the features' device, or an array. Without it, all that follows is that of
+            `mdnorm.metadata` or `mdnorm.WithMetadata`.
         labels : (N,) or (N, K_y), optional
             Needed in training where the layer has label columns, ignored in evaluation.
         weights : (N,), optional
-            Of the samples in the fit, not negative: a sample of weight 2 counts as two, one of weight 0 as none. Its
-            features are corrected all the same.
+            Of the samples in the fit, not negative: a sample of weight 2 counts as two, one of weight 0 as
+            none. Its features are corrected all the same.
         mask : (N, ...) bool, optional
-            With "channel", the positions that count (tokens that are no padding), in the order of the features'
-            dimensions without that of the channels. Only they enter the fit, and only they are corrected.
+            With "channel", the positions that count (tokens that are no padding), in the order of the
+            features' dimensions without that of the channels. Only they enter the fit, and only they are
+            corrected.
 
         Returns
         -------
         (N, ...) tensor, dtype of the features
         """
-        features = _plain_features(features)
+        features = plain_features(features)
+        given = None
         if metadata is None:
             given = self.given_metadata()
-            metadata, weights, mask = given.metadata, given.weights, given.mask
+            metadata, weights, mask = given.metadata, given.weights, None
             labels = given.labels if labels is None and self.num_labels != 0 else labels
         if features.is_nested:
-            return self._forward_nested(features, metadata)
+            if self.training or features.layout == torch.strided:
+                return self._forward_nested(features, metadata)
+            # A jagged tensor computes like a padded one, and has no padding.
+            given = mask = None
         dims = position_dims(features, self.granularity, self.channel_dim)
-        self._check_features(features, dims)
-        where = None if mask is None else _mask(mask, features, dims)
+        if given is not None and given.mask is not None:
+            mask = given.mask_for(features, dims, self._described())
+        self.check_features(features, dims)
+        where = None if mask is None else position_mask(mask, features, dims)
         if not self.training:
             columns = columns_of(
-                metadata, "metadata", num_samples=len(features), num_columns=self.num_metadata, device=features.device
+                metadata,
+                "metadata",
+                num_samples=features.shape[0],
+                num_columns=self.num_metadata,
+                device=features.device,
             )
             columns = columns.to(statistics_dtype(features.device))
             if self.check_finite:
@@ -325,19 +358,28 @@ class MetadataNorm(nn.Module):
             )
         if labels is not None and self.num_labels == 0:
             raise ValueError(
-                "labels were given but the layer has num_labels=0: build it with the number of label columns to protect "
-                "them, or leave the labels out."
+                "labels were given but the layer has num_labels=0: build it with the number of label columns "
+                "to protect them, or leave the labels out."
             )
         if labels is not None and self.num_labels == 1 and self._finds_labels:
-            # Found from the labels, and binary ones were all there were: indices of more classes are an error in a
-            # later batch, too.
+            # Found from the labels, and binary ones were all there were: indices of more classes are an error
+            # in a later batch, too.
             labels = label_columns(labels, None)
         columns, num_metadata = design_columns(
             metadata, labels, features, self.num_metadata, self.num_labels, check_finite=self.check_finite
         )
         if self.estimator is None:
-            self.set_sizes(_coefficient_shape(features, dims, self.granularity), num_metadata, columns.shape[1] - 1 - num_metadata)
-        batch = Batch(columns, row_weights(weights, columns, where, dims, self.check_finite), dims, where, self._active_group())
+            self.set_sizes(
+                coefficient_shape(features, dims, self.granularity),
+                num_metadata,
+                columns.shape[1] - 1 - num_metadata,
+            )
+        weights = row_weights(weights, columns, where, dims, self.check_finite)
+        # As `context.is_recomputing`, whose call would show in the time of a small step.
+        repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+        batch = Batch(
+            columns, weights, dims, where, self._active_group(repeated), is_eager(columns), repeated
+        )
         # Autocast would compute what goes into the state below float32.
         with full_precision(features.device):
             for part in self.parts:
@@ -345,15 +387,20 @@ class MetadataNorm(nn.Module):
         return features
 
     def _forward_nested(self, features: Tensor, metadata: Tensor | ArrayLike) -> Tensor:
-        """Evaluate a nested tensor, as `nn.TransformerEncoder` makes of padded tokens: sequences of several lengths."""
+        """Evaluate a nested tensor, as `nn.TransformerEncoder` makes of padded tokens: sequences of several
+        lengths.
+        """
         if self.training or self.granularity != "channel":
             raise ValueError(
                 "nested features, of sequences of several lengths, are corrected in evaluation and with "
                 "granularity='channel' only: give padded features and mask=."
             )
         rows = columns_of(metadata, "metadata", num_samples=features.size(0))
-        parts = [self(part.unsqueeze(0), row.unsqueeze(0))[0] for part, row in zip(features.unbind(), rows, strict=True)]
-        return cast(Tensor, torch.nested.as_nested_tensor(parts))
+        parts = [
+            self.forward(part.unsqueeze(0), row.unsqueeze(0))[0]
+            for part, row in zip(features.unbind(), rows, strict=True)
+        ]
+        return torch.nested.as_nested_tensor(parts)
 
     def given_metadata(self) -> Any:
         """Return what `mdnorm.metadata` gave for this batch.
@@ -366,58 +413,32 @@ class MetadataNorm(nn.Module):
         given = self.metadata_slot.get()
         if given is None:
             raise RuntimeError(
-                f"{self._described()} got no metadata: run the model inside `with mdnorm.metadata(model, metadata, "
-                "labels):`, wrap it as mdnorm.WithMetadata(model), or give the layer its metadata as an argument."
+                f"{self._described()} got no metadata: run the model inside `with mdnorm.metadata(model, "
+                "metadata, labels):`, wrap it as mdnorm.WithMetadata(model), or give the layer its metadata "
+                "as an argument."
             )
         return given
-
-    def add_to(
-        self, moments: Moments | None, features: Tensor, metadata: Any, labels: Any, weights: Any, mask: Any
-    ) -> Moments:
-        """Add a batch to the moments of a data set, in float64: what `mdnorm.recalibrate` fits.
-
-        Raises
-        ------
-        ValueError
-            As in training.
-        """
-        features = _plain_features(features)
-        dims = position_dims(features, self.granularity, self.channel_dim)
-        self._check_features(features, dims)
-        where = None if mask is None else _mask(mask, features, dims)
-        columns, num_metadata = design_columns(
-            metadata, None if self.num_labels == 0 else labels, features, self.num_metadata, self.num_labels, True
-        )
-        num_labels = columns.shape[1] - 1 - num_metadata
-        if self.estimator is None:
-            self.set_sizes(_coefficient_shape(features, dims, self.granularity), num_metadata, num_labels)
-        if self.spread is not None:
-            features = self.spread.evaluate(features, columns[:, num_labels + 1 :], dims, where)
-        matrix = as_matrix(features, dims, where, columns.dtype)
-        if moments is None:
-            moments = Moments.empty(matrix.shape[1], num_metadata, num_labels, matrix.device)
-        design = torch.cat([columns[:, num_labels + 1 :], columns[:, :num_labels]], 1)
-        return moments.update(matrix, design, row_weights(weights, columns, where, dims, True))
 
     def _described(self) -> str:
         if self.inserted_after is not None:
             return f"the MetadataNorm inserted after {self.inserted_after!r}"
         return f"this MetadataNorm({self.extra_repr()})"
 
-    def _check_features(self, features: Tensor, dims: tuple[int, ...]) -> None:
-        shape, expected = _coefficient_shape(features, dims, self.granularity), self.num_features
+    def check_features(self, features: Tensor, dims: tuple[int, ...]) -> None:
+        """Raise ValueError where features are not of the shape that the layer was built for."""
+        shape, expected = coefficient_shape(features, dims, self.granularity), self.num_features
         if 0 in shape:
             raise ValueError(f"features have no values: shape {tuple(features.shape)}.")
         if expected is None or shape == expected:
             return
         if self.granularity == "channel":
             raise ValueError(
-                f"features have {shape[0]} channels in dimension {self.channel_dim} (shape {tuple(features.shape)}), the "
-                f"layer was built for {expected[0]}."
+                f"features have {shape[0]} channels in dimension {self.channel_dim} (shape "
+                f"{tuple(features.shape)}), the layer was built for {expected[0]}."
             )
         raise ValueError(
-            f"features of a sample have shape {shape}, the layer was built for {expected}; granularity='channel' accepts "
-            "any spatial size."
+            f"features of a sample have shape {shape}, the layer was built for {expected}; "
+            "granularity='channel' accepts any spatial size."
         )
 
     def extra_repr(self) -> str:
@@ -442,7 +463,8 @@ def metadata_norm(
     check_finite: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Remove from features what the metadata explain, by least squares in this batch: the layer without a state.
+    """Remove from features what the metadata explain, by least squares in this batch: the layer without a
+    state.
 
     Parameters
     ----------
@@ -459,14 +481,14 @@ def metadata_norm(
     granularity, channel_dim, check_finite
         As of `MetadataNorm`.
     process_group : ProcessGroup, optional
-        The batch is that of all its processes together; each gives its samples and gets them back. None: of this process
-        alone.
+        The batch is that of all its processes together; each gives its samples and gets them back. None: of
+        this process alone.
 
     Returns
     -------
     (N, ...) tensor, dtype of the features
-        With fewer samples than columns, or one sample, the directions that vary within the batch are removed; with none
-        (one sample, constant metadata, an empty batch) the features come back unchanged.
+        With fewer samples than columns, or one sample, the directions that vary within the batch are removed;
+        with none (one sample, constant metadata, an empty batch) the features come back unchanged.
 
     Raises
     ------
@@ -477,9 +499,9 @@ def metadata_norm(
     ----------
     Lu et al., Metadata Normalization, CVPR 2021 (arXiv:2104.09052), section 3.
     """
-    features = _plain_features(features)
+    features = plain_features(features)
     dims = position_dims(features, granularity, channel_dim)
-    where = None if mask is None else _mask(mask, features, dims)
+    where = None if mask is None else position_mask(mask, features, dims)
     columns, num_metadata = design_columns(metadata, labels, features, None, None, check_finite)
     protected = columns.shape[1] - num_metadata
     row_weight = row_weights(weights, columns, where, dims, check_finite)
@@ -488,7 +510,7 @@ def metadata_norm(
         return features.clone()
 
     def step(features: Tensor) -> Tensor:
-        batch = Batch(columns, row_weight, dims, where, group)
+        batch = Batch(columns, row_weight, dims, where, group, is_eager(columns), False)
         units = Standardisation.of(columns, protected - 1, row_weight, group)
         rows = (columns - units.origin) * units.scale
         count, left, gram, cross = batch_moments(features, rows, batch)
@@ -501,91 +523,8 @@ def metadata_norm(
         return step(features) if group is None else eager(step)(features)
 
 
-# -- arguments ------------------------------------------------------------------------------------------------
-
-
-def design_columns(
-    metadata: Tensor | ArrayLike,
-    labels: Tensor | ArrayLike | None,
-    features: Tensor,
-    num_metadata: int | None,
-    num_labels: int | None,
-    check_finite: bool,
-) -> tuple[Tensor, int]:
-    """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K) in float64, and K_m.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `mdnorm.arrays.columns_of` and `mdnorm.arrays.check_finite_columns`; metadata that want a gradient.
-    """
-    options: Any = {"num_samples": len(features), "device": features.device}
-    blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **options)}
-    if blocks["metadata"].requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "metadata.requires_grad is True, but in training metadata are constants to the layer: the gradient through the "
-            "regression is that of the features. Give metadata.detach(); in evaluation the gradient reaches metadata."
-        )
-    if labels is not None:
-        blocks["labels"] = columns_of(label_columns(labels, num_labels), "labels", num_columns=num_labels, **options)
-    dtype = statistics_dtype(features.device)
-    parts = [block.detach().to(dtype) for block in reversed(blocks.values())]
-    parts.insert(len(parts) - 1, torch.ones_like(parts[-1][:, :1]))
-    columns = torch.cat(parts, 1)
-    if check_finite:
-        check_finite_columns(columns, **blocks)
-    return columns, blocks["metadata"].shape[1]
-
-
-def row_weights(
-    weights: Tensor | ArrayLike | None, columns: Tensor, mask: Tensor | None, dims: tuple[int, ...], check: bool
-) -> Tensor | None:
-    """Return the weight of each sample in the fit (N,), that of its positions included; None where all weigh 1.
-
-    Raises
-    ------
-    ValueError
-        A wrong shape or device, NaN, infinite or negative weights.
-    """
-    if weights is None and mask is None:
-        return None
-    result = columns.new_ones(len(columns))
-    if weights is not None:
-        result = columns_of(weights, "weights", num_samples=len(columns), device=columns.device).detach().to(columns.dtype)
-        if result.shape[1] != 1:
-            raise ValueError(f"weights must have shape (num_samples,), got {tuple(result.shape)}.")
-        result = result[:, 0]
-        if check and not torch.compiler.is_compiling():
-            bad = ~(result.isfinite() & (result >= 0))
-            if bool(bad.any()):
-                raise ValueError(f"weights must be finite and not negative: row(s) {bad.nonzero()[:5, 0].tolist()}.")
-    # Every position counts the same, so a sample counts as the share of its positions that are there.
-    return result if mask is None else result * mask.to(result.dtype).mean(dims)[:, 0]
-
-
-def _plain_features(features: Tensor) -> Tensor:
-    if not isinstance(features, Tensor):
-        raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}.")
-    if not features.is_floating_point():
-        raise TypeError(f"features must have a floating-point dtype, got {features.dtype}.")
-    return plain_tensor(features)
-
-
-def _mask(mask: Tensor | ArrayLike, features: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """Return a mask (N, positions) as one that spreads over the features."""
-    if not dims:
-        raise ValueError("mask= says which positions count: it needs granularity='channel' and features with positions.")
-    tensor = plain_tensor(torch.as_tensor(mask, device=None if isinstance(mask, Tensor) else features.device))
-    expected = tuple(features.shape[dim] for dim in (0, *dims))
-    if tuple(tensor.shape) != expected:
-        raise ValueError(f"mask must have shape {expected}, samples and positions, got {tuple(tensor.shape)}.")
-    if tensor.device != features.device:
-        raise ValueError(f"mask is on {tensor.device} but the features are on {features.device}.")
-    (channel,) = set(range(1, features.ndim)) - set(dims)
-    return (tensor if tensor.dtype == torch.bool else tensor != 0).unsqueeze(channel)
-
-
-def _coefficient_shape(features: Tensor, dims: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
+def coefficient_shape(features: Tensor, dims: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:
+    """Return the shape of the coefficients of one metadata column: that of a sample, or (channels,)."""
     if granularity == "element":
         return tuple(features.shape[1:])
     return tuple(length for dim, length in enumerate(features.shape) if dim > 0 and dim not in dims)
@@ -598,8 +537,8 @@ def _maker(estimator: str | Callable[..., Estimator]) -> Callable[..., Estimator
         return ESTIMATORS[estimator]
     if isinstance(estimator, nn.Module) or not callable(estimator):
         raise TypeError(
-            "estimator must be a name, a subclass of mdnorm.estimators.Estimator or a functools.partial of one (each layer "
-            f"makes its own), got {estimator!r}."
+            "estimator must be a name, a subclass of mdnorm.estimators.Estimator or a functools.partial of "
+            f"one (each layer makes its own), got {estimator!r}."
         )
     return estimator
 
@@ -623,7 +562,9 @@ def _number_of_columns(name: str, value: object, least: int) -> int | None:
     return number
 
 
-def _feature_shape(num_features: int | Sequence[int] | None, granularity: Granularity) -> tuple[int, ...] | None:
+def _feature_shape(
+    num_features: int | Sequence[int] | None, granularity: Granularity
+) -> tuple[int, ...] | None:
     if num_features is None:
         return None
     single = _as_int(num_features)
@@ -634,6 +575,8 @@ def _feature_shape(num_features: int | Sequence[int] | None, granularity: Granul
         lengths = tuple(num_features)
     shape = tuple(length for length in map(_as_int, lengths) if length is not None and length > 0)
     if not shape or len(shape) < len(lengths) or (granularity == "channel" and len(shape) != 1):
-        wanted = "a positive int or a tuple of them" if granularity == "element" else "a positive int (channels)"
+        wanted = (
+            "a positive int or a tuple of them" if granularity == "element" else "a positive int (channels)"
+        )
         raise ValueError(f"num_features must be {wanted}, or None, got {num_features!r}.")
     return shape

@@ -1,23 +1,29 @@
-"""Moments of a data set, additive over its rows: of tables in blocks or partitions, of a loader, of several processes."""
+"""Moments of a data set, additive over its rows: of blocks or partitions of tables, of loaders, of processes.
+
+Sums about the mean lose no digits where values are far from zero (a year, a count of photons), whatever rows
+came first. Two sets of rows add up once both sums are taken about the joint mean.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mdnorm.arrays import as_real_array
+from mdnorm.arrays import as_real_array, as_real_tensor
 from mdnorm.regression import Standardisation, coefficient_operator, statistics_dtype
 
 __all__ = ["Moments", "NoSamplesError", "Products"]
 
 # Values of the features that are added up in one step: 1 MiB in float64, which stays in the cache.
 _STEP_VALUES = 2**17
+# Rows whose mean is near enough to that of all rows to sum about it.
+_NEAR_ROWS = 32
 
 
 class NoSamplesError(ValueError):
@@ -25,12 +31,12 @@ class NoSamplesError(ValueError):
 
 
 class Products(NamedTuple):
-    """Means and centred sums of products of a data set, in the units of its columns `x = [m, y]`; NumPy, float64.
+    """What `Moments` hold in the order ``x = [m, y]`` of the design, without an intercept; NumPy, float64.
 
     Attributes
     ----------
     design_mean, feature_mean : (K,) and (D,) arrays
-    gram, cross, feature_squares : (K, K), (K, D) and (D,) arrays
+    gram, cross, squares : (K, K), (K, D) and (D,) arrays
         ``Σ w (x − x̄)(x − x̄)ᵀ``, ``Σ w (x − x̄)(f − f̄)ᵀ`` and ``Σ w (f − f̄)²``.
     """
 
@@ -38,37 +44,40 @@ class Products(NamedTuple):
     feature_mean: Any
     gram: Any
     cross: Any
-    feature_squares: Any
+    squares: Any
 
 
 @dataclass
 class Moments:
-    """Weighted sums of products of design rows and features: all that least squares needs of a data set, in float64.
+    """Weighted means and sums of products about them: all that least squares needs of a data set, in float64.
 
-    Start with `Moments.empty`, add rows with `update`, put parts together with `merge`, get coefficients with `solve`.
-    The size does not depend on the number of rows.
+    Start with `Moments.empty`, add rows with `update`, put parts together with `merge`, get coefficients with
+    `solve`. The size does not depend on the number of rows.
 
     Attributes
     ----------
     num_metadata : int
         K_m, the number of metadata columns; the others are protected.
-    units : Standardisation or None
-        Origin and scale of the rows ``z = [y, 1, m]``, from the first rows; None before any came.
-    feature_origin : (D,) tensor
-        What the features are measured from, so that values far from zero lose no digits.
     weight : float
         Sum of the weights; the number of rows where none were given.
     num_rows : int
         Number of rows of positive weight.
+    mean, feature_mean : (2, K + 1), (2, D) tensors
+        Of the rows ``x = [y, 1, m]`` (protected columns, intercept, metadata) and of the features, each the
+        sum of two numbers: differences of means far from zero would lose digits otherwise.
     gram, cross, squares : (K + 1, K + 1), (K + 1, D), (D,) tensors
-        ``Σ w z zᵀ``, ``Σ w z fᵀ`` and ``Σ w f²``.
+        ``Σ w (x − x̄)(x − x̄)ᵀ``, ``Σ w (x − x̄)(f − f̄)ᵀ`` and ``Σ w (f − f̄)²``. No tensor is changed in place.
+
+    References
+    ----------
+    Chan, Golub & LeVeque, Algorithms for computing the sample variance, The American Statistician 37 (1983).
     """
 
     num_metadata: int
-    units: Standardisation | None
-    feature_origin: Tensor
     weight: float
     num_rows: int
+    mean: Tensor
+    feature_mean: Tensor
     gram: Tensor
     cross: Tensor
     squares: Tensor
@@ -79,22 +88,23 @@ class Moments:
     ) -> Moments:
         """Return the moments of no rows of D features, K_m metadata columns and K_y protected ones."""
         columns = num_metadata + num_protected + 1
-        options: Any = {"dtype": statistics_dtype(torch.device(device)), "device": device}
-        return cls(
-            num_metadata,
-            None,
-            torch.zeros(num_features, **options),
-            0.0,
-            0,
-            torch.zeros(columns, columns, **options),
-            torch.zeros(columns, num_features, **options),
-            torch.zeros(num_features, **options),
-        )
+        shapes = (2, columns), (2, num_features), (columns, columns), (columns, num_features), (num_features,)
+        dtype = statistics_dtype(torch.device(device))
+        sums = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+        return cls(num_metadata, 0.0, 0, *sums)
 
     @property
     def num_protected(self) -> int:
-        """K_y + 1: protected columns and intercept, the first ones of a row z."""
+        """K_y + 1: protected columns and intercept, the first ones of a row."""
         return len(self.gram) - self.num_metadata
+
+    @property
+    def units(self) -> Standardisation | None:
+        """Mean and inverse standard deviation of the columns; None without rows."""
+        if self.weight == 0:
+            return None
+        variance = self.gram.diagonal() / self.weight
+        return Standardisation.of_moments(self.mean.sum(0), variance, self.num_protected - 1)
 
     def update(self, features: Any, design: Any, weights: Any = None) -> Moments:
         """Add rows, in place.
@@ -118,80 +128,59 @@ class Moments:
         ValueError
             Shapes that do not fit, NaN or infinite values, negative weights, values whose squares overflow.
         """
-        values, columns = _table(features, "features", self.cross), _table(design, "design", self.gram[:-1])
+        values, columns = _table(features, "features", self.cross), _table(design, "design", self.gram[1:])
         if len(values) != len(columns):
-            raise ValueError(f"features has {len(values)} rows and design {len(columns)}: one row each is needed.")
+            raise ValueError(
+                f"features has {len(values)} rows and design {len(columns)}: one row each is needed."
+            )
         weight = None if weights is None else _row_weights(weights, len(values), self.gram)
         if weight is not None and not bool((weight > 0).all()):
             used = weight > 0
             values, columns, weight = values[used], columns[used], weight[used]
-        if len(values) == 0:
-            return self
-        columns = columns.to(self.gram)
-        rows = torch.cat(
-            [columns[:, self.num_metadata :], torch.ones_like(columns[:, :1]), columns[:, : self.num_metadata]], 1
-        )
-        units, origin = self.units, self.feature_origin
-        if units is None:
-            units = Standardisation.of(rows, self.num_protected - 1, weight)
-            some = values[:: max(1, len(values) // 32)].to(self.gram.dtype)
-            origin = some.mean(0)
-        rows = (rows - units.origin) * units.scale
-        weighted = rows if weight is None else rows * weight.unsqueeze(1)
-        gram, cross, squares = rows.mT @ weighted, torch.zeros_like(self.cross), torch.zeros_like(self.squares)
-        # Columns that are contiguous, as files of columns give them, are added up column by column.
-        is_transposed = values.stride(0) < values.stride(1)
-        step = max(64, _STEP_VALUES // max(values.shape[1], 1))
-        buffer = cross.new_empty((values.shape[1], step) if is_transposed else (step, values.shape[1]))
-        products = cross.mT.contiguous() if is_transposed else cross
-        for start in range(0, len(values), step):
-            part, left = values[start : start + step], weighted[start : start + step]
-            if is_transposed:
-                block = buffer[:, : len(part)].copy_(part.mT).sub_(origin.unsqueeze(1))
-                products.addmm_(block, left)
-                squares += (block.square_() if weight is None else block.square_() * left[:, self.num_protected - 1]).sum(1)
-            else:
-                block = buffer[: len(part)].copy_(part).sub_(origin)
-                products.addmm_(left.mT, block)
-                block.square_()
-                squares += block.sum(0) if weight is None else left[:, self.num_protected - 1] @ block
-        if is_transposed:
-            cross = products.mT.contiguous()
-        if not math.isfinite(float(squares.sum() + gram.sum() + cross.sum())):
-            _raise_not_finite(values, columns)
-        self.units, self.feature_origin = units, origin
-        self.gram, self.cross, self.squares = self.gram + gram, self.cross + cross, self.squares + squares
-        self.weight = float(self.gram[self.num_protected - 1, self.num_protected - 1])
-        self.num_rows += len(values)
+        if len(values):
+            vars(self).update(vars(self.merge(self._of(values, columns.to(self.gram), weight))))
         return self
 
-    def about(self, units: Standardisation, feature_origin: Tensor) -> Moments:
-        """Return the same moments about another origin, in other units."""
-        if self.units is None:
-            return Moments(**{**vars(self), "units": units, "feature_origin": feature_origin})
-        intercept = self.num_protected - 1
-        change = (units.scale / self.units.scale).diag()
-        change[:, intercept] += (self.units.origin - units.origin) * units.scale
-        change[intercept] = torch.nn.functional.one_hot(torch.tensor(intercept), len(change)).to(change)
-        step = self.feature_origin - feature_origin
-        cross = self.cross + torch.outer(self.gram[:, intercept], step)
-        squares = self.squares + step * (2 * self.cross[intercept] + step * self.weight)
-        return Moments(
-            self.num_metadata,
-            units,
-            feature_origin,
-            self.weight,
-            self.num_rows,
-            change @ self.gram @ change.mT,
-            change @ cross,
-            squares,
-        )
-
-    def to(self, device: torch.device | str) -> Moments:
-        """Return the same moments on another device."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
-        units = None if self.units is None else Standardisation(*(part.to(device) for part in self.units))
-        return Moments(**{**vars(self), **moved, "units": units})
+    def _of(self, values: Tensor, columns: Tensor, weight: Tensor | None) -> Moments:
+        """Return the moments of rows, at least one, of positive weight."""
+        total, k, one = len(values), self.num_metadata, self.num_protected - 1
+        # The products are fastest with a row of memory for each design column, and features as they lie.
+        left = torch.cat([columns[:, k:].mT, columns.new_ones(1, total), columns[:, :k].mT])
+        near = left.mean(1) if weight is None else left @ weight / weight.sum()
+        near[one] = 0
+        left -= near.unsqueeze(1)
+        right = left if weight is None else left * weight
+        gram = left @ right.mT
+        # Of rows that stand for equal weights. What the sums leave of the mean is taken out below.
+        some = min(_NEAR_ROWS, total)
+        at = (torch.arange(some, dtype=gram.dtype, device=gram.device) + 0.5) * (gram[one, one] / some)
+        chosen = torch.searchsorted(right[one].cumsum(0), at).clamp_max(total - 1)
+        feature_near = values[chosen].to(gram.dtype).mean(0)
+        by_columns = values.stride(0) < values.stride(1)
+        step = max(64, _STEP_VALUES // max(values.shape[1], 1))
+        buffer = gram.new_empty((values.shape[1], step) if by_columns else (step, values.shape[1]))
+        cross, squares = torch.zeros_like(self.cross), torch.zeros_like(self.squares)
+        cross = cross.mT.contiguous() if by_columns else cross
+        for start in range(0, total, step):
+            part, rows = values[start : start + step], right[:, start : start + step]
+            if by_columns:
+                block = buffer[:, : len(part)].copy_(part.mT).sub_(feature_near.unsqueeze(1))
+                cross.addmm_(block, rows.mT)
+                squares += block.square_() @ rows[one]
+            else:
+                block = buffer[: len(part)].copy_(part).sub_(feature_near)
+                cross.addmm_(rows, block)
+                squares += rows[one] @ block.square_()
+        cross = cross.mT.contiguous() if by_columns else cross
+        if not math.isfinite(float(squares.sum() + gram.sum() + cross.sum())):
+            _raise_not_finite(values, columns)
+        mass = float(gram[one, one])
+        rest, feature_rest = gram[one] / mass, cross[one] / mass
+        gram, cross = gram.addr(rest, rest, alpha=-mass), cross.addr(rest, feature_rest, alpha=-mass)
+        gram[one], gram[:, one], cross[one] = 0, 0, 0
+        squares = (squares - mass * feature_rest.square()).clamp_min(0)
+        mean, feature_mean = torch.stack([near, rest]), torch.stack([feature_near, feature_rest])
+        return Moments(k, mass, total, mean, feature_mean, gram, cross, squares)
 
     def merge(self, other: Moments) -> Moments:
         """Return the moments of both sets of rows together.
@@ -204,63 +193,57 @@ class Moments:
         mine, theirs = ((part.num_metadata, *part.cross.shape) for part in (self, other))
         if mine != theirs:
             raise ValueError(
-                "only moments of the same columns can be merged: (metadata columns, design columns with intercept, "
-                f"features) are {mine} and {theirs}."
+                "only moments of the same columns can be merged: (metadata columns, design columns with "
+                f"intercept, features) are {mine} and {theirs}."
             )
-        if self.units is None or other.units is None:
-            return other if self.units is None else self
-        moved = other.about(self.units, self.feature_origin)
+        if self.weight == 0 or other.weight == 0:
+            return replace(self if other.weight == 0 else other)
+        share = other.weight / (self.weight + other.weight)
+        step, feature_step = (other.mean - self.mean).sum(0), (other.feature_mean - self.feature_mean).sum(0)
+        # What both sums have about the joint mean beyond those about their own.
+        between = self.weight * share
         return Moments(
             self.num_metadata,
-            self.units,
-            self.feature_origin,
             self.weight + other.weight,
             self.num_rows + other.num_rows,
-            self.gram + moved.gram,
-            self.cross + moved.cross,
-            self.squares + moved.squares,
+            torch.stack([self.mean[0], self.mean[1] + share * step]),
+            torch.stack([self.feature_mean[0], self.feature_mean[1] + share * feature_step]),
+            (self.gram + other.gram).addr_(step, step, alpha=between),
+            (self.cross + other.cross).addr_(step, feature_step, alpha=between),
+            (self.squares + other.squares).addcmul_(feature_step, feature_step, value=between),
         )
 
-    def within(self) -> Moments:
-        """Return the moments of the same rows with every column and feature centred: those within a group of rows."""
-        if self.units is None:
-            return self
-        intercept = self.num_protected - 1
-        mean = self.gram[intercept] / self.weight
-        gram = self.gram - self.weight * torch.outer(mean, mean)
-        gram[intercept, intercept] = self.weight
-        cross = self.cross - torch.outer(mean, self.cross[intercept])
-        cross[intercept] = 0
-        squares = (self.squares - self.cross[intercept].square() / self.weight).clamp_min(0)
-        return Moments(
-            self.num_metadata, self.units, self.feature_origin, self.weight, self.num_rows, gram, cross, squares
-        )
+    def to(self, device: torch.device | str) -> Moments:
+        """Return the same moments on another device."""
+        moved: dict[str, Any] = {
+            name: part.to(device) for name, part in vars(self).items() if isinstance(part, Tensor)
+        }
+        return replace(self, **moved)
+
+    def averages(self, units: Standardisation) -> tuple[Tensor, Tensor]:
+        """Return ``E[z zᵀ]`` and ``E[z fᵀ]`` of rows ``z = (x − origin) · scale``."""
+        mean = (self.mean[0] - units.origin + self.mean[1]) * units.scale
+        gram = self.gram / self.weight * (units.scale.unsqueeze(1) * units.scale)
+        cross = self.cross / self.weight * units.scale.unsqueeze(1)
+        return gram.addr_(mean, mean), cross.addr_(mean, self.feature_mean.sum(0))
 
     def products(self) -> Products:
-        """Return means and centred sums of products in the units of the columns [m, y]."""
-        p, k = self.num_protected, self.num_metadata
-        order = [*range(p, p + k), *range(p - 1)]
-        within, units = self.within(), self.units
-        if units is None:
-            zeros = [np.zeros(shape) for shape in ((p + k - 1,), (p + k - 1, p + k - 1), within.cross[1:].shape)]
-            return Products(zeros[0], np.zeros(len(self.squares)), zeros[1], zeros[2], np.zeros(len(self.squares)))
-        unit = 1 / units.scale[order]
-        return Products(
-            (self.gram[p - 1, order] / self.weight * unit + units.origin[order]).numpy(force=True),
-            (self.cross[p - 1] / self.weight + self.feature_origin).numpy(force=True),
-            (within.gram[order][:, order] * torch.outer(unit, unit)).numpy(force=True),
-            (within.cross[order] * unit.unsqueeze(1)).numpy(force=True),
-            within.squares.numpy(force=True),
-        )
+        """Return means and sums of products in the order [m, y] of the design."""
+        p = self.num_protected
+        order = [*range(p, len(self.gram)), *range(p - 1)]
+        means, gram = (self.mean.sum(0)[order], self.feature_mean.sum(0)), self.gram[order][:, order]
+        return Products(*(part.numpy(force=True) for part in (*means, gram, self.cross[order], self.squares)))
 
-    def solve(self, ridge: float = 0.0) -> Any:
+    def solve(self, ridge: float = 0.0, units: Standardisation | None = None) -> Any:
         """Return the least-squares coefficients of the columns [m, y], a (K, D) float64 array.
 
         Parameters
         ----------
         ridge : float
-            λ ≥ 0, added to the variance of each standardised metadata column. Neither the intercept nor the protected
-            columns are penalised.
+            λ ≥ 0, added to the variance of each standardised metadata column. Neither the intercept nor the
+            protected columns are penalised.
+        units : Standardisation, optional
+            A column whose deviation is nothing beside this scale is constant. None: the units of these rows.
 
         Raises
         ------
@@ -269,23 +252,24 @@ class Moments:
         """
         if not ridge >= 0:
             raise ValueError(f"ridge must be at least 0, got {ridge}.")
-        if self.units is None:
-            raise ValueError("no rows: coefficients need at least one update.")
-        p = self.num_protected
-        within = self.within()
+        units, p = units or self.units, self.num_protected
+        if units is None:
+            raise NoSamplesError("no rows: coefficients need at least one update.")
+        scale = units.scale.unsqueeze(1) * units.scale / self.weight
+        gram = self.gram * scale
+        gram[p - 1, p - 1] = 1
         # Without metadata, protected columns and intercept are all that is fitted.
         share = ridge if self.num_metadata else 0.0
-        operator = coefficient_operator(within.gram / self.weight, p, share, dtype=self.gram.dtype, every=True)
-        coefficients = operator @ (within.cross / self.weight) * self.units.scale.unsqueeze(1)
-        return torch.cat([coefficients[p:], coefficients[: p - 1]]).numpy(force=True)
+        operator = coefficient_operator(gram, p, share, dtype=gram.dtype, every=True) * scale
+        coefficients = torch.cat([operator[p:], operator[: p - 1]]) @ self.cross
+        return coefficients.numpy(force=True)
 
     def to_arrays(self) -> dict[str, Any]:
         """Return the state as arrays by name, for ``numpy.savez`` or JSON (``.tolist()``)."""
-        units = self.units or Standardisation(self.gram[0] * math.nan, self.gram[0] * math.nan)
-        tensors = {"origin": units.origin, "scale": units.scale}
-        tensors |= {name: getattr(self, name) for name in ("feature_origin", "gram", "cross", "squares")}
-        numbers = {name: np.asarray(getattr(self, name)) for name in ("num_metadata", "weight", "num_rows")}
-        return numbers | {name: tensor.numpy(force=True) for name, tensor in tensors.items()}
+        return {
+            name: value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
+            for name, value in vars(self).items()
+        }
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Moments:
@@ -296,48 +280,52 @@ class Moments:
         ValueError
             An array is missing, unknown or of the wrong shape.
         """
-        names = {*cls.__dataclass_fields__, "origin", "scale"} - {"units"}
+        names = {field.name for field in fields(cls)}
         if set(arrays) != names:
             raise ValueError(
                 f"these arrays are not those of Moments: missing {sorted(names - set(arrays))}, unknown "
                 f"{sorted(set(arrays) - names)}."
             )
         values = {name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()}
-        columns, features = len(values["origin"]), len(values["feature_origin"])
-        shapes = {"scale": (columns,), "gram": (columns,) * 2, "cross": (columns, features), "squares": (features,)}
+        columns, features = values["mean"].numel() // 2, values["squares"].numel()
+        shapes = {
+            "mean": (2, columns),
+            "feature_mean": (2, features),
+            "gram": (columns, columns),
+            "cross": (columns, features),
+            "squares": (features,),
+        }
         for name, shape in shapes.items():
-            if values[name].numel() == 0 and 0 in shape:
-                values[name] = torch.zeros(shape, dtype=torch.float64)
-            if tuple(values[name].shape) != shape:
+            if values[name].shape != shape:
                 raise ValueError(f"{name} must have shape {shape}, got {tuple(values[name].shape)}.")
-        units = Standardisation(values.pop("origin"), values.pop("scale"))
-        numbers = {name: values.pop(name).item() for name in ("num_metadata", "weight", "num_rows")}
-        return cls(
-            int(numbers["num_metadata"]),
-            units if bool(units.scale.isfinite().all()) else None,
-            weight=numbers["weight"],
-            num_rows=int(numbers["num_rows"]),
-            **values,
-        )
+        numbers = [values.pop(name).item() for name in ("num_metadata", "weight", "num_rows")]
+        return cls(int(numbers[0]), numbers[1], int(numbers[2]), **values)
 
 
 def _table(values: Any, name: str, like: Tensor) -> Tensor:
-    if isinstance(values, Tensor):
-        tensor = values
-    else:
-        array = np.asarray(values)
-        array = as_real_array(values, name) if array.dtype.kind not in "biuf" else array
-        tensor = _shared(array)
     width = like.shape[1] if name == "features" else len(like)
+    tensor = values.detach() if isinstance(values, Tensor) else _shared(as_real_array(values, name))
     if tensor.ndim != 2:
         raise ValueError(f"{name} must have shape (num_rows, num_columns), got {tuple(tensor.shape)}.")
     if tensor.shape[1] != width:
-        raise ValueError(f"{name} has {tensor.shape[1]} column(s), these moments have {width} (shape {tuple(tensor.shape)}).")
+        raise ValueError(
+            f"{name} has {tensor.shape[1]} column(s), these moments have {width} "
+            f"(shape {tuple(tensor.shape)})."
+        )
     return tensor
 
 
+def _shared(array: Any) -> Tensor:
+    """Return an array as a tensor, without a copy where a tensor can have its memory."""
+    dtype = array.dtype.newbyteorder("=")
+    if dtype.itemsize > 8 or (dtype.kind == "u" and dtype.itemsize > 1):
+        dtype = np.dtype(np.float64)
+    is_shared = array.dtype == dtype and array.flags.writeable and all(step >= 0 for step in array.strides)
+    return torch.from_numpy(array if is_shared else np.array(array, dtype))
+
+
 def _row_weights(values: Any, rows: int, like: Tensor) -> Tensor:
-    weights = torch.as_tensor(values).to(like)
+    weights = as_real_tensor(values, "weights").to(like)
     if weights.shape != (rows,):
         raise ValueError(f"weights must have shape ({rows},), one weight a row, got {tuple(weights.shape)}.")
     bad = ~(weights.isfinite() & (weights >= 0))
@@ -352,15 +340,9 @@ def _raise_not_finite(values: Tensor, columns: Tensor) -> None:
         if bool(bad.any()):
             shown = [sorted(set(index.tolist()))[:5] for index in reversed(bad.nonzero(as_tuple=True))]
             raise ValueError(
-                f"{name} has NaN or infinite values in column(s) {shown[0]}, row(s) {shown[1]}: drop or impute these "
-                "rows first."
+                f"{name} has NaN or infinite values in column(s) {shown[0]}, row(s) {shown[1]}: drop or "
+                "impute these rows first."
             )
-    raise ValueError("the squares of the values overflow float64: rescale the features or the design columns.")
-
-
-def _shared(array: Any) -> Tensor:
-    """Return an array as a tensor, without a copy where a tensor can have its memory."""
-    is_native = array.dtype.isnative and array.flags.writeable and all(step >= 0 for step in array.strides)
-    if not is_native or array.dtype.kind == "u" and array.dtype.itemsize > 1:
-        array = np.array(array, array.dtype.newbyteorder("=") if array.dtype.kind != "u" else np.float64)
-    return torch.from_numpy(array)
+    raise ValueError(
+        "the squares of the values overflow float64: rescale the features or the design columns."
+    )

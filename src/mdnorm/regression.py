@@ -1,21 +1,24 @@
 """Regression of features on metadata: the maths of Metadata Normalization, once, for layers and for tables.
 
-Notation (Lu et al., CVPR 2021, section 3). A sample has metadata `m` (K_m columns), labels `y` (K_y) and features `f`
-(D values). The model is ``f = m·β_m + y·β_y + β_0 + r``; only the metadata part is removed::
+Notation (Lu et al., CVPR 2021, section 3). A sample has metadata `m` (K_m columns), labels `y` (K_y) and
+features `f` (D values). The model is ``f = m·β_m + y·β_y + β_0 + r``; only the metadata part is removed::
 
     out = f − (m − m̄)·β_m                       (the mean of the features stays)
     out = f − m·β_m − β_0                        (``center=True``, the authors' form)
 
-The labels are in the regression so that an effect which label and metadata share is not removed with the metadata.
+The labels are in the regression so that an effect which label and metadata share is not removed with the
+metadata.
 
-**Moments.** A row of the design is ``z = [y, 1, m]``, labels and metadata about a fixed origin in units of a fixed
-scale (`Standardisation`). So the moments that least squares needs are plain weighted averages of ``z zᵀ`` and
-``z fᵀ``: batches, chunks of a table and processes add up by one sum, and a sample weight is one factor.
+**Moments.** A row of the design is ``z = [y, 1, m]``, labels and metadata about a fixed origin in units of a
+fixed scale (`Standardisation`). So the moments that least squares needs are plain weighted averages of ``z
+zᵀ`` and ``z fᵀ``: batches, chunks of a table and processes add up by one sum, and a sample weight is one
+factor.
 
-**Coefficients.** β_m is a matrix that depends on the design alone, times ``E[z fᵀ]`` (`coefficient_operator`).
+**Coefficients.** β_m is a matrix that depends on the design alone, times ``E[z fᵀ]``
+(`coefficient_operator`).
 
-**Gradient.** The map from features to output is linear, ``out = (I − B P) f`` with B and P made of the design alone, so
-the backward pass needs no features: `regress` saves N numbers a column.
+**Gradient.** The map from features to output is linear, ``out = (I − B P) f`` with B and P made of the design
+alone, so the backward pass needs no features: `regress` saves N numbers a column.
 """
 
 from __future__ import annotations
@@ -47,15 +50,23 @@ Granularity = Literal["element", "channel"]
 
 # A column is constant when its standard deviation is below this fraction of its mean.
 _CONSTANT = 1e-12
-# A direction of the design is collinear, or determined by the labels, when less than this share of its columns'
-# variance is left. It is far above the rounding of the moments, which is what an inverse would magnify.
+# A direction of the design is collinear, or determined by the labels, when less than this share of its
+# columns' variance is left. It is far above the rounding of the moments, which is what an inverse would
+# magnify. A column is constant when its variance is less than this share of one unit or, where that is less, of
+# its second moment about the origin, and of 1 / 100 of that in any case.
 _COLLINEAR = {torch.float64: 1e-11, torch.float32: 1e-6}
-# What is added to the second moments of labels and intercept, whose own collinearity (one column for every class) does
-# no harm: above the rounding of averages over millions of samples, below anything that could be measured.
-_LABEL_RIDGE = 1e-12
+_FAR = 0.01
+# The same for directions of the labels in float64: about the square root of rounding, so that neither what they
+# magnify nor what they then leave of the metadata is rounding.
+_COLLINEAR_LABELS = 1e-9
+# Beside a prior, the share of itself that is added to the variance of a label: too little to be seen where labels
+# are not collinear, enough that what nearly collinear ones magnify stays small beside the prior.
+_LABEL_RIDGE = {torch.float64: 1e-12, torch.float32: 1e-8}
+# Added where nothing may be divided by zero; its inverse, a weight that leaves a constant column no coefficient.
+_TINY = 1e-30
 
 
-# -- precision ------------------------------------------------------------------------------------------------
+# -- precision -----------------------------------------------------------------------------------------------
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -68,15 +79,18 @@ def compute_dtype(features: Tensor) -> torch.dtype:
     return torch.promote_types(features.dtype, torch.float32)
 
 
+_AS_IT_IS = contextlib.nullcontext()
+
+
 def full_precision(device: torch.device) -> AbstractContextManager[None]:
     """Return a context in which autocast does not compute below float32."""
     # Entering torch.autocast costs as much as a small product: only where there is something to switch off.
     if torch.is_autocast_enabled(device.type):
         return cast("AbstractContextManager[None]", torch.autocast(device.type, enabled=False))
-    return contextlib.nullcontext()
+    return _AS_IT_IS
 
 
-# -- features as a matrix -------------------------------------------------------------------------------------
+# -- features as a matrix ------------------------------------------------------------------------------------
 
 
 def position_dims(features: Tensor, granularity: Granularity, channel_dim: int = 1) -> tuple[int, ...]:
@@ -87,27 +101,30 @@ def position_dims(features: Tensor, granularity: Granularity, channel_dim: int =
     features : (N, ...) tensor
         At least 2 dimensions, the first one the samples.
     granularity : "element" or "channel"
-        "element": every value of a sample has its own coefficients (the paper). "channel": one set of coefficients a
-        channel, shared by all positions, of which there can be any number.
+        "element": every value of a sample has its own coefficients (the paper). "channel": one set of
+        coefficients a channel, shared by all positions, of which there can be any number.
     channel_dim : int
         Where the channels are: 1 for (N, C, H, W), −1 for tokens (N, T, D).
 
     Raises
     ------
     ValueError
-        Fewer than 2 dimensions, or a channel_dim that is not a feature dimension.
+        Fewer than 2 dimensions, another granularity, or a channel_dim that is not a feature dimension.
     """
     if features.ndim < 2:
         raise ValueError(
-            f"features must have shape (num_samples, ...) with at least 2 dimensions, got {tuple(features.shape)}."
+            "features must have shape (num_samples, ...) with at least 2 dimensions, got "
+            f"{tuple(features.shape)}."
         )
     if granularity == "element":
         return ()
+    if granularity != "channel":
+        raise ValueError(f"granularity must be 'element' or 'channel', got {granularity!r}.")
     channel = channel_dim + features.ndim if channel_dim < 0 else channel_dim
     if not 1 <= channel < features.ndim:
         raise ValueError(
-            f"channel_dim={channel_dim} is not a feature dimension of features with shape {tuple(features.shape)} "
-            "(dimension 0 holds the samples)."
+            f"channel_dim={channel_dim} is not a feature dimension of features with shape "
+            f"{tuple(features.shape)} (dimension 0 holds the samples)."
         )
     return tuple(dim for dim in range(1, features.ndim) if dim != channel)
 
@@ -119,13 +136,15 @@ def _spread(matrix: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def as_matrix(tensor: Tensor, dims: tuple[int, ...], mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return features (N, ...) as the (N, D) matrix that is regressed: flat, or their mean over the positions.
+    """Return features (N, ...) as the (N, D) matrix that is regressed: flat, or their mean over the
+    positions.
 
-    Averaging is exact, since all positions of a sample have the same row of the design. `mask` (N, 1, ...) is true at
-    the positions that count.
+    Averaging is exact, since all positions of a sample have the same row of the design. `mask` (N, 1, ...) is
+    true at the positions that count.
     """
     if not dims:
-        return tensor.to(dtype) if tensor.ndim == 2 else tensor.flatten(1).to(dtype)
+        matrix = tensor if tensor.ndim == 2 else tensor.flatten(1)
+        return matrix if matrix.dtype == dtype else matrix.to(dtype)
     if mask is None:
         return tensor.to(dtype).mean(dims)
     return torch.where(mask, tensor, 0).to(dtype).sum(dims) / _num_positions(tensor, dims, mask)
@@ -134,24 +153,37 @@ def as_matrix(tensor: Tensor, dims: tuple[int, ...], mask: Tensor | None, dtype:
 def _num_positions(tensor: Tensor, dims: tuple[int, ...], mask: Tensor | None) -> int | Tensor:
     """Return how many positions share the coefficients: a number, or (N, 1) with a mask; at least 1."""
     if mask is None:
-        return max(math.prod(tensor.shape[dim] for dim in dims), 1)
+        return max(math.prod([tensor.shape[dim] for dim in dims]), 1)
     return mask.sum(dims).clamp_min(1)
 
 
 def _subtract(
-    tensor: Tensor, matrix: Tensor | None, left: Tensor, right: Tensor, dims: tuple[int, ...], mask: Tensor | None
+    tensor: Tensor,
+    matrix: Tensor | None,
+    left: Tensor,
+    right: Tensor,
+    dims: tuple[int, ...],
+    mask: Tensor | None,
 ) -> Tensor:
     """Return ``tensor − left @ right``, the product spread over the positions that count."""
     if dims:
         product = _spread(left @ right, dims)
         return (tensor - (product if mask is None else torch.where(mask, product, 0))).to(tensor.dtype)
-    out = torch.addmm(as_matrix(tensor, (), None, left.dtype) if matrix is None else matrix, left, right, alpha=-1)
+    out = torch.addmm(
+        as_matrix(tensor, (), None, left.dtype) if matrix is None else matrix, left, right, alpha=-1
+    )
     # Detached where it is no leaf of the graph, the result of an autograd function is no view of anything.
-    return out if tensor.ndim == 2 and tensor.dtype == out.dtype else out.to(tensor.dtype).reshape(tensor.shape)
+    return (
+        out if tensor.ndim == 2 and tensor.dtype == out.dtype else out.to(tensor.dtype).reshape(tensor.shape)
+    )
 
 
 def remove(
-    features: Tensor, basis: Tensor, coefficients: Tensor, dims: tuple[int, ...] = (), mask: Tensor | None = None
+    features: Tensor,
+    basis: Tensor,
+    coefficients: Tensor,
+    dims: tuple[int, ...] = (),
+    mask: Tensor | None = None,
 ) -> Tensor:
     """Return ``features − basis @ coefficients``, the coefficients taken as given (evaluation).
 
@@ -175,7 +207,7 @@ def remove(
         return _subtract(features, None, basis.to(dtype), coefficients.to(dtype), dims, mask)
 
 
-# -- design ---------------------------------------------------------------------------------------------------
+# -- design --------------------------------------------------------------------------------------------------
 
 
 class Standardisation(NamedTuple):
@@ -194,24 +226,36 @@ class Standardisation(NamedTuple):
     def of(
         cls, columns: Tensor, intercept: int, weights: Tensor | None = None, group: ProcessGroup | None = None
     ) -> Standardisation:
-        """Return mean and inverse standard deviation of columns (N, K), N ≥ 1 over all processes of the group."""
+        """Return mean and inverse standard deviation of columns (N, K) over all processes of the group.
+
+        Without weight, or with a value that is not finite, there are none: the scale is then 0.
+        """
         share = torch.ones_like(columns[:, :1]) if weights is None else weights.unsqueeze(1)
         # With the column of ones, each sum has the total weight in the place of the intercept.
         total = _over(group, (share * columns).sum(0))
-        origin = total / total[intercept]
-        variance = _over(group, (share * (columns - origin).square()).sum(0)) / total[intercept]
-        deviation = variance.sqrt()
+        weight = total[intercept]
+        origin = total / weight
+        variance = _over(group, (share * (columns - origin).square()).sum(0)) / weight
+        return cls.of_moments(origin, variance, intercept)
+
+    @classmethod
+    def of_moments(cls, mean: Tensor, variance: Tensor, intercept: int) -> Standardisation:
+        """Return the same for given means and variances; that of a constant column is the size of its
+        value.
+        """
+        origin, deviation = mean.clone(), variance.sqrt()
         varies = deviation > _CONSTANT * origin.abs() + torch.finfo(deviation.dtype).tiny ** 0.5
         unit = torch.where(varies, deviation, torch.where(origin == 0, 1.0, origin.abs()))
         origin[intercept], unit[intercept] = 0, 1
-        return cls(origin, 1 / unit)
+        known = torch.isfinite(origin + deviation).all()
+        return cls(torch.where(known, origin, 0), torch.where(known, 1 / unit, 0))
 
 
 def _over(group: ProcessGroup | None, tensor: Tensor) -> Tensor:
     return tensor if group is None else all_reduce_sum(tensor, group)
 
 
-# -- coefficients ---------------------------------------------------------------------------------------------
+# -- coefficients --------------------------------------------------------------------------------------------
 
 
 def coefficient_operator(
@@ -229,8 +273,8 @@ def coefficient_operator(
 
         β_m = (S_mm − S_mp S_pp⁺ S_pm + share · V)⁻¹ (C_m − S_mp S_pp⁺ C_p),
 
-    V the variances of the metadata columns. What labels and other columns leave of a column is judged against all of
-    its variance: rounding is never inverted.
+    V the variances of the metadata columns. What labels and other columns leave of a column is judged against
+    all of its variance: rounding is never inverted.
 
     Parameters
     ----------
@@ -239,8 +283,9 @@ def coefficient_operator(
     num_protected : int
         K_y + 1, number of labels and intercept. Their coefficients are not shrunk.
     share : float or (1,) tensor
-        Shrinkage of the metadata coefficients in shares of each column's variance: a prior worth `p` samples beside a
-        weight of `w` samples is ``p / (p + w)``. 0: the least-squares solution of least norm in units of the columns.
+        Shrinkage of the metadata coefficients in shares of each column's variance: a prior worth `p` samples
+        beside a weight of `w` samples is ``p / (p + w)``. 0: the least-squares solution of least norm in
+        units of the columns.
     dtype : torch.dtype
         Of the cross moments, whose rounding decides from where on a direction counts as collinear.
     every : bool
@@ -251,37 +296,58 @@ def coefficient_operator(
     (K_m, K) tensor, or (K, K) with `every`
         A constant column has a row and a column of zeros.
     """
-    p = num_protected
-    diagonal = gram.diagonal()
-    squares = torch.cat([diagonal[:p], diagonal[p:] - gram[p - 1, p:].square()])
-    unit = torch.where(squares > _CONSTANT**2, squares, torch.inf).rsqrt()
-    units = unit.unsqueeze(1) * unit
-    scaled = gram * units
-    if not every and (isinstance(share, Tensor) or share > 0):
-        # Factorised with labels and intercept first, what is left of the metadata never meets their large inverse.
-        ridge = torch.full_like(squares, _LABEL_RIDGE)
-        ridge[p:] = share
-        factor = torch.linalg.cholesky_ex(scaled + ridge.diag())[0]
-        return torch.cholesky_inverse(factor)[p:] * units[p:]
-    smallest = _COLLINEAR.get(dtype, _COLLINEAR[torch.float32])
-    protected = _inverse(scaled[:p, :p], smallest)
-    through = scaled[p:, :p] @ protected
-    left = scaled[p:, p:] - through @ scaled[:p, p:]
-    inverse = _inverse(left + share * torch.eye(len(left), dtype=left.dtype, device=left.device), smallest)
-    rows = torch.cat([-inverse @ through, inverse], 1)
+    p, intercept = num_protected, num_protected - 1
+    squares = gram.diagonal()
+    # About the means the intercept, which is put back at the end, leaves zeros, as every constant column does.
+    mean = gram[intercept] / (squares[intercept] + _TINY)
+    centred = torch.addr(gram, mean, gram[intercept], alpha=-1)
+    variance = centred.diagonal().clone()
+    rounding = 100 * torch.finfo(gram.dtype).eps
+    smallest = max(_COLLINEAR.get(dtype, _COLLINEAR[torch.float32]), rounding)
+    distance = torch.add(squares.clamp_max(1), squares, alpha=_FAR)
+    varies = variance > smallest * distance + _CONSTANT**2
+    if isinstance(share, Tensor) or share > 0:
+        size = variance + distance
+        ridge = _LABEL_RIDGE.get(dtype, _LABEL_RIDGE[torch.float32]) * size
+        ridge[p:] = torch.maximum(share * variance, smallest * size)[p:]
+        centred.diagonal().add_(torch.where(varies, ridge, 1 / _TINY))
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(centred)[0])
+    else:
+        unit = torch.where(varies, variance, torch.inf).rsqrt()
+        units = unit.unsqueeze(1) * unit
+        far = (squares * unit.square()).max()
+        inverse = _pseudo_inverse(centred * units, p, smallest * far.sqrt(), rounding * far) * units
+    rows = inverse if every else inverse[p:]
+    rows[:, intercept] = -(rows @ mean)
     if every:
-        above = torch.nn.functional.pad(protected, (0, len(left))) - through.mT @ rows
-        rows = torch.cat([above, rows])
-    return rows * (units if every else units[p:])
+        rows[intercept] = -(mean @ rows)
+        rows[intercept, intercept] += 1 / (squares[intercept] + _TINY)
+    return rows
 
 
-def _inverse(matrix: Tensor, smallest: float) -> Tensor:
-    """Return the pseudo-inverse of a symmetric matrix, in which eigenvalues up to `smallest` are zero."""
-    values, vectors = torch.linalg.eigh(matrix)
-    return cast(Tensor, (vectors / torch.where(values > smallest, values, torch.inf)) @ vectors.mT)
+def _pseudo_inverse(correlation: Tensor, num_protected: int, smallest: Tensor, rounding: Tensor) -> Tensor:
+    """Return the inverse of a matrix of correlations, labels first, without the directions that hardly vary.
+
+    Those of the labels are left out first, then those of the metadata of which the labels leave hardly anything.
+    `rounding` is what may be wrong in the matrix.
+    """
+    p = num_protected
+    variance, vectors = torch.linalg.eigh(correlation[:p, :p])
+    variance = torch.where(variance > smallest.clamp_min(_COLLINEAR_LABELS) + rounding, variance, torch.inf)
+    protected = (vectors / variance) @ vectors.mT
+    through = correlation[p:, :p] @ protected
+    # Nearly collinear labels magnify all rounding, that of the cross moments by the square root.
+    least = variance.min().clamp_max(1)
+    smallest = smallest / least.sqrt() + rounding / least
+    variance, vectors = torch.linalg.eigh(correlation[p:, p:] - through @ correlation[:p, p:])
+    left = (vectors / torch.where(variance > smallest, variance, torch.inf)) @ vectors.mT
+    across = -left @ through
+    return torch.cat(
+        [torch.cat([protected - through.mT @ across, across.mT], 1), torch.cat([across, left], 1)]
+    )
 
 
-# -- the step of a network --------------------------------------------------------------------------------------
+# -- the step of a network -----------------------------------------------------------------------------------
 
 
 class Memory(NamedTuple):
@@ -293,17 +359,20 @@ class Memory(NamedTuple):
         Changed in place.
     weight : (1,) tensor
         Number of samples behind it, changed in place.
-    count, kept : float or (1,) tensor
-        What this batch weighs, and what it leaves of the weight of the past.
-    samples : int or (1,) tensor
+    added, kept : float or (1,) tensor
+        What this batch weighs, and the share of its weight that it leaves the past.
+    samples : float or (1,) tensor
         What the gradient of a batch is divided by to be that of a mean over its samples.
+    eager : bool
+        See `is_eager`.
     """
 
     adjoint: Tensor
     weight: Tensor
-    count: float | Tensor
+    added: float | Tensor
     kept: float | Tensor
     samples: float | Tensor = 1
+    eager: bool = False
 
 
 def regress(
@@ -317,12 +386,13 @@ def regress(
     memory: Memory | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Return ``features − basis @ coefficients``, with the gradient of coefficients that came from the features.
+    """Return ``features − basis @ coefficients``, with the gradient of coefficients that came from the
+    features.
 
-    Where the coefficients are ``rows @ features``, the gradient of the features is ``g − rowsᵀ (basisᵀ g)``. What stands in
-    the brackets, the *adjoint* of the coefficients, is a sum over all samples behind them: of this batch, of all
-    processes (`group`), or of many batches (`memory`), whose gradient then tends to that of least squares over the
-    whole data set as the window grows.
+    Where the coefficients are ``rows @ features``, the gradient of the features is ``g − rowsᵀ (basisᵀ g)``.
+    What stands in the brackets, the *adjoint* of the coefficients, is a sum over all samples behind them: of
+    this batch, of all processes (`group`), or of many batches (`memory`), whose gradient then tends to that
+    of least squares over the whole data set as the window grows.
 
     Parameters
     ----------
@@ -344,17 +414,10 @@ def regress(
     (N, ...) tensor, dtype of the features
     """
     dtype = compute_dtype(features)
-    out: Tensor = _Regress.apply(  # type: ignore[no-untyped-call]
-        features,
-        basis.to(dtype),
-        coefficients.to(dtype),
-        rows.to(dtype),
-        mask,
-        dims,
-        group,
-        *(memory or (None,) * 5),
-    )
-    return out
+    parts = [part if part.dtype == dtype else part.to(dtype) for part in (basis, coefficients, rows)]
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    apply = _Regress.apply if traced else _apply_regress
+    return cast(Tensor, apply(features, *parts, mask, dims, group, *(memory or _NO_MEMORY)))
 
 
 class _Regress(torch.autograd.Function):
@@ -369,9 +432,15 @@ class _Regress(torch.autograd.Function):
         mask: Tensor | None,
         dims: tuple[int, ...],
         group: ProcessGroup | None,
-        *memory: Any,
+        adjoint: Tensor | None,
+        weight: Tensor | None,
+        count: Any,
+        kept: Any,
+        samples: Any,
+        eager: Any,
     ) -> Tensor:
-        # Detached, it is no view: an in-place ReLU may follow.
+        # torch.compile counts the parameters, so those of the memory have names here. Detached, the output is
+        # no view: an in-place ReLU may follow.
         return _subtract(features, None, basis, coefficients, dims, mask).detach()
 
     @staticmethod
@@ -385,43 +454,56 @@ class _Regress(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         basis, rows, mask = ctx.saved_tensors
         dims, group = ctx.dims, ctx.group
-        adjoint, weight, count, kept, samples = ctx.memory
+        adjoint, weight, count, kept, samples, eager = ctx.memory
         with full_precision(grad.device):
             matrix = as_matrix(grad, dims, mask, basis.dtype)
-            sharing = _num_positions(grad, dims, mask) if dims else 1
-            batch = basis.mT @ (matrix * sharing if dims else matrix)
+            total, left = matrix, rows.mT
+            if dims:
+                sharing = _num_positions(grad, dims, mask)
+                total, left = matrix * sharing, left / sharing
+            batch = basis.mT @ total
             if adjoint is not None:
                 if torch.is_grad_enabled():
                     raise RuntimeError(
-                        "estimator='running' keeps state in the backward pass, which can therefore be differentiated "
-                        "only once: for second derivatives take 'batch', 'dataset' or 'recursive'."
+                        "estimator='running' keeps state in the backward pass, which can therefore be "
+                        "differentiated only once: for second derivatives take 'batch', 'dataset' or "
+                        "'recursive'."
                     )
-                if not isinstance(samples, int) or samples != 1:
-                    batch = batch / samples
+                # Of several processes, or of weights, the number is a tensor in float64.
+                samples = samples.to(batch.dtype) if isinstance(samples, Tensor) else samples
+                scaled = isinstance(samples, Tensor) or samples != 1
+                batch = batch / samples if scaled else batch
             if group is not None:
                 batch = all_reduce_sum(batch, group)
             if adjoint is not None:
-                advance(weight, kept, count, (adjoint, batch))
-                batch = adjoint.to(batch.dtype)
-                if not isinstance(samples, int) or samples != 1:
-                    batch = batch * samples
-            left = rows.mT if not dims else rows.mT / sharing
-            return (_subtract(grad, matrix, left, batch, dims, mask), *(None,) * 11)
+                advance(weight, kept, count, (adjoint, batch), eager=eager)
+                batch = adjoint if adjoint.dtype == batch.dtype else adjoint.to(batch.dtype)
+                batch = batch * samples if scaled else batch
+            return (_subtract(grad, matrix, left, batch, dims, mask), *(None,) * 12)
 
 
-def is_readable(tensor: Tensor) -> bool:
+# What `Function.apply` itself calls in the end. Before that it binds the arguments to the signature of
+# `forward`, which takes as long as all the rest of a small step.
+_apply_regress: Any = super(torch.autograd.Function, _Regress).apply
+_NO_MEMORY = (None,) * 6
+
+
+def is_eager(tensor: Tensor) -> bool:
     """Whether to look at a value costs nothing: on the CPU, outside of graphs and transforms."""
     return (
-        tensor.is_cpu and not torch.compiler.is_compiling() and not torch._C._are_functorch_transforms_active()
+        tensor.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
     )
 
 
 def advance(
-    weight: Tensor, kept: float | Tensor, count: float | Tensor, *averages: tuple[Tensor, Tensor]
+    weight: Tensor, kept: float | Tensor, count: float | Tensor, *averages: tuple[Tensor, Tensor], eager: bool
 ) -> bool | Tensor:
     """Move weighted averages towards those of a batch, in place; return whether the batch was used.
 
-    A batch with a value that is not finite (an overflow of mixed precision) is left out: it would never leave.
+    A batch with a value that is not finite (an overflow of mixed precision) is left out: it would never
+    leave.
 
     Parameters
     ----------
@@ -432,24 +514,30 @@ def advance(
     count : float or (1,) tensor
         Weight of the batch.
     *averages : pairs of tensors
-        Average, changed in place, and its value in the batch.
+        Average, changed in place, and its value in the batch; the last one tells whether the batch is finite.
+    eager : bool
+        See `is_eager`. As numbers the weights take a fraction of the time that they take as tensors.
     """
-    finite = torch.isfinite(sum((batch.sum() for _, batch in averages[1:]), averages[0][1].sum()))
-    if is_readable(weight):
-        if not finite:
+    # What is not finite in the design is not finite in its products with the features, which come last.
+    total = averages[-1][1].sum()
+    if eager:
+        if not math.isfinite(total.item()):
             return False
-        total = weight.item() * float(kept) + float(count)
-        if total > 0:
-            share: float | Tensor = float(count) / total
-            weight.fill_(total)
+        count = float(count)
+        past = weight.item() * float(kept) + count
+        if past > 0:
+            weight.fill_(past)
             for average, batch in averages:
-                average.lerp_(batch.to(average.dtype), share)
+                average.lerp_(
+                    batch if batch.dtype == average.dtype else batch.to(average.dtype), count / past
+                )
         return True
-    used = finite.to(weight.dtype)
+    finite = torch.isfinite(total)
     # Without the batch, all of the past is kept.
     weight.mul_(torch.where(finite, torch.as_tensor(kept, dtype=weight.dtype, device=weight.device), 1.0))
-    weight.add_(used * count)
-    portion = used * count / weight.clamp_min(torch.finfo(weight.dtype).tiny)
+    used = finite.to(weight.dtype) * count
+    weight.add_(used)
+    share = used / weight.clamp_min(torch.finfo(weight.dtype).tiny)
     for average, batch in averages:
-        average.lerp_(torch.where(finite, batch, 0).to(average.dtype), portion.to(average.dtype))
+        average.lerp_(torch.where(finite, batch, 0).to(average.dtype), share.to(average.dtype))
     return finite

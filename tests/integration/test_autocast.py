@@ -11,6 +11,7 @@ from feature_models import ESTIMATORS, loss_of, make_data, make_model, state_of
 from torch import nn
 
 import mdnorm
+from mdnorm.estimators import LeastSquares
 
 
 def optimizer_of(model):
@@ -65,7 +66,7 @@ def train_scaled(model, scaler, num_steps, overflow=(), follow=True):
         scaler.update()
         if follow:
             for layer in layers(model):
-                if layer.estimator.name == "running":
+                if isinstance(layer.estimator, LeastSquares) and layer.estimator.adjoint_source == "window":
                     layer.estimator.adjoint.mul_(scaler.get_scale() / old)
     return before
 

@@ -27,7 +27,7 @@ class TestAveraged:
     @pytest.mark.parametrize("estimator", ESTIMATORS)
     @pytest.mark.parametrize("kind", ["swa", "ema"])
     def test_state_and_weights_are_the_averages(self, estimator, kind):
-        """With use_buffers=True: the averages of what was there, in float64; no number of columns moves."""
+        """With use_buffers=True: the averages of what was there, in float64; origin and units do not move."""
         model = make_model(estimator)
         options = {"multi_avg_fn": get_ema_multi_avg_fn(0.9)} if kind == "ema" else {}
         averaged = AveragedModel(model, use_buffers=True, **options)
@@ -44,14 +44,14 @@ class TestAveraged:
                 weight * state[name].double() for weight, state in zip(weights, states, strict=True)
             )
             torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6, msg=name)
-            if name.endswith("num_columns"):
-                assert value.tolist() == [2.0, 1.0]
+            if name.endswith(("origin", "scale")):
+                torch.testing.assert_close(value, states[0][name], rtol=1e-14, atol=0)
 
     @pytest.mark.parametrize("estimator", ESTIMATORS)
     @pytest.mark.parametrize("use_buffers", [True, False])
     def test_recalibrated_it_removes_the_effect_on_its_own_features(self, estimator, use_buffers):
         """The averaged weights give other features: their exact coefficients, against least squares."""
-        model = make_model(estimator).double()
+        model = make_model(estimator, prior=0.0).double()
         averaged = AveragedModel(model, use_buffers=use_buffers)
         optimizer = make_optimizer(model)
         for seed in range(4):
@@ -85,22 +85,9 @@ class TestAveraged:
         averaged = AveragedModel(model)
         with mdnorm.metadata(model, torch.randn(9, 2)):
             model(torch.randn(9, 6))
-        with pytest.raises(RuntimeError, match="size of tensor"):
+        with pytest.raises(ValueError, match="argument 2 is longer"):
             averaged.update_parameters(model)
         AveragedModel(model).update_parameters(model)
-
-    @pytest.mark.parametrize("estimator", ESTIMATORS)
-    @pytest.mark.parametrize("decay", [0.9, 0.9999, 0.3])
-    def test_averages_by_hand_load_into_a_layer_without_sizes(self, estimator, decay):
-        """``decay * a + (1 - decay) * b`` of whole state dicts, as many loops do it, rounds 3 to 2.999…"""
-        layer = MetadataNorm(4, 3, 7, estimator=estimator)
-        mdnorm.fit_gram(layer, torch.randn(50, 3), torch.randn(50, 7))
-        state = layer.state_dict()
-        for _ in range(200):
-            state = {name: decay * value + (1 - decay) * value for name, value in state.items()}
-        other = MetadataNorm(None, None, None, estimator=estimator)
-        other.load_state_dict(state)
-        assert (other.num_metadata, other.num_labels, other.num_features) == (3, 7, (4,))
 
     def test_a_deepcopy_in_the_middle_of_accumulation(self):
         """Between forward and backward pass of the original: the copy's state stays its own."""

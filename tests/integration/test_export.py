@@ -111,22 +111,16 @@ def test_compiled_with_checkpointing(estimator, inside):
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize(
-    ("estimator", "scale", "setting"),
-    [
-        ("running", False, "estimator='running'"),
-        ("recursive", False, "estimator='recursive'"),
-        ("batch", True, "scale=True"),
-    ],
-)
-def test_compiled_inside_a_checkpoint_is_refused(estimator, scale, setting, fullgraph):
+@pytest.mark.parametrize(("estimator", "scale"), [("running", False), ("recursive", False), ("batch", True)])
+def test_compiled_inside_a_checkpoint_is_refused(estimator, scale, fullgraph):
     """The coefficients come from the state, which a second run would find changed; evaluation works."""
     torch._dynamo.reset()
     model = Checkpointed(estimator, True, scale)
     loss_of(model, *make_data(16, 0)).backward()
     before = {name: value.clone() for name, value in state_of(model).items()}
     compiled = torch.compile(model, fullgraph=fullgraph, backend="aot_eager")
-    with pytest.raises(RuntimeError, match=f"{setting} cannot train inside of an activation-checkpointed"):
+    message = "'running', 'recursive' and scale=True cannot train inside of an activation-checkpointed part"
+    with pytest.raises(RuntimeError, match=message):
         loss_of(compiled, *make_data(16, 1))
     for name, value in state_of(model).items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, msg=name)

@@ -15,17 +15,27 @@ def test_streams_over_a_loader_into_every_layer():
     )
     gram = fit_gram(model, DataLoader(TensorDataset(metadata, labels), batch_size=8))
     whole = fit_gram(MetadataNorm(4, 2, 3, estimator="dataset"), metadata, labels)
-    torch.testing.assert_close(gram.covariance, whole.covariance)
+    # In units of the columns; the streamed moments have those of their first batch.
+    design = np.column_stack([metadata.double(), np.eye(3)[labels]])
+    centred = design - design.mean(0)
+    for moments in (gram, whole):
+        np.testing.assert_allclose(moments.products().gram, centred.T @ centred, rtol=0, atol=1e-12)
     for layer in (model[0], model[1][0]):
-        torch.testing.assert_close(layer.estimator.gram.covariance, whole.covariance)
-        assert float(layer.estimator.gram_count) == 50
+        state = layer.estimator
+        rows = np.column_stack([np.eye(3)[labels], np.ones(50), metadata.double()])
+        rows = (rows - state.origin.numpy()) * state.scale.numpy()
+        np.testing.assert_allclose(state.gram, rows.T @ rows / 50, rtol=0, atol=1e-12)
+        assert float(state.weight) == 50
 
 
 def test_leaves_estimators_that_do_not_use_it():
     model = nn.ModuleList([MetadataNorm(4, 1, estimator="batch"), MetadataNorm(4, 1, estimator="dataset")])
-    fit_gram(model, torch.randn(9))
-    assert float(model[0].estimator.gram_count) == 0
-    assert float(model[1].estimator.gram_count) == 9
+    metadata = 3 + torch.randn(9)
+    fit_gram(model, metadata)
+    assert float(model[0].estimator.weight) == 0
+    assert float(model[1].estimator.weight) == 9
+    for layer in model:
+        torch.testing.assert_close(layer.estimator.origin, torch.tensor([0, metadata.double().mean()]))
 
 
 def test_lazy_layers_learn_their_columns():
@@ -34,7 +44,31 @@ def test_lazy_layers_learn_their_columns():
     assert (layer.num_metadata, layer.num_labels, layer.num_features) == (2, 1, None)
     layer(torch.randn(3, 4), torch.randn(3, 2), torch.randn(3))
     assert layer.num_features == (4,)
-    assert float(layer.estimator.gram_count) == 9
+    assert float(layer.estimator.weight) == 9
+
+
+def test_weighted_samples_count_as_their_weight():
+    """As one table, in batches as tuples and as dicts: what repeated rows give."""
+    metadata, labels = 5 + torch.randn(40, 2), torch.randint(0, 2, (40,))
+    weights = torch.arange(40) % 3
+    rows = torch.arange(40).repeat_interleave(weights)
+    expected = fit_gram(MetadataNorm(4, 2, 1, estimator="dataset"), metadata[rows], labels[rows]).products()
+    parts = [(metadata[part], labels[part], weights[part]) for part in torch.arange(40).split(12)]
+    for given in (
+        {"metadata": metadata, "labels": labels, "weights": weights},
+        {"metadata": parts},
+        {"metadata": [dict(zip(("metadata", "labels", "weights"), part, strict=True)) for part in parts]},
+    ):
+        layer = MetadataNorm(4, 2, 1, estimator="dataset")
+        found = fit_gram(layer, **given)
+        assert float(layer.estimator.weight) == found.weight == len(rows)
+        for name in ("design_mean", "gram"):
+            actual = getattr(found.products(), name)
+            np.testing.assert_allclose(actual, getattr(expected, name), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match=r"weights must be finite and not negative: row\(s\) \[1\]"):
+        fit_gram(layer, metadata[:3], labels[:3], torch.tensor([1.0, -1.0, 0.0]))
+    with pytest.raises(ValueError, match="no samples"):
+        fit_gram(layer, metadata, labels, torch.zeros(40))
 
 
 def test_errors():
@@ -66,5 +100,5 @@ def test_a_pair_that_is_no_two_batches():
     want = fit_gram(layer, matrices.metadata, matrices.labels)
     for data in (matrices, tuple(matrices), list(matrices), dict(matrices._asdict())):
         gram = fit_gram(layer, data)
-        assert float(gram.count) == 9
-        assert torch.equal(gram.covariance, want.covariance)
+        assert gram.num_rows == 9
+        assert torch.equal(gram.gram, want.gram)

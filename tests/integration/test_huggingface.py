@@ -1,10 +1,18 @@
 """`MetadataTrainer`: the same as a loop by hand."""
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import TrainingArguments, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 import mdnorm
 from mdnorm.integration import MetadataTrainer
@@ -78,7 +86,7 @@ class InOrder(MetadataTrainer):
 def test_the_same_as_a_loop_by_hand(tmp_path, is_checkpointed):
     model, twin, data = make_model(), make_model(), Patients()
     for one in (model, twin):
-        mdnorm.insert(one, "vit.layers.0")
+        mdnorm.insert(one, "vit.layers.0", num_labels=None)
     if is_checkpointed:
         # transformers renamed it.
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
@@ -107,7 +115,7 @@ def test_the_same_as_a_loop_by_hand(tmp_path, is_checkpointed):
 
 def test_evaluation_has_the_metadata(tmp_path):
     model, data = make_model(), Patients()
-    mdnorm.insert(model, "vit.layernorm")
+    mdnorm.insert(model, "vit.layernorm", num_labels=2)
     trainer = MetadataTrainer(model, arguments(tmp_path), train_dataset=data, eval_dataset=data)
     trainer.train()
     logits = torch.as_tensor(trainer.predict(data).predictions)
@@ -117,6 +125,103 @@ def test_evaluation_has_the_metadata(tmp_path):
     assert trainer.evaluate()["eval_loss"] == pytest.approx(float(loss), abs=1e-5)
     with pytest.raises(RuntimeError, match="got no metadata"):
         model(data.images)
+
+
+def make_text(**options):
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=12,
+        num_labels=2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    model = BertForSequenceClassification(config)
+    options = {"granularity": "channel", "channel_dim": -1, "num_labels": 1, **options}
+    mdnorm.insert(model, ["bert.embeddings", "bert.encoder.layer.1"], **options)
+    mdnorm.insert(model, "bert.pooler", num_labels=1)
+    return model
+
+
+class Sentences(Dataset):
+    """Of several lengths, which the collator pads to the longest of the batch."""
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.metadata = torch.randn(40, 2, generator=generator)
+        self.labels = torch.randint(0, 2, (40,), generator=generator)
+        self.lengths = torch.randint(2, 11, (40,), generator=generator)
+        self.tokens = torch.randint(3, 20, (40, 10), generator=generator)
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        row = {"input_ids": self.tokens[index, : self.lengths[index]], "labels": self.labels[index]}
+        return row | {"metadata": self.metadata[index], "weight": 1.0 + index % 3}
+
+    @staticmethod
+    def collate(rows):
+        tokens = [row["input_ids"] for row in rows]
+        mask = [torch.ones(len(row), dtype=torch.int64) for row in tokens]
+        batch = {key: torch.stack([row[key] for row in rows]) for key in ("labels", "metadata")}
+        batch["weight"] = torch.tensor([row["weight"] for row in rows])
+        pad = nn.utils.rnn.pad_sequence
+        return batch | {"input_ids": pad(tokens, True), "attention_mask": pad(mask, True)}
+
+
+@pytest.mark.parametrize("mask", ["attention_mask", None])
+@pytest.mark.parametrize("weights", ["weight", None])
+def test_padding_does_not_count_and_weights_do(tmp_path, mask, weights):
+    """The layer behind the pooler has nothing to do with the mask; the model itself gets it as ever."""
+    model, twin, data = make_text(), make_text(), Sentences()
+    options = {"data_collator": data.collate, "mask": mask, "weights": weights}
+    trainer = InOrder(
+        model,
+        arguments(tmp_path, remove_unused_columns=False),
+        train_dataset=data,
+        eval_dataset=data,
+        **options,
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "MetadataNorm")
+        trainer.train()
+        logits = torch.as_tensor(trainer.predict(data).predictions)
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    batches = [data.collate([data[int(i)] for i in rows]) for rows in torch.arange(40).split(16)]
+
+    def given(net, batch, with_labels=True):
+        rest = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+        extra = {"mask": batch.get(mask), "weights": batch.get(weights)}
+        labels = batch["labels"] if with_labels else None
+        return rest, mdnorm.metadata(net, batch["metadata"], labels, **extra)
+
+    twin.train()
+    for _ in range(2):
+        for batch in batches:
+            rest, block = given(twin, batch)
+            with block:
+                loss = twin(**rest).loss
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+
+    def forward(net, batch):
+        rest, block = given(net, batch)
+        with block:
+            return net(**rest)
+
+    mdnorm.recalibrate(twin, batches, forward=forward, progress=False)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], msg=name)
+    with torch.no_grad():
+        rest, block = given(twin.eval(), data.collate([data[i] for i in range(8)]), False)
+        with block:
+            torch.testing.assert_close(twin(**rest).logits, logits[:8])
 
 
 class LayeredViTForImageClassification(ViTForImageClassification):
@@ -158,7 +263,11 @@ def test_errors(tmp_path):
     with pytest.raises(ValueError, match="ViTForImageClassification has no MetadataNorm"):
         MetadataTrainer(make_model(), arguments(tmp_path), train_dataset=Patients())
     model = make_model()
-    mdnorm.insert(model, "vit.layernorm")
+    mdnorm.insert(model, "vit.layernorm", num_labels=1)
     trainer = MetadataTrainer(model, arguments(tmp_path), train_dataset=Patients(), metadata="height")
     with pytest.raises(KeyError, match="no key 'height'"):
         trainer.train()
+    mdnorm.remove(model)
+    mdnorm.insert(model, "vit.layernorm")
+    with pytest.raises(ValueError, match=r"protect='labels', but every MetadataNorm .* num_labels=0"):
+        MetadataTrainer(model, arguments(tmp_path), train_dataset=Patients())

@@ -1,9 +1,12 @@
 import copy
 import dataclasses
+import functools
 import io
+import math
 import pickle
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict, namedtuple
 
 import pytest
@@ -15,9 +18,12 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import mdnorm
 from mdnorm import MetadataNorm
-from mdnorm.estimators import RunningEstimator
+from mdnorm.estimators import LeastSquares
 from mdnorm.integration import insertions
 from reference import residual
+
+# Many of these models have no head behind the layer.
+pytestmark = pytest.mark.filterwarnings("ignore:the output of .* is that of the")
 
 
 class Block(nn.Module):
@@ -106,7 +112,11 @@ class TestWhere:
     @pytest.mark.parametrize(
         ("after", "message"),
         [
-            ("fc2", r"Net has no module 'fc2': did you mean 'fc1'"),
+            (
+                "fc2",
+                r"Net has no module 'fc2': did you mean 'fc1'\? The last of its 10 modules are "
+                r"'features\.2', 'fc1', 'head'\.$",
+            ),
             ("feature.0.conv2", r"did you mean 'features\.0\.conv2', 'features\.1\.conv2'"),
             ("conv2", r"did you mean .*'features\.0\.conv2'"),
             ("xyz", r"its modules are features, features\.0, features\.0\.conv1"),
@@ -179,7 +189,7 @@ class TestWhatItDoes:
         model = Net()
         images, metadata, labels = data()
         before = recorded(model, "fc1", lambda: model(images))[0].detach()
-        mdnorm.insert(model, "fc1", num_metadata=2, num_labels=1, estimator="batch")
+        mdnorm.insert(model, "fc1", num_metadata=2, num_labels=1, estimator="batch", prior=0)
 
         def run():
             with mdnorm.metadata(model, metadata, labels):
@@ -197,7 +207,7 @@ class TestWhatItDoes:
 
         model = Given()
         features, metadata, labels = data(n, shape=(2, *shape))
-        mdnorm.insert(model, "", estimator="batch")
+        mdnorm.insert(model, "", num_labels=1, estimator="batch", prior=0)
         with mdnorm.metadata(model, metadata, labels):
             out = model(features)
         out = out[0] if tuple_output else out
@@ -216,7 +226,7 @@ class TestWhatItDoes:
 
     def test_the_gradient_goes_through_the_coefficients(self):
         model = nn.Sequential(nn.Linear(3, 2)).double()
-        mdnorm.insert(model, "0", estimator="batch")
+        mdnorm.insert(model, "0", num_labels=1, estimator="batch")
         images, metadata, labels = data(12, shape=(3,))
 
         def function(images):
@@ -256,13 +266,13 @@ class TestWhatItDoes:
         left, metadata, labels = data(shape=(6,))
         right = data(seed=1, shape=(6,))[0] + 2 * metadata[:, 1:]
         before = model(left, right)
-        mdnorm.insert(model, "encoder", estimator="batch", momentum=None)
+        mdnorm.insert(model, "encoder", num_labels=1, estimator="batch", window=math.inf, prior=0)
         with mdnorm.metadata(model, metadata, labels):
             outputs = model(left, right)
         for output, features in zip(outputs, before, strict=True):
             expected = residual(features.detach().numpy(), metadata.numpy(), labels.numpy())
             torch.testing.assert_close(output, torch.as_tensor(expected))
-        assert float(model.encoder.metadata_norm.estimator.gram_count) == 80
+        assert float(model.encoder.metadata_norm.estimator.weight) == 80
 
     def test_a_module_in_two_places_has_one_layer(self):
         shared = nn.Linear(4, 4)
@@ -275,7 +285,7 @@ class TestWhatItDoes:
         """A container in its place would have no weight; the fast path of torch gives way to it."""
         layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).double().eval()
         tokens, metadata, _ = data(shape=(3, 8))
-        mdnorm.insert(layer, "linear2", granularity="channel", channel_dim=-1, num_metadata=2, num_labels=0)
+        mdnorm.insert(layer, "linear2", granularity="channel", channel_dim=-1, num_metadata=2, prior=0)
         with torch.no_grad(), mdnorm.metadata(layer, metadata):
             mdnorm.recalibrate(layer, [(tokens, metadata)], progress=False)
             outputs = recorded(layer, "linear2", lambda: layer(tokens))
@@ -334,7 +344,7 @@ class TestOutputs:
         features, metadata, labels = data(shape=(3,))
         originals = []
         model.register_forward_hook(lambda _, __, output: originals.append((output, get(output))))
-        mdnorm.insert(model, "", estimator="batch", output=selector)
+        mdnorm.insert(model, "", num_labels=1, estimator="batch", prior=0, output=selector)
         with mdnorm.metadata(model, metadata, labels):
             out = model(features)
         assert type(out) is kind
@@ -348,7 +358,7 @@ class TestOutputs:
     def test_what_is_beside_it_stays(self):
         model = Giving(lambda f: Result(f + 1, f, "note"))
         features, metadata, labels = data(shape=(3,))
-        mdnorm.insert(model, "", estimator="batch", output="features")
+        mdnorm.insert(model, "", num_labels=1, estimator="batch", output="features")
         with mdnorm.metadata(model, metadata, labels):
             out = model(features)
         assert torch.equal(out.logits, features + 1)
@@ -384,7 +394,8 @@ class TestOutputs:
         features, metadata, labels = data(shape=(5, 3))
         features = features if batch_first else features.transpose(0, 1)
         before, (hidden, _) = model(features)
-        mdnorm.insert(model, "", estimator="batch", sample_dim=0 if batch_first else 1)
+        options = {"num_labels": 1, "estimator": "batch", "prior": 0}
+        mdnorm.insert(model, "", sample_dim=0 if batch_first else 1, **options)
         with mdnorm.metadata(model, metadata, labels):
             after, (same, _) = model(features)
         assert torch.equal(hidden, same)
@@ -434,28 +445,30 @@ class TestAgain:
         assert [row.is_new for row in first] == [True, False]
 
     def test_an_estimator_is_compared_by_its_settings_and_each_layer_has_its_own(self):
-        model = Net()
-        mdnorm.insert(model, ["fc1", "head"], estimator=RunningEstimator(window=100))
-        mdnorm.insert(model, ["fc1", "head"], estimator=RunningEstimator(window=100))
+        model, sizes = Net(), {"num_metadata": 2, "example": data(3)[0]}
+        for _ in range(2):
+            own = functools.partial(LeastSquares, window=100)
+            mdnorm.insert(model, ["fc1", "head"], estimator=own, **sizes)
         assert model.fc1.metadata_norm.estimator is not model.head.metadata_norm.estimator
-        with pytest.raises(ValueError, match="with other options"):
-            mdnorm.insert(model, ["fc1"], estimator=RunningEstimator(window=200))
+        assert not any(row.is_new for row in mdnorm.insert(model, "fc1", window=100, **sizes))
+        with pytest.raises(ValueError, match=r"other options \(window=100 instead of 200\)"):
+            mdnorm.insert(model, ["fc1"], estimator=functools.partial(LeastSquares, window=200), **sizes)
 
     def test_every_setting_of_an_estimator_counts(self):
-        class Own(RunningEstimator):
-            def __init__(self, share, **settings):
-                super().__init__(**settings)
+        class Own(LeastSquares):
+            def __init__(self, *sizes, share, **settings):
+                super().__init__(*sizes, **settings)
                 self.share = share
 
         model = Net()
-        mdnorm.insert(model, "fc1", estimator=RunningEstimator(reduction="sum"))
-        mdnorm.insert(model, "head", estimator=Own(0.5))
-        mdnorm.insert(model, "head", estimator=Own(0.5))
+        mdnorm.insert(model, "fc1", estimator=functools.partial(LeastSquares, reduction="sum"))
+        for _ in range(2):
+            mdnorm.insert(model, "head", estimator=Own, share=0.5)
         with pytest.raises(ValueError, match=r"\(reduction='sum' instead of 'mean'\)"):
-            mdnorm.insert(model, "fc1", estimator=RunningEstimator())
+            mdnorm.insert(model, "fc1", estimator=LeastSquares)
         with pytest.raises(ValueError, match=r"\(share=0.5 instead of 0.25\)"):
-            mdnorm.insert(model, "head", estimator=Own(0.25))
-        with pytest.raises(ValueError, match=r"estimator=Own instead of RunningEstimator"):
+            mdnorm.insert(model, "head", estimator=functools.partial(Own, share=0.25))
+        with pytest.raises(ValueError, match=r"\(estimator=Own instead of 'running'\)"):
             mdnorm.insert(model, "head")
 
     @pytest.mark.parametrize("trained", [False, True])
@@ -469,25 +482,14 @@ class TestAgain:
         for options in (
             {},
             {"estimator": "running"},
-            {"estimator": RunningEstimator()},
-            {"granularity": "element", "ridge": 0, "scale": False},
+            {"estimator": LeastSquares},
+            {"granularity": "element", "prior": 1, "scale": False, "num_labels": 0},
             {"process_group": "auto"},
         ):
             assert not any(row.is_new for row in mdnorm.insert(model, "fc1", **options)), options
-        for options in ({"estimator": "batch"}, {"scale": True}, {"process_group": "world"}):
+        for options in ({"estimator": "batch"}, {"scale": True}, {"process_group": "world"}, {"prior": 0}):
             with pytest.raises(ValueError, match="with other options"):
                 mdnorm.insert(model, "fc1", **options)
-
-    def test_an_instance_goes_where_the_module_is(self):
-        with torch.device("meta"):
-            model = nn.Sequential(nn.Linear(8, 4))
-        estimator = RunningEstimator()
-        mdnorm.insert(
-            model, "0", estimator=estimator, num_features=4, num_metadata=2, num_labels=1, scale=True
-        )
-        layer = model[0].metadata_norm
-        assert {buffer.device.type for buffer in layer.buffers()} == {"meta"}
-        assert estimator.placement.device.type == "cpu"
 
     def test_other_options_are_an_error_that_leaves_the_model(self):
         model = Net()
@@ -510,7 +512,7 @@ class TestAgain:
 
     def test_wrong_options_leave_the_model(self):
         model = Net()
-        for options, error in (({"momentum": 3.0}, ValueError), ({"windows": 3}, TypeError)):
+        for options, error in (({"window": -1}, ValueError), ({"windows": 3}, TypeError)):
             with pytest.raises(error, match="after 'fc1': "):
                 mdnorm.insert(model, ["fc1", "head"], **options)
         assert len(insertions(model)) == 0
@@ -547,7 +549,7 @@ class TestRemove:
     def test_then_insert_again(self):
         model = Net()
         for window in (100, 200):
-            mdnorm.insert(model, "fc1", window=window)
+            mdnorm.insert(model, "fc1", num_metadata=2, num_features=4, window=window)
             assert model.fc1.metadata_norm.estimator.window == window
             mdnorm.remove(model)
 
@@ -556,7 +558,7 @@ class TestState:
     def trained(self):
         model = Net()
         images, metadata, labels = data()
-        mdnorm.insert(model, ["features", "fc1"])
+        mdnorm.insert(model, ["features", "fc1"], num_labels=1)
         with mdnorm.metadata(model, metadata, labels):
             model(images)
         return model.eval(), images, metadata
@@ -576,7 +578,7 @@ class TestState:
         torch.save(model.state_dict(), file)
         file.seek(0)
         twin = Net()
-        mdnorm.insert(twin, ["features", "fc1"])
+        mdnorm.insert(twin, ["features", "fc1"], num_labels=1)
         twin.load_state_dict(torch.load(file, weights_only=True))
         assert torch.equal(self.run(twin.eval(), images, metadata), self.run(model, images, metadata))
 
@@ -749,7 +751,7 @@ def test_compiled_outputs_that_are_no_tensor():
 def test_recalibrate_feeds_inserted_layers():
     model = Net()
     images, metadata, labels = data(100)
-    mdnorm.insert(model, ["features", "fc1"])
+    mdnorm.insert(model, ["features", "fc1"], num_labels=1, prior=0)
     batches = [(images[part], metadata[part], labels[part]) for part in torch.arange(100).split(30)]
     order = mdnorm.recalibrate(model, batches, progress=False)
     assert order == ["features.metadata_norm", "fc1.metadata_norm"]
@@ -762,3 +764,126 @@ def test_recalibrate_feeds_inserted_layers():
     design = torch.cat([metadata, labels, torch.ones(100, 1)], dim=1)
     slopes = torch.linalg.lstsq(design, out).solution[:2]
     torch.testing.assert_close(slopes, torch.zeros_like(slopes), atol=1e-10, rtol=0)
+
+
+@pytest.mark.filterwarnings("default")
+class TestWarnings:
+    """A layer behind the output layer, or where nothing would be corrected."""
+
+    OUTPUT = "the output of {!r} is that of the {}: logits would be corrected"
+
+    def run(self, model, *inputs):
+        with mdnorm.metadata(model, torch.randn(len(inputs[0]), 2)):
+            return model(*inputs)
+
+    def silent(self, function):
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            return function()
+
+    def test_the_last_module_of_containers_at_once(self):
+        model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 2)))
+        with pytest.warns(UserWarning, match=self.OUTPUT.format("1.1", "Sequential")) as caught:
+            mdnorm.insert(model, "1.1")
+        assert len(caught) == 1
+        self.silent(lambda: self.run(model, torch.randn(5, 3)))
+        mdnorm.remove(model)
+        self.silent(lambda: mdnorm.insert(model, "0"))
+        self.silent(lambda: self.run(model, torch.randn(5, 3)))
+
+    @pytest.mark.parametrize("with_example", [True, False])
+    @pytest.mark.parametrize(
+        ("give", "is_output"),
+        [
+            (lambda logits: logits, True),
+            (lambda logits: logits.squeeze(1), True),
+            (lambda logits: {"loss": logits.mean(), "logits": logits[:, 0]}, True),
+            (lambda logits: (logits.mean(1), logits), True),
+            (lambda logits: Result(logits), True),
+            (lambda logits: 2 * logits, False),
+            (lambda logits: logits.mean(0), False),
+        ],
+    )
+    def test_any_model_with_an_example_or_at_its_first_forward_pass(self, with_example, give, is_output):
+        class Classifier(nn.Module):
+            def __init__(self):
+                super().__init__()
+                # Registered in another order than they run.
+                self.head, self.encoder = nn.Sequential(nn.Linear(4, 1)), nn.Linear(3, 4)
+
+            def forward(self, x):
+                return give(self.head(self.encoder(x)))
+
+        model, x = Classifier(), torch.randn(6, 3)
+        for training in (True, False):
+            model.train(training)
+            self.silent(lambda: mdnorm.insert(model, "encoder", example=x if with_example else None))
+            self.silent(lambda: self.run(model, x))
+            for name in ("head", "head.0"):
+                options = {"example": x} if with_example else {}
+
+                def both(name=name, options=options):
+                    mdnorm.insert(model, name, **options)
+                    self.run(model, x)
+
+                if is_output:
+                    with pytest.warns(UserWarning, match=self.OUTPUT.format(name, "Classifier")) as caught:
+                        both()
+                    assert len(caught) == 1
+                else:
+                    self.silent(both)
+                self.silent(lambda: self.run(model, x))
+                mdnorm.remove(model, name)
+            mdnorm.remove(model)
+            assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_an_encoder_says_that_it_is_one(self):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+        self.silent(lambda: mdnorm.insert(model, ""))
+        self.silent(lambda: self.run(model, torch.randn(5, 3)))
+
+    def test_a_module_that_does_not_run(self):
+        class Functional(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.used, self.read, self.head = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 1)
+
+            def forward(self, x):
+                return self.head(nn.functional.linear(self.used(x), self.read.weight, self.read.bias))
+
+        model = Functional()
+        mdnorm.insert(model, ["used", "read"])
+        for twin in (copy.deepcopy(model), copy.deepcopy(copy.deepcopy(model)), model):
+            with pytest.warns(UserWarning, match="'read' did not run in the first forward pass") as caught:
+                self.run(twin, torch.randn(5, 3))
+            assert len(caught) == 1
+            self.silent(lambda twin=twin: self.run(twin, torch.randn(5, 3)))
+
+    def test_a_forward_pass_that_fails_does_not_count(self):
+        model = Net()
+        mdnorm.insert(model, "head", num_metadata=2)
+        with pytest.raises(RuntimeError, match="got no metadata"):
+            model(data(5)[0])
+        images, metadata, _ = data(5)
+        with (
+            pytest.warns(UserWarning, match=self.OUTPUT.format("head", "Net")),
+            mdnorm.metadata(model, metadata),
+        ):
+            model(images)
+        assert not model.head.metadata_norm._forward_hooks
+
+    def test_the_projection_inside_of_attention(self):
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+        message = (
+            r"'layers\.0\.self_attn\.out_proj' lends its weights .* Insert after 'layers\.0\.self_attn'\."
+        )
+        for after in ("layers.0.self_attn.out_proj", model.layers[0].self_attn.out_proj):
+            with pytest.raises(ValueError, match=message):
+                mdnorm.insert(model, after)
+        for after in ("**.out_proj", type(model.layers[0].self_attn.out_proj)):
+            message = "matches only modules whose weights .*after 'layers.0.self_attn', 'layers.1.self_attn'"
+            with pytest.raises(ValueError, match=message):
+                mdnorm.insert(model, after)
+        # Others of the class have a layer.
+        names = [row.name for row in mdnorm.insert(model, nn.Linear)]
+        assert names == [f"layers.{index}.linear{number}" for index in (0, 1) for number in (1, 2)]

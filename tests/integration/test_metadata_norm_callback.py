@@ -55,7 +55,7 @@ def test_the_same_as_a_loop_by_hand(tmp_path):
     callback = MetadataNormCallback("both", "label", after="encoder", inputs="images", window=100)
     trainer([callback], tmp_path).fit(model, *loaders())
 
-    mdnorm.insert(twin, "encoder", window=100)
+    mdnorm.insert(twin, "encoder", num_labels=None, window=100)
     optimizer = twin.configure_optimizers()
     for _ in range(2):
         for batch in loaders()[0]:
@@ -125,7 +125,7 @@ def test_dependence_with_labels_that_are_no_class_indices(tmp_path, labels):
 def test_several_layers_have_prefixes_and_tuples_are_taken_apart(tmp_path):
     model = DictModel()
     callback = MetadataNormCallback(
-        2, 1, after=["encoder", "pair"], output=lambda o: o[1] if isinstance(o, tuple) else o
+        2, 1, after=["encoder", "pair"], output=lambda o: o[1] if isinstance(o, tuple) else o, prior=0
     )
     fit = trainer([callback], tmp_path)
     fit.fit(model, *loaders("tuple"))
@@ -201,11 +201,81 @@ def test_recalibration_can_be_left_out(tmp_path):
     assert not torch.allclose(exact, running)
 
 
+@pytest.mark.parametrize("metadata", [["age", "sex"], lambda batch: {k: batch[k] for k in ("age", "sex")}])
+def test_raw_columns_with_a_design(tmp_path, metadata):
+    """The same as by hand; dependence is logged with the names of the design's columns."""
+    torch.manual_seed(0)
+    model, twin = DictModel(), DictModel()
+    twin.load_state_dict(model.state_dict())
+    table = {key: make_data()[key] for key in ("age", "sex", "label")}
+    design = mdnorm.Design("poly(age, 2) + sex", labels="label").fit(table)
+    callback = MetadataNormCallback(metadata, "label", after="encoder", inputs="images", design=design)
+    fit = trainer([callback], tmp_path)
+    fit.fit(model, *loaders())
+
+    mdnorm.insert(twin, "encoder", design=design)
+    optimizer = twin.configure_optimizers()
+    for _ in range(2):
+        for batch in loaders()[0]:
+            with mdnorm.metadata(twin, *design.transform(batch, dtype=torch.float64)):
+                loss = twin.training_step(batch, 0)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+    columns, labels = design.transform(table, dtype=torch.float64)
+    mdnorm.recalibrate(twin, [(make_data()["images"], columns, labels)], progress=False)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-4, atol=1e-5, msg=name)
+    columns = [name.split("/")[1] for name in fit.callback_metrics if name.startswith("dcor2/")]
+    assert set(columns) == {*design.metadata_names, "joint"}
+
+
+def test_weights_and_a_mask(tmp_path):
+    class Tokens(DictModel):
+        """Eight positions with one value each."""
+
+        def __init__(self):
+            super().__init__()
+            self.encoder = nn.Linear(1, 4)
+
+        def forward(self, images):
+            return self.head(self.pair(self.encoder(images[..., None]))[1].mean(1)).squeeze(1)
+
+        def loss(self, batch):
+            return nn.functional.binary_cross_entropy_with_logits(
+                self(batch["images"]), batch["label"].float()
+            )
+
+    model, data = Tokens(), make_data()
+    options = {"granularity": "channel", "channel_dim": -1, "prior": 0, "estimator": "batch"}
+    callback = MetadataNormCallback(
+        "both",
+        weights=lambda batch: batch["label"] + 1,
+        mask=lambda batch: batch["images"] > -1,
+        after="encoder",
+        inputs="images",
+        log_dependence=False,
+        **options,
+    )
+    trainer([callback], tmp_path).fit(model, *loaders())
+    mask, weights = data["images"] > -1, data["label"] + 1
+    with torch.no_grad():
+        features = nn.functional.linear(
+            data["images"][..., None], model.encoder.weight, model.encoder.bias
+        ).double()
+    rows = data["both"][:, None].expand(-1, 8, -1)[mask].double()
+    root = weights[:, None].expand(-1, 8)[mask].double().sqrt()[:, None]
+    design = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1)
+    expected = torch.linalg.lstsq(design * root, features[mask] * root).solution[:2]
+    actual = model.encoder.metadata_norm.coefficients.double()
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_two_processes_recalibrate_on_the_data_of_both(tmp_path):
     model = DictModel()
     del model.unused
     # What is spawned brings back the state only: the layer must be there before.
-    mdnorm.insert(model, "encoder", num_metadata=2, num_labels=1, num_features=4)
+    mdnorm.insert(model, "encoder", num_metadata=2, num_labels=1, num_features=4, prior=0)
     callback = MetadataNormCallback("both", "label", inputs="images", log_dependence=False)
     # 48 samples: a DistributedSampler repeats none.
     loader = DataLoader(Data("dict", stop=48), batch_size=8)
@@ -216,7 +286,7 @@ def test_two_processes_recalibrate_on_the_data_of_both(tmp_path):
         features = nn.functional.linear(data["images"], model.encoder.weight.double())
     design = torch.cat([data["both"], data["label"][:, None], torch.ones(48, 1)], dim=1)
     expected = torch.linalg.lstsq(design, features).solution[:2]
-    actual = model.encoder.metadata_norm.estimator.coefficients
+    actual = model.encoder.metadata_norm.coefficients
     torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
 
 

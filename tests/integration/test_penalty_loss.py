@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from mdnorm import MetadataNorm, fit_gram, parameter_groups, penalty_loss
+from mdnorm.estimators import Penalty
 
 
 class Net(nn.Module):
@@ -90,8 +91,9 @@ def test_errors():
         with pytest.raises(ValueError, match="Sequential has no MetadataNorm with estimator='penalty'"):
             function(plain)
     lazy = MetadataNorm(None, 2, 1, estimator="penalty")
-    with pytest.raises(ValueError, match="does not know its sizes yet"):
-        parameter_groups(lazy)
+    for model in (lazy, nn.ModuleList([lazy, net])):
+        with pytest.raises(ValueError, match="does not know its sizes yet"):
+            parameter_groups(model)
 
 
 def test_a_forward_pass_without_gradient_is_an_error_and_not_a_silent_zero():
@@ -104,7 +106,7 @@ def test_a_forward_pass_without_gradient_is_an_error_and_not_a_silent_zero():
     with pytest.raises(RuntimeError, match="without gradient"):
         penalty_loss(net)
     for estimator in net.modules():
-        if getattr(estimator, "name", None) == "penalty":
+        if isinstance(estimator, Penalty):
             estimator.weight.requires_grad_(False)
     net(images, metadata, labels)
     assert not penalty_loss(net).requires_grad

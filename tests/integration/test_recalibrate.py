@@ -20,7 +20,7 @@ class Net(nn.Module):
     def __init__(self, estimator="batch", num_labels=0, sizes=(2, True), center=False, **options):
         super().__init__()
         k_m, known = sizes
-        options = options | {"estimator": estimator, "center": center}
+        options = {"prior": 0.0} | options | {"estimator": estimator, "center": center}
         labels = num_labels if known else None
         self.head_norm = MetadataNorm(3 if known else None, k_m if known else None, labels, **options)
         self.conv_norm = MetadataNorm(
@@ -118,10 +118,12 @@ def test_coefficients_are_those_of_lstsq_layer_after_layer(estimator, dtype, cen
     for name in ORDER:
         f = inputs[name].mean(-1) if inputs[name].ndim == 3 else inputs[name]
         beta = np.linalg.lstsq(x, f.numpy(), rcond=None)[0]
-        expected = beta[[0, 1, 3]] if center else beta[:2]
-        actual = getattr(net, name).estimator.coefficients
+        layer = getattr(net, name)
         tolerance = 1e-6 if dtype == torch.float32 else 1e-11
-        np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * np.abs(beta).max())
+        np.testing.assert_allclose(layer.coefficients, beta[:2], rtol=0, atol=tolerance * np.abs(beta).max())
+        if center:
+            intercept = layer.estimator.coefficients[2]
+            np.testing.assert_allclose(intercept, beta[3], rtol=0, atol=tolerance * np.abs(beta).max())
         partial = np.linalg.lstsq(x, outs[name].double().numpy(), rcond=None)[0][:2]
         assert np.abs(partial).max() < tolerance * np.abs(f.numpy()).max()
 
@@ -203,7 +205,7 @@ def test_a_layer_that_runs_twice_gets_the_fit_over_both_inputs():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
-            self.norm = MetadataNorm(3, 1, estimator="batch", dtype=torch.float64)
+            self.norm = MetadataNorm(3, 1, estimator="batch", prior=0, dtype=torch.float64)
 
         def forward(self, first, second, metadata):
             return self.norm(first, metadata), self.norm(second, metadata)
@@ -214,18 +216,18 @@ def test_a_layer_that_runs_twice_gets_the_fit_over_both_inputs():
     recalibrate(net, [(first, second, metadata)])
     x = design_matrix(torch.cat([metadata, metadata]))
     beta = np.linalg.lstsq(x, torch.cat([first, second]).numpy(), rcond=None)[0]
-    np.testing.assert_allclose(net.norm.estimator.coefficients, beta[:1], atol=1e-12)
+    np.testing.assert_allclose(net.norm.coefficients, beta[:1], atol=1e-12)
 
 
 def test_behind_a_scale():
     """The running scale stays, and the fit is made behind it."""
     images, metadata, labels = data(dtype=torch.float64)
     net = trained("batch", images, metadata, labels, torch.float64, scale=True)
-    scales = {name: getattr(net, name).scale_estimator.coefficients.clone() for name in ORDER}
+    scales = {name: getattr(net, name).spread.coefficients.clone() for name in ORDER}
     recalibrate(net, [(images, metadata)])
     x = design_matrix(metadata)
     for name, out in residuals(net, images, metadata).items():
-        assert torch.equal(getattr(net, name).scale_estimator.coefficients, scales[name])
+        assert torch.equal(getattr(net, name).spread.coefficients, scales[name])
         np.testing.assert_allclose(np.linalg.lstsq(x, out.numpy(), rcond=None)[0][:2], 0, atol=1e-11)
 
 
@@ -258,15 +260,15 @@ def test_dropout_is_off_and_nothing_is_recorded_for_gradients():
 def test_what_comes_afterwards_outweighs_it_within_some_windows(estimator):
     """A data set of 50 000 samples must not hold a window of 500 for as long as it took to see them."""
     generator = torch.Generator().manual_seed(0)
-    layer = MetadataNorm(1, 1, estimator=estimator, window=500, dtype=torch.float64)
+    layer = MetadataNorm(1, 1, estimator=estimator, window=500, prior=0, dtype=torch.float64)
     metadata = torch.randn(50_000, 1, generator=generator, dtype=torch.float64)
     fit_gram(layer, metadata)
     recalibrate(layer, [(metadata, metadata)], progress=False)
-    torch.testing.assert_close(layer.estimator.coefficients, torch.ones(1, 1, dtype=torch.float64))
+    torch.testing.assert_close(layer.coefficients, torch.ones(1, 1, dtype=torch.float64))
     # Three windows for the average of "running", and some to forget.
     for part in metadata[:8000].split(20):
         layer.train()(5 * part, part)
-    assert float(layer.estimator.coefficients) == pytest.approx(5, abs=0.15)
+    assert float(layer.coefficients) == pytest.approx(5, abs=0.15)
 
 
 def test_a_layer_that_runs_in_later_batches_only():
@@ -305,7 +307,7 @@ class InContext(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.body, self.norm = nn.Linear(6, 4), MetadataNorm(4, 2, 1)
+        self.body, self.norm = nn.Linear(6, 4), MetadataNorm(4, 2, 1, prior=0)
 
     def forward(self, images):
         return self.norm(self.body(images.flatten(1)))
@@ -331,7 +333,7 @@ class TestHowTheModelIsCalled:
         x = design_matrix(metadata - metadata.mean(0), labels)
         expected = np.linalg.lstsq(x, features.numpy(), rcond=None)[0][:2]
         for model in models:
-            np.testing.assert_allclose(model.norm.estimator.coefficients, expected, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(model.norm.coefficients, expected, rtol=0, atol=1e-5)
 
     def test_a_mapping_that_is_no_dict(self):
         """The batches of transformers' tokenizers are such mappings."""
@@ -399,7 +401,7 @@ class TestErrors:
         images, metadata, labels = data()
         net = trained("batch", images, metadata, labels)
         images[3, 0, 2] = bad
-        with pytest.raises(ValueError, match="features at the layer 'conv_norm' have NaN or infinite"):
+        with pytest.raises(ValueError, match="'conv_norm': features has NaN or infinite values in column"):
             recalibrate(net, [(images, metadata)])
 
     def test_no_layer(self):

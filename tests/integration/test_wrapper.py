@@ -24,9 +24,9 @@ def make_model(**options):
 class Classifier(nn.Module):
     """As those of transformers: gives its loss if it gets labels."""
 
-    def __init__(self):
+    def __init__(self, **options):
         super().__init__()
-        self.body = make_model()
+        self.body = make_model(**options)
 
     def forward(self, images, labels=None, scale=1.0):
         logits = scale * self.body(images)
@@ -200,7 +200,7 @@ class TestRecalibrate:
             (images, metadata, labels),
             {"images": images, "metadata": metadata, "labels": labels},
         ):
-            wrapper = WithMetadata(Classifier())
+            wrapper = WithMetadata(Classifier(prior=0.0))
             assert mdnorm.recalibrate(wrapper, [batch], progress=False) == ["model.body.1"]
             # Among samples of one label what is left is not exactly uncorrelated; with it in the model it is.
             features = wrapper.model.body[:2].eval()

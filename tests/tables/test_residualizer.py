@@ -29,7 +29,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 
 import mdnorm.tables
 import reference
-from mdnorm.functional import metadata_norm
+from mdnorm import metadata_norm
 from mdnorm.sklearn import MetadataResidualizer
 
 with warnings.catch_warnings():
@@ -368,7 +368,7 @@ def test_estimates_after_partial_fit_are_those_of_all_rows_and_survive_copies() 
 def test_a_failed_partial_fit_changes_nothing() -> None:
     features, frame, label = _table()
     residualizer = MetadataResidualizer(site="site").fit(features, label, metadata=frame)
-    before = residualizer.moments_["york"].cross.copy()
+    before = residualizer.moments_["york"].cross.clone()
     spoilt = frame.assign(age=np.nan)
     with pytest.raises(ValueError, match="metadata column 'age' has NaN"):
         residualizer.partial_fit(features, label, metadata=spoilt)

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 
 from mdnorm.design import Design
 from mdnorm.sklearn import MetadataResidualizer
-from mdnorm.tables import MetadataModel, Moments
+from mdnorm.tables import MetadataModel
 from mdnorm.tables import model as model_module
+from mdnorm.tables.combat import SiteCodes
 from mdnorm.tables.design_sample import DesignSample
 from mdnorm.tables.files import ArrayFile, TableFileError
-from mdnorm.tables.model import SiteCodes, block_moments
 from mdnorm.tables.streaming import _KeptDesign, residualize_file
 
 N, D = 700, 5
@@ -236,20 +236,6 @@ def test_any_array_any_batch(n: int, d: int, k: int, batch: int, seed: int, orde
     wanted = features - (metadata - metadata.mean(0)) @ beta
     scale = np.abs(features).max()
     np.testing.assert_allclose(np.load(tmp_path / "o.npy") / scale, wanted / scale, atol=1e-8)
-
-
-@pytest.mark.parametrize("order", ["C", "F"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_block_moments_are_moments(dtype: Any, order: Any) -> None:
-    rng = np.random.default_rng(0)
-    features = np.asarray(rng.standard_normal((5000, 200)) * 3 + 1e4, dtype=dtype, order=order)
-    design = rng.standard_normal((5000, 3)) - 1e3
-    before = features.copy()
-    ours = block_moments(features, design[:, :2], design[:, 2:])
-    theirs = Moments.empty(200, 2, 1).update(features, design)
-    for name, array in theirs.to_arrays().items():
-        np.testing.assert_allclose(ours.to_arrays()[name], array, rtol=1e-9, atol=1e-6, err_msg=name)
-    np.testing.assert_array_equal(features, before)
 
 
 # --------------------------------------------------------------------------------------------------------

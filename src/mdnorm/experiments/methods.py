@@ -83,7 +83,7 @@ _RECURSIVE = {"estimator": "recursive", "window": 500}
 _PENALTY: dict[str, Any] = {"estimator": "penalty"}
 # A rate of n / 500 moves β by that share towards the estimate of a batch of n: the same memory again.
 _PENALTY_RATE = {"window": 500}
-_AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "momentum": 0.1}
+_AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "window": 2000, "prior": 0}
 
 _ADVERSARY: dict[str, Any] = {"strength": 30.0, "learning_rate": 1e-2, "steps": 5, "memory": 10}
 

@@ -1,16 +1,18 @@
-"""Whole models: metadata statistics, recalibration, penalties for every layer; what a layer knows."""
+"""Whole models: layers put in, fed, recalibrated and saved; what a layer knows about the metadata."""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mdnorm.integration.applied import Insertion
 from mdnorm.integration.dependence import DependenceRecorder
 from mdnorm.integration.design import AttachedDesign, attach_design, design_of
 from mdnorm.integration.gram import fit_gram
-from mdnorm.integration.insert import Insertion, InsertionReport, insert, insertions, remove
+from mdnorm.integration.insert import InsertionReport, insert, insertions, remove
 from mdnorm.integration.penalty import parameter_groups, penalty_loss
 from mdnorm.integration.recalibrate import recalibrate
+from mdnorm.integration.saving import load, save
 from mdnorm.integration.wrapper import WithMetadata
 
 if TYPE_CHECKING:
@@ -31,10 +33,12 @@ __all__ = [
     "fit_gram",
     "insert",
     "insertions",
+    "load",
     "parameter_groups",
     "penalty_loss",
     "recalibrate",
     "remove",
+    "save",
 ]
 
 # Classes of packages which are not imported unless they are used.

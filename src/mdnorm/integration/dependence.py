@@ -191,6 +191,9 @@ class LayerOutputs:
             )
         if output.ndim == 0:
             raise ValueError(f"{what} is a single number, it must have one row per sample.")
+        if output.is_nested:
+            # Sequences of several lengths, as nn.TransformerEncoder makes of padded tokens.
+            output = torch.stack([part.mean(0) for part in output.detach().float().unbind()])
         # A copy, since the layer behind may work in place (a ReLU often does).
         rows = output.detach().to(torch.float32, copy=True)
         self._outputs.append(rows.reshape(rows.shape[0], rows.shape[1:].numel()))
@@ -279,6 +282,8 @@ class DependenceRecorder:
     -----
     - Put the model into evaluation mode yourself; the recorder changes neither mode nor gradients.
     - Where the layer runs several times between two updates, its rows are those of all runs, in order.
+    - Sequences of several lengths (nested tensors, which `nn.TransformerEncoder` makes of padded tokens in
+      evaluation) are measured by their means over the positions.
     - A model compiled by `torch.compile` runs uncompiled inside the block, since a compiled graph does not
       show what its layers put out.
     - Of several processes each measures its own samples; `mdnorm.metrics.DistanceCorrelation` measures those

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdnorm.design import Design
+from mdnorm.regression import statistics_dtype
 
 __all__ = ["AttachedDesign", "attach_design", "design_of"]
 
-_NAME = "metadata_design"
+DESIGN_NAME = "metadata_design"
+"""Of the child that `attach_design` gives a model."""
 
 
 class AttachedDesign(nn.Module):
@@ -31,9 +34,12 @@ class AttachedDesign(nn.Module):
     """
 
     json: Tensor
+    is_inserted: bool = False
+    """Whether `mdnorm.insert` put it there, and `mdnorm.remove` takes it out with the last layer."""
 
     def __init__(self, design: Design | None = None) -> None:
         super().__init__()
+        self._parsed: tuple[Tensor, int, Design] | None = None
         text = "" if design is None else design.to_json()
         # bytearray, since a tensor cannot share memory that is read-only.
         encoded = bytearray(text.encode("ascii"))
@@ -64,6 +70,41 @@ class AttachedDesign(nn.Module):
             return Design.from_json(bytes(self.json.cpu().tolist()).decode("ascii"))
         except UnicodeDecodeError as error:
             raise ValueError(f"the design in this model is damaged: {error}") from error
+
+    def columns_of_table(self, table: Any, *, with_labels: bool) -> tuple[Tensor, Tensor | None]:
+        """Return the metadata and label columns of a table, on the device of the model.
+
+        Parameters
+        ----------
+        table : table
+            As for `Design.transform`.
+        with_labels : bool
+            Whether to return label columns, where the design and the table have them.
+
+        Raises
+        ------
+        RuntimeError, TypeError, ValueError
+            There is no design, or what `Design.transform` refuses.
+        """
+        parsed, device = self._parsed, self.json.device
+        version = 0 if self.json.is_inference() else self.json._version
+        # Read again where a checkpoint brought another one, in place or as another tensor.
+        if parsed is None or parsed[0] is not self.json or parsed[1] != version:
+            parsed = self._parsed = (self.json, version, self.design())
+        matrices = parsed[2].transform(
+            table, labels=None if with_labels else False, dtype=statistics_dtype(device)
+        )
+        labels = matrices.labels
+        return matrices.metadata.to(device), None if labels is None else labels.to(device)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_parsed": None}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttachedDesign:
+        # Moved only: `torch.nn.Module.to_empty` would make other bytes of it.
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.json.device)).device
+        self.json = self.json.new_empty(0, device=device) if self.json.is_meta else self.json.to(device)
+        return self
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
@@ -108,15 +149,20 @@ def attach_design(model: nn.Module, design: Design | None = None) -> None:
     >>> design_of(fresh).transform({"age": 70}).metadata
     tensor([[0.]])
     """
-    attached = _attached(model)
-    if len(attached) == 1:
-        owner = next(module for module in model.modules() if attached[0] in module.children())
-        name = next(name for name, child in owner.named_children() if child is attached[0])
-        setattr(owner, name, AttachedDesign(design).to(attached[0].json.device))
+    present = _attached(model)
+    if len(present) == 1:
+        owner = next(module for module in model.modules() if present[0] in module.children())
+        name = next(name for name, child in owner.named_children() if child is present[0])
+        setattr(owner, name, AttachedDesign(design).to(present[0].json.device))
         return
-    if hasattr(model, _NAME):
-        raise ValueError(f"the model has something else of the name {_NAME!r}: rename it.")
-    model.add_module(_NAME, AttachedDesign(design))
+    if hasattr(model, DESIGN_NAME):
+        raise ValueError(f"the model has something else of the name {DESIGN_NAME!r}: rename it.")
+    attached = AttachedDesign(design)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not tensor.is_meta:
+            attached.to(tensor.device)
+            break
+    model.add_module(DESIGN_NAME, attached)
 
 
 def design_of(model: nn.Module) -> Design:

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from mdnorm import context
 from mdnorm.arrays import check_finite_columns, columns_of, label_columns
 from mdnorm.distributed import gather_or_raise, group_of
+from mdnorm.integration.design import AttachedDesign
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import Moments, NoSamplesError
 from mdnorm.regression import statistics_dtype
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from mdnorm.distributed import ProcessGroupSetting
 
 __all__ = ["fit_gram"]
+
+_Parts = tuple[Any, Any, Any]
 
 
 def fit_gram(
@@ -42,9 +46,10 @@ def fit_gram(
     ----------
     model : nn.Module
         A `MetadataNorm` or a model with such layers inside, all fed with the same metadata.
-    metadata : (N, K_m) tensor or array, or an iterable of batches
-        The metadata of the whole training set. An iterable (a `DataLoader`, a generator) is streamed: each
-        batch is `metadata`, `(metadata, labels)`, `(metadata, labels, weights)` or a dict with these keys.
+    metadata : (N, K_m) tensor or array, a table, or an iterable of batches
+        The metadata of the whole training set; a table (a dict of columns, a DataFrame) where the model has a
+        design. An iterable (a `DataLoader`, a generator) is streamed: each batch is `metadata`, `(metadata,
+        labels)`, `(metadata, labels, weights)` or a dict with these keys.
     labels : (N,) or (N, K_y), optional
         Labels where metadata is one table; class indices become one-hot as in the layer.
     weights : (N,), optional
@@ -75,7 +80,10 @@ def fit_gram(
         raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
     num_metadata = _common("num_metadata", {name: layer.num_metadata for name, layer in layers.items()})
     num_labels = _common("num_labels", {name: layer.num_labels for name, layer in layers.items()})
-    work = functools.partial(_moments, metadata, labels, weights, num_metadata, num_labels)
+    has_design = any(isinstance(module, AttachedDesign) for module in model.modules())
+    designed = model if has_design else None
+    batches = functools.partial(_batches, metadata, labels, weights, num_metadata, num_labels, designed)
+    work = functools.partial(_moments, batches, num_metadata, num_labels)
     moments = work() if group is None else _shared_moments(work, group)
     for layer in layers.values():
         layer.set_gram(moments)
@@ -83,15 +91,15 @@ def fit_gram(
 
 
 def _moments(
-    metadata: Any, labels: Any, weights: Any, num_metadata: int | None, num_labels: int | None
+    batches: Callable[[], Iterable[_Parts]], num_metadata: int | None, num_labels: int | None
 ) -> Moments:
     """Return the moments of the design of a whole training set, in one call or streamed."""
     moments: Moments | None = None
-    for batch in _batches(metadata, labels, weights, num_metadata, num_labels):
-        block = columns_of(batch[0], "metadata", num_columns=num_metadata)
+    for metadata, labels, weights in batches():
+        block = columns_of(metadata, "metadata", num_columns=num_metadata)
         blocks = {"metadata": block}
-        if batch[1] is not None:
-            columns = label_columns(batch[1], num_labels)
+        if labels is not None:
+            columns = label_columns(labels, num_labels)
             blocks["labels"] = columns_of(columns, "labels", num_samples=len(block), num_columns=num_labels)
         elif num_labels:
             raise ValueError(f"labels are needed: the layers have num_labels={num_labels}.")
@@ -104,7 +112,7 @@ def _moments(
             raise ValueError(
                 f"a batch has {design.shape[1]} design columns, the batches before it had {width}."
             )
-        moments.update(design[:, :0], design, batch[2])
+        moments.update(design[:, :0], design, weights)
     if moments is None or moments.units is None:
         raise NoSamplesError("no samples: the Gram matrix needs the metadata of the training set.")
     return moments
@@ -145,8 +153,17 @@ def _common(argument: str, values: dict[str, int | None]) -> int | None:
 
 
 def _batches(
-    metadata: Any, labels: Any, weights: Any, num_metadata: int | None, num_labels: int | None
-) -> Iterable[tuple[Any, Any, Any]]:
+    metadata: Any,
+    labels: Any,
+    weights: Any,
+    num_metadata: int | None,
+    num_labels: int | None,
+    model: nn.Module | None,
+) -> Iterable[_Parts]:
+    """Yield the batches; `model` is one with a design, which turns tables into columns."""
+    if model is not None and _is_table(metadata):
+        yield *context.columns_by_design(model, metadata, labels), weights
+        return
     if _is_array(metadata) or (
         isinstance(metadata, (list, tuple)) and metadata and _is_number_table(metadata)
     ):
@@ -158,15 +175,25 @@ def _batches(
             "when metadata is an iterable."
         )
     if _names_its_parts(metadata) or _is_pair(metadata, num_labels):
-        yield _parts_of(metadata)
+        yield _parts_of(metadata, model)
         return
     _refuse_rows(metadata, num_metadata)
     for batch in metadata:
-        yield _parts_of(batch)
+        yield _parts_of(batch, model)
 
 
-def _parts_of(batch: Any) -> tuple[Any, Any, Any]:
+def _is_table(values: Any) -> bool:
+    # What has the key is a batch.
+    return context.is_table(values) and not (isinstance(values, Mapping) and "metadata" in values)
+
+
+def _parts_of(batch: Any, model: nn.Module | None) -> _Parts:
     """Return metadata, labels and weights (None without) of what stands for a batch."""
+    parts = (batch, None, None) if model is not None and _is_table(batch) else _named_parts(batch)
+    return parts if model is None else (*context.columns_by_design(model, *parts[:2]), parts[2])
+
+
+def _named_parts(batch: Any) -> _Parts:
     if isinstance(batch, Mapping):
         if "metadata" not in batch:
             raise ValueError(

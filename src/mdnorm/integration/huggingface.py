@@ -35,11 +35,16 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     *args, **kwargs
         Of `Trainer`. The model must have its layers already.
     metadata : str
-        Key of the metadata in a batch, (n,) or (n, K_m); the data set and the collator must provide it.
-        `remove_unused_columns` spares it.
+        Key of the metadata in a batch, (n,) or (n, K_m) or a table; the data set and the collator must
+        provide it. `remove_unused_columns` spares it.
     protect : str or None
         Key of the labels whose effect is protected in training, the same that the model learns from as a
         rule; None for none. They stay in the batch.
+    weights : str or None
+        Key of the weights of the samples in the fit; None: all count the same.
+    mask : str or None
+        Key of the mask of the tokens that count, in batches that have it; it stays in the batch. See
+        `mdnorm.metadata` for the layers that use it. None: padding counts as data.
     recalibrate : bool
         Whether to recalibrate at the end of `train`, on the training data, of several processes on the shares
         of all.
@@ -47,7 +52,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     Raises
     ------
     ValueError
-        The model has no `MetadataNorm`.
+        The model has no `MetadataNorm`, or none with label columns for `protect`.
     KeyError
         At the first batch: it has no such key.
 
@@ -65,46 +70,64 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         *args: Any,
         metadata: str = "metadata",
         protect: str | None = "labels",
+        weights: str | None = None,
+        mask: str | None = "attention_mask",
         recalibrate: bool = True,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.metadata_key = metadata
         self.protected_key = protect
+        self.weights_key = weights
+        self.mask_key = mask
         self.recalibrates = recalibrate
         self._network = cast(nn.Module, self.model)
-        if not context.slots_of(self._network):
+        layers: list[Any] = [layer for layer, _ in context.slots_of(self._network)]
+        if not layers:
             raise ValueError(
                 f"{type(self._network).__name__} has no MetadataNorm: mdnorm.insert(model, after=…) before "
                 "the Trainer is made."
+            )
+        if protect is not None and all(layer.num_labels == 0 for layer in layers):
+            raise ValueError(
+                f"protect={protect!r}, but every MetadataNorm of the model has num_labels=0: give "
+                "mdnorm.insert the number of label columns, or protect=None for none."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        own = [key for key in (self.metadata_key, self.protected_key) if key is not None]
-        vars(self)["_signature_columns"] = [*columns, *(key for key in own if key not in columns)]
+        own = (self.metadata_key, self.protected_key, self.weights_key)
+        wanted = [key for key in own if key is not None and key not in columns]
+        vars(self)["_signature_columns"] = [*columns, *wanted]
 
     @contextmanager
-    def _given(self, model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def _given(self, model: nn.Module, inputs: dict[str, Any], with_labels: bool) -> Iterator[dict[str, Any]]:
+        """Give the layers what is theirs in a batch; yield the model's part of it."""
         inputs = dict(self._prepare_inputs(inputs))
         metadata = select(inputs, self.metadata_key, "the batch")
         del inputs[self.metadata_key]
-        labels = None
-        if self.protected_key is not None and (model.training or self.protected_key in inputs):
+        labels = weights = None
+        if self.protected_key is not None and (with_labels or self.protected_key in inputs):
             labels = select(inputs, self.protected_key, "the batch")
-        with context.metadata(model, metadata, labels):
+        if self.weights_key is not None and (with_labels or self.weights_key in inputs):
+            weights = select(inputs, self.weights_key, "the batch")
+            del inputs[self.weights_key]
+        mask = None if self.mask_key is None else inputs.get(self.mask_key)
+        # Models also take masks between pairs of tokens, which are none of positions.
+        mask = None if mask is None or mask.ndim != 2 else mask
+        with context.metadata(model, metadata, labels, weights, mask):
             yield inputs
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run forward and backward pass inside the context of the batch's metadata."""
         model.train()
-        with self._given(model, inputs) as rest:
+        with self._given(model, inputs, True) as rest:
             return super().training_step(model, rest, *args, **kwargs)
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run the forward pass inside the context of the batch's metadata."""
-        with self._given(model, inputs) as rest:
+        with self._given(model, inputs, False) as rest:
             return super().prediction_step(model, rest, *args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -124,11 +147,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         """
 
         def forward(model: nn.Module, batch: dict[str, Any]) -> Any:
-            # Without gradient here, unlike the model in training, whose mode decides whether labels must be.
-            inputs = dict(self._prepare_inputs(batch))
-            metadata = inputs.pop(self.metadata_key)
-            labels = None if self.protected_key is None else select(inputs, self.protected_key, "the batch")
-            with self.compute_loss_context_manager(), context.metadata(model, metadata, labels):
+            with self.compute_loss_context_manager(), self._given(model, batch, True) as inputs:
                 return model(**inputs)
 
         group: Literal["world", "local"] = "world" if self.args.world_size > 1 else "local"

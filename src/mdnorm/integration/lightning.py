@@ -17,15 +17,11 @@ from torch import Tensor
 from mdnorm import context
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
+from mdnorm.integration.applied import find_features, samples_first
 from mdnorm.integration.dependence import LayerOutputs, Selector, described, select
-from mdnorm.integration.insert import (
-    InsertionReport,
-    Target,
-    find_features,
-    insert,
-    insertions,
-    samples_first,
-)
+from mdnorm.integration.design import AttachedDesign, design_of
+from mdnorm.integration.insert import InsertionReport, insert, insertions
+from mdnorm.integration.places import Target
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames
@@ -321,9 +317,14 @@ class MetadataNormCallback(Callback):
     ----------
     metadata : str, int, callable, or list of them
         Where the metadata are in a batch: a key (or the name of an attribute), an index, or a function of the
-        batch, that gives (n,) or (n, K). A list of them gives one column each.
+        batch, that gives (n,) or (n, K). A list of them gives one column each. With a design (``design=``
+        among the options) a key of a table, or the keys of its columns.
     labels : str, int or callable, optional
-        Where the labels are that are to be protected in training.
+        Where the labels are that are to be protected in training. With a design, by default those of the
+        table.
+    weights, mask : str, int or callable, optional
+        Where weights of the samples in the fit and a mask of the positions that count are; see
+        `mdnorm.metadata`.
     after : str, type, or list of them, optional
         Behind which modules, as in `mdnorm.insert`. Without it, the layers are those that the module has (a
         model that is built in ``configure_model`` inserts them there).
@@ -345,7 +346,8 @@ class MetadataNormCallback(Callback):
     column_names : sequence of str, or mapping from str to sequence of int, optional
         Of `DependenceCallback`.
     **options
-        Of `MetadataNorm`, for `mdnorm.insert`.
+        `design` and options of `MetadataNorm`, for `mdnorm.insert`. With `labels` and without a design,
+        `num_labels` is by default that of the first batch.
 
     Attributes
     ----------
@@ -380,6 +382,8 @@ class MetadataNormCallback(Callback):
         metadata: Selector | list[Selector],
         labels: Selector | None = None,
         *,
+        weights: Selector | None = None,
+        mask: Selector | None = None,
         after: Target | Sequence[Target] | None = None,
         output: Selector | None = None,
         sample_dim: int = 0,
@@ -399,6 +403,8 @@ class MetadataNormCallback(Callback):
             raise ValueError("inputs and forward both say how to run the model: give one of them.")
         self.metadata = metadata
         self.labels = labels
+        self.weights = weights
+        self.mask = mask
         self.after = after
         self.output = output
         self.sample_dim = sample_dim
@@ -407,6 +413,8 @@ class MetadataNormCallback(Callback):
         self.recalibrate = recalibrate
         self.log_dependence = log_dependence
         self.column_names = column_names
+        if labels is not None and options.get("design") is None:
+            options = {"num_labels": None} | options
         self.options = options
         self.report: InsertionReport | None = None
         self._open = ExitStack()
@@ -535,15 +543,23 @@ class MetadataNormCallback(Callback):
 
     def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
         self._close()
+        metadata = self._metadata_of(pl_module, batch)
+        selectors = (self.labels if with_labels else None, self.weights if with_labels else None, self.mask)
+        rest = [part if part is None else select(batch, part, "the batch") for part in selectors]
+        self._open.enter_context(context.metadata(pl_module, metadata, *rest))
+
+    def _metadata_of(self, pl_module: LightningModule, batch: Any) -> Any:
+        """Return the metadata of a batch on the device of the module: columns, or a table for its design."""
+        has_design = any(isinstance(module, AttachedDesign) for module in pl_module.modules())
+        if has_design and isinstance(self.metadata, (list, tuple)):
+            return {str(key): select(batch, key, "the batch") for key in self.metadata}
+        if has_design and context.is_table(table := select(batch, self.metadata, "the batch")):  # type: ignore[arg-type]
+            return table
         metadata = _metadata_of(batch, self.metadata)
         if isinstance(self.metadata, (list, tuple)):
             # Columns that were put together in float64, which not every device has.
             metadata = metadata.to(statistics_dtype(pl_module.device))
-        metadata = metadata.to(pl_module.device)
-        labels = None
-        if with_labels and self.labels is not None:
-            labels = select(batch, self.labels, "the batch")
-        self._open.enter_context(context.metadata(pl_module, metadata, labels))
+        return metadata.to(pl_module.device)
 
     def _close(self) -> None:
         self._open.close()
@@ -560,6 +576,14 @@ class MetadataNormCallback(Callback):
 
     def _make_measures(self, pl_module: LightningModule) -> list[DependenceCallback]:
         names = [row.name for row in insertions(pl_module)]
+        metadata, column_names = self.metadata, self.column_names
+        if any(isinstance(module, AttachedDesign) for module in pl_module.modules()):
+            column_names = column_names or design_of(pl_module).metadata_names
+
+            def metadata(batch: Any) -> Any:
+                return context.columns_by_design(
+                    pl_module, self._metadata_of(pl_module, batch), with_labels=False
+                )[0]
 
         def features(name: str) -> Callable[[Any], Tensor]:
             return lambda output: samples_first(
@@ -569,9 +593,9 @@ class MetadataNormCallback(Callback):
         return [
             _InsertedDependence(
                 name,
-                self.metadata,
+                metadata,
                 self.labels,
-                column_names=self.column_names,
+                column_names=column_names,
                 output=features(name),
                 prefix="dcor2" if len(names) == 1 else f"dcor2/{name}",
             )

@@ -9,12 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm.estimators import Penalty
+from mdnorm.layer import MetadataNorm
 
 __all__ = ["parameter_groups", "penalty_loss"]
 
 
 def _estimators(model: nn.Module) -> list[Penalty]:
+    """Return the estimators of the "penalty" layers: there must be some, and none without its sizes."""
     found = [module for module in model.modules() if isinstance(module, Penalty)]
+    for layer in model.modules():
+        if isinstance(layer, MetadataNorm) and layer.estimator is None:
+            made = getattr(layer._make, "func", layer._make)
+            if isinstance(made, type) and issubclass(made, Penalty):
+                raise ValueError(
+                    "a layer with estimator='penalty' does not know its sizes yet: give num_features, "
+                    "num_metadata and num_labels, or run one batch first."
+                )
     if not found:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm with estimator='penalty'.")
     return found
@@ -55,8 +65,7 @@ def penalty_loss(model: nn.Module) -> Tensor:
             "model in training mode."
         )
     for estimator, loss in zip(estimators, ready, strict=True):
-        learns = estimator.weight is not None and estimator.weight.requires_grad
-        if torch.is_grad_enabled() and learns and not loss.requires_grad:
+        if torch.is_grad_enabled() and estimator.weight.requires_grad and not loss.requires_grad:
             raise RuntimeError(
                 "the last forward pass of a layer with estimator='penalty' was without gradient (under "
                 "torch.no_grad, or in reentrant activation checkpointing): its coefficients would not learn."
@@ -79,14 +88,7 @@ def parameter_groups(model: nn.Module, penalty: Mapping[str, Any] | None = None)
     ValueError
         No such layer, or one whose sizes are not known yet.
     """
-    coefficients = []
-    for estimator in _estimators(model):
-        if estimator.weight is None:
-            raise ValueError(
-                "a layer with estimator='penalty' does not know its sizes yet: give num_features, "
-                "num_metadata and num_labels, or run one batch first."
-            )
-        coefficients.append(estimator.weight)
+    coefficients = [estimator.weight for estimator in _estimators(model)]
     own = {id(parameter) for parameter in coefficients}
     network = [parameter for parameter in model.parameters() if id(parameter) not in own]
     return [{"params": network}, {"params": coefficients, "weight_decay": 0.0} | dict(penalty or {})]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -12,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm import context
+from mdnorm.arrays import design_columns, plain_features, position_mask, row_weights
 from mdnorm.distributed import gather_objects, gather_or_raise, group_of
 from mdnorm.integration.dependence import described
 from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.integration.wrapper import WithMetadata
-from mdnorm.layer import MetadataNorm
+from mdnorm.layer import MetadataNorm, coefficient_shape
 from mdnorm.moments import Moments, NoSamplesError
+from mdnorm.regression import as_matrix, position_dims
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -57,9 +61,11 @@ def recalibrate(
         ``model(*batch)`` for a tuple or list, else ``model(batch)``. Where metadata come from a context
         (`mdnorm.insert`, `mdnorm.WithMetadata`, a model whose forward takes no metadata and calls its layer
         as ``norm(features)``): a tuple is ``(input, metadata)`` or ``(input, metadata, labels)``, a mapping
-        has them as "metadata" and "labels", and the rest of it goes to the model. Whether the forward of a
-        model of your own takes metadata is read off its signature: an argument of that name, or as many
-        arguments as the batch has. For other batches give a function that enters `mdnorm.metadata`.
+        has them as "metadata" and "labels", and may have "weights" and "mask"; the rest of it goes to the
+        model, and so do "weights" and "mask" where its forward has an argument of that name. Metadata may be
+        a table where the model has a design. Whether the forward of a model of your own takes metadata is
+        read off its signature: an argument of that name, or as many arguments as the batch has. For other
+        batches give a function that enters `mdnorm.metadata`.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
     process_group : ProcessGroup, "world", "auto" or "local"
@@ -83,8 +89,10 @@ def recalibrate(
 
     Notes
     -----
-    A layer that runs several times in a forward pass gets the fit over all its inputs. A layer with
-    ``scale=True`` keeps its running scale, and the fit is made behind it.
+    - A layer that runs several times in a forward pass gets the fit over all its inputs.
+    - A layer with ``scale=True`` keeps its running scale, and the fit is made behind it.
+    - With a mask, and where `nn.TransformerEncoder` makes a nested tensor of padded tokens, every position
+      that is no padding counts the same, whatever the batches are padded to.
     """
     if isinstance(loader, Iterator):
         raise ValueError(
@@ -100,7 +108,7 @@ def recalibrate(
     model.eval()
     try:
         # A compiled graph would pass by the hooks that see a layer's input.
-        with torch.no_grad(), uncompiled(), _noting_order(layers) as order:
+        with torch.no_grad(), uncompiled(), context.labels_of_tables(), _noting_order(layers) as order:
             names = _agreeing(functools.partial(_run_one_batch, model, loader, run), order, group)
             if not names:
                 raise ValueError("no MetadataNorm layer ran in the forward pass.")
@@ -153,10 +161,14 @@ def _call(model: nn.Module, batch: Any) -> Any:
     return model(batch)
 
 
+def _signature(model: nn.Module) -> inspect.Signature:
+    # What torch.compile returns has a forward of any arguments.
+    return inspect.signature(getattr(model, "_orig_mod", model).forward)
+
+
 def _takes_batch(model: nn.Module, batch: Any) -> bool:
     """Whether the forward pass takes a whole batch, metadata and labels included."""
-    # What torch.compile returns has a forward of any arguments.
-    signature = inspect.signature(getattr(model, "_orig_mod", model).forward)
+    signature = _signature(model)
     if "metadata" in signature.parameters:
         return True
     if isinstance(batch, Mapping):
@@ -170,16 +182,17 @@ def _takes_batch(model: nn.Module, batch: Any) -> bool:
 
 
 def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> Any:
+    given: dict[str, Any] = {}
+    inputs: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
     if isinstance(batch, Mapping):
-        inputs: tuple[Any, ...] = ()
-        keywords = {key: value for key, value in batch.items() if key not in ("metadata", "labels")}
-        metadata, labels = batch.get("metadata"), batch.get("labels")
+        names = {"metadata", "labels"} | ({"weights", "mask"} - _signature(model).parameters.keys())
+        names |= {"weights", "mask"} if takes_metadata else set()
+        given = {name: batch[name] for name in names if name in batch}
+        keywords = {name: value for name, value in batch.items() if name not in names}
     elif isinstance(batch, (tuple, list)) and 2 <= len(batch) <= 3:
-        inputs, keywords = (batch[0],), {}
-        metadata, labels = batch[1], batch[2] if len(batch) == 3 else None
-    else:
-        inputs, keywords, metadata, labels = (), {}, None, None
-    if metadata is None:
+        inputs, given = (batch[0],), dict(zip(("metadata", "labels"), batch[1:], strict=False))
+    if given.get("metadata") is None:
         missing = ", without 'metadata'" if isinstance(batch, Mapping) and "metadata" not in batch else ""
         raise ValueError(
             f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, "
@@ -187,8 +200,8 @@ def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> An
             "context: give forward= a function of model and batch that enters mdnorm.metadata."
         )
     if takes_metadata:
-        return model(*inputs, metadata=metadata, labels=labels, **keywords)
-    with context.metadata(model, metadata, labels):
+        return model(*inputs, **given, **keywords)
+    with context.metadata(model, **given):
         return model(*inputs, **keywords)
 
 
@@ -251,29 +264,73 @@ class _Accumulator:
         self.name = name
         self.layer = layer
         self.moments: Moments | None = None
+        self.num_samples = 0.0
 
     def add(
-        self, features: Tensor, metadata: Any = None, labels: Any = None, weights: Any = None, mask: Any = None
+        self,
+        features: Tensor,
+        metadata: Any = None,
+        labels: Any = None,
+        weights: Any = None,
+        mask: Any = None,
     ) -> None:
         layer = self.layer
+        given = None
         if metadata is None:
-            metadata, given, weights, mask = layer.given_metadata()
-            labels = given if labels is None else labels
+            given = layer.given_metadata()
+            metadata, weights, mask = given.metadata, given.weights, None
+            labels = given.labels if labels is None else labels
         if labels is None and layer.num_labels:
             raise ValueError(
                 f"the layer {self.name!r} has num_labels={layer.num_labels} but got no labels: the forward "
                 "pass of recalibrate must hand them on, as in training."
             )
+        features = plain_features(features)
+        if features.is_nested:
+            if layer.granularity != "channel":
+                return  # The layer says next that it cannot take them.
+            features, mask = _padded(features, layer.channel_dim)
+        elif given is not None and given.mask is not None:
+            dims = position_dims(features, layer.granularity, layer.channel_dim)
+            mask = given.mask_for(features, dims, f"the layer {self.name!r}")
         try:
-            self.moments = layer.add_to(self.moments, features, metadata, labels, weights, mask)
+            self._add(features, metadata, labels, weights, mask)
         except ValueError as error:
             raise ValueError(f"at the layer {self.name!r}: {error}") from error
 
+    def _add(self, features: Tensor, metadata: Any, labels: Any, weights: Any, mask: Any) -> None:
+        layer = self.layer
+        dims = position_dims(features, layer.granularity, layer.channel_dim)
+        layer.check_features(features, dims)
+        where = None if mask is None else position_mask(mask, features, dims)
+        labels = None if layer.num_labels == 0 else labels
+        columns, num_metadata = design_columns(
+            metadata, labels, features, layer.num_metadata, layer.num_labels, True
+        )
+        num_labels = columns.shape[1] - 1 - num_metadata
+        layer.set_sizes(coefficient_shape(features, dims, layer.granularity), num_metadata, num_labels)
+        if layer.spread is not None:
+            features = layer.spread.evaluate(features, columns[:, num_labels + 1 :], dims, where)
+        matrix = as_matrix(features, dims, where, columns.dtype)
+        if self.moments is None:
+            self.moments = Moments.empty(matrix.shape[1], num_metadata, num_labels, matrix.device)
+        design = torch.cat([columns[:, num_labels + 1 :], columns[:, :num_labels]], 1)
+        each = row_weights(weights, columns, where, dims, True)
+        of_samples = row_weights(weights, columns, None, dims, True)
+        if where is not None and each is not None:
+            # Of its positions in all, since another batch may be padded to another length.
+            each = each * where[0].numel()
+            of_samples = (each > 0).to(each) if of_samples is None else of_samples * (each > 0)
+        self.num_samples += float(len(columns) if of_samples is None else of_samples.sum())
+        self.moments.update(matrix, design, each)
+
     def share(self, group: ProcessGroup) -> None:
         """Merge the moments of all processes, in the order of their ranks, so that all get the same bits."""
-        mine = None if self.moments is None else (self.moments.to("cpu"), self.layer.num_features)
+        mine = None
+        if self.moments is not None:
+            mine = (self.moments.to("cpu"), self.layer.num_features, self.num_samples)
         parts = [part for part in gather_objects(mine, group) if part is not None]
-        sizes = sorted({(m.num_metadata, m.num_protected - 1, shape) for m, shape in parts})
+        sizes = sorted({(m.num_metadata, m.num_protected - 1, shape) for m, shape, _ in parts})
         if len(sizes) > 1:
             raise ValueError(
                 f"the layer {self.name!r} has different (num_metadata, num_labels, features) on the "
@@ -282,16 +339,30 @@ class _Accumulator:
         if not parts:
             return
         num_metadata, num_labels, shape = sizes[0]
+        assert shape is not None
         self.layer.set_sizes(shape, num_metadata, num_labels)
-        self.moments = functools.reduce(Moments.merge, (moments for moments, _ in parts))
+        self.moments = functools.reduce(Moments.merge, (moments for moments, _, _ in parts))
+        self.num_samples = math.fsum(number for _, _, number in parts)
 
     def finish(self, group: ProcessGroup | None) -> None:
         if group is not None:
             self.share(group)
         estimator = self.layer.estimator
-        if self.moments is None or self.moments.units is None or estimator is None:
+        if self.moments is None or self.moments.weight == 0 or estimator is None:
             raise NoSamplesError("no samples: the loader is empty.")
-        estimator.set_moments(self.moments.to(estimator.origin.device))
+        moments, share = self.moments, self.num_samples / self.moments.weight
+        if share != 1:
+            # Positions were counted; the prior and the window count samples.
+            sums = {name: getattr(moments, name) * share for name in ("weight", "gram", "cross", "squares")}
+            moments = dataclasses.replace(moments, **sums)
+        estimator.set_moments(moments.to(estimator.origin.device))
+
+
+def _padded(features: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
+    """Return sequences of several lengths (a nested tensor) with zeros behind their ends, and their mask."""
+    ones = torch.nested.as_nested_tensor([torch.ones_like(part) for part in features.unbind()])
+    padded, mask = (torch.nested.to_padded_tensor(nested, 0.0) for nested in (features, ones))
+    return padded, mask.select(channel_dim, 0) != 0
 
 
 def _accumulate(model: nn.Module, accumulator: _Accumulator, loader: Iterable[Any], run: Forward) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -15,9 +16,9 @@ __all__ = ["WithMetadata"]
 
 
 class WithMetadata(nn.Module):
-    """A model whose forward pass takes ``metadata=`` and ``labels=``, for the `MetadataNorm` layers inside.
+    """A model that takes ``metadata=``, ``labels=``, ``weights=`` and ``mask=`` for the layers inside.
 
-    The same as ``with mdnorm.metadata(model, metadata, labels): model(...)``, where a training stack calls
+    The same as ``with mdnorm.metadata(model, metadata, labels, …): model(...)``, where a training stack calls
     the model itself and can hand it more arguments, or where the arguments must be split over devices
     (`nn.DataParallel`) or be inputs of an exported graph.
 
@@ -52,12 +53,15 @@ class WithMetadata(nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         self.model = model
         self.forward_labels = forward_labels
+        self._ambiguous = {"weights", "mask"} & inspect.signature(model.forward).parameters.keys()
 
     def forward(
         self,
         *args: Any,
-        metadata: Tensor | ArrayLike | None = None,
+        metadata: Tensor | ArrayLike | Any = None,
         labels: Tensor | ArrayLike | None = None,
+        weights: Tensor | ArrayLike | None = None,
+        mask: Tensor | ArrayLike | None = None,
         **kwargs: Any,
     ) -> Any:
         """Run the model with these metadata.
@@ -66,11 +70,13 @@ class WithMetadata(nn.Module):
         ----------
         *args, **kwargs
             Of the model.
-        metadata : (N,) or (N, K_m), optional
-            Without them the model runs in the context around it, if there is one.
+        metadata : (N,) or (N, K_m), or a table, optional
+            As of `mdnorm.metadata`. Without them the model runs in the context around it, if there is one.
         labels : (N,) or (N, K_y), optional
-            Needed in training where a layer has label columns. They belong to the metadata given here; those
-            of a context are given with it.
+            Needed in training where a layer has label columns. They belong to the metadata given here, as
+            weights and mask do; those of a context are given with it.
+        weights, mask : optional
+            As of `mdnorm.metadata`.
 
         Returns
         -------
@@ -81,9 +87,21 @@ class WithMetadata(nn.Module):
         RuntimeError
             There are no metadata, here or in a context.
         ValueError
-            Labels without metadata, unless the model itself gets them (`forward_labels`); in training,
+            Labels without metadata, unless the model itself gets them (`forward_labels`); weights or a mask
+            without metadata, or where the model's own forward has an argument of that name; in training,
             labels where no layer has label columns, or none where one has.
         """
+        for name, value in (("weights", weights), ("mask", mask)):
+            if value is not None and name in self._ambiguous:
+                raise ValueError(
+                    f"{name}= may be meant for the layers or for the model, whose forward has an argument of "
+                    f"that name: give it to the model by its position, to the layers by mdnorm.metadata."
+                )
+            if value is not None and metadata is None:
+                raise ValueError(
+                    f"{name}= was given without metadata=: no layer would get it. Give both here, or both to "
+                    "mdnorm.metadata around this call."
+                )
         if labels is not None and metadata is None and not self.forward_labels:
             raise ValueError(
                 "labels= was given without metadata=: no layer would get these labels. Give both here, or "
@@ -93,7 +111,7 @@ class WithMetadata(nn.Module):
             kwargs["labels"] = labels
         if metadata is None:
             return self.model(*args, **kwargs)
-        with context.metadata(self.model, metadata, labels):
+        with context.metadata(self.model, metadata, labels, weights, mask):
             return self.model(*args, **kwargs)
 
     def extra_repr(self) -> str:

@@ -8,8 +8,8 @@ NumPy and torch. `MetadataResidualizer` needs scikit-learn, `residualize_file` (
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mdnorm.moments import Moments
 from mdnorm.tables.combat import LocationScale, fit_location_scale
-from mdnorm.tables.moments import Moments
 
 if TYPE_CHECKING:
     from mdnorm.tables.distributed import residualize_dask

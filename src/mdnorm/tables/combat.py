@@ -21,18 +21,22 @@ by moments, and the posterior means are found by iteration from the estimates.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from mdnorm.tables.moments import Moments, rank
+from mdnorm.moments import Moments, NoSamplesError
 
-__all__ = ["LocationScale", "fit_location_scale"]
+__all__ = ["LocationScale", "SiteCodes", "SiteMoments", "add_moments", "fit_location_scale", "site_moments"]
 
 FloatArray = NDArray[np.float64]
+SiteMoments = dict[Hashable, Moments]
 
 # The published stopping rule takes a few dozen steps; this many means that it never will.
 _MAX_ITERATIONS = 10_000
@@ -41,6 +45,52 @@ _MAX_ITERATIONS = 10_000
 # variance within the sites, is rounding.
 _FLAT_DEVIATION = 1e-12
 _FLAT_SHARE = 1e-13
+
+# A direction of the design with a smaller share of its columns' variance is collinear.
+_COLLINEAR = 1e-11
+
+
+@dataclass(frozen=True)
+class SiteCodes:
+    """Sites of rows: an index into the levels for each."""
+
+    codes: NDArray[np.intp]
+    levels: list[Hashable]
+
+
+def site_moments(
+    features: NDArray[Any],
+    metadata: FloatArray,
+    labels: FloatArray,
+    sites: SiteCodes | None,
+    weights: FloatArray | None = None,
+) -> SiteMoments:
+    """Return the moments of the rows of each site; of all rows under the key None without sites."""
+    empty = Moments.empty(features.shape[1], metadata.shape[1], labels.shape[1])
+    design = np.concatenate([metadata, labels], axis=1)
+    if sites is None:
+        return {None: empty.update(features, design, weights)}
+    order = np.argsort(sites.codes, kind="stable")
+    counts = np.bincount(sites.codes, minlength=len(sites.levels))
+    ends = np.cumsum(counts)
+    moments: SiteMoments = {}
+    for level, start, end in zip(sites.levels, ends - counts, ends, strict=True):
+        if end > start:
+            rows = order[start:end]
+            # Columns that are contiguous stay so.
+            part = features.T[:, rows].T
+            weight = None if weights is None else weights[rows]
+            moments[level] = replace(empty).update(part, design[rows], weight)
+    return moments
+
+
+def add_moments(*parts: SiteMoments) -> SiteMoments:
+    """Return the moments of the rows of all parts together."""
+    total: SiteMoments = {}
+    for part in parts:
+        for site, moments in part.items():
+            total[site] = total[site].merge(moments) if site in total else moments
+    return total
 
 
 @dataclass(frozen=True)
@@ -104,18 +154,14 @@ class LocationScale:
             Row of each sample's site in `sites`; −1 for a site that is not there, corrected as the average
             over the sites: location 0, scale 1.
         """
-        metadata = (design - self.design_mean)[:, : self.num_metadata] @ self.coefficients[
-            : self.num_metadata
-        ]
-        if not self.has_scale:
-            plain: FloatArray = features - metadata
-            return plain - self._padded(self.location, 0.0)[site_index] if len(self.sites) > 1 else plain
-        residual = self.residual(features, design)
+        plain = features - self._metadata_part(design)
         location, scale = self._padded(self.location, 0.0), self._padded(self.scale, 1.0)
+        if not self.has_scale:
+            return plain - location[site_index] if len(self.sites) > 1 else plain
+        residual = self.residual(features, design)
         corrected = (residual - location[site_index]) / scale[site_index]
         # The residual is added back as a difference: where nothing changes, the features come back exactly.
-        out: FloatArray = features - metadata + (corrected - residual)
-        return out
+        return plain + (corrected - residual)
 
     def restore(self, features: NDArray[Any], design: FloatArray, site_index: NDArray[np.intp]) -> FloatArray:
         """Return features with the effects put back: the inverse of `remove`, same arguments."""
@@ -124,35 +170,35 @@ class LocationScale:
         known[:, : self.num_metadata] = self.design_mean[: self.num_metadata]
         corrected = self.residual(features, known)
         residual = corrected * scale[site_index] + location[site_index]
-        metadata = (design - self.design_mean)[:, : self.num_metadata] @ self.coefficients[
-            : self.num_metadata
-        ]
-        out: FloatArray = features + metadata + (residual - corrected)
-        return out
+        return features + self._metadata_part(design) + (residual - corrected)
 
-    def with_sites(self, residuals: Mapping[Hashable, Moments]) -> LocationScale:
+    def _metadata_part(self, design: FloatArray) -> FloatArray:
+        metadata = slice(0, self.num_metadata)
+        part: FloatArray = (design - self.design_mean)[:, metadata] @ self.coefficients[metadata]
+        return part
+
+    def with_sites(self, moments: Mapping[Hashable, Moments]) -> LocationScale:
         """Return a model that knows further sites; coefficients and known sites stay as they are.
 
         Parameters
         ----------
-        residuals : mapping from site to Moments
-            Statistics of the `residual` of each new site's rows, with no design columns.
+        moments : mapping from site to Moments
+            The rows of each new site, with the columns of the model (see `residual`).
 
         Raises
         ------
         ValueError
             A site is known already, or has too few rows.
         """
-        known = [site for site in residuals if site in self.sites]
+        known = [site for site in moments if site in self.sites]
         if known:
             raise ValueError(f"site(s) {known} are part of the model already.")
+        residuals = {
+            site: _residuals(part, self.mean, self.design_mean, self.coefficients)
+            for site, part in moments.items()
+        }
         location, scale = _site_effects(
-            {site: (m.count, m.num_rows, m.feature_mean, m.feature_squares) for site, m in residuals.items()},
-            self.pooled_scale,
-            _flat_squares(residuals, self.mean),
-            self.has_scale,
-            self.empirical_bayes,
-            self.tolerance,
+            residuals, self.pooled_scale, self.has_scale, self.empirical_bayes, self.tolerance
         )
         return replace(
             self,
@@ -208,7 +254,8 @@ def fit_location_scale(
     Raises
     ------
     ValueError
-        No rows; an unknown reference site; protected columns that the sites determine (nothing says then
+        No rows, or, without a ridge, no more of them than linearly independent columns (sites included); an
+        unknown reference site; protected columns that the sites determine (nothing says then
         which is the site effect and which is to be kept); a site of one row with `scale`; fewer than two
         features that vary, with `empirical_bayes`.
 
@@ -224,116 +271,121 @@ def fit_location_scale(
     Johnson, Li & Rabinovic, Adjusting batch effects in microarray expression data using empirical Bayes
     methods, Biostatistics 8 (2007), 118–127. Fortin et al., NeuroImage 167 (2018), 104–120.
     """
-    rows = {site: m for site, m in moments.items() if m.count > 0}
-    if not rows:
-        raise ValueError("no rows: the effects of metadata and sites need at least one row.")
-    if reference_site is not None and reference_site not in rows:
-        raise ValueError(f"reference_site={reference_site!r} has no rows; the sites are {list(rows)}.")
-    parts = list(rows.values())
-    total, within = parts[0].copy(), parts[0].copy()
-    for part in parts[1:]:
-        total = total.merge(part)
-        within = replace(
-            within,
-            gram=within.gram + part.gram,
-            cross=within.cross + part.cross,
-            feature_squares=within.feature_squares + part.feature_squares,
-        )
-    within = replace(within, count=total.count, num_rows=total.num_rows, design_mean=total.design_mean)
-    if len(rows) > 1:
-        _check_protected(total, within, column_names)
-    coefficients = within.solve(ridge)
+    moments = {site: part for site, part in moments.items() if part.weight > 0}
+    if not moments:
+        raise NoSamplesError("no rows: the effects of metadata and sites need at least one row.")
+    if reference_site is not None and reference_site not in moments:
+        raise ValueError(f"reference_site={reference_site!r} has no rows; the sites are {list(moments)}.")
+    total = functools.reduce(Moments.merge, moments.values())
+    # Sums about the means of the sites are what columns of sites in the regression would leave.
+    parts = list(moments.values())
+    within = replace(total, **{name: sum(getattr(m, name) for m in parts) for name in ("gram", "cross")})
+    _check_design(total, within, len(moments), ridge, column_names)
+    coefficients = within.solve(ridge, total.units)
 
-    mean = total.feature_mean
+    design_mean, mean = total.products()[:2]
     if reference_site is not None:
-        reference = rows[reference_site]
-        mean = reference.feature_mean + (total.design_mean - reference.design_mean) @ coefficients
-    pooled = [rows[reference_site]] if reference_site is not None else parts
-    squares = sum((part.residual_squares(coefficients) for part in pooled), np.zeros_like(mean))
-    flat = _flat_squares(rows, mean)
-    count = sum(part.count for part in pooled)
-    floor = sum(flat[site] for site in rows) if reference_site is None else flat[reference_site]
-    pooled_scale = np.sqrt(np.where(squares > floor, squares, 0) / count)
-
-    zeros, ones = np.zeros((len(rows), len(mean))), np.ones((len(rows), len(mean)))
-    model = LocationScale(
-        sites=tuple(rows),
+        reference = moments[reference_site].products()
+        mean = reference.feature_mean + (design_mean - reference.design_mean) @ coefficients
+    residuals = {site: _residuals(part, mean, design_mean, coefficients) for site, part in moments.items()}
+    pooled = list(residuals.values()) if reference_site is None else [residuals[reference_site]]
+    squares, flat = (np.sum([getattr(part, name) for part in pooled], axis=0) for name in ("squares", "flat"))
+    pooled_scale = np.sqrt(np.where(squares > flat, squares, 0) / sum(part.weight for part in pooled))
+    location, site_scale = np.zeros((len(moments), len(mean))), np.ones((len(moments), len(mean)))
+    if len(moments) > 1:
+        location, site_scale = _site_effects(residuals, pooled_scale, scale, empirical_bayes, tolerance)
+    if reference_site is not None:
+        row = list(moments).index(reference_site)
+        location[row], site_scale[row] = 0, 1
+    return LocationScale(
+        sites=tuple(moments),
         num_metadata=total.num_metadata,
         mean=mean,
-        design_mean=total.design_mean,
+        design_mean=design_mean,
         coefficients=coefficients,
         pooled_scale=pooled_scale,
-        location=zeros,
-        scale=ones,
+        location=location,
+        scale=site_scale,
         has_scale=scale,
         empirical_bayes=empirical_bayes,
         tolerance=tolerance,
     )
-    if len(rows) == 1:
-        return model
-    statistics = {
-        site: (
-            part.count,
-            part.num_rows,
-            part.feature_mean - mean - (part.design_mean - total.design_mean) @ coefficients,
-            part.residual_squares(coefficients),
+
+
+def _check_design(
+    total: Moments, within: Moments, num_sites: int, ridge: float, names: Sequence[str] | None
+) -> None:
+    """Raise where rows are too few, or where the sites determine a direction of the protected columns."""
+    p, k = total.num_protected, total.num_metadata
+    assert total.units is not None
+    scale = total.units.scale / total.weight**0.5
+
+    def rank(gram: Tensor, first: int = 0) -> int:
+        scaled = (gram * scale * scale.unsqueeze(1))[first:, first:]
+        return int(torch.linalg.matrix_rank(scaled, atol=_COLLINEAR, hermitian=True))
+
+    rows, needed = total.num_rows, rank(within.gram) + num_sites
+    if rows <= needed and ridge == 0 and (k or num_sites > 1):
+        raise ValueError(
+            f"too few rows (n_samples={rows}): {rows} row(s) for {needed} linearly independent columns of "
+            "metadata, protected columns and intercept (sites included) would explain every feature. Use more "
+            "rows, fewer columns, or ridge=."
         )
-        for site, part in rows.items()
-    }
-    location, site_scale = _site_effects(statistics, pooled_scale, flat, scale, empirical_bayes, tolerance)
-    if reference_site is not None:
-        row = list(rows).index(reference_site)
-        location[row], site_scale[row] = 0, 1
-    return replace(model, location=location, scale=site_scale)
-
-
-def _check_protected(total: Moments, within: Moments, names: Sequence[str] | None) -> None:
-    """Raise where the protected columns lose a direction once the sites are in the regression."""
-    k = total.num_metadata
-    if k == len(total.gram):
+    if num_sites == 1 or rank(within.gram) - rank(within.gram, p) == rank(total.gram) - rank(total.gram, p):
         return
-    squares = np.diagonal(total.gram)
-
-    def added_rank(gram: FloatArray) -> int:
-        def part(end: int) -> int:
-            return rank(gram[:end, :end], squares[:end], total.design_mean[:end], total.count)
-
-        return part(len(gram)) - part(k)
-
-    if added_rank(within.gram) == added_rank(total.gram):
-        return
-    columns = np.arange(k, len(total.gram))
-    share = np.diagonal(within.gram)[k:] / np.maximum(squares[k:], np.finfo(float).tiny)
-    constant = columns[(share < 1e-11) & (squares[k:] > 0)]
-    shown = [
-        names[i] if names else f"protected column {i - k}" for i in (constant if len(constant) else columns)
-    ]
+    left, all_squares = within.gram.diagonal()[: p - 1], total.gram.diagonal()[: p - 1]
+    constant = torch.nonzero((left < _COLLINEAR * all_squares) & (all_squares > 0)).flatten().tolist()
+    shown = [names[k + i] if names else f"protected column {i}" for i in constant or range(p - 1)]
     raise ValueError(
         f"the sites determine what is to be protected, {', '.join(shown)}"
-        f"{' (constant within each site)' if len(constant) else ' (together with the metadata)'}: "
-        "nothing tells the two effects apart. Leave the column(s) unprotected, or use more sites with both "
-        "values."
+        f"{' (constant within each site)' if constant else ' (together with the metadata)'}: nothing tells "
+        "the two effects apart. Leave the column(s) unprotected, or use more sites with both values."
     )
 
 
-def _flat_squares(moments: Mapping[Hashable, Moments], mean: FloatArray) -> dict[Hashable, FloatArray]:
-    """Return the residual sum of squares of each site that rounding alone would leave."""
-    return {
-        site: m.count * (_FLAT_DEVIATION * np.maximum(np.abs(m.feature_mean), np.abs(mean))) ** 2
-        + _FLAT_SHARE * m.feature_squares
-        for site, m in moments.items()
-    }
+class _Residuals(NamedTuple):
+    """What the design leaves of the features of one site.
+
+    Attributes
+    ----------
+    weight, num_rows : float, int
+    mean, squares : (D,) arrays
+        Mean residual, and sum of squares about it.
+    flat : (D,) array
+        The sum of squares that rounding alone would leave.
+    """
+
+    weight: float
+    num_rows: int
+    mean: FloatArray
+    squares: FloatArray
+    flat: FloatArray
+
+
+def _residuals(
+    moments: Moments, mean: FloatArray, design_mean: FloatArray, coefficients: FloatArray
+) -> _Residuals:
+    part = moments.products()
+    shift = (part.design_mean - design_mean) @ coefficients
+    explained = np.einsum("kd,kd->d", coefficients, 2 * part.cross - part.gram @ coefficients)
+    deviation = _FLAT_DEVIATION * np.maximum(np.abs(part.feature_mean), np.abs(mean))
+    return _Residuals(
+        moments.weight,
+        moments.num_rows,
+        part.feature_mean - mean - shift,
+        np.maximum(part.squares - explained, 0),
+        moments.weight * deviation**2 + _FLAT_SHARE * part.squares,
+    )
 
 
 def _site_effects(
-    statistics: Mapping[Hashable, tuple[float, int, FloatArray, FloatArray]],
+    residuals: Mapping[Hashable, _Residuals],
     pooled_scale: FloatArray,
-    flat: Mapping[Hashable, FloatArray],
     has_scale: bool,
     empirical_bayes: bool,
     tolerance: float,
 ) -> tuple[FloatArray, FloatArray]:
-    """Return location and scale of sites given as (count, rows, mean residual, centred sum of squares)."""
+    """Return location and scale of sites."""
     varies = pooled_scale > 0
     if empirical_bayes and np.count_nonzero(varies) < 2:
         raise ValueError(
@@ -342,7 +394,7 @@ def _site_effects(
         )
     unit = np.where(varies, pooled_scale, 1.0)
     locations, scales = [], []
-    for site, (count, num_rows, mean, squares) in statistics.items():
+    for site, (count, num_rows, mean, squares, flat) in residuals.items():
         location, variance = mean / unit, np.ones_like(mean)
         standardised = squares / unit**2
         if has_scale:
@@ -352,7 +404,7 @@ def _site_effects(
                     "scale=False (location only), merge the site with another or leave it out."
                 )
             # As neuroCombat: a variance of zero, which nothing could be divided by, becomes 1.
-            usable = varies & (squares > flat[site])
+            usable = varies & (squares > flat)
             variance = np.where(usable, standardised / (count - 1), 1.0)
         if empirical_bayes:
             chosen = (location[varies], variance[varies])
@@ -363,7 +415,7 @@ def _site_effects(
             location[varies], variance[varies] = chosen
         locations.append(location * unit)
         scales.append(np.sqrt(variance))
-    shape = (len(statistics), len(pooled_scale))
+    shape = (len(residuals), len(pooled_scale))
     return np.reshape(locations, shape), np.reshape(scales, shape)
 
 

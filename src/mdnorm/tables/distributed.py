@@ -16,18 +16,16 @@ from numpy.typing import NDArray
 
 from mdnorm.design import Design
 from mdnorm.extras import requires
+from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
 from mdnorm.tables.design_sample import MAX_DESIGN_ROWS, DesignSample
 from mdnorm.tables.model import (
     MetadataModel,
-    SiteMoments,
     Specification,
-    add_moments,
     as_arrow,
     design_columns,
     fitted_model,
     for_design,
     needed_variables,
-    site_moments,
 )
 
 __all__ = ["DaskResiduals", "residualize_dask"]
@@ -161,7 +159,7 @@ def residualize_dask(
             design = _fitted_design(design, tables, specification, seed)
         shared = delayed((specification, design), traverse=False)
         tasks = [delayed(_moments)(part, shared) for part in parts]
-        moments = compute(_tree(_add, tasks))[0]
+        moments = compute(_tree(add_moments, tasks))[0]
         model = fitted_model(specification, design, moments, names)
     elif len(model.feature_names) != len(names):
         raise ValueError(f"features has {len(names)} columns, the model {len(model.feature_names)}.")
@@ -309,14 +307,6 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
     while len(parts) > 1:
         parts = [delayed(combine)(*parts[start : start + _FAN_IN]) for start in range(0, len(parts), _FAN_IN)]
     return parts[0]
-
-
-def _add(*parts: SiteMoments) -> SiteMoments:
-    total: SiteMoments = {}
-    for part in parts:
-        # Copies: a part may be in use elsewhere, or be wanted again after a worker was lost.
-        add_moments(total, {site: moments.copy() for site, moments in part.items()})
-    return total
 
 
 def _moments(part: _Part, shared: tuple[Specification, Design | None]) -> SiteMoments:

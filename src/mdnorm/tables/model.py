@@ -8,7 +8,7 @@ from __future__ import annotations
 import datetime
 import json
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,15 +16,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mdnorm.design import Design
 from mdnorm.designs.tables import Column, read_columns
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
-from mdnorm.tables.combat import LocationScale, fit_location_scale
+from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale
 from mdnorm.tables.files import TableFileError, is_metadata_type
-from mdnorm.tables.moments import Moments
 
 if TYPE_CHECKING:
     import pyarrow
@@ -38,8 +36,6 @@ _VERSION = 1
 
 # Values that become float64 at once, for the cache: 2 MiB.
 _STEP_VALUES = 2**18
-# Steps with one centre, after which their sums are put together with those before.
-_MERGED_STEPS = 8
 
 
 @dataclass(frozen=True)
@@ -187,7 +183,7 @@ class MetadataModel:
             protected = model.design_mean[model.num_metadata :]
             labels = np.broadcast_to(protected, (len(features), len(protected)))
         out = features if overwrite else np.empty_like(features)
-        step = _step_rows(features.shape[1])
+        step = max(64, _STEP_VALUES // max(features.shape[1], 1))
         for start in range(0, len(features), step):
             rows = slice(start, start + step)
             design = np.concatenate([metadata[rows], labels[rows]], axis=1)
@@ -352,14 +348,6 @@ def check_model_path(path: Path) -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class SiteCodes:
-    """Sites of rows: an index into the levels for each."""
-
-    codes: NDArray[np.intp]
-    levels: list[Hashable]
-
-
 # Metadata (n, K_m); protected columns (n, K_y), None where not asked for; sites, None where there are none.
 DesignColumns = tuple[FloatArray, "FloatArray | None", "SiteCodes | None"]
 
@@ -496,134 +484,11 @@ def _transformed(
     return design.transform_columns(columns, labels=with_labels)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Moments
-# --------------------------------------------------------------------------------------------------------
-
-SiteMoments = dict[Hashable, Moments]
-
-
-def _step_rows(num_features: int) -> int:
-    return max(64, _STEP_VALUES // max(num_features, 1))
-
-
-def block_moments(features: NDArray[Any], metadata: FloatArray, labels: FloatArray) -> Moments:
-    """Return the `Moments` of some rows; faster than `Moments.update` where columns are contiguous.
-
-    Parameters
-    ----------
-    features : (n, D) float array
-    metadata : (n, K_m) array
-    labels : (n, K_y) array
-
-    Raises
-    ------
-    ValueError
-        NaN or infinite values, or values whose squares overflow.
-    """
-    num_features = features.shape[1]
-    total = Moments.empty(num_features, metadata.shape[1], labels.shape[1])
-    design = torch.from_numpy(np.concatenate([metadata.T, labels.T]))
-    by_columns = features.flags.f_contiguous and not features.flags.c_contiguous
-    values = torch.from_numpy(features.T if by_columns else features)
-    step = _step_rows(num_features)
-    shape = (num_features, step) if by_columns else (step, num_features)
-    # One for all steps: new memory would be as slow as the sums.
-    buffer = torch.empty(shape, dtype=torch.float64)
-    for start in range(0, len(features), _MERGED_STEPS * step):
-        rows = slice(start, min(start + _MERGED_STEPS * step, len(features)))
-        part = values[:, rows] if by_columns else values[rows]
-        moments = _merged_steps(part, design[:, rows], metadata.shape[1], buffer, by_columns)
-        if moments is None:
-            # It says which rows and columns.
-            Moments.empty(num_features, metadata.shape[1], labels.shape[1]).update(features, design.T.numpy())
-            raise ValueError("the squares of the values overflow float64: rescale the features.")
-        total._add(moments)
-    return total
-
-
-def _merged_steps(
-    values: Tensor, design: Tensor, num_metadata: int, buffer: Tensor, by_columns: bool
-) -> Moments | None:
-    """Return the moments of values (n, D), or (D, n) by columns, with design (K, n); None: not finite.
-
-    The buffer, of as many rows as a step, holds them in float64.
-    """
-    axis = 1 if by_columns else 0
-    rows, step = values.shape[axis], buffer.shape[axis]
-    # Any number near the mean will do for centring: what is left of the mean is taken out below.
-    some = values[:, :: max(1, rows // 32)] if by_columns else values[:: max(1, rows // 32)]
-    near = some.to(torch.float64).mean(dim=axis, keepdim=True)
-    design_near = design.mean(dim=1)
-    left = torch.cat([design - design_near[:, None], design.new_ones(1, rows)])
-    gram = left @ left.T
-    wide, deep = buffer.shape[1 - axis], len(left)
-    products = buffer.new_zeros((wide, deep) if by_columns else (deep, wide))
-    squares = buffer.new_zeros(wide)
-    for start in range(0, rows, step):
-        end = min(start + step, rows)
-        block, columns = buffer.narrow(axis, 0, end - start), left[:, start:end]
-        block.copy_(values.narrow(axis, start, end - start)).sub_(near)
-        # The layouts that the products are fastest in.
-        products.addmm_(*((block, columns.T) if by_columns else (columns, block)))
-        squares += block.square_().sum(dim=axis)
-    if not (bool(torch.isfinite(squares).all()) and bool(torch.isfinite(gram).all())):
-        return None
-    cross = products.T if by_columns else products
-    feature_rest, design_rest = cross[-1], gram[:-1, -1]
-    return Moments(
-        num_metadata=num_metadata,
-        count=float(rows),
-        num_rows=rows,
-        design_mean=(design_near + design_rest / rows).numpy(),
-        feature_mean=(near.flatten() + feature_rest / rows).numpy(),
-        gram=(gram[:-1, :-1] - torch.outer(design_rest, design_rest) / rows).numpy(),
-        cross=(cross[:-1] - torch.outer(design_rest, feature_rest) / rows).contiguous().numpy(),
-        feature_squares=(squares - feature_rest.square() / rows).clamp_(min=0).numpy(),
-    )
-
-
-def site_moments(
-    features: NDArray[Any], metadata: FloatArray, labels: FloatArray, sites: SiteCodes | None
-) -> SiteMoments:
-    """Return the moments of the rows of each site; of all rows under the key None without sites."""
-    if sites is None:
-        return {None: block_moments(features, metadata, labels)}
-    order = np.argsort(sites.codes, kind="stable")
-    counts = np.bincount(sites.codes, minlength=len(sites.levels))
-    ends = np.cumsum(counts)
-    by_columns = np.asarray(features).T
-    moments: SiteMoments = {}
-    for level, start, end in zip(sites.levels, ends - counts, ends, strict=True):
-        if end > start:
-            rows = order[start:end]
-            moments[level] = block_moments(by_columns[:, rows].T, metadata[rows], labels[rows])
-    return moments
-
-
-def add_moments(total: SiteMoments, other: SiteMoments) -> SiteMoments:
-    """Add the moments of other rows, in place."""
-    for site, moments in other.items():
-        if site in total:
-            total[site]._add(moments)
-        else:
-            total[site] = moments
-    return total
-
-
 def fitted_model(
     specification: Specification, design: Design | None, moments: SiteMoments, feature_names: tuple[str, ...]
 ) -> MetadataModel:
-    """Return the model of a fitted design and the moments of each site.
-
-    Raises
-    ------
-    ValueError
-        There are no more rows than columns; see also `fit_location_scale`.
-    """
+    """Return the model of a fitted design and the moments of each site; see `fit_location_scale`."""
     moments = dict(sorted(moments.items(), key=lambda item: (str(type(item[0])), str(item[0]))))
-    if specification.ridge == 0:
-        _check_rows(moments)
     names = () if design is None else (*design.metadata_names, *design.label_names)
     model = fit_location_scale(
         moments,
@@ -640,17 +505,3 @@ def fitted_model(
         site=specification.site,
         unseen_site=specification.unseen,
     )
-
-
-def _check_rows(moments: SiteMoments) -> None:
-    parts = list(moments.values())
-    within = parts[0].copy()
-    for part in parts[1:]:
-        within.gram, within.count = within.gram + part.gram, within.count + part.count
-    rows = sum(part.num_rows for part in parts)
-    needed = within.design_rank() + len(parts) - 1
-    if rows <= needed:
-        raise ValueError(
-            f"{rows} row(s) for {needed} linearly independent columns of metadata, labels and intercept "
-            "(sites included): they would explain every feature. Use more rows, fewer columns, or ridge=."
-        )

@@ -17,9 +17,15 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import _check_feature_names_in, check_array, check_is_fitted, validate_data
 
-from mdnorm.tables.combat import LocationScale, fit_location_scale
+from mdnorm.tables.combat import (
+    LocationScale,
+    SiteCodes,
+    SiteMoments,
+    add_moments,
+    fit_location_scale,
+    site_moments,
+)
 from mdnorm.tables.encoder import ColumnEncoder, category_values
-from mdnorm.tables.moments import Moments
 
 __all__ = ["MetadataResidualizer"]
 
@@ -182,7 +188,6 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         """
         self._check_parameters()
         self._update(X, y, metadata, covariates, sample_weight, None, reset=True)
-        self._check_rows()
         self._solve()
         return self
 
@@ -269,12 +274,8 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         new = self._site_index(sites, model) < 0
         if not new.any():
             raise ValueError(f"all rows are of sites that are known already, {list(model.sites)}.")
-        residuals = model.residual(features, design)
-        moments = {
-            site: Moments.empty(residuals.shape[1], 0).update(residuals[rows], np.empty((len(rows), 0)))
-            for site, rows in _rows_by_site(sites, np.flatnonzero(new)).items()
-        }
-        self._set_model(model.with_sites(moments))
+        assert sites is not None
+        self._set_model(model.with_sites(self._moments(features[new], design[new], sites[new])))
         return self
 
     # ----------------------------------------------------------------------------------------------------
@@ -392,20 +393,18 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             self._start(X, y, metadata, covariates, classes)
         features, design, sites, num_rows = self._read(X, metadata, covariates, y=y, training=True)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
-        moments: dict[Any, Moments] = {} if reset else dict(self.moments_)
-        for site, rows in _rows_by_site(sites, np.arange(num_rows)).items():
-            before = moments.get(site)
-            if before is None:
-                before = Moments.empty(
-                    features.shape[1], self._num_metadata, design.shape[1] - self._num_metadata
-                )
-            everything = len(rows) == num_rows
-            moments[site] = before.copy().update(
-                features if everything else features[rows],
-                design if everything else design[rows],
-                weights if weights is None or everything else weights[rows],
-            )
-        self.moments_: dict[Any, Moments] = moments
+        moments = self._moments(features, design, sites, weights)
+        self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
+
+    def _moments(
+        self,
+        features: NDArray[Any],
+        design: FloatArray,
+        sites: NDArray[Any] | None,
+        weights: FloatArray | None = None,
+    ) -> SiteMoments:
+        k = self._num_metadata
+        return site_moments(features, design[:, :k], design[:, k:], _site_codes(sites), weights)
 
     def _start(self, X: Any, y: Any, metadata: Any, covariates: Any, classes: ArrayLike | None) -> None:  # noqa: N803
         """Fix what the first rows fix: columns, levels, classes."""
@@ -558,28 +557,10 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
     # The model
     # ----------------------------------------------------------------------------------------------------
 
-    def _check_rows(self) -> None:
-        if self._metadata_encoder is None or self.ridge > 0:
-            return
-        parts = [part for part in self.moments_.values() if part.count > 0]
-        rows = sum(part.num_rows for part in parts)
-        total = parts[0].copy()
-        for part in parts[1:]:
-            total.gram, total.cross = total.gram + part.gram, total.cross + part.cross
-            total.count += part.count
-        needed = total.design_rank() + len(parts) - 1
-        if rows <= needed:
-            raise ValueError(
-                f"{rows} sample{'s' if rows != 1 else ''} (n_samples={rows}) for {needed} linearly "
-                "independent columns of metadata, protected columns and intercept (sites included): they "
-                "would explain every feature. Use more rows, fewer columns, or ridge=."
-            )
-
     def _fitted_model(self) -> LocationScale:
         if not hasattr(self, "moments_"):
             raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet: call fit first.")
         if self._model is None:
-            self._check_rows()
             self._solve()
         assert self._model is not None
         return self._model
@@ -755,15 +736,11 @@ def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
     return weights
 
 
-def _rows_by_site(sites: NDArray[Any] | None, rows: NDArray[np.intp]) -> dict[Any, NDArray[np.intp]]:
-    """Return the rows of each site, sites sorted; one entry, None, without sites."""
+def _site_codes(sites: NDArray[Any] | None) -> SiteCodes | None:
+    """Return the index of each row's site, sites sorted."""
     if sites is None:
-        return {None: rows}
-    values = sites[rows].tolist()
-    present = sorted(set(values), key=lambda site: (str(type(site)), site))
-    position = {site: index for index, site in enumerate(present)}
-    codes = np.array([position[site] for site in values], dtype=np.intp)
-    # One sort instead of one comparison of all rows a site: there may be thousands of sites.
-    order = np.argsort(codes, kind="stable")
-    ends = np.cumsum(np.bincount(codes, minlength=len(present)))[:-1]
-    return dict(zip(present, np.split(rows[order], ends), strict=True))
+        return None
+    values = sites.tolist()
+    levels = sorted(set(values), key=lambda site: (str(type(site)), site))
+    position = {site: index for index, site in enumerate(levels)}
+    return SiteCodes(np.array([position[site] for site in values], dtype=np.intp), levels)

@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from mdnorm.design import ConfoundedDesignWarning
 from mdnorm.files import atomic_path
+from mdnorm.tables.combat import SiteCodes, SiteMoments, add_moments, site_moments
 from mdnorm.tables.design_sample import DesignSample
 from mdnorm.tables.files import (
     Block,
@@ -40,17 +41,13 @@ from mdnorm.tables.files import (
 from mdnorm.tables.model import (
     DesignColumns,
     MetadataModel,
-    SiteCodes,
-    SiteMoments,
     Specification,
-    add_moments,
     as_arrow,
     check_model_path,
     design_columns,
     fitted_model,
     for_design,
     needed_variables,
-    site_moments,
 )
 
 if TYPE_CHECKING:
@@ -625,7 +622,7 @@ def _fit(
     for block, features, (metadata, labels, sites) in prefetched(designed()):
         assert labels is not None
         with _at_rows(rows.features.path, block.start, len(block.features)):
-            add_moments(moments, site_moments(features, metadata, labels, sites))
+            moments = add_moments(moments, site_moments(features, metadata, labels, sites))
         progress("fit", block.start + len(block.features), rows.features.num_rows)
     num_fitted = sum(part.num_rows for part in moments.values())
     if num_fitted == 0:

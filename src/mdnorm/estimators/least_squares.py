@@ -1,0 +1,289 @@
+"""Least squares on weighted moments of past and present batches, in four presets."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mdnorm.distributed import eager, world_size
+from mdnorm.estimators.base import Batch, Estimator, batch_moments
+from mdnorm.moments import Moments
+from mdnorm.regression import Memory, advance, regress, remove
+
+__all__ = ["LeastSquares"]
+
+
+class LeastSquares(Estimator):
+    """Least squares on weighted moments of past and present batches; the presets are `ESTIMATORS`.
+
+    A batch of weight n leaves the past the share ``1 − n / window`` of its weight, so the running moments
+    look `window` samples back whatever the batch size.
+
+    Parameters
+    ----------
+    num_metadata, num_labels, num_features, center, device, dtype
+        See `Estimator`.
+    window : float
+        Samples that the running state looks back; infinity: all of them.
+    prior : float
+        Shrinkage of the coefficients, in samples: a prior on every column in units of its deviation that
+        weighs as much as so many samples. It fades as samples come, and keeps a few of them, whose labels
+        nearly determine their metadata, from an estimate of any size. 0: exact least squares.
+    gram : "batch", "dataset" or "window"
+        Where ``E[z zᵀ]`` comes from in training. With "batch" and "dataset", ``E[z fᵀ]`` is that of the
+        batch; with "window" both are running means.
+    adjoint : "batch", "window" or "none"
+        Whose gradient flows through the coefficients: this batch's, a running mean of it (two-sided), none.
+    averaging : float
+        Evaluation removes the mean of the coefficients over so many windows; 0: the latest.
+    prior_on_all : bool
+        Put the prior on labels and intercept as well and let it fade with the past, as R-MDN does.
+    reduction : "mean" or "sum"
+        How the loss adds up the samples of a batch, a fixed factor apart; for `adjoint="window"`.
+
+    Attributes
+    ----------
+    gram, cross, weight : (K, K), (K, D), (1,) buffers
+        Running ``E[z zᵀ]`` (with "dataset" that of the training set), ``E[z fᵀ]``, and the weight behind
+        them.
+    coefficients_weight : (1,) buffer
+        Weight behind the averaged coefficients.
+    adjoint, adjoint_weight : (R, D), (1,) buffers
+        Running mean of the gradient that reaches the coefficients, and its weight; with `adjoint="window"`.
+
+    References
+    ----------
+    "batch" and "dataset": Lu et al., CVPR 2021, section 3. "recursive": Shah et al., R-MDN, ICML 2025;
+    recursive least squares with a forgetting factor is least squares on exponentially weighted moments.
+    """
+
+    gram: Tensor
+    cross: Tensor
+    weight: Tensor
+    coefficients_weight: Tensor
+    adjoint: Tensor
+    adjoint_weight: Tensor
+    prior_weight: Tensor
+
+    def __init__(
+        self,
+        num_metadata: int,
+        num_labels: int,
+        num_features: tuple[int, ...],
+        *,
+        window: float = 500.0,
+        prior: float = 1.0,
+        gram: Literal["batch", "dataset", "window"] = "window",
+        adjoint: Literal["batch", "window", "none"] = "window",
+        averaging: float = 1.5,
+        prior_on_all: bool = False,
+        reduction: Literal["mean", "sum"] = "mean",
+        **options: Any,
+    ) -> None:
+        super().__init__(num_metadata, num_labels, num_features, **options)
+        for name, value in (("window", window), ("prior", prior), ("averaging", averaging)):
+            # A bool is a number to Python, and never meant as one here.
+            if isinstance(value, bool) or not isinstance(value, numbers.Real):
+                raise TypeError(f"{name} must be a number, got {value!r}.")
+        if not window > 0:
+            raise ValueError(f"window must be a positive number of samples, got {window}.")
+        if not 0 <= prior < math.inf:
+            raise ValueError(f"prior must be a finite number of samples, at least 0, got {prior}.")
+        if reduction not in ("mean", "sum"):
+            raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
+        self.window, self.prior, self.averaging = float(window), float(prior), float(averaging)
+        self.gram_source, self.adjoint_source = gram, adjoint
+        self.prior_on_all, self.reduction = prior_on_all, reduction
+        columns = num_labels + 1 + num_metadata
+        self.add_state("gram", columns, columns, precise=True)
+        self.add_state("weight", 1, precise=True)
+        self.add_state("coefficients_weight", 1, precise=True)
+        if gram != "dataset":
+            self.add_state("cross", columns, self.num_values)
+        if adjoint == "window":
+            self.add_state("adjoint", num_metadata + self.center, self.num_values)
+            self.add_state("adjoint_weight", 1, precise=True)
+        if prior_on_all:
+            self.add_state("prior_weight", 1, precise=True)
+            self.prior_weight.fill_(prior)
+
+    def reset_parameters(self) -> None:
+        """Forget everything learned."""
+        super().reset_parameters()
+        if self.prior_on_all:
+            self.prior_weight.fill_(self.prior)
+
+    def set_gram(self, moments: Moments) -> None:
+        """Take the units of the training set's columns and, with `gram="dataset"`, its moments."""
+        super().set_gram(moments)
+        if self.gram_source == "dataset":
+            gram, _, weight = self._averages(moments)
+            with torch.no_grad():
+                self.gram.copy_(gram)
+                self.weight.fill_(weight)
+
+    def set_moments(self, moments: Moments) -> None:
+        """Replace the running state by given moments, which weigh no more than the window."""
+        super().set_moments(moments)
+        gram, cross, weight = self._averages(moments)
+        with torch.no_grad():
+            self.gram.copy_(gram)
+            self.weight.fill_(weight if self.gram_source == "dataset" else min(weight, self.window))
+            self.coefficients_weight.fill_(min(weight, self.window))
+            if self.gram_source != "dataset":
+                self.cross.copy_(cross)
+            if self.prior_on_all:
+                self.prior_weight.zero_()
+
+    def kept(self, count: float | Tensor) -> Any:
+        """Return the share of its weight that a batch of weight `count` leaves the past."""
+        if isinstance(count, Tensor):
+            return (1 - count / self.window).clamp_min(0)
+        return max(1 - count / self.window, 0.0)
+
+    def forward(self, features: Tensor, batch: Batch) -> Tensor:
+        """Update the moments by this batch and remove the effect that they show.
+
+        Raises
+        ------
+        RuntimeError
+            The moments of the training set are missing; with `gram="window"`, inside of an
+            activation-checkpointed part of a compiled model; with `adjoint="window"`, inside of a transform
+            of torch.func.
+        """
+        if self.gram_source == "dataset":
+            self.require_gram(self.weight, "dataset")
+        if not batch.eager and self.gram_source == "window":
+            _refuse_compiled_checkpoint()
+        if not batch.eager and self.adjoint_source == "window":
+            _refuse_transforms(features)
+        return self._step(features, batch) if batch.group is None else eager(self._step)(features, batch)
+
+    def _step(self, features: Tensor, batch: Batch) -> Tensor:
+        state: Any = self._buffers
+        p, source = self.num_labels + 1, self.gram_source
+        with torch.no_grad():
+            self.standardise(batch)
+            rows = self.rows(batch.columns)
+            count, left, gram, cross = batch_moments(features, rows, batch)
+            kept = self.kept(count)
+            running, moments = state["gram"], cross
+            used: bool | Tensor = True
+            if source != "dataset":
+                moments = state["cross"]
+                if not batch.repeated:
+                    pairs = (running, gram), (moments, cross)
+                    used = advance(state["weight"], kept, count, *pairs, eager=batch.eager)
+                    if used is False:
+                        _refuse_far_columns(batch.columns, left)
+                    if self.prior_on_all:
+                        faded = self.prior_weight * kept
+                        self.prior_weight.copy_(torch.where(torch.as_tensor(used), faded, self.prior_weight))
+            if source == "batch":
+                running, moments, operator = gram, cross, self._operator(gram, self._share(count))
+            else:
+                operator = self._running_operator(batch.eager)
+            operator = operator.to(left.dtype)
+            coefficients, mean = operator @ moments.to(left.dtype), running[p - 1, p:]
+            if not batch.repeated and used is not False:
+                self._remember(kept, count, coefficients, mean, used, batch.eager)
+            basis = self._basis(rows[:, p:], mean)
+            projector = operator @ left
+        if self.adjoint_source == "none":
+            return remove(features, basis, coefficients, batch.dims, batch.mask)
+        memory = None
+        if self.adjoint_source == "window":
+            # Each of several processes has a mean of its own, and their gradients are averaged later.
+            processes = 1 if batch.group is None else world_size(batch.group)
+            samples = count if self.reduction == "sum" else processes
+            memory = Memory(self.adjoint, self.adjoint_weight, count, kept, samples, batch.eager)
+        return regress(
+            features, basis, coefficients, projector, batch.dims, batch.mask, memory=memory, group=batch.group
+        )
+
+    def _remember(
+        self, kept: Any, count: Any, coefficients: Tensor, mean: Tensor, used: bool | Tensor, eager: bool
+    ) -> None:
+        """Move what evaluation removes to the coefficients of this step, if its batch was used."""
+        if self.gram_source == "batch":
+            coefficients = self._running_operator(eager).to(self.cross.dtype) @ self.cross
+            mean = self.gram[self.num_labels, self.num_labels + 1 :]
+        # Coefficients of all samples so far have no noise that a mean would not have; but "dataset" has those
+        # of a batch.
+        is_latest = not self.averaging or (self.window == math.inf and self.gram_source != "dataset")
+        faded = 0.0 if is_latest else kept ** (1 / self.averaging)
+        if isinstance(used, Tensor):
+            coefficients = torch.where(used, coefficients, torch.nan)
+        remembered = self.coefficients if self.coefficients.ndim == 2 else self.coefficients.flatten(1)
+        advance(
+            self.coefficients_weight, faded, count, (self.mean, mean), (remembered, coefficients), eager=eager
+        )
+
+    def _running_operator(self, eager: bool) -> Tensor:
+        if not self.prior_on_all:
+            return self._operator(self.gram, self._share(self.weight.item() if eager else self.weight))
+        prior = self.prior_weight / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
+        return self._operator(self.gram + prior * torch.eye(len(self.gram)).to(self.gram), 0.0)
+
+    def extra_repr(self) -> str:
+        """Return the settings, for ``print(model)``."""
+        text = f"gram={self.gram_source!r}, adjoint={self.adjoint_source!r}, window={self.window:g}"
+        text += f", prior={self.prior:g}, center={self.center}"
+        return text if self.reduction == "mean" else f"{text}, reduction={self.reduction!r}"
+
+
+def _refuse_far_columns(columns: Tensor, left: Tensor) -> None:
+    """Raise ValueError where finite columns are not finite in the units and the dtype of the regression."""
+    if bool(columns.isfinite().all()) and not bool(left.isfinite().all()):
+        raise ValueError(
+            f"metadata or labels have values that overflow {left.dtype} in units of the columns' first batch: "
+            "look for wrong values, or give the column in a larger unit."
+        )
+
+
+def _refuse_transforms(features: Tensor) -> None:
+    if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(features):
+        return
+    raise RuntimeError(
+        "estimator='running' cannot train inside torch.func (vmap, grad, vjp, ...): it updates state in the "
+        "backward pass, which those transforms do not allow. Train each model by loss.backward(), or take "
+        "'batch', 'dataset', 'recursive' or 'penalty'. Evaluation (model.eval()) works."
+    )
+
+
+def _refuse_compiled_checkpoint() -> None:
+    """Raise where `torch.compile` traces an activation-checkpointed part.
+
+    Compiled code repeats the part with the state that the batch has already entered, and nothing in it can
+    tell the two runs apart.
+    """
+    if torch.compiler.is_compiling():
+        _refuse_traced_checkpoint()
+
+
+def _refuse_traced_checkpoint() -> bool:
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        tracer: Any = InstructionTranslator.current_tx().output.current_tracer
+    except AttributeError:  # torch.export(strict=False) runs this code itself
+        return False
+    while tracer is not None:
+        if "activation_checkpoint" in str(getattr(tracer, "source_target", "")):
+            raise RuntimeError(
+                "'running', 'recursive' and scale=True cannot train inside of an activation-checkpointed "
+                "part of a compiled model: the part is repeated with the state that the batch has already "
+                "entered, and the gradient would be wrong. Keep the layer out of the checkpointed part (it "
+                "saves only the design), or take estimator 'batch' or 'dataset' without scale."
+            )
+        tracer = tracer.parent
+    return False
+
+
+# What torch.compiler.assume_constant_result does, without its import of the compiler: the function is run
+# while tracing, where the part that is being traced is known.
+_refuse_traced_checkpoint._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,0 +1,336 @@
+"""What `mdnorm.insert` puts behind a module: a layer, its hook, and a look at the first forward pass."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import functools
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from mdnorm.integration import places
+from mdnorm.integration.dependence import Selector, described, select
+from mdnorm.integration.places import LAYER_NAME
+from mdnorm.layer import MetadataNorm
+
+
+@dataclasses.dataclass(frozen=True)
+class Insertion:
+    """One inserted layer.
+
+    Attributes
+    ----------
+    name : str
+        Of the module behind which the layer is; "" for the model itself.
+    other_names : tuple of str
+        Further names of the same module, where several places of the model share it. All their calls go
+        through the one layer.
+    type : str
+        Class of the module.
+    layer : str
+        Name of the layer in ``model.named_modules()``.
+    output_shape : tuple of int, or None
+        What the layer was given last: its input is the module's output, or the part of it that `output`
+        selects. None before the first batch.
+    num_features : tuple of int, or None
+        Shape of the coefficients of one metadata column; None while unknown.
+    is_new : bool
+        Whether this call of `insert` put it there.
+    """
+
+    name: str
+    other_names: tuple[str, ...]
+    type: str
+    layer: str
+    output_shape: tuple[int, ...] | None
+    num_features: tuple[int, ...] | None
+    is_new: bool
+
+    @property
+    def num_values(self) -> int | None:
+        """Values of a sample that the layer corrects; None before the first batch."""
+        return None if self.output_shape is None else torch.Size(self.output_shape[1:]).numel()
+
+    @property
+    def num_coefficients(self) -> int | None:
+        """Coefficients of one metadata column; None while unknown."""
+        return None if self.num_features is None else torch.Size(self.num_features).numel()
+
+
+class Application:
+    """Applies the layer of a module to its output; a forward hook that can be copied and pickled.
+
+    It finds the layer through the module it is called with: in a replica of `nn.DataParallel` that is the
+    replica's.
+    """
+
+    def __init__(self, output: Selector | None, sample_dim: int, settings: dict[str, Any]) -> None:
+        self.output = output
+        self.sample_dim = sample_dim
+        self.settings = settings
+        self.shape: tuple[int, ...] | None = None
+        self.handles: list[Any] = []
+
+    def attach(self, module: nn.Module, layer: MetadataNorm) -> None:
+        """Put a layer behind a module."""
+        module.add_module(LAYER_NAME, layer)
+        # The handles are pickled along: they tell a new process which ids of hooks are taken.
+        if places.calls_its_children(module):
+            self.handles.append(layer.register_forward_pre_hook(self._note))
+        else:
+            self.handles.append(module.register_forward_hook(self))
+        # The public method for it is younger than the oldest torch that is supported.
+        register: Any = layer._register_load_state_dict_pre_hook
+        self.handles.append(register(_accept_earlier_checkpoints, with_module=True))
+        layer.insertion = self
+
+    def detach(self, module: nn.Module) -> None:
+        """Take the layer out again."""
+        for handle in self.handles:
+            handle.remove()
+        delattr(module, LAYER_NAME)
+
+    def _note(self, layer: nn.Module, arguments: tuple[Any, ...]) -> None:
+        """An `nn.Sequential` hands its output over by itself."""
+        if not isinstance(arguments[0], Tensor):
+            name = getattr(layer, "inserted_after", "")
+            raise TypeError(
+                f"the output of {name!r} is {described(arguments[0])}: insert after its last module, not "
+                "after the nn.Sequential, where output= can be given."
+            )
+        if not torch.compiler.is_compiling():
+            self.shape = _shape(arguments[0])
+
+    def __call__(self, module: nn.Module, _: tuple[Any, ...], output: Any) -> Any:
+        """Return the output of the module, corrected."""
+        layer = module._modules[LAYER_NAME]
+        assert layer is not None
+        name: str = layer.inserted_after  # type: ignore[assignment]
+        features = find_features(output, self.output, name)
+        features = samples_first(features, self.sample_dim, name) if self.sample_dim else features
+        if not torch.compiler.is_compiling():
+            self.shape = _shape(features)
+        try:
+            corrected = layer(features)
+        except ValueError as error:
+            raise ValueError(f"after {name!r}: {error}") from error
+        if self.sample_dim:
+            corrected = corrected.movedim(0, self.sample_dim)
+        if isinstance(output, Tensor):
+            return corrected
+        return _replaced(output, self.output, corrected, name)
+
+
+def _shape(features: Tensor) -> tuple[int, ...] | None:
+    """Return the shape of features; sequences of several lengths (a nested tensor) have none."""
+    return None if features.is_nested else tuple(features.shape)
+
+
+def _accept_earlier_checkpoints(layer: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A checkpoint from before the insertion has nothing of the layer, which then stays as it is."""
+    if not any(key.startswith(prefix) for key in state_dict):
+        state_dict.update(layer.state_dict(prefix=prefix))
+
+
+def find_features(output: Any, selector: Selector | None, name: str) -> Tensor:
+    """Return the tensor of a module's output that `selector` names, by default the first.
+
+    Raises
+    ------
+    TypeError
+        There is none, or what is selected is no tensor.
+    """
+    found = output
+    if selector is not None:
+        found = select(output, selector, f"the output of {name!r}")
+    elif not isinstance(output, Tensor):
+        # No next(…, None): torch.compile cannot trace it before torch 2.8.
+        tensors = [value for _, value in _entries(output) if isinstance(value, (Tensor, PackedSequence))]
+        found = tensors[0] if tensors else None
+    if isinstance(found, Tensor) and not isinstance(found, PackedSequence):
+        return found
+    if isinstance(found, PackedSequence):
+        raise TypeError(
+            f"the output of {name!r} is a PackedSequence, which has no row per sample: give the module "
+            "padded sequences, or insert behind a later one."
+        )
+    raise TypeError(
+        f"the output of {name!r} is {described(output)}: no tensor to correct. Give output= a key, an index "
+        "or a function that returns one."
+        if selector is None
+        else f"output= selects {described(found)} from the output of {name!r}, not a tensor."
+    )
+
+
+def samples_first(features: Tensor, sample_dim: int, name: str) -> Tensor:
+    """Return a module's output with the dimension of the samples as the first.
+
+    Raises
+    ------
+    ValueError
+        It has no such dimension.
+    """
+    if not -features.ndim <= sample_dim < features.ndim:
+        raise ValueError(
+            f"sample_dim={sample_dim}, but the output of {name!r} has shape {tuple(features.shape)}, "
+            f"{features.ndim} dimension(s): give the one that counts the samples."
+        )
+    return features.movedim(sample_dim, 0)
+
+
+def _entries(output: Any) -> list[tuple[Any, Any]]:
+    if isinstance(output, PackedSequence):
+        return [(None, output)]
+    if isinstance(output, Mapping):
+        return list(output.items())
+    if isinstance(output, (tuple, list)):
+        return list(enumerate(output))
+    if dataclasses.is_dataclass(output):
+        return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
+    return []
+
+
+def _replaced(output: Any, selector: Selector | None, corrected: Tensor, name: str) -> Any:
+    """A copy of the output with one entry replaced; the output itself may be shared."""
+    entries = _entries(output)
+    if selector is None:
+        key = next(key for key, value in entries if isinstance(value, Tensor))
+    elif callable(selector):
+        wanted = selector(output)
+        keys = [key for key, value in entries if value is wanted]
+        if not keys:
+            raise TypeError(
+                f"output= must return one of the entries of the output of {name!r} ({described(output)}), "
+                "not a new tensor or one further inside: the corrected one goes back in its place."
+            )
+        key = keys[0]
+    elif isinstance(selector, int) and not (isinstance(output, Mapping) and selector in output):
+        # The entries of a ModelOutput that are None have no index.
+        present = [key for key, value in entries if value is not None or isinstance(output, (tuple, list))]
+        key = present[selector]
+    else:
+        key = selector
+    if isinstance(output, tuple):
+        if not isinstance(key, int):
+            return output._replace(**{key: corrected})  # type: ignore[attr-defined]
+        values = [corrected if index == key % len(output) else value for index, value in entries]
+        return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
+    if dataclasses.is_dataclass(output) and not isinstance(output, type):
+        return dataclasses.replace(output, **{key: corrected})
+    changed = copy.copy(output)
+    if isinstance(output, (Mapping, list)):
+        changed[key] = corrected
+    else:
+        setattr(changed, key, corrected)
+    return changed
+
+
+def is_in(features: Tensor, output: Any) -> bool:
+    """Whether a tensor, or a view of it, is (a part of) an output."""
+    tensors = [output] if isinstance(output, Tensor) else [value for _, value in _entries(output)]
+    own = features if features._base is None else features._base
+    return any(
+        isinstance(tensor, Tensor) and (tensor is features or tensor is own or tensor._base is own)
+        for tensor in tensors
+    )
+
+
+def warn_of_output(model: nn.Module, name: str) -> None:
+    """Warn that the output of a module is that of the model."""
+    warnings.warn(
+        f"the output of {name!r} is that of the {type(model).__name__}: logits would be corrected, and what "
+        "the metadata rightly say about the label taken out of them. Insert after the last hidden layer; or "
+        "after '' where the model is an encoder, and its output are features.",
+        stacklevel=3,
+    )
+
+
+class FirstPass:
+    """Looks at the first forward pass of a model for layers that do not run, or correct what it puts out."""
+
+    def __init__(self) -> None:
+        self.handles: list[Any] = []
+        self.of_layers: list[Any] = []
+        self.outputs: dict[str, list[Tensor]] = {}
+
+    @classmethod
+    def watch(cls, model: nn.Module) -> None:
+        """Have the next forward pass looked at."""
+        cls.unwatch(model)
+        watching = cls()
+        watching.handles = [
+            model.register_forward_pre_hook(watching.begin),
+            model.register_forward_hook(watching.end),
+        ]
+
+    @staticmethod
+    def unwatch(model: nn.Module) -> None:
+        """Take the hooks away."""
+        for hook in list(model._forward_hooks.values()):
+            watching = getattr(hook, "__self__", None)
+            if isinstance(watching, FirstPass):
+                for handle in (*watching.handles, *watching.of_layers):
+                    handle.remove()
+
+    def begin(self, model: nn.Module, _: tuple[Any, ...]) -> None:
+        """Note from now on what the layers put out."""
+        if torch.compiler.is_compiling():
+            return
+        for handle in self.of_layers:
+            handle.remove()
+        self.outputs = {row.name: [] for row, _ in inserted(model)}
+        self.of_layers = [
+            layer.register_forward_hook(functools.partial(self.note, row.name))
+            for row, layer in inserted(model)
+        ]
+
+    def note(self, name: str, *call: Any) -> None:
+        """Note the output of a layer."""
+        self.outputs[name].append(call[-1])
+
+    def end(self, model: nn.Module, _: tuple[Any, ...], output: Any) -> None:
+        """Warn of what was found, and go."""
+        if torch.compiler.is_compiling():
+            return
+        self.unwatch(model)
+        for name, outputs in self.outputs.items():
+            if not outputs:
+                warnings.warn(
+                    f"{name!r} did not run in the first forward pass of the {type(model).__name__}: where "
+                    "its weights alone are used, or its forward is called directly, the layer behind it "
+                    "corrects nothing.",
+                    stacklevel=2,
+                )
+            # Said at once, where the containers told it.
+            is_known = not name or places.ends_sequentials(model, model.get_submodule(name))
+            if not is_known and any(is_in(features, output) for features in outputs):
+                warn_of_output(model, name)
+
+
+def layer_of(module: nn.Module) -> tuple[MetadataNorm, Application] | None:
+    """Return the layer that was inserted behind a module, and what applies it; None without."""
+    layer = module._modules.get(LAYER_NAME)
+    application = getattr(layer, "insertion", None)
+    if isinstance(layer, MetadataNorm) and isinstance(application, Application):
+        return layer, application
+    return None
+
+
+def inserted(model: nn.Module) -> Iterator[tuple[Insertion, MetadataNorm]]:
+    """Yield what was inserted, in the order of the model."""
+    for module, all_names in places.named(model).values():
+        found = layer_of(module)
+        if found is None:
+            continue
+        layer, application = found
+        name, *others = all_names
+        own = f"{name}.{LAYER_NAME}" if name else LAYER_NAME
+        row = Insertion(
+            name, tuple(others), type(module).__name__, own, application.shape, layer.num_features, False
+        )
+        yield row, layer

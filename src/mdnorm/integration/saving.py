@@ -1,0 +1,341 @@
+"""A model with its layers and its design in one file, and back into the plain model."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm.arrays import plain_tensor
+from mdnorm.design import Design
+from mdnorm.estimators import ESTIMATORS
+from mdnorm.extras import requires
+from mdnorm.files import atomic_path
+from mdnorm.integration.applied import inserted
+from mdnorm.integration.design import AttachedDesign
+from mdnorm.integration.insert import put_behind, remove, without_layer
+from mdnorm.integration.places import LAYER_NAME, refuse_wrapped, targets
+from mdnorm.integration.wrapper import WithMetadata
+from mdnorm.layer import MetadataNorm
+
+__all__ = ["load", "save"]
+
+_FORMAT = "mdnorm.model"
+_VERSION = 1
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a model with the layers that `mdnorm.insert` put into it, and its design, as one file.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The model, also inside of `mdnorm.WithMetadata`, `DistributedDataParallel` or ``torch.compile``.
+    path : str or Path
+        A safetensors file; its folder must exist. It is complete or not there, also after a crash.
+
+    Raises
+    ------
+    TypeError
+        The state has something that is no tensor, or a part of one (a sharded model).
+    ValueError
+        A layer has an option that no file can hold: a function as `output`, a class as `estimator`.
+
+    Notes
+    -----
+    - The file has the ``state_dict`` as its tensors, so that other programs read the weights as well. Its
+      header has, as JSON, behind which modules the layers are, with which options, and the design.
+    - The plain model itself, its class and its sizes, is not in the file: `load` takes it.
+    """
+    model = _inside(model)
+    with requires("tables"):
+        from safetensors.torch import save_file
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
+    designs = _designs(model)
+    layers = []
+    for row, layer in inserted(model):
+        settings = layer.insertion.settings  # type: ignore[attr-defined]
+        layers.append({"after": row.name, "options": _writable(row.name, settings)})
+    tensors, same_as = _tensors(model, {f"{name}.json" for name in designs})
+    state = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "layers": layers,
+        "designs": {
+            name: {"design": json.loads(module.design().to_json()) if module.json.numel() else None}
+            | {"is_inserted": module.is_inserted}
+            for name, module in designs.items()
+        },
+        "same_as": same_as,
+    }
+    text = json.dumps(state, allow_nan=False)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata={"mdnorm": text, "crc32": _checksum(text, tensors)})
+
+
+def load(model: Model, path: str | os.PathLike[str]) -> Model:
+    """Put into a plain model what `save` wrote: the layers, the design, and all weights.
+
+    Parameters
+    ----------
+    model : nn.Module
+        As it was before `mdnorm.insert`: the same modules with the same sizes, with any weights. Changed in
+        place; its mode, device and dtype stay. `mdnorm.WithMetadata` may be around it.
+    path : str or Path
+
+    Returns
+    -------
+    nn.Module
+        The same model.
+
+    Raises
+    ------
+    FileNotFoundError
+        There is no such file.
+    ValueError
+        The file is damaged, was not written by `save`, or is of another model. The message names it. The
+        model is then as it was, but for weights that were loaded already.
+
+    Notes
+    -----
+    Nothing in the file is run or unpickled, whoever wrote it.
+
+    Examples
+    --------
+    >>> import mdnorm, tempfile
+    >>> def plain():
+    ...     return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> model = plain()
+    >>> report = mdnorm.insert(model, after="0", num_metadata=2, example=torch.randn(5, 8))
+    >>> file = tempfile.mkdtemp() + "/model.safetensors"
+    >>> save(model, file)
+    >>> mdnorm.insertions(load(plain(), file))
+    after  type    layer            output              values  coefficients
+    0      Linear  0.metadata_norm  at the first batch          4
+    """
+    plain = model.model if isinstance(model, WithMetadata) else model
+    refuse_wrapped(plain)
+    path = Path(path)
+    state, tensors = _read(path)
+    layers_before = {row.name for row, _ in inserted(plain)}
+    designs_before = _designs(plain).keys()
+    try:
+        tensors |= {name: tensors[other] for name, other in state["same_as"].items()}
+        _check_plain(plain, state, tensors)
+        for layer in state["layers"]:
+            settings = {"output": None, "sample_dim": 0, "num_metadata": None, "num_labels": None}
+            settings |= {key: _from_json(value) for key, value in layer["options"].items()}
+            put_behind(plain, without_layer(plain, targets(plain, layer["after"]), settings), settings, {})
+        for name, entry in state["designs"].items():
+            _attach(plain, name, entry)
+            tensors[f"{name}.json"] = _designs(plain)[name].json
+        plain.load_state_dict(tensors, strict=True)
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        added = [row.name for row, _ in inserted(plain) if row.name not in layers_before]
+        if added:
+            remove(plain, added)
+        for name in _designs(plain).keys() - designs_before:
+            owner, _, own = name.rpartition(".")
+            delattr(plain.get_submodule(owner), own)
+        raise ValueError(f"{path} does not fit the {type(plain).__name__}: {error}") from error
+    return model
+
+
+def _designs(model: nn.Module) -> dict[str, AttachedDesign]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttachedDesign)}
+
+
+def _inside(model: nn.Module) -> nn.Module:
+    """Return a model without what is around it."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    while True:
+        if isinstance(model, WithMetadata):
+            model = model.model
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+# -- tensors ----------------------------------------------------------------------------------------------
+
+
+def _tensors(model: nn.Module, left_out: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the state by name, and for tensors with several names (tied weights) that of the one."""
+    tensors: dict[str, Tensor] = {}
+    same_as: dict[str, str] = {}
+    names: dict[Any, str] = {}
+    for name, value in model.state_dict().items():
+        if name in left_out:
+            continue
+        is_dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
+        if not is_dense or hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"the state of the model has {name!r}, which is a {type(value).__name__} and not a dense "
+                "tensor with all of its values: the file holds nothing else. Gather a sharded model first."
+            )
+        value = plain_tensor(value.detach())
+        key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
+        if value.numel() and key in names:
+            same_as[name] = names[key]
+            continue
+        names[key] = name
+        tensors[name] = value.to("cpu", copy=True, memory_format=torch.contiguous_format)
+    return tensors, same_as
+
+
+def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:
+    """Return a checksum of the header and all values, which safetensors itself does not have."""
+    number = zlib.crc32(text.encode())
+    for name in sorted(tensors):
+        number = zlib.crc32(name.encode(), number)
+        number = zlib.crc32(tensors[name].reshape(-1).view(torch.uint8).numpy().data, number)
+    return f"{number:08x}"
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the header and the tensors of a file, checked for damage."""
+    with requires("tables"):
+        from safetensors import SafetensorError, safe_open
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, or is no file.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ValueError(
+            f"{path} is no safetensors file, or damaged or truncated: {error}. Files of mdnorm.save are."
+        ) from error
+    text = header.get("mdnorm", "")
+    try:
+        state = json.loads(text) if text else {}
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is damaged: its header is no JSON ({error}).") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ValueError(
+            f"{path} was not written by mdnorm.save: it is a safetensors file without mdnorm's layers. Load "
+            "its weights by safetensors.torch.load_file and load_state_dict."
+        )
+    if state.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} has version {state.get('version')!r}, this mdnorm reads {_VERSION}: update it."
+        )
+    if header.get("crc32") != _checksum(text, tensors):
+        raise ValueError(f"{path} is damaged: it has not the values that mdnorm.save wrote.")
+    return state, tensors
+
+
+def _check_plain(model: nn.Module, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """Raise ValueError where the file has weights of another model."""
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("the model has no memory (device meta): model.to_empty(device=…) first")
+    ours = [f"{layer['after']}.{LAYER_NAME}.".lstrip(".") for layer in state["layers"]]
+    ours += [f"{name}." for name in state["designs"]]
+    # Layers of the model's own may get their sizes from the file.
+    ours += [f"{name}.".lstrip(".") for name, part in model.named_modules() if isinstance(part, MetadataNorm)]
+
+    def of_model(names: Any) -> set[str]:
+        return {name for name in names if not name.startswith(tuple(ours))}
+
+    own = model.state_dict()
+    missing, unknown = of_model(own) - of_model(tensors), of_model(tensors) - of_model(own)
+    shapes = [
+        f"{name} is {tuple(tensors[name].shape)} and not {tuple(own[name].shape)}"
+        for name in sorted(of_model(own) & of_model(tensors))
+        # What takes its size from the first batch has none yet.
+        if not nn.parameter.is_lazy(own[name]) and tensors[name].shape != own[name].shape
+    ]
+    faults = [f"it has no {_listed(missing)}"] if missing else []
+    faults += [f"the model has no {_listed(unknown)}"] if unknown else []
+    faults += ["; ".join(shapes[:5])] if shapes else []
+    if faults:
+        raise ValueError("; ".join(faults) + ". Build the model as the one that was saved")
+
+
+def _listed(names: set[str]) -> str:
+    return ", ".join(sorted(names)[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
+
+
+def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
+    owner, _, own = name.rpartition(".")
+    design = None if entry["design"] is None else Design.from_json(json.dumps(entry["design"]))
+    attached = AttachedDesign(design)
+    attached.is_inserted = bool(entry["is_inserted"])
+    tensor = next((t for t in (*model.parameters(), *model.buffers()) if not t.is_meta), attached.json)
+    place = model.get_submodule(owner)
+    if not isinstance(getattr(place, own, attached), AttachedDesign):
+        raise ValueError(f"it has a design as {name!r}, where the model has something else")
+    place.add_module(own, attached.to(tensor.device))
+
+
+# -- options ----------------------------------------------------------------------------------------------
+
+
+def _writable(after: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a layer as JSON has them."""
+    # Where the layers are is asked of the model that they go into.
+    return {
+        key: _as_json(after, key, value)
+        for key, value in settings.items()
+        if value is not None and key not in ("device", "example")
+    }
+
+
+def _as_json(after: str, key: str, value: Any) -> Any:
+    if key == "process_group" and not isinstance(value, str):
+        return "auto"  # A group means nothing in another process.
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
+    if isinstance(value, (list, tuple)):
+        return {"tuple": [_as_json(after, key, entry) for entry in value]}
+    if isinstance(value, (bool, str)):
+        return value
+    if isinstance(value, numbers.Integral):
+        return int(value)
+    if isinstance(value, numbers.Real):
+        return float(value) if math.isfinite(value) else {"float": str(float(value))}
+    advice = ""
+    if key == "output":
+        advice = " Give insert a key or an index as output=."
+    elif key == "estimator":
+        named = next((name for name, preset in ESTIMATORS.items() if preset is value), None)
+        if named is not None:
+            return named
+        advice = f" Give insert the name of one ({', '.join(ESTIMATORS)}) and its settings as options."
+    raise ValueError(
+        f"the layer after {after!r} has {key}={value!r}, which no file can hold: code is never saved."
+        f"{advice} Or save the state_dict, and insert the layers again before it is loaded."
+    )
+
+
+def _from_json(value: Any) -> Any:
+    """Return an option as `insert` takes it."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind == "dtype":
+        dtype = getattr(torch, str(content), None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"it has an unknown dtype {content!r}")
+        return dtype
+    if kind == "tuple":
+        return tuple(map(_from_json, content))
+    if kind == "float":
+        return float(content)
+    raise ValueError(f"it has an option of an unknown kind {kind!r}")
