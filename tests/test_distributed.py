@@ -20,6 +20,7 @@ from four_processes import (
     CASES,
     SIZES,
     WORLD,
+    Net,
     ending_batches,
     loss_of,
     make_data,
@@ -149,6 +150,14 @@ class TestOneProcessAndSeveral:
             for left in results:
                 for key in ("gradients", "state"):
                     assert_close(left["repeated"][case][key], expected[key], 1e-10)
+
+    def test_a_process_may_have_tried_the_model_before(self, results):
+        net = prepare("running", torch.float64)
+        net(*(part[:9] for part in make_data("running", torch.float64)[:3]))
+        expected = train("running", torch.float64, net, whole())
+        for left in results:
+            for key in ("gradients", "state"):
+                assert_close(left["warmed"][key], expected[key], 1e-10)
 
     def test_compiled(self, results):
         expected = train("running", torch.float64, prepare("running", torch.float64), whole()[:2])
@@ -347,7 +356,7 @@ class TestUnevenNumbersOfBatches:
 class TestGramAndRecalibration:
     def expected(self, rows: torch.Tensor) -> tuple[Any, dict[str, Any]]:
         data = tuple(part[rows] for part in make_data("dataset", torch.float64)[:3])
-        net = prepare("dataset", torch.float64)
+        net = Net("dataset", torch.float64)
         gram = mdnorm.fit_gram(net, data[1], data[2])
         mdnorm.recalibrate(net, [data])
         return gram, net.state_dict()

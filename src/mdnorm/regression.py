@@ -52,17 +52,17 @@ Granularity = Literal["element", "channel"]
 _CONSTANT = 1e-12
 # A direction of the design is collinear, or determined by the labels, when less than this share of its
 # columns' variance is left. It is far above the rounding of the moments, which is what an inverse would
-# magnify. A column is constant when its variance is less than this share of one unit or, where that is less, of
-# its second moment about the origin, and of 1 / 100 of that in any case.
-_COLLINEAR = {torch.float64: 1e-11, torch.float32: 1e-6}
+# magnify. A column is constant when its variance is less than this share of one unit or, where that is less,
+# of its second moment about the origin, or less than 1 / 100 of the share of that.
+_COLLINEAR = {torch.float64: 1e-10, torch.float32: 1e-6}
 _FAR = 0.01
-# The same for directions of the labels in float64: about the square root of rounding, so that neither what they
-# magnify nor what they then leave of the metadata is rounding.
+# The same for directions of the labels in float64: about the square root of rounding, so that neither what
+# they magnify nor what they then leave of the metadata is rounding.
 _COLLINEAR_LABELS = 1e-9
-# Beside a prior, the share of itself that is added to the variance of a label: too little to be seen where labels
-# are not collinear, enough that what nearly collinear ones magnify stays small beside the prior.
-_LABEL_RIDGE = {torch.float64: 1e-12, torch.float32: 1e-8}
-# Added where nothing may be divided by zero; its inverse, a weight that leaves a constant column no coefficient.
+# Beside a prior, this part of that share is added to the variance of a label: too little to be seen where
+# labels are not collinear, enough that what nearly collinear ones magnify stays small beside the prior.
+_LABEL_RIDGE = 0.01
+# Added where nothing may be divided by zero; its inverse leaves a constant column no coefficient.
 _TINY = 1e-30
 
 
@@ -279,7 +279,7 @@ def coefficient_operator(
     Parameters
     ----------
     gram : (K, K) tensor
-        ``E[z zᵀ]`` of rows ``z = [y, 1, m]``.
+        ``E[z zᵀ]`` of rows ``z = [y, 1, m]``; without `share` a prior on all of them may be in it.
     num_protected : int
         K_y + 1, number of labels and intercept. Their coefficients are not shrunk.
     share : float or (1,) tensor
@@ -297,20 +297,22 @@ def coefficient_operator(
         A constant column has a row and a column of zeros.
     """
     p, intercept = num_protected, num_protected - 1
-    squares = gram.diagonal()
-    # About the means the intercept, which is put back at the end, leaves zeros, as every constant column does.
-    mean = gram[intercept] / (squares[intercept] + _TINY)
-    centred = torch.addr(gram, mean, gram[intercept], alpha=-1)
-    variance = centred.diagonal().clone()
+    has_share = isinstance(share, Tensor) or share > 0
     rounding = 100 * torch.finfo(gram.dtype).eps
     smallest = max(_COLLINEAR.get(dtype, _COLLINEAR[torch.float32]), rounding)
-    distance = torch.add(squares.clamp_max(1), squares, alpha=_FAR)
-    varies = variance > smallest * distance + _CONSTANT**2
-    if isinstance(share, Tensor) or share > 0:
-        size = variance + distance
-        ridge = _LABEL_RIDGE.get(dtype, _LABEL_RIDGE[torch.float32]) * size
-        ridge[p:] = torch.maximum(share * variance, smallest * size)[p:]
-        centred.diagonal().add_(torch.where(varies, ridge, 1 / _TINY))
+    squares, mean = gram.diagonal(), gram[intercept]
+    if not has_share:
+        mean = mean / (squares[intercept] + _TINY)
+    # About the means the intercept, which is put back at the end, leaves zeros, as all constant columns do.
+    centred = torch.addr(gram, mean, gram[intercept], alpha=-1)
+    variance = centred.diagonal()
+    least = smallest * torch.add(squares.clamp(_CONSTANT**2 / smallest, 1), squares, alpha=_FAR)
+    varies = variance > least
+    if has_share:
+        least = torch.add(least, variance, alpha=smallest)
+        ridge = torch.maximum(share * variance, least)
+        ridge[:p] = _LABEL_RIDGE * least[:p]
+        variance.add_(torch.where(varies, ridge, 1 / _TINY))
         inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(centred)[0])
     else:
         unit = torch.where(varies, variance, torch.inf).rsqrt()
@@ -326,9 +328,9 @@ def coefficient_operator(
 
 
 def _pseudo_inverse(correlation: Tensor, num_protected: int, smallest: Tensor, rounding: Tensor) -> Tensor:
-    """Return the inverse of a matrix of correlations, labels first, without the directions that hardly vary.
+    """Return the inverse of a matrix of correlations, labels first, without what hardly varies.
 
-    Those of the labels are left out first, then those of the metadata of which the labels leave hardly anything.
+    Directions of the labels are left out first, then those of the metadata that the labels hardly leave.
     `rounding` is what may be wrong in the matrix.
     """
     p = num_protected

@@ -133,6 +133,22 @@ def test_frames_of_the_same_partitions_sites_and_a_fitted_model() -> None:
     np.testing.assert_allclose(again.features.compute(), result.compute(), rtol=1e-12)
 
 
+@pytest.mark.parametrize("site", [None, "site"])
+def test_weights_as_the_estimator_in_memory(site: str | None) -> None:
+    table = whole()
+    weights = np.random.default_rng(2).choice([0.0, 0.5, 1.0, 7.0], N)
+    weights[:100] = 0  # all of the first partition
+    frame = dd.from_pandas(table.assign(weight=weights), npartitions=6)
+    formula = "age" if site else "age + site"
+    result, model = residualize_dask(frame, formula=formula, labels="sick", site=site, weights="weight")
+    assert model.feature_names == tuple(NAMES)
+    estimator = MetadataResidualizer(site=site)
+    features, metadata = table[NAMES].to_numpy(), table[["age", "site"]]
+    estimator.fit(features, metadata=metadata, covariates=table[["sick"]], sample_weight=weights)
+    wanted = estimator.transform(features, metadata=metadata)
+    np.testing.assert_allclose(result.compute()[NAMES], wanted, rtol=1e-10)
+
+
 def test_array_beside_a_frame_and_unknown_chunks() -> None:
     table = whole()
     frame = dd.from_pandas(table, npartitions=4)

@@ -14,6 +14,7 @@ import pandas as pd
 import polars as pl
 import pytest
 import sklearn
+import statsmodels.api as sm
 import torch
 from fairlearn.preprocessing import CorrelationRemover
 from hypothesis import given
@@ -168,6 +169,85 @@ def test_weights_and_ridge() -> None:
     ]
     assert norms[0] > norms[1] > norms[2]
     assert norms[2] < 1e-6
+
+
+@given(st.integers(0, 10**6), st.sampled_from([0.0, 1e6]), st.lists(st.integers(0, 89), max_size=3))
+def test_weights_are_those_of_statsmodels(seed: int, offset: float, cuts: list[int]) -> None:
+    features, frame, label = _table(seed=seed)
+    metadata = _indicators(frame)
+    weights = np.random.default_rng(seed).choice([0.0, 0.2, 1.0, 30.0], 90, p=[0.2, 0.3, 0.3, 0.2])
+    fitted = MetadataResidualizer()
+    for rows in np.split(np.arange(90), sorted({0, *cuts}))[1:]:
+        # The first chunk may be of one row, and the weights of a chunk may all be 0.
+        arguments = {"metadata": metadata[rows] + offset, "sample_weight": weights[rows], "classes": [0, 1]}
+        fitted.partial_fit(features[rows] - offset, label[rows], **arguments)
+    design = np.column_stack([metadata, label])
+    design = sm.add_constant(design - np.average(design, axis=0, weights=weights))
+    for column, coefficients in zip(features.T, fitted.coef_.T, strict=True):
+        expected = sm.WLS(column - 100, design, weights).fit().params
+        np.testing.assert_allclose(coefficients, expected[1:-1], atol=1e-8 if offset else 1e-10)
+    np.testing.assert_allclose(fitted.metadata_mean_, np.average(metadata, 0, weights) + offset, rtol=1e-12)
+    assert fitted.moments_[None].num_rows == np.count_nonzero(weights)
+
+
+@pytest.mark.parametrize("combat", [{}, {"scale": True}, {"scale": True, "empirical_bayes": True}])
+@pytest.mark.parametrize("site", [None, "site"])
+def test_a_weight_is_a_number_of_rows(site: str | None, combat: dict[str, Any]) -> None:
+    features, frame, label = _table()
+    settings = {} if site is None else {"site": site, **combat}
+    weights = np.random.default_rng(1).integers(0, 3, 90)
+    rows = np.repeat(np.arange(90), weights)
+    expected = MetadataResidualizer(**settings).fit(features[rows], label[rows], metadata=frame.iloc[rows])
+    weighted = MetadataResidualizer(**settings)
+    weighted.fit(features, label, metadata=frame, sample_weight=weights)
+    streamed = MetadataResidualizer(**settings)
+    typed = frame.assign(sex=frame["sex"].astype("category"))
+    typed = typed if site else typed.assign(site=frame["site"].astype("category"))
+    for part, factor in ((slice(0, 40), 1), (slice(0, 90), 0), (slice(40, 90), 1)):
+        arguments = {"metadata": typed[part], "sample_weight": factor * weights[part], "classes": [0, 1]}
+        streamed.partial_fit(features[part], label[part], **arguments)
+    for fitted in (weighted, streamed):
+        assert sum(part.num_rows for part in fitted.moments_.values()) == np.count_nonzero(weights)
+        assert fitted.sites_ == expected.sites_
+        np.testing.assert_allclose(fitted.coef_, expected.coef_, atol=1e-11)
+        np.testing.assert_allclose(
+            fitted.transform(features, metadata=frame),
+            expected.transform(features, metadata=frame),
+            atol=1e-10,
+        )
+
+
+def test_weights_of_0_are_too_few_rows() -> None:
+    features, frame, label = _table()
+    weights = np.zeros(90)
+    with pytest.raises(ValueError, match="Sample weights must contain at least one non-zero number"):
+        MetadataResidualizer().fit(features, label, metadata=frame, sample_weight=weights)
+    weights[:4] = 25.0
+    with pytest.raises(ValueError, match=r"n_samples=4\): 4 row\(s\) for \d linearly independent"):
+        MetadataResidualizer().fit(features, label, metadata=frame, sample_weight=weights)
+
+
+@pytest.mark.parametrize("first", [1, 30])
+@pytest.mark.parametrize("offset", [0.0, 1e6, -3e8])
+@pytest.mark.parametrize("site", [None, "site"])
+def test_rows_in_an_order_that_says_nothing_of_the_rest(first: int, offset: float, site: str | None) -> None:
+    """Sorted by site, so that a chunk has one; constant columns in the first chunk; far from zero."""
+    features, frame, label = _table()
+    order = np.lexsort([frame["age"], frame["site"]])
+    features, frame, label = features[order], frame.iloc[order].reset_index(drop=True), label[order]
+    frame.loc[: first - 1, "age"] = 40.0
+    features[:first] = features[0]
+    metadata = _indicators(frame)
+    expected = reference.residual(features, metadata, label[:, None])
+    frame["age"] += offset
+    typed = frame.assign(sex=pd.Categorical(frame["sex"]))
+    typed = typed if site else typed.assign(site=pd.Categorical(frame["site"]))
+    streamed = MetadataResidualizer(site=site)
+    for part in np.split(np.arange(90), [first, first + 7, 60]):
+        streamed.partial_fit(features[part] + offset, label[part], metadata=typed.iloc[part], classes=[0, 1])
+    result = streamed.transform(features + offset, metadata=typed) - offset
+    # Features and metadata have no more digits than that themselves.
+    np.testing.assert_allclose(result, expected, atol=1e-10 + 8 * np.spacing(abs(offset)))
 
 
 def test_float32_stays_and_far_offsets_cost_no_more_than_its_digits() -> None:

@@ -352,6 +352,53 @@ def test_fit_rows_of_a_column_leak_nothing_from_the_others(folder) -> None:
     np.testing.assert_allclose(np.load(folder / "applied.npy"), np.load(folder / "other.npy"), rtol=1e-12)
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("site", [None, "site"])
+def test_weights_as_the_estimator_in_memory(source: str, site: str | None, folder) -> None:
+    table, features = people(), as_matrix(folder / source).astype(float)
+    weights = np.random.default_rng(2).choice([0.0, 0.5, 1.0, 7.0], N)
+    metadata = table[["age", "site"]]
+    others = {} if source.startswith("table") else {"metadata": folder / "weighted.parquet"}
+    table.assign(weight=weights).to_parquet(folder / "weighted.parquet")
+    out = folder / f"out.{source.split('.')[1]}"
+    if source.startswith("table"):
+        whole = table.assign(weight=weights, **dict(zip(NAMES, features.T.astype(np.float32), strict=True)))
+        whole.to_csv(folder / "table.csv", index=False)
+        whole.to_parquet(folder / "table.parquet", index=False)
+    summary = residualize_file(
+        folder / source,
+        out,
+        formula="age" if site else "age + C(site)",
+        labels=["sick"],
+        site=site,
+        scale=site is not None,
+        weights="weight",
+        batch_rows=61,
+        **others,
+    )
+    assert summary.num_rows_fitted == np.count_nonzero(weights)
+    estimator = MetadataResidualizer(site=site, scale=site is not None)
+    arguments = {"metadata": metadata, "covariates": table[["sick"]]}
+    wanted = estimator.fit(features, sample_weight=weights, **arguments).transform(features, **arguments)
+    np.testing.assert_allclose(as_matrix(out), wanted, rtol=1e-6)
+
+
+def test_weights_of_0_are_rows_that_are_not_fitted_to(folder) -> None:
+    table = people()
+    train = np.arange(N) % 3 > 0
+    table.loc[~train, "site"] = "rome"
+    table.assign(train=train, weight=train * 2.5).to_csv(folder / "people.csv", index=False)
+    results = []
+    for how in ({"fit_rows": "train"}, {"weights": "weight"}, {"fit_rows": "train", "weights": "weight"}):
+        summary = residualize_file(
+            folder / "fortran.npy", folder / "out.npy", **options("fortran.npy", folder, batch_rows=64, **how)
+        )
+        assert summary.num_rows_fitted == train.sum()
+        results.append(np.load(folder / "out.npy"))
+    for result in results[1:]:
+        np.testing.assert_allclose(result, results[0], rtol=1e-12)
+
+
 def test_a_share_of_rows_is_the_same_whatever_the_batches(folder) -> None:
     results = []
     for batch_rows, seed in ((17, 3), (700, 3), (700, 4)):
@@ -584,6 +631,15 @@ def test_parameters_are_checked(folder) -> None:
     fails(folder, "fit_rows must be a share", fit_rows=1.5)
     fails(folder, "no column 'train'", fit_rows="train")
     fails(folder, r"column 'age' chooses rows", fit_rows="age", formula="C(site)")
+    fails(folder, "no column 'weight'", weights="weight")
+    fails(folder, "'subject' has the weights: it must have numbers", weights="subject")
+    for weight in (-1, np.inf, None):
+        table = people().assign(weight=[1.0] * 5 + [weight] + [1.0] * (N - 6))
+        table.to_csv(folder / "people.csv", index=False)
+        message = r"'weight', the weights, must be finite .* row\(s\) \[5\]"
+        fails(folder, message, "fortran.npy", weights="weight")
+    people().assign(weight=0).to_csv(folder / "people.csv", index=False)
+    fails(folder, r"weights='weight'\) chooses no row", "fortran.npy", weights="weight")
     fails(folder, "batch_rows must be at least 1", batch_rows=0)
     fails(folder, "missing must be", missing="drop")
     fails(folder, "has no names of columns", source="features.npy", features=["f0"])

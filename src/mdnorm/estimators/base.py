@@ -135,8 +135,10 @@ class Estimator(nn.Module, ABC):
 
     def standardise(self, batch: Batch) -> None:
         """Fix origin and scale by this batch where nothing has before."""
-        # Looked for in the state only until it is there. `functional_call` has another state each time.
-        if self.__dict__.get("_standardised") is self.scale:
+        # Looked for in the state only until it is there. `functional_call` has another state each time, and
+        # of what a process did alone the others of a group know nothing.
+        known = self.__dict__.get("_standardised")
+        if known is not None and known.get(batch.group) is self.scale:
             return
         units = Standardisation.of(batch.columns, self.num_labels, batch.weights, batch.group)
         # A batch without samples, or with NaN that nobody looked for, has none to give.
@@ -146,7 +148,7 @@ class Estimator(nn.Module, ABC):
         is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
         if not is_traced and self.is_standardised:
             # Not by setattr, which looks for parameters, buffers and modules first.
-            self.__dict__["_standardised"] = self.scale
+            self.__dict__.setdefault("_standardised", {})[batch.group] = self.scale
 
     def set_units(self, units: Standardisation) -> None:
         """Fix origin and scale of the columns."""

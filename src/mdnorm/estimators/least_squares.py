@@ -240,7 +240,7 @@ def _refuse_far_columns(columns: Tensor, left: Tensor) -> None:
     """Raise ValueError where finite columns are not finite in the units and the dtype of the regression."""
     if bool(columns.isfinite().all()) and not bool(left.isfinite().all()):
         raise ValueError(
-            f"metadata or labels have values that overflow {left.dtype} in units of the columns' first batch: "
+            f"metadata or labels have values that overflow {left.dtype} in the units of their first batch: "
             "look for wrong values, or give the column in a larger unit."
         )
 

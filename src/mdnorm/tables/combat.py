@@ -328,8 +328,8 @@ def _check_design(
     if rows <= needed and ridge == 0 and (k or num_sites > 1):
         raise ValueError(
             f"too few rows (n_samples={rows}): {rows} row(s) for {needed} linearly independent columns of "
-            "metadata, protected columns and intercept (sites included) would explain every feature. Use more "
-            "rows, fewer columns, or ridge=."
+            "metadata, protected columns and intercept (sites included) would explain every feature. Use "
+            "more rows, fewer columns, or ridge=."
         )
     if num_sites == 1 or rank(within.gram) - rank(within.gram, p) == rank(total.gram) - rank(total.gram, p):
         return

@@ -26,6 +26,7 @@ from mdnorm.tables.model import (
     fitted_model,
     for_design,
     needed_variables,
+    row_weights,
 )
 
 __all__ = ["DaskResiduals", "residualize_dask"]
@@ -63,6 +64,7 @@ def residualize_dask(
     ridge: float = 0.0,
     missing: str = "error",
     unseen: str = "error",
+    weights: str | None = None,
     model: MetadataModel | None = None,
     seed: int = 0,
 ) -> DaskResiduals:
@@ -90,6 +92,8 @@ def residualize_dask(
         As for `mdnorm.tables.fit_location_scale`.
     missing, unseen : str
         As for `mdnorm.Design`; `unseen` holds for sites as well.
+    weights : str, optional
+        Column with the weights of the rows, as for `mdnorm.tables.residualize_file`.
     model : MetadataModel, optional
         Coefficients fitted before; nothing is computed.
     seed : int
@@ -135,13 +139,14 @@ def residualize_dask(
     if isinstance(metadata, da.Array):
         metadata = _rows_only(metadata[:, None] if metadata.ndim == 1 else metadata, "metadata")
         if formula is None and site is None and model is None:
-            formula = [name for name in _array_names(metadata) if name not in labels]
+            formula = [name for name in _array_names(metadata) if name not in (*labels, weights)]
     specification = None
     if model is None:
         specification = Specification(
-            formula, tuple(labels), site, scale, empirical_bayes, ridge, missing, unseen
+            formula, tuple(labels), site, scale, empirical_bayes, ridge, missing, unseen, weights
         )
         variables = needed_variables(specification.design(), True, site, with_labels=True)
+        variables += filter(None, [weights])
     else:
         variables = model.variables
     _check_variables(metadata if metadata is not None else features, variables)
@@ -311,13 +316,17 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
 
 def _moments(part: _Part, shared: tuple[Specification, Design | None]) -> SiteMoments:
     specification, design = shared
+    weights = row_weights(part.table, specification.weights)
+    if weights is not None:
+        counts = weights > 0
+        part, weights = _Part(part.features[counts], part.table.filter(counts)), weights[counts]
     if not len(part.features):
         return {}
     metadata, labels, sites = design_columns(
         design, specification.formula is not None, specification.site, part.table, with_labels=True
     )
     assert labels is not None
-    return site_moments(part.features, metadata, labels, sites)
+    return site_moments(part.features, metadata, labels, sites, weights)
 
 
 def _fitted_design(design: Design, tables: list[Any], specification: Specification, seed: int) -> Design:
@@ -340,7 +349,9 @@ def _sample(
     design = specification.design()
     assert design is not None
     sample = DesignSample(design, seed, MAX_DESIGN_ROWS)
-    sample.add(_read_table(table, variables))
+    rows = _read_table(table, [*variables, *filter(None, [specification.weights])])
+    weights = row_weights(rows, specification.weights)
+    sample.add((rows if weights is None else rows.filter(weights > 0)).select(variables))
     return sample
 
 

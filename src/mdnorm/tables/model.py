@@ -54,6 +54,8 @@ class Specification:
         As for `mdnorm.tables.fit_location_scale`.
     missing, unseen : str
         As for `mdnorm.Design`; `unseen` holds for sites as well.
+    weights : str or None
+        Column with the weights of the rows.
     """
 
     formula: str | Sequence[str] | None = None
@@ -64,6 +66,7 @@ class Specification:
     ridge: float = 0.0
     missing: str = "error"
     unseen: str = "error"
+    weights: str | None = None
 
     def __post_init__(self) -> None:
         if self.formula is None and self.site is None:
@@ -361,6 +364,25 @@ def needed_variables(
     if site is not None:
         names.append(site)
     return names
+
+
+def row_weights(table: pyarrow.Table, column: str | None) -> FloatArray | None:
+    """Return the weights of rows, those in a column; None where there is none."""
+    if column is None:
+        return None
+    import pyarrow
+
+    try:
+        weights: FloatArray = table.column(column).cast(pyarrow.float64()).to_numpy()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"column {column!r} has the weights: it must have numbers ({error}).") from error
+    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
+    if len(bad):
+        raise ValueError(
+            f"column {column!r}, the weights, must be finite and not negative: it is not in row(s) "
+            f"{bad[:5].tolist()}."
+        )
+    return weights
 
 
 def as_arrow(table: Any, columns: Sequence[str]) -> pyarrow.Table:

@@ -174,7 +174,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         covariates : (n,) or (n, K) array or DataFrame, optional
             Further columns that are protected, encoded in the same way.
         sample_weight : (n,) array, optional
-            A row of weight 2 counts as two rows.
+            A row of weight 2 counts as two rows, one of weight 0 as none.
 
         Returns
         -------
@@ -187,6 +187,8 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             few rows, sites that cannot be estimated (see `mdnorm.tables.fit_location_scale`).
         """
         self._check_parameters()
+        if sample_weight is not None and not np.any(np.asarray(sample_weight)):
+            raise ValueError("Sample weights must contain at least one non-zero number: all are zero.")
         self._update(X, y, metadata, covariates, sample_weight, None, reset=True)
         self._solve()
         return self
@@ -731,8 +733,6 @@ def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
     weights = np.asarray(sample_weight, dtype=np.float64)
     if weights.shape != (num_rows,):
         raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(num_rows,)}!")
-    if not weights.any():
-        raise ValueError("Sample weights must contain at least one non-zero number: all are zero.")
     return weights
 
 

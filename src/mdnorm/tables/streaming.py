@@ -48,6 +48,7 @@ from mdnorm.tables.model import (
     fitted_model,
     for_design,
     needed_variables,
+    row_weights,
 )
 
 if TYPE_CHECKING:
@@ -326,6 +327,7 @@ def residualize_file(
     missing: str = "error",
     unseen: str = "error",
     fit_rows: str | float | None = None,
+    weights: str | None = None,
     model: MetadataModel | None = None,
     coefficients: str | Path | None = None,
     batch_rows: int | None = None,
@@ -364,6 +366,9 @@ def residualize_file(
     fit_rows : str or float, optional
         Rows that coefficients are estimated from: a column of booleans (or 0 and 1), or a share between 0 and
         1 of all rows, chosen at random. None: all.
+    weights : str, optional
+        Column with the weights of the rows: one of weight 2 counts as two rows in the coefficients, one of
+        weight 0 is not fitted to.
     model : MetadataModel, optional
         Coefficients fitted before; nothing is estimated. Excludes all that says what to fit.
     coefficients : path, optional
@@ -417,6 +422,7 @@ def residualize_file(
         "missing": missing != "error",
         "unseen": unseen != "error",
         "fit_rows": fit_rows is not None,
+        "weights": weights is not None,
         "features": features is not None,
         "coefficients": coefficients is not None,
     }
@@ -429,11 +435,10 @@ def residualize_file(
         features = model.feature_names
     else:
         specification = Specification(
-            formula, tuple(labels), site, scale, empirical_bayes, ridge, missing, unseen
+            formula, tuple(labels), site, scale, empirical_bayes, ridge, missing, unseen, weights
         )
         reserved = needed_variables(specification.design(), True, site, with_labels=True)
-        if isinstance(fit_rows, str):
-            reserved.append(fit_rows)
+        reserved += [name for name in (fit_rows, weights) if isinstance(name, str)]
     _check_out(source, out, metadata)
     if coefficients is not None:
         check_model_path(Path(coefficients))
@@ -519,7 +524,7 @@ def _residualize(
         kept: _KeptDesign | None = None
         if specification is not None:
             # Rows that are not fitted to have no design matrix yet.
-            if fit_rows is None:
+            if fit_rows is None and specification.weights is None:
                 kept = _KeptDesign(out.parent, rows.features, specification.scale)
                 stack.callback(kept.close)
             with warnings.catch_warnings(record=True) as caught:
@@ -573,12 +578,15 @@ def _fit(
     progress: Progress,
 ) -> tuple[MetadataModel, int]:
     design = specification.design()
-    chosen = [fit_rows] if isinstance(fit_rows, str) else []
+    weights = specification.weights
+    chosen = [name for name in (fit_rows, weights) if isinstance(name, str)]
     variables = [] if design is None else design.variables()
+    no_rows = f"{rows.table.path}: fit_rows={fit_rows!r} (weights={weights!r}) chooses no row to fit to."
     if design is not None:
         sample = DesignSample(design, seed)
-        everything = sample if fit_rows is None else DesignSample(design, seed, max_rows=1)
-        chooser = _RowChooser(fit_rows, seed)
+        fits_all = fit_rows is None and weights is None
+        everything = sample if fits_all else DesignSample(design, seed, max_rows=1)
+        chooser = _RowChooser(fit_rows, weights, seed)
         columns = list(dict.fromkeys([*variables, *chosen]))
         for start, table in rows.metadata(columns, max(batch_rows, 2**16)):
             with _at_rows(rows.table.path, start, table.num_rows):
@@ -591,7 +599,7 @@ def _fit(
                     everything.add(table)
             progress("metadata", start + table.num_rows, rows.table.num_rows)
         if sample.num_rows == 0:
-            raise TableFileError(f"{rows.table.path}: fit_rows={fit_rows!r} chooses no row to fit to.")
+            raise TableFileError(no_rows)
         design.fit(for_design(sample.rows()))
         if everything is not sample:
             # Now, not after an hour: a level or a gap that only other rows have.
@@ -599,15 +607,15 @@ def _fit(
                 design.transform(for_design(everything.witnesses()), labels=False)
             except (TypeError, ValueError) as error:
                 raise TableFileError(
-                    f"{rows.table.path} has rows beside those of fit_rows={fit_rows!r} that cannot be "
-                    f"corrected (one row of each kind was looked at): {error}"
+                    f"{rows.table.path} has rows beside those of fit_rows={fit_rows!r} (weights={weights!r}) "
+                    f"that cannot be corrected (one row of each kind was looked at): {error}"
                 ) from error
     wanted = [*variables, *([] if specification.site is None else [specification.site]), *chosen]
-    chooser = _RowChooser(fit_rows, seed)
+    chooser = _RowChooser(fit_rows, weights, seed)
     moments: SiteMoments = {}
     removes = specification.formula is not None
 
-    def designed() -> Iterator[tuple[Block, NDArray[Any], DesignColumns]]:
+    def designed() -> Iterator[tuple[Block, NDArray[Any], DesignColumns, NDArray[np.float64] | None]]:
         for block, table in rows.blocks(list(dict.fromkeys(wanted)), batch_rows):
             with _at_rows(rows.table.path, block.start, len(block.features)):
                 features, mask = block.features, chooser.mask(table)
@@ -616,43 +624,46 @@ def _fit(
                 columns = design_columns(design, removes, specification.site, table, with_labels=True)
             if kept is not None:
                 kept.add(columns)
-            yield block, features, columns
+            yield block, features, columns, row_weights(table, weights)
 
     # One thread reads, one makes the design, this one sums.
-    for block, features, (metadata, labels, sites) in prefetched(designed()):
+    for block, features, (metadata, labels, sites), weight in prefetched(designed()):
         assert labels is not None
         with _at_rows(rows.features.path, block.start, len(block.features)):
-            moments = add_moments(moments, site_moments(features, metadata, labels, sites))
+            moments = add_moments(moments, site_moments(features, metadata, labels, sites, weight))
         progress("fit", block.start + len(block.features), rows.features.num_rows)
     num_fitted = sum(part.num_rows for part in moments.values())
     if num_fitted == 0:
-        raise TableFileError(f"{rows.table.path}: fit_rows={fit_rows!r} chooses no row to fit to.")
+        raise TableFileError(no_rows)
     return fitted_model(specification, design, moments, rows.features.feature_names), num_fitted
 
 
 class _RowChooser:
     """Which rows to fit to, block after block; the same ones whatever the blocks."""
 
-    def __init__(self, fit_rows: str | float | None, seed: int) -> None:
+    def __init__(self, fit_rows: str | float | None, weights: str | None, seed: int) -> None:
         if isinstance(fit_rows, int | float) and not 0 < fit_rows <= 1:
             raise ValueError(f"fit_rows must be a share above 0 and up to 1, or a column, got {fit_rows!r}.")
-        self._fit_rows = fit_rows
+        self._fit_rows, self._weights = fit_rows, weights
         # Not the numbers by which rows of the design are sampled.
         self._random = np.random.default_rng([seed, 1])
 
     def mask(self, table: pyarrow.Table) -> NDArray[np.bool_] | None:
         """Return for each row whether it is chosen; None: all are."""
+        weights = row_weights(table, self._weights)
+        counts = None if weights is None else weights > 0
         if self._fit_rows is None:
-            return None
+            return counts
         if not isinstance(self._fit_rows, str):
-            drawn: NDArray[np.bool_] = self._random.random(table.num_rows) < self._fit_rows
-            return drawn
-        values = table.column(self._fit_rows).to_numpy()
-        if not np.isin(values, [0, 1]).all():
-            raise ValueError(
-                f"column {self._fit_rows!r} chooses rows: it must have only true and false, or 0 and 1."
-            )
-        return np.asarray(values.astype(bool))
+            chosen = self._random.random(table.num_rows) < self._fit_rows
+        else:
+            values = table.column(self._fit_rows).to_numpy()
+            if not np.isin(values, [0, 1]).all():
+                raise ValueError(
+                    f"column {self._fit_rows!r} chooses rows: it must have only true and false, or 0 and 1."
+                )
+            chosen = values.astype(bool)
+        return np.asarray(chosen if counts is None else chosen & counts)
 
 
 def _check_complete(table: pyarrow.Table) -> None:
