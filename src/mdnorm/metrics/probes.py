@@ -42,9 +42,17 @@ __all__ = ["ProbeResult", "ProbeScore", "probe"]
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Strengths of the ridge, relative to the mean eigenvalue: from almost none, which a class that is coded in a
-# component of a small variance needs, to almost a constant prediction.
-_STRENGTHS = np.logspace(-8, 3, 12)
+# Strengths of the ridge, relative to the mean eigenvalue: from almost a constant prediction to almost none,
+# which a class that is coded in a component of a small variance needs.
+_STRENGTHS = np.logspace(3, -8, 12)
+
+# Only strengths that leave as many degrees of freedom, or half of the rows if those are fewer, are tried: the
+# errors of a fit through nearly every row tell nothing about other rows.
+_LEAST_FREEDOM = 20
+
+# A weaker ridge is taken only where its left-out errors are smaller than those of a stronger one by more than
+# this number of degrees of freedom explain: the smallest of several noisy errors is too small.
+_CLEARLY = 10
 
 # A column that varies less than this share of the largest absolute value is a constant up to rounding.
 _LEAST_VARIATION = 1e-12
@@ -276,8 +284,9 @@ def probe(
     Notes
     -----
     Standardisation, landmarks, the strength of the ridge and the thresholds are fitted on the training rows
-    of each fold. The strength is chosen by generalised cross-validation, with `groups` by leaving out one
-    subject at a time.
+    of each fold. The strength is the strongest that is not clearly worse than the best by generalised
+    cross-validation, with `groups` by leaving out one subject at a time; strengths that leave fewer than 20
+    degrees of freedom are not tried.
 
     Balanced accuracy weighs classes equally, so thresholds are those for equal priors: a rare class does not
     leave the probe at chance.
@@ -758,7 +767,16 @@ class _Basis:
             roots = np.sqrt(eigenvalues)
             self.train, self.test = vectors * roots, (test @ train.T) @ vectors / roots
         self.eigenvalues: Floats = eigenvalues
-        self.mean_eigenvalue = float(self.eigenvalues.sum() / train.shape[1])
+        mean_eigenvalue = float(self.eigenvalues.sum() / train.shape[1])
+        weights = 1 / (self.eigenvalues + _STRENGTHS[:, None] * (mean_eigenvalue or 1.0))
+        freedom = train.shape[0] - 1 - weights @ self.eigenvalues
+        usable = freedom >= min(_LEAST_FREEDOM, train.shape[0] / 2)
+        usable[0] = True
+        # Of each strength, the strongest first.
+        self.weights: Floats = weights[usable]
+        self.freedom: Floats = freedom[usable]
+        # A smaller share of the error than this is clearly less.
+        self.clearly = 1 - min(0.5, _CLEARLY / train.shape[0])
         self.grouped = subjects is not None
         self.left_out = _LeftOut(self.train, subjects)
 
@@ -791,18 +809,16 @@ class _Basis:
         # One subject left out at a time has to be tried for every strength; for single rows, generalised
         # cross-validation tells the best one from the products alone.
         chosen = None if self.grouped else self._generalised(centred, products, width)
-        # From the strongest down, so that of equal ones (constant features) the strongest stays.
-        for index in range(_STRENGTHS.size)[::-1]:
+        for index, weights in enumerate(self.weights):
             tried = np.arange(num_targets) if chosen is None else (chosen == index).nonzero()[0]
             if tried.size == 0:
                 continue
             columns = (tried[:, None] * width + np.arange(width)).reshape(-1)
-            weights = self._weights(_STRENGTHS[index])
             fitted = weights[:, None] * products[:, columns]
             residuals = self.left_out.residuals(centred[:, columns] - self.train @ fitted, weights)
             shape = (num_rows, tried.size, width)
             errors = _squared_sums(residuals.reshape(shape))
-            better = (errors < best[tried]).nonzero()[0]
+            better = (errors < self.clearly * best[tried]).nonzero()[0]
             best[tried[better]] = errors[better]
             coefficients[:, tried[better]] = fitted.reshape(-1, tried.size, width)[:, better]
             scores = (left_out_targets[:, columns] - residuals).reshape(shape)
@@ -810,26 +826,18 @@ class _Basis:
         predicted = self.test @ coefficients.reshape(-1, num_targets * width)
         return best, predicted.reshape(-1, num_targets, width), agreement
 
-    def _weights(self, strength: float) -> Floats:
-        weights: Floats = 1 / (self.eigenvalues + strength * (self.mean_eigenvalue or 1.0))
-        return weights
-
     def _generalised(self, centred: Floats, products: Floats, width: int) -> Integers:
-        """Return the position in `_STRENGTHS` (T,) with the best generalised cross-validation."""
+        """Return the position (T,) of the strongest ridge of nearly the best generalised cross-validation."""
         num_rows, rank = centred.shape[0], self.eigenvalues.size
         # Sums over the columns of one target: of its squares, and of those of its part along each component.
         total = _squared_sums(centred.reshape(num_rows, -1, width), axis=(0, 2))
         lengths = _squared_sums(products.reshape(rank, total.size, width), axis=2)
         lengths /= self.eigenvalues[:, None]
-        # Components that span everything leave nothing outside but rounding, and no degrees of freedom.
+        # Components that span everything leave nothing outside but rounding.
         outside = np.maximum(total - lengths.sum(axis=0), 0) if rank < num_rows - 1 else np.zeros_like(total)
-        errors = np.empty((_STRENGTHS.size, total.size))
-        for index, strength in enumerate(_STRENGTHS):
-            kept = self.eigenvalues * self._weights(strength)
-            freedom = max(num_rows - 1 - rank + (1 - kept).sum(), 1e-9)
-            errors[index] = (outside + np.square(1 - kept) @ lengths) / freedom**2
-        # The first of equal ones is then the strongest.
-        best: Integers = _STRENGTHS.size - 1 - errors[::-1].argmin(axis=0)
+        errors = outside + np.square(1 - self.weights * self.eigenvalues) @ lengths
+        errors /= np.square(self.freedom)[:, None]
+        best: Integers = (self.clearly * errors <= errors.min(axis=0)).argmax(axis=0)
         return best
 
 
