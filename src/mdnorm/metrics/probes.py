@@ -30,9 +30,9 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import check_integer, listed
+from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations, listed
 from mdnorm.metrics.columns import Categories, as_categories, as_column
-from mdnorm.metrics.rates import mean_of_defined, ratio
+from mdnorm.metrics.rates import combined, effective_rows, mean_of_defined, ratio, wilson
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -108,6 +108,9 @@ class ProbeScore:
         permutations.
     permutation_mean, permutation_high : float or None
         Mean and 95 % quantile of the scores of the permuted targets.
+    low, high : float or None
+        Interval of what this probe scores, fitted on as many rows; None for the AUC. Another probe may find
+        more.
     """
 
     name: str
@@ -117,6 +120,8 @@ class ProbeScore:
     p_value: float | None = None
     permutation_mean: float | None = None
     permutation_high: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     @property
     def fold_std(self) -> float:
@@ -134,6 +139,8 @@ class ProbeScore:
             "p_value": self.p_value,
             "permutation_mean": self.permutation_mean,
             "permutation_high": self.permutation_high,
+            "low": self.low,
+            "high": self.high,
         }
 
 
@@ -233,6 +240,7 @@ def probe(
     num_folds: int = 5,
     num_permutations: int = 200,
     num_landmarks: int = 300,
+    confidence: float = 0.95,
     seed: int = 0,
 ) -> ProbeResult:
     """Predict a metadata column from features, cross-validated, and compare with permutations of the column.
@@ -256,9 +264,11 @@ def probe(
     num_folds : int
         At least 2. Reduced, with a note, where a class has fewer rows (or subjects).
     num_permutations : int
-        0 for no p-value. The smallest p-value is ``1 / (1 + num_permutations)``.
+        At least 20, since the smallest p-value is ``1 / (1 + num_permutations)``; or 0 for no p-value.
     num_landmarks : int
         Rows that each kernel of the non-linear probe is approximated from; half the training rows at most.
+    confidence : float
+        Of the intervals of the scores, between 0 and 1.
     seed : int
         Of folds, permutations and landmarks: the same seed gives the same result.
 
@@ -291,6 +301,11 @@ def probe(
     Balanced accuracy weighs classes equally, so thresholds are those for equal priors: a rare class does not
     leave the probe at chance.
 
+    Intervals are of what this probe scores, fitted on as many rows: of R², a ratio of sums over rows or
+    subjects, by its linearised variance, the upper limit at least that of the squared correlation of
+    prediction and target; of balanced accuracy from Wilson's intervals of the classes (Zou & Donner 2008).
+    Both are widened for the training rows that folds share (Nadeau & Bengio 2003).
+
     Permutations keep the folds, and permute within them, which makes the p-value exact also where folds are
     stratified by the target. With `groups`, each subject gets the values of another subject, repeated or cut
     to its number of rows; this is exact where subjects have equally many rows. With `labels`, the p-value of
@@ -322,6 +337,10 @@ def probe(
        Advances in Neural Information Processing Systems 13.
     .. [4] Phipson, B., & Smyth, G. K. (2010). Permutation P-values should never be zero. Statistical
        Applications in Genetics and Molecular Biology, 9(1), 39.
+    .. [5] Zou, G. Y., & Donner, A. (2008). Construction of confidence limits about effect measures: a general
+       approach. Statistics in Medicine, 27(10), 1693–1702.
+    .. [6] Nadeau, C., & Bengio, Y. (2003). Inference for the generalization error. Machine Learning, 52(3),
+       239–281.
 
     Examples
     --------
@@ -335,7 +354,9 @@ def probe(
     """
     with requires("metrics"):
         import sklearn  # noqa: F401 - fails here rather than in the middle
-    _check_options(model, task, num_folds, num_permutations, num_landmarks, seed)
+    _check_options(model, task, num_folds, num_landmarks, seed)
+    check_permutations(num_permutations, none_is_allowed=True)
+    check_confidence(confidence)
     rows = _as_features(features)
     column = as_column(target, "target")
     label_classes = None if labels is None else as_categories(labels, "labels")
@@ -364,7 +385,7 @@ def probe(
     else:
         values = _as_numbers(column)
 
-    settings = _Settings(model, num_folds, num_permutations, num_landmarks, seed)
+    settings = _Settings(model, num_folds, num_permutations, num_landmarks, confidence, seed)
     codes = None if label_classes is None else label_classes.codes
     subject_codes = None if subjects is None else subjects.codes
     overall = _probe_rows(rows, values, classes, codes, subject_codes, settings, notes)
@@ -413,19 +434,17 @@ class _Settings:
     num_folds: int
     num_permutations: int
     num_landmarks: int
+    confidence: float
     seed: int
 
 
-def _check_options(
-    model: str, task: str, num_folds: int, num_permutations: int, num_landmarks: int, seed: int
-) -> None:
+def _check_options(model: str, task: str, num_folds: int, num_landmarks: int, seed: int) -> None:
     if model not in ("linear", "nonlinear"):
         raise ValueError(f"model must be 'linear' or 'nonlinear', got {model!r}.")
     if task not in ("auto", "classification", "regression"):
         raise ValueError(f"task must be 'auto', 'classification' or 'regression', got {task!r}.")
     for name, value, least in (
         ("num_folds", num_folds, 2),
-        ("num_permutations", num_permutations, 0),
         ("num_landmarks", num_landmarks, 1),
         ("seed", seed, 0),
     ):
@@ -885,6 +904,7 @@ class _Outcome:
     values: dict[str, Floats]
     fold_values: dict[str, Floats]
     chance: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
     counts: Integers
     num_rows: int
     num_folds: int
@@ -899,7 +919,7 @@ class _Outcome:
         **within: Any,
     ) -> ProbeResult:
         scores = tuple(
-            _score(name, values, self.chance[name], self.fold_values[name])
+            _score(name, values, self.chance[name], self.fold_values[name], self.intervals.get(name))
             for name, values in self.values.items()
         )
         present = self.counts.nonzero()[0].tolist()
@@ -919,11 +939,14 @@ class _Outcome:
         )
 
 
-def _score(name: str, values: Floats, chance: float, fold_values: Floats) -> ProbeScore:
+def _score(
+    name: str, values: Floats, chance: float, fold_values: Floats, interval: tuple[float, float] | None
+) -> ProbeScore:
+    low, high = interval or (None, None)
     folds = tuple(float(value) for value in fold_values if np.isfinite(value))
     observed, permuted = float(values[0]), values[1:]
     if permuted.size == 0:
-        return ProbeScore(name, observed, chance, folds)
+        return ProbeScore(name, observed, chance, folds, low=low, high=high)
     # Up to rounding: a permutation that changes nothing has to count.
     as_good = int((permuted >= observed - 1e-12 * max(1.0, abs(observed))).sum())
     return ProbeScore(
@@ -934,6 +957,8 @@ def _score(name: str, values: Floats, chance: float, fold_values: Floats) -> Pro
         p_value=(1 + as_good) / (1 + permuted.size),
         permutation_mean=float(permuted.mean()),
         permutation_high=float(np.quantile(permuted, 0.95)),
+        low=low,
+        high=high,
     )
 
 
@@ -952,6 +977,14 @@ def _pooled(outcomes: list[_Outcome]) -> tuple[ProbeScore, ...]:
             mean([outcome.values[name] for outcome in outcomes]),
             float(mean([outcome.chance[name] for outcome in outcomes])),
             np.empty(0),
+            # Label classes are independent samples.
+            combined(
+                weights,
+                [float(outcome.values[name][0]) for outcome in outcomes],
+                [outcome.intervals[name] for outcome in outcomes],
+            )
+            if name in outcomes[0].intervals
+            else None,
         )
         for name in outcomes[0].values
     )
@@ -1003,8 +1036,13 @@ def _probe_rows(
         for columns in chunks:
             targets = values[orders[:, columns]]
             scorer.add(index, columns, choice, coded(columns)[train], targets[train], targets[test])
-    values_of, folds_of, chance = scorer.result()
-    return _Outcome(values_of, folds_of, chance, counts, num_rows, num_folds)
+    # Of the target itself, the rows are in the order of their folds.
+    owners = (
+        np.argsort(fold, kind="stable") if subjects is None else subjects[np.argsort(fold, kind="stable")]
+    )
+    # The folds share training rows, so that their scores vary together (Nadeau & Bengio 2003).
+    interval = scorer.interval(owners, settings.confidence, 1 + num_folds / (num_folds - 1))
+    return _Outcome(*scorer.result(), interval, counts, num_rows, num_folds)
 
 
 class _RegressionScores:
@@ -1013,6 +1051,7 @@ class _RegressionScores:
     def __init__(self, num_folds: int, num_targets: int) -> None:
         self.errors = np.zeros((num_folds, num_targets))
         self.totals = np.zeros((num_folds, num_targets))
+        self.observed: list[Floats] = []
 
     def add(
         self,
@@ -1026,6 +1065,36 @@ class _RegressionScores:
         centred = test - train.mean(axis=0)
         self.errors[fold, columns] = np.square(centred - choice.predicted[:, columns, 0]).sum(axis=0)
         self.totals[fold, columns] = np.square(centred).sum(axis=0)
+        if columns.start == 0:
+            self.observed.append(np.column_stack([centred[:, 0], choice.predicted[:, 0, 0]]))
+
+    def interval(
+        self, owners: Integers, confidence: float, inflation: float
+    ) -> dict[str, tuple[float, float]]:
+        """Return the interval of ``1 − Σ errors / Σ totals``, a ratio of sums over independent owners.
+
+        A probe that finds nothing predicts the mean, and is sure to be no better. So that it does not seem
+        sure that there is nothing, the upper limit is at least the square of that of the correlation between
+        prediction and target (Fisher's interval), which does not depend on how far a prediction is shrunken.
+        """
+        from scipy.special import ndtri, stdtrit
+
+        target, predicted = np.concatenate(self.observed).T
+        errors, totals = np.square(target - predicted), np.square(target)
+        share = errors.sum() / totals.sum()
+        codes = np.unique(owners, return_inverse=True)[1].reshape(-1)
+        sums = np.bincount(codes, errors - share * totals)
+        spread = np.sqrt(inflation * np.square(sums).sum() * sums.size / (sums.size - 1)) / totals.sum()
+        high = 1 - share + stdtrit(sums.size - 1, (1 + confidence) / 2) * spread
+        low = 2 * (1 - share) - high
+        # Folds differ in their means, which is no correlation.
+        target, predicted = np.concatenate([part - part.mean(axis=0) for part in self.observed]).T
+        length = np.sqrt(np.square(predicted).sum() * np.square(target).sum())
+        correlation = np.clip(predicted @ target / length, 0, 1 - 1e-12) if length > 0 else 0.0
+        largest = np.arctanh(correlation) + ndtri((1 + confidence) / 2) / np.sqrt(
+            max(1, sums.size / inflation - 3)
+        )
+        return {"r2": (float(low), min(1.0, float(max(high, np.tanh(largest) ** 2))))}
 
     def result(self) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float]]:
         values = 1 - self.errors.sum(axis=0) / self.totals.sum(axis=0)
@@ -1042,6 +1111,7 @@ class _ClassScores:
         self.rows = np.zeros((num_folds, num_targets, num_classes))
         self.hits = np.zeros((num_folds, num_targets, num_classes))
         self.areas = np.full((num_folds, num_targets, num_classes), np.nan)
+        self.observed: list[Integers] = []
 
     def add(
         self,
@@ -1058,6 +1128,8 @@ class _ClassScores:
         predicted = choice.predicted[:, columns]
         scores = np.concatenate([predicted, -predicted.sum(axis=2, keepdims=True)], axis=2)
         decided = _decisions(scores, coded, choice.agreement[columns])
+        if columns.start == 0:
+            self.observed.append(np.column_stack([test[:, 0], decided[:, 0]]))
         for code in range(self.num_classes):
             inside = test == code
             count = inside.sum(axis=0).astype(np.float64)
@@ -1072,6 +1144,20 @@ class _ClassScores:
             self.areas[fold, columns, code] = np.divide(
                 above, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0
             )
+
+    def interval(
+        self, owners: Integers, confidence: float, inflation: float
+    ) -> dict[str, tuple[float, float]]:
+        """Return the interval of the mean of the recalls, each a share of the rows of a class."""
+        true, decided = np.concatenate(self.observed).T
+        recalls, limits = [], []
+        for code in range(self.num_classes):
+            hits = decided[true == code] == code
+            recalls.append(float(hits.mean()))
+            size = effective_rows(hits, owners[true == code]) / inflation
+            limits.append(wilson(recalls[-1], size, confidence))
+        mean = np.full(self.num_classes, 1 / self.num_classes)
+        return {"balanced_accuracy": combined(mean, recalls, limits)}
 
     def result(self) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float]]:
         recall = ratio(self.hits.sum(axis=0), self.rows.sum(axis=0))
