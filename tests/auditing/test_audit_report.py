@@ -26,6 +26,8 @@ def test_the_files_of_a_report(report, tmp_path):
     content = json.loads((page.parent / "report.json").read_text())
     assert content == report.to_dict()
     assert content["schema_version"] == 1
+    assert content["verdicts"]["shoe size"]["level"] == "open"
+    assert "not found above R² 0.20" in content["verdicts"]["shoe size"]["words"]
     assert [column["name"] for column in content["columns"]] == ["site", "age", "shoe size", "diagnosis"]
     value = content["columns"][0]["representations"]["before"]["dependence_within"]["value"]
     assert value == report.columns[0].representations["before"].dependence_within.value
@@ -46,8 +48,14 @@ def test_every_figure_is_valid_and_has_its_place(report):
     block = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
     figures = json.loads(block.group(1))
     assert set(figures) == set(re.findall(r'class="plot" id="([^"]+)" role="img" aria-label="[^"]+"', page))
-    assert len(figures) == 2 + 4 * 4 + 3 * 3
+    assert len(figures) == 2 + 2 + 4 * 4 + 3 * 3
+    points = json.loads(re.search(r'id="points">(.*?)</script>', page, re.DOTALL).group(1))
     for figure in figures.values():
+        for trace in figure["data"]:
+            if "rows" in trace:
+                of = points[trace.pop("of")]
+                trace["x"], trace["y"] = ([axis[row] for row in trace["rows"]] for axis in of)
+                trace.pop("rows")
         go.Figure(figure)
 
 
@@ -70,16 +78,18 @@ def test_names_from_files_cannot_run_scripts(report):
 def test_in_a_notebook(report):
     text = report._repr_html_()
     assert "<script" not in text
-    assert "site is gone" in text
+    assert "shoe size was found neither before nor after" in text
     assert text.count("<tr>") == 1 + 8
     assert 'src="data:image/png;base64,' in text
 
 
 def test_as_text(report):
     lines = str(report).splitlines()
-    assert any(line.startswith("[not found] site is gone") for line in lines)
-    assert any(line.startswith("[clearly found] age can be predicted from the old network") for line in lines)
-    assert any("The label diagnosis can be predicted with" in line for line in lines)
+    assert any(line.startswith("[cannot be decided] Whether site is in the new network") for line in lines)
+    assert any(
+        line.startswith("[found] age is found in the old network given diagnosis: R²") for line in lines
+    )
+    assert any(line.startswith("[kept] The label diagnosis is in the new network") for line in lines)
 
 
 @pytest.mark.parametrize(

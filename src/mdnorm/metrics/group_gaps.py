@@ -120,6 +120,8 @@ class Gap:
         These groups.
     bound : float or None
         The largest upper limit of all pairs: no two groups differ by more.
+    rate : str or None
+        Which rate it is of; a gap of several is that of one of them.
     """
 
     value: float | None
@@ -128,6 +130,7 @@ class Gap:
     lowest: Any = None
     highest: Any = None
     bound: float | None = None
+    rate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -746,6 +749,7 @@ def _gaps(
             surest.lower,
             surest.higher,
             max(pair.high for pair in tried),
+            surest.rate,
         )
 
     gaps = {name: gap(differences) for name, differences in pairs.items()}
