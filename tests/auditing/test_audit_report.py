@@ -2,9 +2,13 @@ import html
 import json
 import re
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
+from audit_example import QUICKEST
 
+import mdnorm
+from mdnorm.auditing.findings import LEVELS
 from mdnorm.auditing.results import Measure
 
 
@@ -73,6 +77,86 @@ def test_names_from_files_cannot_run_scripts(report):
     assert evil not in page
     assert '<script>alert("x")' not in page
     assert "<img src=x" not in page
+
+
+HOSTILE = {
+    "script": "</script><script>alert(1)</script>",
+    "template": "{{7*7}}",
+    "one dollar": "cost in $ (US) and $ (AU)",
+    "broken TeX": r"$\frac{a}{$ $\foo$ $x_$",
+    "long": "x" * 10_000,
+    "controls": "a\nb\0c\u202egnp.exe",
+    "half a pair": "a\ud800b",
+    "empty": "",
+    "path": "../../etc/passwd",
+    "underscore": "_hidden",
+    "link": '<a href="javascript:alert(1)">here</a>',
+    "plotly": "%{x}<b>bold</b>",
+    "markup": "[bold red]x[/] [/nope]",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+def test_any_text_in_names_is_drawn_as_text(name, tmp_path):
+    rng = np.random.default_rng(0)
+    level = np.where(rng.random(80) < 0.5, name or "B", "A")
+    report = mdnorm.audit(
+        rng.standard_normal((80, 3)),
+        {name: level, "label": rng.integers(0, 2, 80)},
+        "label",
+        after=rng.standard_normal((80, 3)),
+        names=(name, "after"),
+        project=name,
+        settings=QUICKEST,
+    )
+    page = report.save(tmp_path / "out").read_text(encoding="utf-8")
+    assert len(list((tmp_path / "out" / "figures").iterdir())) == 6
+    assert (tmp_path / "out" / "report.json").exists()
+    assert report.columns[0].name in html.unescape(page)
+    for evil in ("<script>alert(1)", "<a href=", "{{7*7}}{{"):
+        assert evil not in page.split("<script>")[0]
+    block = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    for figure in json.loads(block.group(1)).values():
+        for text in texts_of(figure):
+            assert not re.search(r"<(?!/?b>|br>|extra>|/extra>)", text), text
+            assert "%{x}" not in text
+    assert "\n" not in report.markdown().split("|")[7]
+    assert report._repr_html_()
+    assert str(report)
+
+
+def texts_of(figure):
+    """All strings that plotly draws."""
+    if isinstance(figure, dict):
+        for value in figure.values():
+            yield from texts_of(value)
+    elif isinstance(figure, list):
+        for value in figure:
+            yield from texts_of(value)
+    elif isinstance(figure, str):
+        yield figure
+
+
+def test_the_page_is_saved_before_the_figures_are_drawn(report, tmp_path, monkeypatch):
+    def broken(report):
+        raise RuntimeError("a figure cannot be drawn")
+
+    monkeypatch.setattr("mdnorm.auditing.figures.all_figures", broken)
+    with pytest.raises(RuntimeError, match="cannot be drawn"):
+        report.save(tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 10**6
+    assert json.loads((tmp_path / "report.json").read_text())["label"] == "diagnosis"
+
+
+def test_the_table_of_verdicts_goes_from_harm_to_none(report):
+    rows = report.table()
+    assert [row.column.name for row in rows] == ["site", "age", "shoe size", "diagnosis"]
+    assert [LEVELS.index(row.level) for row in rows] == sorted(LEVELS.index(row.level) for row in rows)
+    assert rows[0].words.startswith("cannot be decided; gap of ")
+    assert len(rows[0].cells) == 2
+    lines = report.markdown().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 8
+    assert "R² 0.2, 60 % balanced accuracy of two classes" in lines[-1]
 
 
 def test_in_a_notebook(report):

@@ -156,3 +156,58 @@ def test_key_and_columns_are_for_the_files_that_they_fit(files):
     result = quick(files, "--after", files / "after.npz", "--key", "hidden", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["facts"]["features"]["after"] == list(features.shape)
+
+
+def test_several_treatments_with_predictions_of_their_own(files):
+    table = (files / "metadata.csv").read_text().splitlines()
+    names = table[0].split(",")
+    rows = [dict(zip(names, line.split(","), strict=True)) for line in table[1:]]
+    (files / "predicted.csv").write_text("said\n" + "\n".join(row["predicted"] for row in rows))
+    result = call(
+        *("--features", f"raw={files / 'before.npy'}", "--features", f"combat={files / 'after.npy'}"),
+        files / "metadata.csv",
+        *("--label", "diagnosis", "--predictions", files / "predicted.csv", "--prediction", "said"),
+        *("--ignore", "predicted", "--keep", "age", "--intersect", "site,site", "--permutations", 20),
+        *("--out", files / "out", "--json", "--raw", "--project", "my study"),
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["titles"] == {"raw": "raw", "combat": "combat"}
+    assert content["facts"]["project"] == "my study"
+    assert content["facts"]["settings"]["standardize"] is False
+    by_name = {column["name"]: column for column in content["columns"]}
+    assert by_name["age"]["role"] == "keep"
+    assert by_name["site × site"]["kind"] == "categorical"
+    assert by_name["site"]["representations"]["raw"]["group_gaps"]["num_rows"] == N
+    assert by_name["site"]["representations"]["combat"]["group_gaps"] is None
+
+
+def test_conditions_decide_the_exit_code(files):
+    for condition, code, word in [
+        ("site: probe > 0.6", 3, "failed: site: probe in these features is"),
+        ("site: probe > 0.98", 4, "whether it is above 0.98 cannot be decided"),
+        ("site: dcor2 > 0.99", 0, "passed: site: dcor2"),
+        ("site: dcor2 > 0.99; site: share > 0.2", 3, "failed: site: share"),
+        ("site: gap > 0.05", 4, "was not measured"),
+        ("sight: gap > 0.05", 2, "a condition is about 'sight'"),
+        ("site < 3", 2, "is no condition"),
+    ]:
+        result = quick(files, "--fail-on", condition, "--ignore", "age")
+        assert result.exit_code == code, (condition, result.output)
+        assert word in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--features", "raw"], "give NAME=FILE"),
+        (["--features", "raw=a.npy", "--features", "raw=b.npy"], "was given twice"),
+        (["--features", "raw=a.npy", "b.npy"], "give METADATA only"),
+        (["--features", "raw=a.npy", "--score-after", "x"], "belong to --after, not to --features"),
+        ([], "give FEATURES and METADATA, got 1 file(s)"),
+    ],
+)
+def test_which_files_are_what(files, arguments, message):
+    result = call(files / "metadata.csv", *arguments, "--out", files / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

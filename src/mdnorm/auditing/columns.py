@@ -303,8 +303,8 @@ def stand_ins(values: NDArray[np.float64]) -> list[float]:
     """Return numbers such as −9999 or 999 that seem to stand for a missing value.
 
     They are made of nines only (at least two, or one where it is negative), are the smallest or the largest,
-    occur three times or more, and are further from the other values than these are from each other, or
-    negative where no other value is.
+    occur three times or more, and are further from the other values than these are from each other (and
+    than half of the largest of them), or negative where no other value is.
 
     Parameters
     ----------
@@ -320,7 +320,8 @@ def stand_ins(values: NDArray[np.float64]) -> list[float]:
             value = float(distinct[end])
             is_code = re.fullmatch(r"-9+|9{2,}", f"{value:.15g}") is not None
             distance = float(np.abs(others - value).min())
-            is_apart = distance > np.ptp(others) or (value < 0 <= others[0])
+            is_apart = distance > max(np.ptp(others), 0.5 * float(np.abs(others).max()))
+            is_apart |= value < 0 <= others[0]
             if is_code and counts[end] >= _LEAST_STAND_INS and is_apart:
                 found.append(value)
                 values = values[values != value]

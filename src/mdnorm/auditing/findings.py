@@ -339,17 +339,17 @@ class _Judge:
         )
         text = (
             f"The {_RATES.get(gap['rate'], gap['rate'])} of the predictions of {title} is {ends}: a "
-            f"difference of {100 * gap['value']:.0f} points ({100 * max(0.0, gap['low']):.0f} to "
+            f"difference of {_points(gap['value'])} ({100 * max(0.0, gap['low']):.0f} to "
             f"{100 * gap['high']:.0f} at {percent(self.settings.confidence)})"
         )
         badge = {
-            "strong": f"gap of {100 * gap['value']:.0f} points",
-            "weak": f"gap of {100 * gap['value']:.0f} points",
-            "none": f"no gap above {100 * limit:.0f} points",
+            "strong": f"gap of {_points(gap['value'])}",
+            "weak": f"gap of {_points(gap['value'])}",
+            "none": f"no gap above {_points(limit)}",
             "open": "gap cannot be decided",
         }[level]
         if level in ("none", "open"):
-            text += f". No two groups differ by more than {100 * gap['bound']:.0f} points"
+            text += f". No two groups differ by more than {_points(gap['bound'])}"
             text += f", which is above the limit of {100 * limit:.0f}" if level == "open" else ""
         return level, badge, f"{text}.{apart}"
 
@@ -381,6 +381,11 @@ _RATES = {
     "true_positive_rate": "true positive rate",
     "false_positive_rate": "false positive rate",
 }
+
+
+def _points(share: float) -> str:
+    points = f"{100 * share:.0f}"
+    return f"{points} point{'' if points == '1' else 's'}"
 
 
 def _upper(measure: Measure) -> float:
