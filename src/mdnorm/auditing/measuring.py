@@ -483,12 +483,15 @@ def _probe(
     notes: tuple[str, ...] = ()
     if column.kind == "categorical":
         names, counts = np.unique(column.values, return_counts=True)
-        rare = names[counts < settings.num_folds]
+        # A class of few rows would be one in so many of a balanced accuracy.
+        least = settings.min_group_rows if (counts >= settings.min_group_rows).sum() >= 2 else 0
+        least = max(least, settings.num_folds)
+        rare = names[counts < least]
         if len(names) - len(rare) < 2:
-            raise ValueError(f"fewer than two classes have {settings.num_folds} rows.")
+            raise ValueError(f"fewer than two classes have {least} rows.")
         if len(rare):
             inside = ~np.isin(column.values, rare)
-            notes = (f"Classes with fewer than {settings.num_folds} rows were left out: {', '.join(rare)}.",)
+            notes = (f"Classes with fewer than {least} rows were left out: {', '.join(rare)}.",)
             features, column = features[inside], column.rows(inside)
             classes = None if classes is None else classes[inside]
             subjects = None if subjects is None else subjects[inside]
