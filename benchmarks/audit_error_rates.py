@@ -1,6 +1,6 @@
 """How often an audit is wrong, by simulation: false alarms, coverage of intervals, power.
 
-    python benchmarks/audit_error_rates.py --pages 60
+    python benchmarks/audit_error_rates.py --pages 40 --repeats 300
 
 prints the table of docs/audit.md (ten minutes on one core).
 """
@@ -112,8 +112,8 @@ def conditional_alarms(repeats: int) -> dict[str, float]:
 def main() -> None:
     """Print everything."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--pages", type=int, default=60)
-    parser.add_argument("--repeats", type=int, default=400)
+    parser.add_argument("--pages", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=300)
     options = parser.parse_args()
     print("given a continuous variable:", conditional_alarms(options.repeats), flush=True)
     for num_rows in (10, 20, 50, 200):

@@ -1,10 +1,12 @@
 import json
+import re
 
 import numpy as np
 import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
+from chromium import needs_chromium
 from mdnorm.auditing import columns
 from mdnorm.commands import app
 
@@ -195,6 +197,31 @@ def test_conditions_decide_the_exit_code(files):
         result = quick(files, "--fail-on", condition, "--ignore", "age")
         assert result.exit_code == code, (condition, result.output)
         assert word in " ".join(result.stderr.split())
+
+
+def test_the_page_is_printed_where_there_is_a_browser(files, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    result = quick(files, "--pdf")
+    assert result.exit_code == 2
+    assert "--pdf needs Chromium or Chrome" in " ".join(result.stderr.split())
+    assert not (files / "out" / "report.html").exists()
+    broken = files / "chromium"
+    broken.write_text("#!/bin/sh\necho no display >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda name: str(broken))
+    result = quick(files, "--pdf", "--ignore", "age")
+    assert result.exit_code == 2
+    assert "could not print the page: no display" in " ".join(result.stderr.split())
+    assert (files / "out" / "report.html").exists()
+
+
+@needs_chromium
+def test_the_printed_page_has_one_side(files):
+    result = quick(files, "--pdf", "--ignore", "age")
+    assert result.exit_code == 0, result.output
+    content = (files / "out" / "report.pdf").read_bytes()
+    assert content.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", content)) == 1
 
 
 @pytest.mark.parametrize(

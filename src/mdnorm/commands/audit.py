@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -111,6 +114,10 @@ def audit(
         ),
     ] = None,
     project: Annotated[str | None, typer.Option(help="Name of what is audited, for the page.")] = None,
+    pdf: Annotated[
+        bool,
+        typer.Option("--pdf", help="Print the page to report.pdf, where Chromium or Chrome is installed."),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
@@ -126,6 +133,7 @@ def audit(
         from mdnorm.auditing.audit import number_of_steps
         from mdnorm.auditing.columns import as_columns
 
+        browser = _browser() if pdf else None
         demanded = [part for text in fail_on or [] for part in conditions.parse(text)]
         files, metadata = _files(paths, treatments or [], after)
         named = bool(treatments)
@@ -191,6 +199,8 @@ def audit(
                 )
                 progress.update(task, completed=total, description="done")
             page = report.save(out)
+            if browser is not None:
+                _print_to_pdf(browser, page)
         outcomes = conditions.check(report, demanded)
     except (ValueError, MissingExtraError) as error:
         fail(str(error), BAD_INPUT)
@@ -208,6 +218,25 @@ def audit(
         raise typer.Exit(FAILED)
     if any(outcome.failed is None for outcome in outcomes):
         raise typer.Exit(UNDECIDED)
+
+
+def _browser() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    fail("--pdf needs Chromium or Chrome: install it, or print report.html from any browser.", BAD_INPUT)
+
+
+def _print_to_pdf(browser: str, page: Path) -> None:
+    pdf = page.with_suffix(".pdf").resolve()
+    command = [browser, "--headless", "--disable-gpu", "--no-pdf-header-footer", f"--print-to-pdf={pdf}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        # Its sandbox does not run as root.
+        command.append("--no-sandbox")
+    done = subprocess.run([*command, page.resolve().as_uri()], capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not pdf.exists():
+        fail(f"{browser} could not print the page: {done.stderr.strip()[-300:]}", BAD_INPUT)
 
 
 def _listed(text: str) -> list[str]:
