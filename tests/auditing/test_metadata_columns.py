@@ -218,3 +218,17 @@ def test_an_intersection_has_the_combinations_where_all_are_there():
     assert (both.name, both.kind) == ("a × b", "categorical")
     assert both.values[:4].tolist() == ["x, 1", "y, 2", "", ""]
     assert both.num_missing == 20
+
+
+def test_whole_numbers_that_floats_cannot_hold_stay_apart():
+    numbers = 2**53 + 1 + np.arange(N)
+    chunks = pa.chunked_array([numbers])
+    for values in (numbers, pd.Series(numbers), pl.Series(numbers), chunks, torch.from_numpy(numbers)):
+        column = as_column("case", values)
+        assert column.kind == "identifier"
+        assert len(set(column.values.tolist())) == N
+    table = pa.table({"case": pa.array([None, *numbers.tolist()])})
+    assert as_columns(table)[0].num_missing == 1
+    pair = as_column("scanner", np.where(np.arange(N) % 2, 2**53, 2**53 + 1))
+    assert pair.kind == "categorical"
+    assert len(set(pair.values.tolist())) == 2

@@ -36,6 +36,9 @@ _IDENTIFIER_NAME = re.compile(r"(^|[_\W])(u?id|uuid|index|row|unnamed)([_\W]|$)"
 # Controls, line separators, marks of writing direction, and halves of surrogate pairs.
 _NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# Larger whole numbers are not all apart as floats: they are read as text.
+_LARGEST_EXACT = 2**53
+
 # How often a number stands for a missing value at least.
 _LEAST_STAND_INS = 3
 
@@ -194,6 +197,8 @@ def _series_values(series: Any) -> NDArray[Any]:
     import narwhals as nw
 
     kind = series.dtype
+    if kind.is_integer() and max(series.max() or 0, -(series.min() or 0)) > _LARGEST_EXACT:
+        return np.array([None if value is None else str(value) for value in series.to_list()], dtype=object)
     if kind.is_numeric():
         return np.asarray(series.cast(nw.Float64).to_numpy(), np.float64)
     if kind in (nw.Datetime, nw.Date):
@@ -283,6 +288,11 @@ def _numbers_or_texts(values: Any, name: str) -> NDArray[Any]:
         )
     if array.dtype.kind == "O" and all(value is None or _is_number(value) for value in array.tolist()):
         array = np.array([np.nan if value is None else float(value) for value in array.tolist()])
+    if (
+        array.dtype.kind in "iu"
+        and max(int(array.max(initial=0)), -int(array.min(initial=0))) > _LARGEST_EXACT
+    ):
+        array = array.astype(np.str_)
     if array.dtype.kind in "iuf":
         return array.astype(np.float64)
     texts = ["" if _is_missing(value) else printable(value) for value in array.tolist()]

@@ -225,10 +225,8 @@ class _Judge:
             elif not self.is_found(column, before):
                 badge, text = "new", f"{column.name} was not found before, but is {where}"
             elif self._is_less(column.representations[before], part):
-                badge, text = (
-                    "still there, less",
-                    f"{column.name} is less than before, but still found {where}",
-                )
+                badge = "still there, less"
+                text = f"{column.name} is less than before, but still found {where}"
             else:
                 badge, text = "still there", f"{column.name} is still there {where}"
             return "strong", badge, f"{text}: {self._numbers(part)}{self._was(column, before)}."
