@@ -4,9 +4,9 @@ import numpy as np
 
 from mdnorm.auditing import Settings
 
-QUICK = Settings(num_permutations=39, num_bootstrap=50)
+QUICK = Settings(num_permutations=100, num_bootstrap=50)
 # Where no test looks at a p-value or an interval.
-QUICKEST = Settings(num_permutations=1, num_bootstrap=0)
+QUICKEST = Settings(num_permutations=20, num_bootstrap=0)
 
 
 def example(num_rows=240, seed=0):

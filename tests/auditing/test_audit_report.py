@@ -2,9 +2,13 @@ import html
 import json
 import re
 
+import numpy as np
 import plotly.graph_objects as go
 import pytest
+from audit_example import QUICKEST
 
+import mdnorm
+from mdnorm.auditing.findings import LEVELS
 from mdnorm.auditing.results import Measure
 
 
@@ -26,6 +30,8 @@ def test_the_files_of_a_report(report, tmp_path):
     content = json.loads((page.parent / "report.json").read_text())
     assert content == report.to_dict()
     assert content["schema_version"] == 1
+    assert content["verdicts"]["shoe size"]["level"] == "open"
+    assert "not found above R² 0.20" in content["verdicts"]["shoe size"]["words"]
     assert [column["name"] for column in content["columns"]] == ["site", "age", "shoe size", "diagnosis"]
     value = content["columns"][0]["representations"]["before"]["dependence_within"]["value"]
     assert value == report.columns[0].representations["before"].dependence_within.value
@@ -46,8 +52,14 @@ def test_every_figure_is_valid_and_has_its_place(report):
     block = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
     figures = json.loads(block.group(1))
     assert set(figures) == set(re.findall(r'class="plot" id="([^"]+)" role="img" aria-label="[^"]+"', page))
-    assert len(figures) == 2 + 4 * 4 + 3 * 3
+    assert len(figures) == 2 + 2 + 4 * 4 + 3 * 3
+    points = json.loads(re.search(r'id="points">(.*?)</script>', page, re.DOTALL).group(1))
     for figure in figures.values():
+        for trace in figure["data"]:
+            if "rows" in trace:
+                of = points[trace.pop("of")]
+                trace["x"], trace["y"] = ([axis[row] for row in trace["rows"]] for axis in of)
+                trace.pop("rows")
         go.Figure(figure)
 
 
@@ -67,19 +79,101 @@ def test_names_from_files_cannot_run_scripts(report):
     assert "<img src=x" not in page
 
 
+HOSTILE = {
+    "script": "</script><script>alert(1)</script>",
+    "template": "{{7*7}}",
+    "one dollar": "cost in $ (US) and $ (AU)",
+    "broken TeX": r"$\frac{a}{$ $\foo$ $x_$",
+    "long": "x" * 10_000,
+    "controls": "a\nb\0c\u202egnp.exe",
+    "half a pair": "a\ud800b",
+    "empty": "",
+    "path": "../../etc/passwd",
+    "underscore": "_hidden",
+    "link": '<a href="javascript:alert(1)">here</a>',
+    "plotly": "%{x}<b>bold</b>",
+    "markup": "[bold red]x[/] [/nope]",
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+def test_any_text_in_names_is_drawn_as_text(name, tmp_path):
+    rng = np.random.default_rng(0)
+    level = np.where(rng.random(80) < 0.5, name or "B", "A")
+    report = mdnorm.audit(
+        rng.standard_normal((80, 3)),
+        {name: level, "label": rng.integers(0, 2, 80)},
+        "label",
+        after=rng.standard_normal((80, 3)),
+        names=(name, "after"),
+        project=name,
+        settings=QUICKEST,
+    )
+    page = report.save(tmp_path / "out").read_text(encoding="utf-8")
+    assert len(list((tmp_path / "out" / "figures").iterdir())) == 6
+    assert (tmp_path / "out" / "report.json").exists()
+    assert report.columns[0].name in html.unescape(page)
+    for evil in ("<script>alert(1)", "<a href=", "{{7*7}}{{"):
+        assert evil not in page.split("<script>")[0]
+    block = re.search(r'<script type="application/json" id="figures">(.*?)</script>', page, re.DOTALL)
+    for figure in json.loads(block.group(1)).values():
+        for text in texts_of(figure):
+            assert not re.search(r"<(?!/?b>|br>|extra>|/extra>)", text), text
+            assert "%{x}" not in text
+    assert "\n" not in report.markdown().split("|")[7]
+    assert report._repr_html_()
+    assert str(report)
+
+
+def texts_of(figure):
+    """All strings that plotly draws."""
+    if isinstance(figure, dict):
+        for value in figure.values():
+            yield from texts_of(value)
+    elif isinstance(figure, list):
+        for value in figure:
+            yield from texts_of(value)
+    elif isinstance(figure, str):
+        yield figure
+
+
+def test_the_page_is_saved_before_the_figures_are_drawn(report, tmp_path, monkeypatch):
+    def broken(report):
+        raise RuntimeError("a figure cannot be drawn")
+
+    monkeypatch.setattr("mdnorm.auditing.figures.all_figures", broken)
+    with pytest.raises(RuntimeError, match="cannot be drawn"):
+        report.save(tmp_path)
+    assert (tmp_path / "report.html").stat().st_size > 10**6
+    assert json.loads((tmp_path / "report.json").read_text())["label"] == "diagnosis"
+
+
+def test_the_table_of_verdicts_goes_from_harm_to_none(report):
+    rows = report.table()
+    assert [row.column.name for row in rows] == ["site", "age", "shoe size", "diagnosis"]
+    assert [LEVELS.index(row.level) for row in rows] == sorted(LEVELS.index(row.level) for row in rows)
+    assert rows[0].words.startswith("cannot be decided; gap of ")
+    assert len(rows[0].cells) == 2
+    lines = report.markdown().splitlines()
+    assert len([line for line in lines if line.startswith("|")]) == 2 + 8
+    assert "R² 0.2, 60 % balanced accuracy of two classes" in lines[-1]
+
+
 def test_in_a_notebook(report):
     text = report._repr_html_()
     assert "<script" not in text
-    assert "site is gone" in text
+    assert "shoe size was found neither before nor after" in text
     assert text.count("<tr>") == 1 + 8
     assert 'src="data:image/png;base64,' in text
 
 
 def test_as_text(report):
     lines = str(report).splitlines()
-    assert any(line.startswith("[not found] site is gone") for line in lines)
-    assert any(line.startswith("[clearly found] age can be predicted from the old network") for line in lines)
-    assert any("The label diagnosis can be predicted with" in line for line in lines)
+    assert any(line.startswith("[cannot be decided] Whether site is in the new network") for line in lines)
+    assert any(
+        line.startswith("[found] age is found in the old network given diagnosis: R²") for line in lines
+    )
+    assert any(line.startswith("[kept] The label diagnosis is in the new network") for line in lines)
 
 
 @pytest.mark.parametrize(

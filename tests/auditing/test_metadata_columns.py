@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mdnorm.auditing.columns import as_classes, as_column, as_columns
+from mdnorm.auditing.columns import as_classes, as_column, as_columns, intersection, stand_ins
 from mdnorm.auditing.reading import InputError
 
 N = 60
@@ -185,3 +185,50 @@ def test_dates_keep_missing_values_and_times():
     assert column.describe().startswith("2024-03-01 07:30 to 2024-03-")
     assert column.rows(np.arange(N) > 9).is_date
     assert not as_columns({"age": np.arange(N) / 7})[0].is_date
+
+
+@pytest.mark.parametrize(
+    ("values", "codes"),
+    [
+        ([60.5, 90, 101, 140, 75] * 4 + [-9999] * 3, [-9999]),
+        ([60.5, 90, 101, 140, 75] * 4 + [-9999] * 2, []),
+        ([20.5, 30, 44, 80] * 4 + [-9] * 3, [-9]),
+        ([20.5, 30, 44, 80] * 4 + [99] * 3, []),
+        ([1, 2, 3, 4, 5] * 4 + [99] * 3, [99]),
+        ([1, 2, 3, 4, 5] * 4 + [99] * 3 + [-99] * 3, [-99, 99]),
+        ([-3.5, -9, 2, 4] * 5, []),
+        ([1.5, 2, 3, 4] * 5 + [100] * 5, []),
+        ([999, 999, 999, 1000.5, 1001] * 3, []),
+        ([9999] * 20, []),
+    ],
+)
+def test_numbers_that_stand_for_missing_values(values, codes):
+    assert sorted(stand_ins(np.array(values, float))) == codes
+    column = as_column("x", values)
+    if codes:
+        assert column.num_missing == sum(values.count(code) for code in codes)
+        assert "seem to stand for missing" in column.note
+    elif column.kind != "constant":
+        assert column.num_missing == 0
+
+
+def test_an_intersection_has_the_combinations_where_all_are_there():
+    columns = as_columns({"a": ["x", "y", None, "x"] * 10, "b": ["1", "2", "1", None] * 10})
+    both = intersection(columns)
+    assert (both.name, both.kind) == ("a × b", "categorical")
+    assert both.values[:4].tolist() == ["x, 1", "y, 2", "", ""]
+    assert both.num_missing == 20
+
+
+def test_whole_numbers_that_floats_cannot_hold_stay_apart():
+    numbers = 2**53 + 1 + np.arange(N)
+    chunks = pa.chunked_array([numbers])
+    for values in (numbers, pd.Series(numbers), pl.Series(numbers), chunks, torch.from_numpy(numbers)):
+        column = as_column("case", values)
+        assert column.kind == "identifier"
+        assert len(set(column.values.tolist())) == N
+    table = pa.table({"case": pa.array([None, *numbers.tolist()])})
+    assert as_columns(table)[0].num_missing == 1
+    pair = as_column("scanner", np.where(np.arange(N) % 2, 2**53, 2**53 + 1))
+    assert pair.kind == "categorical"
+    assert len(set(pair.values.tolist())) == 2

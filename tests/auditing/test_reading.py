@@ -1,3 +1,6 @@
+import contextlib
+import zipfile
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -171,3 +174,24 @@ def test_a_header_in_another_encoding_is_said(tmp_path):
     (tmp_path / "metadata.csv").write_bytes("K\xf6rpergr\xf6\xdfe,Ort\n180,Linz\n".encode("latin-1"))
     with pytest.raises(InputError, match="is not UTF-8: save the table as UTF-8"):
         read_table(tmp_path / "metadata.csv")
+
+
+def test_damaged_arrays_are_one_sentence(tmp_path):
+    features = np.random.default_rng(0).standard_normal((100, 4))
+    np.savez_compressed(tmp_path / "good.npz", features=features)
+    content = bytearray((tmp_path / "good.npz").read_bytes())
+    for start in range(30, len(content) - 8, 97):
+        damaged = content.copy()
+        damaged[start : start + 8] = b"\0" * 8
+        (tmp_path / "damaged.npz").write_bytes(bytes(damaged))
+        # Some damage lies where nothing is read; all other is an error of ours.
+        with contextlib.suppress(InputError):
+            assert read_features(tmp_path / "damaged.npz").shape == (100, 4)
+    header = b"\x93NUMPY\x01\x00v\x00{'descr': '<f8', 'fortran_order': False, 'shape': (100, 4"
+    (tmp_path / "short.npy").write_bytes(header.ljust(128, b" "))
+    with pytest.raises(InputError, match=r"short\.npy cannot be read as an array"):
+        read_features(tmp_path / "short.npy")
+    with zipfile.ZipFile(tmp_path / "member.npz", "w") as archive:
+        archive.writestr("features", b"hello")
+    with pytest.raises(InputError, match="holds a file 'features' that is no array"):
+        read_features(tmp_path / "member.npz")

@@ -1,10 +1,12 @@
 import json
+import re
 
 import numpy as np
 import pytest
 from filelock import FileLock
 from typer.testing import CliRunner
 
+from chromium import needs_chromium
 from mdnorm.auditing import columns
 from mdnorm.commands import app
 
@@ -35,7 +37,7 @@ def files(tmp_path):
 
 def quick(files, *arguments):
     return call(
-        files / "before.npy", files / "metadata.csv", "--permutations", 19, "--out", files / "out", *arguments
+        files / "before.npy", files / "metadata.csv", "--permutations", 20, "--out", files / "out", *arguments
     )
 
 
@@ -49,14 +51,15 @@ def test_from_files_to_report(files):
     assert "participant: identifier (120 distinct values in 120 rows" in result.stderr
     assert "site: categorical (" in result.stderr
     assert "age: continuous (" in result.stderr
-    assert "site is gone" in result.stdout
-    assert "site can be predicted from raw features with" in result.stdout
-    assert "chance is 33 %" in result.stdout
+    assert "site is found in raw features given diagnosis: " in result.stdout
+    assert "chance 33 %" in result.stdout
+    assert "cannot be decided" in result.stdout
     assert "participant was left out" in result.stdout
     content = json.loads((files / "out" / "report.json").read_text())
-    assert [column["name"] for column in content["columns"]] == ["site", "age", "diagnosis"]
-    assert content["columns"][1]["num_missing"] == 12
-    assert content["facts"]["features_file"].endswith("before.npy")
+    assert {column["name"] for column in content["columns"][:2]} == {"site", "age"}
+    assert content["columns"][2]["name"] == "diagnosis"
+    assert next(c for c in content["columns"] if c["name"] == "age")["num_missing"] == 12
+    assert content["facts"]["features_files"]["before"].endswith("before.npy")
     assert (files / "out" / "report.html").stat().st_size > 10**6
     assert (files / "out" / "figures" / "overview.png").exists()
 
@@ -84,7 +87,7 @@ def test_json_and_options(files):
     )
     assert result.exit_code == 0, result.output
     content = json.loads(result.stdout)
-    assert [column["name"] for column in content["columns"]] == ["diagnosis", "site"]
+    assert [column["name"] for column in content["columns"]] == ["site", "diagnosis"]
     assert content["facts"]["rows_used"] == 100
     assert "100 of 120 rows were sampled" in content["notes"][0]
 
@@ -155,3 +158,83 @@ def test_key_and_columns_are_for_the_files_that_they_fit(files):
     result = quick(files, "--after", files / "after.npz", "--key", "hidden", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["facts"]["features"]["after"] == list(features.shape)
+
+
+def test_several_treatments_with_predictions_of_their_own(files):
+    table = (files / "metadata.csv").read_text().splitlines()
+    names = table[0].split(",")
+    rows = [dict(zip(names, line.split(","), strict=True)) for line in table[1:]]
+    (files / "predicted.csv").write_text("said\n" + "\n".join(row["predicted"] for row in rows))
+    result = call(
+        *("--features", f"raw={files / 'before.npy'}", "--features", f"combat={files / 'after.npy'}"),
+        files / "metadata.csv",
+        *("--label", "diagnosis", "--predictions", files / "predicted.csv", "--prediction", "said"),
+        *("--ignore", "predicted", "--keep", "age", "--intersect", "site,site", "--permutations", 20),
+        *("--out", files / "out", "--json", "--raw", "--project", "my study"),
+    )
+    assert result.exit_code == 0, result.output
+    content = json.loads(result.stdout)
+    assert content["titles"] == {"raw": "raw", "combat": "combat"}
+    assert content["facts"]["project"] == "my study"
+    assert content["facts"]["settings"]["standardize"] is False
+    by_name = {column["name"]: column for column in content["columns"]}
+    assert by_name["age"]["role"] == "keep"
+    assert by_name["site × site"]["kind"] == "categorical"
+    assert by_name["site"]["representations"]["raw"]["group_gaps"]["num_rows"] == N
+    assert by_name["site"]["representations"]["combat"]["group_gaps"] is None
+
+
+def test_conditions_decide_the_exit_code(files):
+    for condition, code, word in [
+        ("site: probe > 0.6", 3, "failed: site: probe in these features is"),
+        ("site: probe > 0.98", 4, "whether it is above 0.98 cannot be decided"),
+        ("site: dcor2 > 0.99", 0, "passed: site: dcor2"),
+        ("site: dcor2 > 0.99; site: share > 0.2", 3, "failed: site: share"),
+        ("site: gap > 0.05", 4, "was not measured"),
+        ("sight: gap > 0.05", 2, "a condition is about 'sight'"),
+        ("site < 3", 2, "is no condition"),
+    ]:
+        result = quick(files, "--fail-on", condition, "--ignore", "age")
+        assert result.exit_code == code, (condition, result.output)
+        assert word in " ".join(result.stderr.split())
+
+
+def test_the_page_is_printed_where_there_is_a_browser(files, monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    result = quick(files, "--pdf")
+    assert result.exit_code == 2
+    assert "--pdf needs Chromium or Chrome" in " ".join(result.stderr.split())
+    assert not (files / "out" / "report.html").exists()
+    broken = files / "chromium"
+    broken.write_text("#!/bin/sh\necho no display >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr("shutil.which", lambda name: str(broken))
+    result = quick(files, "--pdf", "--ignore", "age")
+    assert result.exit_code == 2
+    assert "could not print the page: no display" in " ".join(result.stderr.split())
+    assert (files / "out" / "report.html").exists()
+
+
+@needs_chromium
+def test_the_printed_page_has_one_side(files):
+    result = quick(files, "--pdf", "--ignore", "age")
+    assert result.exit_code == 0, result.output
+    content = (files / "out" / "report.pdf").read_bytes()
+    assert content.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", content)) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--features", "raw"], "give NAME=FILE"),
+        (["--features", "raw=a.npy", "--features", "raw=b.npy"], "was given twice"),
+        (["--features", "raw=a.npy", "b.npy"], "give METADATA only"),
+        (["--features", "raw=a.npy", "--score-after", "x"], "belong to --after, not to --features"),
+        ([], "give FEATURES and METADATA, got 1 file(s)"),
+    ],
+)
+def test_which_files_are_what(files, arguments, message):
+    result = call(files / "metadata.csv", *arguments, "--out", files / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())

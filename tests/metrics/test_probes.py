@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.stats import kstest
+from scipy.stats import kstest, t
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
 from sklearn.metrics import balanced_accuracy_score, roc_auc_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+from statsmodels.stats.proportion import proportion_confint
 
 from mdnorm.metrics import probes
-from mdnorm.metrics.probes import ProbeResult, probe
+from mdnorm.metrics.probes import ProbeResult, ProbeScore, probe
 
 
 def _data(n: int, p: int, num_classes: int = 0, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -125,8 +126,10 @@ def test_left_out_residuals_equal_refits(largest: int) -> None:
         np.testing.assert_allclose(means[rows], np.tile(y[~rows].mean(axis=0), (rows.sum(), 1)), atol=1e-12)
 
 
-@pytest.mark.parametrize(("n", "p"), [(50, 4), (30, 100)])
-def test_the_strength_has_the_best_generalised_cross_validation(n: int, p: int) -> None:
+@pytest.mark.parametrize(("n", "p"), [(50, 4), (30, 100), (40, 30)])
+def test_the_strength_is_the_strongest_of_nearly_the_best_generalised_cross_validation(
+    n: int, p: int
+) -> None:
     x, y = _data(n, p)
     z = StandardScaler().fit_transform(x)
     basis = probes._Basis(z, z, None)
@@ -134,9 +137,35 @@ def test_the_strength_has_the_best_generalised_cross_validation(n: int, p: int) 
     for strength in probes._STRENGTHS:
         inner = np.linalg.solve(z @ z.T + strength * n * np.eye(n), z @ z.T)
         hat = inner.T + 1 / n
-        errors.append((((np.eye(n) - hat) @ y) ** 2).sum() / (n - np.trace(hat)) ** 2)
+        if n - np.trace(hat) >= min(20, n / 2):
+            errors.append((((np.eye(n) - hat) @ y) ** 2).sum() / (n - np.trace(hat)) ** 2)
+    assert len(errors) == len(basis.weights)
     centred = (y - y.mean())[:, None]
-    assert basis._generalised(centred, basis.train.T @ centred, 1)[0] == int(np.argmin(errors))
+    expected = next(i for i, error in enumerate(errors) if (1 - 10 / n) * error <= min(errors))
+    assert basis._generalised(centred, basis.train.T @ centred, 1)[0] == expected
+
+
+@pytest.mark.parametrize("model", ["linear", "nonlinear"])
+@pytest.mark.parametrize(("n", "p"), [(160, 128), (160, 130), (100, 80), (80, 64)])
+def test_a_probe_that_knows_nothing_is_no_worse_than_the_mean(
+    n: int, p: int, model: Literal["linear", "nonlinear"]
+) -> None:
+    """Where the training rows are about as many as the features, a fit through every row looks good."""
+    for seed in range(30 if model == "linear" else 4):
+        rng = np.random.default_rng(seed)
+        x, y = rng.standard_normal((n, p)), rng.standard_normal(n)
+        assert probe(x, y, num_permutations=0, model=model).score > -0.1
+        if model == "linear" and seed < 5:
+            pairs = np.arange(n) // 2
+            assert probe(x, y, num_permutations=0, groups=pairs).score > -0.1
+
+
+def test_as_many_rows_as_features_do_not_hide_a_clear_signal() -> None:
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((160, 100))
+    assert probe(x, x @ rng.standard_normal(100), num_permutations=0).score > 0.99
+    x = rng.standard_normal((160, 128))
+    assert probe(x, x @ rng.standard_normal(128), num_permutations=0).score > 0.8
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -156,10 +185,10 @@ def test_an_encoded_target_is_predicted_perfectly(model: Any, kind: str) -> None
     }[kind]
     code = y[:, None] if kind == "number" else np.eye(5)[y.astype(int)]
     x = np.hstack([code, rng.standard_normal((100, 4))]) @ rng.standard_normal((code.shape[1] + 4, 12))
-    result = probe(x, y, model=model, num_permutations=19, num_landmarks=20)
+    result = probe(x, y, model=model, num_permutations=20, num_landmarks=20)
     for score in result.scores:
         assert score.value == pytest.approx(1, abs=1e-6)
-        assert score.p_value == 1 / 20
+        assert score.p_value == 1 / 21
 
 
 @pytest.mark.parametrize(
@@ -190,9 +219,9 @@ def test_the_nonlinear_probe_finds_what_the_linear_one_cannot(kind: str) -> None
     x = rng.standard_normal((400, 5))
     y = {"quadratic": x[:, 0] ** 2, "product": x[:, 0] * x[:, 1], "radius": (x**2).sum(axis=1)}[kind]
     assert probe(x, y, num_permutations=0).score < 0.05
-    result = probe(x, y, model="nonlinear", num_permutations=19)
+    result = probe(x, y, model="nonlinear", num_permutations=20)
     assert result.score > 0.4
-    assert result.p_value == 1 / 20
+    assert result.p_value == 1 / 21
 
 
 def test_the_nonlinear_probe_keeps_a_class_in_a_component_of_a_small_variance() -> None:
@@ -221,18 +250,18 @@ def test_many_more_features_than_rows(model: Any) -> None:
     rng = np.random.default_rng(0)
     y = rng.standard_normal(60)
     x = rng.standard_normal((60, 3000))
-    assert (probe(x, y, model=model, num_permutations=19).p_value or 0) > 1 / 20
+    assert (probe(x, y, model=model, num_permutations=20).p_value or 0) > 1 / 21
     x[:, :1500] += y[:, None]
-    result = probe(x, y, model=model, num_permutations=19)
+    result = probe(x, y, model=model, num_permutations=20)
     assert result.score > 0.7
-    assert result.p_value == 1 / 20
+    assert result.p_value == 1 / 21
 
 
 @pytest.mark.parametrize("model", ["linear", "nonlinear"])
 @pytest.mark.parametrize("num_classes", [0, 3])
 def test_constant_features_are_at_chance(model: Any, num_classes: int) -> None:
     _, y = _data(40, 3, num_classes)
-    result = probe(np.full((40, 4), 0.1), y, model=model, num_permutations=19)
+    result = probe(np.full((40, 4), 0.1), y, model=model, num_permutations=20)
     for score in result.scores:
         assert score.value == pytest.approx(score.chance, abs=1e-12)
         assert score.p_value == 1
@@ -242,11 +271,11 @@ def test_a_column_of_rounding_is_a_constant() -> None:
     rng = np.random.default_rng(0)
     age = rng.uniform(20, 80, 200)
     features = rng.standard_normal((200, 5))
-    expected = probe(features, age, num_permutations=19)
+    expected = probe(features, age, num_permutations=20)
     left = np.column_stack([features, -1e-17 * age])
-    assert probe(left, age, num_permutations=19).score == pytest.approx(expected.score, abs=1e-12)
+    assert probe(left, age, num_permutations=20).score == pytest.approx(expected.score, abs=1e-12)
     left[3, -1] = 1e-3
-    assert probe(left, age, num_permutations=19).score > -1
+    assert probe(left, age, num_permutations=20).score > -1
 
 
 def test_a_constant_column_changes_nothing() -> None:
@@ -279,9 +308,9 @@ def test_labels_show_what_is_left_beyond_the_label() -> None:
 def test_within_a_label_class_is_the_probe_of_its_rows() -> None:
     x, y = _data(120, 4)
     label = np.arange(120) % 3
-    result = probe(x, y, labels=label, num_permutations=9)
+    result = probe(x, y, labels=label, num_permutations=20)
     for code, within in enumerate(result.within_labels):
-        alone = probe(x[label == code], y[label == code], num_permutations=9)
+        alone = probe(x[label == code], y[label == code], num_permutations=20)
         assert within.scores[0].value == pytest.approx(alone.score, abs=1e-9)
         assert within.scores[0].p_value == alone.p_value
         assert within.num_rows == 40
@@ -291,7 +320,7 @@ def test_label_classes_that_cannot_be_probed_are_named() -> None:
     x, y = _data(100, 3, 2)
     label = np.repeat(["few", "many", "constant"], [6, 64, 30])
     y[70:] = 0
-    result = probe(x, y, labels=label, num_permutations=9)
+    result = probe(x, y, labels=label, num_permutations=20)
     assert [within.label for within in result.within_labels] == ["many"]
     assert dict(result.left_out).keys() == {"few", "constant"}
     assert "6 rows, 10 are needed" in dict(result.left_out)["few"]
@@ -305,9 +334,9 @@ def test_groups_keep_subjects_from_being_recognised(num_classes: int) -> None:
     of_subject = rng.permutation(np.arange(30) % 2) if num_classes else rng.standard_normal(30)
     x = rng.standard_normal((30, 40))[subjects] + 0.1 * rng.standard_normal((240, 40))
     y = of_subject[subjects]
-    free = probe(x, y, num_permutations=19)
+    free = probe(x, y, num_permutations=20)
     assert free.score > 0.9
-    assert free.p_value == 1 / 20
+    assert free.p_value == 1 / 21
     kept = probe(x, y, groups=subjects, num_permutations=99)
     assert kept.score < kept.chance + 0.15
     assert (kept.p_value or 0) > 0.05
@@ -329,7 +358,7 @@ def test_folds_and_permutations_keep_their_promises(seed: int, labelled: bool) -
     rng = np.random.default_rng(seed)
     n = int(rng.integers(40, 120))
     y, label = rng.integers(0, 2, n), rng.integers(0, 2, n) if labelled else None
-    setting = probes._Settings("linear", 4, 5, 10, seed)
+    setting = probes._Settings("linear", 4, 5, 10, 0.95, seed)
     classes = probes.Categories(y, (0, 1))
     fold = probes._folds(y, classes, label, None, setting, [])
     counts = np.array([np.bincount(fold[y == code], minlength=4) for code in (0, 1)])
@@ -361,14 +390,14 @@ def test_folds_and_permutations_keep_their_promises(seed: int, labelled: bool) -
 @given(st.integers(12, 60), st.integers(1, 80), st.sampled_from([0, 2, 3]), st.integers(0, 1000))
 def test_scores_are_in_range_and_do_not_depend_on_units(n: int, p: int, num_classes: int, seed: int) -> None:
     x, y = _data(n, p, num_classes, seed)
-    result = probe(x, y, num_permutations=9, seed=seed)
+    result = probe(x, y, num_permutations=20, seed=seed)
     for score in result.scores:
         assert score.value <= 1
         assert num_classes == 0 or score.value >= 0
-        assert score.p_value in [pytest.approx(k / 10) for k in range(1, 11)]
+        assert score.p_value in [pytest.approx(k / 21) for k in range(1, 22)]
     scales = 10.0 ** np.random.default_rng(seed).uniform(-3, 3, p)
     target = 3 * y + 7 if num_classes == 0 else np.array(["a", "b", "c"])[y]
-    other = probe(scales * x, target, num_permutations=9, seed=seed)
+    other = probe(scales * x, target, num_permutations=20, seed=seed)
     for score, expected in zip(other.scores, result.scores, strict=True):
         assert score.value == pytest.approx(expected.value, abs=1e-6)
 
@@ -388,7 +417,7 @@ def test_the_same_seed_gives_the_same_result(model: Any) -> None:
 
     def run(seed: int) -> ProbeResult:
         return probe(
-            x, y, model=model, labels=label, groups=subjects, num_permutations=9, num_landmarks=8, seed=seed
+            x, y, model=model, labels=label, groups=subjects, num_permutations=20, num_landmarks=8, seed=seed
         )
 
     first = run(1)
@@ -400,7 +429,7 @@ def test_the_same_seed_gives_the_same_result(model: Any) -> None:
 
 def test_kinds_of_input() -> None:
     x, y = _data(60, 3, 2)
-    expected = probe(x, y, num_permutations=9)
+    expected = probe(x, y, num_permutations=20)
     assert expected.classes == (0, 1)
     assert expected.class_counts == (20, 40)
     for features, target in (
@@ -409,8 +438,8 @@ def test_kinds_of_input() -> None:
         (np.asfortranarray(x), y[:, None]),
         (x, y.astype(bool)),
     ):
-        assert probe(features, target, num_permutations=9).scores == expected.scores
-    assert probe(x, np.array(["f", "m"])[y], num_permutations=9).scores == expected.scores
+        assert probe(features, target, num_permutations=20).scores == expected.scores
+    assert probe(x, np.array(["f", "m"])[y], num_permutations=20).scores == expected.scores
 
 
 def test_the_task_is_guessed_and_said() -> None:
@@ -431,14 +460,14 @@ def test_folds_are_reduced_with_a_note() -> None:
     result = probe(x, np.arange(40) < 3, num_permutations=0)
     assert result.num_folds == 3
     assert "3 folds instead of 5" in result.notes[0]
-    result = probe(x, np.arange(40) % 2, groups=np.arange(40) % 4, num_permutations=9, task="regression")
+    result = probe(x, np.arange(40) % 2, groups=np.arange(40) % 4, num_permutations=20, task="regression")
     assert result.num_folds == 4
     assert any("4 subjects only" in note for note in result.notes)
 
 
 def test_to_dict_is_json() -> None:
     x, y = _data(60, 3, 3)
-    result = probe(x, y, labels=np.arange(60) % 2, num_permutations=9)
+    result = probe(x, y, labels=np.arange(60) % 2, num_permutations=20)
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
     assert values["scores"][0]["value"] == result.score
     assert values["scores"][1]["value"] == result.auc
@@ -490,6 +519,8 @@ X, Y = np.random.default_rng(0).standard_normal((20, 2)), np.arange(20.0)
         (X, Y, {"task": "ranking"}, ValueError, "task must be"),
         (X, Y, {"num_folds": 1}, ValueError, "num_folds must be at least 2"),
         (X, Y, {"num_permutations": -1}, ValueError, "num_permutations must be at least 0"),
+        (X, Y, {"num_permutations": 19}, ValueError, "at least 20, got 19.* or 0 for no p-value"),
+        (X, Y, {"confidence": 95}, ValueError, "confidence must be between 0 and 1, got 95"),
         (X, Y, {"num_landmarks": True}, TypeError, "num_landmarks must be an integer"),
         (X, Y, {"seed": 0.5}, TypeError, "seed must be an integer"),
     ],
@@ -501,3 +532,65 @@ def test_errors_name_the_argument(
         y, message = np.array(y, dtype=object), "mixes values of types int, str"
     with pytest.raises(error, match=message):
         probe(x, y, **options)
+
+
+# --------------------------------------------------------------------------------------------------------
+# Intervals
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_the_interval_of_r2_is_that_of_the_jackknife() -> None:
+    x, y = _data(60, 3)
+    result = probe(x, y, num_permutations=0, confidence=0.9)
+    # The out-of-fold errors of the same ridge, and R² without each row in turn.
+    errors, totals = np.empty(60), np.empty(60)
+    folds = StratifiedKFold(5, shuffle=True, random_state=0).split(x, np.zeros(60))
+    for train, test in folds:
+        scaler = StandardScaler().fit(x[train])
+        z = scaler.transform(x[train])
+        basis = probes._Basis(z, scaler.transform(x[test]), None)
+        _, predicted, _ = basis.fit(y[train][:, None, None])
+        totals[test] = (y[test] - y[train].mean()) ** 2
+        errors[test] = (y[test] - y[train].mean() - predicted[:, 0, 0]) ** 2
+    assert result.score == pytest.approx(1 - errors.sum() / totals.sum())
+    left_out = 1 - (errors.sum() - errors) / (totals.sum() - totals)
+    spread = np.sqrt(2.25 * 59 / 60 * ((left_out - left_out.mean()) ** 2).sum())
+    half = t.ppf(0.95, 59) * spread
+    assert result.scores[0].low == pytest.approx(result.score - half, abs=0.05 * half)
+    # At least what the correlation of prediction and target allows.
+    assert result.scores[0].high >= result.score + 0.95 * half
+
+
+def test_the_interval_of_balanced_accuracy_is_put_together_from_those_of_the_classes() -> None:
+    rng = np.random.default_rng(0)
+    y = np.repeat([0, 1], [100, 40])
+    x = rng.standard_normal((140, 3)) + y[:, None]
+    score = probe(x, y, num_permutations=0, num_folds=5).scores[0]
+    # Of two equal halves the mean is off by half of the root of the summed squares of what each is off by.
+    width = 0
+    for size in (100, 40):
+        low, high = proportion_confint(score.value * size / 2.25, size / 2.25, method="wilson")
+        width += (high - low) ** 2
+    assert score.high - score.low == pytest.approx(np.sqrt(width) / 2, rel=0.1)
+    # Two rows of each subject that are alike say what one does.
+    twice = np.repeat(np.arange(140), 2)
+    again = probe(x[twice], y[twice], groups=twice, num_permutations=0).scores[0]
+    assert again.high - again.low == pytest.approx(score.high - score.low, rel=0.1)
+
+
+@pytest.mark.parametrize("effect", [0.0, 0.3, 0.6])
+def test_intervals_of_a_probe_cover_its_mean_score(effect: float) -> None:
+    rng = np.random.default_rng(0)
+    scores: dict[str, list[ProbeScore]] = {"number": [], "sign": []}
+    for _ in range(100):
+        x = rng.standard_normal((100, 2))
+        y = effect * x[:, 0] + rng.standard_normal(100)
+        scores["number"].append(probe(x, y, num_permutations=0).scores[0])
+        scores["sign"].append(probe(x, y > 0, num_permutations=0).scores[0])
+    for name, parts in scores.items():
+        mean = np.mean([score.value for score in parts])
+        assert sum(mean <= score.high for score in parts) >= 90
+        # R² of a probe that finds nothing is a constant a little below 0.
+        if effect or name == "sign":
+            assert sum(score.low <= mean <= score.high for score in parts) >= 88
+        assert all(score.low <= score.value <= score.high for score in parts)

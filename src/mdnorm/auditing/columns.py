@@ -14,7 +14,16 @@ from torch import Tensor
 from mdnorm.auditing.reading import InputError, matching
 from mdnorm.extras import requires
 
-__all__ = ["Column", "Kind", "as_classes", "as_column", "as_columns"]
+__all__ = [
+    "Column",
+    "Kind",
+    "as_classes",
+    "as_column",
+    "as_columns",
+    "intersection",
+    "printable",
+    "stand_ins",
+]
 
 Kind = Literal["continuous", "categorical", "constant", "identifier"]
 
@@ -22,6 +31,16 @@ _MAX_CLASSES_OF_NUMBERS = 10
 _MAX_CLASSES = 200
 _SECONDS_OF_A_DAY = 86_400
 _IDENTIFIER_NAME = re.compile(r"(^|[_\W])(u?id|uuid|index|row|unnamed)([_\W]|$)", re.IGNORECASE)
+
+
+# Controls, line separators, marks of writing direction, and halves of surrogate pairs.
+_NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+# Larger whole numbers are not all apart as floats: they are read as text.
+_LARGEST_EXACT = 2**53
+
+# How often a number stands for a missing value at least.
+_LEAST_STAND_INS = 3
 
 
 @dataclass(frozen=True)
@@ -96,6 +115,11 @@ class Column:
 
 def _number(value: float) -> str:
     return f"{value:.4g}".replace("-", "−")
+
+
+def printable(name: Any) -> str:
+    """Return a name as text that a page, a figure and a file can hold, in one line."""
+    return _NOT_PRINTABLE.sub("\ufffd", str(name)).strip() or "(no name)"
 
 
 def as_columns(
@@ -173,6 +197,8 @@ def _series_values(series: Any) -> NDArray[Any]:
     import narwhals as nw
 
     kind = series.dtype
+    if kind.is_integer() and max(series.max() or 0, -(series.min() or 0)) > _LARGEST_EXACT:
+        return np.array([None if value is None else str(value) for value in series.to_list()], dtype=object)
     if kind.is_numeric():
         return np.asarray(series.cast(nw.Float64).to_numpy(), np.float64)
     if kind in (nw.Datetime, nw.Date):
@@ -210,6 +236,7 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
     InputError
         The kind is unknown, or the values cannot be read as it.
     """
+    name = printable(name)
     if kind is not None and kind not in ("continuous", "categorical"):
         raise InputError(
             f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
@@ -261,9 +288,15 @@ def _numbers_or_texts(values: Any, name: str) -> NDArray[Any]:
         )
     if array.dtype.kind == "O" and all(value is None or _is_number(value) for value in array.tolist()):
         array = np.array([np.nan if value is None else float(value) for value in array.tolist()])
+    if (
+        array.dtype.kind in "iu"
+        and max(int(array.max(initial=0)), -int(array.min(initial=0))) > _LARGEST_EXACT
+    ):
+        array = array.astype(np.str_)
     if array.dtype.kind in "iuf":
         return array.astype(np.float64)
-    return np.array(["" if _is_missing(value) else str(value) for value in array.tolist()], dtype=np.str_)
+    texts = ["" if _is_missing(value) else printable(value) for value in array.tolist()]
+    return np.array(texts, dtype=np.str_)
 
 
 def _is_number(value: Any) -> bool:
@@ -276,12 +309,78 @@ def _is_missing(value: Any) -> bool:
     )
 
 
+def stand_ins(values: NDArray[np.float64]) -> list[float]:
+    """Return numbers such as −9999 or 999 that seem to stand for a missing value.
+
+    They are made of nines only (at least two, or one where it is negative), are the smallest or the largest,
+    occur three times or more, and are further from the other values than these are from each other (and
+    than half of the largest of them), or negative where no other value is.
+
+    Parameters
+    ----------
+    values : (n,) array
+        Finite.
+    """
+    found = []
+    for _ in range(2):
+        distinct, counts = np.unique(values, return_counts=True)
+        if len(distinct) < 3:
+            break
+        for end, others in ((0, distinct[1:]), (-1, distinct[:-1])):
+            value = float(distinct[end])
+            is_code = re.fullmatch(r"-9+|9{2,}", f"{value:.15g}") is not None
+            distance = float(np.abs(others - value).min())
+            is_apart = distance > max(np.ptp(others), 0.5 * float(np.abs(others).max()))
+            is_apart |= value < 0 <= others[0]
+            if is_code and counts[end] >= _LEAST_STAND_INS and is_apart:
+                found.append(value)
+                values = values[values != value]
+                break
+    return found
+
+
+def intersection(columns: Sequence[Column]) -> Column:
+    """Return the column of all combinations of several: "gender × ethnicity".
+
+    Raises
+    ------
+    InputError
+        A column is continuous; fewer than two are given.
+    """
+    name = " × ".join(column.name for column in columns)
+    if len(columns) < 2:
+        raise InputError(f"an intersection needs two columns at least, got {name!r}.")
+    for column in columns:
+        if column.kind != "categorical":
+            raise InputError(
+                f"the intersection {name} is of classes, but {column.name} is {column.kind}: leave it out, "
+                "or group its values first."
+            )
+    present = np.logical_and.reduce([column.present for column in columns])
+    texts = [
+        ", ".join(values) for values in zip(*(column.values.tolist() for column in columns), strict=True)
+    ]
+    return Column(name, "categorical", np.where(present, texts, ""), present)
+
+
 def _numeric(name: str, values: NDArray[np.float64], kind: str | None) -> Column:
     present = np.isfinite(values)
-    note = ""
+    notes = []
     infinite = int(np.isinf(values).sum())
     if infinite:
-        note = f"{infinite} infinite value(s) count as missing."
+        notes.append(f"{infinite} infinite value(s) count as missing.")
+    for code in stand_ins(values[present]):
+        number = int((values == code).sum())
+        if kind is None:
+            notes.append(
+                f"{number} value(s) of {_number(code)} seem to stand for missing ones and count as such: "
+                "give the kind of the column to keep them."
+            )
+            present &= values != code
+        else:
+            notes.append(
+                f"{number} value(s) of {_number(code)} seem to stand for missing ones, but are kept."
+            )
     values = np.where(present, values, np.nan)
     distinct = np.unique(values[present])
     if len(distinct) < 2:
@@ -293,9 +392,10 @@ def _numeric(name: str, values: NDArray[np.float64], kind: str | None) -> Column
     classes = kind == "categorical" or (
         kind is None and whole and len(distinct) <= _MAX_CLASSES_OF_NUMBERS and len(distinct) < present.sum()
     )
+    if classes and kind is None:
+        notes.append(f"Whole numbers with {len(distinct)} distinct values: read as classes.")
+    note = " ".join(notes)
     if classes:
-        if kind is None:
-            note = f"{note} Whole numbers with {len(distinct)} distinct values: read as classes.".strip()
         return Column(name, "categorical", _class_names(values), present, note)
     return Column(name, "continuous", values, present, note)
 

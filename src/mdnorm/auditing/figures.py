@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mdnorm.auditing.columns import Column
-from mdnorm.auditing.plots import COLOURS
-from mdnorm.auditing.results import ColumnAudit, Projection
+from mdnorm.auditing.plots import CLASS_COLOURS, COLOURS, ellipse, padded
+from mdnorm.auditing.results import ColumnAudit, Measure, Projection
 from mdnorm.extras import requires
 
 if TYPE_CHECKING:
@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 
 __all__ = ["all_figures", "overview", "projections"]
 
-_MARKERS = {"before": "o", "after": "D"}
+_MARKERS = "oDs^v*"
 _WIDTH = 7.0
+
+# Of a name in a figure, and in the name of a file.
+_LONGEST = 40
 
 
 def all_figures(report: Report) -> dict[str, Figure]:
@@ -36,12 +39,24 @@ def all_figures(report: Report) -> dict[str, Figure]:
         name = f"projection-{_file_name(column.name)}"
         while name in figures:
             name += "_"
-        figures[name] = projections(by_name[column.name], report.projections, report.titles)
+        figures[name] = projections(by_name[column.name], report.projections, report.titles_of_projections)
     return figures
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name).strip("._") or "column"
+    return re.sub(r"[^\w.-]+", "_", name)[:_LONGEST].strip("._") or "column"
+
+
+def _text(name: str) -> str:
+    """Return a name as matplotlib draws it in a legend: what begins with "_" would be left out."""
+    text = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+    return f"\u2009{text}" if text.startswith("_") else text
+
+
+def _legend(where: Axes | Figure, handles: Sequence[Any], names: Sequence[str], **options: Any) -> None:
+    legend = where.legend(handles, [_text(name) for name in names], fontsize=8, frameon=False, **options)
+    for text in (*legend.get_texts(), legend.get_title()):
+        text.set_parse_math(False)
 
 
 def overview(report: Report) -> Figure | None:
@@ -54,38 +69,44 @@ def overview(report: Report) -> Figure | None:
         return None
     figure = Figure(figsize=(_WIDTH, 1.5 + 0.42 * len(columns)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    within = f" within classes of {report.label}" if report.label else ""
-    _draw(left, columns, report.titles, probe=False)
-    _draw(right, columns, report.titles, probe=True)
-    left.set_xlabel(f"dcor²{within}", fontsize=8)
-    right.set_xlabel(f"best probe{within}\n(0: chance, 1: perfect)", fontsize=8)
-    left.set_yticks(range(len(columns)), [column.name for column in reversed(columns)])
-    handles, texts = left.get_legend_handles_labels()
-    if len(handles) > 1:
-        figure.legend(handles, texts, loc="outside upper center", ncols=2, frameon=False, fontsize=8)
+    within = f" given {_text(report.label)}" if report.label else ""
+    _draw(left, columns, probe=False)
+    _draw(right, columns, probe=True)
+    left.set_xlabel(f"dcor²{within}", fontsize=8, parse_math=False)
+    right.set_xlabel(f"best probe{within}\n(0: chance, 1: perfect)", fontsize=8, parse_math=False)
+    names = [_text(column.name) for column in reversed(columns)]
+    left.set_yticks(range(len(columns)), names, parse_math=False)
+    if len(report.titles) > 1:
+        _legend(
+            figure, left.get_lines()[1:], list(report.titles.values()), loc="outside upper center", ncols=2
+        )
     return figure
 
 
-def _draw(axis: Axes, columns: Sequence[ColumnAudit], titles: Mapping[str, str], *, probe: bool) -> None:
+def _draw(axis: Axes, columns: Sequence[ColumnAudit], *, probe: bool) -> None:
     axis.axvline(0, color="0.5", linewidth=1, linestyle="--", zorder=0)
-    for index, key in enumerate(columns[0].representations):
+    keys = list(columns[0].representations)
+    for index, key in enumerate(keys):
         shown = [column.representations[key] for column in columns]
         measures = [each.shown_probe if probe else each.shown_dependence for each in shown]
         count = len(columns)
-        shift = 0.0 if len(columns[0].representations) == 1 else (0.13 if index == 0 else -0.13)
+        shift = 0.0 if len(keys) == 1 else 0.13 - 0.26 * index / (len(keys) - 1)
         heights = [count - 1 - row + shift for row in range(count)]
-        values = [measure.share if probe else measure.value for measure in measures]
-        axis.plot(
-            values, heights, _MARKERS[key], color=COLOURS[key], markersize=5, label=titles[key], zorder=3
+
+        def drawn(measure: Measure, value: float | None, *, as_share: bool = probe) -> float:
+            known = measure.value if value is None else value
+            return measure.as_share(known) if as_share else known
+
+        colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
+        values = [drawn(measure, measure.value) for measure in measures]
+        axis.plot(values, heights, marker, color=colour, markersize=5, zorder=3)
+        axis.hlines(
+            heights,
+            [drawn(measure, measure.low) for measure in measures],
+            [drawn(measure, measure.high) for measure in measures],
+            color=colour,
+            linewidth=1.5,
         )
-        if not probe:
-            axis.hlines(
-                heights,
-                [measure.low if measure.low is not None else measure.value for measure in measures],
-                [measure.high if measure.high is not None else measure.value for measure in measures],
-                color=COLOURS[key],
-                linewidth=1.5,
-            )
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
@@ -106,24 +127,33 @@ def projections(column: Column, projections: Mapping[str, Projection], titles: M
                 *points[inside].T, c=shown.values[inside], cmap="viridis", s=8, linewidths=0, alpha=0.85
             )
             if axis is axes[-1]:
-                bar = figure.colorbar(drawn, ax=list(axes), label=column.name)
+                bar = figure.colorbar(drawn, ax=list(axes))
+                bar.set_label(_text(column.name), parse_math=False)
                 if column.is_date:
                     ticks = np.linspace(shown.values[inside].min(), shown.values[inside].max(), 4)
                     bar.set_ticks(list(ticks), labels=[column.text(tick) for tick in ticks])
         else:
             names, counts = np.unique(shown.values[inside], return_counts=True)
-            for name in names[np.argsort(-counts, kind="stable")][:8]:
-                chosen = shown.values == name
-                axis.scatter(*points[chosen].T, s=8, linewidths=0, alpha=0.85, label=str(name))
+            named = names[np.argsort(-counts, kind="stable")][: len(CLASS_COLOURS)]
+            handles = []
+            for name, colour in zip(named, CLASS_COLOURS, strict=False):
+                chosen = points[shown.values == name]
+                handles.append(axis.scatter(*chosen.T, s=8, linewidths=0, alpha=0.7, color=colour))
+                axis.plot(*ellipse(chosen).T, color=colour, linewidth=1)
             if axis is axes[-1]:
-                axis.legend(
-                    title=column.name,
-                    fontsize=7,
-                    title_fontsize=8,
+                _legend(
+                    axis,
+                    handles,
+                    [str(name) for name in named],
+                    title=_text(column.name),
                     loc="center left",
                     bbox_to_anchor=(1, 0.5),
                 )
-        axis.set_title(titles[key], fontsize=9)
+        if projection.is_shared:
+            every = np.concatenate([other.points for other in projections.values()])
+            for limits, values in ((axis.set_xlim, every[:, 0]), (axis.set_ylim, every[:, 1])):
+                limits(*padded(values))
+        axis.set_title(_text(titles[key]), fontsize=9, parse_math=False)
         axis.set_xlabel(f"1st component ({100 * projection.shares[0]:.1f} % of variance)", fontsize=8)
         axis.set_ylabel(f"2nd component ({100 * projection.shares[1]:.1f} %)", fontsize=8)
         axis.set_xticks([])

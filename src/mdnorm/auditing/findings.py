@@ -1,21 +1,28 @@
-"""Sentences in plain words for what an audit measured."""
+"""Verdicts on what an audit measured, each with a sentence in plain words."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
-from mdnorm.auditing.results import ColumnAudit, Finding, Measure, Representation
+import numpy as np
 
-__all__ = ["describe", "find", "is_found", "level_of", "number", "p_text", "percent"]
+from mdnorm.auditing.measuring import Settings
+from mdnorm.auditing.results import ColumnAudit, FeatureSet, Finding, Measure, Representation
 
-SIGNIFICANCE = 0.05
+__all__ = ["LEVELS", "describe", "find", "number", "p_text", "percent", "worst"]
 
-# Share of the way from chance to perfect from which a probe's success is called strong.
-_STRONG_SHARE = 0.25
-_STRONG_DEPENDENCE = 0.05
-_LARGE_GAP = 0.05
+# From harm to none.
+LEVELS = ("strong", "weak", "open", "none", "note")
 
-_MODELS = {"linear": "a linear probe", "nonlinear": "a non-linear probe"}
+# A linear association this many standard deviations below what chance gives is no chance.
+_BELOW_CHANCE = -5.0
+
+# Fewer permutations have no tail to go by: see `mdnorm.metrics.probes.ProbeScore`.
+_MIN_TAIL = 100
+
+_MODELS = {"linear": "linear probe", "nonlinear": "non-linear probe"}
 
 
 def percent(value: float) -> str:
@@ -36,190 +43,360 @@ def p_text(value: float | None) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
 
+def _text(measure: Measure, value: float) -> str:
+    """Return a value of this measure: "R² 0.62", "97 %", "dcor² 0.41"."""
+    if measure.name == "balanced accuracy":
+        return percent(value)
+    return f"{measure.name} {number(value, 3 if measure.name == 'dcor²' else 2)}"
+
+
 def describe(measure: Measure) -> str:
-    """Return a measure as text: "R² 0.62", "97 % (chance 33 %)", "0.412 [0.380, 0.445]"."""
-    if measure.name == "dcor²":
-        return f"{number(measure.value, 3)} [{number(measure.low or 0, 3)}, {number(measure.high or 0, 3)}]"
-    if measure.name == "R²":
-        return f"R² {number(measure.value)}"
-    return f"{percent(measure.value)} (chance {percent(measure.chance)})"
+    """Return a measure with its interval: "R² 0.62 [0.55, 0.69]", "97 % [94, 99], chance 33 %"."""
+    text = _text(measure, measure.value)
+    if measure.low is not None and measure.high is not None:
+        if measure.name == "balanced accuracy":
+            limits = (f"{100 * limit:.0f}" for limit in (measure.low, measure.high))
+        else:
+            limits = (
+                number(limit, 3 if measure.name == "dcor²" else 2) for limit in (measure.low, measure.high)
+            )
+        text += f" [{', '.join(limits)}]"
+    return text + (f", chance {percent(measure.chance)}" if measure.chance else "")
 
 
-def is_found(measure: Measure) -> bool:
-    """Whether a value is above chance by more than chance itself explains, and its interval agrees."""
-    significant = measure.p_value is not None and measure.p_value < SIGNIFICANCE
-    return (
-        significant
-        and measure.value > measure.chance
-        and (measure.low is None or measure.low > measure.chance)
-    )
+def worst(levels: Iterable[str]) -> str:
+    """Return the worst of several levels, "note" of none."""
+    return min(levels, key=LEVELS.index, default="note")
 
 
-def level_of(representation: Representation, *, is_label: bool = False) -> str:
-    """Return "strong", "weak" or "none": within label classes where there are such measures.
-
-    Over all rows, features that know the label must know of everything that goes with the label.
-    """
-    within = not is_label and representation.dependence_within is not None
-    dependence = representation.dependence_within if within else representation.dependence
-    probes = (
-        representation.probes_within if within and representation.probes_within else representation.probes
-    )
-    assert dependence is not None
-    found = [measure for measure in probes.values() if is_found(measure)]
-    if any(measure.share >= _STRONG_SHARE for measure in found):
-        return "strong"
-    if is_found(dependence) and dependence.value >= _STRONG_DEPENDENCE:
-        return "strong"
-    return "weak" if found or is_found(dependence) else "none"
-
-
-def find(columns: Sequence[ColumnAudit], titles: Mapping[str, str], label: str | None) -> list[Finding]:
-    """Return the findings on every column, the label last.
+def find(
+    columns: Sequence[ColumnAudit], sets: Mapping[str, FeatureSet], label: str | None, settings: Settings
+) -> list[Finding]:
+    """Return a verdict on every column and set of features, from harm to none.
 
     Parameters
     ----------
     columns : sequence of ColumnAudit
-    titles : mapping
-        "before", "after" → how the reader calls these features.
+    sets : mapping
+        Of the features, by name.
     label : str or None
         Name of the label.
+    settings : Settings
+        Limits from which on something is harm.
     """
-    findings: list[Finding] = []
-    for column in columns:
-        findings += _on_label(column, titles) if column.is_label else _on_column(column, titles, label)
-    return findings
-
-
-def _on_column(column: ColumnAudit, titles: Mapping[str, str], label: str | None) -> list[Finding]:
-    findings = []
-    if len(column.representations) == 2:
-        findings.append(_change(column, titles))
-    for key, representation in column.representations.items():
-        text = f"{_prediction(column, representation, titles[key])}{_within(representation, label)}"
-        findings.append(Finding("dependence", level_of(representation), text, column.name))
-    for key, representation in column.representations.items():
-        findings += _on_gaps(column, representation, titles[key])
-    association = column.association_with_label
-    if association is not None and association >= _STRONG_DEPENDENCE:
-        text = (
-            f"In these data {column.name} and the label {label} go together (dcor² {number(association)}). "
-            f"Features that know {label} know something of {column.name} for that reason alone, so look at "
-            f"the numbers within classes of {label}."
-        )
-        findings.append(Finding("confounding", "note", text, column.name))
-    return findings
-
-
-def _prediction(column: ColumnAudit, representation: Representation, title: str) -> str:
-    model, measure = representation.best_probe
-    if measure.explained_by_label is not None and measure.share > 0.02:
-        return (
-            f"{column.name} can be predicted from {title} with {_score(measure)}, and the label alone gives "
-            f"{_value(measure.explained_by_label, measure)} ({_MODELS[model]}, cross-validated)."
-        )
-    if not is_found(measure):
-        return (
-            f"{column.name} could not be predicted from {title} better than by chance "
-            f"({_score(measure)}; {p_text(measure.p_value)})."
-        )
-    return (
-        f"{column.name} can be predicted from {title} with {_score(measure)} "
-        f"({_MODELS[model]}, cross-validated, {p_text(measure.p_value)})."
+    judge = _Judge(columns, sets, label, settings)
+    by_column = {column.name: list(judge.findings(column)) for column in columns}
+    # Sorting keeps the order of equal ones: the label, and what is meant to stay, come last.
+    order = sorted(
+        columns,
+        key=lambda column: (
+            LEVELS.index(verdict_of(by_column[column.name])),
+            column.role == "label",
+            -max(part.shown_probe.share for part in column.representations.values()),
+        ),
     )
+    return [finding for column in order for finding in by_column[column.name]]
 
 
-def _value(value: float, measure: Measure) -> str:
-    return f"R² {number(value)}" if measure.name == "R²" else percent(value)
+def verdict_of(findings: Iterable[Finding]) -> str:
+    """Return the level of a column from its findings."""
+    return worst(finding.level for finding in findings if finding.is_decisive)
 
 
-def _score(measure: Measure) -> str:
-    if measure.name == "R²":
-        return f"R² {number(measure.value)}, chance being 0"
-    return f"{percent(measure.value)} balanced accuracy; chance is {percent(measure.chance)}"
+@dataclass(frozen=True)
+class _Judge:
+    columns: Sequence[ColumnAudit]
+    sets: Mapping[str, FeatureSet]
+    label: str | None
+    settings: Settings
 
-
-def _within(representation: Representation, label: str | None) -> str:
-    parts = []
-    best = representation.best_probe_within
-    if best is not None:
-        model, measure = best
-        if is_found(measure):
-            parts.append(f"{_value(measure.value, measure)} ({_MODELS[model]}, {p_text(measure.p_value)})")
-        else:
-            parts.append(f"no better than by chance ({p_text(measure.p_value)})")
-    dependence = representation.dependence_within
-    if dependence is not None:
-        parts.append(f"dcor² {number(dependence.value, 3)} ({p_text(dependence.p_value)})")
-    return f" Among samples of the same {label}: {', '.join(parts)}." if parts else ""
-
-
-def _change(column: ColumnAudit, titles: Mapping[str, str]) -> Finding:
-    """Say what became of the dependence and of the best probe: within label classes, if measured there."""
-    before, after = (column.representations[key] for key in ("before", "after"))
-    old, new = before.dependence, after.dependence
-    old_probe, new_probe = before.best_probe[1], after.best_probe[1]
-    where = ""
-    if before.dependence_within is not None and after.dependence_within is not None:
-        old, new = before.dependence_within, after.dependence_within
-        where = " among samples of the same label"
-        if before.best_probe_within is not None and after.best_probe_within is not None:
-            old_probe, new_probe = before.best_probe_within[1], after.best_probe_within[1]
-    numbers = (
-        f"dcor²{where} went from {number(old.value, 3)} to {number(new.value, 3)}, the best probe from "
-        f"{describe(old_probe)} to {describe(new_probe)}"
-    )
-    probed, dependent = is_found(new_probe), is_found(new)
-    if not (is_found(old) or is_found(old_probe)):
-        if probed or dependent:
-            return Finding(
-                "change", "strong", f"{column.name} was not found before, but is: {numbers}.", column.name
+    def findings(self, column: ColumnAudit) -> Iterable[Finding]:
+        """Yield the verdicts on a column; those that are decisive first."""
+        for key in sorted(column.representations, key=lambda key: not self.sets[key].is_decisive):
+            decisive = self.sets[key].is_decisive
+            part = column.representations[key]
+            judged = self._dependence if column.role == "remove" else self._kept
+            yield Finding("dependence", *judged(column, key), column.name, key, decisive)
+            if part.group_gaps is not None:
+                yield Finding("gap", *self._gap(column, key, part.group_gaps), column.name, key, decisive)
+            if part.prediction_test is not None:
+                judgement = self._prediction(column, key, part.prediction_test)
+                yield Finding("prediction", *judgement, column.name, key, decisive)
+        association = column.association_with_label
+        if association is not None and association >= self.settings.max_dcor2:
+            text = (
+                f"In these data {column.name} and the label {self.label} go together (dcor² "
+                f"{number(association)}). Features that know {self.label} know something of {column.name} "
+                f"for that reason alone, so verdicts are on what they know given {self.label}."
             )
-        return Finding(
-            "change", "none", f"{column.name} was found neither before nor after: {numbers}.", column.name
+            yield Finding("confounding", "note", "note", text, column.name)
+
+    # ----------------------------------------------------------------------------------------------------
+    # What is found at all
+    # ----------------------------------------------------------------------------------------------------
+
+    def is_found(self, column: ColumnAudit, key: str) -> bool:
+        """Whether any measure is above chance, by Holm's method over the columns that are to be removed."""
+        family = [other for other in self.columns if other.role == "remove" and key in other.representations]
+        if column.role != "remove":
+            family = [column]
+        p_values = {other.name: _p_value(other.representations[key]) for other in family}
+        for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+            if p_values[name] * (len(family) - rank) >= self.settings.alpha:
+                return False
+            if name == column.name:
+                return True
+        raise AssertionError("the column is of the family")
+
+    def _is_large(self, part: Representation) -> bool:
+        return (
+            part.shown_probe.share >= self.settings.max_probe
+            or part.shown_dependence.value >= self.settings.max_dcor2
         )
-    if not (probed or dependent):
-        return Finding(
-            "change", "none", f"{column.name} is gone: {numbers}, no better than chance.", column.name
+
+    def _is_bounded(self, part: Representation) -> bool:
+        """Whether all that the intervals allow is below the limits."""
+        return _upper(part.shown_dependence) < self.settings.max_dcor2 and all(
+            measure.as_share(_upper(measure)) < self.settings.max_probe
+            for measure in part.shown_probes.values()
         )
-    if not dependent:
+
+    def _limit(self, measure: Measure) -> str:
+        share = self.settings.max_dcor2 if measure.name == "dcor²" else self.settings.max_probe
+        return _text(measure, measure.chance + share * (1 - measure.chance))
+
+    def _given(self, part: Representation) -> str:
+        return f" given {self.label}" if part.dependence_within is not None else ""
+
+    def _numbers(self, part: Representation) -> str:
+        """Return the best probe and the dependence, as they are judged."""
+        model, measure = max(part.shown_probes.items(), key=lambda item: item[1].value)
+        dependence = part.shown_dependence
+        return (
+            f"{describe(measure)} ({_MODELS[model]}, {p_text(measure.p_value)}); {describe(dependence)} "
+            f"({p_text(dependence.p_value)})"
+        )
+
+    def _bounds(self, part: Representation) -> str:
+        probes = part.shown_probes.values()
+        largest = max(probes, key=lambda measure: measure.as_share(_upper(measure)))
+        dependence = part.shown_dependence
+        return (
+            f"{_text(largest, _upper(largest))} and {_text(dependence, _upper(dependence))} at "
+            f"{percent(self.settings.confidence)}"
+        )
+
+    def _undecided(self, part: Representation) -> str:
+        """Say why neither harm nor its absence is shown."""
+        measures = [*part.shown_probes.values(), part.shown_dependence]
         text = (
-            f"{column.name} no longer shows in the distances between samples, but a probe still finds some "
-            f"of it, in directions of small variance: {numbers}."
+            f"it is not found, but {part.shown_dependence.num_rows} rows leave room for "
+            f"{self._bounds(part)}; the limits are {self._limit(measures[0])} and {self._limit(measures[-1])}"
         )
-        return Finding("change", "weak", text, column.name)
-    if new.value < old.value / 2 and new_probe.share < old_probe.share:
-        return Finding("change", "weak", f"{column.name} is reduced, not gone: {numbers}.", column.name)
-    return Finding("change", "strong", f"{column.name} is still there: {numbers}.", column.name)
+        num_columns = sum(column.role == "remove" for column in self.columns)
+        tests = len(measures) * num_columns
+        number_of = self.settings.num_permutations
+        if number_of < _MIN_TAIL and tests / (1 + number_of) >= self.settings.alpha:
+            text += (
+                f". {number_of} permutations are too few for a probe to be found among {num_columns} "
+                f"column(s): take {_MIN_TAIL} or more"
+            )
+        return text
+
+    # ----------------------------------------------------------------------------------------------------
+    # Level, badge and sentence
+    # ----------------------------------------------------------------------------------------------------
+
+    def _dependence(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:
+        part, title = column.representations[key], self.sets[key].title
+        where = f"in {title}{self._given(part)}"
+        found, before = self.is_found(column, key), self._before(column, key)
+        if part.association_z < _BELOW_CHANCE and not found:
+            return (
+                "open",
+                "below chance",
+                f"{column.name} has less to do with {title}{self._given(part)} than chance gives: it was "
+                "removed with the help of these very rows. What other rows show cannot be decided here: "
+                "audit rows that were not fitted.",
+            )
+        if found and self._is_large(part):
+            if before is None:
+                badge, text = "found", f"{column.name} is found {where}"
+            elif not self.is_found(column, before):
+                badge, text = "new", f"{column.name} was not found before, but is {where}"
+            elif self._is_less(column.representations[before], part):
+                badge = "still there, less"
+                text = f"{column.name} is less than before, but still found {where}"
+            else:
+                badge, text = "still there", f"{column.name} is still there {where}"
+            return "strong", badge, f"{text}: {self._numbers(part)}{self._was(column, before)}."
+        if found:
+            text = f"A little of {column.name} is found {where}, below the limits: {self._numbers(part)}"
+            return "weak", "found, little", f"{text}{self._was(column, before)}."
+        if self._is_bounded(part):
+            limits = f"{self._limit(part.shown_probe)} and {self._limit(part.shown_dependence)}"
+            gone = before is not None and self.is_found(column, before)
+            verb = "is gone:" if gone else "was found neither before nor after:" if before else "is"
+            text = f"{column.name} {verb} not found {where} above {limits}, at most {self._bounds(part)}"
+            return (
+                "none",
+                f"not found above {self._limit(part.shown_probe)}",
+                f"{text}{self._was(column, before)}.",
+            )
+        text = f"Whether {column.name} is {where} cannot be decided: {self._undecided(part)}"
+        return "open", "cannot be decided", f"{text}{self._was(column, before)}."
+
+    def _before(self, column: ColumnAudit, key: str) -> str | None:
+        reference = self.sets[key].reference
+        return reference if reference in column.representations else None
+
+    def _was(self, column: ColumnAudit, before: str | None) -> str:
+        if before is None:
+            return ""
+        part = column.representations[before]
+        found = "found" if self.is_found(column, before) else "not found"
+        return f". Before: {found}, {_text(part.shown_probe, part.shown_probe.value)}, " + _text(
+            part.shown_dependence, part.shown_dependence.value
+        )
+
+    def _is_less(self, old: Representation, new: Representation) -> bool:
+        """Whether the intervals of probe and dependence are both below those before."""
+        return all(
+            _upper(now) < (was.low if was.low is not None else -np.inf)
+            for was, now in (
+                (old.shown_probe, new.shown_probe),
+                (old.shown_dependence, new.shown_dependence),
+            )
+        )
+
+    def _kept(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:
+        part, title = column.representations[key], self.sets[key].title
+        where = f"in {title}{self._given(part)}"
+        before = self._before(column, key)
+        what = column.name
+        if column.role == "label":
+            what = "The label" if column.name == "label" else f"The label {column.name}"
+        numbers = f"{self._numbers(part)}{self._was(column, before)}."
+        found = self.is_found(column, key)
+        if before is not None and self.is_found(column, before):
+            old = column.representations[before].shown_probe
+            new = part.shown_probe
+            if not found or new.share < old.share / 2:
+                return "strong", "lost", f"{what}, which is meant to stay, is lost {where}: {numbers}"
+            if old.low is not None and _upper(new) < old.low:
+                return (
+                    "weak",
+                    "partly lost",
+                    f"{what}, which is meant to stay, is partly lost {where}: {numbers}",
+                )
+        if found:
+            return "none", "kept", f"{what} is {where}, as it is meant to be: {numbers}"
+        if self._is_bounded(part):
+            return "strong", "not there", f"{what}, which is meant to stay, is not found {where}: {numbers}"
+        return (
+            "open",
+            "cannot be decided",
+            f"Whether {what}, which is meant to stay, is {where} cannot be decided: {self._undecided(part)}.",
+        )
+
+    def _gap(self, column: ColumnAudit, key: str, result: Mapping[str, Any]) -> tuple[str, str, str]:
+        title, limit = self.sets[key].title, self.settings.max_gap
+        small = [
+            f"{group['group']} ({group['num_rows']} rows)" for group in result["groups"] if group["is_small"]
+        ]
+        apart = f" Too small to be compared: {', '.join(small)}." if small else ""
+        gaps = [
+            result["gaps"][name]
+            for name in ("accuracy", "equalized_odds", "worst_recall")
+            if name in result["gaps"]
+        ]
+        gaps = [gap for gap in gaps if gap["value"] is not None]
+        if not gaps:
+            text = (
+                f"Whether the predictions of {title} differ between groups of {column.name} cannot be decided"
+            )
+            return "open", "cannot be decided", f"{text}: fewer than two groups have enough rows.{apart}"
+        levels = [
+            "strong"
+            if gap["low"] > 0 and gap["value"] >= limit
+            else "weak"
+            if gap["low"] > 0
+            else "none"
+            if gap["bound"] < limit
+            else "open"
+            for gap in gaps
+        ]
+        level = worst(levels)
+        # Of gaps of the same level the surest, or the one that is least known.
+        gap = max(
+            (gap for gap, each in zip(gaps, levels, strict=True) if each == level),
+            key=lambda gap: (gap["low"], gap["bound"]),
+        )
+        rates = {str(group["group"]): group["rates"][gap["rate"]] for group in result["groups"]}
+        ends = " and ".join(
+            f"{percent(rates[str(name)]['value'])} [{100 * rates[str(name)]['low']:.0f}, "
+            f"{100 * rates[str(name)]['high']:.0f}] for {column.name} {name}"
+            for name in (gap["highest"], gap["lowest"])
+        )
+        text = (
+            f"The {_RATES.get(gap['rate'], gap['rate'])} of the predictions of {title} is {ends}: a "
+            f"difference of {_points(gap['value'])} ({100 * max(0.0, gap['low']):.0f} to "
+            f"{100 * gap['high']:.0f} at {percent(self.settings.confidence)})"
+        )
+        badge = {
+            "strong": f"gap of {_points(gap['value'])}",
+            "weak": f"gap of {_points(gap['value'])}",
+            "none": f"no gap above {_points(limit)}",
+            "open": "gap cannot be decided",
+        }[level]
+        if level in ("none", "open"):
+            text += f". No two groups differ by more than {_points(gap['bound'])}"
+            text += f", which is above the limit of {100 * limit:.0f}" if level == "open" else ""
+        return level, badge, f"{text}.{apart}"
+
+    def _prediction(self, column: ColumnAudit, key: str, measure: Measure) -> tuple[str, str, str]:
+        title, limit = self.sets[key].title, self.settings.max_dcor2
+        numbers = f"{describe(measure)} ({p_text(measure.p_value)})"
+        family = [
+            other.representations[key].prediction_test
+            for other in self.columns
+            if key in other.representations and other.representations[key].prediction_test is not None
+        ]
+        p_value = 1.0 if measure.p_value is None else measure.p_value * len(family)
+        about = f"the predictions of {title} depend on {column.name} beyond {self.label}"
+        if p_value < self.settings.alpha:
+            level = "strong" if measure.value >= limit else "weak"
+            return level, "in the predictions", f"{about[0].upper()}{about[1:]}: {numbers}."
+        if _upper(measure) < limit:
+            badge = f"not in the predictions above dcor² {limit:g}"
+            return "none", badge, f"It is not found that {about}: {numbers}."
+        return (
+            "open",
+            "cannot be decided",
+            f"Whether {about} cannot be decided: {numbers}, the limit is {limit:g}.",
+        )
 
 
-def _on_label(column: ColumnAudit, titles: Mapping[str, str]) -> list[Finding]:
-    parts = []
-    for key, representation in column.representations.items():
-        model, measure = representation.best_probe
-        parts.append(f"{describe(measure)} from {titles[key]} ({_MODELS[model]})")
-    text = f"The label {column.name} can be predicted with {'; '.join(parts)}."
-    return [Finding("label", "note", text, column.name)]
+_RATES = {
+    "accuracy": "accuracy",
+    "true_positive_rate": "true positive rate",
+    "false_positive_rate": "false positive rate",
+}
 
 
-def _on_gaps(column: ColumnAudit, representation: Representation, title: str) -> list[Finding]:
-    gaps = representation.group_gaps
-    if gaps is None:
-        return []
-    accuracy = gaps["gaps"].get("accuracy")
-    if accuracy is None or accuracy["value"] is None:
-        return []
-    rates = {str(group["group"]): group["rates"]["accuracy"]["value"] for group in gaps["groups"]}
-    best, worst = str(accuracy["highest"]), str(accuracy["lowest"])
-    text = (
-        f"The predictions of {title} are right for {percent(rates[best])} of {column.name} {best} and for "
-        f"{percent(rates[worst])} of {column.name} {worst}"
-    )
-    odds = gaps["gaps"].get("equalized_odds")
-    if odds is not None and odds["value"] is not None:
-        text += f"; the equalised-odds gap is {percent(odds['value'])}"
-    clear = any(
-        gap is not None and gap["low"] is not None and gap["low"] > 0 and gap["value"] >= _LARGE_GAP
-        for gap in (accuracy, odds)
-    )
-    return [Finding("gap", "weak" if clear else "none", f"{text}.", column.name)]
+def _points(share: float) -> str:
+    points = f"{100 * share:.0f}"
+    return f"{points} point{'' if points == '1' else 's'}"
+
+
+def _upper(measure: Measure) -> float:
+    return 1.0 if measure.high is None else measure.high
+
+
+def _p_value(part: Representation) -> float:
+    """Return the p-value of all shown measures together (Bonferroni)."""
+    measures = [part.shown_dependence, *part.shown_probes.values()]
+    p_values = [
+        measure.tail_p_value if measure.tail_p_value is not None else measure.p_value for measure in measures
+    ]
+    return min(1.0, len(measures) * min((value for value in p_values if value is not None), default=1.0))

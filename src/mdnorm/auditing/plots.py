@@ -14,17 +14,32 @@ from mdnorm.auditing.columns import Column
 from mdnorm.auditing.findings import number, p_text
 from mdnorm.auditing.results import ColumnAudit, Measure, Projection
 
-__all__ = ["COLOURS", "Plot", "column_plots", "overview_plots", "projection_plots"]
+__all__ = [
+    "CLASS_COLOURS",
+    "COLOURS",
+    "Plot",
+    "column_plots",
+    "ellipse",
+    "gap_plots",
+    "overview_plots",
+    "padded",
+    "points",
+    "projection_plots",
+]
 
 # At least 3:1 against a white and a nearly black page, and apart for colour-blind readers.
-COLOURS = {"before": "#D55E00", "after": "#2E86C1"}
-SYMBOLS = {"before": "circle", "after": "diamond"}
+COLOURS = ("#D55E00", "#2E86C1", "#009E73", "#CC79A7", "#B8860B", "#7B61C4")
+SYMBOLS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 _GREY = "#7a828b"
-_CLASS_COLOURS = ("#D55E00", "#2E86C1", "#009E73", "#CC79A7", "#B8860B", "#7B61C4", "#5B8A8A", "#A0522D")
-_CLASS_SYMBOLS = ("circle", "x", "triangle-up", "square", "diamond", "cross", "star", "triangle-down")
+CLASS_COLOURS = (*COLOURS, "#5B8A8A", "#A0522D", "#6B8E23", "#E0529C")
+_CLASS_SYMBOLS = (
+    *("circle", "x", "triangle-up", "square", "diamond", "cross", "star", "triangle-down", "pentagon"),
+    "hexagram",
+)
 _ROW_HEIGHT = 34
+_LONGEST = 48
 _INDEPENDENT = "With intervals. Dashed: independent."
-_CHANCE = "Cross-validated. Dashed: chance."
+_CHANCE = "Cross-validated, with intervals. Dashed: chance."
 
 
 @dataclass(frozen=True)
@@ -60,7 +75,7 @@ def overview_plots(
     audited = [column for column in columns if not column.is_label]
     if not audited:
         return []
-    where = f" within classes of {label}" if label else ""
+    where = f" given {_shortened(label)}" if label else ""
 
     plots = []
     for identifier, title, axis, as_share in (
@@ -102,16 +117,18 @@ def column_plots(
 
     rows = ["all samples"]
     series = {key: [column.representations[key].dependence] for key in keys}
-    if first.dependence_within is not None:
-        rows.append(f"within {label}")
+    if all(part.dependence_within is not None for part in column.representations.values()):
+        rows.append(f"given {label}")
         for key in keys:
             within = column.representations[key].dependence_within
             assert within is not None
             series[key].append(within)
+        classes = [column.representations[key].dependence_by_class for key in keys]
         for name in first.dependence_by_class:
-            rows.append(f"{label} {name}")
-            for key in keys:
-                series[key].append(column.representations[key].dependence_by_class[name])
+            if all(name in found for found in classes):
+                rows.append(f"{label} {name}")
+                for key, found in zip(keys, classes, strict=True):
+                    series[key].append(found[name])
     plots.append(
         _measure_plot(
             f"dependence-{position}",
@@ -125,14 +142,11 @@ def column_plots(
     )
 
     probe_rows = [f"{_MODEL_NAMES[model]}" for model in first.probes]
-    probe_rows += [f"{_MODEL_NAMES[model]}, within {label}" for model in first.probes_within]
-    probes = {
-        key: [
-            *column.representations[key].probes.values(),
-            *column.representations[key].probes_within.values(),
-        ]
-        for key in keys
-    }
+    probes = {key: list(column.representations[key].probes.values()) for key in keys}
+    if all(part.probes_within for part in column.representations.values()):
+        probe_rows += [f"{_MODEL_NAMES[model]}, given {label}" for model in first.probes_within]
+        for key in keys:
+            probes[key] += column.representations[key].probes_within.values()
     measure = probes[keys[0]][0]
     plots.append(
         _measure_plot(
@@ -170,7 +184,7 @@ def _measure_plot(
     spoken = []
     for index, (key, measures) in enumerate(series.items()):
         values = [measure.share if as_share else measure.value for measure in measures]
-        shift = 0.0 if len(series) == 1 else (0.16 if index == 0 else -0.16)
+        shift = 0.0 if len(series) == 1 else 0.18 - 0.36 * index / (len(series) - 1)
         has_interval = [measure.low is not None and measure.high is not None for measure in measures]
 
         def limit(measure: Measure, side: str) -> float:
@@ -178,16 +192,20 @@ def _measure_plot(
             if value is None:
                 return 0.0
             scale = 1 / (1 - measure.chance) if as_share else 1.0
-            return abs(value - measure.value) * scale
+            return float(abs(value - measure.value) * scale)
 
         trace: dict[str, Any] = {
             "type": "scatter",
             "mode": "markers",
-            "name": titles[key],
+            "name": _shortened(titles[key]),
             "x": values,
             # Rows from the top; the two sets of features side by side within a row.
             "y": [len(rows) - 1 - row + shift for row in range(len(rows))],
-            "marker": {"color": COLOURS[key], "symbol": SYMBOLS[key], "size": 11},
+            "marker": {
+                "color": COLOURS[index % len(COLOURS)],
+                "symbol": SYMBOLS[index % len(SYMBOLS)],
+                "size": 11,
+            },
             "text": [_hover(row, titles[key], measure) for row, measure in zip(rows, measures, strict=True)],
             "hovertemplate": "%{text}<extra></extra>",
         }
@@ -197,7 +215,7 @@ def _measure_plot(
                 "symmetric": False,
                 "array": [limit(measure, "high") for measure in measures],
                 "arrayminus": [limit(measure, "low") for measure in measures],
-                "color": COLOURS[key],
+                "color": COLOURS[index % len(COLOURS)],
                 "thickness": 1.5,
                 "width": 4,
             }
@@ -208,7 +226,7 @@ def _measure_plot(
     layout = _layout(axis, legend=len(series) > 1)
     layout["yaxis"] |= {
         "tickvals": list(range(len(rows))),
-        "ticktext": ["<br>".join(textwrap.wrap(row, 24)) for row in reversed(rows)],
+        "ticktext": ["<br>".join(map(_escaped, textwrap.wrap(_cut(row), 24))) for row in reversed(rows)],
         "range": [-0.6, len(rows) - 0.4],
         "fixedrange": True,
     }
@@ -230,7 +248,7 @@ def _measure_plot(
 
 
 def _hover(row: str, title: str, measure: Measure) -> str:
-    text = f"<b>{_escaped(row)}</b>, {_escaped(title)}<br>{measure.name} {number(measure.value, 3)}"
+    text = f"<b>{_shortened(row)}</b>, {_shortened(title)}<br>{measure.name} {number(measure.value, 3)}"
     if measure.low is not None and measure.high is not None:
         text += f" ({number(measure.low, 3)} to {number(measure.high, 3)})"
     if measure.chance:
@@ -242,9 +260,19 @@ def _hover(row: str, title: str, measure: Measure) -> str:
     return f"{text}<br>{measure.num_rows} rows"
 
 
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
+
+
+def _shortened(text: str) -> str:
+    """Return the beginning of a text, as text and nothing else."""
+    return _escaped(_cut(text))
+
+
 def _escaped(text: str) -> str:
-    """Return text that plotly does not take for markup."""
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    """Return text that plotly takes neither for markup nor for a template."""
+    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return text.replace("%{", "%&#123;")
 
 
 def _layout(axis: str, *, legend: bool) -> dict[str, Any]:
@@ -265,6 +293,44 @@ def _json(data: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> str:
     from plotly.io import to_json
 
     return str(to_json({"data": list(data), "layout": dict(layout)}, validate=False))
+
+
+def gap_plots(columns: Sequence[ColumnAudit], titles: Mapping[str, str]) -> list[Plot]:
+    """The gaps in accuracy and odds of all columns at a glance."""
+    plots = []
+    for identifier, title, names in (
+        ("overview-accuracy", "Gap in accuracy between groups", ("accuracy",)),
+        ("overview-odds", "Gap in odds between groups", ("equalized_odds", "worst_recall")),
+    ):
+        series: dict[str, list[Measure]] = {}
+        rows: list[str] = []
+        for column in columns:
+            found = {
+                key: gap
+                for key, part in column.representations.items()
+                if part.group_gaps is not None
+                for name in names
+                if (gap := part.group_gaps["gaps"].get(name)) is not None and gap["value"] is not None
+            }
+            if found and (not series or list(found) == list(series)):
+                rows.append(column.name)
+                for key, gap in found.items():
+                    size = column.representations[key].group_gaps or {}
+                    measure = Measure("gap", gap["value"], 0.0, size["num_rows"], gap["low"], gap["high"])
+                    series.setdefault(key, []).append(measure)
+        if rows:
+            plots.append(
+                _measure_plot(
+                    identifier,
+                    title,
+                    rows,
+                    series,
+                    titles,
+                    "largest sure difference between two groups",
+                    caption="With intervals for all groups at once. Dashed: no gap.",
+                )
+            )
+    return plots
 
 
 _RATES = {
@@ -311,7 +377,7 @@ def _group_plots(column: ColumnAudit, position: int, titles: Mapping[str, str]) 
                     series,
                     titles,
                     "fraction of the group",
-                    caption="With bootstrap intervals.",
+                    caption="With intervals.",
                     reference=None,
                 )
             )
@@ -327,24 +393,50 @@ def projection_plots(
 ) -> list[Plot]:
     """Two principal components of every set of features, coloured by the column; label classes by symbol."""
     plots = []
-    for key, projection in projections.items():
+    every = np.concatenate([projection.points for projection in projections.values()])
+    for place, (key, projection) in enumerate(projections.items()):
         shown = column.rows(projection.rows)
         classes = None if label is None or label.kind != "categorical" else label.rows(projection.rows).values
         if shown.kind == "continuous":
-            data = _coloured_by_number(shown, classes, label, projection.points)
+            data = _coloured_by_number(shown, classes, label, place)
         else:
-            data = _coloured_by_class(shown, projection.points)
+            data = _coloured_by_class(shown, projection.points, place)
         layout = _layout(
             f"1st component ({_share(projection.shares[0])} of variance)", legend=shown.kind != "continuous"
         )
         layout["yaxis"]["title"] = {"text": f"2nd component ({_share(projection.shares[1])})"}
-        title = f"{titles[key]}, coloured by {column.name}"
+        if projection.is_shared:
+            for axis, values in (("xaxis", every[:, 0]), ("yaxis", every[:, 1])):
+                layout[axis]["range"] = padded(values)
+        title = f"{_cut(titles[key])}, coloured by {_cut(column.name)}"
         description = (
             f"Scatter of {len(projection.points)} samples in the first two principal components of "
             f"{titles[key]}, coloured by {column.name}."
         )
-        plots.append(Plot(f"projection-{key}-{position}", title, description, _json(data, layout), 380))
+        plots.append(Plot(f"projection-{place}-{position}", title, description, _json(data, layout), 400))
     return plots
+
+
+def points(projections: Mapping[str, Projection]) -> list[list[list[float]]]:
+    """Return the points of every treatment, which figures refer to by "of" and "rows"."""
+    return [np.round(projection.points.T, 4).tolist() for projection in projections.values()]
+
+
+def padded(values: NDArray[np.float64]) -> list[float]:
+    """Return the range of an axis."""
+    margin = 0.06 * float(np.ptp(values)) or 1.0
+    return [float(values.min()) - margin, float(values.max()) + margin]
+
+
+def ellipse(points: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the outline (49, 2) of two standard deviations about the mean; of few points, the mean."""
+    middle = points.mean(axis=0)
+    if len(points) < 5:
+        return np.asarray(middle[None])
+    eigenvalues, vectors = np.linalg.eigh(np.cov(points.T))
+    angles = np.linspace(0, 2 * np.pi, 49)
+    circle = np.column_stack([np.cos(angles), np.sin(angles)])
+    return np.asarray(middle + 2 * circle * np.sqrt(np.maximum(eigenvalues, 0)) @ vectors.T)
 
 
 def _share(share: float) -> str:
@@ -352,13 +444,13 @@ def _share(share: float) -> str:
 
 
 def _coloured_by_number(
-    column: Column, classes: NDArray[Any] | None, label: Column | None, points: NDArray[np.float64]
+    column: Column, classes: NDArray[Any] | None, label: Column | None, place: int
 ) -> list[dict[str, Any]]:
     inside = column.present
     symbols: Any = "circle"
     values = column.values[inside]
-    texts = [f"{_escaped(column.name)} {column.text(value)}" for value in values]
-    bar: dict[str, Any] = {"title": {"text": _escaped(column.name), "side": "right"}, "thickness": 12}
+    texts = [f"{_shortened(column.name)} {column.text(value)}" for value in values]
+    bar: dict[str, Any] = {"title": {"text": _shortened(column.name), "side": "right"}, "thickness": 12}
     if column.is_date:
         ticks = np.linspace(values.min(), values.max(), 4)
         bar |= {"tickvals": ticks, "ticktext": [column.text(tick) for tick in ticks]}
@@ -367,15 +459,15 @@ def _coloured_by_number(
         if len(names) <= len(_CLASS_SYMBOLS):
             symbols = [_CLASS_SYMBOLS[names.index(name)] for name in classes[inside]]
         texts = [
-            f"{text}<br>{_escaped(label.name)} {_escaped(str(name))}"
+            f"{text}<br>{_shortened(label.name)} {_shortened(str(name))}"
             for text, name in zip(texts, classes[inside], strict=True)
         ]
     return [
         {
             "type": "scatter",
             "mode": "markers",
-            "x": np.round(points[inside, 0], 5),
-            "y": np.round(points[inside, 1], 5),
+            "of": place,
+            "rows": np.flatnonzero(inside).tolist(),
             "text": texts,
             "hovertemplate": "%{text}<extra></extra>",
             "marker": {
@@ -391,27 +483,54 @@ def _coloured_by_number(
     ]
 
 
-def _coloured_by_class(column: Column, points: NDArray[np.float64]) -> list[dict[str, Any]]:
+def _coloured_by_class(column: Column, points: NDArray[np.float64], place: int) -> list[dict[str, Any]]:
+    """The points of every class, with an ellipse about their mean."""
     names, counts = np.unique(column.values[column.present], return_counts=True)
-    named = list(names[np.argsort(-counts, kind="stable")][: len(_CLASS_COLOURS)])
-    groups = [(name, column.values == name) for name in named]
+    named = list(names[np.argsort(-counts, kind="stable")][: len(CLASS_COLOURS)])
+    groups = [(str(name), column.values == name) for name in named]
     others = column.present & ~np.isin(column.values, named)
     if others.any():
         groups.append(("other", others))
-    return [
-        {
-            "type": "scatter",
-            "mode": "markers",
-            "name": _escaped(str(name)),
-            "x": np.round(points[inside, 0], 5),
-            "y": np.round(points[inside, 1], 5),
-            "hovertemplate": f"{_escaped(column.name)} {_escaped(str(name))}<extra></extra>",
-            "marker": {
-                "color": _GREY if index >= len(named) else _CLASS_COLOURS[index],
-                "symbol": _CLASS_SYMBOLS[index % len(_CLASS_SYMBOLS)],
-                "size": 6,
-                "opacity": 0.85,
-            },
-        }
-        for index, (name, inside) in enumerate(groups)
-    ]
+    data: list[dict[str, Any]] = []
+    for index, (name, inside) in enumerate(groups):
+        is_other = index >= len(named)
+        colour = _GREY if is_other else CLASS_COLOURS[index]
+        text = f"{_shortened(column.name)} {_shortened(name)}"
+        data.append(
+            {
+                "type": "scatter",
+                "mode": "markers",
+                "name": _shortened(name),
+                "legendgroup": str(index),
+                "of": place,
+                "rows": np.flatnonzero(inside).tolist(),
+                "text": text,
+                "hovertemplate": "%{text}<extra></extra>",
+                "marker": {
+                    "color": colour,
+                    "symbol": _CLASS_SYMBOLS[index % len(_CLASS_SYMBOLS)],
+                    "size": 6,
+                    "opacity": 0.6,
+                },
+            }
+        )
+        if not is_other:
+            outline, middle = ellipse(points[inside]), points[inside].mean(axis=0)
+            common = {"type": "scatter", "legendgroup": str(index), "showlegend": False, "hoverinfo": "skip"}
+            line = {"color": colour, "width": 2}
+            data += [
+                {**common, "mode": "lines", "x": outline[:, 0], "y": outline[:, 1], "line": line},
+                {
+                    **common,
+                    "mode": "markers",
+                    "x": middle[:1],
+                    "y": middle[1:],
+                    "marker": {
+                        "color": colour,
+                        "symbol": _CLASS_SYMBOLS[index % len(_CLASS_SYMBOLS)],
+                        "size": 13,
+                        "line": {"width": 2, "color": "#ffffff"},
+                    },
+                },
+            ]
+    return data

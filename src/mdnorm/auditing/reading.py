@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -150,7 +149,8 @@ def _read_csv(path: Path) -> pyarrow.Table:
 def _read_npy(path: Path) -> NDArray[Any]:
     try:
         values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
+    except Exception as error:
+        # A damaged file can fail in any of the parsers below numpy's.
         raise InputError(f"{path} cannot be read as an array: {_no_pickle(error)}") from error
     if not isinstance(values, np.ndarray):
         raise InputError(f"{path} is an archive, not an array: name it .npz.")
@@ -163,10 +163,12 @@ def _read_npz(path: Path, key: str | None) -> NDArray[Any]:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             name = _chosen_key(list(archive.files), key, path)
             values: NDArray[Any] = archive[name]
+            if not isinstance(values, np.ndarray):
+                raise InputError(f"{path} holds a file {name!r} that is no array.")
             return values
     except InputError:
         raise
-    except (ValueError, OSError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:
+    except Exception as error:
         raise InputError(f"{path} cannot be read as an archive of arrays: {_no_pickle(error)}") from error
 
 

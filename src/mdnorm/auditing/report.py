@@ -5,24 +5,62 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mdnorm.auditing.columns import Column
-from mdnorm.auditing.findings import describe, p_text
-from mdnorm.auditing.results import ColumnAudit, Finding, Projection, as_json
+from mdnorm.auditing.findings import describe, number, percent, verdict_of
+from mdnorm.auditing.measuring import Settings
+from mdnorm.auditing.results import ColumnAudit, FeatureSet, Finding, Projection, as_json
 from mdnorm.extras import requires
 from mdnorm.files import write_text_atomically
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Report"]
+__all__ = ["Report", "Row", "short"]
 
 SCHEMA_VERSION = 1
+
+_LONGEST_NAME = 40
+
+
+def short(name: str) -> str:
+    """Return a name that fits into a table or figure."""
+    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One column in the table of verdicts.
+
+    Attributes
+    ----------
+    column : ColumnAudit
+    level : str
+        The worst of its decisive findings.
+    verdicts : tuple of Finding
+        The decisive findings that are verdicts.
+    findings : tuple of Finding
+        All of them.
+    cells : tuple of (title, dcor², whitened dcor², probe)
+        For each set of features, as text.
+    """
+
+    column: ColumnAudit
+    level: str
+    verdicts: tuple[Finding, ...]
+    findings: tuple[Finding, ...]
+    cells: tuple[tuple[str, str, str, str], ...]
+
+    @property
+    def words(self) -> str:
+        """The verdicts in a few words."""
+        return "; ".join(dict.fromkeys(finding.badge for finding in self.verdicts))
 
 
 @dataclass(frozen=True)
@@ -34,21 +72,23 @@ class Report:
     Attributes
     ----------
     findings : tuple of Finding
-        Sentences in plain words, each with a level: "strong", "weak", "none", or "note".
+        Verdicts with their sentences, from harm to none.
     columns : tuple of ColumnAudit
-        The measures of every metadata column, then of the label.
+        The measures of every metadata column, in the order of the verdicts, then of the label.
     left_out : tuple of Column
         Columns that cannot be audited (constants, identifiers); their `note` says why.
     notes : tuple of str
         What was done to the rows: missing values, sampling.
     label : str or None
         Name of the label.
-    titles : mapping
-        "before", "after" → how the page calls these features.
+    sets : mapping
+        The sets of features, by name: treatments, on training and held-out rows if there are such.
+    settings : Settings
+        How it was measured, and the limits of the verdicts.
     similarity : float or None
-        Centred kernel alignment (linear, debiased) of the features before and after.
+        Centred kernel alignment (linear, debiased) of the features of the first and last treatment.
     facts : mapping
-        Rows given and used, shapes, seed, settings, versions.
+        Date, rows given and used, shapes, a fingerprint of the data, settings, versions.
     """
 
     findings: tuple[Finding, ...]
@@ -56,15 +96,70 @@ class Report:
     left_out: tuple[Column, ...]
     notes: tuple[str, ...]
     label: str | None
-    titles: Mapping[str, str]
+    sets: Mapping[str, FeatureSet] = field(repr=False)
+    settings: Settings
     similarity: float | None
     facts: Mapping[str, Any]
     projections: Mapping[str, Projection] = field(repr=False)
     values: tuple[Column, ...] = field(repr=False)
 
+    @property
+    def titles(self) -> dict[str, str]:
+        """What the reader calls the sets of features."""
+        return {key: part.title for key, part in self.sets.items()}
+
+    @property
+    def limits(self) -> str:
+        """The limits of the verdicts in words."""
+        settings = self.settings
+        return (
+            f"Harm is a probe {percent(settings.max_probe)} of the way from chance to a perfect score (R² "
+            f"{settings.max_probe:g}, {percent(0.5 + settings.max_probe / 2)} balanced accuracy of two "
+            f"classes), dcor² {settings.max_dcor2:g}, a gap of {100 * settings.max_gap:g} points. Found is "
+            f"what is above chance at {percent(settings.alpha)} for all columns together; not found is what "
+            f"is below the limits at {percent(settings.confidence)}; the rest cannot be decided."
+        )
+
     def __str__(self) -> str:
         lines = [f"[{finding.badge}] {finding.text}" for finding in self.findings]
         return "\n".join([*lines, *(f"[note] {note}" for note in self.notes)])
+
+    def table(self) -> list[Row]:
+        """Return the verdict on every column, from harm to none."""
+        rows = []
+        for column in self.columns:
+            findings = tuple(finding for finding in self.findings if finding.column == column.name)
+            cells = []
+            for key, part in column.representations.items():
+                whitened = "–" if part.whitened is None else number(part.whitened.value, 3)
+                dependence, probe = part.shown_dependence, part.shown_probe
+                cells.append((self.titles[key], describe(dependence), whitened, describe(probe)))
+            rows.append(
+                Row(
+                    column,
+                    verdict_of(findings),
+                    tuple(each for each in findings if each.is_decisive and each.level != "note"),
+                    findings,
+                    tuple(cells),
+                )
+            )
+        return rows
+
+    def markdown(self) -> str:
+        """Return the verdicts as a Markdown table, for a model card."""
+
+        def cell(text: str) -> str:
+            return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", text)
+
+        lines = ["| column | features | dcor² | best probe | verdict |", "| --- | --- | --- | --- | --- |"]
+        for row in self.table():
+            for position, (title, dependence, _, probe) in enumerate(row.cells):
+                name = cell(short(row.column.name)) if position == 0 else ""
+                words = cell(row.words) if position == 0 else ""
+                cells = [name, cell(title), cell(dependence), cell(probe), words]
+                lines.append(f"| {' | '.join(cells)} |")
+        lines += ["", f"{self.facts['rows_used']} rows, {self.facts['date']}. {self.limits}"]
+        return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the projections as JSON values; undefined numbers are None."""
@@ -73,18 +168,19 @@ class Report:
             "facts": as_json(dict(self.facts)),
             "label": self.label,
             "titles": dict(self.titles),
+            "verdicts": {row.column.name: {"level": row.level, "words": row.words} for row in self.table()},
             "findings": [as_json(finding) for finding in self.findings],
             "notes": list(self.notes),
             "columns": [as_json(column) for column in self.columns],
             "left_out": [
                 {"name": column.name, "kind": column.kind, "note": column.note} for column in self.left_out
             ],
-            "similarity_before_after": as_json(self.similarity),
+            "similarity": as_json(self.similarity),
             "explained_variance": {key: as_json(part.shares) for key, part in self.projections.items()},
         }
 
     def save(self, out: Path | str) -> Path:
-        """Write ``report.html``, ``report.json`` and ``figures/`` (PNG and PDF) into a folder.
+        """Write ``report.html``, ``report.json``, then ``figures/`` (PNG and PDF) into a folder.
 
         Parameters
         ----------
@@ -108,12 +204,12 @@ class Report:
 
         folder = Path(out)
         (folder / "figures").mkdir(parents=True, exist_ok=True)
-        for name, figure in figures.all_figures(self).items():
-            save_figure(figure, folder / "figures" / f"{name}.png")
         text = json.dumps(self.to_dict(), indent=2, allow_nan=False, ensure_ascii=False)
         write_text_atomically(folder / "report.json", text + "\n")
         page = folder / "report.html"
         write_text_atomically(page, self.to_html())
+        for name, figure in figures.all_figures(self).items():
+            save_figure(figure, folder / "figures" / f"{name}.png")
         return page
 
     def to_html(self) -> str:
@@ -137,98 +233,87 @@ class Report:
             trim_blocks=True,
             lstrip_blocks=True,
         )
+        environment.filters["short"] = short
         by_name = {column.name: column for column in self.values}
         label = by_name.get(self.label or "")
         panels: list[dict[str, Any]] = []
-        for position, column in enumerate(self.columns):
-            shown = by_name[column.name]
+        rows = self.table()
+        for position, row in enumerate(rows):
+            column = row.column
             panels.append(
                 {
-                    "column": column,
-                    "findings": [finding for finding in self.findings if finding.column == column.name],
-                    "level": self.level(column),
+                    "row": row,
                     "plots": plots.column_plots(column, position, self.titles, self.label),
                     "projections": plots.projection_plots(
-                        shown, None if column.is_label else label, position, self.projections, self.titles
+                        by_name[column.name],
+                        None if column.is_label else label,
+                        position,
+                        self.projections,
+                        self.titles_of_projections,
                     ),
                 }
             )
         overview = plots.overview_plots(self.columns, self.titles, self.label)
-        every = list(overview)
+        gap_plots = plots.gap_plots(self.columns, self.titles)
+        every = [*overview, *gap_plots]
         for panel in panels:
             every += [*panel["plots"], *panel["projections"]]
+        points = json.dumps(plots.points(self.projections))
         # "<" cannot end the script element early when it is written as an escape.
         figures = ",".join(f"{json.dumps(plot.identifier)}:{plot.figure}" for plot in every)
         return environment.get_template("audit.html").render(
             report=self,
+            project=self.facts.get("project"),
+            rows=rows,
             overview=overview,
+            gap_plots=gap_plots,
             panels=panels,
             figures=figures.replace("<", "\\u003c"),
+            points=points,
             plotly=get_plotlyjs(),
-            rows=self.summary_rows(),
-            headings=self.summary_headings(),
         )
 
-    def level(self, column: ColumnAudit) -> str:
-        """Return the level of a column: of its change, or of the only set of features."""
-        levels = [
-            finding.level
-            for finding in self.findings
-            if finding.column == column.name and finding.topic in ("change", "dependence")
-        ]
-        return levels[0] if levels else "note"
-
-    def summary_headings(self) -> list[str]:
-        """Return the headings of `summary_rows`."""
-        return [
-            "Metadata column",
-            "Features",
-            "dcor²",
-            f"dcor² within {self.label}" if self.label else "dcor² (p)",
-            "Best probe",
-            f"Best probe within {self.label}" if self.label else "Probe (p)",
-        ]
-
-    def summary_rows(self) -> list[list[str]]:
-        """Return one line for each column and set of features, as text."""
-        rows = []
-        for column in self.columns:
-            for key, representation in column.representations.items():
-                best = representation.best_probe[1]
-                within = representation.best_probe_within
-                if self.label:
-                    inside = representation.dependence_within
-                    cells = [
-                        describe(inside) if inside else "–",
-                        describe(best),
-                        describe(within[1]) if within else "–",
-                    ]
-                else:
-                    cells = [p_text(representation.dependence.p_value), describe(best), p_text(best.p_value)]
-                rows.append(
-                    [
-                        f"{column.name} (label)" if column.is_label else column.name,
-                        self.titles[key],
-                        describe(representation.dependence),
-                        *cells,
-                    ]
-                )
-        return rows
+    @property
+    def titles_of_projections(self) -> dict[str, str]:
+        """What the reader calls the treatments."""
+        return {
+            name: next(
+                part.title.removesuffix(f", {key.rpartition(', ')[2]}") if key != name else part.title
+                for key, part in self.sets.items()
+                if key == name or key.startswith(f"{name}, ")
+            )
+            for name in self.projections
+        }
 
     def _repr_html_(self) -> str:
         """Return findings, table and the overview figure for a notebook, without scripts."""
         from mdnorm.auditing import figures
 
-        colours = {"strong": "#b3261e", "weak": "#9a6700", "none": "#1a7f37", "note": "#57606a"}
+        colours = {
+            "strong": "#b3261e",
+            "weak": "#9a6700",
+            "open": "#57606a",
+            "none": "#1a7f37",
+            "note": "#57606a",
+        }
         items = "".join(
-            f'<li><b style="color:{colours[finding.level]}">{finding.badge}</b>: {escape(finding.text)}</li>'
+            f'<li><b style="color:{colours[finding.level]}">{escape(finding.badge)}</b>: '
+            f"{escape(finding.text)}</li>"
             for finding in self.findings
         )
         notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        head = "".join(f"<th>{escape(heading)}</th>" for heading in self.summary_headings())
+        head = "".join(
+            f"<th>{heading}</th>" for heading in ("Column", "Features", "dcor²", "Best probe", "Verdict")
+        )
         body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
-            for row in self.summary_rows()
+            "<tr>"
+            + "".join(
+                f"<td>{escape(cell)}</td>"
+                for cell in (short(row.column.name), title, dependence, probe, row.words)
+            )
+            + "</tr>"
+            for row in self.table()
+            for title, dependence, _, probe in row.cells
         )
         image = ""
         overview = figures.overview(self)
@@ -247,12 +332,3 @@ def _png(figure: Figure) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     return base64.b64encode(buffer.getvalue()).decode("ascii")
-
-
-def titles_of(keys: Sequence[str], names: tuple[str, str] | None) -> dict[str, str]:
-    """Return how sets of features are called."""
-    if names is not None:
-        return dict(zip(keys, names, strict=False))
-    if len(keys) == 1:
-        return {keys[0]: "these features"}
-    return {"before": "the features before", "after": "the features after"}

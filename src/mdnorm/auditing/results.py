@@ -9,7 +9,36 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ColumnAudit", "Finding", "Measure", "Projection", "Representation"]
+__all__ = ["ColumnAudit", "FeatureSet", "Finding", "Measure", "Projection", "Representation"]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Features of the rows of an audit: one treatment, on all rows or on those of one part.
+
+    Attributes
+    ----------
+    title : str
+        What the reader calls them.
+    values : (n, p) array
+        Standardised unless the raw ones were asked for.
+    whitened : (n, p) array or None
+        Uncorrelated components of equal variance; None where there are too few rows for them.
+    rows : (n,) array of bool
+        Which rows count.
+    reference : str or None
+        Name of the set to compare with: the first treatment, on the same rows.
+    is_decisive : bool
+        Whether a verdict on it is one on the column: not of features before a treatment, nor of rows that
+        were fitted where there are others.
+    """
+
+    title: str
+    values: NDArray[np.float64] = field(repr=False)
+    whitened: NDArray[np.float64] | None = field(repr=False)
+    rows: NDArray[np.bool_] = field(repr=False)
+    reference: str | None = None
+    is_decisive: bool = True
 
 
 @dataclass(frozen=True)
@@ -31,6 +60,8 @@ class Measure:
     explained_by_label : float or None
         The value that features reach which know of the column only what the label tells.
     notes : tuple of str
+    tail_p_value : float or None
+        The p-value beyond what permutations resolve, for many tests at once.
     """
 
     name: str
@@ -42,11 +73,16 @@ class Measure:
     p_value: float | None = None
     explained_by_label: float | None = None
     notes: tuple[str, ...] = ()
+    tail_p_value: float | None = None
 
     @property
     def share(self) -> float:
         """How far the value is from chance (0) to the best possible (1)."""
-        return (self.value - self.chance) / (1 - self.chance)
+        return self.as_share(self.value)
+
+    def as_share(self, value: float) -> float:
+        """Return how far a value of this measure is from chance (0) to the best possible (1)."""
+        return (value - self.chance) / (1 - self.chance)
 
 
 @dataclass(frozen=True)
@@ -58,22 +94,33 @@ class Representation:
     dependence : Measure
         dcor² over all rows.
     dependence_within : Measure or None
-        Mean of dcor² over the label classes, weighted by their rows.
+        Given the label: mean of dcor² over the label classes, weighted by their rows; of a continuous label,
+        dcor² of what smooth functions of the label leave of features and column.
     dependence_by_class : mapping
         Of label classes.
+    whitened : Measure or None
+        As the one that an overview shows, of whitened features: directions count equally.
     probes, probes_within : mapping
-        "linear", "nonlinear" → the cross-validated score, over all rows and within the label classes (empty
-        where no class can be probed).
+        "linear", "nonlinear" → the cross-validated score, over all rows and given the label (empty where
+        that cannot be probed).
+    association_z : float
+        Logarithm of the linear association of features and column, in standard deviations from its mean under
+        permutation. Far below 0 it is smaller than chance makes it: the column was removed from these rows.
     group_gaps : mapping or None
         Of the predictions that belong to the features, as of `mdnorm.metrics.GroupGaps.to_dict`.
+    prediction_test : Measure or None
+        Of predicted numbers: dcor² of prediction and column given the target.
     """
 
     dependence: Measure
     dependence_within: Measure | None
     dependence_by_class: Mapping[str, Measure]
+    whitened: Measure | None
     probes: Mapping[str, Measure]
     probes_within: Mapping[str, Measure]
+    association_z: float
     group_gaps: Mapping[str, Any] | None = None
+    prediction_test: Measure | None = None
 
     @property
     def best_probe(self) -> tuple[str, Measure]:
@@ -82,19 +129,24 @@ class Representation:
 
     @property
     def best_probe_within(self) -> tuple[str, Measure] | None:
-        """As `best_probe`, within label classes."""
+        """As `best_probe`, given the label."""
         if not self.probes_within:
             return None
         return max(self.probes_within.items(), key=lambda item: item[1].value)
 
     @property
     def shown_dependence(self) -> Measure:
-        """The dependence that an overview shows: within label classes where there is one."""
+        """The dependence that an overview shows: given the label where there is one."""
         return self.dependence_within or self.dependence
 
     @property
+    def shown_probes(self) -> Mapping[str, Measure]:
+        """The probes that an overview shows: given the label where there are such."""
+        return self.probes_within or self.probes
+
+    @property
     def shown_probe(self) -> Measure:
-        """The score that an overview shows: the best one, within label classes where there is one."""
+        """The best of `shown_probes`."""
         return (self.best_probe_within or self.best_probe)[1]
 
 
@@ -108,12 +160,12 @@ class ColumnAudit:
         As read (see `mdnorm.auditing.columns.Column`).
     num_rows, num_missing : int
         Rows used, and rows without a value, among the rows of the audit.
-    is_label : bool
-        Whether it is the label: what the features *should* know.
+    role : {"remove", "keep", "label"}
+        What is meant to become of it.
     association_with_label : float or None
         dcor² of the column and the label: how far the data themselves are confounded.
     representations : mapping
-        "before" and, if given, "after".
+        Names of sets of features to what they know.
     """
 
     name: str
@@ -122,47 +174,45 @@ class ColumnAudit:
     note: str
     num_rows: int
     num_missing: int
-    is_label: bool
+    role: str
     association_with_label: float | None
     representations: Mapping[str, Representation]
+
+    @property
+    def is_label(self) -> bool:
+        """Whether it is the label."""
+        return self.role == "label"
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A sentence in plain words.
+    """A verdict with its sentence.
 
     Attributes
     ----------
-    topic : {"change", "dependence", "gap", "label", "confounding"}
-        What it is about: before against after, one set of features, predictions by group, the label, or label
-        and column that go together in the data.
-    level : {"strong", "weak", "none", "note"}
-        How much was found; "note" for what the reader should know.
+    topic : {"dependence", "gap", "prediction", "confounding"}
+        What it is about: what features know, predictions by group, predictions given the target, or label and
+        column that go together in the data.
+    level : {"strong", "weak", "open", "none", "note"}
+        How bad it is: harm, a little, cannot be decided, none; "note" for what the reader should know.
+    badge : str
+        The level in words: "found", "cannot be decided" and so on.
     text : str
+        A sentence in plain words.
     column : str
+    key : str
+        Name of the set of features.
+    is_decisive : bool
+        Whether it is part of the verdict on the column.
     """
 
     topic: str
     level: str
+    badge: str
     text: str
     column: str
-
-    @property
-    def badge(self) -> str:
-        """One or two words for the level."""
-        return _BADGES.get((self.topic, self.level), "note")
-
-
-_BADGES = {
-    ("change", "strong"): "still there",
-    ("change", "weak"): "partly gone",
-    ("change", "none"): "not found",
-    ("dependence", "strong"): "clearly found",
-    ("dependence", "weak"): "found",
-    ("dependence", "none"): "not found",
-    ("gap", "weak"): "gap",
-    ("gap", "none"): "no clear gap",
-}
+    key: str = ""
+    is_decisive: bool = True
 
 
 @dataclass(frozen=True)
@@ -176,11 +226,14 @@ class Projection:
         Of the features' variance.
     rows : (m,) array of int
         Which rows of the audit they are.
+    is_shared : bool
+        Whether the components are those of all treatments together, so that their axes are the same.
     """
 
     points: NDArray[np.float64]
     shares: Sequence[float]
     rows: NDArray[np.int64] = field(repr=False)
+    is_shared: bool = False
 
 
 def as_json(value: Any) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,35 +21,52 @@ if TYPE_CHECKING:
     from mdnorm.auditing.columns import Column
     from mdnorm.auditing.report import Report
 
-_COLOURS = {"strong": "red", "weak": "yellow", "none": "green", "note": "dim"}
+_COLOURS = {"strong": "red", "weak": "yellow", "open": "default", "none": "green", "note": "dim"}
+
+# Exit codes of --fail-on.
+FAILED = 3
+UNDECIDED = 4
 
 
 def audit(
-    features: Annotated[
-        Path,
-        typer.Argument(help="Features, one row a sample: .npy, .npz, .safetensors, .parquet, .csv, .tsv."),
-    ],
-    metadata: Annotated[
-        Path, typer.Argument(help="Metadata of the same samples in the same order: .csv, .tsv, .parquet.")
+    paths: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="[FEATURES] METADATA",
+            help="Features, one row a sample (.npy, .npz, .safetensors, .parquet, .csv, .tsv), unless they "
+            "are named by --features; and metadata of the same samples in the same order (.csv, .tsv, "
+            ".parquet).",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page, report.json and figures.")] = Path(
         "results/audit"
     ),
+    treatments: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--features",
+            help="NAME=FILE of each of several treatments; the others are compared with the first.",
+        ),
+    ] = None,
     label: Annotated[
         str | None, typer.Option(help="Metadata column that the features are meant to know.")
     ] = None,
     after: Annotated[
         Path | None, typer.Option(help="Features of the same samples after a treatment, to compare.")
     ] = None,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(help="Table with the columns of --prediction and --score, where METADATA has them not."),
+    ] = None,
     prediction: Annotated[
         str | None,
-        typer.Option(help="Metadata column with the predicted labels, for the gaps between groups."),
+        typer.Option(help="Column with what is predicted, for the gaps between groups."),
     ] = None,
     prediction_after: Annotated[
         str | None, typer.Option(help="The same of the model after the treatment.")
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="Metadata column with the predicted probability, for the calibration.")
+        str | None, typer.Option(help="Column with the predicted probability, for the calibration.")
     ] = None,
     score_after: Annotated[str | None, typer.Option(help="The same after the treatment.")] = None,
     positive: Annotated[str | None, typer.Option(help="The positive class. [default: the larger]")] = None,
@@ -56,6 +76,13 @@ def audit(
     ] = None,
     ignore: Annotated[
         list[str] | None, typer.Option(help="Metadata column to leave out, or a pattern such as 'voxel_*'.")
+    ] = None,
+    keep: Annotated[str, typer.Option(help="Metadata columns that are meant to stay: 'age,sex'.")] = "",
+    intersect: Annotated[
+        list[str] | None, typer.Option(help="Columns whose combinations are audited too: 'gender,ethnicity'.")
+    ] = None,
+    held_out: Annotated[
+        str | None, typer.Option(help="Metadata column that says which rows no treatment was fitted on.")
     ] = None,
     subject: Annotated[
         str | None,
@@ -71,33 +98,69 @@ def audit(
     columns: Annotated[
         str, typer.Option(help="Of a table of features: names and patterns, such as 'volume,voxel_*'.")
     ] = "",
+    raw: Annotated[bool, typer.Option("--raw", help="Do not standardise the features.")] = False,
     max_rows: Annotated[int, typer.Option(min=20, help="More rows than this are sampled.")] = 2000,
-    permutations: Annotated[int, typer.Option(min=19, help="Of each probe.")] = 200,
+    permutations: Annotated[int, typer.Option(min=20, help="Of each probe.")] = 200,
+    min_group: Annotated[int, typer.Option(min=1, help="Smaller groups are not compared.")] = 20,
+    max_probe: Annotated[
+        float, typer.Option(help="Harm is a probe further than this from chance (0) to perfect (1).")
+    ] = 0.2,
+    max_dcor2: Annotated[float, typer.Option(help="Harm is a larger dcor².")] = 0.05,
+    max_gap: Annotated[float, typer.Option(help="Harm is a larger gap between two groups.")] = 0.1,
+    fail_on: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="'sex: probe > 0.6, gap > 0.05', of probe, share, dcor2, gap; '*' is every column."
+        ),
+    ] = None,
+    project: Annotated[str | None, typer.Option(help="Name of what is audited, for the page.")] = None,
+    pdf: Annotated[
+        bool,
+        typer.Option("--pdf", help="Print the page to report.pdf, where Chromium or Chrome is installed."),
+    ] = False,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what features know of each metadata column, before and after a treatment.
 
     Writes one page (report.html, nothing loaded from elsewhere), report.json and figures. Exit code 2: the
-    inputs cannot be audited, and the message says why.
+    inputs cannot be audited, and the message says why; 3: a condition of --fail-on holds; 4: none holds, but
+    one cannot be decided.
     """
     try:
         from mdnorm import auditing
+        from mdnorm.auditing import conditions
         from mdnorm.auditing.audit import number_of_steps
         from mdnorm.auditing.columns import as_columns
 
-        chosen = [part.strip() for part in columns.split(",") if part.strip()]
-        values, values_after = _read_features(features, after, key, chosen)
+        browser = _browser() if pdf else None
+        demanded = [part for text in fail_on or [] for part in conditions.parse(text)]
+        files, metadata = _files(paths, treatments or [], after)
+        named = bool(treatments)
+        if named and (prediction_after or score_after):
+            fail("--prediction-after and --score-after belong to --after, not to --features.", BAD_INPUT)
+        read_files = _read_features(files, key, _listed(columns))
         table = auditing.read_table(metadata)
         names = _names(name or [], 1 if after is None else 2)
         read = as_columns(table, _kinds(kind or []), ignore or [])
+        foretold = _predicted(
+            predictions,
+            {
+                "predictions": prediction,
+                "predictions_after": prediction_after,
+                "scores": score,
+                "scores_after": score_after,
+            },
+        )
         if not json_output:
             _print_kinds(read)
         make_folder(out)
-        used = [part for part in (prediction, prediction_after, score, score_after, subject) if part]
-        count = sum(column.is_auditable and column.name not in used for column in read)
+        used = [part for part in (*foretold.values(), subject, held_out) if isinstance(part, str)]
+        crossed = [_listed(text) for text in intersect or []]
+        count = sum(column.is_auditable and column.name not in used for column in read) + len(crossed)
+        first = next(iter(files))
         with only_writer(out):
-            total = number_of_steps(count, 1 if after is None else 2)
+            total = number_of_steps(count, len(files) * (1 if held_out is None else 2))
             with _progress_bar() as progress:
                 task = progress.add_task("", total=total)
 
@@ -105,28 +168,40 @@ def audit(
                     progress.update(task, advance=1, description=text)
 
                 report = auditing.audit(
-                    values,
+                    read_files if named else read_files["before"],
                     read,
                     label,
-                    after=values_after,
-                    predictions=prediction,
-                    predictions_after=prediction_after,
-                    scores=score,
-                    scores_after=score_after,
+                    after=None if named else read_files.get("after"),
+                    **({key: {first: part} for key, part in foretold.items()} if named else foretold),
                     positive=positive,
+                    keep=_listed(keep),
+                    intersect=crossed,
+                    held_out=held_out,
                     subjects=subject,
                     names=names,
                     max_rows=max_rows,
-                    settings=auditing.Settings(num_permutations=permutations, seed=seed),
+                    settings=auditing.Settings(
+                        num_permutations=permutations,
+                        seed=seed,
+                        standardize=not raw,
+                        min_group_rows=min_group,
+                        max_probe=max_probe,
+                        max_dcor2=max_dcor2,
+                        max_gap=max_gap,
+                    ),
+                    project=project,
                     facts={
                         "command": command_line(),
-                        "features_file": str(features),
+                        "features_files": {name: str(path) for name, path in files.items()},
                         "metadata_file": str(metadata),
                     },
                     progress=step,
                 )
                 progress.update(task, completed=total, description="done")
             page = report.save(out)
+            if browser is not None:
+                _print_to_pdf(browser, page)
+        outcomes = conditions.check(report, demanded)
     except (ValueError, MissingExtraError) as error:
         fail(str(error), BAD_INPUT)
     except OSError as error:
@@ -134,29 +209,98 @@ def audit(
     if json_output:
         typer.echo(json.dumps(report.to_dict(), indent=2))
     else:
-        _print_findings(report)
+        _print_verdicts(report)
         typer.echo(f"\nReport: {page}\nNumbers: {out / 'report.json'}\nFigures: {out / 'figures'}")
+    for outcome in outcomes:
+        word = {True: "failed", False: "passed", None: "cannot be decided"}[outcome.failed]
+        errors.print(f"{word}: {escape(outcome.text)}", highlight=False, soft_wrap=True)
+    if any(outcome.failed for outcome in outcomes):
+        raise typer.Exit(FAILED)
+    if any(outcome.failed is None for outcome in outcomes):
+        raise typer.Exit(UNDECIDED)
 
 
-def _read_features(before: Path, after: Path | None, key: str | None, columns: list[str]) -> tuple[Any, Any]:
-    """Return both sets of features; an option is for whichever files it can be meant for."""
+def _browser() -> str:
+    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
+        path = shutil.which(name)
+        if path is not None:
+            return path
+    fail("--pdf needs Chromium or Chrome: install it, or print report.html from any browser.", BAD_INPUT)
+
+
+def _print_to_pdf(browser: str, page: Path) -> None:
+    pdf = page.with_suffix(".pdf").resolve()
+    command = [browser, "--headless", "--disable-gpu", "--no-pdf-header-footer", f"--print-to-pdf={pdf}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        # Its sandbox does not run as root.
+        command.append("--no-sandbox")
+    done = subprocess.run([*command, page.resolve().as_uri()], capture_output=True, text=True, check=False)
+    if done.returncode != 0 or not pdf.exists():
+        fail(f"{browser} could not print the page: {done.stderr.strip()[-300:]}", BAD_INPUT)
+
+
+def _listed(text: str) -> list[str]:
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _files(
+    paths: Sequence[Path], treatments: Sequence[str], after: Path | None
+) -> tuple[dict[str, Path], Path]:
+    """Return the files of features by name, and that of the metadata."""
+    if treatments:
+        files = {}
+        for text in treatments:
+            name, separator, path = text.partition("=")
+            if not separator or not name or not path:
+                fail(f"--features {text!r}: give NAME=FILE, such as raw=a.npy.", BAD_INPUT)
+            if name in files:
+                fail(f"--features {name!r} was given twice: give each treatment its own name.", BAD_INPUT)
+            files[name] = Path(path)
+        if len(paths) != 1 or after is not None:
+            fail("with --features give METADATA only, and no --after.", BAD_INPUT)
+        return files, paths[0]
+    if len(paths) != 2:
+        fail(f"give FEATURES and METADATA, got {len(paths)} file(s).", BAD_INPUT)
+    files = {"before": paths[0]}
+    if after is not None:
+        files["after"] = after
+    return files, paths[1]
+
+
+def _predicted(path: Path | None, names: dict[str, str | None]) -> dict[str, Any]:
+    """Return what is predicted: names of metadata columns, or columns of a table of their own."""
+    given = {key: name for key, name in names.items() if name is not None}
+    if path is None:
+        return given
+    from mdnorm.auditing.reading import InputError, matching, read_table
+
+    if not given:
+        raise InputError(f"{path} has predictions, but --prediction does not say which column.")
+    table = read_table(path)
+    return {
+        key: table.column(matching(table.column_names, [name], f"column in {path}")[0]).to_numpy()
+        for key, name in given.items()
+    }
+
+
+def _read_features(files: dict[str, Path], key: str | None, columns: list[str]) -> dict[str, Any]:
+    """Return all sets of features; an option is for whichever files it can be meant for."""
     from mdnorm.auditing.reading import ARCHIVE_FORMATS, TABLE_FORMATS, read_features
 
-    paths = [before] if after is None else [before, after]
+    paths = list(files.values())
 
     def is_for(path: Path, formats: tuple[str, ...]) -> bool:
         # Where it is for none of the files, the reader says so.
         return path.suffix.lower() in formats or not any(p.suffix.lower() in formats for p in paths)
 
-    read = [
-        read_features(
+    return {
+        name: read_features(
             path,
             key if is_for(path, ARCHIVE_FORMATS) else None,
             columns if is_for(path, TABLE_FORMATS) else (),
         )
-        for path in paths
-    ]
-    return read[0], None if after is None else read[1]
+        for name, path in files.items()
+    }
 
 
 def _kinds(texts: Sequence[str]) -> dict[str, str]:
@@ -194,14 +338,26 @@ def _print_kinds(columns: Sequence[Column]) -> None:
         errors.print(f"{escape(column.name)}: {column.kind} ({escape(text)})", highlight=False)
 
 
-def _print_findings(report: Report) -> None:
+def _print_verdicts(report: Report) -> None:
     from rich.console import Console
+    from rich.table import Table
 
     console = Console()
     if not console.is_terminal:
         console.width = 160
+    table = Table("column", "verdict", "features", "dcor²", "best probe", box=None, pad_edge=False)
+    for row in report.table():
+        for index, (title, dependence, _, probe) in enumerate(row.cells):
+            name = escape(row.column.name) if index == 0 else ""
+            words = f"[{_COLOURS[row.level]}]{escape(row.words)}[/]" if index == 0 else ""
+            table.add_row(
+                name, words, escape(title), escape(dependence.removeprefix("dcor² ")), escape(probe)
+            )
+    console.print(table)
+    console.print()
     for finding in report.findings:
-        colour = _COLOURS[finding.level]
-        console.print(f"[{colour}]•[/] {escape(finding.text)}", highlight=False)
+        badge = f"[{_COLOURS[finding.level]}]{escape(finding.badge)}:[/]"
+        console.print(f"{badge} {escape(finding.text)}", highlight=False)
     for note in report.notes:
-        console.print(f"[dim]• {escape(note)}[/]", highlight=False)
+        console.print(f"[dim]note: {escape(note)}[/]", highlight=False)
+    console.print(f"[dim]{escape(report.limits)}[/]", highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from mdnorm.metrics.conditional import conditional_independence_test
 from mdnorm.metrics.distance_correlation import (
     ConditionalDistanceCorrelation,
     DistanceCorrelationInterval,
@@ -40,6 +41,7 @@ __all__ = [
     "QuantileGroups",
     "cka",
     "conditional_distance_correlation_sqr",
+    "conditional_independence_test",
     "distance_correlation_chi_squared_p_value",
     "distance_correlation_interval",
     "distance_correlation_permutation_test",

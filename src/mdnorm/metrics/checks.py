@@ -7,7 +7,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_confidence", "check_integer", "listed"]
+__all__ = ["MIN_PERMUTATIONS", "check_confidence", "check_integer", "check_permutations", "listed"]
+
+# With fewer, the smallest possible p-value is not below 0.05.
+MIN_PERMUTATIONS = 20
 
 
 def check_integer(name: str, value: Any, least: int) -> None:
@@ -32,6 +35,30 @@ def check_integer(name: str, value: Any, least: int) -> None:
         raise TypeError(f"{name} must be an integer, got {value!r}.")
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}.")
+
+
+def check_permutations(value: Any, *, none_is_allowed: bool = False) -> None:
+    """Check a number of permutations: enough for a p-value below 0.05, or, where that is allowed, none.
+
+    Parameters
+    ----------
+    value : object
+    none_is_allowed : bool
+
+    Raises
+    ------
+    TypeError
+        `value` is not an integer.
+    ValueError
+        It is below 20.
+    """
+    check_integer("num_permutations", value, 0 if none_is_allowed else 1)
+    if value < MIN_PERMUTATIONS and not (none_is_allowed and value == 0):
+        raise ValueError(
+            f"num_permutations must be at least {MIN_PERMUTATIONS}, got {value}: the p-value of {value} "
+            f"permutations is never below {1 / (1 + value):.2g}, so that nothing can be found at 0.05"
+            + (", or 0 for no p-value." if none_is_allowed else ".")
+        )
 
 
 def check_confidence(value: Any) -> None:

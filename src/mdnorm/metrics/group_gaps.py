@@ -1,20 +1,19 @@
 """Group gaps: how differently a classifier treats the groups of a metadata column.
 
-The rates of a group are computed by fairlearn's ``MetricFrame`` from functions of scikit-learn, fairlearn and
-torchmetrics. Their bootstrap is our own: every rate is a ratio of sums over the rows of a group, so a
-resample of the rows is a vector of weights, and one matrix product gives the sums of all resamples at once.
-``MetricFrame`` draws and splits a table for each (67 ms for 2000 rows and four rates, more than a minute for
-1000 resamples), and resamples across groups, in which a small group may be missing.
+Nearly every rate is a share of rows, or a mean of such shares, so that its interval is Wilson's, which holds
+for ten rows and for shares of 0 and 1 too. The interval of a difference is put together from those of the two
+groups (Newcombe 1998; Zou & Donner 2008). With subjects the rows of a group count as many as would be as
+sure. Only the calibration error, which is none of this, is resampled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,21 +21,24 @@ from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_confidence, check_integer, listed
 from mdnorm.metrics.columns import Categories, as_categories, as_column
-from mdnorm.metrics.rates import ratio
+from mdnorm.metrics.rates import combined, effective_rows, wilson
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["Gap", "GroupGaps", "GroupResult", "QuantileGroups", "Rate", "group_gaps", "quantile_groups"]
+__all__ = [
+    "Difference",
+    "Gap",
+    "GroupGaps",
+    "GroupResult",
+    "QuantileGroups",
+    "Rate",
+    "group_gaps",
+    "quantile_groups",
+]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
-
-# Below this number of rows the rows of a group stand for few others, however often they are resampled.
-_SMALL_GROUP = 20
-
-# An interval needs this share of the resamples to have the rate defined.
-_MIN_DEFINED = 0.9
 
 # More groups than this are a continuous column, or identifiers.
 _MAX_GROUPS = 100
@@ -50,15 +52,11 @@ _SUM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class Rate:
-    """A rate with its bootstrap interval; None where it is not defined."""
+    """A rate with its interval; None where it is not defined."""
 
     value: float | None
     low: float | None = None
     high: float | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the rate as values that JSON can hold."""
-        return {"value": self.value, "low": self.low, "high": self.high}
 
 
 @dataclass(frozen=True)
@@ -74,33 +72,56 @@ class GroupResult:
         Label class -> rows.
     rates : dict of str to Rate
         See `group_gaps`.
+    is_small : bool
+        Whether it has too few rows to be compared.
     """
 
     group: Any
     num_rows: int
     label_counts: dict[Any, int]
     rates: dict[str, Rate]
+    is_small: bool = False
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the rates as values that JSON can hold."""
-        return {
-            "group": self.group,
-            "num_rows": self.num_rows,
-            "label_counts": {str(label): count for label, count in self.label_counts.items()},
-            "rates": {name: rate.to_dict() for name, rate in self.rates.items()},
-        }
+
+@dataclass(frozen=True)
+class Difference:
+    """The difference of a rate between two groups, with its simultaneous interval.
+
+    Attributes
+    ----------
+    rate : str
+        Its name.
+    value, low, high : float
+        Of the rate of `higher` less that of `lower`.
+    lower, higher : object
+        The groups; None for all other rows together.
+    """
+
+    rate: str
+    value: float
+    low: float
+    high: float
+    lower: Any
+    higher: Any
 
 
 @dataclass(frozen=True)
 class Gap:
-    """The largest difference of a rate between two groups, with its bootstrap interval.
+    """How much a rate differs between groups.
 
     Attributes
     ----------
-    value, low, high : float or None
-        None where fewer than two groups have the rate.
+    value : float or None
+        The difference between two groups that is surest to be large: of all pairs the one with the largest
+        lower limit, and of equal ones the largest. None where fewer than two groups can be compared.
+    low, high : float or None
+        Its interval; it holds for all pairs at once.
     lowest, highest : object
-        The groups between which it is.
+        These groups.
+    bound : float or None
+        The largest upper limit of all pairs: no two groups differ by more.
+    rate : str or None
+        Which rate it is of; a gap of several is that of one of them.
     """
 
     value: float | None
@@ -108,16 +129,8 @@ class Gap:
     high: float | None = None
     lowest: Any = None
     highest: Any = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the gap as values that JSON can hold."""
-        return {
-            "value": self.value,
-            "low": self.low,
-            "high": self.high,
-            "lowest": self.lowest,
-            "highest": self.highest,
-        }
+    bound: float | None = None
+    rate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -129,38 +142,38 @@ class GroupGaps:
     groups : tuple of GroupResult
         In the order of the group column's values.
     gaps : dict of str to Gap
+    pairs : dict of str to tuple of Difference
+        Of each rate and each two groups that are large enough.
+    against_rest : dict of str to tuple of Difference
+        Of each rate and group that is large enough: the difference to the rows of all other groups.
     classes : tuple
         The label classes.
     positive : object
         The positive class; None with more than two classes.
     num_rows : int
     confidence : float
-    num_bootstrap : int
+    min_group_rows : int
     notes : tuple of str
-        Which rates are not defined, or rest on few rows.
+        Which rates are not defined, and which groups are too small to be compared.
     """
 
     groups: tuple[GroupResult, ...]
     gaps: dict[str, Gap]
+    pairs: dict[str, tuple[Difference, ...]] = field(repr=False)
+    against_rest: dict[str, tuple[Difference, ...]] = field(repr=False)
     classes: tuple[Any, ...]
     positive: Any
     num_rows: int
     confidence: float
-    num_bootstrap: int
+    min_group_rows: int
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the result as values that JSON can hold."""
-        return {
-            "groups": [group.to_dict() for group in self.groups],
-            "gaps": {name: gap.to_dict() for name, gap in self.gaps.items()},
-            "classes": list(self.classes),
-            "positive": self.positive,
-            "num_rows": self.num_rows,
-            "confidence": self.confidence,
-            "num_bootstrap": self.num_bootstrap,
-            "notes": list(self.notes),
-        }
+        result = asdict(self)
+        for group in result["groups"]:
+            group["label_counts"] = {str(label): count for label, count in group["label_counts"].items()}
+        return result
 
 
 @dataclass(frozen=True)
@@ -284,6 +297,7 @@ def group_gaps(
     positive: Any = None,
     subjects: Any = None,
     confidence: float = 0.95,
+    min_group_rows: int = 20,
     num_bootstrap: int = 1000,
     num_bins: int = 10,
     seed: int = 0,
@@ -304,12 +318,14 @@ def group_gaps(
     positive : object, optional
         The positive one of two classes. The default is 1 or True of 0 and 1 (or −1 and 1), False and True.
     subjects : array-like, (n,), optional
-        Whose sample a row is, where subjects have several: they are resampled with all their rows of a group,
-        since rows of the same subject say less than as many of others.
+        Whose sample a row is, where subjects have several: intervals are then wider, since rows of the same
+        subject say less than as many of others.
     confidence : float
-        Of the bootstrap intervals, between 0 and 1.
+        Of the intervals, between 0 and 1. Those of differences hold for all pairs of groups at once.
+    min_group_rows : int
+        Smaller groups have rates but are not compared, so that they neither make a gap nor hide one.
     num_bootstrap : int
-        Resamples of the rows of each group; 0 for no intervals.
+        Resamples for the interval of the calibration error; 0 for none.
     num_bins : int
         Bins of equal width for the expected calibration error.
     seed : int
@@ -318,7 +334,7 @@ def group_gaps(
     Returns
     -------
     GroupGaps
-        Rates of each group, and the gap of each (the largest difference between two groups).
+        Rates of each group, and how far they are apart.
 
         - ``accuracy``; ``balanced_accuracy`` (mean recall, of groups that have every class).
         - Two classes: ``true_positive_rate``, ``false_positive_rate``, ``positive_rate`` (share predicted
@@ -328,8 +344,8 @@ def group_gaps(
           classes where they are more than two).
 
         Gaps beside those of the rates: ``demographic_parity`` (of the positive rate) and ``equalized_odds``
-        (the larger gap of true and false positive rate) for two classes, ``worst_recall`` (the largest gap of
-        recall of any class) for more.
+        (of the true and false positive rates together) for two classes, ``worst_recall`` (of the recalls of
+        all classes together) for more.
 
     Raises
     ------
@@ -339,43 +355,40 @@ def group_gaps(
         A wrong shape, different numbers of rows, missing values, one class or one group only, more than 100
         groups, a positive class that is not a label or is not clear, scores that are not probabilities.
     MissingExtraError
-        fairlearn or torchmetrics is not installed.
+        SciPy or pandas is not installed.
 
     Notes
     -----
     A rate that a group cannot have (a true positive rate without positives) is None with a note, and gaps are
-    those of the other groups; fairlearn's own functions would take it as 0.
+    those of the other groups.
 
-    Rows are resampled within groups. Intervals of rates are percentiles; those of the calibration error,
-    which is larger in resamples than in the rows they come from, are moved down by the mean of this
-    difference. An interval of a rate that fewer than 90 % of the resamples have (a group with one or two
-    positives) is None.
-
-    A largest difference is larger in samples than in the population, and larger again in resamples, so that
-    its percentiles would exclude a gap of 0 where there is none. Its interval is therefore the gap plus or
-    minus the quantile of the largest difference between groups of the resamples' *deviations*, as in Tukey's
-    range test: the gap of the rates can be wrong by no more. It is conservative for a large gap between many
-    groups.
+    Intervals of shares are Wilson's; with `subjects`, of as many rows as would be as sure (the design effect
+    of the linearised variance). Those of means of shares and of differences are put together from these
+    (Newcombe's hybrid score interval [2]_, [3]_). Those of differences have the confidence
+    ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once (Bonferroni) and the
+    largest lower limit is a lower limit of the largest difference. The interval of the Brier score is
+    Student's. That of the calibration error, which is larger in resamples than in the rows they come from, is
+    normal with the bootstrap's standard error and moved down by the mean of this difference.
 
     References
     ----------
     .. [1] Hardt, M., Price, E., & Srebro, N. (2016). Equality of opportunity in supervised learning. Advances
        in Neural Information Processing Systems 29.
-    .. [2] Efron, B., & Tibshirani, R. J. (1993). An Introduction to the Bootstrap. Chapman & Hall.
-    .. [3] Guo, C., Pleiss, G., Sun, Y., & Weinberger, K. Q. (2017). On calibration of modern neural networks.
+    .. [2] Newcombe, R. G. (1998). Interval estimation for the difference between independent proportions:
+       comparison of eleven methods. Statistics in Medicine, 17(8), 873–890.
+    .. [3] Zou, G. Y., & Donner, A. (2008). Construction of confidence limits about effect measures: a general
+       approach. Statistics in Medicine, 27(10), 1693–1702.
+    .. [4] Guo, C., Pleiss, G., Sun, Y., & Weinberger, K. Q. (2017). On calibration of modern neural networks.
        ICML.
 
     Examples
     --------
-    >>> result = group_gaps([0, 1, 0, 1, 0, 1, 0, 1], [0, 1, 0, 1, 0, 0, 0, 0], list("aaaabbbb"))
+    >>> result = group_gaps([0, 1] * 40, [0, 1] * 20 + [0, 0] * 20, ["a"] * 40 + ["b"] * 40)
     >>> gap = result.gaps["true_positive_rate"]
-    >>> gap.value, gap.lowest, gap.highest
-    (1.0, 'b', 'a')
+    >>> gap.value, gap.lowest, gap.highest, round(gap.low, 2)
+    (1.0, 'b', 'a', 0.77)
     """
-    with requires("metrics"):
-        import fairlearn.metrics  # noqa: F401 - fails here rather than in the middle
-        import torchmetrics  # noqa: F401
-    _check_options(confidence, num_bootstrap, num_bins, seed)
+    _check_options(confidence, min_group_rows, num_bootstrap, num_bins, seed)
     true = as_categories(labels, "labels")
     guessed = as_categories(predictions, "predictions")
     members = as_categories(groups, "groups")
@@ -397,42 +410,42 @@ def group_gaps(
     problem = _problem(true, guessed, members, positive, notes)
     probabilities = None if scores is None else _probabilities(scores, problem)
 
-    by_group = _point_values(problem, probabilities, num_bins)
-    names = list(by_group)
-    resampled = _resampled(problem, probabilities, names, num_bins, num_bootstrap, seed, clusters)
-    _note_undefined(problem, by_group, notes)
-
-    group_rates = tuple(
-        GroupResult(
-            group=group,
-            num_rows=int(members.counts[index]),
-            label_counts={
-                name: int(((members.codes == index) & (problem.true == code)).sum())
-                for code, name in enumerate(problem.classes)
-            },
-            rates={
-                name: Rate(
-                    _defined(by_group[name][index]),
-                    *_interval(
-                        by_group[name][index],
-                        resampled[:, index, position],
-                        confidence,
-                        shifted=name == "calibration_error",
-                    ),
-                )
-                for position, name in enumerate(names)
-            },
-        )
-        for index, group in enumerate(members.names)
-    )
+    options = _Options(num_bootstrap, num_bins, seed)
+    sizes = members.counts
+    rates = [
+        _estimates(problem, probabilities, clusters, members.codes == code, options)
+        for code in range(len(members.names))
+    ]
+    _note_undefined(problem, rates, min_group_rows, notes)
+    large = [code for code in range(len(members.names)) if sizes[code] >= min_group_rows]
+    groups_of = [(problem.groups[code], rates[code]) for code in large]
+    pairs = {name: tuple(_pairs(name, groups_of, confidence)) for name in rates[0]}
     return GroupGaps(
-        groups=group_rates,
-        gaps=_gaps(problem, by_group, resampled, confidence),
+        groups=tuple(
+            GroupResult(
+                group=group,
+                num_rows=int(sizes[code]),
+                label_counts={
+                    name: int(((members.codes == code) & (problem.true == k)).sum())
+                    for k, name in enumerate(problem.classes)
+                },
+                rates={name: estimate.rate(confidence) for name, estimate in rates[code].items()},
+                is_small=code not in large,
+            )
+            for code, group in enumerate(members.names)
+        ),
+        gaps=_gaps(pairs, groups_of, confidence, problem),
+        pairs=pairs,
+        against_rest=_against_rest(
+            groups_of,
+            [_estimates(problem, probabilities, clusters, members.codes != code, options) for code in large],
+            confidence,
+        ),
         classes=problem.classes,
         positive=None if problem.positive is None else problem.classes[problem.positive],
         num_rows=int(true.codes.size),
         confidence=float(confidence),
-        num_bootstrap=int(num_bootstrap),
+        min_group_rows=int(min_group_rows),
         notes=tuple(notes),
     )
 
@@ -454,9 +467,12 @@ class _Problem:
     positive: int | None
 
 
-def _check_options(confidence: float, num_bootstrap: int, num_bins: int, seed: int) -> None:
+def _check_options(
+    confidence: float, min_group_rows: int, num_bootstrap: int, num_bins: int, seed: int
+) -> None:
     check_confidence(confidence)
     for name, value, least in (
+        ("min_group_rows", min_group_rows, 1),
         ("num_bootstrap", num_bootstrap, 0),
         ("num_bins", num_bins, 1),
         ("seed", seed, 0),
@@ -556,286 +572,226 @@ def _probabilities(scores: Tensor | ArrayLike, problem: _Problem) -> Floats:
 # --------------------------------------------------------------------------------------------------------
 
 
-def _point_values(problem: _Problem, probabilities: Floats | None, num_bins: int) -> dict[str, Floats]:
-    """Return name -> (number of groups,), NaN where a rate is not defined."""
-    from fairlearn.metrics import MetricFrame, false_positive_rate, selection_rate, true_positive_rate
-    from sklearn.metrics import accuracy_score, recall_score
-
-    positive, num_classes = problem.positive, len(problem.classes)
-    columns: Floats | None = probabilities
-
-    def recall(code: int) -> Callable[[Integers, Integers], float]:
-        def metric(true: Integers, guessed: Integers) -> float:
-            if not (true == code).any():
-                return float("nan")
-            return float(recall_score(true, guessed, labels=[code], average=None)[0])
-
-        return metric
-
-    def balanced_accuracy(true: Integers, guessed: Integers) -> float:
-        return float(np.mean([recall(code)(true, guessed) for code in range(num_classes)]))
-
-    def true_positives(true: Integers, guessed: Integers) -> float:
-        if not (true == positive).any():
-            return float("nan")
-        return float(true_positive_rate(true, guessed, pos_label=positive))
-
-    def false_positives(true: Integers, guessed: Integers) -> float:
-        if (true == positive).all():
-            return float("nan")
-        return float(false_positive_rate(true, guessed, pos_label=positive))
-
-    def positives(true: Integers, guessed: Integers) -> float:
-        return float(selection_rate(true, guessed, pos_label=positive))
-
-    def calibration_error(true: Integers, guessed: Integers, rows: Integers) -> float:
-        from torchmetrics.functional.classification import binary_calibration_error
-
-        assert columns is not None
-        # Of several classes the predicted one is right or wrong; the multiclass function rounds to float32.
-        confidences, outcomes = _confidences(columns[rows.astype(np.int64)], np.asarray(true), positive)
-        inputs = (
-            torch.from_numpy(np.ascontiguousarray(confidences)),
-            torch.from_numpy(outcomes.astype(np.int64)),
-        )
-        return float(binary_calibration_error(*inputs, n_bins=num_bins))
-
-    def brier_score(true: Integers, guessed: Integers, rows: Integers) -> float:
-        assert columns is not None
-        return float(_squared_errors(columns[rows.astype(np.int64)], true, positive).mean())
-
-    metrics: dict[str, Callable[..., float]] = {
-        "accuracy": accuracy_score,
-        "balanced_accuracy": balanced_accuracy,
-    }
-    if positive is not None:
-        metrics["true_positive_rate"] = true_positives
-        metrics["false_positive_rate"] = false_positives
-        metrics["positive_rate"] = positives
-    else:
-        for code, name in enumerate(problem.classes):
-            metrics[f"recall[{name}]"] = recall(code)
-    rows = np.arange(problem.true.size)
-    parameters: dict[str, dict[str, Integers]] = {}
-    if columns is not None:
-        metrics["calibration_error"] = calibration_error
-        metrics["brier_score"] = brier_score
-        parameters = {"calibration_error": {"rows": rows}, "brier_score": {"rows": rows}}
-    frame = MetricFrame(
-        metrics=metrics,
-        y_true=problem.true,
-        y_pred=problem.guessed,
-        sensitive_features=problem.members,
-        sample_params=parameters,
-    )
-    by_group = frame.by_group.sort_index()
-    return {name: by_group[name].to_numpy(dtype=np.float64) for name in metrics}
+@dataclass(frozen=True)
+class _Options:
+    num_bootstrap: int
+    num_bins: int
+    seed: int
 
 
-def _confidences(
-    probabilities: Floats, true: Integers, positive: int | None
-) -> tuple[Floats, NDArray[np.bool_]]:
-    """Return the probability of the positive, or of the likeliest, class (n,), and whether it is true."""
-    if positive is not None:
-        return probabilities, np.asarray(true == positive)
-    return probabilities.max(axis=1), np.asarray(probabilities.argmax(axis=1) == true)
+@dataclass(frozen=True)
+class _Estimate:
+    """A rate: the mean of shares of rows, each with the rows it counts as; or a value with its error."""
+
+    value: float
+    shares: tuple[tuple[float, float], ...] = ()
+    error: float | None = None
+    freedom: float = np.inf
+    bias: float = 0.0
+    largest: float = 1.0
+
+    def limits(self, confidence: float) -> tuple[float, float]:
+        """Return the interval: all that is possible where the error is not known."""
+        from scipy.special import stdtrit
+
+        if self.shares:
+            values = [share for share, _ in self.shares]
+            intervals = [wilson(share, size, confidence) for share, size in self.shares]
+            return combined(np.full(len(values), 1 / len(values)), values, intervals)
+        if self.error is None:
+            return 0.0, self.largest
+        half = float(stdtrit(min(self.freedom, 1e9), (1 + confidence) / 2)) * self.error
+        low, high = self.value - self.bias - half, self.value - self.bias + half
+        return min(max(0.0, low), self.value), min(max(high, self.value), self.largest)
+
+    def rate(self, confidence: float) -> Rate:
+        if not np.isfinite(self.value):
+            return Rate(None)
+        return Rate(float(self.value), *self.limits(confidence))
 
 
-def _squared_errors(probabilities: Floats, true: Integers, positive: int | None) -> Floats:
-    """Return the squared error of each row (n,), summed over classes where there are columns."""
-    if positive is not None:
-        errors: Floats = np.square(probabilities - (true == positive))
-        return errors
-    indicators = np.asarray(true)[:, None] == np.arange(probabilities.shape[1])
-    summed: Floats = np.square(probabilities - indicators).sum(axis=1)
-    return summed
-
-
-def _row_sums(problem: _Problem, probabilities: Floats | None, num_bins: int) -> Floats:
-    """Return columns (n, k) whose sums over rows give every rate: see `_rates_of_sums`."""
-    num_classes = len(problem.classes)
-    cells = problem.true * num_classes + problem.guessed
-    parts = [(cells[:, None] == np.arange(num_classes**2)).astype(np.float64)]
-    if probabilities is not None:
-        confidences, outcomes = _confidences(probabilities, problem.true, problem.positive)
-        # The bins of torchmetrics: closed below, and a bin of its own for 1.
-        edges = torch.linspace(0, 1, num_bins + 1, dtype=torch.float64)
-        bins = torch.bucketize(torch.from_numpy(np.ascontiguousarray(confidences)), edges, right=True) - 1
-        inside = bins.numpy()[:, None] == np.arange(num_bins + 1)
-        parts.append(inside * (confidences - outcomes)[:, None])
-        parts.append(_squared_errors(probabilities, problem.true, problem.positive)[:, None])
-    return np.hstack(parts)
-
-
-def _rates_of_sums(sums: Floats, problem: _Problem, names: list[str]) -> Floats:
-    """Return the rates (B, number of names) of sums (B, k), NaN where one is not defined."""
-    num_classes = len(problem.classes)
-    table = sums[:, : num_classes**2].reshape(-1, num_classes, num_classes)
-    total = table.sum(axis=(1, 2))
-    recalls = ratio(np.einsum("bkk->bk", table), table.sum(axis=2))
-    out = np.empty((sums.shape[0], len(names)))
-    for position, name in enumerate(names):
-        if name == "accuracy":
-            out[:, position] = np.einsum("bkk->b", table) / total
-        elif name == "balanced_accuracy":
-            out[:, position] = recalls.mean(axis=1)
-        elif name == "true_positive_rate":
-            out[:, position] = recalls[:, problem.positive]
-        elif name == "false_positive_rate":
-            assert problem.positive is not None
-            out[:, position] = 1 - recalls[:, 1 - problem.positive]
-        elif name == "positive_rate":
-            out[:, position] = table[:, :, problem.positive].sum(axis=1) / total
-        elif name == "calibration_error":
-            out[:, position] = np.abs(sums[:, num_classes**2 : -1]).sum(axis=1) / total
-        elif name == "brier_score":
-            out[:, position] = sums[:, -1] / total
-        else:
-            out[:, position] = recalls[:, [f"recall[{label}]" for label in problem.classes].index(name)]
-    return out
-
-
-def _resampled(
+def _estimates(
     problem: _Problem,
     probabilities: Floats | None,
-    names: list[str],
-    num_bins: int,
-    num_bootstrap: int,
-    seed: int,
     clusters: Integers | None,
-) -> Floats:
-    """Return the rates (num_bootstrap, number of groups, number of names) of resampled rows or clusters."""
-    out = np.empty((num_bootstrap, len(problem.groups), len(names)))
-    if num_bootstrap == 0:
-        return out
-    columns = _row_sums(problem, probabilities, num_bins)
-    # A seed for each group, so that the others change nothing.
-    seeds = np.random.SeedSequence(seed).spawn(len(problem.groups))
-    for index, seed_sequence in enumerate(seeds):
-        rng = np.random.default_rng(seed_sequence)
-        inside = problem.members == index
-        rows = columns[inside]
-        if clusters is not None:
-            # Every rate is of sums: those of a subject's rows stand for the subject.
-            owners = np.unique(clusters[inside], return_inverse=True)[1].reshape(-1)
-            totals = np.zeros((int(owners.max()) + 1, rows.shape[1]))
-            np.add.at(totals, owners, rows)
-            rows = totals
-        size = rows.shape[0]
-        step = max(1, _CHUNK_ELEMENTS // size)
-        for start in range(0, num_bootstrap, step):
-            num = min(step, num_bootstrap - start)
-            drawn = rng.integers(size, size=(num, size))
-            drawn += size * np.arange(num)[:, None]
-            weights = np.bincount(drawn.reshape(-1), minlength=num * size).reshape(num, size)
-            sums = weights.astype(np.float64) @ rows
-            out[start : start + num, index] = _rates_of_sums(sums, problem, names)
-    return out
+    inside: NDArray[np.bool_],
+    options: _Options,
+) -> dict[str, _Estimate]:
+    """Return name -> rate of the rows that are `inside`, NaN where one is not defined."""
+    true, guessed, positive = problem.true[inside], problem.guessed[inside], problem.positive
+    owners = None if clusters is None else np.unique(clusters[inside], return_inverse=True)[1].reshape(-1)
+
+    def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> _Estimate:
+        size = int(among.sum())
+        if size == 0:
+            return _Estimate(float("nan"))
+        value = float((hits & among).sum() / size)
+        counted = size if owners is None else effective_rows(hits[among], owners[among])
+        return _Estimate(value, ((value, counted),))
+
+    everyone = np.ones(true.size, dtype=bool)
+    recalls = [share(guessed == code, true == code) for code in range(len(problem.classes))]
+    rates = {
+        "accuracy": share(true == guessed, everyone),
+        "balanced_accuracy": _Estimate(
+            float(np.mean([recall.value for recall in recalls])),
+            tuple(part for recall in recalls for part in recall.shares),
+        ),
+    }
+    if positive is None:
+        rates |= {f"recall[{name}]": recalls[code] for code, name in enumerate(problem.classes)}
+    else:
+        rates["true_positive_rate"] = recalls[positive]
+        rates["false_positive_rate"] = share(guessed == positive, true != positive)
+        rates["positive_rate"] = share(guessed == positive, everyone)
+    if probabilities is not None:
+        within = probabilities[inside]
+        rates["calibration_error"] = _calibration_error(within, true, positive, owners, options)
+        rates["brier_score"] = _brier_score(within, true, positive, owners)
+    return rates
+
+
+def _calibration_error(
+    probabilities: Floats, true: Integers, positive: int | None, owners: Integers | None, options: _Options
+) -> _Estimate:
+    """Return the expected calibration error: ``Σ_bins |Σ rows (confidence − outcome)| / n``."""
+    if positive is not None:
+        confidences, outcomes = probabilities, true == positive
+    else:
+        # Of several classes the likeliest one is right or wrong.
+        confidences, outcomes = probabilities.max(axis=1), probabilities.argmax(axis=1) == true
+    # Bins closed below, and one of its own for 1, as those of torchmetrics.
+    edges = np.linspace(0, 1, options.num_bins + 1)
+    columns = np.zeros((true.size, options.num_bins + 2))
+    rows = np.arange(true.size)
+    columns[rows, np.searchsorted(edges, confidences, side="right") - 1] = confidences - outcomes
+    columns[:, -1] = 1
+    if owners is not None:
+        # Every sum is of rows: those of a subject stand for the subject.
+        totals = np.zeros((int(owners.max()) + 1, columns.shape[1]))
+        np.add.at(totals, owners, columns)
+        columns = totals
+
+    def of_sums(sums: Floats) -> Floats:
+        return np.asarray(np.abs(sums[..., :-1]).sum(axis=-1) / sums[..., -1])
+
+    value = float(of_sums(columns.sum(axis=0)))
+    size = columns.shape[0]
+    if options.num_bootstrap == 0 or size < 2:
+        return _Estimate(value)
+    rng = np.random.default_rng(options.seed)
+    resampled = np.empty(options.num_bootstrap)
+    step = max(1, _CHUNK_ELEMENTS // size)
+    for start in range(0, options.num_bootstrap, step):
+        chunk = slice(start, min(start + step, options.num_bootstrap))
+        weights = rng.multinomial(size, np.full(size, 1 / size), chunk.stop - chunk.start)
+        resampled[chunk] = of_sums(weights @ columns)
+    bias = max(0.0, float(resampled.mean()) - value)
+    return _Estimate(value, error=float(resampled.std()), bias=bias)
+
+
+def _brier_score(
+    probabilities: Floats, true: Integers, positive: int | None, owners: Integers | None
+) -> _Estimate:
+    """Return the mean squared error of the probabilities, summed over classes where there are columns."""
+    if positive is not None:
+        errors: Floats = np.square(probabilities - (true == positive))
+    else:
+        errors = np.square(probabilities - np.eye(probabilities.shape[1])[true]).sum(axis=1)
+    value = float(errors.mean())
+    deviations = errors - value
+    sums = deviations if owners is None else np.bincount(owners, deviations)
+    largest = 1.0 if positive is not None else 2.0
+    if sums.size < 2:
+        return _Estimate(value)
+    error = float(np.sqrt(np.square(sums).sum() * sums.size / (sums.size - 1)) / errors.size)
+    return _Estimate(value, error=error, freedom=sums.size - 1, largest=largest)
 
 
 # --------------------------------------------------------------------------------------------------------
-# Intervals and gaps
+# Differences
 # --------------------------------------------------------------------------------------------------------
 
-
-def _defined(value: float) -> float | None:
-    return float(value) if np.isfinite(value) else None
+_Groups = list[tuple[Any, dict[str, _Estimate]]]
 
 
-def _interval(
-    value: float, resampled: Floats, confidence: float, *, shifted: bool
-) -> tuple[float | None, float | None]:
-    """Return the percentile interval, moved by the estimated bias where `shifted`; None without one."""
-    if resampled.size == 0 or not np.isfinite(value):
-        return None, None
-    finite = np.isfinite(resampled)
-    if finite.mean() < _MIN_DEFINED:
-        return None, None
-    resampled = resampled[finite]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(resampled, [tail, 1 - tail])
-    if shifted:
-        bias = max(0.0, float(resampled.mean()) - value)
-        low, high = min(max(0.0, low - bias), value), max(high - bias, value)
-    return float(low), float(high)
+def _difference(
+    rate: str, first: tuple[Any, _Estimate], second: tuple[Any, _Estimate], confidence: float
+) -> Difference:
+    """Return the difference of the higher and the lower rate."""
+    (lower, low), (higher, high) = sorted((first, second), key=lambda item: item[1].value)
+    limits = combined(
+        np.array([-1.0, 1.0]), [low.value, high.value], [low.limits(confidence), high.limits(confidence)]
+    )
+    return Difference(rate, high.value - low.value, *limits, lower=lower, higher=higher)
+
+
+def _pairs(rate: str, groups: _Groups, confidence: float, num_rates: int = 1) -> Iterator[Difference]:
+    """Yield the difference between each two groups; intervals hold for all pairs of `num_rates` at once."""
+    defined = [(name, rates[rate]) for name, rates in groups if np.isfinite(rates[rate].value)]
+    num_pairs = max(1, len(defined) * (len(defined) - 1) // 2) * num_rates
+    for first, second in combinations(defined, 2):
+        yield _difference(rate, first, second, 1 - (1 - confidence) / num_pairs)
 
 
 def _gaps(
-    problem: _Problem, by_group: dict[str, Floats], resampled: Floats, confidence: float
+    pairs: Mapping[str, tuple[Difference, ...]], groups: _Groups, confidence: float, problem: _Problem
 ) -> dict[str, Gap]:
-    names = list(by_group)
-    values = np.column_stack([by_group[name] for name in names])
-    differences = _differences(values[None])[0]
-    errors = _differences(_deviations(resampled, values))
-
-    def gap(chosen: list[str]) -> Gap:
-        defined = [names.index(name) for name in chosen if np.isfinite(differences[names.index(name)])]
-        if not defined:
+    def gap(differences: Iterable[Difference]) -> Gap:
+        tried = list(differences)
+        if not tried:
             return Gap(None)
-        widest = max(defined, key=lambda position: differences[position])
-        value = float(differences[widest])
-        low, high = None, None
-        # A resample without a rate that the rows have is NaN, and so is the maximum.
-        largest = errors[:, defined].max(axis=1)
-        finite = np.isfinite(largest)
-        if finite.size and finite.mean() >= _MIN_DEFINED:
-            error = float(np.quantile(largest[finite], confidence))
-            low, high = max(0.0, value - error), value + error
-            if names[widest] != "brier_score":
-                high = min(1.0, high)
-        column = values[:, widest]
+        surest = max(tried, key=lambda pair: (max(0.0, pair.low), pair.value))
         return Gap(
-            value,
-            low,
-            high,
-            lowest=problem.groups[int(np.nanargmin(column))],
-            highest=problem.groups[int(np.nanargmax(column))],
+            surest.value,
+            max(0.0, surest.low),
+            surest.high,
+            surest.lower,
+            surest.higher,
+            max(pair.high for pair in tried),
+            surest.rate,
         )
 
-    gaps = {name: gap([name]) for name in names}
-    if problem.positive is not None:
-        gaps["demographic_parity"] = gap(["positive_rate"])
-        gaps["equalized_odds"] = gap(["true_positive_rate", "false_positive_rate"])
+    gaps = {name: gap(differences) for name, differences in pairs.items()}
+    together = ["true_positive_rate", "false_positive_rate"]
+    if problem.positive is None:
+        together = [name for name in pairs if name.startswith("recall[")]
     else:
-        gaps["worst_recall"] = gap([name for name in names if name.startswith("recall[")])
+        gaps["demographic_parity"] = gaps["positive_rate"]
+    gaps["worst_recall" if problem.positive is None else "equalized_odds"] = gap(
+        pair for name in together for pair in _pairs(name, groups, confidence, len(together))
+    )
     return gaps
 
 
-def _deviations(resampled: Floats, values: Floats) -> Floats:
-    """Return resampled rates (B, groups, names) less their mean; all NaN where a group has lost its rate."""
-    if resampled.shape[0] == 0:
-        return resampled
-    finite = np.isfinite(resampled)
-    lost = (~finite & np.isfinite(values)).any(axis=1, keepdims=True)
-    means = ratio(np.where(finite, resampled, 0).sum(axis=0), finite.sum(axis=0).astype(np.float64))
-    return np.where(lost, np.nan, resampled - means)
+def _against_rest(
+    groups: _Groups, rests: list[dict[str, _Estimate]], confidence: float
+) -> dict[str, tuple[Difference, ...]]:
+    return {
+        rate: tuple(
+            _difference(rate, (name, rates[rate]), (None, rest[rate]), 1 - (1 - confidence) / len(groups))
+            for (name, rates), rest in zip(groups, rests, strict=True)
+            if np.isfinite(rates[rate].value) and np.isfinite(rest[rate].value)
+        )
+        for rate in (groups[0][1] if groups else ())
+    }
 
 
-def _differences(rates: Floats) -> Floats:
-    """Return the largest difference between groups, (B, names), of rates (B, groups, names).
-
-    NaN where fewer than two groups have the rate.
-    """
-    finite = np.isfinite(rates)
-    high = np.where(finite, rates, -np.inf).max(axis=1)
-    low = np.where(finite, rates, np.inf).min(axis=1)
-    enough = finite.sum(axis=1) >= 2
-    differences: Floats = np.subtract(high, low, where=enough, out=np.full(high.shape, np.nan))
-    return differences
-
-
-def _note_undefined(problem: _Problem, by_group: dict[str, Floats], notes: list[str]) -> None:
+def _note_undefined(
+    problem: _Problem, rates: list[dict[str, _Estimate]], min_group_rows: int, notes: list[str]
+) -> None:
     for index, group in enumerate(problem.groups):
-        size = int((problem.members == index).sum())
-        missing = [name for name, values in by_group.items() if not np.isfinite(values[index])]
+        inside = problem.members == index
+        missing = [name for name, estimate in rates[index].items() if not np.isfinite(estimate.value)]
         if missing:
             absent = [
-                name
-                for code, name in enumerate(problem.classes)
-                if not (problem.true[problem.members == index] == code).any()
+                name for code, name in enumerate(problem.classes) if not (problem.true[inside] == code).any()
             ]
             notes.append(
                 f"group {group!r} has no row of class(es) {listed(absent)}: {', '.join(missing)} not defined."
             )
-        if size < _SMALL_GROUP:
-            notes.append(f"group {group!r} has {size} row(s) only: its intervals are too narrow.")
+        if inside.sum() < min_group_rows:
+            notes.append(
+                f"group {group!r} has {int(inside.sum())} row(s), fewer than {min_group_rows}: it is not "
+                "compared with the others."
+            )

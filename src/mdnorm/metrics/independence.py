@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mdnorm.extras import requires
+from mdnorm.metrics.checks import check_permutations
 from mdnorm.metrics.distance_correlation import MIN_SAMPLES, UNDEFINED, distance_correlation_sqr
 from mdnorm.metrics.pairwise import Distances, centred_products, checked_tile_size, permuted_products
 from mdnorm.metrics.samples import as_codes, as_samples
@@ -28,6 +29,9 @@ __all__ = [
 
 # Permutations in memory at once, in numbers of 8 bytes.
 _PERMUTATION_ELEMENTS = 2**22
+
+# With fewer rows the chi-squared test can reject too often.
+CHI_SQUARED_MIN_SAMPLES = 20
 
 # Two orders of the samples that give the same value, as ties do, differ by rounding.
 _TIE = 1e-10
@@ -148,12 +152,12 @@ def distance_correlation_chi_squared_p_value(estimate: float, num_samples: int) 
     estimate : float
         Bias-corrected squared distance correlation R.
     num_samples : int
-        Rows n it was computed from.
+        Rows n it was computed from, at least 20.
 
     Raises
     ------
     ValueError
-        `estimate` is not a number from −1 to 1, or `num_samples` is below 4.
+        `estimate` is not a number from −1 to 1, or `num_samples` is below 20.
     mdnorm.extras.MissingExtraError
         SciPy is not installed.
 
@@ -174,8 +178,11 @@ def distance_correlation_chi_squared_p_value(estimate: float, num_samples: int) 
 
     if not -1 <= estimate <= 1:
         raise ValueError(f"estimate must be from -1 to 1, got {estimate}.")
-    if num_samples < MIN_SAMPLES:
-        raise ValueError(f"num_samples must be at least {MIN_SAMPLES}, got {num_samples}.")
+    if num_samples < CHI_SQUARED_MIN_SAMPLES:
+        raise ValueError(
+            f"num_samples must be at least {CHI_SQUARED_MIN_SAMPLES}, got {num_samples}: use "
+            "distance_correlation_permutation_test for few rows."
+        )
     return float(chdtrc(1, max(0.0, num_samples * estimate + 1)))
 
 
@@ -200,7 +207,7 @@ def distance_correlation_permutation_test(
     y : tensor or array, (n,) or (n, q)
         The other variable, rows in the order of `x`.
     num_permutations : int
-        At least 1. No p-value is below ``1 / (1 + num_permutations)``.
+        At least 20. No p-value is below ``1 / (1 + num_permutations)``.
     seed : int
         Of the permutations. The same seed gives the same ones on every device.
     strata : tensor or array, (n,), optional
@@ -219,7 +226,7 @@ def distance_correlation_permutation_test(
         As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is not an integer; the strata
         cannot be ordered.
     ValueError
-        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is below 1; `strata` has the
+        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is below 20; `strata` has the
         wrong shape, another number of rows or NaN, or no stratum has two samples.
 
     Notes
@@ -242,10 +249,7 @@ def distance_correlation_permutation_test(
     >>> distance_correlation_permutation_test(x, x**2, num_permutations=199).p_value
     0.005
     """
-    if isinstance(num_permutations, bool) or not isinstance(num_permutations, int):
-        raise TypeError(f"num_permutations must be an integer, got {num_permutations!r}.")
-    if num_permutations < 1:
-        raise ValueError(f"num_permutations must be at least 1, got {num_permutations}: 999, for example.")
+    check_permutations(num_permutations)
     samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=UNDEFINED)
     codes = None
     if strata is not None:

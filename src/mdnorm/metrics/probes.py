@@ -30,9 +30,9 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import check_integer, listed
+from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations, listed
 from mdnorm.metrics.columns import Categories, as_categories, as_column
-from mdnorm.metrics.rates import mean_of_defined, ratio
+from mdnorm.metrics.rates import combined, effective_rows, mean_of_defined, ratio, wilson
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -42,9 +42,17 @@ __all__ = ["ProbeResult", "ProbeScore", "probe"]
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Strengths of the ridge, relative to the mean eigenvalue: from almost none, which a class that is coded in a
-# component of a small variance needs, to almost a constant prediction.
-_STRENGTHS = np.logspace(-8, 3, 12)
+# Strengths of the ridge, relative to the mean eigenvalue: from almost a constant prediction to almost none,
+# which a class that is coded in a component of a small variance needs.
+_STRENGTHS = np.logspace(3, -8, 12)
+
+# Only strengths that leave as many degrees of freedom, or half of the rows if those are fewer, are tried: the
+# errors of a fit through nearly every row tell nothing about other rows.
+_LEAST_FREEDOM = 20
+
+# A weaker ridge is taken only where its left-out errors are smaller than those of a stronger one by more than
+# this number of degrees of freedom explain: the smallest of several noisy errors is too small.
+_CLEARLY = 10
 
 # A column that varies less than this share of the largest absolute value is a constant up to rounding.
 _LEAST_VARIATION = 1e-12
@@ -100,6 +108,12 @@ class ProbeScore:
         permutations.
     permutation_mean, permutation_high : float or None
         Mean and 95 % quantile of the scores of the permuted targets.
+    tail_p_value : float or None
+        The p-value beyond what the permutations resolve, for many tests at once: where fewer than a tenth of
+        them, of at least 100, are as good, from an exponential tail through the best tenth.
+    low, high : float or None
+        Interval of what this probe scores, fitted on as many rows; None for the AUC. Another probe may find
+        more.
     """
 
     name: str
@@ -109,6 +123,9 @@ class ProbeScore:
     p_value: float | None = None
     permutation_mean: float | None = None
     permutation_high: float | None = None
+    tail_p_value: float | None = None
+    low: float | None = None
+    high: float | None = None
 
     @property
     def fold_std(self) -> float:
@@ -126,6 +143,9 @@ class ProbeScore:
             "p_value": self.p_value,
             "permutation_mean": self.permutation_mean,
             "permutation_high": self.permutation_high,
+            "tail_p_value": self.tail_p_value,
+            "low": self.low,
+            "high": self.high,
         }
 
 
@@ -225,6 +245,7 @@ def probe(
     num_folds: int = 5,
     num_permutations: int = 200,
     num_landmarks: int = 300,
+    confidence: float = 0.95,
     seed: int = 0,
 ) -> ProbeResult:
     """Predict a metadata column from features, cross-validated, and compare with permutations of the column.
@@ -248,9 +269,11 @@ def probe(
     num_folds : int
         At least 2. Reduced, with a note, where a class has fewer rows (or subjects).
     num_permutations : int
-        0 for no p-value. The smallest p-value is ``1 / (1 + num_permutations)``.
+        At least 20, since the smallest p-value is ``1 / (1 + num_permutations)``; or 0 for no p-value.
     num_landmarks : int
         Rows that each kernel of the non-linear probe is approximated from; half the training rows at most.
+    confidence : float
+        Of the intervals of the scores, between 0 and 1.
     seed : int
         Of folds, permutations and landmarks: the same seed gives the same result.
 
@@ -276,11 +299,17 @@ def probe(
     Notes
     -----
     Standardisation, landmarks, the strength of the ridge and the thresholds are fitted on the training rows
-    of each fold. The strength is chosen by generalised cross-validation, with `groups` by leaving out one
-    subject at a time.
+    of each fold. The strength is the strongest that is not clearly worse than the best by generalised
+    cross-validation, with `groups` by leaving out one subject at a time; strengths that leave fewer than 20
+    degrees of freedom are not tried.
 
     Balanced accuracy weighs classes equally, so thresholds are those for equal priors: a rare class does not
     leave the probe at chance.
+
+    Intervals are of what this probe scores, fitted on as many rows: of R², a ratio of sums over rows or
+    subjects, by its linearised variance, the upper limit at least that of the squared correlation of
+    prediction and target; of balanced accuracy from Wilson's intervals of the classes (Zou & Donner 2008).
+    Both are widened for the training rows that folds share (Nadeau & Bengio 2003).
 
     Permutations keep the folds, and permute within them, which makes the p-value exact also where folds are
     stratified by the target. With `groups`, each subject gets the values of another subject, repeated or cut
@@ -313,6 +342,10 @@ def probe(
        Advances in Neural Information Processing Systems 13.
     .. [4] Phipson, B., & Smyth, G. K. (2010). Permutation P-values should never be zero. Statistical
        Applications in Genetics and Molecular Biology, 9(1), 39.
+    .. [5] Zou, G. Y., & Donner, A. (2008). Construction of confidence limits about effect measures: a general
+       approach. Statistics in Medicine, 27(10), 1693–1702.
+    .. [6] Nadeau, C., & Bengio, Y. (2003). Inference for the generalization error. Machine Learning, 52(3),
+       239–281.
 
     Examples
     --------
@@ -326,7 +359,9 @@ def probe(
     """
     with requires("metrics"):
         import sklearn  # noqa: F401 - fails here rather than in the middle
-    _check_options(model, task, num_folds, num_permutations, num_landmarks, seed)
+    _check_options(model, task, num_folds, num_landmarks, seed)
+    check_permutations(num_permutations, none_is_allowed=True)
+    check_confidence(confidence)
     rows = _as_features(features)
     column = as_column(target, "target")
     label_classes = None if labels is None else as_categories(labels, "labels")
@@ -355,7 +390,7 @@ def probe(
     else:
         values = _as_numbers(column)
 
-    settings = _Settings(model, num_folds, num_permutations, num_landmarks, seed)
+    settings = _Settings(model, num_folds, num_permutations, num_landmarks, confidence, seed)
     codes = None if label_classes is None else label_classes.codes
     subject_codes = None if subjects is None else subjects.codes
     overall = _probe_rows(rows, values, classes, codes, subject_codes, settings, notes)
@@ -404,19 +439,17 @@ class _Settings:
     num_folds: int
     num_permutations: int
     num_landmarks: int
+    confidence: float
     seed: int
 
 
-def _check_options(
-    model: str, task: str, num_folds: int, num_permutations: int, num_landmarks: int, seed: int
-) -> None:
+def _check_options(model: str, task: str, num_folds: int, num_landmarks: int, seed: int) -> None:
     if model not in ("linear", "nonlinear"):
         raise ValueError(f"model must be 'linear' or 'nonlinear', got {model!r}.")
     if task not in ("auto", "classification", "regression"):
         raise ValueError(f"task must be 'auto', 'classification' or 'regression', got {task!r}.")
     for name, value, least in (
         ("num_folds", num_folds, 2),
-        ("num_permutations", num_permutations, 0),
         ("num_landmarks", num_landmarks, 1),
         ("seed", seed, 0),
     ):
@@ -758,7 +791,16 @@ class _Basis:
             roots = np.sqrt(eigenvalues)
             self.train, self.test = vectors * roots, (test @ train.T) @ vectors / roots
         self.eigenvalues: Floats = eigenvalues
-        self.mean_eigenvalue = float(self.eigenvalues.sum() / train.shape[1])
+        mean_eigenvalue = float(self.eigenvalues.sum() / train.shape[1])
+        weights = 1 / (self.eigenvalues + _STRENGTHS[:, None] * (mean_eigenvalue or 1.0))
+        freedom = train.shape[0] - 1 - weights @ self.eigenvalues
+        usable = freedom >= min(_LEAST_FREEDOM, train.shape[0] / 2)
+        usable[0] = True
+        # Of each strength, the strongest first.
+        self.weights: Floats = weights[usable]
+        self.freedom: Floats = freedom[usable]
+        # A smaller share of the error than this is clearly less.
+        self.clearly = 1 - min(0.5, _CLEARLY / train.shape[0])
         self.grouped = subjects is not None
         self.left_out = _LeftOut(self.train, subjects)
 
@@ -791,18 +833,16 @@ class _Basis:
         # One subject left out at a time has to be tried for every strength; for single rows, generalised
         # cross-validation tells the best one from the products alone.
         chosen = None if self.grouped else self._generalised(centred, products, width)
-        # From the strongest down, so that of equal ones (constant features) the strongest stays.
-        for index in range(_STRENGTHS.size)[::-1]:
+        for index, weights in enumerate(self.weights):
             tried = np.arange(num_targets) if chosen is None else (chosen == index).nonzero()[0]
             if tried.size == 0:
                 continue
             columns = (tried[:, None] * width + np.arange(width)).reshape(-1)
-            weights = self._weights(_STRENGTHS[index])
             fitted = weights[:, None] * products[:, columns]
             residuals = self.left_out.residuals(centred[:, columns] - self.train @ fitted, weights)
             shape = (num_rows, tried.size, width)
             errors = _squared_sums(residuals.reshape(shape))
-            better = (errors < best[tried]).nonzero()[0]
+            better = (errors < self.clearly * best[tried]).nonzero()[0]
             best[tried[better]] = errors[better]
             coefficients[:, tried[better]] = fitted.reshape(-1, tried.size, width)[:, better]
             scores = (left_out_targets[:, columns] - residuals).reshape(shape)
@@ -810,26 +850,18 @@ class _Basis:
         predicted = self.test @ coefficients.reshape(-1, num_targets * width)
         return best, predicted.reshape(-1, num_targets, width), agreement
 
-    def _weights(self, strength: float) -> Floats:
-        weights: Floats = 1 / (self.eigenvalues + strength * (self.mean_eigenvalue or 1.0))
-        return weights
-
     def _generalised(self, centred: Floats, products: Floats, width: int) -> Integers:
-        """Return the position in `_STRENGTHS` (T,) with the best generalised cross-validation."""
+        """Return the position (T,) of the strongest ridge of nearly the best generalised cross-validation."""
         num_rows, rank = centred.shape[0], self.eigenvalues.size
         # Sums over the columns of one target: of its squares, and of those of its part along each component.
         total = _squared_sums(centred.reshape(num_rows, -1, width), axis=(0, 2))
         lengths = _squared_sums(products.reshape(rank, total.size, width), axis=2)
         lengths /= self.eigenvalues[:, None]
-        # Components that span everything leave nothing outside but rounding, and no degrees of freedom.
+        # Components that span everything leave nothing outside but rounding.
         outside = np.maximum(total - lengths.sum(axis=0), 0) if rank < num_rows - 1 else np.zeros_like(total)
-        errors = np.empty((_STRENGTHS.size, total.size))
-        for index, strength in enumerate(_STRENGTHS):
-            kept = self.eigenvalues * self._weights(strength)
-            freedom = max(num_rows - 1 - rank + (1 - kept).sum(), 1e-9)
-            errors[index] = (outside + np.square(1 - kept) @ lengths) / freedom**2
-        # The first of equal ones is then the strongest.
-        best: Integers = _STRENGTHS.size - 1 - errors[::-1].argmin(axis=0)
+        errors = outside + np.square(1 - self.weights * self.eigenvalues) @ lengths
+        errors /= np.square(self.freedom)[:, None]
+        best: Integers = (self.clearly * errors <= errors.min(axis=0)).argmax(axis=0)
         return best
 
 
@@ -877,6 +909,7 @@ class _Outcome:
     values: dict[str, Floats]
     fold_values: dict[str, Floats]
     chance: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
     counts: Integers
     num_rows: int
     num_folds: int
@@ -891,7 +924,7 @@ class _Outcome:
         **within: Any,
     ) -> ProbeResult:
         scores = tuple(
-            _score(name, values, self.chance[name], self.fold_values[name])
+            _score(name, values, self.chance[name], self.fold_values[name], self.intervals.get(name))
             for name, values in self.values.items()
         )
         present = self.counts.nonzero()[0].tolist()
@@ -911,22 +944,48 @@ class _Outcome:
         )
 
 
-def _score(name: str, values: Floats, chance: float, fold_values: Floats) -> ProbeScore:
+def _score(
+    name: str, values: Floats, chance: float, fold_values: Floats, interval: tuple[float, float] | None
+) -> ProbeScore:
+    low, high = interval or (None, None)
     folds = tuple(float(value) for value in fold_values if np.isfinite(value))
     observed, permuted = float(values[0]), values[1:]
     if permuted.size == 0:
-        return ProbeScore(name, observed, chance, folds)
+        return ProbeScore(name, observed, chance, folds, low=low, high=high)
     # Up to rounding: a permutation that changes nothing has to count.
     as_good = int((permuted >= observed - 1e-12 * max(1.0, abs(observed))).sum())
+    p_value = (1 + as_good) / (1 + permuted.size)
     return ProbeScore(
         name,
         observed,
         chance,
         folds,
-        p_value=(1 + as_good) / (1 + permuted.size),
+        p_value=p_value,
+        tail_p_value=_tail_p_value(observed, permuted, p_value),
         permutation_mean=float(permuted.mean()),
         permutation_high=float(np.quantile(permuted, 0.95)),
+        low=low,
+        high=high,
     )
+
+
+def _tail_p_value(observed: float, permuted: Floats, p_value: float) -> float:
+    """Return the p-value from an exponential tail through the best tenth of the permuted scores.
+
+    References
+    ----------
+    .. [1] Knijnenburg, T. A., Wessels, L. F. A., Reinders, M. J. T., & Shmulevich, I. (2009). Fewer
+       permutations, more accurate P-values. Bioinformatics, 25(12), i161–i168.
+    """
+    number = permuted.size // 10
+    # Few different scores are few ways to permute, and have no tail.
+    if number < 10 or np.unique(permuted).size < permuted.size // 2:
+        return p_value
+    best = np.sort(permuted)[-number - 1 :]
+    excess = float((best[1:] - best[0]).mean())
+    if observed <= best[0] or excess <= 0:
+        return p_value
+    return float(number / permuted.size * np.exp(-(observed - best[0]) / excess))
 
 
 def _pooled(outcomes: list[_Outcome]) -> tuple[ProbeScore, ...]:
@@ -944,6 +1003,14 @@ def _pooled(outcomes: list[_Outcome]) -> tuple[ProbeScore, ...]:
             mean([outcome.values[name] for outcome in outcomes]),
             float(mean([outcome.chance[name] for outcome in outcomes])),
             np.empty(0),
+            # Label classes are independent samples.
+            combined(
+                weights,
+                [float(outcome.values[name][0]) for outcome in outcomes],
+                [outcome.intervals[name] for outcome in outcomes],
+            )
+            if name in outcomes[0].intervals
+            else None,
         )
         for name in outcomes[0].values
     )
@@ -995,8 +1062,13 @@ def _probe_rows(
         for columns in chunks:
             targets = values[orders[:, columns]]
             scorer.add(index, columns, choice, coded(columns)[train], targets[train], targets[test])
-    values_of, folds_of, chance = scorer.result()
-    return _Outcome(values_of, folds_of, chance, counts, num_rows, num_folds)
+    # Of the target itself, the rows are in the order of their folds.
+    owners = (
+        np.argsort(fold, kind="stable") if subjects is None else subjects[np.argsort(fold, kind="stable")]
+    )
+    # The folds share training rows, so that their scores vary together (Nadeau & Bengio 2003).
+    interval = scorer.interval(owners, settings.confidence, 1 + num_folds / (num_folds - 1))
+    return _Outcome(*scorer.result(), interval, counts, num_rows, num_folds)
 
 
 class _RegressionScores:
@@ -1005,6 +1077,7 @@ class _RegressionScores:
     def __init__(self, num_folds: int, num_targets: int) -> None:
         self.errors = np.zeros((num_folds, num_targets))
         self.totals = np.zeros((num_folds, num_targets))
+        self.observed: list[Floats] = []
 
     def add(
         self,
@@ -1018,6 +1091,36 @@ class _RegressionScores:
         centred = test - train.mean(axis=0)
         self.errors[fold, columns] = np.square(centred - choice.predicted[:, columns, 0]).sum(axis=0)
         self.totals[fold, columns] = np.square(centred).sum(axis=0)
+        if columns.start == 0:
+            self.observed.append(np.column_stack([centred[:, 0], choice.predicted[:, 0, 0]]))
+
+    def interval(
+        self, owners: Integers, confidence: float, inflation: float
+    ) -> dict[str, tuple[float, float]]:
+        """Return the interval of ``1 − Σ errors / Σ totals``, a ratio of sums over independent owners.
+
+        A probe that finds nothing predicts the mean, and is sure to be no better. So that it does not seem
+        sure that there is nothing, the upper limit is at least the square of that of the correlation between
+        prediction and target (Fisher's interval), which does not depend on how far a prediction is shrunken.
+        """
+        from scipy.special import ndtri, stdtrit
+
+        target, predicted = np.concatenate(self.observed).T
+        errors, totals = np.square(target - predicted), np.square(target)
+        share = errors.sum() / totals.sum()
+        codes = np.unique(owners, return_inverse=True)[1].reshape(-1)
+        sums = np.bincount(codes, errors - share * totals)
+        spread = np.sqrt(inflation * np.square(sums).sum() * sums.size / (sums.size - 1)) / totals.sum()
+        high = 1 - share + stdtrit(sums.size - 1, (1 + confidence) / 2) * spread
+        low = 2 * (1 - share) - high
+        # Folds differ in their means, which is no correlation.
+        target, predicted = np.concatenate([part - part.mean(axis=0) for part in self.observed]).T
+        length = np.sqrt(np.square(predicted).sum() * np.square(target).sum())
+        correlation = np.clip(predicted @ target / length, 0, 1 - 1e-12) if length > 0 else 0.0
+        largest = np.arctanh(correlation) + ndtri((1 + confidence) / 2) / np.sqrt(
+            max(1, sums.size / inflation - 3)
+        )
+        return {"r2": (float(low), min(1.0, float(max(high, np.tanh(largest) ** 2))))}
 
     def result(self) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float]]:
         values = 1 - self.errors.sum(axis=0) / self.totals.sum(axis=0)
@@ -1034,6 +1137,7 @@ class _ClassScores:
         self.rows = np.zeros((num_folds, num_targets, num_classes))
         self.hits = np.zeros((num_folds, num_targets, num_classes))
         self.areas = np.full((num_folds, num_targets, num_classes), np.nan)
+        self.observed: list[Integers] = []
 
     def add(
         self,
@@ -1050,6 +1154,8 @@ class _ClassScores:
         predicted = choice.predicted[:, columns]
         scores = np.concatenate([predicted, -predicted.sum(axis=2, keepdims=True)], axis=2)
         decided = _decisions(scores, coded, choice.agreement[columns])
+        if columns.start == 0:
+            self.observed.append(np.column_stack([test[:, 0], decided[:, 0]]))
         for code in range(self.num_classes):
             inside = test == code
             count = inside.sum(axis=0).astype(np.float64)
@@ -1064,6 +1170,20 @@ class _ClassScores:
             self.areas[fold, columns, code] = np.divide(
                 above, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0
             )
+
+    def interval(
+        self, owners: Integers, confidence: float, inflation: float
+    ) -> dict[str, tuple[float, float]]:
+        """Return the interval of the mean of the recalls, each a share of the rows of a class."""
+        true, decided = np.concatenate(self.observed).T
+        recalls, limits = [], []
+        for code in range(self.num_classes):
+            hits = decided[true == code] == code
+            recalls.append(float(hits.mean()))
+            size = effective_rows(hits, owners[true == code]) / inflation
+            limits.append(wilson(recalls[-1], size, confidence))
+        mean = np.full(self.num_classes, 1 / self.num_classes)
+        return {"balanced_accuracy": combined(mean, recalls, limits)}
 
     def result(self) -> tuple[dict[str, Floats], dict[str, Floats], dict[str, float]]:
         recall = ratio(self.hits.sum(axis=0), self.rows.sum(axis=0))

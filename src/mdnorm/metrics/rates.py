@@ -1,11 +1,13 @@
-"""Rates of counts, and means of them, where some are not defined."""
+"""Rates of counts, means of them where some are not defined, and their intervals."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["mean_of_defined", "ratio"]
+__all__ = ["combined", "effective_rows", "mean_of_defined", "ratio", "wilson"]
 
 Floats = NDArray[np.float64]
 
@@ -20,3 +22,60 @@ def mean_of_defined(values: Floats, axis: int) -> Floats:
     """Return the mean over the values that are finite; NaN where none is."""
     defined = np.isfinite(values)
     return ratio(np.where(defined, values, 0.0).sum(axis=axis), defined.sum(axis=axis).astype(np.float64))
+
+
+def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
+    """Return the score interval of a share of `size` rows, which need not be a whole number.
+
+    References
+    ----------
+    .. [1] Wilson, E. B. (1927). Probable inference, the law of succession, and statistical inference. Journal
+       of the American Statistical Association, 22(158), 209–212.
+    """
+    from scipy.special import ndtri
+
+    squared = float(ndtri((1 + confidence) / 2)) ** 2
+    middle = (share + squared / (2 * size)) / (1 + squared / size)
+    half = np.sqrt(squared * (share * (1 - share) / size + squared / (4 * size**2))) / (1 + squared / size)
+    # Shares of 0 and 1 are limits of their own, up to rounding.
+    return min(max(0.0, float(middle - half)), share), max(min(1.0, float(middle + half)), share)
+
+
+def effective_rows(hits: NDArray[np.bool_], owners: NDArray[np.int64]) -> float:
+    """Return how many independent rows are as sure of a share as rows of subjects who have several.
+
+    That is ``p (1 − p) / v`` with the linearised variance v of a ratio of sums over subjects (Kish's design
+    effect), at most the number of rows. Where all hits are alike, it is the number of subjects.
+
+    Parameters
+    ----------
+    hits : (n,) array of bool
+    owners : (n,) array of int
+        The subject of each row.
+    """
+    subjects = np.unique(owners, return_inverse=True)[1].reshape(-1)
+    number, size, share = int(subjects.max()) + 1, hits.size, float(hits.mean())
+    if number == size:
+        return float(size)
+    sums = np.bincount(subjects, hits - share)
+    variance = float(np.square(sums).sum()) / size**2 * number / max(1, number - 1)
+    if variance <= 0 or share in (0.0, 1.0):
+        return float(number)
+    return float(np.clip(share * (1 - share) / variance, 1, size))
+
+
+def combined(
+    weights: NDArray[np.float64], values: Sequence[float], intervals: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """Return the interval of ``Σ weights · values`` of independent estimates from their own intervals.
+
+    References
+    ----------
+    .. [1] Zou, G. Y., & Donner, A. (2008). Construction of confidence limits about effect measures: a general
+       approach. Statistics in Medicine, 27(10), 1693–1702.
+    """
+    middle, limits = np.asarray(values, np.float64), np.asarray(intervals, np.float64)
+    below = weights * (middle - np.where(weights > 0, limits[:, 0], limits[:, 1]))
+    above = weights * (np.where(weights > 0, limits[:, 1], limits[:, 0]) - middle)
+    value = float(weights @ middle)
+    return value - float(np.sqrt(np.square(below).sum())), value + float(np.sqrt(np.square(above).sum()))

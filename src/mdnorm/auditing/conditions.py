@@ -1,0 +1,131 @@
+"""Conditions under which an audit fails: "sex: probe > 0.6, gap > 0.05"."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mdnorm.auditing.reading import InputError
+from mdnorm.auditing.report import Report
+from mdnorm.auditing.results import ColumnAudit, Representation
+
+__all__ = ["Condition", "Outcome", "check", "parse"]
+
+MEASURES = ("probe", "share", "dcor2", "gap")
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A value that a measure of a column must not exceed.
+
+    Attributes
+    ----------
+    column : str
+        Its name, "*" for every column that is not meant to stay.
+    measure : {"probe", "share", "dcor2", "gap"}
+        The best probe's score (R² or balanced accuracy), its share of the way from chance to a perfect score,
+        dcor², all given the label where there is one; or the largest sure difference of accuracy or odds
+        between two groups.
+    limit : float
+    """
+
+    column: str
+    measure: str
+    limit: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a condition for one column and set of features.
+
+    Attributes
+    ----------
+    text : str
+        A sentence.
+    failed : bool or None
+        None where it cannot be decided: there is no value, or its interval has the limit in it.
+    """
+
+    text: str
+    failed: bool | None
+
+
+def parse(text: str) -> list[Condition]:
+    """Return the conditions in a text such as ``sex: probe > 0.6, gap > 0.05; *: dcor2 > 0.1``.
+
+    Raises
+    ------
+    InputError
+        The text is no such list.
+    """
+    conditions = []
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        column, separator, rest = part.rpartition(":")
+        for item in rest.split(","):
+            match = re.fullmatch(r"\s*(\w+)\s*>\s*(-?[\d.]+)\s*", item)
+            if not separator or match is None or match[1] not in MEASURES:
+                raise InputError(
+                    f"{item.strip() or part!r} is no condition: write COLUMN: MEASURE > NUMBER with a "
+                    f"measure of {', '.join(MEASURES)}, such as 'sex: probe > 0.6, gap > 0.05'."
+                )
+            try:
+                conditions.append(Condition(column.strip(), match[1], float(match[2])))
+            except ValueError as error:
+                raise InputError(f"{match[2]!r} in {item.strip()!r} is no number.") from error
+    if not conditions:
+        raise InputError("there is no condition: write for example 'sex: probe > 0.6, gap > 0.05'.")
+    return conditions
+
+
+def check(report: Report, conditions: Iterable[Condition]) -> list[Outcome]:
+    """Return the outcome of each condition, for every column and decisive set of features that it is about.
+
+    Raises
+    ------
+    InputError
+        A condition is about a column that was not audited.
+    """
+    outcomes = []
+    for condition in conditions:
+        columns = [
+            column
+            for column in report.columns
+            if column.name == condition.column or (condition.column == "*" and column.role == "remove")
+        ]
+        if not columns:
+            names = ", ".join(repr(column.name) for column in report.columns)
+            raise InputError(f"a condition is about {condition.column!r}, but audited are {names}.")
+        for column in columns:
+            for key, part in column.representations.items():
+                if report.sets[key].is_decisive:
+                    outcomes.append(_outcome(condition, column, report.sets[key].title, part))
+    return outcomes
+
+
+def _outcome(condition: Condition, column: ColumnAudit, title: str, part: Representation) -> Outcome:
+    value, high = _value(condition.measure, part)
+    what = f"{column.name}: {condition.measure} in {title}"
+    if value is None:
+        return Outcome(f"{what} was not measured, so that > {condition.limit:g} cannot be decided.", None)
+    text = f"{what} is {value:.3f} (at most {high:.3f})"
+    if value > condition.limit:
+        return Outcome(f"{text}, above {condition.limit:g}.", failed=True)
+    if high > condition.limit:
+        return Outcome(f"{text}: whether it is above {condition.limit:g} cannot be decided.", None)
+    return Outcome(f"{text}, not above {condition.limit:g}.", failed=False)
+
+
+def _value(measure: str, part: Representation) -> tuple[float | None, float]:
+    """Return the value and its upper limit."""
+    if measure == "gap":
+        gaps = {} if part.group_gaps is None else part.group_gaps["gaps"]
+        found = [
+            (gap["value"], gap["bound"])
+            for name in ("accuracy", "equalized_odds", "worst_recall")
+            if (gap := gaps.get(name)) is not None and gap["value"] is not None
+        ]
+        return (max(value for value, _ in found), max(bound for _, bound in found)) if found else (None, 1.0)
+    shown = part.shown_dependence if measure == "dcor2" else part.shown_probe
+    high = 1.0 if shown.high is None else shown.high
+    return (shown.share, shown.as_share(high)) if measure == "share" else (shown.value, high)
