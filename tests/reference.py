@@ -64,7 +64,7 @@ def weighted_least_squares(features, metadata, labels, weights, share=0.0):
 
 
 class Fit:
-    """Weighted least squares of features on rows z = [y, 1, m] by an SVD of the rows: no Gram matrix is formed.
+    """Weighted least squares of features on rows z = [y, 1, m] by an SVD of the rows, without a Gram matrix.
 
     With `share` each metadata column has a penalty of that share of its variance, as a row below the others;
     with `prior` every column, the intercept too, has one of that weight (R-MDN). What is collinear within the
@@ -78,7 +78,8 @@ class Fit:
         one = stacked[:, p - 1 : p]
         squares = (stacked**2).sum(0)
         self.mean = (one.T @ stacked)[0] / squares[p - 1]
-        self.one = one / np.sqrt(squares[p - 1])
+        self.length = np.sqrt(squares[p - 1])
+        self.one = one / self.length
         centred = np.delete(stacked - one * self.mean, p - 1, 1)
         squares, variance = np.delete(squares, p - 1), (centred**2).sum(0)
         size = np.clip(squares, 1e-24 / tolerance, 1) + 0.01 * squares
@@ -118,7 +119,7 @@ class Fit:
             labels = _solve(self.labels, values - self.columns[:, p - 1 :] @ metadata)
             slopes = np.vstack([labels, metadata])
         slopes = slopes / self.unit[:, None]
-        intercept = average / np.linalg.norm(self.root) - np.delete(self.mean, p - 1) @ slopes
+        intercept = average / self.length - np.delete(self.mean, p - 1) @ slopes
         return np.vstack([slopes[: p - 1], intercept, slopes[p - 1 :]])
 
     def of_batch(self, rows, weights, features):
@@ -154,10 +155,10 @@ def _solve(decomposed, values):
 
 
 class Replay:
-    """What an estimator of least squares does, from all samples so far and their weights instead of moments.
+    """What an estimator of least squares does, from all samples so far and their weights.
 
-    Rows are z = [y, 1, m] in the units of the estimator. `tolerance` is that of the dtype of its cross moments;
-    `training` are the rows of the training set.
+    Rows are z = [y, 1, m] in the units of the estimator. `tolerance` is that of the dtype of its cross
+    moments; `training` are the rows of the training set.
     """
 
     def __init__(self, estimator, tolerance=1e-10, training=None):
@@ -211,6 +212,7 @@ class SpreadReplay:
 
     def __init__(self, spread, tolerance=1e-10):
         self.p, self.window, self.tolerance = spread.num_protected, spread.window, tolerance
+        self.noise = 1e10 * np.finfo(np.float32 if tolerance > 1e-9 else float).eps ** 2
         self.seen, self.logs = [], []
 
     def step(self, rows, features, weights=None):
@@ -218,22 +220,26 @@ class SpreadReplay:
         p, weights = self.p, np.ones(len(rows)) if weights is None else weights
         flat = features.reshape(*features.shape[:2], -1)
         kept = max(1 - weights.sum() / self.window, 0.0)
+        before = self.logs or [(rows, flat.mean(2), 0 * weights)]
         self.seen, self.logs = ([(*part, w * kept) for *part, w in parts] for parts in (self.seen, self.logs))
-        self.seen.append((rows, flat.mean(2), weights))
-        z, f, w = (np.concatenate(parts) for parts in zip(*self.seen, strict=True))
+        self.seen.append((rows, flat.mean(2), (flat**2).mean(2), weights))
+        z, f, squares, w = (np.concatenate(parts) for parts in zip(*self.seen, strict=True))
         self.mean, self.centre = np.average(z, 0, w)[p:], np.average(f, 0, w)
         fit = Fit(z, w, p, 0.0, self.tolerance)
         squared = (flat - (rows @ fit.coefficients(f))[:, :, None]) ** 2
         left = 1 - fit.leverage()[-len(rows) :] / np.where(weights > 0, weights, 1)
         left = np.where(left > 1e-3, left, 0.0)
-        floor = 1e-6 * np.average(squared.mean(2), 0, weights)[:, None] + np.finfo(float).tiny
+        floor = 1e-6 * np.average(squared.mean(2), 0, weights) + np.finfo(float).tiny
+        floor = (floor + self.noise * (np.average(squares, 0, w) - 0.99 * self.centre**2))[:, None]
         log = np.log(squared + floor) - np.log(np.maximum(left, 1e-3))[:, None, None]
         self.logs.append((rows, log.mean(2), left * weights))
+        if not any(w.any() for _, _, w in self.logs):
+            self.logs = before
         z, log, w = (np.concatenate(parts) for parts in zip(*self.logs, strict=True))
         self.gamma = np.zeros((rows.shape[1] - p, f.shape[1]))
         if w.sum() > 0:
             share = np.pi**2 / 2 / max(w.sum(), 1e-3)
-            self.gamma = Fit(z, w, p, share).coefficients(log)[p:]
+            self.gamma = Fit(z, w, p, share, self.tolerance).coefficients(log)[p:]
 
     def evaluate(self, rows, features):
         """Return the scaled features."""

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 
 from mdnorm import basis
-from mdnorm.functional import metadata_norm
+from mdnorm import metadata_norm
 
 
 def values(n=50, seed=0):

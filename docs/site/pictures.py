@@ -10,7 +10,7 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
-from mdnorm.functional import metadata_norm
+from mdnorm import metadata_norm
 from mdnorm.plotting import PALETTE
 
 FIGURES = Path(__file__).parents[1] / "figures"

@@ -181,3 +181,29 @@ def test_onnx_equals_torch(estimator, scale, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
         # The metadata do matter: they are an input, not a constant of the graph.
         assert np.abs(shifted - found).max() > 1e-3
+
+
+class Explicit(nn.Module):
+    """Hands the metadata to its layer."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = mdnorm.WithMetadata(model)
+
+    def forward(self, images, metadata):
+        return self.model(images, metadata=metadata)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
+@pytest.mark.parametrize("estimator", ESTIMATORS)
+@pytest.mark.parametrize("scale", [False, True])
+def test_traced_as_for_the_graph_of_tensorboard(estimator, scale):
+    """``SummaryWriter.add_graph`` runs torch.jit.trace; metadata and batch size are not part of the trace."""
+    net = Explicit(trained(estimator, scale=scale)).eval()
+    images, metadata, _ = make_data(5, seed=6)
+    traced = torch.jit.trace(net, (images, metadata))
+    for num_samples in (1, 17):
+        images, metadata, _ = make_data(num_samples, seed=num_samples)
+        torch.testing.assert_close(traced(images, metadata), net(images, metadata))
+        assert not torch.allclose(traced(images, metadata + 1), net(images, metadata), atol=1e-3)

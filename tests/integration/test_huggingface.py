@@ -1,5 +1,6 @@
 """`MetadataTrainer`: the same as a loop by hand."""
 
+import functools
 import warnings
 
 import pytest
@@ -222,6 +223,30 @@ def test_padding_does_not_count_and_weights_do(tmp_path, mask, weights):
         rest, block = given(twin.eval(), data.collate([data[i] for i in range(8)]), False)
         with block:
             torch.testing.assert_close(twin(**rest).logits, logits[:8])
+
+
+def test_a_raw_table_in_the_batch(tmp_path):
+    """With a design in the model: what its columns give."""
+    data, models = Patients(), [make_model() for _ in range(2)]
+    table = {"age": data.metadata[:, 0].tolist(), "site": ["ab"[i % 3 % 2] for i in range(40)]}
+    design = mdnorm.Design("age + site").fit(table)
+    columns = design.transform(table, dtype=torch.float64).metadata
+
+    def collate(rows, is_raw):
+        batch = {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
+        batch["labels"] = torch.tensor([row["labels"] for row in rows])
+        indices = [int((data.images == row["pixel_values"]).all((1, 2, 3)).nonzero()) for row in rows]
+        raw = {name: [values[index] for index in indices] for name, values in table.items()}
+        return batch | {"metadata": raw if is_raw else columns[indices]}
+
+    for model, is_raw in zip(models, (True, False), strict=True):
+        # The labels of the batch are protected, which the design knows nothing of.
+        mdnorm.insert(model, "vit.layernorm", num_metadata=2, num_labels=1)
+        mdnorm.attach_design(model, design)
+        options = {"data_collator": functools.partial(collate, is_raw=is_raw), "train_dataset": data}
+        InOrder(model, arguments(tmp_path, remove_unused_columns=False), **options).train()
+    for name, value in models[1].state_dict().items():
+        torch.testing.assert_close(models[0].state_dict()[name], value, msg=name)
 
 
 class LayeredViTForImageClassification(ViTForImageClassification):

@@ -112,6 +112,44 @@ class TestMasks:
             out = layer(features)
         assert torch.equal(out, twin(features, metadata))
 
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.parametrize("training", [True, False])
+    @pytest.mark.parametrize("estimator", ["batch", "running"])
+    def test_compiled_with_mask_and_weights_as_inputs_of_one_graph(self, estimator, training):
+        torch._dynamo.reset()
+        tokens, metadata, mask = make_data()
+        model = Text()
+        mdnorm.insert(model, ["embed", "mix"], estimator=estimator, example=tokens, num_metadata=2, **TOKENS)
+        WithMetadata(model)(tokens, metadata=metadata, mask=mask)
+        wrapper, graphs = WithMetadata(model.train(training)), []
+        twin = copy.deepcopy(wrapper)
+
+        def backend(graph, inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        compiled = torch.compile(wrapper, fullgraph=True, backend=backend)
+        for seed in range(4):
+            tokens, metadata, mask = make_data(seed=seed)
+            weights = torch.arange(60) % (2 + seed)
+            given = {"metadata": metadata, "weights": weights, "mask": mask}
+            torch.testing.assert_close(compiled(tokens, **given), twin(tokens, **given))
+        # As without: the first call may be a graph of its own.
+        assert len(graphs) <= 2
+        for name, value in twin.state_dict().items():
+            torch.testing.assert_close(wrapper.state_dict()[name], value, msg=name)
+
+    def test_exported_with_the_mask_as_an_input(self):
+        tokens, metadata, mask = make_data()
+        model = Text()
+        mdnorm.insert(model, "embed", example=tokens, num_metadata=2, **TOKENS)
+        wrapper = WithMetadata(model)
+        wrapper(tokens, metadata=metadata, mask=mask)
+        program = torch.export.export(wrapper.eval(), (tokens,), {"metadata": metadata, "mask": mask})
+        tokens, metadata, mask = make_data(seed=1)
+        given = {"metadata": metadata, "mask": mask}
+        torch.testing.assert_close(program.module()(tokens, **given), wrapper(tokens, **given))
+
     def test_a_mask_of_other_samples_is_an_error(self):
         tokens, metadata, mask = make_data()
         layer = MetadataNorm(3, 2, dtype=torch.float64, **TOKENS)

@@ -178,11 +178,12 @@ def name_of(value):
 
 
 @pytest.mark.parametrize(("make", "after", "options", "num_layers"), CASES, ids=name_of)
-def test_train_recalibrate_evaluate_save_and_remove(make, after, options, num_layers):
+def test_train_recalibrate_evaluate_save_and_remove(make, after, options, num_layers, tmp_path):
     model, inputs = make()
     metadata, labels = metadata_and_labels()
     original = copy.deepcopy(model.state_dict())
-    report = mdnorm.insert(model, after, num_metadata=2, num_labels=2, example=inputs, **options)
+    options = {"num_metadata": 2, "num_labels": 2, "prior": 0} | options
+    report = mdnorm.insert(model, after, example=inputs, **options)
     assert len(report) == num_layers
     assert all(row.output_shape[0] == NUM_SAMPLES for row in report)
 
@@ -227,10 +228,12 @@ def test_train_recalibrate_evaluate_save_and_remove(make, after, options, num_la
 
     # A fresh model takes the checkpoint, and one of the original model still loads.
     twin, _ = make()
-    mdnorm.insert(twin, after, num_metadata=2, num_labels=2, **options)
+    mdnorm.insert(twin, after, **options)
     twin.load_state_dict(model.state_dict())
-    with torch.no_grad(), mdnorm.metadata(twin.eval(), metadata):
-        assert torch.equal(run(twin, inputs), logits)
+    mdnorm.save(model, tmp_path / "model")
+    for other in (twin, mdnorm.load(make()[0], tmp_path / "model")):
+        with torch.no_grad(), mdnorm.metadata(other.eval(), metadata):
+            assert torch.equal(run(other, inputs), logits)
     twin.load_state_dict(original)
 
     with pytest.raises(RuntimeError, match=r"inserted after .* got no metadata"):

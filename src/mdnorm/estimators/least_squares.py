@@ -187,12 +187,13 @@ class LeastSquares(Estimator):
                 running, moments, operator = gram, cross, self._operator(gram, self._share(count))
             else:
                 operator = self._running_operator(batch.eager)
-            operator = operator.to(left.dtype)
-            coefficients, mean = operator @ moments.to(left.dtype), running[p - 1, p:]
+            # In float64: where columns are collinear, the operator is as large as the prior is small.
+            coefficients = (operator @ moments.to(operator.dtype)).to(left.dtype)
+            mean = running[p - 1, p:]
             if not batch.repeated and used is not False:
                 self._remember(kept, count, coefficients, mean, used, batch.eager)
             basis = self._basis(rows[:, p:], mean)
-            projector = operator @ left
+            projector = (operator @ left.to(operator.dtype)).to(left.dtype)
         if self.adjoint_source == "none":
             return remove(features, basis, coefficients, batch.dims, batch.mask)
         memory = None
@@ -210,7 +211,8 @@ class LeastSquares(Estimator):
     ) -> None:
         """Move what evaluation removes to the coefficients of this step, if its batch was used."""
         if self.gram_source == "batch":
-            coefficients = self._running_operator(eager).to(self.cross.dtype) @ self.cross
+            operator = self._running_operator(eager)
+            coefficients = (operator @ self.cross.to(operator.dtype)).to(self.cross.dtype)
             mean = self.gram[self.num_labels, self.num_labels + 1 :]
         # Coefficients of all samples so far have no noise that a mean would not have; but "dataset" has those
         # of a batch.

@@ -43,6 +43,8 @@ class Spread(LeastSquares):
     ----------
     log_gram, log_cross, log_weight : (K, K), (K, D), (1,) buffers
         Running moments of the design and ``log r²``.
+    squares : (D,) buffer
+        Running mean of the squared features.
     coefficients : (K_m, *num_features) buffer
         γ_m.
     """
@@ -50,6 +52,7 @@ class Spread(LeastSquares):
     log_gram: Tensor
     log_cross: Tensor
     log_weight: Tensor
+    squares: Tensor
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class Spread(LeastSquares):
         self.add_state("log_gram", *self.gram.shape, precise=True)
         self.add_state("log_cross", *self.cross.shape)
         self.add_state("log_weight", 1, precise=True)
+        self.add_state("squares", self.num_values)
 
     def _step(self, features: Tensor, batch: Batch) -> Tensor:
         p = self.num_protected
@@ -78,14 +82,20 @@ class Spread(LeastSquares):
 
     def _update(self, features: Tensor, rows: Tensor, batch: Batch) -> None:
         p = self.num_protected
-        count, _, gram, cross = batch_moments(features, rows, batch)
+        values, limits = features.to(self.cross.dtype), torch.finfo(self.cross.dtype)
+        count, _, gram, cross = batch_moments(values, rows, batch)
+        squares = batch_moments(values.square(), rows, batch)[3][p - 1]
         kept = self.kept(count)
-        used = advance(self.weight, kept, count, (self.gram, gram), (self.cross, cross), eager=batch.eager)
+        pairs = (self.gram, gram), (self.squares, squares), (self.cross, cross)
+        used = advance(self.weight, kept, count, *pairs, eager=batch.eager)
         inverse = coefficient_operator(self.gram, p, dtype=self.cross.dtype, every=True)
         fitted = inverse.to(self.cross.dtype) @ self.cross
-        squared = remove(features.to(fitted.dtype), rows, fitted, batch.dims).square()
-        # A residual of zero (a dead unit) has no logarithm: the floor is a share of their mean.
-        floor = 1e-6 * batch_moments(squared, rows, batch)[3][p - 1] + torch.finfo(squared.dtype).tiny
+        squared = remove(values, rows, fitted, batch.dims).square()
+        # A residual of zero (a dead unit) has no logarithm, and the rounding of a feature that the labels
+        # determine none that means anything: the floor is a share of their mean, and above rounding.
+        variance = self.squares - 0.99 * self.cross[p - 1].square()
+        floor = 1e-6 * batch_moments(squared, rows, batch)[3][p - 1]
+        floor = floor + (1e5 * limits.eps) ** 2 * variance.clamp_min(0) + limits.tiny
         shape = [1 if dim in batch.dims else size for dim, size in enumerate(squared.shape)]
         floor = floor.reshape(1, *shape[1:])
         left = 1 - (rows @ inverse * rows).sum(1) / self.weight.clamp_min(1e-30)
@@ -100,7 +110,7 @@ class Spread(LeastSquares):
             self.log_weight, kept, total, (self.log_gram, gram), (self.log_cross, cross), eager=batch.eager
         )
         share = _LOG_NOISE / self.log_weight.clamp_min(_LEAST_SHARE)
-        effect = coefficient_operator(self.log_gram, p, share)
+        effect = coefficient_operator(self.log_gram, p, share, dtype=self.log_cross.dtype)
         self.coefficients.flatten(1).copy_(effect.to(self.log_cross.dtype) @ self.log_cross)
         self.mean.copy_(self.gram[p - 1, p:])
 

@@ -226,9 +226,9 @@ def remove(model: nn.Module, after: Target | Sequence[Target] | None = None) -> 
     Examples
     --------
     >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> report = insert(model, after=nn.Linear)
+    >>> report = insert(model, after=["0", "1"])
     >>> remove(model)
-    ['0', '2']
+    ['0', '1']
     """
     if after is None:
         targets = {row.name: model.get_submodule(row.name) for row, _ in inserted(model)}
