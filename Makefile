@@ -41,7 +41,6 @@ browser: ## Install Chromium, for the tests of the page, where that is possible 
 bench: $(VENV)/.dev ## Run the benchmarks, tables and JSON in results/bench
 	$(BIN)/python benchmarks/layer.py --json results/bench/layer.json
 	$(BIN)/python benchmarks/distance_correlation.py --json results/bench/distance_correlation.json
-	$(BIN)/python benchmarks/recursive_stability.py --steps 100000
 	$(BIN)/python benchmarks/residualize.py --rows 1000000 --csv-rows 100000 --json results/bench/residualize.json
 
 full: $(VENV)/.demo ## Run the whole synthetic table (about two hours on two cores), resumable

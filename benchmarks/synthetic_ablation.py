@@ -12,50 +12,23 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor
-
-from mdnorm import functional
-from mdnorm.estimators import ESTIMATORS, RunningEstimator
+from mdnorm.estimators import ESTIMATORS, LeastSquares
 from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.report import synthetic_table
 from mdnorm.experiments.results import ResultStore
 from mdnorm.experiments.runner import Runner
 from mdnorm.experiments.synthetic import plan, train
-from mdnorm.functional import Gram
 
-
-class ForwardOnly(RunningEstimator):
-    """Running coefficients as constants: the effect is removed, the incentive to use it stays."""
-
-    name: ClassVar[str] = "forward-only"
-
-    def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
-        num_metadata = self.gram.num_metadata
-        batch = Gram.from_columns(columns, num_metadata)
-        rows = functional.moment_rows(columns, batch.mean)
-        moments = functional.feature_moments(features.detach(), rows, positions)
-        mean = self.gram_mean.clone()
-        count, _, coefficients = self._merge(batch, moments, features.shape[0])
-        self._average(coefficients, count, mean)
-        basis = functional.effect_basis(columns[:, :num_metadata], self.gram_mean[:num_metadata], self.center)
-        return functional.remove_effect(features, basis, coefficients, positions)
-
-
-class BatchAdjoint(RunningEstimator):
-    """Running coefficients forward, the gradient through them from the batch at hand alone."""
-
-    name: ClassVar[str] = "batch-adjoint"
-
-    def forward(self, features: Tensor, columns: Tensor, positions: tuple[int, ...]) -> Tensor:
-        # Without weight the running adjoint is that of the batch that comes next.
-        self.adjoint_weight.zero_()
-        return super().forward(features, columns, positions)
-
-
-ESTIMATORS |= {estimator.name: estimator for estimator in (ForwardOnly, BatchAdjoint)}
+# Running coefficients as constants: the effect is removed, the incentive to use it stays. And running
+# coefficients whose gradient comes from the batch at hand alone.
+ESTIMATORS |= {
+    "forward-only": partial(LeastSquares, adjoint="none"),
+    "batch-adjoint": partial(LeastSquares, adjoint="batch"),
+}
 
 RECIPE = METHODS["mdn-last-running"]
 OPTIONS = RECIPE.options or {}

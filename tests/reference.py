@@ -67,14 +67,14 @@ class Fit:
     """Weighted least squares of features on rows z = [y, 1, m] by an SVD of the rows, without a Gram matrix.
 
     With `share` each metadata column has a penalty of that share of its variance, as a row below the others;
-    with `prior` every column, the intercept too, has one of that weight (R-MDN). What is collinear within the
-    tolerance is left out: first of the labels, then of what they leave of the metadata.
+    a `prior` gives the mean square of a penalty of every column, the intercept too (R-MDN). What is collinear
+    within the tolerance is left out: first of the labels, then of what they leave of the metadata.
     """
 
     def __init__(self, rows, weights, num_protected, share=0.0, tolerance=1e-10, prior=0.0):
-        p, total = num_protected, weights.sum()
-        self.p, self.root = p, np.sqrt(weights / total)[:, None]
-        stacked = np.vstack([rows * self.root, np.sqrt(prior / total) * np.eye(rows.shape[1])])
+        p = num_protected
+        self.p, self.root = p, np.sqrt(weights / weights.sum())[:, None]
+        stacked = np.vstack([rows * self.root, np.sqrt(prior) * np.eye(rows.shape[1])])
         one = stacked[:, p - 1 : p]
         squares = (stacked**2).sum(0)
         self.mean = (one.T @ stacked)[0] / squares[p - 1]
@@ -174,7 +174,7 @@ class Replay:
 
     def fit(self, rows, weights, prior=0.0):
         share = self.share / (self.share + weights.sum())
-        return Fit(rows, weights, self.p, share, self.tolerance, prior)
+        return Fit(rows, weights, self.p, share, self.tolerance, prior / weights.sum())
 
     def step(self, rows, features, weights=None):
         """Return what training removes from the features (N, D) of a batch."""
@@ -239,7 +239,9 @@ class SpreadReplay:
         self.gamma = np.zeros((rows.shape[1] - p, f.shape[1]))
         if w.sum() > 0:
             share = np.pi**2 / 2 / max(w.sum(), 1e-3)
-            self.gamma = Fit(z, w, p, share, self.tolerance).coefficients(log)[p:]
+            prior = 1e-3 * np.minimum(np.average(z**2, 0, w), 1)
+            prior[p - 1] = 0
+            self.gamma = Fit(z, w, p, share, self.tolerance, prior).coefficients(log)[p:]
 
     def evaluate(self, rows, features):
         """Return the scaled features."""

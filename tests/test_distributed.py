@@ -68,10 +68,6 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
-def deviation(state: dict[str, Any], exact: dict[str, Any]) -> float:
-    return max(float(((state[key] - exact[key]).abs() / (1 + exact[key].abs())).max()) for key in exact)
-
-
 class TestOneProcessAndSeveral:
     @pytest.mark.parametrize("precision", list(TOLERANCES))
     @pytest.mark.parametrize("case", list(CASES))
@@ -79,11 +75,6 @@ class TestOneProcessAndSeveral:
         dtype = getattr(torch, precision)
         expected = train(case, dtype, prepare(case, dtype), whole())
         tolerance = TOLERANCES[precision]
-        if case.startswith("scale") and precision == "float32":
-            # The logarithm of a residual near zero shows its rounding, with one process as with several.
-            exact = prepare(case, dtype).double()
-            tolerance += 2 * deviation(expected["state"], train(case, torch.float64, exact, whole())["state"])
-            assert tolerance < 1e-4
         compared = set()
         for world in SIZES:
             for process, left in enumerate(results):

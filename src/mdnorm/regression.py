@@ -338,10 +338,14 @@ def _pseudo_inverse(correlation: Tensor, num_protected: int, smallest: Tensor, r
     variance = torch.where(variance > smallest.clamp_min(_COLLINEAR_LABELS) + rounding, variance, torch.inf)
     protected = (vectors / variance) @ vectors.mT
     through = correlation[p:, :p] @ protected
+    # Refined once: what the inverse of nearly collinear labels leaves of rounding, `left` would magnify again.
+    through = through + (correlation[p:, :p] - through @ correlation[:p, :p]) @ protected
+    unit = torch.eye(len(through), dtype=through.dtype, device=through.device)
+    beside = torch.cat([-through, unit], 1)
     # Nearly collinear labels magnify all rounding, that of the cross moments by the square root.
     least = variance.min().clamp_max(1)
     smallest = smallest / least.sqrt() + rounding / least
-    variance, vectors = torch.linalg.eigh(correlation[p:, p:] - through @ correlation[:p, p:])
+    variance, vectors = torch.linalg.eigh(beside @ correlation @ beside.mT)
     left = (vectors / torch.where(variance > smallest, variance, torch.inf)) @ vectors.mT
     across = -left @ through
     return torch.cat(

@@ -1,10 +1,11 @@
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from mdnorm import MetadataNorm
-from mdnorm.estimators import BatchEstimator
-from reference import remove, residual
+from reference import remove, residual, weighted_least_squares
 
 
 def batches(sizes=(20, 20, 7, 1, 20), k_m=2, k_y=1, shape=(3, 2)):
@@ -17,48 +18,33 @@ def batches(sizes=(20, 20, 7, 1, 20), k_m=2, k_y=1, shape=(3, 2)):
         yield features, metadata, labels
 
 
-def weighted_fit(seen, weights):
-    """Weighted least squares over all samples so far: what the running moments must equal."""
-    features = np.concatenate([f.numpy().reshape(len(f), -1) for f, _, _ in seen])
-    metadata, labels = (np.concatenate([b[i].numpy() for b in seen]) for i in (1, 2))
-    x = np.column_stack([metadata, labels, np.ones(len(metadata))])
-    root = np.sqrt(np.concatenate([np.full(len(b[0]), w) for b, w in zip(seen, weights, strict=True)]))[
-        :, None
-    ]
-    beta = np.linalg.lstsq(x * root, features * root, rcond=None)[0]
-    return beta, (metadata * root**2).sum(0) / (root**2).sum()
-
-
 @pytest.mark.parametrize("center", [False, True])
-@pytest.mark.parametrize("momentum", [None, 0.3, 1.0])
-def test_evaluation_is_weighted_least_squares_over_the_past(center, momentum):
-    layer = MetadataNorm(
-        (3, 2), 2, 1, estimator="batch", momentum=momentum, center=center, dtype=torch.float64
-    )
-    seen, weights = [], []
-    for features, metadata, labels in batches((20, 20, 7, 1, 20)):
-        out = layer.train()(features, metadata, labels)
-        expected = residual(features, metadata, labels, center)
-        if len(features) > 4:
+@pytest.mark.parametrize("prior", [0, 3])
+@pytest.mark.parametrize("window", [math.inf, 60, 20])
+def test_evaluation_is_weighted_least_squares_over_the_past(window, prior, center):
+    options = {"window": window, "prior": prior, "center": center, "dtype": torch.float64}
+    layer = MetadataNorm((3, 2), 2, 1, estimator="batch", **options)
+    seen, weights = [], np.zeros(0)
+    for batch in batches():
+        out, n = layer.train()(*batch), len(batch[0])
+        if n > 4:
+            expected = residual(*batch, center, share=prior / (prior + n))
             np.testing.assert_allclose(out, expected, atol=1e-10)
-        decay = 1 if momentum is None else 1 - momentum
-        seen, weights = [*seen, (features, metadata, labels)], [w * decay for w in weights] + [1.0]
-    beta, mean = weighted_fit(seen, weights)
-    features, metadata, _ = next(iter(batches((9,))))
-    shaped = beta.reshape(len(beta), 3, 2)
-    effect = np.einsum("nk,kab->nab", (metadata.numpy() - (0 if center else mean)), shaped[:2])
-    expected = features.numpy() - effect - (shaped[-1] if center else 0)
+        seen.append(batch)
+        weights = np.concatenate([weights * (1 - n / window), np.ones(n)])
+    f, m, y = (np.concatenate(parts) for parts in zip(*seen, strict=True))
+    share = prior / (prior + weights.sum())
+    beta = weighted_least_squares(f.reshape(len(f), -1), m, y, weights, share)
+    features, metadata, _ = next(batches((9,)))
+    expected = remove(features, metadata.numpy(), beta, np.average(m, 0, weights), center)
     np.testing.assert_allclose(layer.eval()(features, metadata), expected, atol=1e-9)
-    assert remove is not None
-    assert float(layer.estimator.gram_count) == pytest.approx(
-        sum(w * len(b[0]) for w, b in zip(weights, seen, strict=True))
-    )
+    assert float(layer.estimator.weight) == pytest.approx(weights.sum())
 
 
 def test_batches_of_one_add_up_to_the_fit_over_all():
     """A batch of one has no variation of its own; the running moments see that between batches."""
-    layer = MetadataNorm((3, 2), 2, 1, estimator="batch", momentum=None, dtype=torch.float64)
-    data = next(iter(batches((40,))))
+    layer = MetadataNorm((3, 2), 2, 1, estimator="batch", window=math.inf, prior=0, dtype=torch.float64)
+    data = next(batches((40,)))
     for i in range(40):
         single = [part[i : i + 1] for part in data]
         torch.testing.assert_close(layer(*single), single[0])
@@ -68,9 +54,11 @@ def test_batches_of_one_add_up_to_the_fit_over_all():
 
 def test_channel_granularity_keeps_moments_of_the_position_means():
     layer = MetadataNorm(3, 2, 1, estimator="batch", granularity="channel", dtype=torch.float64)
-    features, metadata, labels = next(iter(batches((30,), shape=(3, 4))))
+    features, metadata, labels = next(batches((30,), shape=(3, 4)))
     layer(features, metadata, labels)
-    torch.testing.assert_close(layer.estimator.feature_mean, features.mean((0, 2)))
+    estimator = layer.estimator
+    intercept = estimator.num_labels
+    torch.testing.assert_close(estimator.cross[intercept], features.mean((0, 2)))
     wider = torch.randn(5, 3, 11, dtype=torch.float64)
     assert layer.eval()(wider, metadata[:5]).shape == (5, 3, 11)
 
@@ -87,13 +75,14 @@ def test_batch_with_overflowed_features_does_not_enter_the_state():
 
 
 def test_first_batch_counts_in_full():
-    layer = MetadataNorm(2, 1, estimator="batch", momentum=0.01, dtype=torch.float64)
+    layer = MetadataNorm(2, 1, estimator="batch", window=5000, dtype=torch.float64)
     features, metadata = torch.randn(50, 2).double(), torch.randn(50).double()
     out = layer(features, metadata)
     torch.testing.assert_close(layer.eval()(features, metadata), out)
 
 
 def test_default_settings():
-    estimator = BatchEstimator()
-    assert (estimator.momentum, estimator.ridge, estimator.center) == (0.1, 0, False)
-    assert not estimator.is_allocated
+    estimator = MetadataNorm(4, 1, estimator="batch").estimator
+    assert (estimator.window, estimator.prior, estimator.center) == (500, 1, False)
+    assert (estimator.gram_source, estimator.adjoint_source) == ("batch", "batch")
+    assert MetadataNorm(None, 1, estimator="batch").estimator is None

@@ -5,8 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from mdnorm import MetadataNorm, fit_gram, penalty_loss
-from mdnorm.estimators import PenaltyEstimator
+from mdnorm import MetadataNorm, fit_gram, penalty_loss, recalibrate
 from reference import remove, residual
 
 
@@ -27,17 +26,27 @@ def prepared(metadata, labels, size=(3, 2), **options):
     return layer
 
 
-def whitened(layer, metadata, labels):
-    """Whitened columns in numpy, and the map from their coefficients to those of the columns.
+def whitening(metadata, labels):
+    """Return the map from coefficients of whitened columns [y, 1, m] to those of the columns, in numpy.
 
-    Whitening is unique up to a rotation, which gradient descent does not see; the parameter lives in the
-    layer's rotation, so that is taken from the layer and checked to whiten.
+    Whitening is unique up to a rotation: this is the symmetric root of the correlations (ZCA-cor).
     """
-    columns = np.column_stack([metadata, labels])
-    whitening = layer.estimator.whitening.numpy()
-    rows = np.column_stack([(columns - columns.mean(0)) @ whitening, np.ones(len(columns))])
+    columns = np.column_stack([labels, metadata])
+    values, vectors = np.linalg.eigh(np.corrcoef(columns.T))
+    slopes = (vectors / np.sqrt(values)) @ vectors.T / columns.std(0)[:, None]
+    p = labels.shape[1]
+    root = np.insert(np.insert(slopes, p, 0, axis=0), p, 0, axis=1)
+    root[p] = -columns.mean(0) @ np.delete(root, p, 0)
+    root[p, p] = 1
+    return root
+
+
+def whitened(metadata, labels):
+    """Return the whitened columns, and the map from their coefficients to those of the columns."""
+    root = whitening(metadata, labels)
+    rows = np.column_stack([labels, np.ones(len(labels)), metadata]) @ root
     np.testing.assert_allclose(rows.T @ rows / len(rows), np.eye(rows.shape[1]), atol=1e-10)
-    return rows, whitening
+    return rows, root
 
 
 @pytest.mark.parametrize("granularity", ["element", "channel"])
@@ -46,20 +55,18 @@ def test_loss_and_gradient(granularity):
     features, metadata, labels = data(shape=shape)
     layer = prepared(metadata, labels, 3 if granularity == "channel" else shape, granularity=granularity)
     nn.init.normal_(layer.estimator.weight)
-    rows, _ = whitened(layer, metadata, labels)
+    rows, _ = whitened(metadata, labels)
     part = slice(0, 30)
     layer(features[part], metadata[part], labels[part])
     loss = penalty_loss(layer)
     (gradient,) = torch.autograd.grad(loss, layer.estimator.weight)
-    weight = layer.estimator.weight.detach().numpy()
-    fitted = np.tensordot(rows[part], weight, 1)
-    if granularity == "channel":
-        fitted = fitted[:, :, None, None]
+    fitted = rows[part] @ layer.estimator.weight.detach().numpy()
+    fitted = fitted[:, :, None, None] if granularity == "channel" else fitted.reshape(30, 3, 2)
     error = features[part].numpy() - fitted
     sharing = 8 if granularity == "channel" else 1
     assert float(loss.detach()) == pytest.approx(0.5 * (error**2).sum() / 30 / sharing)
-    summed = error.mean((2, 3)) if granularity == "channel" else error
-    np.testing.assert_allclose(gradient, -np.tensordot(rows[part].T, summed, 1) / 30, atol=1e-10)
+    summed = error.mean((2, 3)) if granularity == "channel" else error.reshape(30, 6)
+    np.testing.assert_allclose(gradient, -rows[part].T @ summed / 30, atol=1e-10)
 
 
 @pytest.mark.parametrize("center", [False, True])
@@ -67,15 +74,13 @@ def test_gradient_steps_equal_the_recursion(center):
     """A step removes the effect of the coefficients before it; η moves them to the batch's estimate."""
     features, metadata, labels = data()
     layer = prepared(metadata, labels, center=center)
-    rows, whitening = whitened(layer, metadata, labels)
+    rows, root = whitened(metadata, labels)
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.2)
     gamma = np.zeros((4, 6))
     mean = metadata.mean(0).numpy()
-    all_means = np.concatenate([mean, labels.mean(0)])
 
     def coefficients():
-        beta = whitening @ gamma[:-1]
-        return np.vstack([beta, gamma[-1] - all_means @ beta])
+        return (root @ gamma)[[2, 3, 0, 1]]
 
     for part in torch.arange(200).split(30):
         out = layer(features[part], metadata[part], labels[part])
@@ -86,7 +91,7 @@ def test_gradient_steps_equal_the_recursion(center):
         optimizer.step()
         x, f = rows[part.numpy()], features[part].flatten(1).numpy()
         gamma = gamma + 0.2 * x.T @ (f - x @ gamma) / len(part)
-        np.testing.assert_allclose(layer.estimator.weight.detach().flatten(1), gamma, atol=1e-9)
+        np.testing.assert_allclose(layer.estimator.weight.detach(), gamma, atol=1e-9)
     # Evaluation shows the parameter as the optimiser left it, without another forward pass in training.
     actual = layer.eval()(features, metadata)
     expected = remove(features, metadata.numpy(), coefficients(), mean, center)
@@ -219,7 +224,7 @@ def test_needs_the_gram_matrix():
         layer(features, metadata, labels)
     fit_gram(layer, metadata, labels)
     layer(features, metadata, labels)
-    layer.estimator.reset()
+    layer.reset_parameters()
     assert layer.estimator.loss is None
     with pytest.raises(RuntimeError, match="fit_gram"):
         layer(features, metadata, labels)
@@ -231,25 +236,30 @@ def test_lazy_sizes():
     fit_gram(layer, metadata, labels)
     assert list(layer.parameters()) == []
     layer(features, metadata, labels)
-    assert [p.shape for p in layer.parameters()] == [(4, 3, 2)]
+    assert [p.shape for p in layer.parameters()] == [(4, 6)]
 
 
 def test_memory_format_does_not_lose_what_recalibration_writes():
-    """`model.to(memory_format=…)` restrides 4-d parameters."""
+    """`model.to(memory_format=…)` restrides 4-d buffers."""
     features, metadata, labels = data(shape=(3, 2, 2))
     layer = prepared(metadata, labels, (3, 2, 2)).to(memory_format=torch.channels_last)
-    gram = layer.estimator.gram
-    columns = torch.cat([metadata, labels], 1)
-    flat = features.flatten(1)
-    moments = torch.cat([(columns - gram.mean).T @ flat / 200, flat.mean(0, keepdim=True)])
-    layer.estimator.set_moments(gram, moments)
+    recalibrate(layer, [(features, metadata, labels)])
     expected = residual(features, metadata, labels)
     np.testing.assert_allclose(layer.eval()(features, metadata), expected, atol=1e-9)
 
 
 def test_default_settings():
-    assert PenaltyEstimator().uses_training_gram
-    assert repr(PenaltyEstimator(ridge=0.5)) == "PenaltyEstimator(ridge=0.5, center=False)"
+    assert MetadataNorm(3, 1, estimator="penalty").estimator.prior == 0
+
+
+def test_the_prior_shrinks_what_is_removed_and_not_the_parameter():
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels, prior=50)
+    recalibrate(layer, [(features, metadata, labels)])
+    rows, _ = whitened(metadata, labels)
+    np.testing.assert_allclose(layer.estimator.weight.detach(), rows.T @ features.flatten(1).numpy() / 200)
+    expected = residual(features, metadata, labels, share=50 / 250)
+    np.testing.assert_allclose(layer.eval()(features, metadata), expected, atol=1e-9)
 
 
 def one_hot_data(n=120):
@@ -295,24 +305,25 @@ def test_what_is_learned_is_put_in_the_columns_of_new_data():
     features, metadata, labels = data()
     layer = prepared(metadata, labels)
     nn.init.normal_(layer.estimator.weight)
-    k_m = metadata.shape[1]
+    query = np.column_stack([labels, np.ones(200), metadata])
 
     def line():
-        # The fitted line f = m β_m + y β_y + β_0, in the columns themselves.
-        estimator = layer.estimator
-        weight = estimator.weight.detach().flatten(1)
-        slopes = estimator.whitening @ weight[:-1]
-        return slopes, weight[-1] - estimator.gram_mean @ slopes
+        return query @ root @ layer.estimator.weight.detach().numpy()
 
-    slopes, intercept = line()
-    fit_gram(layer, 3 * metadata + 5 + metadata.flip(1), labels - 1)
-    for actual, expected in zip(line(), (slopes, intercept), strict=True):
-        torch.testing.assert_close(actual, expected)
-    assert slopes.shape[0] == k_m + 1
-    assert features.shape[0] == 200
+    root = whitening(metadata, labels)
+    expected, removed_before = line(), removed(layer, features, metadata)
+    shifted, other = 3 * metadata + 5 + metadata.flip(1), labels - 1
+    fit_gram(layer, shifted, other)
+    root = whitening(shifted, other)
+    np.testing.assert_allclose(line(), expected, atol=1e-9)
+    # The slopes stay; nothing is removed at the mean metadata of the new set.
+    slopes = removed_before - removed_before.mean(0)
+    after = removed(layer, features, metadata)
+    torch.testing.assert_close(after - after.mean(0), slopes)
+    centre = shifted.mean(0, keepdim=True)
+    torch.testing.assert_close(layer(features[:1], centre), features[:1])
 
 
-@pytest.mark.parametrize("memory", [{"momentum": 0.1}, {"window": 100}])
-def test_takes_no_memory(memory):
-    with pytest.raises(ValueError, match="takes no momentum or window"):
-        MetadataNorm(3, 1, estimator="penalty", **memory)
+def test_takes_no_window():
+    with pytest.raises(TypeError, match=r"estimator='penalty'.*window"):
+        MetadataNorm(3, 1, estimator="penalty", window=100)

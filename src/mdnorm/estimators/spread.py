@@ -67,7 +67,7 @@ class Spread(LeastSquares):
             num_metadata, num_labels, num_features, window=window, adjoint="none", prior=0.0, **options
         )
         self.add_state("log_gram", *self.gram.shape, precise=True)
-        self.add_state("log_cross", *self.cross.shape)
+        self.add_state("log_cross", *self.cross.shape, precise=True)
         self.add_state("log_weight", 1, precise=True)
         self.add_state("squares", self.num_values)
 
@@ -103,15 +103,18 @@ class Spread(LeastSquares):
         safe = left.clamp_min(_LEAST_SHARE).to(squared.dtype).reshape(-1, *[1] * (squared.ndim - 1))
         log = (squared + floor).log() - safe.log()
         weighted = batch._replace(weights=left if batch.weights is None else left * batch.weights)
-        total, _, gram, cross = batch_moments(log, rows, weighted)
+        total, _, gram, cross = batch_moments(log.to(rows.dtype), rows, weighted)
         # A batch that the first moments left out is left out here as well.
         cross = torch.where(torch.as_tensor(used), cross, torch.nan)
         advance(
             self.log_weight, kept, total, (self.log_gram, gram), (self.log_cross, cross), eager=batch.eager
         )
         share = _LOG_NOISE / self.log_weight.clamp_min(_LEAST_SHARE)
-        effect = coefficient_operator(self.log_gram, p, share, dtype=self.log_cross.dtype)
-        self.coefficients.flatten(1).copy_(effect.to(self.log_cross.dtype) @ self.log_cross)
+        # What a column that hardly varies here would say about those that are far away is an extrapolation.
+        least = _LEAST_SHARE * self.log_gram.diagonal().clamp_max(1)
+        least[p - 1] = 0
+        effect = coefficient_operator(self.log_gram + least.diag(), p, share, dtype=self.cross.dtype)
+        self.coefficients.flatten(1).copy_(effect @ self.log_cross)
         self.mean.copy_(self.gram[p - 1, p:])
 
     def evaluate(

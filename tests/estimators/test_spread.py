@@ -3,8 +3,7 @@ import pytest
 import torch
 
 from mdnorm import MetadataNorm, recalibrate
-from mdnorm.estimators import LogVarianceEstimator
-from reference import design_matrix, weighted_least_squares
+from reference import SpreadReplay, design_matrix
 
 
 def batches(sizes, k_m=2, k_y=1, shape=(3, 2), seed=3):
@@ -17,50 +16,6 @@ def batches(sizes, k_m=2, k_y=1, shape=(3, 2), seed=3):
         noise = torch.randn(n, *shape, **options)
         ones = [1] * len(shape)
         yield noise * spread.reshape(n, *ones) + effect.reshape(n, *ones), metadata, labels
-
-
-class NumpyScale:
-    """The estimator in plain numpy: all samples so far with their weights, and the log r² each had then."""
-
-    def __init__(self, window):
-        self.window = window
-        self.seen, self.weights = [], []
-        self.logs, self.log_weights = [], []
-
-    def forward(self, features, metadata, labels):
-        n, k_m = len(features), metadata.shape[1]
-        flat = features.reshape(n, features.shape[1], -1)  # (N, C, positions), or D values with one position
-        decay = max(0.0, 1 - n / self.window)
-        self.seen.append((flat.mean(2), metadata, labels))
-        self.weights = [w * decay for w in self.weights] + [1.0]
-        f, m, y = (np.concatenate([batch[i] for batch in self.seen]) for i in range(3))
-        weights = np.concatenate(
-            [np.full(len(b[0]), w) for b, w in zip(self.seen, self.weights, strict=True)]
-        )
-        beta = weighted_least_squares(f, m, y, weights)
-        self.mean_f, self.mean_m = (np.average(part, axis=0, weights=weights) for part in (f, m))
-        squared = (flat - (design_matrix(metadata, labels) @ beta)[:, :, None]) ** 2
-        x = design_matrix(m, y)
-        rows = design_matrix(metadata, labels)
-        noise = 1 - np.einsum("nk,kl,nl->n", rows, np.linalg.pinv((x * weights[:, None]).T @ x), rows)
-        used = noise > 1e-3
-        floor = 1e-6 * squared.mean((0, 2), keepdims=True)
-        log = np.log(squared + floor) - np.log(np.where(used, noise, 1))[:, None, None]
-        self.logs.append((log.mean(2), metadata, labels, noise * used))
-        self.log_weights = [w * decay for w in self.log_weights] + [1.0]
-        gamma = np.zeros((k_m, f.shape[1]))
-        log, m, y = (np.concatenate([batch[i] for batch in self.logs]) for i in range(3))
-        w = np.concatenate([b[3] * w for b, w in zip(self.logs, self.log_weights, strict=True)])
-        if w.sum() > 0:
-            x, total = design_matrix(m, y), w.sum()
-            variance = np.average((m - np.average(m, axis=0, weights=w)) ** 2, axis=0, weights=w)
-            penalty = np.zeros(x.shape[1])
-            penalty[:k_m] = np.pi**2 / 2 / total * variance
-            weighted = x * w[:, None] / total
-            gamma = np.linalg.solve(weighted.T @ x + np.diag(penalty), weighted.T @ log)[:k_m]
-        factor = np.exp(-0.5 * (metadata - self.mean_m) @ gamma)
-        centre = self.mean_f[:, None]
-        return (centre + (flat - centre) * factor[:, :, None]).reshape(features.shape), gamma
 
 
 @pytest.mark.parametrize("granularity", ["element", "channel"])
@@ -77,18 +32,37 @@ def test_equals_its_recursion_in_numpy(granularity, k_y):
         window=100,
         dtype=torch.float64,
     )
-    reference = NumpyScale(100)
+    dims = (2,) if granularity == "channel" else ()
+    reference = None
     for features, metadata, labels in batches((20, 20, 7, 1, 1, 30), 2, k_y, shape):
         layer(features, metadata, labels if k_y else None)
-        scaled = layer.scale_estimator.evaluate(features, metadata, (2,) if granularity == "channel" else ())
-        expected, gamma = reference.forward(*(part.numpy() for part in (features, metadata, labels)))
-        np.testing.assert_allclose(layer.scale_estimator.coefficients, gamma, atol=1e-8)
-        np.testing.assert_allclose(scaled, expected, atol=1e-8)
+        spread = layer.spread
+        rows = np.column_stack([labels, np.ones(len(labels)), metadata])
+        rows = (rows - spread.origin.numpy()) * spread.scale.numpy()
+        reference = reference or SpreadReplay(spread)
+        reference.step(rows, features.numpy())
+        expected = reference.evaluate(rows, features.numpy())
+        np.testing.assert_allclose(spread.coefficients, reference.gamma, atol=1e-8)
+        np.testing.assert_allclose(spread.evaluate(features, metadata, dims), expected, atol=1e-8)
+
+
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_the_factor_is_kept_within_a_tenth_and_ten(sign):
+    layer = MetadataNorm(6, 2, 1, estimator="batch", scale=True, dtype=torch.float64)
+    for batch in batches((60, 60), shape=(6,)):
+        layer(*batch)
+    far = torch.full((5, 2), 4.0, dtype=torch.float64)
+    far[:, 0] += 1000 * sign
+    features = torch.randn(5, 6, dtype=torch.float64)
+    spread = layer.spread
+    centre = spread.cross[1]
+    factor = (spread.evaluate(features, far, ()) - centre) / (features - centre)
+    torch.testing.assert_close(factor, torch.full_like(factor, 10.0**-sign))
 
 
 def test_scaling_comes_before_the_removal_of_the_mean():
     """The regression of the mean is fitted on the scaled features, so nothing of it comes back."""
-    layer = MetadataNorm(6, 2, 1, estimator="batch", scale=True, dtype=torch.float64)
+    layer = MetadataNorm(6, 2, 1, estimator="batch", scale=True, prior=0, dtype=torch.float64)
     features, metadata, labels = next(batches((60,), shape=(6,)))
     out = layer(features, metadata, labels)
     slopes = np.linalg.lstsq(design_matrix(metadata, labels), out.numpy(), rcond=None)[0][:2]
@@ -112,7 +86,7 @@ def test_sites_with_scales_of_their_own(estimator, batch_size, n):
     label = (rng.random((n, 1)) < 0.3 + 0.2 * site[:, None]).astype(float)
     spread = np.array([0.5, 1.0, 2.0])[site][:, None]
     features = spread * rng.normal(size=(n, 4)) + 0.3 * label + site[:, None] + 10
-    layer = MetadataNorm(4, 2, 1, estimator=estimator, scale=True, window=n, dtype=torch.float64)
+    layer = MetadataNorm(4, 2, 1, estimator=estimator, scale=True, window=n, prior=0, dtype=torch.float64)
     data = [torch.tensor(part) for part in (features, metadata, label)]
     for part in torch.arange(n).split(batch_size):
         layer(*(block[part] for block in data))
@@ -142,9 +116,9 @@ def test_the_first_samples_do_not_blow_up(batch_size):
             metadata = torch.randn(batch_size, 3, generator=generator)
             label = torch.randn(batch_size, 1, generator=generator)
             layer(features, metadata, label)
-            scaled = layer.scale_estimator.evaluate(features, metadata, ())
+            scaled = layer.spread.evaluate(features, metadata, ())
             assert torch.isfinite(scaled).all()
-            assert (scaled - layer.scale_estimator.feature_mean).abs().max() < 30
+            assert (scaled - layer.spread.cross[layer.spread.num_labels]).abs().max() < 30
 
 
 def test_the_first_sample_of_a_site_does_not_blow_up():
@@ -156,8 +130,8 @@ def test_the_first_sample_of_a_site_does_not_blow_up():
             features = torch.randn(1, 4, generator=generator, dtype=torch.float64)
             metadata = torch.eye(3)[[site]]
             layer(features, metadata)
-            scaled = layer.scale_estimator.evaluate(features, metadata.double(), ())
-            assert (scaled - layer.scale_estimator.feature_mean).abs().max() < 30
+            scaled = layer.spread.evaluate(features, metadata.double(), ())
+            assert (scaled - layer.spread.cross[layer.spread.num_labels]).abs().max() < 30
 
 
 def test_units_that_are_always_zero():
@@ -198,8 +172,9 @@ def test_the_factors_are_constants_for_the_gradient():
         out = layer(features.requires_grad_(), metadata, labels)
         weight = torch.randn_like(out)
         (gradient,) = torch.autograd.grad((out * weight).sum(), features)
-    estimator = layer.scale_estimator
-    factor = torch.exp(-0.5 * (metadata - estimator.gram_mean[:2]) @ estimator.coefficients)
+    spread = layer.spread
+    rows = (metadata - spread.origin[2:]) * spread.scale[2:]
+    factor = torch.exp(-0.5 * (rows - spread.mean) @ spread.coefficients)
     assert (factor.log().abs() > 0.1).any()
     torch.testing.assert_close(gradient, weight * factor)
 
@@ -219,20 +194,17 @@ def test_half_precision(dtype):
         assert layer(low, metadata, labels).dtype == dtype
         exact(low.float(), metadata, labels)
     # The scale's state is the same: half-precision features are regressed in float32.
-    for key in ("coefficients", "log_mean", "cross_covariance"):
-        torch.testing.assert_close(
-            getattr(layer.scale_estimator, key), getattr(exact.scale_estimator, key), rtol=1e-4, atol=1e-5
-        )
+    for key, value in exact.spread.state_dict().items():
+        torch.testing.assert_close(layer.spread.state_dict()[key], value, rtol=1e-4, atol=1e-5)
 
 
 def test_default_settings():
-    estimator = LogVarianceEstimator()
-    assert (estimator.momentum, estimator.window) == (None, 2000)
-    assert MetadataNorm(3, 1, estimator="batch").scale_estimator is None
-    assert MetadataNorm(3, 1, scale=True, window=70).scale_estimator.window == 70
+    assert MetadataNorm(3, 1, estimator="batch").spread is None
+    assert MetadataNorm(3, 1, scale=True).spread.window == 2000
+    assert MetadataNorm(3, 1, scale=True, window=70).spread.window == 70
 
 
 def test_has_no_intercept_to_remove():
-    with pytest.raises(ValueError, match="give center to the layer's estimator"):
-        LogVarianceEstimator(center=True)
-    MetadataNorm(4, 1, scale=True, center=True)(torch.randn(20, 4), torch.randn(20, 1))
+    layer = MetadataNorm(4, 1, scale=True, center=True)
+    layer(torch.randn(20, 4), torch.randn(20, 1))
+    assert (layer.spread.center, layer.estimator.center) == (False, True)
