@@ -68,6 +68,10 @@ def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
+def deviation(state: dict[str, Any], other: dict[str, Any]) -> float:
+    return max(float(((state[key] - other[key]).abs() / (1 + other[key].abs())).max()) for key in other)
+
+
 class TestOneProcessAndSeveral:
     @pytest.mark.parametrize("precision", list(TOLERANCES))
     @pytest.mark.parametrize("case", list(CASES))
@@ -75,6 +79,15 @@ class TestOneProcessAndSeveral:
         dtype = getattr(torch, precision)
         expected = train(case, dtype, prepare(case, dtype), whole())
         tolerance = TOLERANCES[precision]
+        if case.startswith("scale") and precision == "float32":
+            # The logarithm of a residual near zero shows rounding, with one process as with several: here
+            # twice what one rounding of the weights changes.
+            net = prepare(case, dtype)
+            with torch.no_grad():
+                for parameter in net.parameters():
+                    parameter.mul_(1 + torch.finfo(dtype).eps)
+            tolerance += 2 * deviation(train(case, dtype, net, whole())["state"], expected["state"])
+            assert tolerance < 1e-5
         compared = set()
         for world in SIZES:
             for process, left in enumerate(results):
@@ -184,7 +197,7 @@ class TestCommunication:
         removed = k - 2 + ("centred" in case)
         moments = k * (d + k) + 1
         if case.startswith("scale"):
-            return [moments] * 4, [removed * d]
+            return [moments] * 5, [removed * d]
         if case.startswith("penalty"):
             return [1], []
         if case.startswith("recursive"):

@@ -19,7 +19,8 @@ from mdnorm.arrays import (
     row_weights,
 )
 from mdnorm.context import MetadataSlot
-from mdnorm.distributed import GroupSetting, active_group, eager, world_size
+from mdnorm.distributed import GroupSetting, active_group, world_size
+from mdnorm.distributed import eager as uncompiled_function
 from mdnorm.estimators import ESTIMATORS, Batch, Estimator, Spread
 from mdnorm.estimators.base import batch_moments
 from mdnorm.moments import Moments
@@ -377,9 +378,8 @@ class MetadataNorm(nn.Module):
         weights = row_weights(weights, columns, where, dims, self.check_finite)
         # As `context.is_recomputing`, whose call would show in the time of a small step.
         repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-        batch = Batch(
-            columns, weights, dims, where, self._active_group(repeated), is_eager(columns), repeated
-        )
+        group, eager = self._active_group(repeated), is_eager(columns)
+        batch = Batch(columns, weights, dims, where, group, eager, repeated, self.check_finite)
         # Autocast would compute what goes into the state below float32.
         with full_precision(features.device):
             for part in self.parts:
@@ -520,7 +520,7 @@ def metadata_norm(
         return regress(features, basis, operator @ cross, operator @ left, dims, where, group=group)
 
     with full_precision(features.device):
-        return step(features) if group is None else eager(step)(features)
+        return step(features) if group is None else uncompiled_function(step)(features)
 
 
 def coefficient_shape(features: Tensor, dims: tuple[int, ...], granularity: Granularity) -> tuple[int, ...]:

@@ -338,7 +338,7 @@ def _pseudo_inverse(correlation: Tensor, num_protected: int, smallest: Tensor, r
     variance = torch.where(variance > smallest.clamp_min(_COLLINEAR_LABELS) + rounding, variance, torch.inf)
     protected = (vectors / variance) @ vectors.mT
     through = correlation[p:, :p] @ protected
-    # Refined once: what the inverse of nearly collinear labels leaves of rounding, `left` would magnify again.
+    # Refined once: `left` would magnify what the inverse of nearly collinear labels leaves of rounding.
     through = through + (correlation[p:, :p] - through @ correlation[:p, :p]) @ protected
     unit = torch.eye(len(through), dtype=through.dtype, device=through.device)
     beside = torch.cat([-through, unit], 1)

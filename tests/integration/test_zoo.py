@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mdnorm
-from mdnorm.integration.insert import find_features
+from mdnorm.integration.applied import find_features
 
 # MONAI remembers what it failed to import, here for a warning of torch, for the tests after these.
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")

@@ -47,6 +47,8 @@ class Batch(NamedTuple):
         See `mdnorm.regression.is_eager`.
     repeated : bool
         Whether activation checkpointing runs the batch again: it is in the state already.
+    checked : bool
+        Whether values that are not finite are errors.
     """
 
     columns: Tensor
@@ -56,6 +58,7 @@ class Batch(NamedTuple):
     group: ProcessGroup | None
     eager: bool
     repeated: bool
+    checked: bool = True
 
 
 class Estimator(nn.Module, ABC):

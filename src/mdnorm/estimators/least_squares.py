@@ -178,7 +178,7 @@ class LeastSquares(Estimator):
                 if not batch.repeated:
                     pairs = (running, gram), (moments, cross)
                     used = advance(state["weight"], kept, count, *pairs, eager=batch.eager)
-                    if used is False:
+                    if used is False and batch.checked:
                         _refuse_far_columns(batch.columns, left)
                     if self.prior_on_all:
                         faded = self.prior_weight * kept
@@ -201,6 +201,12 @@ class LeastSquares(Estimator):
             # Each of several processes has a mean of its own, and their gradients are averaged later.
             processes = 1 if batch.group is None else world_size(batch.group)
             samples = count if self.reduction == "sum" else processes
+            # A batch that did not enter the moments stays out of the adjoint as well.
+            if used is False:
+                count, kept = 0.0, 1.0
+            elif isinstance(used, Tensor):
+                entered = used.to(self.weight.dtype)
+                count, kept = entered * count, 1 - entered * (1 - kept)
             memory = Memory(self.adjoint, self.adjoint_weight, count, kept, samples, batch.eager)
         return regress(
             features, basis, coefficients, projector, batch.dims, batch.mask, memory=memory, group=batch.group

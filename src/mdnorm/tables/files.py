@@ -45,8 +45,6 @@ T = TypeVar("T")
 _MAX_ROW_GROUP_BYTES = 2**26
 
 _READ_BUFFER_BYTES = 2**18
-# Rows of a text table by which a column is told to have decimal commas.
-
 
 _NO_METADATA = "but metadata are numbers, strings, booleans, categories or dates: convert or leave it out."
 
