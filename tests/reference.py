@@ -212,7 +212,6 @@ class SpreadReplay:
 
     def __init__(self, spread, tolerance=1e-10):
         self.p, self.window, self.tolerance = spread.num_protected, spread.window, tolerance
-        self.noise = 1e10 * np.finfo(np.float32 if tolerance > 1e-9 else float).eps ** 2
         self.seen, self.logs = [], []
 
     def step(self, rows, features, weights=None):
@@ -229,8 +228,7 @@ class SpreadReplay:
         squared = (flat - (rows @ fit.coefficients(f))[:, :, None]) ** 2
         left = 1 - fit.leverage()[-len(rows) :] / np.where(weights > 0, weights, 1)
         left = np.where(left > 1e-3, left, 0.0)
-        floor = 1e-6 * np.average(squared.mean(2), 0, weights) + np.finfo(float).tiny
-        floor = (floor + self.noise * (np.average(squares, 0, w) - 0.99 * self.centre**2))[:, None]
+        floor = 1e-4 * (np.average(squares, 0, w) - 0.99 * self.centre**2)[:, None] + np.finfo(float).tiny
         log = np.log(squared + floor) - np.log(np.maximum(left, 1e-3))[:, None, None]
         self.logs.append((rows, log.mean(2), left * weights))
         if not any(w.any() for _, _, w in self.logs):

@@ -82,7 +82,7 @@ class Spread(LeastSquares):
 
     def _update(self, features: Tensor, rows: Tensor, batch: Batch) -> None:
         p = self.num_protected
-        values, limits = features.to(self.cross.dtype), torch.finfo(self.cross.dtype)
+        values = features.to(self.cross.dtype)
         count, _, gram, cross = batch_moments(values, rows, batch)
         squares = batch_moments(values.square(), rows, batch)[3][p - 1]
         kept = self.kept(count)
@@ -92,10 +92,10 @@ class Spread(LeastSquares):
         fitted = inverse.to(self.cross.dtype) @ self.cross
         squared = remove(values, rows, fitted, batch.dims).square()
         # A residual of zero (a dead unit) has no logarithm, and the rounding of a feature that the labels
-        # determine none that means anything: the floor is a share of their mean, and above rounding.
+        # determine none that means anything: the floor is a share of the feature's variance, as far from
+        # zero as it is.
         variance = self.squares - 0.99 * self.cross[p - 1].square()
-        floor = 1e-6 * batch_moments(squared, rows, batch)[3][p - 1]
-        floor = floor + (1e5 * limits.eps) ** 2 * variance.clamp_min(0) + limits.tiny
+        floor = 1e-4 * variance.clamp_min(0) + torch.finfo(squared.dtype).tiny
         shape = [1 if dim in batch.dims else size for dim, size in enumerate(squared.shape)]
         floor = floor.reshape(1, *shape[1:])
         left = 1 - (rows @ inverse * rows).sum(1) / self.weight.clamp_min(1e-30)
