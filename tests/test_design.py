@@ -180,7 +180,7 @@ def test_the_result_goes_straight_into_the_layer() -> None:
     table = _table()
     table["ill"] = table["diagnosis"] != "healthy"
     design = Design("age + site", labels="ill").fit(table)
-    layer = MetadataNorm(7, design.num_metadata, design.num_labels, estimator="batch")
+    layer = MetadataNorm(7, design.num_metadata, design.num_labels, estimator="batch", prior=0)
     features = torch.randn(len(table), 7) + 3 * design.transform(table).metadata[:, :1]
     metadata, labels = design.transform(table)
     assert metadata.dtype == torch.get_default_dtype()

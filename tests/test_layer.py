@@ -227,7 +227,7 @@ class TestState:
         for estimator, names in expected.items():
             assert sorted(build(estimator).state_dict()) == sorted(f"estimator.{name}" for name in names)
         spread = [key for key in build("batch", scale=True).state_dict() if key.startswith("spread")]
-        names = [*moments, "cross", "log_gram", "log_cross", "log_weight"]
+        names = [*moments, "cross", "squares", "log_gram", "log_cross", "log_weight"]
         assert sorted(spread) == sorted(f"spread.{name}" for name in names)
 
     def test_another_estimator_or_size_is_refused(self):
