@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.interpolate import BSpline
 
-from mdnorm import basis
-from mdnorm import metadata_norm
+from mdnorm import basis, metadata_norm
 
 
 def values(n=50, seed=0):
