@@ -210,8 +210,8 @@ class Replay:
 class SpreadReplay:
     """The fit of the log-variance, from all samples so far, their weights and the log r² that each had."""
 
-    def __init__(self, spread, tolerance=1e-10):
-        self.p, self.window, self.tolerance = spread.num_protected, spread.window, tolerance
+    def __init__(self, spread):
+        self.p, self.window = spread.num_protected, spread.window
         self.seen, self.logs = [], []
 
     def step(self, rows, features, weights=None):
@@ -224,11 +224,11 @@ class SpreadReplay:
         self.seen.append((rows, flat.mean(2), (flat**2).mean(2), weights))
         z, f, squares, w = (np.concatenate(parts) for parts in zip(*self.seen, strict=True))
         self.mean, self.centre = np.average(z, 0, w)[p:], np.average(f, 0, w)
-        fit = Fit(z, w, p, 0.0, self.tolerance)
+        fit = Fit(z, w, p)
         squared = (flat - (rows @ fit.coefficients(f))[:, :, None]) ** 2
         left = 1 - fit.leverage()[-len(rows) :] / np.where(weights > 0, weights, 1)
         left = np.where(left > 1e-3, left, 0.0)
-        floor = 1e-4 * (np.average(squares, 0, w) - 0.99 * self.centre**2)[:, None] + np.finfo(float).tiny
+        floor = 1e-8 * (np.average(squares, 0, w) - 0.99 * self.centre**2)[:, None] + np.finfo(float).tiny
         log = np.log(squared + floor) - np.log(np.maximum(left, 1e-3))[:, None, None]
         self.logs.append((rows, log.mean(2), left * weights))
         if not any(w.any() for _, _, w in self.logs):
@@ -239,7 +239,7 @@ class SpreadReplay:
             share = np.pi**2 / 2 / max(w.sum(), 1e-3)
             prior = 1e-3 * np.minimum(np.average(z**2, 0, w), 1)
             prior[p - 1] = 0
-            self.gamma = Fit(z, w, p, share, self.tolerance, prior).coefficients(log)[p:]
+            self.gamma = Fit(z, w, p, share, prior=prior).coefficients(log)[p:]
 
     def evaluate(self, rows, features):
         """Return the scaled features."""

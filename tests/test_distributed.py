@@ -197,7 +197,7 @@ class TestCommunication:
         removed = k - 2 + ("centred" in case)
         moments = k * (d + k) + 1
         if case.startswith("scale"):
-            return [moments] * 5, [removed * d]
+            return [moments] * 4, [removed * d]
         if case.startswith("penalty"):
             return [1], []
         if case.startswith("recursive"):

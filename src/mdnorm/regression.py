@@ -313,13 +313,13 @@ def coefficient_operator(
         ridge = torch.maximum(share * variance, least)
         ridge[:p] = _LABEL_RIDGE * least[:p]
         variance.add_(torch.where(varies, ridge, 1 / _TINY))
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky_ex(centred)[0])
+        rows = torch.cholesky_inverse(torch.linalg.cholesky_ex(centred)[0])[0 if every else p :]
     else:
         unit = torch.where(varies, variance, torch.inf).rsqrt()
         units = unit.unsqueeze(1) * unit
         far = (squares * unit.square()).max()
-        inverse = _pseudo_inverse(centred * units, p, smallest * far.sqrt(), rounding * far) * units
-    rows = inverse if every else inverse[p:]
+        rows = _pseudo_inverse(centred * units, p, smallest * far.sqrt(), rounding * far, every)
+        rows = rows * units[0 if every else p :]
     rows[:, intercept] = -(rows @ mean)
     if every:
         rows[intercept] = -(mean @ rows)
@@ -327,8 +327,10 @@ def coefficient_operator(
     return rows
 
 
-def _pseudo_inverse(correlation: Tensor, num_protected: int, smallest: Tensor, rounding: Tensor) -> Tensor:
-    """Return the inverse of a matrix of correlations, labels first, without what hardly varies.
+def _pseudo_inverse(
+    correlation: Tensor, num_protected: int, smallest: Tensor, rounding: Tensor, every: bool
+) -> Tensor:
+    """Return the inverse (all rows or those of the metadata) of correlations, without what hardly varies.
 
     Directions of the labels are left out first, then those of the metadata that the labels hardly leave.
     `rounding` is what may be wrong in the matrix.
@@ -348,9 +350,10 @@ def _pseudo_inverse(correlation: Tensor, num_protected: int, smallest: Tensor, r
     variance, vectors = torch.linalg.eigh(beside @ correlation @ beside.mT)
     left = (vectors / torch.where(variance > smallest, variance, torch.inf)) @ vectors.mT
     across = -left @ through
-    return torch.cat(
-        [torch.cat([protected - through.mT @ across, across.mT], 1), torch.cat([across, left], 1)]
-    )
+    rows = torch.cat([across, left], 1)
+    if every:
+        rows = torch.cat([torch.cat([protected - through.mT @ across, across.mT], 1), rows])
+    return rows
 
 
 # -- the step of a network -----------------------------------------------------------------------------------

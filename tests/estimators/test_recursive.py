@@ -295,6 +295,16 @@ def test_an_empty_batch_leaves_the_state():
         layer(full[0].float(), *full[1:])
 
 
+@pytest.mark.parametrize("prior", [1.0, 100.0])
+def test_a_first_batch_without_weight_is_left_as_it_is(prior):
+    layer = MetadataNorm((3, 2), 2, 1, estimator="recursive", prior=prior, dtype=torch.float64)
+    features, metadata, labels = next(batches((9,)))
+    assert torch.equal(layer(features, metadata, labels, weights=torch.zeros(9)), features)
+    reference = MetadataNorm((3, 2), 2, 1, estimator="recursive", prior=prior, dtype=torch.float64)
+    out = layer(features, metadata, labels)
+    torch.testing.assert_close(out, reference(features, metadata, labels))
+
+
 def test_many_samples_need_no_square_matrix_of_them():
     """An N×N matrix of 20 000 samples would take 3.2 GB: the largest tensor is the design."""
     layer = MetadataNorm(1, 2, 1, estimator="recursive", dtype=torch.float64)

@@ -234,7 +234,7 @@ class LeastSquares(Estimator):
     def _running_operator(self, eager: bool) -> Tensor:
         if not self.prior_on_all:
             return self._operator(self.gram, self._share(self.weight.item() if eager else self.weight))
-        prior = self.prior_weight / self.weight.clamp_min(torch.finfo(self.weight.dtype).tiny)
+        prior = self.prior_weight / self.weight.clamp_min(1e-30)
         return self._operator(self.gram + prior * torch.eye(len(self.gram)).to(self.gram), 0.0)
 
     def extra_repr(self) -> str:

@@ -66,10 +66,11 @@ class Spread(LeastSquares):
         super().__init__(
             num_metadata, num_labels, num_features, window=window, adjoint="none", prior=0.0, **options
         )
+        self.add_state("cross", *self.cross.shape, precise=True)
+        self.add_state("squares", self.num_values, precise=True)
         self.add_state("log_gram", *self.gram.shape, precise=True)
         self.add_state("log_cross", *self.cross.shape, precise=True)
         self.add_state("log_weight", 1, precise=True)
-        self.add_state("squares", self.num_values)
 
     def _step(self, features: Tensor, batch: Batch) -> Tensor:
         p = self.num_protected
@@ -82,28 +83,28 @@ class Spread(LeastSquares):
 
     def _update(self, features: Tensor, rows: Tensor, batch: Batch) -> None:
         p = self.num_protected
-        values = features.to(self.cross.dtype)
+        # In float64, as logarithms magnify the rounding of small residuals.
+        values = features.to(rows.dtype)
         count, _, gram, cross = batch_moments(values, rows, batch)
         squares = batch_moments(values.square(), rows, batch)[3][p - 1]
         kept = self.kept(count)
         pairs = (self.gram, gram), (self.squares, squares), (self.cross, cross)
         used = advance(self.weight, kept, count, *pairs, eager=batch.eager)
-        inverse = coefficient_operator(self.gram, p, dtype=self.cross.dtype, every=True)
-        fitted = inverse.to(self.cross.dtype) @ self.cross
-        squared = remove(values, rows, fitted, batch.dims).square()
+        inverse = coefficient_operator(self.gram, p, every=True)
+        squared = remove(values, rows, inverse @ self.cross, batch.dims).square()
         # A residual of zero (a dead unit) has no logarithm, and the rounding of a feature that the labels
         # determine none that means anything: the floor is a share of the feature's variance, as far from
         # zero as it is.
         variance = self.squares - 0.99 * self.cross[p - 1].square()
-        floor = 1e-4 * variance.clamp_min(0) + torch.finfo(squared.dtype).tiny
+        floor = 1e-8 * variance.clamp_min(0) + torch.finfo(squared.dtype).tiny
         shape = [1 if dim in batch.dims else size for dim, size in enumerate(squared.shape)]
         floor = floor.reshape(1, *shape[1:])
         left = 1 - (rows @ inverse * rows).sum(1) / self.weight.clamp_min(1e-30)
         left = torch.where(left > _LEAST_SHARE, left, 0.0)
-        safe = left.clamp_min(_LEAST_SHARE).to(squared.dtype).reshape(-1, *[1] * (squared.ndim - 1))
+        safe = left.clamp_min(_LEAST_SHARE).reshape(-1, *[1] * (squared.ndim - 1))
         log = (squared + floor).log() - safe.log()
         weighted = batch._replace(weights=left if batch.weights is None else left * batch.weights)
-        total, _, gram, cross = batch_moments(log.to(rows.dtype), rows, weighted)
+        total, _, gram, cross = batch_moments(log, rows, weighted)
         # A batch that the first moments left out is left out here as well.
         cross = torch.where(torch.as_tensor(used), cross, torch.nan)
         advance(
@@ -113,7 +114,7 @@ class Spread(LeastSquares):
         # What a column that hardly varies here would say about those that are far away is an extrapolation.
         least = _LEAST_SHARE * self.log_gram.diagonal().clamp_max(1)
         least[p - 1] = 0
-        effect = coefficient_operator(self.log_gram + least.diag(), p, share, dtype=self.cross.dtype)
+        effect = coefficient_operator(self.log_gram + least.diag(), p, share)
         self.coefficients.flatten(1).copy_(effect @ self.log_cross)
         self.mean.copy_(self.gram[p - 1, p:])
 
