@@ -155,15 +155,14 @@ def excess(layer, features, metadata, labels, sizes, fresh, training=None, weigh
     y = y if labels.shape[1] else None
     if training is not None:
         fit_gram(layer, m[:training], None if y is None else y[:training])
-    parts = np.split(np.arange(len(features)), np.cumsum(sizes))[:-1]
+    parts = np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+    given = [None if part is None else part[: sum(sizes)].split(list(sizes)) for part in (features, m, y, w)]
     trained, evaluated = [], []
-    for rows, others in zip(parts, fresh, strict=True):
-        batch = slice(rows[0], rows[-1] + 1)
+    for step, others in enumerate(zip(features[fresh], m[fresh], strict=True)):
         layer.training = True
-        given = (None if part is None else part[batch] for part in (m, y, w))
-        trained.append(layer(features[batch], *given))
+        trained.append(layer(*(part and part[step] for part in given)))
         layer.training = False
-        evaluated.append(layer(features[others], m[others]))
+        evaluated.append(layer(*others))
     exact = features.double().numpy()
     deviation = exact.std(0)
     order = [np.concatenate(parts), fresh.ravel()]
