@@ -24,12 +24,14 @@ __all__ = [
     "plain_features",
     "plain_tensor",
     "position_mask",
+    "refuse_bad_weights",
     "row_weights",
+    "statistics_dtype",
 ]
 
 
 def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
-    """Return a tensor as it is, or a copy of an array (a list, a DataFrame) as a CPU tensor.
+    """Return a tensor (see `plain_tensor`), or a copy of an array (a list, a DataFrame) as a CPU tensor.
 
     Parameters
     ----------
@@ -49,7 +51,7 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
             raise TypeError(
                 f"{name} must be real, got dtype {values.dtype}: pass its real and imaginary part as columns."
             )
-        return values
+        return plain_tensor(values)
     if values is None:
         raise TypeError(f"{name} must be a tensor or an array, got None.")
     array = as_real_array(values, name)
@@ -129,6 +131,16 @@ def _as_numbers(array: NDArray[Any]) -> NDArray[Any]:
     return np.array(floats, dtype=np.float64).reshape(array.shape)
 
 
+def statistics_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype in which K×K statistics are kept on `device`: float64 wherever it exists."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def is_traced() -> bool:
+    """Whether a graph is being traced or a transform of torch.func is at work: values cannot be looked at."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def plain_tensor(tensor: Tensor) -> Tensor:
     """Return a tensor without what a subclass adds to it (the affine matrix of MONAI's MetaTensor, say)."""
     kind = type(tensor)
@@ -165,7 +177,7 @@ def columns_of(
     ValueError
         A wrong number of dimensions, rows or columns, or a wrong device.
     """
-    tensor = plain_tensor(as_real_tensor(values, name))
+    tensor = as_real_tensor(values, name)
     if tensor.ndim == 1:
         tensor = tensor.unsqueeze(1)
     if tensor.ndim != 2:
@@ -209,17 +221,12 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
         A class index is outside 0 … num_labels − 1; or `num_labels` is None and the labels are integers other
         than two values: class indices, of which one column would make a ranking.
     """
-    tensor = plain_tensor(as_real_tensor(labels, "labels"))
+    tensor = as_real_tensor(labels, "labels")
     if num_labels == 1 or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
         return tensor
     is_index = not tensor.is_floating_point() and tensor.dtype != torch.bool
     if num_labels is None:
-        if (
-            is_index
-            and tensor.numel()
-            and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active()
-        ):
+        if is_index and tensor.numel() and not is_traced():
             # torch has no minimum of the larger unsigned integers.
             low, high = int(tensor.long().min()), int(tensor.long().max())
             # Two values are one column however they are coded.
@@ -290,8 +297,7 @@ def design_columns(
     num_labels: int | None,
     check_finite: bool,
 ) -> tuple[Tensor, int]:
-    """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K) in float64, and
-    K_m.
+    """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K), and K_m.
 
     Raises
     ------
@@ -310,14 +316,20 @@ def design_columns(
         blocks["labels"] = columns_of(
             label_columns(labels, num_labels), "labels", num_columns=num_labels, **options
         )
-    # float64 wherever it exists.
-    dtype = torch.float32 if features.device.type == "mps" else torch.float64
+    dtype = statistics_dtype(features.device)
     parts = [block.detach().to(dtype) for block in reversed(blocks.values())]
     parts.insert(len(parts) - 1, torch.ones_like(parts[-1][:, :1]))
     columns = torch.cat(parts, 1)
     if check_finite:
         check_finite_columns(columns, **blocks)
     return columns, blocks["metadata"].shape[1]
+
+
+def refuse_bad_weights(weights: Tensor) -> None:
+    """Raise ValueError where weights (N,) are NaN, infinite or negative."""
+    bad = ~(weights.isfinite() & (weights >= 0))
+    if bool(bad.any()):
+        raise ValueError(f"weights must be finite and not negative: row(s) {bad.nonzero()[:5, 0].tolist()}.")
 
 
 def row_weights(
@@ -327,8 +339,7 @@ def row_weights(
     dims: tuple[int, ...],
     check: bool,
 ) -> Tensor | None:
-    """Return the weight of each sample in the fit (N,), that of its positions included; None where all weigh
-    1.
+    """Return the weight of each sample in the fit (N,), its positions included; None where all weigh 1.
 
     Raises
     ------
@@ -348,19 +359,13 @@ def row_weights(
             raise ValueError(f"weights must have shape (num_samples,), got {tuple(result.shape)}.")
         result = result[:, 0]
         if check and not torch.compiler.is_compiling():
-            bad = ~(result.isfinite() & (result >= 0))
-            if bool(bad.any()):
-                raise ValueError(
-                    f"weights must be finite and not negative: row(s) {bad.nonzero()[:5, 0].tolist()}."
-                )
+            refuse_bad_weights(result)
     # Every position counts the same, so a sample counts as the share of its positions that are there.
     return result if mask is None else result * mask.to(result.dtype).mean(dims)[:, 0]
 
 
 def plain_features(features: Tensor) -> Tensor:
-    """Return features without what a subclass adds; raise TypeError where they are no tensor of real
-    numbers.
-    """
+    """Return features without what a subclass adds; raise TypeError where they are no real tensor."""
     if not isinstance(features, Tensor):
         raise TypeError(f"features must be a torch.Tensor, got {type(features).__name__}.")
     if not features.is_floating_point():
@@ -374,7 +379,7 @@ def position_mask(mask: Tensor | ArrayLike, features: Tensor, dims: tuple[int, .
         raise ValueError(
             "mask= says which positions count: it needs granularity='channel' and features with positions."
         )
-    tensor = plain_tensor(as_real_tensor(mask, "mask"))
+    tensor = as_real_tensor(mask, "mask")
     tensor = tensor if isinstance(mask, Tensor) else tensor.to(features.device)
     expected = tuple(features.shape[dim] for dim in (0, *dims))
     if tuple(tensor.shape) != expected:

@@ -17,8 +17,9 @@ from mdnorm.arrays import (
     plain_features,
     position_mask,
     row_weights,
+    statistics_dtype,
 )
-from mdnorm.context import MetadataSlot
+from mdnorm.context import Given, MetadataSlot
 from mdnorm.distributed import GroupSetting, active_group, world_size
 from mdnorm.distributed import eager as uncompiled_function
 from mdnorm.estimators import ESTIMATORS, Batch, Estimator, Spread
@@ -27,12 +28,13 @@ from mdnorm.moments import Moments
 from mdnorm.regression import (
     Granularity,
     Standardisation,
+    apply_operator,
     coefficient_operator,
     full_precision,
     is_eager,
     position_dims,
+    prior_share,
     regress,
-    statistics_dtype,
 )
 
 if TYPE_CHECKING:
@@ -387,9 +389,7 @@ class MetadataNorm(nn.Module):
         return features
 
     def _forward_nested(self, features: Tensor, metadata: Tensor | ArrayLike) -> Tensor:
-        """Evaluate a nested tensor, as `nn.TransformerEncoder` makes of padded tokens: sequences of several
-        lengths.
-        """
+        """Evaluate sequences of several lengths, the nested tensor that `nn.TransformerEncoder` makes."""
         if self.training or self.granularity != "channel":
             raise ValueError(
                 "nested features, of sequences of several lengths, are corrected in evaluation and with "
@@ -402,7 +402,7 @@ class MetadataNorm(nn.Module):
         ]
         return torch.nested.as_nested_tensor(parts)
 
-    def given_metadata(self) -> Any:
+    def given_metadata(self) -> Given:
         """Return what `mdnorm.metadata` gave for this batch.
 
         Raises
@@ -463,8 +463,7 @@ def metadata_norm(
     check_finite: bool = True,
     process_group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Remove from features what the metadata explain, by least squares in this batch: the layer without a
-    state.
+    """Remove from features what the metadata explain in this batch: the layer without a state.
 
     Parameters
     ----------
@@ -506,18 +505,16 @@ def metadata_norm(
     protected = columns.shape[1] - num_metadata
     row_weight = row_weights(weights, columns, where, dims, check_finite)
     group = None if world_size(process_group) == 1 else process_group
-    if not len(features) and group is None:
-        return features.clone()
 
     def step(features: Tensor) -> Tensor:
         batch = Batch(columns, row_weight, dims, where, group, is_eager(columns), False)
         units = Standardisation.of(columns, protected - 1, row_weight, group)
         rows = (columns - units.origin) * units.scale
         count, left, gram, cross = batch_moments(features, rows, batch)
-        share = prior / (prior + count) if prior else 0.0
-        operator = coefficient_operator(gram, protected, share, dtype=cross.dtype).to(cross.dtype)
+        operator = coefficient_operator(gram, protected, prior_share(prior, count), dtype=cross.dtype)
         basis = rows[:, protected:] - gram[protected - 1, protected:]
-        return regress(features, basis, operator @ cross, operator @ left, dims, where, group=group)
+        coefficients, projector = (apply_operator(operator, part, cross.dtype) for part in (cross, left))
+        return regress(features, basis, coefficients, projector, dims, where, group=group)
 
     with full_precision(features.device):
         return step(features) if group is None else uncompiled_function(step)(features)

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdnorm.arrays import as_real_array, as_real_tensor
-from mdnorm.regression import Standardisation, coefficient_operator, statistics_dtype
+from mdnorm.arrays import as_real_array, as_real_tensor, refuse_bad_weights, statistics_dtype
+from mdnorm.regression import Standardisation, coefficient_operator
 
 __all__ = ["Moments", "NoSamplesError", "Products"]
 
@@ -328,9 +328,7 @@ def _row_weights(values: Any, rows: int, like: Tensor) -> Tensor:
     weights = as_real_tensor(values, "weights").to(like)
     if weights.shape != (rows,):
         raise ValueError(f"weights must have shape ({rows},), one weight a row, got {tuple(weights.shape)}.")
-    bad = ~(weights.isfinite() & (weights >= 0))
-    if bool(bad.any()):
-        raise ValueError(f"weights must be finite and not negative: row(s) {bad.nonzero()[:5, 0].tolist()}.")
+    refuse_bad_weights(weights)
     return weights
 
 

@@ -10,9 +10,8 @@ The labels are in the regression so that an effect which label and metadata shar
 metadata.
 
 **Moments.** A row of the design is ``z = [y, 1, m]``, labels and metadata about a fixed origin in units of a
-fixed scale (`Standardisation`). So the moments that least squares needs are plain weighted averages of ``z
-zᵀ`` and ``z fᵀ``: batches, chunks of a table and processes add up by one sum, and a sample weight is one
-factor.
+fixed scale (`Standardisation`). So the moments that least squares needs are plain weighted averages of
+``z zᵀ`` and ``z fᵀ``: batches and processes add up by one sum, and a sample weight is one factor.
 
 **Coefficients.** β_m is a matrix that depends on the design alone, times ``E[z fᵀ]``
 (`coefficient_operator`).
@@ -31,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from mdnorm.arrays import is_traced
 from mdnorm.distributed import all_reduce_sum
 
 if TYPE_CHECKING:
@@ -67,11 +67,6 @@ _TINY = 1e-30
 
 
 # -- precision -----------------------------------------------------------------------------------------------
-
-
-def statistics_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype in which K×K statistics are kept on `device`: float64 wherever it exists."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def compute_dtype(features: Tensor) -> torch.dtype:
@@ -136,8 +131,7 @@ def _spread(matrix: Tensor, dims: tuple[int, ...]) -> Tensor:
 
 
 def as_matrix(tensor: Tensor, dims: tuple[int, ...], mask: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Return features (N, ...) as the (N, D) matrix that is regressed: flat, or their mean over the
-    positions.
+    """Return features (N, ...) as the (N, D) matrix that is regressed: flat, or means over the positions.
 
     Averaging is exact, since all positions of a sample have the same row of the design. `mask` (N, 1, ...) is
     true at the positions that count.
@@ -172,10 +166,9 @@ def _subtract(
     out = torch.addmm(
         as_matrix(tensor, (), None, left.dtype) if matrix is None else matrix, left, right, alpha=-1
     )
-    # Detached where it is no leaf of the graph, the result of an autograd function is no view of anything.
-    return (
-        out if tensor.ndim == 2 and tensor.dtype == out.dtype else out.to(tensor.dtype).reshape(tensor.shape)
-    )
+    if tensor.ndim == 2 and tensor.dtype == out.dtype:
+        return out
+    return out.to(tensor.dtype).reshape(tensor.shape)
 
 
 def remove(
@@ -240,9 +233,7 @@ class Standardisation(NamedTuple):
 
     @classmethod
     def of_moments(cls, mean: Tensor, variance: Tensor, intercept: int) -> Standardisation:
-        """Return the same for given means and variances; that of a constant column is the size of its
-        value.
-        """
+        """Return the same for given means and variances; a constant column has its size as its unit."""
         origin, deviation = mean.clone(), variance.sqrt()
         varies = deviation > _CONSTANT * origin.abs() + torch.finfo(deviation.dtype).tiny ** 0.5
         unit = torch.where(varies, deviation, torch.where(origin == 0, 1.0, origin.abs()))
@@ -356,6 +347,19 @@ def _pseudo_inverse(
     return rows
 
 
+def apply_operator(operator: Tensor, moments: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return ``operator @ moments`` in a dtype.
+
+    Multiplied in the operator's dtype: where columns are collinear, it is as large as the prior is small.
+    """
+    return (operator @ moments.to(operator.dtype)).to(dtype)
+
+
+def prior_share(prior: float, weight: Any) -> Any:
+    """Return what a prior weighs beside the weight of samples, of both together; 0.0 without a prior."""
+    return prior / (prior + weight) if prior else 0.0
+
+
 # -- the step of a network -----------------------------------------------------------------------------------
 
 
@@ -395,8 +399,7 @@ def regress(
     memory: Memory | None = None,
     group: ProcessGroup | None = None,
 ) -> Tensor:
-    """Return ``features − basis @ coefficients``, with the gradient of coefficients that came from the
-    features.
+    """Return ``features − basis @ coefficients`` with the gradient of coefficients made of the features.
 
     Where the coefficients are ``rows @ features``, the gradient of the features is ``g − rowsᵀ (basisᵀ g)``.
     What stands in the brackets, the *adjoint* of the coefficients, is a sum over all samples behind them: of
@@ -424,8 +427,7 @@ def regress(
     """
     dtype = compute_dtype(features)
     parts = [part if part.dtype == dtype else part.to(dtype) for part in (basis, coefficients, rows)]
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    apply = _Regress.apply if traced else _apply_regress
+    apply = _Regress.apply if is_traced() else _apply_regress
     return cast(Tensor, apply(features, *parts, mask, dims, group, *(memory or _NO_MEMORY)))
 
 
@@ -499,11 +501,7 @@ _NO_MEMORY = (None,) * 6
 
 def is_eager(tensor: Tensor) -> bool:
     """Whether to look at a value costs nothing: on the CPU, outside of graphs and transforms."""
-    return (
-        tensor.is_cpu
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    )
+    return tensor.is_cpu and not is_traced()
 
 
 def advance(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from mdnorm.arrays import is_traced, statistics_dtype
 from mdnorm.distributed import all_reduce_sum
 from mdnorm.moments import Moments
 from mdnorm.regression import (
@@ -18,8 +19,8 @@ from mdnorm.regression import (
     coefficient_operator,
     compute_dtype,
     is_eager,
+    prior_share,
     remove,
-    statistics_dtype,
 )
 
 if TYPE_CHECKING:
@@ -148,8 +149,7 @@ class Estimator(nn.Module, ABC):
         is_kept = self.is_standardised | ~units.origin.isfinite().all()
         self.origin.copy_(torch.where(is_kept, self.origin, units.origin))
         self.scale.copy_(torch.where(is_kept, self.scale, units.scale))
-        is_traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-        if not is_traced and self.is_standardised:
+        if not is_traced() and self.is_standardised:
             # Not by setattr, which looks for parameters, buffers and modules first.
             self.__dict__.setdefault("_standardised", {})[batch.group] = self.scale
 
@@ -180,9 +180,12 @@ class Estimator(nn.Module, ABC):
         self, features: Tensor, metadata: Tensor, dims: tuple[int, ...], mask: Tensor | None = None
     ) -> Tensor:
         """Remove the remembered effect of metadata columns (N, K_m) from features (N, ...)."""
+        basis = self._basis(self._metadata_rows(metadata), self.mean)
+        return remove(features, basis, self.coefficients.flatten(1), dims, mask)
+
+    def _metadata_rows(self, metadata: Tensor) -> Tensor:
         p = self.num_protected
-        rows = (metadata - self.origin[p:]) * self.scale[p:]
-        return remove(features, self._basis(rows, self.mean), self.coefficients.flatten(1), dims, mask)
+        return (metadata - self.origin[p:]) * self.scale[p:]
 
     def _basis(self, metadata: Tensor, mean: Tensor) -> Tensor:
         basis = metadata - mean
@@ -190,9 +193,11 @@ class Estimator(nn.Module, ABC):
 
     def set_moments(self, moments: Moments) -> None:
         """Replace the coefficients by the least-squares fit of given moments (`mdnorm.recalibrate`)."""
-        gram, cross, _ = self._averages(moments)
+        self._fit(*self._averages(moments))
+
+    def _fit(self, gram: Tensor, cross: Tensor, weight: float) -> None:
         with torch.no_grad():
-            operator = self._operator(gram, self._share(float(moments.weight)))
+            operator = self._operator(gram, prior_share(self.prior, weight))
             self.coefficients.flatten(1).copy_(operator @ cross)
             self.mean.copy_(gram[self.num_labels, self.num_protected :])
 
@@ -215,10 +220,6 @@ class Estimator(nn.Module, ABC):
         units = Standardisation(self.origin.to(moments.gram), self.scale.to(moments.gram))
         gram, cross = moments.averages(units)
         return gram.to(self.origin), cross.to(self.origin), moments.weight
-
-    def _share(self, weight: Any) -> Any:
-        """Return what the prior weighs beside a weight, of both together."""
-        return self.prior / (self.prior + weight) if self.prior else 0.0
 
     def _operator(self, gram: Tensor, share: float | Tensor) -> Tensor:
         """Return what takes ``E[z fᵀ]`` to the coefficients that are removed, (R, K)."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from mdnorm.distributed import eager, world_size
 from mdnorm.estimators.base import Batch, Estimator, batch_moments
 from mdnorm.moments import Moments
-from mdnorm.regression import Memory, advance, regress, remove
+from mdnorm.regression import Memory, advance, apply_operator, prior_share, regress, remove
 
 __all__ = ["LeastSquares"]
 
@@ -128,8 +128,8 @@ class LeastSquares(Estimator):
 
     def set_moments(self, moments: Moments) -> None:
         """Replace the running state by given moments, which weigh no more than the window."""
-        super().set_moments(moments)
         gram, cross, weight = self._averages(moments)
+        self._fit(gram, cross, weight)
         with torch.no_grad():
             self.gram.copy_(gram)
             self.weight.fill_(weight if self.gram_source == "dataset" else min(weight, self.window))
@@ -184,16 +184,16 @@ class LeastSquares(Estimator):
                         faded = self.prior_weight * kept
                         self.prior_weight.copy_(torch.where(torch.as_tensor(used), faded, self.prior_weight))
             if source == "batch":
-                running, moments, operator = gram, cross, self._operator(gram, self._share(count))
+                running, moments = gram, cross
+                operator = self._operator(gram, prior_share(self.prior, count))
             else:
                 operator = self._running_operator(batch.eager)
-            # In float64: where columns are collinear, the operator is as large as the prior is small.
-            coefficients = (operator @ moments.to(operator.dtype)).to(left.dtype)
+            coefficients = apply_operator(operator, moments, left.dtype)
             mean = running[p - 1, p:]
             if not batch.repeated and used is not False:
                 self._remember(kept, count, coefficients, mean, used, batch.eager)
             basis = self._basis(rows[:, p:], mean)
-            projector = (operator @ left.to(operator.dtype)).to(left.dtype)
+            projector = apply_operator(operator, left, left.dtype)
         if self.adjoint_source == "none":
             return remove(features, basis, coefficients, batch.dims, batch.mask)
         memory = None
@@ -217,8 +217,7 @@ class LeastSquares(Estimator):
     ) -> None:
         """Move what evaluation removes to the coefficients of this step, if its batch was used."""
         if self.gram_source == "batch":
-            operator = self._running_operator(eager)
-            coefficients = (operator @ self.cross.to(operator.dtype)).to(self.cross.dtype)
+            coefficients = apply_operator(self._running_operator(eager), self.cross, self.cross.dtype)
             mean = self.gram[self.num_labels, self.num_labels + 1 :]
         # Coefficients of all samples so far have no noise that a mean would not have; but "dataset" has those
         # of a batch.
@@ -233,7 +232,8 @@ class LeastSquares(Estimator):
 
     def _running_operator(self, eager: bool) -> Tensor:
         if not self.prior_on_all:
-            return self._operator(self.gram, self._share(self.weight.item() if eager else self.weight))
+            weight = self.weight.item() if eager else self.weight
+            return self._operator(self.gram, prior_share(self.prior, weight))
         prior = self.prior_weight / self.weight.clamp_min(1e-30)
         return self._operator(self.gram + prior * torch.eye(len(self.gram)).to(self.gram), 0.0)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mdnorm.distributed import all_reduce_sum, eager, world_size
 from mdnorm.estimators.base import Batch, Estimator
 from mdnorm.moments import Moments
-from mdnorm.regression import as_matrix, compute_dtype, full_precision, remove
+from mdnorm.regression import as_matrix, compute_dtype, full_precision, prior_share, remove
 
 __all__ = ["Penalty"]
 
@@ -78,7 +78,7 @@ class Penalty(Estimator):
     def _learned(self) -> Tensor:
         """Return the coefficients that the parameter stands for."""
         # What the parameter fits, as moments: the labels are protected as by every other estimator.
-        operator = self._operator(self.gram, self._share(self.gram_weight))
+        operator = self._operator(self.gram, prior_share(self.prior, self.gram_weight))
         through = operator @ (self.gram @ self._whitening())
         learned: Tensor = through.to(self.weight.dtype) @ self.weight.detach()
         return learned
@@ -86,6 +86,9 @@ class Penalty(Estimator):
     def set_gram(self, moments: Moments) -> None:
         """Take the moments of the training set; what is learned already is put in its columns."""
         gram, _, weight = self._averages(moments)
+        self._store(gram, weight)
+
+    def _store(self, gram: Tensor, weight: float) -> None:
         with torch.no_grad():
             slopes = self._whitening() @ self.weight.to(gram.dtype) if self.gram_weight.item() else None
             self.gram.copy_(gram)
@@ -97,8 +100,8 @@ class Penalty(Estimator):
 
     def set_moments(self, moments: Moments) -> None:
         """Replace the learned coefficients by the exact fit."""
-        self.set_gram(moments)
-        _, cross, _ = self._averages(moments)
+        gram, cross, weight = self._averages(moments)
+        self._store(gram, weight)
         with torch.no_grad():
             self.weight.copy_(self._whitening().mT @ cross)
             self.coefficients.flatten(1).copy_(self._learned())

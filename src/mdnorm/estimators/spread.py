@@ -43,6 +43,8 @@ class Spread(LeastSquares):
     ----------
     log_gram, log_cross, log_weight : (K, K), (K, D), (1,) buffers
         Running moments of the design and ``log r²``.
+    squares : (D,) buffer, float64
+        Running mean of the squared features. `cross` is in float64, too.
     squares : (D,) buffer
         Running mean of the squared features.
     coefficients : (K_m, *num_features) buffer
@@ -123,7 +125,7 @@ class Spread(LeastSquares):
     ) -> Tensor:
         """Remove the remembered effect of metadata columns (N, K_m) on the spread of features (N, ...)."""
         p, dtype = self.num_protected, compute_dtype(features)
-        basis = ((metadata - self.origin[p:]) * self.scale[p:] - self.mean).to(dtype)
+        basis = (self._metadata_rows(metadata) - self.mean).to(dtype)
         effect = basis @ self.coefficients.flatten(1).to(dtype)
         change = torch.expm1(-0.5 * effect.clamp(-_LARGEST_EFFECT, _LARGEST_EFFECT))
         centre = self.cross[p - 1].to(dtype).unsqueeze(0)

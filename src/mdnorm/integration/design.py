@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdnorm.arrays import statistics_dtype
 from mdnorm.design import Design
-from mdnorm.regression import statistics_dtype
 
 __all__ = ["AttachedDesign", "attach_design", "design_of"]
 

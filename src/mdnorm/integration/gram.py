@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm import context
-from mdnorm.arrays import check_finite_columns, columns_of, label_columns
+from mdnorm.arrays import check_finite_columns, columns_of, label_columns, statistics_dtype
 from mdnorm.distributed import gather_or_raise, group_of
 from mdnorm.integration.design import AttachedDesign
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import Moments, NoSamplesError
-from mdnorm.regression import statistics_dtype
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

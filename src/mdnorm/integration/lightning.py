@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mdnorm import context
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, statistics_dtype
 from mdnorm.extras import requires
 from mdnorm.integration.applied import find_features, samples_first
 from mdnorm.integration.dependence import LayerOutputs, Selector, described, select
@@ -25,7 +25,6 @@ from mdnorm.integration.places import Target
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames
-from mdnorm.regression import statistics_dtype
 
 with requires("lightning"):
     from mdnorm.metrics.streaming import DistanceCorrelation

@@ -315,11 +315,11 @@ class _Accumulator:
         if self.moments is None:
             self.moments = Moments.empty(matrix.shape[1], num_metadata, num_labels, matrix.device)
         design = torch.cat([columns[:, num_labels + 1 :], columns[:, :num_labels]], 1)
-        each = row_weights(weights, columns, where, dims, True)
-        of_samples = row_weights(weights, columns, None, dims, True)
-        if where is not None and each is not None:
-            # Of its positions in all, since another batch may be padded to another length.
-            each = each * where[0].numel()
+        each = of_samples = row_weights(weights, columns, None, dims, True)
+        if where is not None:
+            # A sample counts as its positions in all, since another batch may be padded to another length.
+            positions = where.sum(dims)[:, 0].to(columns.dtype)
+            each = positions if of_samples is None else of_samples * positions
             of_samples = (each > 0).to(each) if of_samples is None else of_samples * (each > 0)
         self.num_samples += float(len(columns) if of_samples is None else of_samples.sum())
         self.moments.update(matrix, design, each)
