@@ -2,8 +2,9 @@
 
 The layer is `MetadataNorm`; `insert` puts it into a model of others, and `insertions` says where; `fit_gram`
 prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `save` and
-`load` keep model, layers and design in one file; `Design` turns tables into metadata columns; `audit` reports
-what features know of metadata.
+`load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
+`balancing_weights` weighs samples so that labels and metadata are independent; `audit` reports what features
+know of metadata.
 
 `mdnorm.regression` holds the maths, `mdnorm.basis` flexible metadata columns, `mdnorm.estimators` the
 strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what works on whole models,
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mdnorm import auditing, basis, distributed, estimators, integration, metrics, regression
 from mdnorm.auditing import audit
+from mdnorm.balance import BalancingWeights, balancing_weights
 from mdnorm.context import metadata
 from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis
 from mdnorm.integration import (
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from mdnorm import tables as tables
 
 __all__ = [
+    "BalancingWeights",
     "ConfoundedDesignWarning",
     "Design",
     "DesignDiagnosis",
@@ -50,6 +53,7 @@ __all__ = [
     "attach_design",
     "audit",
     "auditing",
+    "balancing_weights",
     "basis",
     "design_of",
     "distributed",

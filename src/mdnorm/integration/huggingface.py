@@ -41,7 +41,9 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Key of the labels whose effect is protected in training, the same that the model learns from as a
         rule; None for none. They stay in the batch.
     weights : str or None
-        Key of the weights of the samples in the fit; None: all count the same.
+        Key of the weights of the samples in the fit (see `mdnorm.balancing_weights`); None: all count the
+        same. The model does not get them; the attribute `batch_weights` has those of the batch, for a
+        `compute_loss` of your own.
     mask : str or None
         Key of the mask of the tokens that count, in batches that have it; it stays in the batch. See
         `mdnorm.metadata` for the layers that use it. None: padding counts as data.
@@ -80,6 +82,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.protected_key = protect
         self.weights_key = weights
         self.mask_key = mask
+        self.batch_weights: Any = None
         self.recalibrates = recalibrate
         self._network = cast(nn.Module, self.model)
         layers: list[Any] = [layer for layer, _ in context.slots_of(self._network)]
@@ -116,8 +119,12 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         mask = None if self.mask_key is None else inputs.get(self.mask_key)
         # Models also take masks between pairs of tokens, which are none of positions.
         mask = None if mask is None or mask.ndim != 2 else mask
-        with context.metadata(model, metadata, labels, weights, mask):
-            yield inputs
+        self.batch_weights = weights
+        try:
+            with context.metadata(model, metadata, labels, weights, mask):
+                yield inputs
+        finally:
+            self.batch_weights = None
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Run forward and backward pass inside the context of the batch's metadata."""

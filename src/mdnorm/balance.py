@@ -1,0 +1,740 @@
+"""Balancing weights: sample weights under which labels and metadata are independent in the training data."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdnorm.arrays import as_real_tensor, columns_of
+from mdnorm.extras import requires
+from mdnorm.metrics.checks import listed
+from mdnorm.metrics.pairwise import Distances
+from mdnorm.metrics.samples import as_codes, as_samples
+from mdnorm.plotting import PALETTE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from numpy.typing import ArrayLike, NDArray
+
+__all__ = ["BalancingWeights", "ColumnBalance", "balancing_weights"]
+
+Method = Literal["propensity", "entropy", "distance"]
+
+# A class that a fitted model gives less than this probability does not occur for such metadata. The fit stops
+# at 1e-12, and a probability that tends to 0 is then below 1e-8 unless very few rows have it.
+_NEVER = 1e-8
+
+# R² from which on labels or metadata count as a function of the other.
+_DETERMINED = 1 - 1e-9
+
+# Weights with which fewer samples than this decide are refused, or half of the samples where there are few.
+_MIN_EFFECTIVE = 10.0
+_MIN_EFFECTIVE_OF_CLASS = 3.0
+
+# Three matrices of 5000 × 5000 take 600 MB.
+_MAX_ROWS_OF_DISTANCES = 5000
+
+# As many samples as the streamed dcor² takes by default.
+_MAX_ROWS_OF_DEPENDENCE = 2000
+
+_WHAT_TO_DO = (
+    "leave these samples out, merge levels or classes, take fewer or coarser metadata columns, or collect "
+    "the samples that are missing."
+)
+_NO_OVERLAP = f"No weights can make labels and metadata independent there: {_WHAT_TO_DO}"
+
+
+class ColumnBalance(NamedTuple):
+    """How far labels and one metadata column go together, without and with the weights.
+
+    Attributes
+    ----------
+    name : str
+        Of the column.
+    before, after : float
+        For classes the largest difference between the means of two classes, in standard deviations within the
+        classes before weighting; for continuous labels the largest absolute correlation with a label column.
+        0 of a constant column.
+    """
+
+    name: str
+    before: float
+    after: float
+
+
+@dataclass(frozen=True, eq=False)
+class BalancingWeights:
+    """Sample weights of `balancing_weights`, with what they achieve.
+
+    ``np.asarray(result)`` and ``torch.as_tensor(result)`` give the weights.
+
+    Attributes
+    ----------
+    weights : (N,) float64 tensor
+        On the CPU, not negative, of mean 1.
+    method : {"propensity", "entropy", "distance"}
+    effective_sample_size : float
+        ``(Σ w)² / Σ w²``: as many samples of equal weight would give means that are as sure.
+    class_sizes : dict
+        For classes: class -> (rows, effective sample size); empty for continuous labels.
+    balance : tuple of ColumnBalance
+        One row for each metadata column.
+    dcor_sqr_before, dcor_sqr_after : float
+        Bias-corrected squared distance correlation of labels and standardised metadata; with the weights, of
+        the weighted population that they stand for. Of at most 2000 samples drawn at random.
+    clipped : (number of clipped samples,) int64 tensor
+        Rows whose weight was above `clip`.
+    largest : float
+        The largest weight before clipping, in units of the mean weight.
+    """
+
+    weights: Tensor
+    method: Method
+    effective_sample_size: float
+    class_sizes: dict[Any, tuple[int, float]]
+    balance: tuple[ColumnBalance, ...]
+    dcor_sqr_before: float
+    dcor_sqr_after: float
+    clipped: Tensor
+    largest: float
+
+    def __len__(self) -> int:
+        return len(self.weights)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
+        array = self.weights.numpy()
+        return np.array(array, dtype=dtype) if copy else array.astype(dtype or array.dtype, copy=False)
+
+    # torch.as_tensor does not look at __array__.
+    def __dlpack__(self, **options: Any) -> Any:
+        return self.weights.__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        return self.weights.__dlpack_device__()
+
+    def __repr__(self) -> str:
+        return (
+            f"BalancingWeights(method={self.method!r}, num_samples={len(self)}, "
+            f"effective_sample_size={self.effective_sample_size:.1f})"
+        )
+
+    def __str__(self) -> str:
+        return self.summary()
+
+    def summary(self) -> str:
+        """Return what the weights achieve, as lines of text."""
+        lines = [
+            f"Balancing weights ({self.method}) of {len(self)} samples, effective sample size "
+            f"{self.effective_sample_size:.1f} ({self.effective_sample_size / len(self):.0%})"
+        ]
+        for name, (rows, effective) in self.class_sizes.items():
+            lines.append(f"  class {name}: {rows} samples, effective {effective:.1f}")
+        lines.append(
+            f"Largest weight {self.largest:.3g}"
+            + (f", clipped with {len(self.clipped) - 1} others" if len(self.clipped) else ", none clipped")
+        )
+        what = "difference of class means (sd)" if self.class_sizes else "correlation with the labels"
+        table = [
+            (what, "before", "after"),
+            *((row.name, f"{row.before:.3f}", f"{row.after:.3f}") for row in self.balance),
+            ("dcor² of labels and metadata", f"{self.dcor_sqr_before:.3f}", f"{self.dcor_sqr_after:.3f}"),
+        ]
+        width = max(len(name) for name, *_ in table)
+        lines += [f"{name:<{width}}  {before:>6}  {after:>6}" for name, before, after in table]
+        return "\n".join(lines)
+
+    def plot(self, axes: Axes | None = None) -> Axes:
+        """Draw a love plot: the balance of each metadata column, before and after.
+
+        Parameters
+        ----------
+        axes : matplotlib.axes.Axes, optional
+            Where to draw; by default a new figure.
+
+        Returns
+        -------
+        matplotlib.axes.Axes
+
+        Raises
+        ------
+        MissingExtraError
+            matplotlib is not installed.
+        """
+        with requires("audit"):
+            import matplotlib.pyplot as plt
+        if axes is None:
+            axes = plt.subplots(figsize=(6, 1.2 + 0.3 * len(self.balance)), layout="constrained")[1]
+        places = range(len(self.balance))
+        before, after = ([getattr(row, key) for row in self.balance] for key in ("before", "after"))
+        axes.hlines(places, before, after, color="0.8", zorder=0)
+        axes.plot(before, places, "o", color=PALETTE[3], markerfacecolor="none", label="before")
+        axes.plot(after, places, "o", color=PALETTE[4], label="with weights")
+        axes.axvline(0, color="0.5", linewidth=0.8, zorder=0)
+        axes.set_yticks(list(places), [row.name for row in self.balance])
+        axes.invert_yaxis()
+        axes.set_xlabel(
+            "largest difference of class means (sd)" if self.class_sizes else "largest |correlation|"
+        )
+        axes.legend()
+        return axes
+
+    def sampler(
+        self, num_samples: int | None = None, generator: torch.Generator | None = None
+    ) -> torch.utils.data.WeightedRandomSampler:
+        """Return a sampler that draws each sample with a probability proportional to its weight.
+
+        Use it *instead of* weights in the loss and in the layer: with both, every weight would count twice.
+
+        Parameters
+        ----------
+        num_samples : int, optional
+            Draws in an epoch, with replacement; by default as many as there are samples.
+        generator : torch.Generator, optional
+            Of the draws.
+
+        Returns
+        -------
+        torch.utils.data.WeightedRandomSampler
+            For ``DataLoader(data_set, sampler=…)``, of the data set whose rows the weights belong to.
+        """
+        weights: Any = self.weights
+        num_samples = len(self) if num_samples is None else num_samples
+        return torch.utils.data.WeightedRandomSampler(weights, num_samples, generator=generator)
+
+
+def balancing_weights(
+    labels: Tensor | ArrayLike,
+    metadata: Tensor | ArrayLike,
+    *,
+    method: Method | None = None,
+    clip: float | None = 50.0,
+    base_weights: Tensor | ArrayLike | None = None,
+    metadata_names: Sequence[str] | None = None,
+) -> BalancingWeights:
+    """Return sample weights under which labels and metadata are independent in the training data.
+
+    Where label and metadata go together in the sample, a loss rewards a network for predicting the label from
+    the metadata. With these weights in the loss (and in `MetadataNorm`, if there is one) it does not.
+
+    Parameters
+    ----------
+    labels : (N,) or (N, K_y)
+        Classes: integers, booleans, strings, any column of two distinct values, or one-hot columns.
+        Continuous: floating-point values, of one or several columns.
+    metadata : (N,) or (N, K_m)
+        Columns as the layer takes them, of any real dtype: a flexible basis (`mdnorm.basis`) for continuous
+        variables, one-hot columns for categories, or those of a `mdnorm.Design`.
+    method : {"propensity", "entropy", "distance"}, optional
+        Default: "propensity" for classes, "entropy" for continuous labels.
+
+        - "propensity": stabilised inverse-propensity weights ``p(y) / p(y|m)`` with an unpenalised
+          multinomial logistic regression of the classes on the metadata columns [1]_. Needs scikit-learn.
+        - "entropy": the weights closest to uniform (of maximal entropy) for which each label column is
+          exactly uncorrelated with each metadata column, and the means of both are those of the sample
+          [2]_ [3]_. Of classes the label columns are one-hot.
+        - "distance": the weights that minimise the weighted distance covariance of labels and metadata plus
+          the energy distances of both to their distribution in the sample [4]_: any form of dependence,
+          not only that of the columns given. Memory grows with N², time with N³: at most 5000 samples.
+    clip : float or None
+        The largest weight: from 1 on in units of the mean weight, below 1 as a quantile of the weights; None:
+        no limit. Larger weights are set to it, then all are divided by their mean. Clipping trades balance
+        for effective sample size: what remains is in `BalancingWeights.balance`.
+    base_weights : (N,), optional
+        Weights above 0 that the samples have already (of a survey, say). Labels and metadata become
+        independent with each distributed as it is under them, and the result has them in it.
+    metadata_names : sequence of str, optional
+        Of the columns, for the table and for errors. Default: those of a DataFrame, or ``column 0``, ….
+
+    Returns
+    -------
+    BalancingWeights
+        Weights (N,) float64 of mean 1, and what they achieve.
+
+    Raises
+    ------
+    TypeError
+        Labels or metadata are of a wrong type.
+    ValueError
+        - Labels and metadata have different numbers of rows, fewer than 4 rows, or NaN or infinite values;
+          labels have one class or value only, or a class of one row; all metadata columns are constant (a
+          single constant column is balanced and does no harm).
+        - There is no overlap: a value of the metadata at which a class does not occur, classes that a column
+          separates, labels that are a linear function of the metadata, or so few samples with nearly all
+          weight that nothing can be learned from them. The message names columns, classes and rows.
+        - `method` is unknown or not for such labels, `clip` is not positive, or there are too many rows for
+          ``method="distance"``.
+    MissingExtraError
+        scikit-learn is not installed.
+
+    Notes
+    -----
+    Weights do not help where there is no overlap, and they cost certainty: look at the effective sample size.
+    Compute them from the training samples only; evaluation needs none.
+
+    References
+    ----------
+    .. [1] Robins, J. M., Hernán, M. A., & Brumback, B. (2000). Marginal structural models and causal
+       inference in epidemiology. Epidemiology, 11(5), 550–560.
+    .. [2] Hainmueller, J. (2012). Entropy balancing for causal effects: A multivariate reweighting method to
+       produce balanced samples in observational studies. Political Analysis, 20(1), 25–46.
+    .. [3] Tübbicke, S. (2022). Entropy balancing for continuous treatments. Journal of Econometric Methods,
+       11(1), 71–89.
+    .. [4] Huling, J. D., Greifer, N., & Chen, G. (2024). Independence weights for causal inference with
+       continuous treatments. Journal of the American Statistical Association, 119(546), 1657–1670.
+
+    Examples
+    --------
+    Three of four patients (label 1) come from site 1, and one of four controls:
+
+    >>> labels = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1]).repeat(10)
+    >>> site = torch.tensor([0, 0, 0, 1, 0, 1, 1, 1]).repeat(10)
+    >>> result = balancing_weights(labels, site)
+    >>> [round(weight, 6) for weight in result.weights[:8].tolist()]
+    [0.666667, 0.666667, 0.666667, 2.0, 2.0, 0.666667, 0.666667, 0.666667]
+    >>> round(result.effective_sample_size, 6)
+    60.0
+    """
+    if method not in (None, "propensity", "entropy", "distance"):
+        raise ValueError(f'method must be "propensity", "entropy" or "distance", got {method!r}.')
+    _check_clip(clip)
+    # For its checks: constant columns are kept here, under their names.
+    samples = as_samples(metadata=metadata, min_samples=4, reason="there is nothing to balance")
+    columns = columns_of(metadata, "metadata").detach().cpu().double()
+    num_samples, num_columns = columns.shape
+    names = _column_names(metadata, metadata_names, num_columns)
+    if samples.rows[0].shape[1] == 0:
+        raise ValueError("metadata has only constant columns: there is nothing to balance.")
+    codes, classes, label_columns = _labels(labels, num_samples)
+    if method == "propensity" and codes is None:
+        raise ValueError(
+            'method="propensity" needs classes, and labels are continuous: take "entropy" or "distance", or '
+            "give class indices as integers."
+        )
+    base = _base_weights(base_weights, num_samples)
+    problem = _Problem(columns, label_columns, codes, tuple(classes), names, base)
+    problem.refuse_no_overlap()
+
+    method = method or ("entropy" if codes is None else "propensity")
+    solve = {"propensity": _propensity, "entropy": _entropy, "distance": _distance}[method]
+    raw = solve(problem)
+    raw = raw / raw.mean()
+    limit = math.inf if clip is None else clip if clip > 1 else float(np.quantile(raw.numpy(), clip))
+    weights = raw.clamp(max=limit)
+    weights = weights / weights.mean()
+    sizes = problem.class_sizes(weights)
+    problem.refuse_few_effective(weights, sizes)
+    some = torch.arange(num_samples)
+    if num_samples > _MAX_ROWS_OF_DEPENDENCE:
+        some = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
+        some = some[:_MAX_ROWS_OF_DEPENDENCE]
+    part = problem.part(some)
+    return BalancingWeights(
+        weights=weights,
+        method=method,
+        effective_sample_size=_effective(weights),
+        class_sizes=sizes,
+        balance=tuple(map(ColumnBalance, names, problem.imbalance(base), problem.imbalance(weights))),
+        dcor_sqr_before=part.dependence(part.base),
+        dcor_sqr_after=part.dependence(weights[some]),
+        clipped=(raw > limit).nonzero()[:, 0],
+        largest=float(raw.max()),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Arguments
+# --------------------------------------------------------------------------------------------------------
+
+
+def _check_clip(clip: float | None) -> None:
+    if clip is None:
+        return
+    if isinstance(clip, bool) or not isinstance(clip, (int, float, np.number)):
+        raise TypeError(f"clip must be a number or None, got {clip!r}.")
+    if not clip > 0 or clip == 1:
+        raise ValueError(
+            f"clip must be a quantile between 0 and 1 or a largest weight above 1, got {clip}: None for no "
+            "limit."
+        )
+
+
+def _column_names(metadata: Any, names: Sequence[str] | None, num_columns: int) -> tuple[str, ...]:
+    if names is None:
+        own = getattr(metadata, "columns", None)
+        names = [f"column {index}" for index in range(num_columns)] if own is None else list(map(str, own))
+    if isinstance(names, str) or len(names) != num_columns:
+        raise ValueError(
+            f"metadata_names must have one name for each of the {num_columns} metadata columns, got "
+            f"{names!r}."
+        )
+    return tuple(names)
+
+
+def _base_weights(weights: Tensor | ArrayLike | None, num_samples: int) -> Tensor:
+    """Return base weights (N,) of mean 1."""
+    if weights is None:
+        return torch.ones(num_samples, dtype=torch.float64)
+    base = columns_of(weights, "base_weights", num_samples=num_samples, num_columns=1).detach().cpu().double()
+    base = base[:, 0]
+    bad = ~(base.isfinite() & (base > 0))
+    if bool(bad.any()):
+        where = listed(bad.nonzero()[:, 0].tolist())
+        raise ValueError(
+            f"base_weights must be finite and above 0, which row(s) {where} are not: leave out samples "
+            "that are not to count."
+        )
+    return base / base.mean()
+
+
+def _labels(labels: Any, num_samples: int) -> tuple[Tensor | None, list[Any], Tensor]:
+    """Return codes of classes (None: continuous labels), the classes, and label columns (N, K_y) float64."""
+    if labels is None:
+        raise TypeError("labels must be classes or numbers, one a sample, got None.")
+    values = labels.detach().cpu() if isinstance(labels, Tensor) else np.asarray(labels)
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
+    if values.ndim not in (1, 2) or 0 in values.shape[1:]:
+        raise ValueError(f"labels must have shape (N,) or (N, K_y), got {tuple(values.shape)}.")
+    if len(values) != num_samples:
+        raise ValueError(
+            f"labels has {len(values)} rows and metadata has {num_samples}: give the same samples in the "
+            "same order."
+        )
+    is_numeric = isinstance(values, Tensor) or values.dtype.kind in "biufc"
+    columns = None
+    if is_numeric or values.ndim == 2:
+        columns = as_real_tensor(values, "labels")
+        as_samples(labels=columns, min_samples=4, reason="there is nothing to balance")
+        is_float = columns.is_floating_point()
+        columns = columns.double().reshape(num_samples, -1)
+        if values.ndim == 2:
+            if bool(((columns == 0) | (columns == 1)).all() and (columns.sum(1) == 1).all()):
+                values, columns = columns.argmax(1), None
+        elif not is_float or len(columns.unique()) <= 2:
+            columns = None
+    if columns is not None:
+        constant = [index for index in range(columns.shape[1]) if len(columns[:, index].unique()) == 1]
+        if constant:
+            raise ValueError(f"labels are constant in column(s) {constant}: there is nothing to balance.")
+        return None, [], columns
+    codes, classes = as_codes(values, "labels", num_samples)
+    if len(classes) == 1:
+        raise ValueError(f"labels has one class only, {classes[0]!r}: there is nothing to balance.")
+    single = [name for name, count in zip(classes, codes.bincount().tolist(), strict=True) if count == 1]
+    if single:
+        raise ValueError(
+            f"labels has class(es) of one sample: {listed(single)}. Merge classes, or leave these samples "
+            "out; if the labels are numbers and no classes, give them as floating-point values."
+        )
+    return codes, classes, torch.nn.functional.one_hot(codes, len(classes)).double()
+
+
+# --------------------------------------------------------------------------------------------------------
+# Balance
+# --------------------------------------------------------------------------------------------------------
+
+
+def _effective(weights: Tensor) -> float:
+    return float(weights.sum().square() / weights.square().sum())
+
+
+def _mean(columns: Tensor, weights: Tensor) -> Tensor:
+    mean: Tensor = weights @ columns / weights.sum()
+    return mean
+
+
+def _standardised(columns: Tensor, weights: Tensor) -> Tensor:
+    """Return columns of weighted mean 0 and standard deviation 1; constant ones are 0."""
+    centred = columns - _mean(columns, weights)
+    # Of a constant column only rounding is left, whatever its unit.
+    centred[:, columns.amin(0) == columns.amax(0)] = 0
+    centred = centred / centred.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
+    return centred / _mean(centred.square(), weights).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+
+
+def _span(columns: Tensor) -> Tensor:
+    """Return a basis of the space of columns, orthogonal and of mean square 1: (N, rank)."""
+    left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
+    return left[:, singular > 1e-10 * singular[0]] * len(columns) ** 0.5
+
+
+class _Problem(NamedTuple):
+    """Samples to balance: label columns are one-hot where there are classes (`codes`)."""
+
+    metadata: Tensor
+    labels: Tensor
+    codes: Tensor | None
+    classes: tuple[Any, ...]
+    names: tuple[str, ...]
+    base: Tensor
+
+    def part(self, rows: Tensor) -> _Problem:
+        """Return the problem of some of the samples, for its `dependence`."""
+        return self._replace(metadata=self.metadata[rows], labels=self.labels[rows], base=self.base[rows])
+
+    def class_sizes(self, weights: Tensor) -> dict[Any, tuple[int, float]]:
+        """Return rows and effective sample size of each class."""
+        inside = {name: weights[self.codes == code] for code, name in enumerate(self.classes)}
+        return {name: (len(values), _effective(values)) for name, values in inside.items()}
+
+    def imbalance(self, weights: Tensor) -> list[float]:
+        """Return how far labels and each metadata column go together."""
+        columns = _standardised(self.metadata, self.base)
+        if self.codes is None:
+            products = _standardised(columns, weights).T @ (
+                _standardised(self.labels, weights) * weights[:, None]
+            )
+            return (products.abs().amax(1) / weights.sum()).tolist()
+        # The unit is that before weighting, so that the differences can be compared.
+        variances, means = [], []
+        for code in range(len(self.classes)):
+            inside = self.codes == code
+            of_class, base = columns[inside], self.base[inside]
+            variances.append(_mean((of_class - _mean(of_class, base)).square(), base))
+            means.append(_mean(of_class, weights[inside]))
+        spread = torch.stack(variances).mean(0).sqrt().clamp(min=1e-12)
+        stacked = torch.stack(means)
+        return ((stacked.amax(0) - stacked.amin(0)) / spread).tolist()
+
+    def dependence(self, weights: Tensor) -> float:
+        """Return the bias-corrected dcor² of labels and standardised metadata in the weighted population."""
+        a, b = _distances(_standardised(self.metadata, self.base)), _distances(self.labels)
+        squares = _distance_product(a, a, weights) * _distance_product(b, b, weights)
+        return 0.0 if squares <= 0 else max(-1.0, min(1.0, _distance_product(a, b, weights) / squares**0.5))
+
+    def refuse_no_overlap(self) -> None:
+        """Raise ValueError where single columns show that labels cannot be independent of the metadata."""
+        columns = _standardised(self.metadata, self.base)
+        for index, name in enumerate(self.names if self.codes is not None else ()):
+            column = self.metadata[:, index]
+            low, high = column.amin(), column.amax()
+            if low == high:
+                continue
+            inside = [column[self.codes == code] for code in range(len(self.classes))]
+            if bool(((column == low) | (column == high)).all()):
+                for value in (low, high):
+                    missing = [
+                        label
+                        for label, values in zip(self.classes, inside, strict=True)
+                        if not bool((values == value).any())
+                    ]
+                    if missing:
+                        count = int((column == value).sum())
+                        raise ValueError(
+                            f"no overlap: class(es) {listed(missing)} of labels never occur where metadata "
+                            f"{name!r} is {float(value):g} ({count} samples). {_NO_OVERLAP}"
+                        )
+            for code, values in enumerate(inside):
+                others = column[self.codes != code]
+                if values.amax() < others.amin() or values.amin() > others.amax():
+                    raise ValueError(
+                        f"no overlap: metadata {name!r} separates the class {self.classes[code]!r} of labels "
+                        f"({values.amin():g} to {values.amax():g}) from all others ({others.amin():g} to "
+                        f"{others.amax():g}). {_NO_OVERLAP}"
+                    )
+        root = self.base.sqrt()[:, None]
+        basis = _span(root * columns)
+        targets = root * _standardised(self.labels, self.base)
+        left_over = targets - basis @ (basis.T @ targets) / len(basis)
+        determined = left_over.square().sum(0) < (1 - _DETERMINED) * targets.square().sum(0)
+        if bool(determined.any()):
+            which = determined.nonzero()[:, 0].tolist()
+            what = (
+                f"label column(s) {which}"
+                if self.codes is None
+                else f"class(es) {listed(self.classes[i] for i in which)}"
+            )
+            raise ValueError(
+                f"no overlap: {what} are a linear function of the metadata columns "
+                f"{listed(self.names)}. {_NO_OVERLAP}"
+            )
+
+    def refuse_few_effective(self, weights: Tensor, sizes: dict[Any, tuple[int, float]]) -> None:
+        """Raise ValueError where hardly any sample counts, in all or in a class."""
+        groups = [("", len(weights), _effective(weights), _MIN_EFFECTIVE)]
+        groups += [(f" of class {name!r}", *size, _MIN_EFFECTIVE_OF_CLASS) for name, size in sizes.items()]
+        for of_what, count, effective, least in groups:
+            if effective < min(least, count / 2):
+                raise ValueError(
+                    f"hardly any overlap: the weights{of_what} leave an effective sample size of "
+                    f"{effective:.1f} of {count} samples; {self.worst()}. Clip more (clip=), "
+                    f"{_WHAT_TO_DO}"
+                )
+
+    def worst(self) -> str:
+        """Return the columns that go with the labels the most, for an error."""
+        before = self.imbalance(self.base)
+        order = sorted(range(len(before)), key=before.__getitem__, reverse=True)
+        unit = "sd between classes" if self.codes is not None else "correlation"
+        shown = ", ".join(f"{self.names[i]!r} ({before[i]:.2f} {unit})" for i in order[:3])
+        return f"the metadata column(s) that go with the labels the most: {shown}"
+
+
+def _distances(rows: Tensor) -> Tensor:
+    num_samples = len(rows)
+    out = rows.new_empty(num_samples, num_samples)
+    # A product of matrices may leave a value on the diagonal.
+    return Distances(rows).block(slice(0, num_samples), slice(0, num_samples), out).fill_diagonal_(0)
+
+
+def _distance_product(a: Tensor, b: Tensor, weights: Tensor) -> float:
+    """Return the weighted squared distance covariance, from sums over distinct samples.
+
+    ``E[a_ij b_ij] − 2 E[a_ij b_ik] + E[a_ij b_kl]`` over distinct i, j, k, l drawn with probabilities
+    proportional to the weights; with equal weights the bias-corrected estimate of `mdnorm.metrics`.
+    """
+    w = weights / weights.max()
+    squared, product = w * w, a * b
+    s1, s2, s3, s4 = (float((w**power).sum()) for power in (1, 2, 3, 4))
+    a_sums, b_sums = a @ w, b @ w
+    pairs = float(w @ product @ w)
+    pair_square, square_square = float(w @ product @ squared), float(squared @ product @ squared)
+    rows, rows_square = float(w @ (a_sums * b_sums)), float(squared @ (a_sums * b_sums))
+    triples = rows - pair_square
+    quadruples = float(w @ a_sums) * float(w @ b_sums) - 4 * rows_square + 2 * square_square
+    return (
+        pairs / (s1**2 - s2)
+        - 2 * triples / (s1**3 - 3 * s1 * s2 + 2 * s3)
+        + quadruples / (s1**4 - 6 * s1**2 * s2 + 3 * s2**2 + 8 * s1 * s3 - 6 * s4)
+    )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Methods
+# --------------------------------------------------------------------------------------------------------
+
+
+def _propensity(problem: _Problem) -> Tensor:
+    """Return ``p(y) / p(y|m)`` times the base weights."""
+    with requires("metrics"):
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+    assert problem.codes is not None
+    # Orthogonal columns give the same probabilities, and a Hessian that can be inverted.
+    columns = _span(_standardised(problem.metadata, problem.base))
+    # Unpenalised: a penalty would leave imbalance.
+    model = LogisticRegression(C=np.inf, solver="newton-cholesky", tol=1e-12, max_iter=200)
+    with warnings.catch_warnings():
+        # Without overlap there is no optimum, which is said below.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        warnings.simplefilter("ignore", RuntimeWarning)
+        model.fit(columns.numpy(), problem.codes.numpy(), sample_weight=problem.base.numpy())
+    probabilities = torch.from_numpy(model.predict_proba(columns.numpy()))
+    never = ~(probabilities >= _NEVER)
+    if bool(never.any()):
+        where = never.any(1).nonzero()[:, 0].tolist()
+        absent = [problem.classes[index] for index in never.any(0).nonzero()[:, 0].tolist()]
+        raise ValueError(
+            f"no overlap: with metadata as in row(s) {listed(where)} ({len(where)} of {len(never)} samples) "
+            f"the class(es) {listed(absent)} of labels never occur; {problem.worst()}. {_NO_OVERLAP}"
+        )
+    shares = _mean(problem.labels, problem.base)
+    own = probabilities.gather(1, problem.codes[:, None])[:, 0]
+    return problem.base * shares[problem.codes] / own
+
+
+def _entropy(problem: _Problem) -> Tensor:
+    """Return the weights closest to the base weights that satisfy the constraints, by Newton in the dual."""
+    metadata = _standardised(problem.metadata, problem.base)
+    labels = _standardised(problem.labels, problem.base)
+    products = (labels[:, :, None] * metadata[:, None, :]).flatten(1)
+    constraints = _span(torch.cat([labels, metadata, products], 1))
+    log_base = problem.base.log()
+    multipliers = constraints.new_zeros(constraints.shape[1])
+
+    def value(multipliers: Tensor) -> Tensor:
+        return torch.logsumexp(log_base + constraints @ multipliers, 0)
+
+    current = value(multipliers)
+    for _ in range(200):
+        shares = torch.softmax(log_base + constraints @ multipliers, 0)
+        gradient = shares @ constraints
+        if float(gradient.abs().max()) < 1e-12:
+            break
+        hessian = (constraints * shares[:, None]).T @ constraints - gradient[:, None] * gradient
+        hessian.diagonal().add_(1e-14 * hessian.diagonal().max())
+        step = -torch.linalg.lstsq(hessian, gradient[:, None]).solution[:, 0]
+        slope = float(step @ gradient)
+        length = 1.0
+        while length > 1e-6 and not value(multipliers + length * step) <= current + 0.1 * length * slope:
+            length /= 2
+        if length <= 1e-6:
+            break
+        multipliers = multipliers + length * step
+        current = value(multipliers)
+    shares = torch.softmax(log_base + constraints @ multipliers, 0)
+    # Rounding alone is far below this; without a solution the multipliers grow without end.
+    if not float((shares @ constraints).abs().max()) < 1e-9:
+        raise ValueError(
+            "no overlap: no positive weights make each label column uncorrelated with each metadata column "
+            f"while they keep the means of both; {problem.worst()}. {_NO_OVERLAP}"
+        )
+    return shares
+
+
+def _distance(problem: _Problem) -> Tensor:
+    """Return the weights that minimise weighted distance covariance plus energy distances."""
+    num_samples = len(problem.base)
+    if num_samples > _MAX_ROWS_OF_DISTANCES:
+        raise ValueError(
+            f'method="distance" takes at most {_MAX_ROWS_OF_DISTANCES} samples (memory grows with N², time '
+            f'with N³), got {num_samples}: take "entropy" or "propensity".'
+        )
+    share = problem.base / num_samples
+    # With C and D the doubly centred distances of labels and metadata, negative semi-definite and 0 times the
+    # base weights, the objective is wᵀ(C∘D − C − D)w / N², and C∘D − C − D = (1 − C)∘(1 − D) − 1.
+    quadratic = torch.ones((), dtype=torch.float64)
+    for columns in (problem.labels, _standardised(problem.metadata, problem.base)):
+        centred = _distances(columns)
+        means = centred @ share
+        mean = means @ share
+        # In units of its mean, so that neither unit nor number of columns decides.
+        centred.sub_(means[:, None]).sub_(means).add_(mean).div_(-mean).add_(1)
+        quadratic = centred.mul_(quadratic)
+    quadratic -= 1
+    scale = quadratic.diagonal().mean()
+    # The sum of the weights is fixed, so that a constant changes nothing; with it 1 is no null vector. The
+    # ridge shares the weight of samples that are alike.
+    quadratic += scale
+    quadratic.diagonal().add_(1e-8 * scale / problem.base)
+    return _smallest_on_simplex(quadratic)
+
+
+def _smallest_on_simplex(quadratic: Tensor) -> Tensor:
+    """Return the direction of the w ≥ 0 of a given sum with the smallest ``wᵀ Q w``, Q positive definite.
+
+    It is that of the w ≥ 0 with the smallest ``wᵀQw/2 − Σw``, found by block principal pivoting (Kim & Park
+    2011, SIAM Journal on Scientific Computing 33, 3261–3281).
+    """
+    num_samples = len(quadratic)
+    free = torch.ones(num_samples, dtype=torch.bool)
+    fewest, chances = num_samples + 1, 3
+    weights = quadratic.new_zeros(num_samples)
+    for _ in range(10 * num_samples):
+        index = free.nonzero()[:, 0]
+        weights.zero_()
+        factor = torch.linalg.cholesky(
+            quadratic if len(index) == num_samples else quadratic[index[:, None], index]
+        )
+        weights[index] = torch.cholesky_solve(quadratic.new_ones(len(index), 1), factor)[:, 0]
+        gradient = quadratic @ weights - 1
+        wrong = torch.where(free, weights < -1e-12 * weights.abs().max(), gradient < -1e-9)
+        count = int(wrong.sum())
+        if count == 0:
+            break
+        if count < fewest:
+            fewest, chances = count, 3
+        elif chances > 0:
+            chances -= 1
+        else:
+            # One at a time cannot go in a circle.
+            wrong = torch.arange(num_samples) == wrong.nonzero().max()
+        free = free ^ wrong
+    return weights.clamp(min=0)
