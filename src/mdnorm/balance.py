@@ -136,10 +136,7 @@ class BalancingWeights:
         ]
         for name, (rows, effective) in self.class_sizes.items():
             lines.append(f"  class {name}: {rows} samples, effective {effective:.1f}")
-        lines.append(
-            f"Largest weight {self.largest:.3g}"
-            + (f", clipped with {len(self.clipped) - 1} others" if len(self.clipped) else ", none clipped")
-        )
+        lines.append(f"Largest weight {self.largest:.3g}, {len(self.clipped) or 'none'} clipped")
         what = "difference of class means (sd)" if self.class_sizes else "correlation with the labels"
         table = [
             (what, "before", "after"),

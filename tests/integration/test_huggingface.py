@@ -296,3 +296,34 @@ def test_errors(tmp_path):
     mdnorm.insert(model, "vit.layernorm")
     with pytest.raises(ValueError, match=r"protect='labels', but every MetadataNorm .* num_labels=0"):
         MetadataTrainer(model, arguments(tmp_path), train_dataset=Patients())
+
+
+class Weighted(InOrder):
+    """The loss weighed by the weights of the batch."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        losses = nn.functional.cross_entropy(outputs.logits, inputs["labels"], reduction="none")
+        loss = (self.batch_weights * losses).mean()
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_weights_of_the_batch_are_there_for_the_loss(tmp_path):
+    model, twin, data = make_text(), make_text(), Sentences()
+    settings = arguments(tmp_path, remove_unused_columns=False)
+    trainer = Weighted(model, settings, train_dataset=data, data_collator=data.collate, weights="weight")
+    trainer.train()
+    assert trainer.batch_weights is None
+    optimizer = torch.optim.SGD(twin.parameters(), lr=0.1)
+    batches = [data.collate([data[int(i)] for i in rows]) for rows in torch.arange(40).split(16)]
+    for batch in 2 * batches:
+        rest = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        with mdnorm.metadata(
+            twin.train(), batch["metadata"], batch["labels"], batch["weight"], batch["attention_mask"]
+        ):
+            losses = nn.functional.cross_entropy(twin(**rest).logits, batch["labels"], reduction="none")
+            optimizer.zero_grad()
+            (batch["weight"] * losses).mean().backward()
+        optimizer.step()
+    for one, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
