@@ -1,5 +1,7 @@
 """Balancing weights against independent computations, and every input that is refused."""
 
+import itertools
+
 import matplotlib
 import numpy as np
 import pandas as pd
@@ -12,6 +14,7 @@ from torch import nn
 
 import mdnorm
 from mdnorm import balancing_weights, basis
+from mdnorm.balance import _distance_product
 from mdnorm.metrics import distance_correlation_sqr
 
 matplotlib.use("Agg")
@@ -232,6 +235,39 @@ def test_the_dependence_before_is_that_of_the_metrics(num_samples, columns, seed
     assert result.dcor_sqr_before == pytest.approx(expected, abs=1e-10)
 
 
+def test_the_weighted_dependence_is_a_mean_over_distinct_samples():
+    """Of the published kernel over all 4-tuples of 7 samples, term by term."""
+    rng = np.random.default_rng(0)
+    x, y, w = rng.standard_normal((3, 7))
+    w = np.exp(w)
+    a, b = (np.abs(values[:, None] - values) for values in (x, y))
+
+    def mean(size, term):
+        tuples = list(itertools.permutations(range(7), size))
+        masses = [np.prod(w[list(indices)]) for indices in tuples]
+        return np.average([term(*indices) for indices in tuples], weights=masses)
+
+    expected = (
+        mean(2, lambda i, j: a[i, j] * b[i, j])
+        - 2 * mean(3, lambda i, j, k: a[i, j] * b[i, k])
+        + mean(4, lambda i, j, k, m: a[i, j] * b[k, m])
+    )
+    assert _distance_product(*map(torch.from_numpy, (a, b, w))) == pytest.approx(expected, rel=1e-10)
+
+
+def test_the_weighted_dependence_is_0_on_average_where_the_weights_make_independent():
+    values = []
+    for seed in range(300):
+        rng = np.random.default_rng(seed)
+        x, y = rng.random((2, 60))
+        weights = 1 / (0.3 + ((x > 0.5) == (y > 0.5)))
+        kept = rng.random(60) < 0.3 / weights * 2  # more often where x and y agree
+        a, b = (torch.from_numpy(np.abs(v[kept][:, None] - v[kept])) for v in (x, y))
+        values.append(_distance_product(a, b, torch.from_numpy(weights[kept])))
+    assert abs(np.mean(values)) < 3 * np.std(values) / 300**0.5
+    assert np.std(values) > 0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_base_weights_are_copies_of_samples(method):
     labels, metadata = confounded(80, 5, strength=0.5)
@@ -413,6 +449,17 @@ def test_columns_that_separate_together_are_refused(method):
     labels = (metadata.sum(1) > 0).astype(int)
     with pytest.raises(ValueError, match=r"no overlap: .*'column [01]'"):
         balancing_weights(labels, metadata, method=method)
+
+
+def test_a_few_samples_without_overlap_are_a_warning():
+    """Two controls are far from everybody, where the fit expects no patients."""
+    labels, metadata = confounded()
+    labels[:2] = 0
+    expected = balancing_weights(labels[2:], metadata[2:])
+    metadata[:2, 0] -= 50
+    with pytest.warns(UserWarning, match=r"row\(s\) 0, 1 \(2 of 400 samples\) the class.es. 1 of labels"):
+        result = balancing_weights(labels, metadata)
+    assert result.effective_sample_size == pytest.approx(expected.effective_sample_size, rel=0.1)
 
 
 @pytest.mark.parametrize("method", METHODS[1:])

@@ -31,6 +31,9 @@ Method = Literal["propensity", "entropy", "distance"]
 # at 1e-12, and a probability that tends to 0 is then below 1e-8 unless very few rows have it.
 _NEVER = 1e-8
 
+# More samples than this without overlap are an error, fewer (the ends of a spline, say) a warning.
+_MAX_SHARE_WITHOUT_OVERLAP = 0.02
+
 # R² from which on labels or metadata count as a function of the other.
 _DETERMINED = 1 - 1e-9
 
@@ -270,6 +273,11 @@ def balancing_weights(
     MissingExtraError
         scikit-learn is not installed.
 
+    Warns
+    -----
+    UserWarning
+        Up to 2 % of the samples have metadata with which a class does not occur, by the fit of "propensity".
+
     Notes
     -----
     Weights do not help where there is no overlap, and they cost certainty: look at the effective sample size.
@@ -449,17 +457,19 @@ def _mean(columns: Tensor, weights: Tensor) -> Tensor:
 
 def _standardised(columns: Tensor, weights: Tensor) -> Tensor:
     """Return columns of weighted mean 0 and standard deviation 1; constant ones are 0."""
-    centred = columns - _mean(columns, weights)
-    # Of a constant column only rounding is left, whatever its unit.
+    tiny = torch.finfo(torch.float64).tiny
+    scaled = columns / columns.abs().amax(0).clamp(min=tiny)
+    centred = scaled - _mean(scaled, weights)
+    # Of a constant column only rounding is left.
     centred[:, columns.amin(0) == columns.amax(0)] = 0
-    centred = centred / centred.abs().amax(0).clamp(min=torch.finfo(torch.float64).tiny)
-    return centred / _mean(centred.square(), weights).sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    return centred / _mean(centred.square(), weights).sqrt().clamp(min=tiny)
 
 
 def _span(columns: Tensor) -> Tensor:
     """Return a basis of the space of columns, orthogonal and of mean square 1: (N, rank)."""
     left, singular, _ = torch.linalg.svd(columns, full_matrices=False)
-    return left[:, singular > 1e-10 * singular[0]] * len(columns) ** 0.5
+    basis: Tensor = left[:, singular > 1e-10 * singular[0]] * len(columns) ** 0.5
+    return basis
 
 
 class _Problem(NamedTuple):
@@ -628,10 +638,13 @@ def _propensity(problem: _Problem) -> Tensor:
     if bool(never.any()):
         where = never.any(1).nonzero()[:, 0].tolist()
         absent = [problem.classes[index] for index in never.any(0).nonzero()[:, 0].tolist()]
-        raise ValueError(
+        what = (
             f"no overlap: with metadata as in row(s) {listed(where)} ({len(where)} of {len(never)} samples) "
-            f"the class(es) {listed(absent)} of labels never occur; {problem.worst()}. {_NO_OVERLAP}"
+            f"the class(es) {listed(absent)} of labels never occur; {problem.worst()}. "
         )
+        if len(where) > _MAX_SHARE_WITHOUT_OVERLAP * len(never):
+            raise ValueError(what + _NO_OVERLAP)
+        warnings.warn(f"{what}So few hardly matter, but better {_WHAT_TO_DO}", stacklevel=3)
     shares = _mean(problem.labels, problem.base)
     own = probabilities.gather(1, problem.codes[:, None])[:, 0]
     return problem.base * shares[problem.codes] / own
