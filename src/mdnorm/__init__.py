@@ -6,10 +6,10 @@ prepares the paper's estimator, `recalibrate` makes the coefficients of a traine
 what features know of metadata; `erase` takes metadata out where they will not be known.
 
 `mdnorm.regression` holds the maths, `mdnorm.erasure` erasers, `mdnorm.basis` flexible metadata columns,
-`mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what works
-on whole models, `mdnorm.distributed` what several processes need, `mdnorm.auditing` the parts of `audit`.
-`mdnorm.tables` and `mdnorm.sklearn`, tables without a network, are imported when they are first used; the latter
-needs scikit-learn.
+`mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what
+works on whole models, `mdnorm.distributed` what several processes need, `mdnorm.auditing` the parts of
+`audit`. `mdnorm.tables` and `mdnorm.sklearn`, tables without a network, are imported when they are first
+used; the latter needs scikit-learn.
 """
 
 import importlib
