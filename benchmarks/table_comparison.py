@@ -5,7 +5,7 @@ the features still know about the metadata, overall and among rows of one label,
 honest measure where label and metadata go together: the accuracy of a logistic regression that is trained on
 the transformed training rows, on held-out rows in which label and metadata are independent.
 
-    python benchmarks/table_comparison.py --out results/table-comparison    # ten minutes on one core
+    python benchmarks/table_comparison.py --out results/table-comparison    # twelve minutes on one core
     python benchmarks/table_comparison.py --out results/table-comparison --methods splince    # one anew
     python benchmarks/table_comparison.py --out results/table-comparison --markdown    # the tables again
 """
