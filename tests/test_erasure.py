@@ -226,6 +226,16 @@ def test_float32_far_from_zero():
     assert largest_covariance(features.double().numpy(), partialled_out(metadata, labels)) > 1
 
 
+def test_rounding_is_not_magnified_where_features_are_collinear():
+    features, metadata, labels = confounded()
+    features = torch.column_stack([features, features @ torch.randn(8, 8, dtype=torch.float64)]) + 10
+    eraser, features = fit(features.float(), metadata, labels), features.float().double()
+    assert largest_covariance(eraser(features).numpy(), partialled_out(metadata, labels)) < 1e-9
+    rough = features.bfloat16().double()
+    # A network may be fitted in float32 and run in half precision.
+    assert (eraser(rough) - eraser(features)).abs().max() < 10 * (rough - features).abs().max()
+
+
 # --------------------------------------------------------------------------------------------------------
 # The fit
 # --------------------------------------------------------------------------------------------------------

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Eraser", "EraserFitter", "fit"]
 
+# Added to the variance of each feature, in its own units: rounding would be magnified otherwise. A network
+# may run in half precision after a fit in float32.
+_NOISE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
 # A direction in which whitened features and a metadata column (both of variance 1) covary less is rounding.
 _NEGLIGIBLE = 1e-8
 # The same for what the labels' own directions leave of those that are to be erased: the sine of an angle.
@@ -158,8 +161,9 @@ class EraserFitter:
     erased directions. With it the class means stay; rows are shifted along the label's own directions for
     that, further the smaller the angle between both.
 
-    Directions in which the features hardly vary (less than rounding) stay as they are, and so does what the
-    labels determine of the metadata.
+    **Collinear features.** The covariance is taken as if each feature had noise of 1e-12 of its variance,
+    below float64 of 1e-6, so that rounding is not magnified. "Least" holds up to that; what is erased does
+    not depend on it. What the labels determine of the metadata stays.
 
     References
     ----------
@@ -192,6 +196,7 @@ class EraserFitter:
         self.preserve_labels = preserve_labels
         self.moments: Moments | None = None
         self._sizes: tuple[int, ...] = ()
+        self._noise = 0.0
 
     @torch.no_grad()
     def update(
@@ -278,7 +283,7 @@ class EraserFitter:
         if self.moments is None:
             moments = Moments.empty(0, sum(sizes[:2]), sum(sizes[2:]), design.device)
             self.moments = moments.update(design[:, :0], design, each)
-            self._sizes = sizes
+            self._sizes, self._noise = sizes, _NOISE.get(values.dtype, _NOISE[torch.float64])
         else:
             self.moments.update(design[:, :0], design, each)
         return self
@@ -316,11 +321,10 @@ class EraserFitter:
             inverse = torch.linalg.pinv(covariance[:p, :p], rtol=_COLLINEAR_LABELS, hermitian=True)
             cross = cross - of_labels @ (inverse @ covariance[:p, m:])
         variance, vectors = torch.linalg.eigh(covariance[x, x])
-        known = variance > 10 * num_features * torch.finfo(variance.dtype).eps * variance[-1]
-        whitening = vectors[:, known] * variance[known].rsqrt()
+        whitening = vectors * (variance.clamp_min(0) + self._noise).rsqrt()
         directions, sizes, combinations = torch.linalg.svd(whitening.mT @ cross, full_matrices=False)
         used = sizes > _NEGLIGIBLE
-        # Not unwhitened: directions that the whitening leaves out are erased along with the others.
+        # Not unwhitened: so the covariance that is left is zero whatever the whitening is.
         left, right = cross @ (combinations[used].mT / sizes[used]), directions[:, used]
         if not used.any():
             warnings.warn(
