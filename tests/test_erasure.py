@@ -509,6 +509,21 @@ def test_batches_of_names_and_of_several_inputs():
     assert expected.rank == 2
 
 
+def test_a_design_in_the_model_turns_tables_into_columns():
+    features, metadata, labels = confounded()
+    table = {"age": metadata[:, 0].numpy(), "site": np.where(metadata[:, 1] > 0, "a", "b")}
+    table["ill"] = labels[:, 0].numpy() == 1
+    design = mdnorm.Design("age + C(site)", labels="ill").fit(table)
+    model = Net()
+    mdnorm.attach_design(model, design)
+    eraser = mdnorm.erase(copy.deepcopy(model), "encoder", [(features.float(), table)])
+    columns = mdnorm.erase(
+        model, "encoder", [(features.float(), *design.transform(table, dtype=torch.float64))]
+    )
+    torch.testing.assert_close(eraser.state_dict(), columns.state_dict())
+    assert eraser.rank == 2
+
+
 def test_a_sequential_gets_it_as_its_last_module():
     model = nn.Sequential(nn.Sequential(nn.Linear(8, 6), nn.ReLU()), nn.Linear(6, 2))
     loader = batches()

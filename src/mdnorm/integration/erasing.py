@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdnorm.context import columns_by_design
 from mdnorm.erasure import Eraser, EraserFitter
 from mdnorm.integration import places
 from mdnorm.integration.applied import call_on, find_features, is_in, replaced, warn_of_output
@@ -47,7 +48,8 @@ def erase(
         Iterated once: a `DataLoader` of the training data, a generator. A batch is ``(input, metadata)``,
         ``(input, metadata, labels)``, or a dict with "metadata" and perhaps "labels" and "weights", the rest
         of which goes to the model. An input that is a tuple or a dict is given as several arguments. The
-        input must be on the model's device.
+        input must be on the model's device. Metadata may be a table where the model has a design
+        (`mdnorm.attach_design`).
     output : str, int or callable, optional
         Which part of the module's output is erased, as in `mdnorm.insert`; by default its first tensor.
     num_labels, channel_dim, within_labels, preserve_labels
@@ -107,6 +109,8 @@ def erase(
         with torch.no_grad():
             for batch in loader:
                 inputs, keywords, given = split_batch(batch, _GIVEN)
+                columns = columns_by_design(model, given["metadata"], given.get("labels"))
+                given |= dict(zip(("metadata", "labels"), columns, strict=True))
                 result = call_on(model, inputs[0]) if inputs else model(**keywords)
                 if not outputs:
                     raise ValueError(
