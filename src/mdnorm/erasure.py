@@ -40,8 +40,8 @@ __all__ = ["Eraser", "EraserFitter", "fit"]
 _NOISE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.float16: 1e-6, torch.bfloat16: 1e-6}
 # A direction in which whitened features and a metadata column (both of variance 1) covary less is rounding.
 _NEGLIGIBLE = 1e-8
-# The same for what the labels' own directions leave of those that are to be erased: the sine of an angle.
-_PARALLEL = 1e-6
+# The sine of the smallest angle between what is erased and what is kept: rows move by its inverse.
+_PARALLEL = 1e-3
 # Directions of the labels with less than this share of variance are collinear.
 _COLLINEAR_LABELS = 1e-9
 
@@ -299,8 +299,8 @@ class EraserFitter:
         Raises
         ------
         ValueError
-            There are no rows; or, with `preserve_labels`, features covary with labels and metadata along the
-            same directions.
+            There are no rows; or, with `preserve_labels`, features covary with labels and metadata along
+            nearly the same directions (an angle with a sine below 0.001).
 
         Warns
         -----
@@ -406,9 +406,9 @@ def _without(directions: Tensor, kept: Tensor) -> Tensor:
     left, sizes, right = torch.linalg.svd(directions - basis @ (basis.mT @ directions), full_matrices=False)
     if len(sizes) < directions.shape[1] or bool((sizes < _PARALLEL).any()):
         raise ValueError(
-            "preserve_labels=True cannot be had: the features covary with the labels along directions in "
-            "which they covary with the metadata (fewer features than columns, say). Leave it out, or give "
-            "fewer metadata columns."
+            "preserve_labels=True cannot be had: the features covary with the labels along (nearly) the same "
+            "directions as with the metadata (there are fewer features than columns, say). Leave it out, or "
+            "give fewer metadata columns."
         )
     unit: Tensor = left / sizes @ right
     return unit
