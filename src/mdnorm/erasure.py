@@ -8,7 +8,8 @@ covariance of the features, ``C`` their covariance with that part and ``W`` a wh
     out = x − W⁺ P W (x − x̄)        P the orthogonal projection onto the columns of W C
 
 The columns of ``C`` span what `mdnorm.MetadataNorm` subtracts along, the coefficients of the metadata in a
-regression with labels: the layer moves a row along them by its metadata, an eraser leaves nothing there.
+regression with labels: the layer moves a row along them by its metadata, an eraser brings all rows to the
+mean there.
 """
 
 from __future__ import annotations
