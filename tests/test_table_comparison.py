@@ -76,7 +76,7 @@ def test_site_scale_is_neuroharmonize_with_the_label_as_covariate():
     assert np.abs(ours - transformed("neuroharmonize-given", split)).max() > 0.01
 
 
-@pytest.mark.parametrize("name", ["leace", "leace-orth", "correlation-remover"])
+@pytest.mark.parametrize("name", ["leace", "leace-orth", "splince", "correlation-remover"])
 def test_without_labels_no_covariance_with_the_metadata_is_left_in_training_rows(name):
     split = small_sites(shares=(0.3, 0.5, 0.8))
     features = transformed(name, split, "train")
@@ -86,7 +86,7 @@ def test_without_labels_no_covariance_with_the_metadata_is_left_in_training_rows
     assert after < 1e-8 < 0.1 < before
 
 
-@pytest.mark.parametrize("name", ["leace-within", "mdnorm"])
+@pytest.mark.parametrize("name", ["leace-within", "leace-kept", "mdnorm"])
 def test_with_labels_no_covariance_within_them_is_left_in_training_rows(name):
     split = small_sites()
     concept = comparison.Columns(split.train.metadata)(split.train.metadata)
@@ -97,6 +97,16 @@ def test_with_labels_no_covariance_within_them_is_left_in_training_rows(name):
     assert np.abs(features.T @ concept).max() / len(concept) < 1e-8
     whole = transformed("leace", split, "train")
     assert np.abs(within_labels(whole, label).T @ concept).max() / len(concept) > 0.05
+
+
+@pytest.mark.parametrize("name", ["leace-kept", "splince"])
+def test_where_class_means_are_kept_they_are_those_before(name):
+    split = small_sites()
+    features, moved = (transformed(method, split, "train") for method in (name, "leace-within"))
+    for label in (0, 1):
+        rows = split.train.label == label
+        np.testing.assert_allclose(features[rows].mean(axis=0), split.train.features[rows].mean(axis=0))
+        assert np.abs(moved[rows].mean(axis=0) - split.train.features[rows].mean(axis=0)).max() > 0.01
 
 
 def test_the_mdnorm_row_is_least_squares_with_the_label_in_the_regression():
@@ -320,6 +330,13 @@ def test_the_command_measures_once_and_prints_the_tables_again(tmp_path, monkeyp
     assert all(np.isfinite(entry[name]) for entry in rows for name in comparison._HEADINGS)
     assert (tmp_path / "table_comparison.png").stat().st_size > 10_000
     assert printed.count("\n| ") == 4 + 2
+
+    # One method anew leaves the rows of the others as they are.
+    rows[0]["accuracy"] = 0.25
+    (tmp_path / "table-comparison.json").write_text(json.dumps(rows))
+    comparison.main(["--out", str(tmp_path), "--seeds", "1", "--methods", "leace"])
+    assert json.loads((tmp_path / "table-comparison.json").read_text()) == rows
+    printed = capsys.readouterr().out
 
     def fail(seed):
         raise AssertionError("measured again")

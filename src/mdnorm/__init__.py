@@ -4,19 +4,19 @@ The layer is `MetadataNorm`; `insert` puts it into a model of others, and `inser
 prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `save` and
 `load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
 `balancing_weights` weighs samples so that labels and metadata are independent; `audit` reports what features
-know of metadata.
+know of metadata; `erase` takes metadata out where they will not be known.
 
-`mdnorm.regression` holds the maths, `mdnorm.basis` flexible metadata columns, `mdnorm.estimators` the
-strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what works on whole models,
-`mdnorm.distributed` what several processes need, `mdnorm.auditing` the parts of `audit`. `mdnorm.tables` and
-`mdnorm.sklearn`, tables without a network, are imported when they are first used; the latter needs
-scikit-learn.
+`mdnorm.regression` holds the maths, `mdnorm.erasure` erasers, `mdnorm.basis` flexible metadata columns,
+`mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what
+works on whole models, `mdnorm.distributed` what several processes need, `mdnorm.auditing` the parts of
+`audit`. `mdnorm.tables` and `mdnorm.sklearn`, tables without a network, are imported when they are first
+used; the latter needs scikit-learn.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mdnorm import auditing, basis, distributed, estimators, integration, metrics, regression
+from mdnorm import auditing, basis, distributed, erasure, estimators, integration, metrics, regression
 from mdnorm.auditing import audit
 from mdnorm.balance import BalancingWeights, balancing_weights
 from mdnorm.context import metadata
@@ -25,8 +25,10 @@ from mdnorm.integration import (
     WithMetadata,
     attach_design,
     design_of,
+    erase,
     fit_gram,
     insert,
+    insert_eraser,
     insertions,
     load,
     parameter_groups,
@@ -57,9 +59,12 @@ __all__ = [
     "basis",
     "design_of",
     "distributed",
+    "erase",
+    "erasure",
     "estimators",
     "fit_gram",
     "insert",
+    "insert_eraser",
     "insertions",
     "integration",
     "load",

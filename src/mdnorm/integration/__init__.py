@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from mdnorm.integration.applied import Insertion
 from mdnorm.integration.dependence import DependenceRecorder
 from mdnorm.integration.design import AttachedDesign, attach_design, design_of
+from mdnorm.integration.erasing import erase, insert_eraser
 from mdnorm.integration.gram import fit_gram
 from mdnorm.integration.insert import InsertionReport, insert, insertions, remove
 from mdnorm.integration.penalty import parameter_groups, penalty_loss
@@ -30,8 +31,10 @@ __all__ = [
     "WithMetadata",
     "attach_design",
     "design_of",
+    "erase",
     "fit_gram",
     "insert",
+    "insert_eraser",
     "insertions",
     "load",
     "parameter_groups",

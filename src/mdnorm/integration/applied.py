@@ -123,7 +123,7 @@ class Application:
             corrected = corrected.movedim(0, self.sample_dim)
         if isinstance(output, Tensor):
             return corrected
-        return _replaced(output, self.output, corrected, name)
+        return replaced(output, self.output, corrected, name)
 
 
 def _shape(features: Tensor) -> tuple[int, ...] | None:
@@ -195,8 +195,8 @@ def _entries(output: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _replaced(output: Any, selector: Selector | None, corrected: Tensor, name: str) -> Any:
-    """A copy of the output with one entry replaced; the output itself may be shared."""
+def replaced(output: Any, selector: Selector | None, corrected: Tensor, name: str) -> Any:
+    """Return a copy of the output with one entry replaced; the output itself may be shared."""
     entries = _entries(output)
     if selector is None:
         key = next(key for key, value in entries if isinstance(value, Tensor))
@@ -228,6 +228,13 @@ def _replaced(output: Any, selector: Selector | None, corrected: Tensor, name: s
     else:
         setattr(changed, key, corrected)
     return changed
+
+
+def call_on(model: nn.Module, example: Any) -> Any:
+    """Return the model's output for an input; a dict or a tuple is given as several arguments."""
+    if isinstance(example, Mapping):
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
 def is_in(features: Tensor, output: Any) -> bool:

@@ -18,6 +18,7 @@ from mdnorm.integration.applied import (
     Application,
     FirstPass,
     Insertion,
+    call_on,
     find_features,
     inserted,
     is_in,
@@ -344,12 +345,7 @@ def _shapes_of_example(
     model.eval()
     try:
         with torch.no_grad():
-            if isinstance(example, Mapping):
-                result = model(**example)
-            elif isinstance(example, (tuple, list)):
-                result = model(*example)
-            else:
-                result = model(example)
+            result = call_on(model, example)
     finally:
         for module, (layer, application) in aside:
             application.handles = []

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -181,13 +181,25 @@ def _takes_batch(model: nn.Module, batch: Any) -> bool:
     return True
 
 
-def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> Any:
+def split_batch(batch: Any, names: Collection[str]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Return what a model is called with, positional and by name, and what a batch has beside that.
+
+    Parameters
+    ----------
+    batch : tuple, list or mapping
+        (input, metadata) or (input, metadata, labels); or a mapping, of which everything else is input.
+    names : collection of str
+        Keys of a mapping that are not the model's.
+
+    Raises
+    ------
+    ValueError
+        A batch of another form, or without metadata.
+    """
     given: dict[str, Any] = {}
     inputs: tuple[Any, ...] = ()
     keywords: dict[str, Any] = {}
     if isinstance(batch, Mapping):
-        names = {"metadata", "labels"} | ({"weights", "mask"} - _signature(model).parameters.keys())
-        names |= {"weights", "mask"} if takes_metadata else set()
         given = {name: batch[name] for name in names if name in batch}
         keywords = {name: value for name, value in batch.items() if name not in names}
     elif isinstance(batch, (tuple, list)) and 2 <= len(batch) <= 3:
@@ -196,9 +208,21 @@ def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> An
         missing = ", without 'metadata'" if isinstance(batch, Mapping) and "metadata" not in batch else ""
         raise ValueError(
             f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, "
-            "labels) or a dict with the key 'metadata' for a model whose layers take metadata from a "
-            "context: give forward= a function of model and batch that enters mdnorm.metadata."
+            "labels) or a dict with the key 'metadata'"
         )
+    return inputs, keywords, given
+
+
+def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> Any:
+    names = {"metadata", "labels"} | ({"weights", "mask"} - _signature(model).parameters.keys())
+    names |= {"weights", "mask"} if takes_metadata else set()
+    try:
+        inputs, keywords, given = split_batch(batch, names)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} for a model whose layers take metadata from a context: give forward= a function of "
+            "model and batch that enters mdnorm.metadata."
+        ) from error
     if takes_metadata:
         return model(*inputs, **given, **keywords)
     with context.metadata(model, **given):

@@ -1,0 +1,205 @@
+"""Put an eraser behind a module of a model, fitted in one pass over a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm.context import columns_by_design
+from mdnorm.erasure import Eraser, EraserFitter
+from mdnorm.integration import places
+from mdnorm.integration.applied import call_on, find_features, is_in, replaced, warn_of_output
+from mdnorm.integration.dependence import Selector
+from mdnorm.integration.recalibrate import split_batch
+from mdnorm.moments import NoSamplesError
+
+__all__ = ["erase", "insert_eraser"]
+
+_NAME = "eraser"
+_GIVEN = ("metadata", "labels", "weights")
+
+
+def erase(
+    model: nn.Module,
+    after: str | nn.Module,
+    loader: Iterable[Any],
+    *,
+    output: Selector | None = None,
+    num_labels: int | None = None,
+    channel_dim: int = 1,
+    within_labels: bool = True,
+    preserve_labels: bool = False,
+) -> Eraser:
+    """Fit an eraser on the output of a module, and put it behind the module, in place.
+
+    From then on the model needs no metadata: what follows reads the erased features. It was trained on other
+    features, so train the head again.
+
+    Parameters
+    ----------
+    model : nn.Module
+        A trained one, not compiled or wrapped for several devices. Left in the mode it came in.
+    after : str or nn.Module
+        Behind which module, as in `mdnorm.insert`; one. Behind the last hidden layer as a rule.
+    loader : iterable of batches
+        Iterated once: a `DataLoader` of the training data, a generator. A batch is ``(input, metadata)``,
+        ``(input, metadata, labels)``, or a dict with "metadata" and perhaps "labels" and "weights", the rest
+        of which goes to the model. An input that is a tuple or a dict is given as several arguments. The
+        input must be on the model's device. Metadata may be a table where the model has a design
+        (`mdnorm.attach_design`).
+    output : str, int or callable, optional
+        Which part of the module's output is erased, as in `mdnorm.insert`; by default its first tensor.
+    num_labels, channel_dim, within_labels, preserve_labels
+        As of `mdnorm.erasure.EraserFitter`. For tokens (N, T, D) ``channel_dim=-1``.
+
+    Returns
+    -------
+    Eraser
+        The child ``eraser`` of the module; ``del module.eraser`` takes it out again.
+
+    Raises
+    ------
+    TypeError
+        `model` is not a module, or the output has no tensor.
+    ValueError
+        `after` names no module or several, one that does not run, or has an eraser; no samples; what
+        `EraserFitter` refuses. The model is then as it was.
+
+    Warns
+    -----
+    UserWarning
+        There is nothing to erase; or the output of the module is that of the model.
+
+    Notes
+    -----
+    A module that runs several times in a forward pass has one eraser, fitted on all its outputs.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> loader = [(torch.randn(50, 8), torch.rand(50), torch.randint(2, (50,))) for _ in range(4)]
+    >>> erase(model, "1", loader)
+    Eraser(4, rank=1, channel_dim=1)
+    >>> model(torch.randn(3, 8)).shape
+    torch.Size([3, 1])
+    """
+    name, module = _target(model, after, output)
+    fitter = EraserFitter(
+        num_labels=num_labels,
+        channel_dim=channel_dim,
+        within_labels=within_labels,
+        preserve_labels=preserve_labels,
+    )
+    given: dict[str, Any] = {}
+    outputs: list[Tensor] = []
+    is_output = False
+
+    def note(_: nn.Module, __: tuple[Any, ...], value: Any) -> None:
+        outputs.append(find_features(value, output, name))
+        # At once: a later module may change the output in place.
+        fitter.update(outputs[-1], **given)
+
+    modes = {part: part.training for part in model.modules()}
+    handle = module.register_forward_hook(note)
+    model.eval()
+    try:
+        with torch.no_grad():
+            for batch in loader:
+                inputs, keywords, given = split_batch(batch, _GIVEN)
+                columns = columns_by_design(model, given["metadata"], given.get("labels"))
+                given |= dict(zip(("metadata", "labels"), columns, strict=True))
+                result = call_on(model, inputs[0]) if inputs else model(**keywords)
+                if not outputs:
+                    raise ValueError(
+                        f"{name!r} did not run: an eraser there would erase nothing. Give a module that the "
+                        "forward pass calls."
+                    )
+                is_output = is_output or any(is_in(features, result) for features in outputs)
+                outputs.clear()
+    except ValueError as error:
+        raise ValueError(f"after {name!r}: {error}") from error
+    finally:
+        handle.remove()
+        for part, mode in modes.items():
+            part.training = mode
+    if fitter.moments is None:
+        raise NoSamplesError("no samples: the loader is empty.")
+    if is_output and name:
+        warn_of_output(model, name)
+    return insert_eraser(model, module, fitter.eraser(), output=output)
+
+
+def insert_eraser(
+    model: nn.Module, after: str | nn.Module, eraser: Eraser, *, output: Selector | None = None
+) -> Eraser:
+    """Put an eraser behind a module, in place: a fitted one, or an empty one that a checkpoint is to fill.
+
+    It becomes the child ``eraser`` of the module, so that the names of the model's own weights stay.
+
+    Parameters
+    ----------
+    model, after, output
+        As of `erase`.
+    eraser : Eraser
+
+    Returns
+    -------
+    Eraser
+        The same.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `erase`.
+
+    Examples
+    --------
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> insert_eraser(model, "0", Eraser(4, rank=1))
+    Eraser(4, rank=1, channel_dim=1)
+    """
+    _, module = _target(model, after, output)
+    eraser.train(module.training)
+    module.add_module(_NAME, eraser)
+    # An `nn.Sequential` calls it as its last module.
+    if not places.calls_its_children(module):
+        module.register_forward_hook(_Erasure(output))
+    return eraser
+
+
+class _Erasure:
+    """Applies the eraser of a module to its output; a forward hook that can be copied and pickled."""
+
+    def __init__(self, output: Selector | None) -> None:
+        self.output = output
+
+    def __call__(self, module: nn.Module, _: tuple[Any, ...], value: Any) -> Any:
+        eraser = module._modules.get(_NAME)
+        if eraser is None:
+            return value
+        erased = eraser(find_features(value, self.output, type(module).__name__))
+        if isinstance(value, Tensor):
+            return erased
+        return replaced(value, self.output, erased, type(module).__name__)
+
+
+def _target(model: nn.Module, after: str | nn.Module, output: Selector | None) -> tuple[str, nn.Module]:
+    """Return the one module that is meant, without what an eraser that was taken out left there."""
+    places.refuse_wrapped(model)
+    found = places.targets(model, after)
+    if len(found) > 1:
+        raise ValueError(f"after={after!r} are {len(found)} modules, {', '.join(found)}: name one of them.")
+    ((name, module),) = found.items()
+    if isinstance(getattr(module, _NAME, None), Eraser):
+        raise ValueError(f"{name!r} has an eraser already: del model.get_submodule({name!r}).{_NAME} first.")
+    if hasattr(module, _NAME):
+        raise ValueError(f"{name!r} has something else of the name {_NAME!r}: rename it.")
+    places.refuse_unusable(model, name, module, output is not None)
+    places.refuse_wrapped_parts(model, found)
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, _Erasure):
+            del module._forward_hooks[key]
+    return name, module
