@@ -80,6 +80,11 @@ class MetadataNorm(nn.Module):
         Shrinkage of the coefficients, worth so many samples (default 1): a batch of N samples alone shrinks
         by 1 / N, a full window hardly. 0: exact least squares, which moves features without bound where the
         labels of a few samples nearly determine their metadata.
+    decay : float, optional
+        How strongly the gradient holds down the effect that is removed, in shares of its own size (default,
+        after a slow rise: 1 for features (N, D), 0 for maps and tokens). 0: the published gradient, by which
+        a network that memorises its training samples uses the metadata as an input on new ones. See
+        `mdnorm.estimators.LeastSquares`.
     center : bool
         Remove the intercept as well, as the authors' code does. The default keeps the mean of the features,
         so that the layers behind need not follow its moving estimate.
@@ -152,6 +157,7 @@ class MetadataNorm(nn.Module):
         granularity: Granularity = "element",
         window: float | None = None,
         prior: float | None = None,
+        decay: float | None = None,
         center: bool = False,
         scale: bool = False,
         channel_dim: int = 1,
@@ -181,7 +187,8 @@ class MetadataNorm(nn.Module):
         self._gram: Moments | None = None
         self._make = _maker(estimator)
         memory: dict[str, Any] = {} if window is None else {"window": window}
-        self._options = {"center": center} | memory | ({} if prior is None else {"prior": prior}) | options
+        given = {name: value for name, value in (("prior", prior), ("decay", decay)) if value is not None}
+        self._options = {"center": center} | memory | given | options
         self._spread_options = memory if scale else None
         # Remembers device and dtype until the sizes are known; moved by `.to()` like any buffer.
         self.register_buffer("_placement", torch.empty(0, device=device, dtype=dtype), persistent=False)

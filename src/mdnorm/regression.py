@@ -17,7 +17,8 @@ fixed scale (`Standardisation`). So the moments that least squares needs are pla
 (`coefficient_operator`).
 
 **Gradient.** The map from features to output is linear, ``out = (I − B P) f`` with B and P made of the design
-alone, so the backward pass needs no features: `regress` saves N numbers a column.
+alone, so the backward pass needs no features: `regress` saves N numbers a column. To it comes the decay of
+what is removed, see `regress`.
 """
 
 from __future__ import annotations
@@ -392,12 +393,14 @@ def regress(
     features: Tensor,
     basis: Tensor,
     coefficients: Tensor,
-    rows: Tensor,
+    rows: Tensor | None,
     dims: tuple[int, ...] = (),
     mask: Tensor | None = None,
     *,
     memory: Memory | None = None,
     group: ProcessGroup | None = None,
+    held: Tensor | None = None,
+    decay: float | Tensor = 0.0,
 ) -> Tensor:
     """Return ``features − basis @ coefficients`` with the gradient of coefficients made of the features.
 
@@ -406,29 +409,42 @@ def regress(
     this batch, of all processes (`group`), or of many batches (`memory`), whose gradient then tends to that
     of least squares over the whole data set as the window grows.
 
+    That gradient leaves the effect of the metadata free: whatever it is, it is removed, and the loss stays
+    the same. A network that memorises its samples lets it grow, in the direction whose removal helps; new
+    samples do not have it, and there the layer would *add* it. So the gradient of ``‖held @ coefficients‖``
+    is added, `decay` times as large as g.
+
     Parameters
     ----------
     features : (N, ...) tensor, any floating dtype
     basis : (N, R) tensor
         What multiplies the coefficients. A constant, as all that follows.
     coefficients : (R, D) tensor
-    rows : (R, N) tensor
-        Operator times the weighted rows of the design, as if the batch were the whole data set.
+    rows : (R, N) tensor or None
+        Operator times the weighted rows of the design, as if the batch were the whole data set. None: the
+        coefficients are constants.
     dims, mask
         As in `remove`.
     memory : Memory, optional
         The gradient can then be taken once, and not inside of torch.func.
     group : ProcessGroup, optional
         The processes whose samples are one batch; one collective of R·D numbers in the backward pass.
+    held : (N, R) tensor, optional
+        What of the basis the gradient holds down, weighted as the samples are. None: nothing.
+    decay : float or (1,) tensor
+        Size of that part of the gradient, in shares of the size of g (mean over the positions).
 
     Returns
     -------
     (N, ...) tensor, dtype of the features
     """
     dtype = compute_dtype(features)
-    parts = [part if part.dtype == dtype else part.to(dtype) for part in (basis, coefficients, rows)]
+    parts = [
+        part if part is None or part.dtype == dtype else part.to(dtype)
+        for part in (basis, coefficients, rows, held)
+    ]
     apply = _Regress.apply if is_traced() else _apply_regress
-    return cast(Tensor, apply(features, *parts, mask, dims, group, *(memory or _NO_MEMORY)))
+    return cast(Tensor, apply(features, *parts, mask, dims, group, decay, *(memory or _NO_MEMORY)))
 
 
 class _Regress(torch.autograd.Function):
@@ -439,10 +455,12 @@ class _Regress(torch.autograd.Function):
         features: Tensor,
         basis: Tensor,
         coefficients: Tensor,
-        rows: Tensor,
+        rows: Tensor | None,
+        held: Tensor | None,
         mask: Tensor | None,
         dims: tuple[int, ...],
         group: ProcessGroup | None,
+        decay: Any,
         adjoint: Tensor | None,
         weight: Tensor | None,
         count: Any,
@@ -456,41 +474,63 @@ class _Regress(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, basis, _, rows, mask, ctx.dims, ctx.group, *memory = inputs
+        _, basis, coefficients, rows, held, mask, ctx.dims, ctx.group, ctx.decay, *memory = inputs
         # What is state is changed in the backward pass, and the version of a saved tensor is guarded.
         ctx.memory = tuple(memory)
-        ctx.save_for_backward(basis, rows, mask)
+        ctx.save_for_backward(basis, coefficients, rows, held, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        basis, rows, mask = ctx.saved_tensors
-        dims, group = ctx.dims, ctx.group
+        basis, coefficients, rows, held, mask = ctx.saved_tensors
+        dims, group, decay = ctx.dims, ctx.group, ctx.decay
         adjoint, weight, count, kept, samples, eager = ctx.memory
         with full_precision(grad.device):
             matrix = as_matrix(grad, dims, mask, basis.dtype)
-            total, left = matrix, rows.mT
-            if dims:
-                sharing = _num_positions(grad, dims, mask)
-                total, left = matrix * sharing, left / sharing
-            batch = basis.mT @ total
-            if adjoint is not None:
-                if torch.is_grad_enabled():
-                    raise RuntimeError(
-                        "estimator='running' keeps state in the backward pass, which can therefore be "
-                        "differentiated only once: for second derivatives take 'batch', 'dataset' or "
-                        "'recursive'."
-                    )
-                # Of several processes, or of weights, the number is a tensor in float64.
-                samples = samples.to(batch.dtype) if isinstance(samples, Tensor) else samples
-                scaled = isinstance(samples, Tensor) or samples != 1
-                batch = batch / samples if scaled else batch
-            if group is not None:
-                batch = all_reduce_sum(batch, group)
-            if adjoint is not None:
-                advance(weight, kept, count, (adjoint, batch), eager=eager)
-                batch = adjoint if adjoint.dtype == batch.dtype else adjoint.to(batch.dtype)
-                batch = batch * samples if scaled else batch
-            return (_subtract(grad, matrix, left, batch, dims, mask), *(None,) * 12)
+            terms: list[tuple[Tensor, Tensor]] = []
+            sizes = None
+            if held is not None:
+                with torch.no_grad():
+                    removed = (held.mT @ held @ coefficients).mul_(coefficients).sum()
+                    sizes = torch.stack([matrix.square().sum(), removed])
+            if rows is not None:
+                total, left = matrix, rows.mT
+                if dims:
+                    sharing = _num_positions(grad, dims, mask)
+                    total, left = matrix * sharing, left / sharing
+                batch = basis.mT @ total
+                if adjoint is not None:
+                    if torch.is_grad_enabled():
+                        raise RuntimeError(
+                            "estimator='running' keeps state in the backward pass, which can therefore be "
+                            "differentiated only once: for second derivatives take 'batch', 'dataset' or "
+                            "'recursive'."
+                        )
+                    # Of several processes, or of weights, the number is a tensor in float64.
+                    samples = samples.to(batch.dtype) if isinstance(samples, Tensor) else samples
+                    scaled = isinstance(samples, Tensor) or samples != 1
+                    batch = batch / samples if scaled else batch
+                if group is not None:
+                    batch = all_reduce_sum(batch, group)
+                if adjoint is not None:
+                    advance(weight, kept, count, (adjoint, batch), eager=eager)
+                    batch = adjoint if adjoint.dtype == batch.dtype else adjoint.to(batch.dtype)
+                    batch = batch * samples if scaled else batch
+                terms.append((left, batch))
+            if sizes is not None:
+                sizes = (sizes if group is None else all_reduce_sum(sizes, group)).sqrt()
+                strength = decay * (sizes[0] / sizes[1].clamp_min(_TINY**0.5))
+                terms.append((held * -strength.to(held.dtype), coefficients))
+            if terms:
+                grad = _subtract(grad, matrix, *_side_by_side(terms), dims, mask)
+            return (grad, *(None,) * 14)
+
+
+def _side_by_side(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return the one product that is the sum of all."""
+    if len(products) == 1:
+        return products[0]
+    lefts, rights = zip(*products, strict=True)
+    return torch.cat(lefts, 1), torch.cat(rights)
 
 
 # What `Function.apply` itself calls in the end. Before that it binds the arguments to the signature of

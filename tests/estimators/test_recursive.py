@@ -140,7 +140,7 @@ class TestRecursion:
             torch.testing.assert_close(out, features - removed[:, :, None, None])
 
     def test_the_coefficients_are_constants_for_the_gradient(self):
-        layer = MetadataNorm((3, 2), 2, 1, estimator="recursive", dtype=torch.float64)
+        layer = MetadataNorm((3, 2), 2, 1, estimator="recursive", decay=0, dtype=torch.float64)
         for features, metadata, labels in batches((20, 20)):
             out = layer(features.requires_grad_(), metadata, labels)
             weight = torch.randn_like(out)

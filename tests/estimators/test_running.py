@@ -227,7 +227,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.first, self.last = nn.Linear(4, 3), nn.Linear(3, 1)
-        self.norm = MetadataNorm(3, 1, 1, estimator=estimator, **options)
+        self.norm = MetadataNorm(3, 1, 1, estimator=estimator, decay=0, **options)
         self.double()
 
     def forward(self, images, metadata, labels):

@@ -167,7 +167,7 @@ def test_overflow_does_not_enter_the_state(bad):
 
 
 def test_the_factors_are_constants_for_the_gradient():
-    layer = MetadataNorm(6, 2, 1, estimator="recursive", scale=True, dtype=torch.float64)
+    layer = MetadataNorm(6, 2, 1, estimator="recursive", scale=True, decay=0, dtype=torch.float64)
     for features, metadata, labels in batches((40, 40), shape=(6,)):
         out = layer(features.requires_grad_(), metadata, labels)
         weight = torch.randn_like(out)

@@ -226,7 +226,7 @@ class TestWhatItDoes:
 
     def test_the_gradient_goes_through_the_coefficients(self):
         model = nn.Sequential(nn.Linear(3, 2)).double()
-        mdnorm.insert(model, "0", num_labels=1, estimator="batch")
+        mdnorm.insert(model, "0", num_labels=1, estimator="batch", decay=0)
         images, metadata, labels = data(12, shape=(3,))
 
         def function(images):

@@ -12,9 +12,12 @@ from torch import Tensor
 from mdnorm.distributed import eager, world_size
 from mdnorm.estimators.base import Batch, Estimator, batch_moments
 from mdnorm.moments import Moments
-from mdnorm.regression import Memory, advance, apply_operator, prior_share, regress, remove
+from mdnorm.regression import Memory, advance, apply_operator, prior_share, regress
 
 __all__ = ["LeastSquares"]
+
+# Samples of a batch that count for the rise of the decay.
+_COUNTED = 50.0
 
 
 class LeastSquares(Estimator):
@@ -44,6 +47,15 @@ class LeastSquares(Estimator):
         Put the prior on labels and intercept as well and let it fade with the past, as R-MDN does.
     reduction : "mean" or "sum"
         How the loss adds up the samples of a batch, a fixed factor apart; for `adjoint="window"`.
+    decay : float, optional
+        Size of the gradient that keeps the removed effect from growing, in shares of the loss's own
+        gradient; see `mdnorm.regression.regress`. It rises from 0 to this value while the layer sees `rise`
+        samples, and stays there. 0: the published gradient, by which a network that memorises its training
+        samples comes to use the metadata on new ones. By default 1 for features (N, D), and 0 for maps and
+        tokens, in which the metadata show everywhere: to hold that down would leave the network nothing.
+    rise : float
+        In samples; of a batch no more than 50 count, since it takes steps for a network to learn anything.
+        In a compiled model the decay is ahead by one batch.
 
     Attributes
     ----------
@@ -52,6 +64,8 @@ class LeastSquares(Estimator):
         them.
     coefficients_weight : (1,) buffer
         Weight behind the averaged coefficients.
+    seen : (1,) buffer
+        Samples on the way to `rise`.
     adjoint, adjoint_weight : (R, D), (1,) buffers
         Running mean of the gradient that reaches the coefficients, and its weight; with `adjoint="window"`.
 
@@ -65,6 +79,7 @@ class LeastSquares(Estimator):
     cross: Tensor
     weight: Tensor
     coefficients_weight: Tensor
+    seen: Tensor
     adjoint: Tensor
     adjoint_weight: Tensor
     prior_weight: Tensor
@@ -82,10 +97,13 @@ class LeastSquares(Estimator):
         averaging: float = 1.5,
         prior_on_all: bool = False,
         reduction: Literal["mean", "sum"] = "mean",
+        decay: float | None = None,
+        rise: float = 20_000.0,
         **options: Any,
     ) -> None:
         super().__init__(num_metadata, num_labels, num_features, **options)
-        for name, value in (("window", window), ("prior", prior), ("averaging", averaging)):
+        given = {"window": window, "prior": prior, "averaging": averaging, "rise": rise}
+        for name, value in (given | ({} if decay is None else {"decay": decay})).items():
             # A bool is a number to Python, and never meant as one here.
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {value!r}.")
@@ -93,15 +111,22 @@ class LeastSquares(Estimator):
             raise ValueError(f"window must be a positive number of samples, got {window}.")
         if not 0 <= prior < math.inf:
             raise ValueError(f"prior must be a finite number of samples, at least 0, got {prior}.")
+        if not 0 <= (decay or 0) < math.inf or not 0 <= rise < math.inf:
+            raise ValueError(
+                "decay must be a finite share and rise a finite number of samples, both at least 0, got "
+                f"decay={decay}, rise={rise}."
+            )
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.window, self.prior, self.averaging = float(window), float(prior), float(averaging)
         self.gram_source, self.adjoint_source = gram, adjoint
         self.prior_on_all, self.reduction = prior_on_all, reduction
+        self.decay, self.rise = decay, float(rise)
         columns = num_labels + 1 + num_metadata
         self.add_state("gram", columns, columns, precise=True)
         self.add_state("weight", 1, precise=True)
         self.add_state("coefficients_weight", 1, precise=True)
+        self.add_state("seen", 1, precise=True)
         if gram != "dataset":
             self.add_state("cross", columns, self.num_values)
         if adjoint == "window":
@@ -191,31 +216,56 @@ class LeastSquares(Estimator):
             coefficients = apply_operator(operator, moments, left.dtype)
             mean = running[p - 1, p:]
             if not batch.repeated and used is not False:
-                self._remember(kept, count, coefficients, mean, used, batch.eager)
+                used = self._remember(kept, count, coefficients, mean, used, batch.eager)
             basis = self._basis(rows[:, p:], mean)
-            projector = apply_operator(operator, left, left.dtype)
-        if self.adjoint_source == "none":
-            return remove(features, basis, coefficients, batch.dims, batch.mask)
+            projector = None if self.adjoint_source == "none" else apply_operator(operator, left, left.dtype)
+            # A batch that did not enter the moments stays out of what follows as well.
+            entered = count
+            if used is False:
+                entered, kept = 0.0, 1.0
+            elif isinstance(used, Tensor):
+                share = used.to(self.weight.dtype)
+                entered, kept = share * count, 1 - share * (1 - kept)
+            decay, held = float(features.ndim == 2) if self.decay is None else self.decay, None
+            if decay:
+                # The mean, which `center` removes too, is nothing that metadata do.
+                held = basis * batch.weights.unsqueeze(1) if batch.weights is not None else basis
+                held = torch.cat([held[:, :-1], torch.zeros_like(held[:, :1])], 1) if self.center else held
         memory = None
         if self.adjoint_source == "window":
             # Each of several processes has a mean of its own, and their gradients are averaged later.
             processes = 1 if batch.group is None else world_size(batch.group)
             samples = count if self.reduction == "sum" else processes
-            # A batch that did not enter the moments stays out of the adjoint as well.
-            if used is False:
-                count, kept = 0.0, 1.0
-            elif isinstance(used, Tensor):
-                entered = used.to(self.weight.dtype)
-                count, kept = entered * count, 1 - entered * (1 - kept)
-            memory = Memory(self.adjoint, self.adjoint_weight, count, kept, samples, batch.eager)
+            memory = Memory(self.adjoint, self.adjoint_weight, entered, kept, samples, batch.eager)
         return regress(
-            features, basis, coefficients, projector, batch.dims, batch.mask, memory=memory, group=batch.group
+            features,
+            basis,
+            coefficients,
+            projector,
+            batch.dims,
+            batch.mask,
+            memory=memory,
+            group=batch.group,
+            held=held,
+            decay=self._risen(decay, entered, batch) if decay else 0.0,
+        )
+
+    def _risen(self, decay: float, count: float | Tensor, batch: Batch) -> float | Tensor:
+        """Count the batch and return how strong the decay is by now."""
+        if not batch.repeated:
+            self.seen += count.clamp_max(_COUNTED) if isinstance(count, Tensor) else min(count, _COUNTED)
+        if not self.rise:
+            return decay
+        return decay * (
+            min(self.seen.item() / self.rise, 1.0) if batch.eager else (self.seen / self.rise).clamp_max(1)
         )
 
     def _remember(
         self, kept: Any, count: Any, coefficients: Tensor, mean: Tensor, used: bool | Tensor, eager: bool
-    ) -> None:
-        """Move what evaluation removes to the coefficients of this step, if its batch was used."""
+    ) -> bool | Tensor:
+        """Move what evaluation removes to the coefficients of this step; return whether the batch
+        was used.
+        """
         if self.gram_source == "batch":
             coefficients = apply_operator(self._running_operator(eager), self.cross, self.cross.dtype)
             mean = self.gram[self.num_labels, self.num_labels + 1 :]
@@ -226,9 +276,8 @@ class LeastSquares(Estimator):
         if isinstance(used, Tensor):
             coefficients = torch.where(used, coefficients, torch.nan)
         remembered = self.coefficients if self.coefficients.ndim == 2 else self.coefficients.flatten(1)
-        advance(
-            self.coefficients_weight, faded, count, (self.mean, mean), (remembered, coefficients), eager=eager
-        )
+        pairs = (self.mean, mean), (remembered, coefficients)
+        return advance(self.coefficients_weight, faded, count, *pairs, eager=eager)
 
     def _running_operator(self, eager: bool) -> Tensor:
         if not self.prior_on_all:

@@ -66,7 +66,14 @@ class Spread(LeastSquares):
         **options: Any,
     ) -> None:
         super().__init__(
-            num_metadata, num_labels, num_features, window=window, adjoint="none", prior=0.0, **options
+            num_metadata,
+            num_labels,
+            num_features,
+            window=window,
+            adjoint="none",
+            prior=0.0,
+            decay=0.0,
+            **options,
         )
         self.add_state("cross", *self.cross.shape, precise=True)
         self.add_state("squares", self.num_values, precise=True)
