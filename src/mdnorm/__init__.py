@@ -2,8 +2,8 @@
 
 The layer is `MetadataNorm`; `insert` puts it into a model of others, and `insertions` says where; `fit_gram`
 prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `save` and
-`load` keep model, layers and design in one file; `Design` turns tables into metadata columns; `audit` reports
-what features know of metadata.
+`load` keep model, layers and design in one file; `DependenceLoss` is a penalty on what the outputs know of
+metadata; `Design` turns tables into metadata columns; `audit` reports what features know of metadata.
 
 `mdnorm.regression` holds the maths, `mdnorm.basis` flexible metadata columns, `mdnorm.estimators` the
 strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what works on whole models,
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mdnorm import auditing, basis, distributed, estimators, integration, metrics, regression
 from mdnorm.auditing import audit
 from mdnorm.context import metadata
+from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis
 from mdnorm.integration import (
     WithMetadata,
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ConfoundedDesignWarning",
+    "DependenceLoss",
     "Design",
     "DesignDiagnosis",
     "MetadataNorm",
