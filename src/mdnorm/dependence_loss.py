@@ -217,7 +217,7 @@ class DependenceLoss(nn.Module):
                 "outputs or their mean over positions."
             )
         dtype = statistics_dtype(outputs.device)
-        own = outputs.reshape(len(outputs), -1).to(dtype)
+        own = (outputs.unsqueeze(1) if outputs.ndim == 1 else outputs).to(dtype)
         known = self._known(metadata, labels, outputs)
         finite = own.detach().isfinite().all(1)
         own, known = own[finite], known[finite]
