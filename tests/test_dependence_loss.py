@@ -230,17 +230,16 @@ def test_training_that_is_resumed_goes_on_the_same(tmp_path: Path) -> None:
 
 def test_multipliers_rise_and_fall_within_their_bound() -> None:
     outputs, metadata, labels = data(100)
-    loss = DependenceLoss(strength=2.0, warm_up=400, at_most=0.05)
+    loss = DependenceLoss(strength=2.0, warm_up=400, at_most=0.05, window=100)
     seen = []
     for _ in range(8):
         loss(outputs, metadata, labels)
         seen.append(float(loss.multipliers.sum()))
-    assert seen == sorted(seen)
+    assert seen == pytest.approx(sorted(seen))
     assert 0 < seen[0] <= 1.0
     assert float(loss.multipliers.sum()) == pytest.approx(2.0)
-    independent = torch.randn(100, 3)
-    for _ in range(10):
-        loss(independent, metadata, labels)
+    for _ in range(3):
+        loss(torch.ones(100, 3), metadata, labels)
     assert float(loss.multipliers.sum()) < 0.5
 
 

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["DependenceLoss"]
 
-# Of √HSIC of the outputs, which is about 0.4 where they vary by one unit.
-_LEAST_KERNEL_SCALE = 0.1
+# Of √HSIC of the outputs, which is below 0.5: a smaller one makes the penalty too steep close to a constant.
+_LEAST_KERNEL_SCALE = 0.5
 # Of the mean of outputs and metadata as a function of a continuous label.
 _DEGREE = 3
 
@@ -339,8 +339,9 @@ class DependenceLoss(nn.Module):
         blocks = {f"variable {index}": metadata[:, columns] for index, columns in enumerate(groups)}
         samples = as_samples(outputs=x, **blocks, min_samples=MIN_SAMPLES, reason=UNDEFINED)
         matrices: list[PairwiseMatrix] = [Distances(rows) for rows in samples.rows]
-        unit = math.ldexp(self.unit, -samples.exponents[0])
         if self.measure == "hsic":
+            # Its square must be a number; so large or small, it is a constant all the same.
+            unit = math.ldexp(self.unit, min(max(-samples.exponents[0], -400), 400))
             widths = [unit, *map(median_distance, samples.rows[1:])]
             matrices = [GaussianKernel(*pair) for pair in zip(samples.rows, widths, strict=True)]
         products = centred_products(matrices)
