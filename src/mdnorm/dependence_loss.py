@@ -64,8 +64,7 @@ class DependenceLoss(nn.Module):
         of each. "continuous": that of what a cubic polynomial of the label leaves of outputs and metadata.
     window : int
         Samples that the dependence is estimated from, at least 20: those of the batch and the last ones
-        before it, whose outputs are remembered. More are less noise, but come from older weights: at small
-        batches a long window makes the training unstable.
+        before it, whose outputs are remembered. More are less noise, but come from older weights.
     unit : float
         What counts as a small difference of outputs. Below it the penalty fades, so that it cannot hold
         outputs at a constant. Suits logits at 1; for other outputs their standard deviation, about. 0 is the
