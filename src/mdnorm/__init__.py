@@ -3,8 +3,9 @@
 The layer is `MetadataNorm`; `insert` puts it into a model of others, and `insertions` says where; `fit_gram`
 prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `save` and
 `load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
-`balancing_weights` weighs samples so that labels and metadata are independent; `audit` reports what features
-know of metadata; `erase` takes metadata out where they will not be known.
+`balancing_weights` weighs samples so that labels and metadata are independent; `DependenceLoss` is a penalty
+on what the outputs know of metadata; `erase` takes metadata out where they will not be known; `audit` reports
+what features know of metadata.
 
 `mdnorm.regression` holds the maths, `mdnorm.erasure` erasers, `mdnorm.basis` flexible metadata columns,
 `mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what
@@ -20,6 +21,7 @@ from mdnorm import auditing, basis, distributed, erasure, estimators, integratio
 from mdnorm.auditing import audit
 from mdnorm.balance import BalancingWeights, balancing_weights
 from mdnorm.context import metadata
+from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis
 from mdnorm.integration import (
     WithMetadata,
@@ -47,6 +49,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BalancingWeights",
     "ConfoundedDesignWarning",
+    "DependenceLoss",
     "Design",
     "DesignDiagnosis",
     "MetadataNorm",

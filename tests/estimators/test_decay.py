@@ -120,7 +120,7 @@ def confounded(n, generator):
 
 
 def slope_and_accuracies(seed, **options):
-    """Return the slope of the logit on m over the label's effect, and accuracy with m as it is and shuffled."""
+    """Return the slope of the logit on m over the label's effect, and accuracy with m given and shuffled."""
     generator = torch.Generator().manual_seed(seed)
     inputs, labels, metadata = confounded(1200, generator)
     new_inputs, new_labels, new_metadata = confounded(4000, generator)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mdnorm import context
+from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.experiments.adversary import Adversary
 from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
 from mdnorm.experiments.methods import METHODS, Method
@@ -62,6 +63,8 @@ METHOD_NAMES = (
     "mdn-last-recursive",
     "mdn-last-penalty",
     "mdn-every-running",
+    "dependence-loss",
+    "mdn-last-running-loss",
 )
 _NORM_OF_METHOD = {method: norm for norm, method in METHOD_OF_NORM.items()}
 _EVALUATION_BATCH = 100
@@ -273,14 +276,18 @@ def fit(
             if method.adversary
             else []
         )
+        dependence = None if method.dependence is None else DependenceLoss(**method.dependence)
 
         def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
             labels = samples.labels[rows]
             with _metadata(network, samples.metadata[rows], labels):
                 features = network.features(samples.inputs[rows])
-            loss = task_loss = cross_entropy(network.classify(features), labels)
+            logits = network.classify(features)
+            loss = task_loss = cross_entropy(logits, labels)
             for column, adversary in enumerate(adversaries):
                 loss = loss + adversary.step(features, samples.confounders[rows, column], labels)
+            if dependence is not None:
+                loss = loss + dependence(logits, samples.confounders[rows], labels)
             return task_loss, loss
 
         return losses
@@ -424,6 +431,8 @@ def train(run: ConfoundedRun, epoch_done: Callable[[], None]) -> Row:
     setting = get_setting(run.setting)
     method = method_of(setting, run.method)
     data = data_of(run)
+    if method.dependence is not None:
+        method = replace(method, dependence=method.dependence | {"variables": data.confounders})
     network = build(setting, run.method, data, run.seed)
     trained = fit(
         network,

@@ -35,6 +35,8 @@ class Method:
         batch size / "window", at most 1.
     adversary : dict
         Options of `Adversary`, for BR-Net.
+    dependence : dict
+        Options of `mdnorm.DependenceLoss` on the logits; None for a training without it.
     seeds : int
         Seeds a cell of the table.
     in_table : bool
@@ -50,6 +52,7 @@ class Method:
     options: dict[str, Any] | None = None
     penalty: dict[str, Any] | None = None
     adversary: dict[str, Any] | None = None
+    dependence: dict[str, Any] | None = None
     seeds: int = 3
     in_table: bool = True
     least_batch_size: int = 1
@@ -58,8 +61,8 @@ class Method:
         """Return what can change a result, as JSON values."""
         settings: Row = {
             name: value
-            for name, value in (("penalty", self.penalty), ("adversary", self.adversary))
-            if value is not None
+            for name in ("penalty", "adversary", "dependence")
+            if (value := getattr(self, name)) is not None
         }
         if self.layers != "none":
             settings |= {"degree": self.degree, "options": self.options or {}}
@@ -110,6 +113,15 @@ METHODS = {
     "brnet": Method("BR-Net", adversary=_ADVERSARY),
     **_estimators("last"),
     **_estimators("every"),
+    "dependence-loss": Method("Dependence loss", dependence={}, in_table=False),
+    "mdn-last-running-loss": Method(
+        "MDN, last layer, running, and dependence loss",
+        "last",
+        degree=3,
+        options=_RUNNING,
+        dependence={},
+        in_table=False,
+    ),
     "mdn-last-linear": _on("last", "running, plain column", _RUNNING, degree=1, in_table=False),
     "mdn-last-scale": _on("last", "running, with scale", _RUNNING | {"scale": True}, in_table=False),
 }

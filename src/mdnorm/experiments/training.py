@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.experiments.adversary import Adversary
 from mdnorm.experiments.data.synthetic import SyntheticData
 from mdnorm.experiments.methods import METHODS, Method
@@ -97,14 +98,17 @@ def fit(
 
     def make_losses() -> Losses:
         adversary = Adversary(network.num_features, steps, **method.adversary) if method.adversary else None
+        dependence = None if method.dependence is None else DependenceLoss(**method.dependence)
 
         def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
             features = network.features(data.images[rows], metadata[rows], data.labels[rows])
-            task_loss = binary_cross_entropy_with_logits(network.classify(features), data.labels[rows])
-            if adversary is None:
-                return task_loss, task_loss
-            term = adversary.step(features, data.confounder[rows], data.labels[rows])
-            return task_loss, task_loss + term
+            logits = network.classify(features)
+            loss = task_loss = binary_cross_entropy_with_logits(logits, data.labels[rows])
+            if adversary is not None:
+                loss = loss + adversary.step(features, data.confounder[rows], data.labels[rows])
+            if dependence is not None:
+                loss = loss + dependence(logits, data.confounder[rows], data.labels[rows])
+            return task_loss, loss
 
         return losses
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     Kernel = Literal["linear", "rbf"]
     Bandwidth = float | tuple[float | None, float | None] | None
 
-__all__ = ["cka", "hsic"]
+__all__ = ["cka", "hsic", "median_distance"]
 
 _UNDEFINED = "the unbiased estimate is not defined for fewer samples"
 
@@ -265,12 +265,12 @@ def _kernel_products(
         matrices = []
         for rows, exponent, sigma in zip(samples.rows, samples.exponents, bandwidths, strict=True):
             # In units of the rescaled rows.
-            scaled = _median_distance(rows) if sigma is None else math.ldexp(sigma, -exponent)
+            scaled = median_distance(rows) if sigma is None else math.ldexp(sigma, -exponent)
             matrices.append(GaussianKernel(rows, scaled))
         return centred_products(matrices, tile_size)
 
 
-def _median_distance(rows: Tensor) -> float:
+def median_distance(rows: Tensor) -> float:
     """Return the median distance between different samples, 1 where they are all equal."""
     if rows.shape[1] == 0:
         return 1.0
