@@ -79,14 +79,15 @@ def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
 
 # "dataset" and "batch" need their running averages for evaluation only and look back one epoch (2000 images);
 # what is removed in training as well must follow the weights more closely.
-_RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000}
-_BATCH = _RECIPE | {"estimator": "batch"}
+# "dataset" and "recursive" are the published methods, whose gradient has no decay of what is removed.
+_RECIPE: dict[str, Any] = {"estimator": "dataset", "window": 2000, "decay": 0}
+_BATCH: dict[str, Any] = {"estimator": "batch", "window": 2000}
 _RUNNING = {"estimator": "running", "window": 500}
-_RECURSIVE = {"estimator": "recursive", "window": 500}
+_RECURSIVE: dict[str, Any] = {"estimator": "recursive", "window": 500, "decay": 0}
 _PENALTY: dict[str, Any] = {"estimator": "penalty"}
 # A rate of n / 500 moves β by that share towards the estimate of a batch of n: the same memory again.
 _PENALTY_RATE = {"window": 500}
-_AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "window": 2000, "prior": 0}
+_AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "window": 2000, "prior": 0, "decay": 0}
 
 _ADVERSARY: dict[str, Any] = {"strength": 30.0, "learning_rate": 1e-2, "steps": 5, "memory": 10}
 
