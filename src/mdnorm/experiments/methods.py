@@ -35,6 +35,14 @@ class Method:
         batch size / "window", at most 1.
     adversary : dict
         Options of `Adversary`, for BR-Net.
+    weights : bool
+        Whether the samples have weights of `mdnorm.balancing_weights`, in the loss and in the layers.
+    group_dro : dict
+        Options of `GroupWeights`, for group-distributionally robust training.
+    head : dict
+        How the last layer is fitted again once the network is trained; see `refit`.
+    oracle : bool
+        Whether it trains on unconfounded data instead: what the others could reach.
     seeds : int
         Seeds a cell of the table.
     in_table : bool
@@ -50,17 +58,23 @@ class Method:
     options: dict[str, Any] | None = None
     penalty: dict[str, Any] | None = None
     adversary: dict[str, Any] | None = None
+    weights: bool = False
+    group_dro: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
+    oracle: bool = False
     seeds: int = 3
     in_table: bool = True
     least_batch_size: int = 1
 
+    @property
+    def of_confounded_only(self) -> bool:
+        """Whether only the settings with confounded images, clips or volumes have what it needs."""
+        return bool(self.weights or self.group_dro or self.head or self.oracle)
+
     def settings(self) -> Row:
         """Return what can change a result, as JSON values."""
-        settings: Row = {
-            name: value
-            for name, value in (("penalty", self.penalty), ("adversary", self.adversary))
-            if value is not None
-        }
+        names = ("penalty", "adversary", "weights", "group_dro", "head", "oracle")
+        settings: Row = {name: value for name in names if (value := getattr(self, name))}
         if self.layers != "none":
             settings |= {"degree": self.degree, "options": self.options or {}}
         return settings
@@ -110,6 +124,13 @@ METHODS = {
     "brnet": Method("BR-Net", adversary=_ADVERSARY),
     **_estimators("last"),
     **_estimators("every"),
+    # Those of the settings with confounded images, clips or volumes only.
+    "weights": Method("Balancing weights", weights=True, in_table=False),
+    "mdn-last-running+weights": _on("last", "running, weights", _RUNNING, weights=True, in_table=False),
+    "groupdro": Method("GroupDRO", group_dro={"step_size": 0.01}, in_table=False),
+    "dfr": Method("Last layer retrained (DFR)", head={"fit": "balanced", "draws": 10}, in_table=False),
+    "leace": Method("LEACE, retrained head", head={"fit": "erased"}, in_table=False),
+    "oracle": Method("Oracle: unconfounded data", oracle=True, in_table=False),
     "mdn-last-linear": _on("last", "running, plain column", _RUNNING, degree=1, in_table=False),
     "mdn-last-scale": _on("last", "running, with scale", _RUNNING | {"scale": True}, in_table=False),
 }
