@@ -82,12 +82,10 @@ def main() -> None:
             rows.append(run.settings() | method.settings() | {"warmup_epochs": warmup} | row)
             cell = f"| {chosen} | {size} | {epochs} | {rate:g} | {warmup} | {value} |"
             means[cell].append(row["bacc"])
-            dependence = " / ".join(
-                f"{fmean(by_class.values()):.3f}" for by_class in row["dcor2_logits"].values()
-            )
+            bacc, confounded = 100 * row["bacc"], 100 * row["bacc_confounded"]
+            dependence = " / ".join(f"{fmean(found.values()):.3f}" for found in row["dcor2_logits"].values())
             print(
-                f"{cell} {seed} | {100 * row['bacc']:.1f} | {100 * row['bacc_confounded']:.1f} | {dependence} "
-                f"| {row['train_loss']:.3f} |",
+                f"{cell} {seed} | {bacc:.1f} | {confounded:.1f} | {dependence} | {row['train_loss']:.3f} |",
                 flush=True,
             )
             if options.json is not None:

@@ -369,22 +369,27 @@ def _whitened(features: Tensor, labels: Tensor) -> Tensor:
     for label in labels.unique():
         centred[labels == label] -= centred[labels == label].mean(0)
     left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
-    whitened: Tensor = left[:, singular >= 1e-6 * singular[0]] * len(left) ** 0.5
+    whitened: Tensor = left[:, singular >= 1e-5 * singular[0]] * len(left) ** 0.5
     return whitened
 
 
-def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, float]:
-    """Return how well a linear probe finds each variable within the classes, from 0 (chance or worse) to 1."""
-    found = {}
+def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, float | None]:
+    """Return variable → score of a linear probe within the classes, from 0 for chance (or worse) to 1."""
+
+    def score(target: Tensor) -> float | None:
+        try:
+            pooled = probe(features, target, labels=samples.labels, num_permutations=0).pooled
+        except ValueError:  # too few samples, or a variable that does not vary
+            return None
+        return (pooled[0].value - pooled[0].chance) / (1 - pooled[0].chance) if pooled else None
+
+    found: dict[str, float | None] = {}
     for variable, columns in data.confounders.items():
         values = samples.confounders[:, list(columns)].double()
         one_hot = values.shape[1] > 1 and bool(((values == 0) | (values == 1)).all())
-        scores = [
-            probe(features, target, labels=samples.labels, num_permutations=0).pooled
-            for target in ([values.argmax(1)] if one_hot else values.T)
-        ]
-        above = [(first.value - first.chance) / (1 - first.chance) for first, *_ in scores]
-        found[variable] = max(0.0, sum(above) / len(above))
+        scores = [score(target) for target in ([values.argmax(1)] if one_hot else values.T)]
+        known = [value for value in scores if value is not None]
+        found[variable] = max(0.0, sum(known) / len(known)) if known else None
     return found
 
 
@@ -409,14 +414,20 @@ def evaluate(
     -------
     dict
         "bacc" and "bacc_confounded": balanced accuracy, a fraction, on the confound-free and on the test
-        data. On the confound-free data: "dcor2", variable → class → bias-corrected dcor² of the features with
-        the variable; "dcor2_whitened", the same of the features with equal variance in all directions;
-        "dcor2_logits", the same of the logits less their mean over the classes, which changes no output;
-        "probe", variable → score of a linear probe of the features within the classes, from 0 for chance (or
-        worse) to 1: R², or balanced accuracy above chance; "bacc_shuffled" and "bacc_mean", the accuracy with the metadata of other samples and
-        with the training data's mean, None for networks that take none; "recall", group → class → share
-        found; "gap", the largest difference of a class's recall between groups. On at most 1000 rows that
-        were trained on: "dcor2_train" and "dcor2_logits_train".
+        data. On the confound-free data:
+
+        - "bacc_shuffled" and "bacc_mean": the accuracy with the metadata of other samples, and with the mean
+          of those trained on; None for a network that takes none.
+        - "dcor2_logits": variable → class → bias-corrected dcor² of the variable and the logits less their
+          mean over the classes, which changes no output.
+        - "dcor2": the same of the features; "dcor2_whitened": of the features with the same variance in all
+          directions.
+        - "probe": variable → score of a linear probe of the features within the classes, from 0 for chance
+          (or worse) to 1: R², or balanced accuracy above chance; None where samples are too few.
+        - "recall": group → class → share found; "gap": the largest difference of a class's recall between
+          groups.
+
+        On at most 1000 rows that were trained on: "dcor2_logits_train" and "dcor2_train".
     """
     from safetensors.torch import save
     from sklearn.metrics import balanced_accuracy_score

@@ -198,5 +198,5 @@ DIGITS = Setting(
     quick_methods=("none", "mdn-last-running"),
     limit=1 - digits.LABEL_NOISE,
     examples=_digit_examples,
-    tuned={"adversary": {"strength": 0.3}},
+    tuned={"adversary": {"strength": 0.3}, "group_dro": {"step_size": 0.2}},
 )
