@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from mdnorm import balancing_weights, context
+from mdnorm import context
+from mdnorm.balance import balancing_weights
 from mdnorm.experiments.adversary import Adversary
 from mdnorm.experiments.baselines import GroupWeights, refit
 from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, select
