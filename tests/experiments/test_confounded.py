@@ -23,7 +23,7 @@ from mdnorm.commands import app
 from mdnorm.experiments import confounded
 from mdnorm.experiments.confounded import METHOD_NAMES, build, evaluate, fit, get_setting, plan, train
 from mdnorm.experiments.confounded_report import tables
-from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, select, split
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed, select, split
 from mdnorm.experiments.data.problems import DataProblemsError, Problems
 from mdnorm.experiments.methods import METHODS
 from mdnorm.experiments.results import ResultStore
@@ -518,6 +518,11 @@ class TestOverview:
 
 
 class TestData:
+    def test_no_part_of_a_seed_has_the_seed_of_another(self):
+        seeds = [part_seed(seed, part) for seed in range(1000) for part in range(5)]
+        assert len(set(seeds)) == len(seeds)
+        assert [part_seed(4, part) for part in range(3)] == [12, 13, 14]
+
     def test_rows_must_agree(self):
         samples = make_samples(10, 0, 0.9)
         with pytest.raises(ValueError, match="same number of rows"):
@@ -651,6 +656,7 @@ class TestCommand:
         [
             (["--on-problem", "hide"], "on_problem"),
             (["--methods", "magic"], "unknown method"),
+            (["--methods", "none,oracle", "--data", "folder"], "the oracle needs unconfounded data"),
             (["--size", "5"], "size must be at least 40"),
             (["--size", "0"], "size must be at least 40, got 0"),
         ],

@@ -307,20 +307,26 @@ def accuracy_figure(rows: Sequence[Row], setting: Setting) -> Figure:
     for index, variable in enumerate(variables):
         _draw(
             right,
-            [[_dependence(_final(row), variable) for row in members] for members in methods.values()],
+            [
+                [_dependence(_final(row), variable, "dcor2_logits") for row in members]
+                for members in methods.values()
+            ],
             variable,
             PALETTE[(3, 6, 5)[index % 3]],
             MARKERS[(0, 2, 3)[index % 3]],
         )
     right.axvline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
-    right.set_xlabel("dcor² within classes", fontsize=8)
+    right.set_xlabel("dcor² of the logits", fontsize=8)
     for axis in (left, right):
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92", linewidth=0.8)
         axis.set_axisbelow(True)
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    labels = [*left.get_legend_handles_labels()[1], *(f"dcor² with {name}" for name in variables)]
+    labels = [
+        *left.get_legend_handles_labels()[1],
+        *(f"dcor² with {name} within classes" for name in variables),
+    ]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
@@ -478,8 +484,8 @@ def write(
         ),
         ReportFigure(
             save_figure(accuracy_figure(rows, setting), folder / "accuracy.png"),
-            "Accuracy and what the features hold of the metadata",
-            "Balanced accuracy on both test sets and dcor² by method; the numbers are in the table.",
+            "Accuracy and what the outputs hold of the metadata",
+            "Balanced accuracy on both test sets and dcor² of the logits by method; the numbers are in the table.",
             "A network that cheats is good on the confounded data (orange) and poor on the confound-free "
             "ones (blue). Networks with Metadata Normalization are recalibrated.",
         ),
