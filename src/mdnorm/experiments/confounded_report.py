@@ -485,7 +485,7 @@ def write(
         ReportFigure(
             save_figure(accuracy_figure(rows, setting), folder / "accuracy.png"),
             "Accuracy and what the outputs hold of the metadata",
-            "Balanced accuracy on both test sets and dcor² of the logits by method; the numbers are in the table.",
+            "Balanced accuracy on both test sets and dcor² of the logits; the numbers are in the table.",
             "A network that cheats is good on the confounded data (orange) and poor on the confound-free "
             "ones (blue). Networks with Metadata Normalization are recalibrated.",
         ),
