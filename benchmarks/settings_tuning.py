@@ -1,8 +1,11 @@
-"""Tuning of faces, digits, video and MRI: BR-Net's strength, learning rates and sizes, by default one seed.
+"""Tuning of faces, digits, video and MRI, on seeds that no table uses: options of methods, rates and sizes.
 
-What a setting has is one of the rows; others tell what it is worth. Accuracy is that on confound-free data.
+Accuracy is that on confound-free data; the last lines are means over the seeds. What is best for a setting
+stands in its `tuned`.
 
-    python benchmarks/settings_tuning.py mri --method brnet --strengths 0.1 0.3 1 3 10
+    python benchmarks/settings_tuning.py mri --method brnet --option adversary.strength 0.1 0.3 1 3 10
+    python benchmarks/settings_tuning.py mri --method groupdro --option group_dro.step_size 1e-3 1e-2 1e-1 1
+    python benchmarks/settings_tuning.py mri --method dfr --option head.draws 1 10 30
     python benchmarks/settings_tuning.py mri --method none batchnorm --learning-rates 3e-4 1e-3
 """
 
@@ -10,9 +13,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import defaultdict
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,14 +25,15 @@ import torch
 from mdnorm.experiments.confounded import (
     METHOD_NAMES,
     SETTINGS,
-    build,
     evaluate,
-    fit,
     get_setting,
     method_of,
     plan,
+    train_network,
 )
 from mdnorm.files import write_text_atomically
+
+SEEDS = range(100, 104)
 
 
 def main() -> None:
@@ -36,68 +42,56 @@ def main() -> None:
     )
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("--method", nargs="+", choices=METHOD_NAMES, default=["brnet"])
-    parser.add_argument("--strengths", nargs="+", type=float, help="of BR-Net; default: the setting's")
+    parser.add_argument(
+        "--option", nargs="+", metavar=("FIELD.NAME", "VALUE"), help="of the methods; default: the setting's"
+    )
     parser.add_argument("--learning-rates", nargs="+", type=float, help="default: the setting's")
     parser.add_argument("--warmup-epochs", nargs="+", type=int, help="default: the setting's")
     parser.add_argument("--sizes", nargs="+", type=int, help="training samples; default: the setting's")
     parser.add_argument("--epochs", nargs="+", type=int, help="default: the setting's")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="+", type=int, choices=SEEDS, default=list(SEEDS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = get_setting(options.setting)
+    field, name = options.option[0].split(".") if options.option else ("", "")
+    values = [json.loads(text) for text in options.option[1:]] if options.option else [None]
     rows: list[dict[str, Any]] = []
-    names = "method size epochs rate warm-up strength seed confound-free confounded dcor² loss"
+    means: dict[str, list[float]] = defaultdict(list)
+    names = f"method size epochs rate warm-up {name or 'option'} seed confound-free confounded logits loss"
     print(f"| {' | '.join(names.split())} |")
     print("| --- |" + 10 * " ---: |")
-    for size, seed in product(options.sizes or [setting.size], options.seeds):
+    for seed, size in product(options.seeds, options.sizes or [setting.size]):
         data = setting.make_data(size, seed)
-        for name, epochs, rate, warmup, strength in product(
+        for chosen, epochs, rate, warmup, value in product(
             options.method,
             options.epochs or [setting.epochs],
-            options.learning_rates or [None],
+            options.learning_rates or [setting.learning_rate],
             options.warmup_epochs or [setting.warmup_epochs],
-            options.strengths or [setting.brnet_strength],
+            values,
         ):
-            (run,) = plan(setting, [name], 1, first_seed=seed, size=size, epochs=epochs, learning_rate=rate)
-            network = build(setting, name, data, seed)
-            trained = fit(
-                network,
-                method_of(replace(setting, brnet_strength=strength), name),
-                data.train,
-                batch_size=run.batch_size,
-                epochs=run.epochs,
-                learning_rate=run.learning_rate,
-                warmup_epochs=warmup,
-                seed=seed,
-                epoch_done=lambda: None,
+            (run,) = plan(setting, [chosen], 1, first_seed=seed, size=size, epochs=epochs, learning_rate=rate)
+            method = method_of(setting, chosen)
+            if field:
+                method = replace(method, **{field: getattr(method, field) | {name: value}})
+            network, samples, trained = train_network(
+                replace(run, warmup_epochs=warmup), method, data, lambda: None
             )
-            row = evaluate(network, data) | trained
-            rows.append(
-                {
-                    "setting": setting.name,
-                    "method": name,
-                    "size": size,
-                    "epochs": run.epochs,
-                    "learning_rate": run.learning_rate,
-                    "warmup_epochs": warmup,
-                    "strength": strength,
-                    "seed": seed,
-                }
-                | row
-            )
-            dependence = " / ".join(
-                f"{sum(by_class.values()) / len(by_class):.3f}" for by_class in row["dcor2"].values()
-            )
+            row = evaluate(network, data, trained=samples) | trained
+            rows.append(run.settings() | method.settings() | {"warmup_epochs": warmup} | row)
+            cell = f"| {chosen} | {size} | {epochs} | {rate:g} | {warmup} | {value} |"
+            means[cell].append(row["bacc"])
+            bacc, confounded = 100 * row["bacc"], 100 * row["bacc_confounded"]
+            dependence = " / ".join(f"{fmean(found.values()):.3f}" for found in row["dcor2_logits"].values())
             print(
-                f"| {name} | {size} | {run.epochs} | {run.learning_rate:g} | {warmup} | {strength:g} "
-                f"| {seed} | {100 * row['bacc']:.1f} | {100 * row['bacc_confounded']:.1f} | {dependence} "
-                f"| {row['train_loss']:.3f} |",
+                f"{cell} {seed} | {bacc:.1f} | {confounded:.1f} | {dependence} | {row['train_loss']:.3f} |",
                 flush=True,
             )
             if options.json is not None:
                 write_text_atomically(options.json, json.dumps(rows, indent=1) + "\n")
+    for cell, accuracies in means.items():
+        print(f"{cell} mean | {100 * fmean(accuracies):.2f} | | | |")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,27 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import dcor
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
 from torch import nn
 from typer.testing import CliRunner
 
+import mdnorm
 from mdnorm.commands import app
 from mdnorm.experiments import confounded
 from mdnorm.experiments.confounded import METHOD_NAMES, build, evaluate, fit, get_setting, plan, train
 from mdnorm.experiments.confounded_report import tables
-from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, select, split
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed, select, split
 from mdnorm.experiments.data.problems import DataProblemsError, Problems
 from mdnorm.experiments.methods import METHODS
+from mdnorm.experiments.results import ResultStore
 from mdnorm.experiments.settings import Setting
 from mdnorm.experiments.training import num_steps
 from mdnorm.extras import MissingExtraError
@@ -44,7 +51,14 @@ def make_data(size: int, seed: int) -> ConfoundedData:
         make_samples(n, 3 * seed + k, share)
         for k, (n, share) in enumerate([(size, 0.9), (400, 0.9), (400, 0.5)])
     ]
-    return ConfoundedData(*parts, ("ill", "well"), ("first", "second"), {"site": (0,)})
+    return ConfoundedData(
+        *parts,
+        ("ill", "well"),
+        ("first", "second"),
+        {"site": (0,)},
+        unconfounded=lambda: make_samples(size, 1000 + seed, 0.5),
+        held_out=lambda: make_samples(size // 4, 2000 + seed, 0.9),
+    )
 
 
 class Backbone(nn.Sequential):
@@ -124,6 +138,7 @@ class TestPlan:
             ({"batch_size": 1}, "batch size must be at least 2"),
             ({"epochs": 0}, "epochs must be at least 1"),
             ({"learning_rate": float("nan")}, "learning rate"),
+            ({"data": Path("folder")}, "oracle needs unconfounded data"),
         ],
     )
     def test_bad_numbers(self, changes, message):
@@ -267,7 +282,247 @@ def test_measures_agree_with_their_definition():
     assert row["bacc"] == pytest.approx(np.mean(by_class))
 
 
+@pytest.fixture(scope="module")
+def measured():
+    """A network with a layer whose features are the pixels' halves, and its measures."""
+    data = make_data(400, 1)
+    network = build(SETTING, "mdn-last-running", data, 0)
+    fit(
+        network,
+        METHODS["mdn-last-running"],
+        data.train,
+        batch_size=50,
+        epochs=3,
+        learning_rate=1e-2,
+        warmup_epochs=1,
+        seed=0,
+        epoch_done=list,
+    )
+    return data, network, evaluate(network, data)
+
+
+class TestMeasuresThatCannotBeCheated:
+    @torch.no_grad()
+    def outputs(self, network, samples, metadata=None):
+        network.eval()
+        with mdnorm.metadata(network, samples.metadata if metadata is None else metadata):
+            features = network.features(samples.inputs)
+            return features, network.classify(features)
+
+    def test_dcor2_of_features_and_logits(self, measured):
+        data, network, row = measured
+        for samples, end in ((data.confound_free, ""), (data.train, "_train")):
+            features, logits = self.outputs(network, samples)
+            for label, name in enumerate(data.classes):
+                inside = samples.labels == label
+                site = samples.confounders[inside, 0].double().numpy()
+                # Of two logits, only the difference decides.
+                for values, key in ((features, "dcor2"), (logits[:, 1:] - logits[:, :1], "dcor2_logits")):
+                    expected = dcor.u_distance_correlation_sqr(values[inside].double().numpy(), site)
+                    assert row[key + end]["site"][name] == pytest.approx(expected, abs=1e-5)
+
+    def test_whitened_features_do_not_depend_on_the_scale_of_a_direction(self, measured):
+        data, network, row = measured
+        free = data.confound_free
+        features = self.outputs(network, free)[0].double()
+        within = features - torch.stack([features[free.labels == c].mean(0) for c in (0, 1)])[free.labels]
+        variances, directions = torch.linalg.eigh(within.T @ within / len(within))
+        # 64 features of 32 units and of the layer's correction: the other directions are empty.
+        rank = int(torch.linalg.matrix_rank(within, rtol=1e-5))
+        assert 8 < rank <= 33
+        whitened = (within @ directions / variances.abs().sqrt())[:, -rank:]
+        for label, name in enumerate(data.classes):
+            inside = free.labels == label
+            expected = dcor.u_distance_correlation_sqr(
+                whitened[inside].numpy(), free.confounders[inside, 0].double().numpy()
+            )
+            assert row["dcor2_whitened"]["site"][name] == pytest.approx(expected, abs=1e-5)
+
+    def test_accuracy_with_other_metadata(self, measured):
+        data, network, row = measured
+        free = data.confound_free
+
+        def accuracy(metadata):
+            predicted = self.outputs(network, free, metadata)[1].argmax(1)
+            return np.mean([(predicted[free.labels == c] == c).double().mean().item() for c in (0, 1)])
+
+        mean = torch.full_like(free.metadata, data.train.metadata.mean().item())
+        assert row["bacc_mean"] == pytest.approx(accuracy(mean))
+        shuffles = [accuracy(free.metadata[torch.randperm(len(free))]) for _ in range(20)]
+        assert row["bacc_shuffled"] == pytest.approx(np.mean(shuffles), abs=0.02)
+        assert abs(row["bacc_shuffled"] - row["bacc"]) > 0.02 or row["bacc"] < 0.6
+
+    def test_a_network_without_layers_takes_no_metadata(self):
+        row = evaluate(build(SETTING, "none", make_data(100, 0), 0), make_data(100, 0))
+        assert row["bacc_shuffled"] is None
+        assert row["bacc_mean"] is None
+
+    def test_the_probe_is_on_the_scale_from_chance_to_perfect(self, measured):
+        data, network, row = measured
+        free = data.confound_free
+        features = self.outputs(network, free)[0].numpy()
+        scores = []
+        for label in (0, 1):
+            inside = (free.labels == label).numpy()
+            model = make_pipeline(StandardScaler(), LogisticRegression(class_weight="balanced", C=0.01))
+            site = free.groups.numpy()[inside]
+            scores.append(
+                cross_val_score(model, features[inside], site, scoring="balanced_accuracy", cv=5).mean()
+            )
+        assert row["probe"]["site"] == pytest.approx(max(2 * np.mean(scores) - 1, 0), abs=0.15)
+
+    def test_one_hot_columns_are_one_category_for_the_probe(self):
+        data = make_data(100, 0)
+        free = data.confound_free
+        columns = torch.nn.functional.one_hot(free.groups, 2).float()
+        both = replace(
+            data,
+            confound_free=replace(free, confounders=columns),
+            confounders={"site": (0, 1)},
+            test=replace(data.test, confounders=data.test.confounders.repeat(1, 2)),
+            train=replace(data.train, confounders=data.train.confounders.repeat(1, 2)),
+        )
+        network = build(SETTING, "none", data, 0)
+        assert evaluate(network, both)["probe"] == pytest.approx(evaluate(network, data)["probe"])
+
+    def test_a_collapsed_network_has_measures(self):
+        data = make_data(100, 0)
+        network = build(SETTING, "none", data, 0)
+        nn.init.zeros_(network.hidden.weight)
+        row = evaluate(network, data)
+        json.dumps(row, allow_nan=False)
+        assert row["bacc"] == 0.5
+        assert row["probe"]["site"] == 0
+
+
+@pytest.fixture(scope="module")
+def plain():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(confounded.SETTINGS, "tiny", (__name__, "SETTING"))
+        return train(run_of("none", size=1200), lambda: None)
+
+
+class TestBaselines:
+    @pytest.mark.parametrize("method", ["weights", "groupdro", "dfr", "oracle"])
+    def test_each_improves_on_the_plain_network(self, plain, method):
+        row = train(run_of(method, size=1200), lambda: None)
+        assert row["bacc"] > plain["bacc"] + 0.05
+        assert row["bacc_confounded"] - row["bacc"] < plain["bacc_confounded"] - plain["bacc"] - 0.1
+
+    def test_weights_are_the_balancing_weights_in_loss_layer_and_recalibration(self, monkeypatch):
+        samples = make_data(200, 0).train
+        method = METHODS["mdn-last-running+weights"]
+        expected = mdnorm.balancing_weights(samples.labels, samples.metadata, method="propensity").weights
+        assert torch.equal(confounded.sample_weights(method, samples), expected.float())
+        assert torch.equal(confounded.sample_weights(METHODS["none"], samples), torch.ones(200))
+        given = []
+        original = confounded.context.metadata
+
+        def noted(model, metadata, labels=None, weights=None):
+            given.append(weights)
+            return original(model, metadata, labels, weights)
+
+        monkeypatch.setattr(confounded.context, "metadata", noted)
+        train(run_of("mdn-last-running+weights", size=200, epochs=1, batch_size=200), lambda: None)
+        assert torch.equal(given[0].sort().values, expected.float().sort().values)
+        assert torch.equal(
+            torch.cat([part for part in given[1:] if part is not None])[-200:], expected.float()
+        )
+
+    def test_the_loss_is_weighted(self):
+        """A weight of 2 is a sample that comes twice: of one batch of everything the loss is the same."""
+        data = make_data(200, 0)
+        network = build(SETTING, "weights", data, 0)
+        weights = confounded.sample_weights(METHODS["weights"], data.train)
+        with torch.no_grad():
+            logits = network(data.train.inputs).log_softmax(1)
+        expected = -(weights * logits[torch.arange(200), data.train.labels]).mean()
+        options = {"epochs": 1, "learning_rate": 1e-3, "warmup_epochs": 0, "seed": 0, "epoch_done": list}
+        measured = fit(network, METHODS["weights"], data.train, batch_size=200, **options)
+        assert measured["train_loss"] == pytest.approx(float(expected), rel=1e-5)
+
+    def test_the_oracle_trains_on_unconfounded_data(self, monkeypatch):
+        seen = []
+        monkeypatch.setattr(
+            confounded, "fit", lambda network, method, samples, **_: seen.append(samples) or {}
+        )
+        for method in ("oracle", "none"):
+            train(run_of(method, size=1000), lambda: None)
+        oracle, confounded_ones = ((samples.labels == samples.groups).double().mean() for samples in seen)
+        assert oracle == pytest.approx(0.5, abs=0.05)
+        assert confounded_ones == pytest.approx(0.9, abs=0.03)
+        assert len(seen[0]) == 1000
+
+    def test_data_without_held_out_samples_keep_a_quarter_of_the_training(self):
+        data = replace(make_data(200, 0), held_out=None)
+        first, second = data.for_retraining(3)
+        assert (len(first), len(second)) == (150, 50)
+        both = torch.cat([first.inputs, second.inputs]).flatten(1).tolist()
+        assert sorted(both) == sorted(data.train.inputs.flatten(1).tolist())
+        assert torch.equal(data.for_retraining(3)[1].inputs, second.inputs)
+
+    def test_real_data_have_all_but_the_oracle(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(confounded.SETTINGS, "tiny", (__name__, "SETTING"))
+        (tmp_path / "scan.txt").touch()
+        row = train(run_of("dfr", epochs=1, data=tmp_path), lambda: None)
+        assert 0 <= row["bacc"] <= 1
+
+    def test_what_is_tuned_for_a_setting(self):
+        tuned = replace(SETTING, tuned={"group_dro": {"step_size": 0.5}, "adversary": {"strength": 2.0}})
+        assert confounded.method_of(tuned, "groupdro").settings() == {"group_dro": {"step_size": 0.5}}
+        adversary = confounded.method_of(tuned, "brnet").adversary
+        assert adversary == METHODS["brnet"].adversary | {"strength": 2.0}
+        assert confounded.method_of(tuned, "none") == METHODS["none"]
+
+    def test_rows_from_before_these_measures_count_as_absent(self, tmp_path):
+        run = run_of("none", epochs=1, size=100)
+        old = {name: value for name, value in run.settings().items() if name != "measures"}
+        (tmp_path / "results.json").write_text(json.dumps([old | {"bacc": 0.5}]))
+        assert ResultStore(tmp_path / "results.json").find(run.settings()) is None
+
+
+class TestOverview:
+    def rows(self, accuracies):
+        """Rows of two seeds with these accuracies, by method."""
+        of_each = {}
+        for method in accuracies:
+            run = run_of(method, epochs=1, size=100)
+            of_each[method] = run.settings() | train(run, lambda: None)
+        return [
+            of_each[method] | {"seed": seed, "bacc": value, "bacc_confounded": 0.9}
+            for method, values in accuracies.items()
+            for seed, value in enumerate(values)
+        ]
+
+    def cells(self, accuracies):
+        overview = tables(self.rows(accuracies), SETTING)[0]
+        return [dict(zip(overview.headings, line, strict=True)) for line in overview.lines]
+
+    def test_gains_are_paired_and_a_share_of_the_oracles(self):
+        plain, weights, oracle = self.cells(
+            {"none": [0.6, 0.7], "weights": [0.65, 0.77], "oracle": [0.7, 0.8]}
+        )
+        assert plain["Gain (points)"] == "0.0 ± 0.0"
+        assert weights["Gain (points)"] == "+6.0 ± 1.4"
+        assert weights["Recovered (%)"] == "60 ± 14"
+        assert oracle["Recovered (%)"] == "100 ± 0"
+        assert plain["Confounded − confound-free (points)"] == "+25.0 ± 7.1"
+        assert weights["Shuffled (%)"] == "–"
+
+    def test_without_the_plain_network_or_the_oracle(self):
+        (weights,) = self.cells({"weights": [0.65, 0.77]})
+        assert weights["Gain (points)"] == weights["Recovered (%)"] == "–"
+        _, weights = self.cells({"none": [0.6, 0.7], "weights": [0.65, 0.77]})
+        assert weights["Gain (points)"] == "+6.0 ± 1.4"
+        assert weights["Recovered (%)"] == "–"
+
+
 class TestData:
+    def test_no_part_of_a_seed_has_the_seed_of_another(self):
+        seeds = [part_seed(seed, part) for seed in range(1000) for part in range(5)]
+        assert len(set(seeds)) == len(seeds)
+        assert [part_seed(4, part) for part in range(3)] == [12, 13, 14]
+
     def test_rows_must_agree(self):
         samples = make_samples(10, 0, 0.9)
         with pytest.raises(ValueError, match="same number of rows"):
@@ -401,6 +656,7 @@ class TestCommand:
         [
             (["--on-problem", "hide"], "on_problem"),
             (["--methods", "magic"], "unknown method"),
+            (["--methods", "none,oracle", "--data", "folder"], "the oracle needs unconfounded data"),
             (["--size", "5"], "size must be at least 40"),
             (["--size", "0"], "size must be at least 40, got 0"),
         ],
@@ -420,9 +676,10 @@ BARE = Setting(**(vars(SETTING) | {"name": "bare", "load": None}))
 def test_tables_have_every_method_and_variable():
     runs = [run_of(name, size=100, epochs=1) for name in ("none", "mdn-last-batch")]
     rows = [run.settings() | train(run, lambda: None) for run in runs]
-    overview, by_class, by_group = tables(rows, SETTING)
-    assert [line[0] for line in overview.lines] == ["No normalisation", "MDN, last layer, batch"]
-    assert all(len(line) == len(overview.headings) for line in overview.lines)
+    overview, by_variable, stages, by_class, by_group = tables(rows, SETTING)
+    for table in (overview, by_variable, stages):
+        assert [line[0] for line in table.lines] == ["No normalisation", "MDN, last layer, batch"]
+        assert all(len(line) == len(table.headings) for line in table.lines)
     assert by_class.headings == ["Method", "site, ill", "site, well"]
     assert by_group.headings[1:] == ["first (%)", "second (%)", "TPR, first (%)", "TPR, second (%)"]
     assert "82.7 %" in overview.limits

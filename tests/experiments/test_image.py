@@ -99,6 +99,29 @@ def test_the_seed_decides(make_data, monkeypatch):
     assert not torch.equal(first.test.inputs, first.confound_free.inputs)
 
 
+@pytest.mark.parametrize("make_data", [lambda size, seed: make_face_data(400, seed), make_digit_data])
+def test_data_of_the_oracle_and_for_retraining(make_data, monkeypatch):
+    monkeypatch.setattr(image, "_HELD_OUT", 40)
+    data, again = make_data(1200, 1), make_data(1200, 1)
+
+    def agreement(samples):
+        middle = data.train.confounders.mean()
+        return float(((samples.confounders[:, 0] > middle) == samples.labels.bool()).double().mean())
+
+    unconfounded = data.unconfounded()
+    assert len(unconfounded) == len(data.train)
+    assert agreement(unconfounded) == pytest.approx(0.5, abs=0.08)
+    assert agreement(data.train) == pytest.approx(0.8, abs=0.06)
+    assert torch.equal(unconfounded.inputs, again.unconfounded().inputs)
+    trained, held_out = data.for_retraining(1)
+    assert len(held_out) == len(data.train) // 4
+    assert agreement(held_out) == pytest.approx(0.8, abs=0.1)
+    # All digits are taken: there the quarter is one of the training samples.
+    assert len(trained) == len(data.train) - (0 if data.held_out else len(held_out))
+    others = {tuple(row) for row in trained.inputs.flatten(1).tolist()}
+    assert not any(tuple(row) in others for row in held_out.inputs.flatten(1).tolist())
+
+
 def test_too_many_digits():
     with pytest.raises(ValueError, match="size must be at most 1597, since there are 1797 digits"):
         make_digit_data(1598, 0)

@@ -39,6 +39,17 @@ def test_data(data):
     assert abs(older(data.confound_free)) < 0.25
 
 
+def test_data_of_the_oracle_and_for_retraining(data):
+    unconfounded, held_out = data.unconfounded(), data.held_out()
+    assert (len(unconfounded), len(held_out)) == (60, 15)
+
+    def older(samples):
+        age = samples.confounders[:, 0]
+        return float(age[samples.labels == 1].mean() - age[samples.labels == 0].mean())
+
+    assert older(held_out) > 0.5 > abs(older(unconfounded))
+
+
 @pytest.mark.parametrize("norm", ["none", "batch", "group"])
 def test_backbone(norm, data):
     torch.manual_seed(0)

@@ -57,6 +57,8 @@ class TestPlan:
         ("arguments", "message"),
         [
             ({"methods": ["none", "magic"]}, r"unknown method\(s\) magic: choose from none, "),
+            # Of the settings with confounded images only.
+            ({"methods": ["none", "dfr"]}, r"unknown method\(s\) dfr"),
             ({"batch_sizes": [0]}, "batch size must be at least 1"),
             ({"seeds": 0}, "number of seeds"),
             ({"epochs": -1}, "number of epochs"),

@@ -37,6 +37,17 @@ def test_the_data_are_confounded_only_where_they_should_be(data):
     assert torch.equal(data.train.confounders.argmax(1), data.train.groups)
 
 
+def test_data_of_the_oracle_and_for_retraining(data):
+    unconfounded, held_out = data.unconfounded(), data.held_out()
+    assert (len(unconfounded), len(held_out)) == (90, 22)
+    assert unconfounded.metadata.shape[1] == held_out.metadata.shape[1] == data.train.metadata.shape[1]
+    action = torch.tensor([ACTIONS.index(name) for name in data.classes])
+    own = [
+        float((part.groups // 2 == action[part.labels]).double().mean()) for part in (unconfounded, held_out)
+    ]
+    assert own[0] < 0.5 < own[1]
+
+
 def test_the_same_seed_gives_the_same_data(data, monkeypatch):
     monkeypatch.setattr(video, "_HELD_OUT", 60)
     again = make_video_data(90, 3)

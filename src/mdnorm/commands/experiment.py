@@ -204,7 +204,7 @@ def _confounded_command(name: str, text: str) -> None:
             str, typer.Option(help="Comma-separated methods or 'all'. [default: all; with --quick a few]")
         ] = "default",
         seeds: Annotated[
-            int | None, typer.Option(min=1, help="Seeds a method. [default: 3; with --quick 1]")
+            int | None, typer.Option(min=1, help="Seeds a method. [default: 5; with --quick 1]")
         ] = None,
         seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
         size: Annotated[int | None, typer.Option(help="Training samples. [default: tuned]")] = None,
@@ -232,10 +232,12 @@ def _confounded_command(name: str, text: str) -> None:
         target = out or Path("results", name)
         try:
             setting = confounded.get_setting(name)
-            chosen = setting.quick_methods if quick else confounded.METHOD_NAMES
+            # Real data have no unconfounded training data to be the oracle's.
+            every = [name for name in confounded.METHOD_NAMES if data is None or name != "oracle"]
+            chosen = setting.quick_methods if quick else every
             runs = confounded.plan(
                 setting,
-                _methods(methods, chosen, every=confounded.METHOD_NAMES),
+                _methods(methods, chosen, every=every),
                 seeds or (1 if quick else confounded.SEEDS),
                 first_seed=seed,
                 size=setting.quick_size if quick and size is None else size,

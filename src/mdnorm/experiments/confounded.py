@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from mdnorm import context
+from mdnorm.balance import balancing_weights
 from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.experiments.adversary import Adversary
-from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
+from mdnorm.experiments.baselines import GroupWeights, refit
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, select
 from mdnorm.experiments.methods import METHODS, Method
 from mdnorm.experiments.networks import BackboneNetwork
 from mdnorm.experiments.results import Row
@@ -26,7 +28,8 @@ from mdnorm.experiments.settings import METHOD_OF_NORM, Setting
 from mdnorm.experiments.training import Losses, has_metadata_norm, num_steps, optimise
 from mdnorm.files import atomic_path
 from mdnorm.integration import fit_gram, insert, recalibrate
-from mdnorm.metrics import distance_correlation_sqr
+from mdnorm.metrics import distance_correlation_sqr, probe
+from mdnorm.metrics.distance_correlation import MIN_SAMPLES
 
 __all__ = [
     "METHOD_NAMES",
@@ -41,11 +44,13 @@ __all__ = [
     "load",
     "method_of",
     "plan",
+    "sample_weights",
     "train",
+    "train_network",
     "write_outputs",
 ]
 
-SEEDS = 3
+SEEDS = 5
 SETTINGS = {
     "image": ("mdnorm.experiments.image", "SETTING"),
     "digits": ("mdnorm.experiments.image", "DIGITS"),
@@ -57,18 +62,29 @@ METHOD_NAMES = (
     "batchnorm",
     "groupnorm",
     "brnet",
+    "groupdro",
+    "dfr",
+    "leace",
+    "weights",
     "mdn-last-dataset",
     "mdn-last-batch",
     "mdn-last-running",
     "mdn-last-recursive",
     "mdn-last-penalty",
     "mdn-every-running",
+    "mdn-last-running+weights",
     "dependence-loss",
-    "mdn-last-running-loss",
+    "mdn-last-running+loss",
+    "mdn-last-running+weights+loss",
+    "oracle",
 )
 _NORM_OF_METHOD = {method: norm for norm, method in METHOD_OF_NORM.items()}
 _EVALUATION_BATCH = 100
 _LEAST_BATCH = 2  # BatchNorm has no variance of one sample
+_MEASURED_ROWS = 1000  # of the training data: dcor² takes time with their square
+_SHUFFLES = 3
+# Of what `evaluate` returns. Rows on disk with another number, or none, count as not there.
+_MEASURES = 2
 
 
 def get_setting(name: str) -> Setting:
@@ -127,15 +143,18 @@ class ConfoundedRun:
         for name in ("features_file", "degree"):
             # The degree is the synthetic images': here the design comes with the data.
             row.pop(name, None)
-        return row | {"norm": _norm(setting, self.method)}
+        return row | {"norm": _norm(setting, self.method), "measures": _MEASURES}
 
 
 def method_of(setting: Setting, name: str) -> Method:
     """Return the method of a name with what is tuned for the setting."""
     method = METHODS[name]
-    if method.adversary is None:
-        return method
-    return replace(method, adversary=method.adversary | {"strength": setting.brnet_strength})
+    changes = {
+        field: options | tuned
+        for field, tuned in setting.tuned.items()
+        if (options := getattr(method, field))
+    }
+    return replace(method, **changes)
 
 
 def _norm(setting: Setting, method: str) -> str:
@@ -161,12 +180,15 @@ def plan(
     Raises
     ------
     ValueError
-        An unknown method, no method, an unknown `on_problem`, or a number out of range.
+        An unknown method, no method, the oracle on real data, an unknown `on_problem`, or a number out of
+        range.
     """
     unknown = [method for method in methods if method not in METHOD_NAMES]
     if unknown or not methods:
         names = ", ".join(unknown) or "(none given)"
         raise ValueError(f"unknown method(s) {names}: choose from {', '.join(METHOD_NAMES)}.")
+    if data is not None and any(METHODS[method].oracle for method in methods):
+        raise ValueError("the oracle needs unconfounded data, which are only generated: leave out `data`.")
     if on_problem not in ("error", "skip"):
         raise ValueError(f"on_problem must be 'error' or 'skip', got {on_problem!r}.")
     numbers = {
@@ -226,10 +248,19 @@ def build(setting: Setting, method: str, data: ConfoundedData, seed: int) -> Bac
 
 
 def _metadata(
-    network: nn.Module, metadata: Tensor, labels: Tensor | None = None
+    network: nn.Module, metadata: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
 ) -> AbstractContextManager[object]:
     """The context of a batch; nothing for a network without layers."""
-    return context.metadata(network, metadata, labels) if has_metadata_norm(network) else nullcontext()
+    if not has_metadata_norm(network):
+        return nullcontext()
+    return context.metadata(network, metadata, labels, weights)
+
+
+def sample_weights(method: Method, samples: Samples) -> Tensor:
+    """Return the weights (N,) that the method gives the samples: 1 where it balances nothing."""
+    if not method.weights:
+        return torch.ones(len(samples))
+    return balancing_weights(samples.labels, samples.metadata, method="propensity").weights.float()
 
 
 def fit(
@@ -277,13 +308,19 @@ def fit(
             else []
         )
         dependence = None if method.dependence is None else DependenceLoss(**method.dependence)
+        groups = GroupWeights(samples, **method.group_dro) if method.group_dro else None
+        weights = sample_weights(method, samples)
 
         def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
             labels = samples.labels[rows]
-            with _metadata(network, samples.metadata[rows], labels):
+            with _metadata(
+                network, samples.metadata[rows], labels, weights[rows] if method.weights else None
+            ):
                 features = network.features(samples.inputs[rows])
             logits = network.classify(features)
-            loss = task_loss = cross_entropy(logits, labels)
+            each = weights[rows] * cross_entropy(logits, labels, reduction="none")
+            task_loss = each.mean()
+            loss = groups.loss(each, rows) if groups else task_loss
             for column, adversary in enumerate(adversaries):
                 loss = loss + adversary.step(features, samples.confounders[rows, column], labels)
             if dependence is not None:
@@ -319,8 +356,57 @@ def _outputs(network: BackboneNetwork, samples: Samples) -> tuple[Tensor, Tensor
     return joined, network.classify(joined)
 
 
-def evaluate(network: BackboneNetwork, data: ConfoundedData, features_file: str | None = None) -> Row:
-    """Measure a network on both held-out sets.
+def _by_class(values: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, dict[str, float]]:
+    """Return variable → class → dcor² of values (N, D) and the variable."""
+    return {
+        variable: {
+            name: float(
+                distance_correlation_sqr(values[inside], samples.confounders[inside][:, list(columns)])
+            )
+            for label, name in enumerate(data.classes)
+            if int((inside := samples.labels == label).sum()) >= MIN_SAMPLES
+        }
+        for variable, columns in data.confounders.items()
+    }
+
+
+def _whitened(features: Tensor, labels: Tensor) -> Tensor:
+    """Return features of which every direction within the classes has the same variance."""
+    centred = features.double()
+    for label in labels.unique():
+        centred[labels == label] -= centred[labels == label].mean(0)
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    whitened: Tensor = left[:, singular >= 1e-5 * singular[0]] * len(left) ** 0.5
+    return whitened
+
+
+def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, float | None]:
+    """Return variable → score of a linear probe within the classes, from 0 for chance (or worse) to 1."""
+
+    def score(target: Tensor) -> float | None:
+        try:
+            pooled = probe(features, target, labels=samples.labels, num_permutations=0).pooled
+        except ValueError:  # too few samples, or a variable that does not vary
+            return None
+        return (pooled[0].value - pooled[0].chance) / (1 - pooled[0].chance) if pooled else None
+
+    found: dict[str, float | None] = {}
+    for variable, columns in data.confounders.items():
+        values = samples.confounders[:, list(columns)].double()
+        one_hot = values.shape[1] > 1 and bool(((values == 0) | (values == 1)).all())
+        scores = [score(target) for target in ([values.argmax(1)] if one_hot else values.T)]
+        known = [value for value in scores if value is not None]
+        found[variable] = max(0.0, sum(known) / len(known)) if known else None
+    return found
+
+
+def evaluate(
+    network: BackboneNetwork,
+    data: ConfoundedData,
+    features_file: str | None = None,
+    trained: Samples | None = None,
+) -> Row:
+    """Measure a network on both held-out sets and on what it was trained on.
 
     Parameters
     ----------
@@ -328,31 +414,48 @@ def evaluate(network: BackboneNetwork, data: ConfoundedData, features_file: str 
     data : ConfoundedData
     features_file : str, optional
         Where to keep features, labels, scores and predictions of the confound-free data.
+    trained : Samples, optional
+        What it was trained on, if not ``data.train``.
 
     Returns
     -------
     dict
         "bacc" and "bacc_confounded": balanced accuracy, a fraction, on the confound-free and on the test
-        data. On the confound-free data: "dcor2", variable → class → bias-corrected dcor² of the features with
-        the variable; "recall", group → class → share found; "gap", the largest difference of a class's recall
-        between groups.
+        data. On the confound-free data:
+
+        - "bacc_shuffled" and "bacc_mean": the accuracy with the metadata of other samples, and with the mean
+          of those trained on; None for a network that takes none.
+        - "dcor2_logits": variable → class → bias-corrected dcor² of the variable and the logits less their
+          mean over the classes, which changes no output.
+        - "dcor2": the same of the features; "dcor2_whitened": of the features with the same variance in all
+          directions.
+        - "probe": variable → score of a linear probe of the features within the classes, from 0 for chance
+          (or worse) to 1: R², or balanced accuracy above chance; None where samples are too few.
+        - "recall": group → class → share found; "gap": the largest difference of a class's recall between
+          groups.
+
+        On at most 1000 rows that were trained on: "dcor2_logits_train" and "dcor2_train".
     """
     from safetensors.torch import save
     from sklearn.metrics import balanced_accuracy_score
 
-    _, logits = _outputs(network, data.test)
-    confounded = balanced_accuracy_score(data.test.labels.numpy(), logits.argmax(1).numpy())
-    free = data.confound_free
+    def accuracy(samples: Samples, metadata: Tensor | None = None) -> float:
+        if metadata is not None:
+            samples = replace(samples, metadata=metadata)
+        predicted = _outputs(network, samples)[1].argmax(1)
+        return float(balanced_accuracy_score(samples.labels.numpy(), predicted.numpy()))
+
+    trained, free = trained or data.train, data.confound_free
+    generator = torch.Generator().manual_seed(0)
     features, logits = _outputs(network, free)
     predicted = logits.argmax(1)
-    dependence: dict[str, dict[str, float]] = {}
-    for variable, columns in data.confounders.items():
-        values = free.confounders[:, list(columns)]
-        dependence[variable] = {
-            name: float(distance_correlation_sqr(features[inside], values[inside]))
-            for label, name in enumerate(data.classes)
-            if (inside := free.labels == label).any()
-        }
+    seen = select(trained, torch.randperm(len(trained), generator=generator)[:_MEASURED_ROWS])
+    features_seen, logits_seen = _outputs(network, seen)
+    shuffled = mean = None
+    if has_metadata_norm(network):
+        orders = [torch.randperm(len(free), generator=generator) for _ in range(_SHUFFLES)]
+        shuffled = sum(accuracy(free, free.metadata[order]) for order in orders) / _SHUFFLES
+        mean = accuracy(free, trained.metadata.mean(0).expand_as(free.metadata))
     recall = {
         group: {
             name: float((predicted[inside] == label).double().mean())
@@ -374,8 +477,15 @@ def evaluate(network: BackboneNetwork, data: ConfoundedData, features_file: str 
             temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
     return {
         "bacc": float(balanced_accuracy_score(free.labels.numpy(), predicted.numpy())),
-        "bacc_confounded": float(confounded),
-        "dcor2": dependence,
+        "bacc_confounded": accuracy(data.test),
+        "bacc_shuffled": shuffled,
+        "bacc_mean": mean,
+        "dcor2": _by_class(features, free, data),
+        "dcor2_train": _by_class(features_seen, seen, data),
+        "dcor2_whitened": _by_class(_whitened(features, free.labels), free, data),
+        "dcor2_logits": _by_class(logits - logits.mean(1, keepdim=True), free, data),
+        "dcor2_logits_train": _by_class(logits_seen - logits_seen.mean(1, keepdim=True), seen, data),
+        "probe": _probed(features, free, data),
         "recall": recall,
         "gap": max(max(shares) - min(shares) for shares in by_class if shares),
     }
@@ -419,6 +529,45 @@ def data_of(run: ConfoundedRun) -> ConfoundedData:
     return _data(run.setting, run.size, run.seed, run.data, run.on_problem)
 
 
+def train_network(
+    run: ConfoundedRun, method: Method, data: ConfoundedData, epoch_done: Callable[[], None]
+) -> tuple[BackboneNetwork, Samples, Row]:
+    """Train the network of a run, its head retrained where the method does that, but not recalibrated.
+
+    Returns
+    -------
+    network : BackboneNetwork
+    samples : Samples
+        What it was trained on.
+    measured : dict
+        See `fit`.
+    """
+    samples = data.train
+    if method.oracle:
+        assert data.unconfounded is not None, "`plan` takes no oracle on real data"
+        samples = data.unconfounded()
+    held_out = samples
+    if method.head and method.head["fit"] == "balanced":
+        samples, held_out = data.for_retraining(run.seed)
+    network = build(get_setting(run.setting), run.method, data, run.seed)
+    measured = fit(
+        network,
+        method,
+        samples,
+        batch_size=run.batch_size,
+        epochs=run.epochs,
+        learning_rate=run.learning_rate,
+        warmup_epochs=run.warmup_epochs,
+        seed=run.seed,
+        epoch_done=epoch_done,
+    )
+    if method.head:
+        refit(
+            network, lambda rows: _outputs(network, rows)[0], samples, held_out, seed=run.seed, **method.head
+        )
+    return network, samples, measured
+
+
 def train(run: ConfoundedRun, epoch_done: Callable[[], None]) -> Row:
     """Train one network and measure it on held-out data.
 
@@ -428,31 +577,22 @@ def train(run: ConfoundedRun, epoch_done: Callable[[], None]) -> Row:
         What `evaluate` and `fit` measure; with Metadata Normalization "recalibrated", what `evaluate`
         measures after `mdnorm.recalibrate` on the training data (its features are the ones kept).
     """
-    setting = get_setting(run.setting)
-    method = method_of(setting, run.method)
+    method = method_of(get_setting(run.setting), run.method)
     data = data_of(run)
     if method.dependence is not None:
         method = replace(method, dependence=method.dependence | {"variables": data.confounders})
-    network = build(setting, run.method, data, run.seed)
-    trained = fit(
-        network,
-        method,
-        data.train,
-        batch_size=run.batch_size,
-        epochs=run.epochs,
-        learning_rate=run.learning_rate,
-        warmup_epochs=run.warmup_epochs,
-        seed=run.seed,
-        epoch_done=epoch_done,
-    )
+    network, samples, trained = train_network(run, method, data, epoch_done)
     if method.layers == "none":
-        return evaluate(network, data, run.features_file) | trained
-    measured = evaluate(network, data)
-    samples = data.train
-    parts = (samples.inputs, samples.metadata, samples.labels)
-    loader = list(zip(*(part.split(_EVALUATION_BATCH) for part in parts), strict=True))
-    recalibrate(network, loader, progress=False)
-    return measured | {"recalibrated": evaluate(network, data, run.features_file)} | trained
+        return evaluate(network, data, run.features_file, samples) | trained
+    measured = evaluate(network, data, trained=samples)
+    weights = sample_weights(method, samples)
+
+    def forward(model: nn.Module, rows: Tensor) -> None:
+        with _metadata(model, samples.metadata[rows], samples.labels[rows], weights[rows]):
+            model(samples.inputs[rows])
+
+    recalibrate(network, torch.arange(len(samples)).split(_EVALUATION_BATCH), forward=forward, progress=False)
+    return measured | {"recalibrated": evaluate(network, data, run.features_file, samples)} | trained
 
 
 def write_outputs(out: Path, runs: Sequence[ConfoundedRun], rows: Sequence[Row], *, command: str) -> Path:

@@ -34,9 +34,17 @@ __all__ = ["accuracy_figure", "audit_networks", "groups_figure", "tables", "writ
 LEGEND = (
     "Mean ± standard deviation over seeds. “Confound-free”: balanced accuracy on held-out data in which the "
     "metadata say nothing about the label, the honest measure. “Confounded”: on held-out data like those of "
-    "the training. dcor², bias-corrected, is that of the features with the metadata within the classes of "
-    "the confound-free data, averaged over the classes; 0 is right. “Gap”: the largest difference in the "
-    "recall of a class between groups. “Recalibrated”: with exact coefficients from the training data."
+    "the training. “Shuffled”: confound-free, with the metadata of other samples for the networks that take "
+    "metadata; the same where they are used for nothing but to be removed. dcor², bias-corrected, is that "
+    "with the metadata within the classes, averaged over classes and variables; 0 is right. That of the "
+    "logits says what the outputs give away, that of the features what they hold, on new (confound-free) and "
+    "on training samples; the probe is linear, its score in the classes of the confound-free data is 0 at "
+    "chance and 1 at best. Networks with Metadata Normalization are recalibrated: they have exact "
+    "coefficients from the training data."
+)
+RECOVERED = (
+    "“Gain”: points on confound-free data above “{plain}”, seed by seed. “Recovered”: the gain as a share of "
+    "the oracle's mean gain, of the same network trained on unconfounded data."
 )
 
 
@@ -53,8 +61,8 @@ def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def _dependence(row: Row, variable: str) -> float:
-    return statistics.fmean(row["dcor2"][variable].values())
+def _dependence(row: Row, variable: str, measure: str = "dcor2") -> float:
+    return statistics.fmean(row[measure][variable].values())
 
 
 def _percent(values: Sequence[float]) -> str:
@@ -74,8 +82,65 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def _dependences(rows: Sequence[Row], measures: Sequence[str], variables: Sequence[str]) -> str:
+    """Return the cell of dcor², averaged over variables and classes, under one or two of its names."""
+    return " / ".join(
+        mean_with_deviation(
+            [statistics.fmean(_dependence(row, v, name) for v in variables) for row in rows], 3
+        )
+        for name in measures
+    )
+
+
+def _probes(rows: Sequence[Row], variables: Sequence[str]) -> str:
+    found = [[value for v in variables if (value := row["probe"][v]) is not None] for row in rows]
+    means = [statistics.fmean(values) for values in found if values]
+    return mean_with_deviation(means, 2) if means else "–"
+
+
+def _outcomes(members: Sequence[Row]) -> list[str]:
+    """Return the cells of what a method reaches, from "confound-free" to "probe"."""
+    final = [_final(row) for row in members]
+    variables = list(final[0]["dcor2"])
+    return [
+        _percent([row["bacc"] for row in final]),
+        mean_with_deviation([100 * (row["bacc_confounded"] - row["bacc"]) for row in final], 1, signed=True),
+        _percent([row["bacc_shuffled"] for row in final if row["bacc_shuffled"] is not None]),
+        _dependences(final, ["dcor2_logits"], variables),
+        _dependences(final, ["dcor2", "dcor2_train"], variables),
+        _probes(final, variables),
+    ]
+
+
+def _gains(members: Sequence[Row], plain: Sequence[Row]) -> list[float]:
+    """Return confound-free accuracy above that of the uncorrected network of the same seed, by seed."""
+    before = {row["seed"]: row["bacc"] for row in plain}
+    return [_final(row)["bacc"] - before[row["seed"]] for row in members if row["seed"] in before]
+
+
+def _gained(gains: Sequence[float], of_oracle: Sequence[float] | None) -> list[str]:
+    if not gains:
+        return ["–", "–"]
+    gain = mean_with_deviation([100 * value for value in gains], 1, signed=True)
+    # A difference of few seeds' means may be nothing at all: a share of it says nothing.
+    whole = statistics.fmean(of_oracle) if of_oracle else 0.0
+    return [gain, mean_with_deviation([100 * value / whole for value in gains], 0) if whole > 0 else "–"]
+
+
+def _stage(members: Sequence[Row], variables: Sequence[str]) -> list[str]:
+    """Return the cells of networks as trained, or recalibrated; dashes where there are none."""
+    if not members:
+        return ["–"] * (3 + len(variables))
+    return [
+        _percent([row["bacc"] for row in members]),
+        _percent([row["bacc_confounded"] for row in members]),
+        *(mean_with_deviation([_dependence(row, v) for row in members], 3) for v in variables),
+        _percent([row["gap"] for row in members]),
+    ]
+
+
 def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
-    """Return the table of all methods, that of dcor² by class, and that of recall by group.
+    """Return the tables of all methods: outcomes; each variable; as trained; dcor² by class; by group.
 
     Parameters
     ----------
@@ -91,33 +156,56 @@ def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
         else "No analytic limit of accuracy; dcor² 0 without the confounders."
     )
     methods = _by_method(rows)
-    overview = []
-    for name, members in methods.items():
-        plain = [
-            _percent([row["bacc"] for row in members]),
-            _percent([row["bacc_confounded"] for row in members]),
-            *(mean_with_deviation([_dependence(row, v) for row in members], 3) for v in variables),
-            _percent([row["gap"] for row in members]),
+    plain = METHOD_OF_NORM[setting.base_norm]
+    gains = {name: _gains(members, methods.get(plain, [])) for name, members in methods.items()}
+    overview = [
+        [
+            METHODS[name].title,
+            str(len(members)),
+            *_outcomes(members),
+            *_gained(gains[name], gains.get("oracle")),
         ]
-        again = ["–"] * (1 + len(variables))
-        if "recalibrated" in members[0]:
-            after = [row["recalibrated"] for row in members]
-            again = [
-                _percent([row["bacc"] for row in after]),
-                *(mean_with_deviation([_dependence(row, v) for row in after], 3) for v in variables),
-            ]
-        seconds = f"{statistics.fmean(row['seconds_per_epoch'] for row in members):.1f}"
-        overview.append([METHODS[name].title, str(len(members)), *plain, *again, seconds])
+        for name, members in methods.items()
+    ]
     headings = [
         "Method",
         "Seeds",
         "Confound-free (%)",
+        "Confounded − confound-free (points)",
+        "Shuffled (%)",
+        "dcor² logits",
+        "dcor² features, new / training",
+        "Probe",
+        "Gain (points)",
+        "Recovered (%)",
+    ]
+    by_variable = [
+        [
+            METHODS[name].title,
+            variable,
+            _dependences(final, ["dcor2_logits", "dcor2_logits_train"], [variable]),
+            _dependences(final, ["dcor2", "dcor2_train"], [variable]),
+            _dependences(final, ["dcor2_whitened"], [variable]),
+            _probes(final, [variable]),
+        ]
+        for name, members in methods.items()
+        for variable in variables
+        if (final := [_final(row) for row in members])
+    ]
+    stages = [
+        [
+            METHODS[name].title,
+            *_stage(members, variables),
+            *_stage([row["recalibrated"] for row in members if "recalibrated" in row], variables),
+            f"{statistics.fmean(row['seconds_per_epoch'] for row in members):.1f}",
+        ]
+        for name, members in methods.items()
+    ]
+    stage_headings = [
+        "Confound-free (%)",
         "Confounded (%)",
         *(f"dcor² {v}" for v in variables),
         "Gap (points)",
-        "Recalibrated (%)",
-        *(f"recal. dcor² {v}" for v in variables),
-        "s / epoch",
     ]
     classes = list(rows[0]["dcor2"][variables[0]])
     by_class = [
@@ -147,7 +235,23 @@ def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
     rates = [f"TPR, {group} (%)" for group in groups if len(classes) == 2]
     recalibrated = " Networks with Metadata Normalization are recalibrated."
     return [
-        ReportTable(headings, overview, limit, LEGEND),
+        ReportTable(headings, overview, limit, f"{LEGEND} {RECOVERED.format(plain=METHODS[plain].title)}"),
+        ReportTable(
+            ["Method", "Variable", "logits, new / training", "features, new / training", "whitened", "Probe"],
+            by_variable,
+            "dcor² within the classes; 0 is right.",
+            "“Whitened”: of features with the same variance in all directions, on new samples."
+            + recalibrated,
+            "dcor² and probe by variable",
+        ),
+        ReportTable(
+            ["Method", *stage_headings, *(f"recal. {heading}" for heading in stage_headings), "s / epoch"],
+            stages,
+            "dcor² of the features, within the classes of the confound-free data.",
+            "“Gap”: the largest difference in the recall of a class between groups. “Recal.”: with exact "
+            "coefficients from the training data.",
+            "As trained, and recalibrated",
+        ),
         ReportTable(
             ["Method", *(f"{v}, {c}" for v in variables for c in classes)],
             by_class,
@@ -203,20 +307,26 @@ def accuracy_figure(rows: Sequence[Row], setting: Setting) -> Figure:
     for index, variable in enumerate(variables):
         _draw(
             right,
-            [[_dependence(_final(row), variable) for row in members] for members in methods.values()],
+            [
+                [_dependence(_final(row), variable, "dcor2_logits") for row in members]
+                for members in methods.values()
+            ],
             variable,
             PALETTE[(3, 6, 5)[index % 3]],
             MARKERS[(0, 2, 3)[index % 3]],
         )
     right.axvline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
-    right.set_xlabel("dcor² within classes", fontsize=8)
+    right.set_xlabel("dcor² of the logits", fontsize=8)
     for axis in (left, right):
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92", linewidth=0.8)
         axis.set_axisbelow(True)
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    labels = [*left.get_legend_handles_labels()[1], *(f"dcor² with {name}" for name in variables)]
+    labels = [
+        *left.get_legend_handles_labels()[1],
+        *(f"dcor² with {name} within classes" for name in variables),
+    ]
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
 
@@ -374,8 +484,8 @@ def write(
         ),
         ReportFigure(
             save_figure(accuracy_figure(rows, setting), folder / "accuracy.png"),
-            "Accuracy and what the features hold of the metadata",
-            "Balanced accuracy on both test sets and dcor² by method; the numbers are in the table.",
+            "Accuracy and what the outputs hold of the metadata",
+            "Balanced accuracy on both test sets and dcor² of the logits; the numbers are in the table.",
             "A network that cheats is good on the confounded data (orange) and poor on the confound-free "
             "ones (blue). Networks with Metadata Normalization are recalibrated.",
         ),
@@ -419,14 +529,16 @@ def write(
         introduction=introduction,
         tables=shown_tables,
         figures=figures,
-        settings=settings | _options({run.method for run in runs}),
+        settings=settings | _options(rows),
         command=command,
     )
 
 
-def _options(names: set[str]) -> dict[str, str]:
-    return {
-        METHODS[name].title: str(METHODS[name].options)
-        for name in titles(names)
-        if METHODS[name].options is not None
+def _options(rows: Sequence[Row]) -> dict[str, str]:
+    """Return what the methods have of their own, by title."""
+    names = ("options", "adversary", "weights", "group_dro", "head", "penalty")
+    own = {
+        METHODS[name].title: {key: members[0][key] for key in names if key in members[0]}
+        for name, members in _by_method(rows).items()
     }
+    return {title: str(options) for title, options in own.items() if options}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mdnorm import basis
 from mdnorm.experiments.data import digits, faces
-from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
 from mdnorm.experiments.data.faces import Faces, make_faces
 from mdnorm.experiments.data.image_folder import load_image_folder
 from mdnorm.experiments.networks import ConvolutionalBackbone
@@ -63,11 +64,18 @@ def make_face_data(size: int, seed: int) -> ConfoundedData:
     """Return drawn faces whose shade goes with the label, and confound-free ones."""
 
     def draw(count: int, part: int, correlation: float) -> Samples:
-        drawn: Faces = make_faces(count, seed=3 * seed + part, correlation=correlation)
+        drawn: Faces = make_faces(count, seed=part_seed(seed, part), correlation=correlation)
         return _face_samples(drawn.images, drawn.labels, drawn.shade)
 
     parts = (draw(size, 0, 0.6), draw(_HELD_OUT, 1, 0.6), draw(_HELD_OUT, 2, 0.0))
-    return ConfoundedData(*parts, faces.CLASSES, GROUPS, {"shade": (0,)})
+    return ConfoundedData(
+        *parts,
+        faces.CLASSES,
+        GROUPS,
+        {"shade": (0,)},
+        unconfounded=partial(draw, size, 3, 0.0),
+        held_out=partial(draw, size // 4, 4, 0.6),
+    )
 
 
 def load_faces(folder: Path, on_problem: str) -> LoadedData:
@@ -90,7 +98,7 @@ def make_digit_data(size: int, seed: int) -> ConfoundedData:
     order = torch.randperm(digits.COUNT, generator=torch.Generator().manual_seed(seed))
 
     def colour(rows: Tensor, part: int, correlation: float) -> Samples:
-        coloured = digits.colour_digits(rows, seed=3 * seed + part, correlation=correlation)
+        coloured = digits.colour_digits(rows, seed=part_seed(seed, part), correlation=correlation)
         return Samples(
             coloured.images,
             coloured.labels,
@@ -100,7 +108,9 @@ def make_digit_data(size: int, seed: int) -> ConfoundedData:
         )
 
     parts = (colour(order[:size], 0, 0.6), colour(order[size:], 1, 0.6), colour(order[size:], 2, 0.0))
-    return ConfoundedData(*parts, digits.CLASSES, COLOURS, {"colour": (0,)})
+    # Every digit is taken: none is left for `held_out`.
+    unconfounded = partial(colour, order[:size], 3, 0.0)
+    return ConfoundedData(*parts, digits.CLASSES, COLOURS, {"colour": (0,)}, unconfounded=unconfounded)
 
 
 def _examples(data: ConfoundedData, offset: float, label: str, count: int = 8) -> Figure:
@@ -161,7 +171,7 @@ SETTING = Setting(
     quick_methods=("none", "mdn-last-running"),
     limit=faces.LIMIT,
     examples=_face_examples,
-    brnet_strength=0.1,
+    tuned={"adversary": {"strength": 0.1}},
     load=load_faces,
 )
 
@@ -188,5 +198,5 @@ DIGITS = Setting(
     quick_methods=("none", "mdn-last-running"),
     limit=1 - digits.LABEL_NOISE,
     examples=_digit_examples,
-    brnet_strength=0.3,
+    tuned={"adversary": {"strength": 0.3}, "group_dro": {"step_size": 0.2}},
 )

@@ -37,6 +37,14 @@ class Method:
         Options of `Adversary`, for BR-Net.
     dependence : dict
         Options of `mdnorm.DependenceLoss` on the logits; None for a training without it.
+    weights : bool
+        Whether the samples have weights of `mdnorm.balancing_weights`, in the loss and in the layers.
+    group_dro : dict
+        Options of `GroupWeights`, for group-distributionally robust training.
+    head : dict
+        How the last layer is fitted again once the network is trained; see `refit`.
+    oracle : bool
+        Whether it trains on unconfounded data instead: what the others could reach.
     seeds : int
         Seeds a cell of the table.
     in_table : bool
@@ -53,17 +61,23 @@ class Method:
     penalty: dict[str, Any] | None = None
     adversary: dict[str, Any] | None = None
     dependence: dict[str, Any] | None = None
+    weights: bool = False
+    group_dro: dict[str, Any] | None = None
+    head: dict[str, Any] | None = None
+    oracle: bool = False
     seeds: int = 3
     in_table: bool = True
     least_batch_size: int = 1
 
+    @property
+    def of_confounded_only(self) -> bool:
+        """Whether only the settings with confounded images, clips or volumes have what it needs."""
+        return bool(self.weights or self.group_dro or self.head or self.oracle)
+
     def settings(self) -> Row:
         """Return what can change a result, as JSON values."""
-        settings: Row = {
-            name: value
-            for name in ("penalty", "adversary", "dependence")
-            if (value := getattr(self, name)) is not None
-        }
+        names = ("penalty", "adversary", "dependence", "weights", "group_dro", "head", "oracle")
+        settings: Row = {name: value for name in names if (value := getattr(self, name))}
         if self.layers != "none":
             settings |= {"degree": self.degree, "options": self.options or {}}
         return settings
@@ -89,6 +103,7 @@ _PENALTY: dict[str, Any] = {"estimator": "penalty"}
 _PENALTY_RATE = {"window": 500}
 _AUTHORS: dict[str, Any] = {"estimator": "dataset", "center": True, "window": 2000, "prior": 0, "decay": 0}
 
+_DEPENDENCE: dict[str, Any] = {"measure": "dcor2", "at_most": 0.01}
 _ADVERSARY: dict[str, Any] = {"strength": 30.0, "learning_rate": 1e-2, "steps": 5, "memory": 10}
 
 
@@ -112,17 +127,19 @@ METHODS = {
     "batchnorm": Method("BatchNorm", other=_batch_norm, least_batch_size=2),
     "groupnorm": Method("GroupNorm", other=_group_norm),
     "brnet": Method("BR-Net", adversary=_ADVERSARY),
+    "groupdro": Method("GroupDRO", group_dro={"step_size": 0.01}, in_table=False),
+    "dfr": Method("Last layer retrained (DFR)", head={"fit": "balanced", "draws": 10}, in_table=False),
+    "leace": Method("LEACE, retrained head", head={"fit": "erased"}, in_table=False),
+    "weights": Method("Balancing weights", weights=True, in_table=False),
     **_estimators("last"),
     **_estimators("every"),
-    "dependence-loss": Method("Dependence loss", dependence={}, in_table=False),
-    "mdn-last-running-loss": Method(
-        "MDN, last layer, running, and dependence loss",
-        "last",
-        degree=3,
-        options=_RUNNING,
-        dependence={},
-        in_table=False,
+    "dependence-loss": Method("Dependence loss", dependence=_DEPENDENCE, in_table=False),
+    "mdn-last-running+weights": _on("last", "running, weights", _RUNNING, weights=True, in_table=False),
+    "mdn-last-running+loss": _on("last", "running, loss", _RUNNING, dependence=_DEPENDENCE, in_table=False),
+    "mdn-last-running+weights+loss": _on(
+        "last", "running, weights and loss", _RUNNING, weights=True, dependence=_DEPENDENCE, in_table=False
     ),
+    "oracle": Method("Oracle: unconfounded data", oracle=True, in_table=False),
     "mdn-last-linear": _on("last", "running, plain column", _RUNNING, degree=1, in_table=False),
     "mdn-last-scale": _on("last", "running, with scale", _RUNNING | {"scale": True}, in_table=False),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from mdnorm import basis
 from mdnorm.experiments.data import brains
 from mdnorm.experiments.data.bids import load_bids, standardize
 from mdnorm.experiments.data.brains import make_brains
-from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
 from mdnorm.experiments.networks import ConvolutionalBackbone
 from mdnorm.experiments.settings import Setting
 from mdnorm.extras import requires
@@ -87,14 +88,21 @@ def make_brain_data(size: int, seed: int) -> ConfoundedData:
     """Return drawn brains whose age and site go with the diagnosis, and confound-free ones."""
 
     def draw(count: int, part: int, correlation: float) -> Samples:
-        drawn = make_brains(count, seed=3 * seed + part, correlation=correlation)
+        drawn = make_brains(count, seed=part_seed(seed, part), correlation=correlation)
         volumes = standardize(drawn.volumes)
         return _samples(
             volumes, drawn.labels, drawn.age, drawn.sex, drawn.site, len(brains.SITES), _AGE_RANGE
         )
 
     parts = (draw(size, 0, 0.8), draw(_HELD_OUT, 1, 0.8), draw(_HELD_OUT, 2, 0.0))
-    return ConfoundedData(*parts, brains.CLASSES, brains.SITES, _confounders(len(brains.SITES)))
+    return ConfoundedData(
+        *parts,
+        brains.CLASSES,
+        brains.SITES,
+        _confounders(len(brains.SITES)),
+        unconfounded=partial(draw, size, 3, 0.0),
+        held_out=partial(draw, size // 4, 4, 0.8),
+    )
 
 
 def load_brains(folder: Path, on_problem: str) -> LoadedData:
@@ -168,7 +176,7 @@ SETTING = Setting(
     learning_rate=1e-3,
     # Without it the first steps may leave no hidden unit alive.
     warmup_epochs=2,
-    brnet_strength=0.1,
+    tuned={"adversary": {"strength": 0.1}},
     size=1200,
     quick_size=600,
     quick_epochs=15,

@@ -152,7 +152,8 @@ class BackboneNetwork(nn.Module):
         num_features = backbone.num_features
         if not isinstance(num_features, int):
             raise TypeError(f"num_features of the backbone must be an int, got {num_features!r}.")
-        self.hidden = nn.Linear(num_features, self.num_hidden)
+        self.hidden: nn.Module = nn.Linear(num_features, self.num_hidden)
+        self.activation: nn.Module = nn.ReLU()
         self.head = nn.Linear(self.num_hidden, num_classes)
 
     def features(self, inputs: Tensor) -> Tensor:
@@ -162,7 +163,7 @@ class BackboneNetwork(nn.Module):
 
     def classify(self, features: Tensor) -> Tensor:
         """Return the (N, number of classes) logits from the features."""
-        logits: Tensor = self.head(features.relu())
+        logits: Tensor = self.head(self.activation(features))
         return logits
 
     def forward(self, inputs: Tensor) -> Tensor:

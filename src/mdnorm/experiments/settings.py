@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,8 +55,9 @@ class Setting:
         Draws example samples.
     warmup_epochs : int
         During which the learning rate rises.
-    brnet_strength : float
-        Weight of BR-Net's term, tuned for the accuracy on confound-free data.
+    tuned : mapping
+        Name of a field of `Method` → options that are other ones for this setting, tuned on the seeds 100 to
+        103 for the accuracy on confound-free data (``benchmarks/settings_tuning.py``).
     load : callable or None
         (folder of the real data set in its published layout, "error" or "skip") → `LoadedData`.
     granularity : str
@@ -80,6 +81,6 @@ class Setting:
     limit: float | None
     examples: Callable[[ConfoundedData], Figure]
     warmup_epochs: int = 0
-    brnet_strength: float = 30.0
+    tuned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     load: Callable[[Path, str], LoadedData] | None = None
     granularity: str = "element"

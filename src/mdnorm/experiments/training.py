@@ -39,7 +39,7 @@ def check_settings(
     group_sizes: Sequence[int],
 ) -> None:
     """Raise ValueError for an unknown method or a number out of range; None stands for a default."""
-    unknown = [method for method in methods if method not in METHODS]
+    unknown = [method for method in methods if method not in METHODS or METHODS[method].of_confounded_only]
     if unknown:
         raise ValueError(f"unknown method(s) {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
     for name, values in (

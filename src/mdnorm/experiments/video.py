@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,8 +12,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from mdnorm.experiments.data.actions import LABEL_NOISE, SCENES, make_clips, write_hmdb51
-from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples
+from mdnorm.experiments.data.actions import LABEL_NOISE, SCENES, Clips, make_clips, write_hmdb51
+from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
 from mdnorm.experiments.data.hmdb51 import SceneComponents, VideoFolder, load_hmdb51
 from mdnorm.experiments.networks import check_norm
 from mdnorm.experiments.settings import Setting
@@ -91,23 +92,30 @@ def make_video_data(size: int, seed: int) -> ConfoundedData:
 
     They are encoded as mp4 files in HMDB51's layout, and read back by its loader.
     """
-    train = make_clips(size, seed=3 * seed, correlation=_CORRELATION)
-    held_out = [
-        make_clips(_HELD_OUT, seed=3 * seed + 1, correlation=_CORRELATION),
-        make_clips(_HELD_OUT, seed=3 * seed + 2, correlation=0.0),
-    ]
+
+    def draw(count: int, part: int, correlation: float) -> Clips:
+        return make_clips(count, seed=part_seed(seed, part), correlation=correlation)
+
+    def more(count: int, part: int, correlation: float) -> Samples:
+        # The layout has one set of test clips: others have a folder of their own, without training clips.
+        with TemporaryDirectory() as folder:
+            found = load_hmdb51(write_hmdb51(Path(folder), None, draw(count, part, correlation)))
+        return _samples(found, components, torch.arange(count))
+
     with TemporaryDirectory() as folder:
-        # The layout has one set of test clips: the second has a folder of its own, without training clips.
-        first = load_hmdb51(write_hmdb51(Path(folder) / "first", train, held_out[0]))
-        second = load_hmdb51(write_hmdb51(Path(folder) / "second", None, held_out[1]))
+        first = load_hmdb51(
+            write_hmdb51(Path(folder), draw(size, 0, _CORRELATION), draw(_HELD_OUT, 1, _CORRELATION))
+        )
     components = SceneComponents.fit(first.scores[~first.is_test], NUM_COMPONENTS)
     return ConfoundedData(
         _samples(first, components, torch.nonzero(~first.is_test)[:, 0]),
         _samples(first, components, torch.nonzero(first.is_test)[:, 0]),
-        _samples(second, components, torch.arange(len(second.labels))),
+        more(_HELD_OUT, 2, 0.0),
         first.classes,
         SCENES,
         {"scene": tuple(range(len(SCENES)))},
+        unconfounded=partial(more, size, 3, 0.0),
+        held_out=partial(more, size // 4, 4, _CORRELATION),
     )
 
 
@@ -174,6 +182,6 @@ SETTING = Setting(
     quick_methods=("groupnorm", "mdn-last-running"),
     limit=1 - LABEL_NOISE,
     examples=_examples,
-    brnet_strength=0.3,
+    tuned={"adversary": {"strength": 0.3}},
     load=load_videos,
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from mdnorm.metrics.distance_correlation import MIN_SAMPLES
 
-__all__ = ["ConfoundedData", "LoadedData", "Samples", "select", "split"]
+__all__ = ["ConfoundedData", "LoadedData", "Samples", "part_seed", "select", "split"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ class ConfoundedData:
         Names by number.
     confounders : dict of str to tuple of int
         Name of a metadata variable → its columns in ``Samples.confounders``.
+    unconfounded : callable or None
+        Makes as many training samples in which label and metadata are independent; real data have none.
+    held_out : callable or None
+        Makes a quarter as many further confounded samples, for a head that is retrained on them.
     """
 
     train: Samples
@@ -80,6 +85,19 @@ class ConfoundedData:
     classes: tuple[str, ...]
     groups: tuple[str, ...]
     confounders: dict[str, tuple[int, ...]]
+    unconfounded: Callable[[], Samples] | None = None
+    held_out: Callable[[], Samples] | None = None
+
+    def for_retraining(self, seed: int) -> tuple[Samples, Samples]:
+        """Return samples to train on, and confounded ones, a quarter of `train`, to retrain the head on.
+
+        Where the data have no more samples (`held_out` is None), every fourth is not trained on.
+        """
+        if self.held_out is not None:
+            return self.train, self.held_out()
+        order = torch.randperm(len(self.train), generator=torch.Generator().manual_seed(seed))
+        count = len(order) // 4
+        return select(self.train, order[count:]), select(self.train, order[:count])
 
 
 @dataclass(frozen=True)
@@ -106,6 +124,14 @@ class LoadedData:
         """Return training, test and confound-free data; see `split`."""
         parts = split(self.samples, seed=seed)
         return ConfoundedData(*parts, self.classes, self.groups, self.confounders)
+
+
+def part_seed(seed: int, part: int) -> int:
+    """Return the seed of a generator for a part of a run's data.
+
+    Parts 0 to 2 are training, test and confound-free data; 3 and 4 the data for some methods only.
+    """
+    return 3 * seed + part if part < 3 else 1_000_000 + 2 * seed + part
 
 
 def select(samples: Samples, rows: Tensor) -> Samples:
