@@ -1,4 +1,4 @@
-"""How much of a regression's coefficients is noise: shrinkage over many features, from one source or from two.
+"""How much of a regression's coefficients is noise: shrinkage over many features, from one source or two.
 
 A layer has the same few metadata columns in front of many features, so the features together tell how much of
 their coefficients is noise, which no coefficient can tell alone (empirical Bayes).
@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdnorm.moments import Moments
+from mdnorm.moments import Moments, NoSamplesError
 from mdnorm.regression import Standardisation, coefficient_operator
 
 __all__ = [
@@ -38,35 +38,43 @@ _BEYOND = 0.05
 class Regression:
     """Least-squares coefficients of the metadata in directions in which their errors are independent.
 
-    ``coefficients = root @ z · deviation`` where, without any effect, each value of `z` has mean 0 and variance
-    1, whatever the metadata columns are and however they are coded.
+    ``coefficients = root @ z · deviation`` where, without any effect, each value of `z` has mean 0 and
+    variance 1, whatever the metadata columns are and however they are coded.
 
     Attributes
     ----------
+    units : Standardisation
+        Of the design columns ``[y, 1, m]``.
     coefficients : (K_m, D) tensor
-        In the units that `of` was given; float64, as all that follows.
+        For one unit of the columns; float64, as all that follows.
     root, inverse : (K_m, R) and (R, K_m) tensors
         R is the number of directions of the metadata that labels and other columns do not determine.
     deviation : (D,) tensor
         Of the residual, a little enlarged since it is estimated from few rows; 0 where a feature is constant
         or exactly determined.
-    rows, columns : float
+    rows, columns : float, int
         Number of rows behind the errors, and of directions that were fitted without the intercept.
     features : float
         How many independent features the D are worth; see `independent_features`.
     """
 
+    units: Standardisation
     coefficients: Tensor
     root: Tensor
     inverse: Tensor
     deviation: Tensor
     rows: float
-    columns: float
+    columns: int
     features: float
 
     @classmethod
     def of(
-        cls, moments: Moments, units: Standardisation, rows: float, features: float, dtype: torch.dtype
+        cls,
+        moments: Moments,
+        rows: float,
+        features: float,
+        units: Standardisation | None = None,
+        dtype: torch.dtype = torch.float64,
     ) -> Regression:
         """Return the regression of a data set.
 
@@ -74,15 +82,18 @@ class Regression:
         ----------
         moments : Moments
             Of K_m metadata columns and D features; of at least one row.
-        units : Standardisation
-            Of the design columns ``[y, 1, m]``: what the coefficients refer to.
         rows : float
             Number of rows that the errors are those of; with weights ``(Σ w)² / Σ w²`` (Kish 1965).
         features : float
             Number of independent features.
+        units : Standardisation, optional
+            Of another regression that this one is compared with. None: of these rows.
         dtype : torch.dtype
             Of the features, see `mdnorm.regression.coefficient_operator`.
         """
+        units = units or moments.units
+        if units is None:
+            raise NoSamplesError("no rows: a regression needs at least one.")
         p, scale = moments.num_protected, units.scale
         gram = moments.gram / moments.weight * (scale.unsqueeze(1) * scale)
         cross = moments.cross / moments.weight * scale.unsqueeze(1)
@@ -103,19 +114,25 @@ class Regression:
         inverse = vectors.mT * variance.rsqrt().unsqueeze(1)
         root = vectors * variance.sqrt()
         deviation = torch.where(left > 0, (left * noise).sqrt(), 0)
-        return cls(every[p:], root, inverse, deviation, rows, columns, features)
+        return cls(units, every[p:], root, inverse, deviation, rows, columns, features)
 
     def standardised(self, coefficients: Tensor) -> Tensor:
-        """Return coefficients (K_m, D) in directions and units of their errors, (R, D); 0 where there are none."""
+        """Return coefficients (K_m, D) in directions and units of their errors, (R, D); 0 without error."""
         return self.inverse @ coefficients / torch.where(self.deviation > 0, self.deviation, torch.inf)
 
     @property
     def errors(self) -> Tensor:
-        """Standard errors of the coefficients, (K_m, D); infinite where rows are too few to tell."""
-        root = self.root.square().sum(1, keepdim=True).sqrt()
+        """Standard errors of the coefficients of raw columns, (K_m, D); infinite where rows are too few."""
+        root = (self.root.square().sum(1) * self.units.scale[-len(self.root) :].square()).sqrt().unsqueeze(1)
         freedom = self.rows - 1 - self.columns
         honest = math.sqrt((freedom - 2) / freedom) if freedom > 2 else 1.0
         return torch.where(root > 0, root * self.deviation * honest, 0)
+
+    @property
+    def noise(self) -> float:
+        """The mean square of noise over that of the coefficients, at most 1."""
+        squares = self.standardised(self.coefficients)[:, self.deviation > 0].square()
+        return 1 / max(float(squares.mean()), 1.0) if squares.numel() else 0.0
 
 
 def independent_features(moments: Moments, total: int) -> float:
@@ -148,8 +165,8 @@ def _filter(z: Tensor, features: float) -> Tensor:
     """Return the symmetric matrix (R, R) that takes noisy z (R, D) of unit noise to what is no noise in it.
 
     The singular values of z are shrunk as is best for the mean squared error where a signal of few directions
-    lies in noise (Gavish & Donoho 2017); those that noise alone has become 0. With one direction this is James
-    & Stein's factor with a threshold; it does not depend on how the metadata are coded.
+    lies in noise (Gavish & Donoho 2017); those that noise alone has become 0. With one direction this is
+    James & Stein's factor with a threshold; it does not depend on how the metadata are coded.
     """
     if z.numel() == 0 or not (used := z.abs().sum(0) > 0).any():
         return z.new_zeros(len(z), len(z))
@@ -163,7 +180,8 @@ def _filter(z: Tensor, features: float) -> Tensor:
     edge = (1 + math.sqrt(ratio)) ** 2
     above = ((values - ratio - 1).square() - 4 * ratio).clamp_min(0).sqrt()
     share = torch.where(values > edge, above / values.clamp_min(edge), 0)
-    return (vectors * share) @ vectors.mT
+    filtered: Tensor = (vectors * share) @ vectors.mT
+    return filtered
 
 
 def _limit(directions: int, features: int) -> float:
@@ -233,12 +251,12 @@ def effect(trained: Regression) -> tuple[Tensor, Tensor, Tensor]:
     return trained.root @ vectors, vectors.mT @ z, shares[kept]
 
 
-def found_again(trained: Regression, groups: Sequence[Moments], units: Standardisation) -> FoundAgain | None:
-    """Return the share of a trained effect that new rows show, with an error that needs no model of the noise.
+def found_again(trained: Regression, groups: Sequence[Moments]) -> FoundAgain | None:
+    """Return the share of a trained effect that new rows show; its error needs no model of the noise.
 
-    The features of a new row are projected on each direction of the trained effect, ``h = F · values / σ``, and
-    regressed on what the effect predicts from the row's metadata. Features that go together, and noise that
-    differs between rows, are in the differences between the groups.
+    The features of a new row are projected on each direction of the trained effect, ``h = F · values / σ``,
+    and regressed on what the effect predicts from the row's metadata. Features that go together, and noise
+    that differs between rows, are in the differences between the groups.
 
     Parameters
     ----------
@@ -246,8 +264,6 @@ def found_again(trained: Regression, groups: Sequence[Moments], units: Standardi
         Of the training rows.
     groups : sequence of Moments
         Of the design and of ``h``, (n, Q), in each group of the new rows.
-    units : Standardisation
-        Those of `trained`.
 
     Returns
     -------
@@ -264,7 +280,7 @@ def found_again(trained: Regression, groups: Sequence[Moments], units: Standardi
         return None
     strength = values.square().sum(1) * shares
     # Of one unit of a raw metadata column.
-    slopes = directions * strength * units.scale[-trained.coefficients.shape[0] :].unsqueeze(1)
+    slopes = directions * strength * trained.units.scale[-len(directions) :].unsqueeze(1)
     parts = [_explained(_sum(groups[:i] + groups[i + 1 :]), slopes) for i in range(len(groups))]
     whole = torch.stack(_explained(_sum(groups), slopes))
     without = torch.stack([torch.stack(part) for part in parts])
@@ -304,14 +320,13 @@ def _beside(moments: Moments) -> tuple[Tensor, Tensor]:
     return through * unit.unsqueeze(1), gram[p:, p:] - across.mT @ through
 
 
-def combine(
-    trained: Regression, new: Regression | None = None, found: FoundAgain | None = None
-) -> Combined:
+def combine(trained: Regression, new: Regression | None = None, found: FoundAgain | None = None) -> Combined:
     """Return coefficients without what is noise in them, from one regression or from two.
 
-    One: the filter of `_filter`. Two: what training rows say, times the share of it that new rows found again,
-    is a first guess, which may be wrong since networks memorise; new rows have noise and no such fault. Where
-    they contradict the guess by more than noise, they decide, and else both are averaged by their precision.
+    One: directions of the metadata in which the features together show no more than noise are left out, and
+    the others shrunk. Two: what training rows say, times the share of it that new rows found again, is a
+    first guess, which may be wrong since networks memorise; new rows have noise and no such fault. Where they
+    contradict the guess by more than noise, they decide, and else both are averaged by their precision.
 
     Parameters
     ----------
@@ -332,7 +347,7 @@ def combine(
     - James & Stein, Estimation with quadratic loss, Berkeley Symposium 4 (1961).
     - Efron & Morris, Limiting the risk of Bayes and empirical Bayes estimators, part II, JASA 67 (1972);
       Stein's estimation rule and its competitors, JASA 68 (1973).
-    - Gavish & Donoho, Optimal shrinkage of singular values, IEEE Transactions on Information Theory 63 (2017).
+    - Gavish & Donoho, Optimal shrinkage of singular values, IEEE Trans. Information Theory 63 (2017).
     """
     if new is None or math.isinf(float(new.deviation.max())):
         return _from_one(trained)

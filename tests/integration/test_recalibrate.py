@@ -94,7 +94,7 @@ def test_residuals_are_orthogonal_to_the_metadata(estimator, dtype, center):
 
     assert min(dependence().values()) > 1e-3
     loader = [(images[part], metadata[part]) for part in torch.arange(120).split(50)]
-    assert recalibrate(net, loader) == ORDER
+    assert recalibrate(net, loader, shrink=False).names == ORDER
     for name, value in dependence().items():
         # Float32 features round the residual itself: a few roundings of the features against the residual.
         assert value < tolerance, name
@@ -107,7 +107,7 @@ def test_coefficients_are_those_of_lstsq_layer_after_layer(estimator, dtype, cen
     """With labels: the metadata rows of the full regression on the layer's own input after recalibration."""
     images, metadata, labels = data(dtype=dtype)
     net = trained(estimator, images, metadata, labels, dtype, num_labels=1, center=center)
-    recalibrate(net, DataLoader(TensorDataset(images, metadata, labels), batch_size=32))
+    recalibrate(net, DataLoader(TensorDataset(images, metadata, labels), batch_size=32), shrink=False)
     inputs = {}
     for name in ORDER:
         getattr(net, name).register_forward_pre_hook(
@@ -166,20 +166,20 @@ def test_dict_batches_a_single_tensor_and_a_forward_of_ones_own():
             return self.norm(features=table[:, 1:], metadata=table[:, :1])
 
     own, table = Own(), torch.randn(30, 5)
-    assert recalibrate(own, [table]) == ["norm"]
+    assert recalibrate(own, [table], shrink=False).names == ["norm"]
     assert own.norm.estimator.coefficients.any()
 
 
 def test_a_layer_alone_has_no_name():
     layer = MetadataNorm(4, 1, estimator="batch")
-    assert recalibrate(layer, [(torch.randn(9, 4), torch.randn(9, 1))]) == [""]
+    assert recalibrate(layer, [(torch.randn(9, 4), torch.randn(9, 1))]).names == [""]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_lazy_layers(estimator):
     images, metadata, labels = data(dtype=torch.float64)
     net = Net(estimator, sizes=(None, False)).double()
-    assert recalibrate(net, [(images, metadata, labels)]) == ORDER
+    assert recalibrate(net, [(images, metadata, labels)], shrink=False).names == ORDER
     for name in ORDER:
         layer = getattr(net, name)
         assert (layer.num_metadata, layer.num_labels) == (2, 1)
@@ -213,7 +213,7 @@ def test_a_layer_that_runs_twice_gets_the_fit_over_both_inputs():
     net = Twice()
     first, second = torch.randn(2, 40, 3, dtype=torch.float64)
     metadata = torch.randn(40, 1, dtype=torch.float64)
-    recalibrate(net, [(first, second, metadata)])
+    recalibrate(net, [(first, second, metadata)], shrink=False)
     x = design_matrix(torch.cat([metadata, metadata]))
     beta = np.linalg.lstsq(x, torch.cat([first, second]).numpy(), rcond=None)[0]
     np.testing.assert_allclose(net.norm.coefficients, beta[:1], atol=1e-12)
@@ -224,7 +224,7 @@ def test_behind_a_scale():
     images, metadata, labels = data(dtype=torch.float64)
     net = trained("batch", images, metadata, labels, torch.float64, scale=True)
     scales = {name: getattr(net, name).spread.coefficients.clone() for name in ORDER}
-    recalibrate(net, [(images, metadata)])
+    recalibrate(net, [(images, metadata)], shrink=False)
     x = design_matrix(metadata)
     for name, out in residuals(net, images, metadata).items():
         assert torch.equal(getattr(net, name).spread.coefficients, scales[name])
@@ -284,7 +284,7 @@ def test_a_layer_that_runs_in_later_batches_only():
 
     net = Sometimes()
     loader = [(torch.randn(n, 2), torch.randn(n, 1)) for n in (5, 20)]
-    assert recalibrate(net, loader, progress=False) == ["always", "rarely"]
+    assert recalibrate(net, loader, shrink=False, progress=False).names == ["always", "rarely"]
     assert net.rarely.estimator.coefficients.any()
 
 
@@ -294,7 +294,7 @@ def test_a_compiled_model_that_has_run():
     images, metadata, _ = data()
     compiled = torch.compile(net, backend="eager")
     compiled(images, metadata)
-    order = recalibrate(compiled, [(images, metadata)], progress=False)
+    order = recalibrate(compiled, [(images, metadata)], progress=False).names
     assert [name.removeprefix("_orig_mod.") for name in order] == ORDER
     after = compiled(images, metadata)
     torch.testing.assert_close(after, net(images, metadata))
@@ -327,7 +327,7 @@ class TestHowTheModelIsCalled:
             ],
             strict=True,
         ):
-            assert recalibrate(model, [batch]) == ["norm"]
+            assert recalibrate(model, [batch], shrink=False).names == ["norm"]
         with torch.no_grad():
             features = models[0].body(images.flatten(1)).double()
         x = design_matrix(metadata - metadata.mean(0), labels)
@@ -394,7 +394,7 @@ class TestErrors:
     def test_labels_that_the_layers_do_not_use(self):
         images, metadata, labels = data()
         net = trained("batch", images, metadata, labels)
-        assert recalibrate(net, [(images, metadata, labels)]) == ORDER
+        assert recalibrate(net, [(images, metadata, labels)]).names == ORDER
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_features_that_are_not_finite(self, bad):

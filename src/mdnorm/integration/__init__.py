@@ -29,6 +29,8 @@ __all__ = [
     "InsertionReport",
     "MetadataNormCallback",
     "MetadataTrainer",
+    "RecalibratedLayer",
+    "Recalibration",
     "WithMetadata",
     "attach_design",
     "design_of",

@@ -1,30 +1,28 @@
-"""Coefficients of a whole data set for a trained network, layer after layer, without what is noise in them."""
+"""Coefficients of a whole data set for a trained network, layer after layer, without their noise."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mdnorm import context
-from mdnorm.arrays import design_columns, plain_features, position_mask, row_weights
-from mdnorm.distributed import gather_objects, gather_or_raise, group_of
+from mdnorm.distributed import gather_or_raise, group_of
 from mdnorm.integration.dependence import described
+from mdnorm.integration.layer_moments import NUM_GROUPS, LayerMoments
 from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration, probability_below
 from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.integration.wrapper import WithMetadata
-from mdnorm.layer import MetadataNorm, coefficient_shape
-from mdnorm.moments import Moments, NoSamplesError
-from mdnorm.regression import Standardisation, as_matrix, position_dims
-from mdnorm.shrinkage import Regression, combine, effect, found_again, independent_features, with_change
+from mdnorm.layer import MetadataNorm
+from mdnorm.moments import NoSamplesError
+from mdnorm.shrinkage import combine, found_again, with_change
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -34,11 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["recalibrate"]
 
 Forward = Callable[[nn.Module, Any], Any]
-
-# Groups of rows whose differences tell the error of what is found again.
-_GROUPS = 20
-# Features whose correlations are looked at.
-_SOME_FEATURES = 256
 
 
 def recalibrate(
@@ -154,16 +147,16 @@ def recalibrate(
             while len(done) < len(names):
                 name = next(name for name in names if name not in done)
                 what = f"recalibrate {name or 'layer'} ({len(done) + 1}/{len(names)})"
-                sources = []
+                sources: list[LayerMoments] = []
                 for rows in (loader, held_out):
                     if rows is None:
                         continue
                     trained = sources[0].regression() if sources else None
-                    source = _Accumulator(name, layers[name], trained)
+                    source = LayerMoments(name, layers[name], trained)
                     bar = _bar(rows, what + (", held out" if sources else ""), progress)
                     work = functools.partial(_accumulate, model, source, bar, run)
                     names = _agreeing(work, order, group)
-                    source.finish(group, "held_out" if sources else "loader")
+                    source.finish(group, "held_out is empty" if sources else "the loader is empty")
                     sources.append(source)
                 done[name] = _finish(sources, shrink)
     finally:
@@ -326,196 +319,7 @@ def _run_one_batch(model: nn.Module, loader: Iterable[Any], run: Forward) -> Non
     raise NoSamplesError("no samples: the loader is empty.")
 
 
-class _Accumulator:
-    """Float64 moments of the design and the input of one layer, and what the errors take beside them."""
-
-    def __init__(self, name: str, layer: MetadataNorm, trained: Regression | None = None) -> None:
-        self.name = name
-        self.layer = layer
-        self.trained = trained
-        # Of all features; of some of them in the place of metadata; of their projections in groups of rows.
-        self.moments: list[Moments] = []
-        # Number of samples, of rows so far, sum of the weights and of their squares.
-        self.sums = torch.zeros(4, dtype=torch.float64)
-        self._some = torch.zeros(0, dtype=torch.int64)
-        self._projection = torch.zeros(0, 0)
-
-    def add(
-        self,
-        features: Tensor,
-        metadata: Any = None,
-        labels: Any = None,
-        weights: Any = None,
-        mask: Any = None,
-    ) -> None:
-        layer = self.layer
-        given = None
-        if metadata is None:
-            given = layer.given_metadata()
-            metadata, weights, mask = given.metadata, given.weights, None
-            labels = given.labels if labels is None else labels
-        if labels is None and layer.num_labels:
-            raise ValueError(
-                f"the layer {self.name!r} has num_labels={layer.num_labels} but got no labels: the forward "
-                "pass of recalibrate must hand them on, as in training."
-            )
-        features = plain_features(features)
-        if features.is_nested:
-            if layer.granularity != "channel":
-                return  # The layer says next that it cannot take them.
-            features, mask = _padded(features, layer.channel_dim)
-        elif given is not None and given.mask is not None:
-            dims = position_dims(features, layer.granularity, layer.channel_dim)
-            mask = given.mask_for(features, dims, f"the layer {self.name!r}")
-        try:
-            self._add(features, metadata, labels, weights, mask)
-        except ValueError as error:
-            raise ValueError(f"at the layer {self.name!r}: {error}") from error
-
-    def _add(self, features: Tensor, metadata: Any, labels: Any, weights: Any, mask: Any) -> None:
-        layer = self.layer
-        dims = position_dims(features, layer.granularity, layer.channel_dim)
-        layer.check_features(features, dims)
-        where = None if mask is None else position_mask(mask, features, dims)
-        labels = None if layer.num_labels == 0 else labels
-        columns, num_metadata = design_columns(
-            metadata, labels, features, layer.num_metadata, layer.num_labels, True
-        )
-        num_labels = columns.shape[1] - 1 - num_metadata
-        layer.set_sizes(coefficient_shape(features, dims, layer.granularity), num_metadata, num_labels)
-        if layer.spread is not None:
-            features = layer.spread.evaluate(features, columns[:, num_labels + 1 :], dims, where)
-        matrix = as_matrix(features, dims, where, columns.dtype)
-        design = torch.cat([columns[:, num_labels + 1 :], columns[:, :num_labels]], 1)
-        if not self.moments:
-            self._start(matrix, num_metadata, num_labels)
-        each = of_samples = row_weights(weights, columns, None, dims, True)
-        if where is not None:
-            # A sample counts as its positions in all, since another batch may be padded to another length.
-            positions = where.sum(dims)[:, 0].to(columns.dtype)
-            each = positions if of_samples is None else of_samples * positions
-            of_samples = (each > 0).to(each) if of_samples is None else of_samples * (each > 0)
-        self.moments[0].update(matrix, design, each)
-        self.moments[1].update(matrix[:, :0], torch.cat([matrix[:, self._some], design], 1), each)
-        if self.trained is not None:
-            projected = matrix @ self._projection
-            of_group = (torch.arange(len(matrix), device=matrix.device) + int(self.sums[1])) % _GROUPS
-            for number in of_group.unique().tolist():
-                rows = of_group == number
-                self.moments[2 + number].update(
-                    projected[rows], design[rows], None if each is None else each[rows]
-                )
-        ones = torch.ones(len(columns)) if each is None else each
-        samples = ones if of_samples is None else of_samples
-        sums = [samples.sum(), len(columns), ones.sum(), ones.square().sum()]
-        self.sums += torch.tensor([float(value) for value in sums], dtype=torch.float64)
-
-    def _start(self, matrix: Tensor, num_metadata: int, num_labels: int) -> None:
-        total, device = matrix.shape[1], matrix.device
-        # Any would do: the same on all processes.
-        some = torch.randperm(total, generator=torch.Generator().manual_seed(0))[:_SOME_FEATURES]
-        self._some = some.to(device)
-        sizes = [(total, num_metadata, num_labels), (0, len(some), num_metadata + num_labels)]
-        if self.trained is not None:
-            values = effect(self.trained)[1]
-            weights = torch.where(self.trained.deviation > 0, 1 / self.trained.deviation, 0) * values
-            self._projection = weights.mT.to(matrix)
-            sizes += [(len(values), num_metadata, num_labels)] * _GROUPS
-        self.moments = [Moments.empty(*numbers, device) for numbers in sizes]
-
-    def share(self, group: ProcessGroup) -> None:
-        """Merge the moments of all processes, in the order of their ranks, so that all get the same bits."""
-        mine = None
-        if self.moments:
-            mine = ([part.to("cpu") for part in self.moments], self.layer.num_features, self.sums)
-        parts = [part for part in gather_objects(mine, group) if part is not None]
-        sizes = sorted({(m[0].num_metadata, m[0].num_protected - 1, shape) for m, shape, _ in parts})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"the layer {self.name!r} has different (num_metadata, num_labels, features) on the "
-                f"processes: {', '.join(map(str, sizes))}."
-            )
-        if not parts:
-            return
-        num_metadata, num_labels, shape = sizes[0]
-        assert shape is not None
-        self.layer.set_sizes(shape, num_metadata, num_labels)
-        of_processes = zip(*(moments for moments, _, _ in parts), strict=True)
-        self.moments = [functools.reduce(Moments.merge, same) for same in of_processes]
-        self.sums = functools.reduce(torch.add, (sums for _, _, sums in parts))
-
-    def finish(self, group: ProcessGroup | None, called: str) -> None:
-        if group is not None:
-            self.share(group)
-        if not self.moments or self.moments[0].weight == 0 or self.layer.estimator is None:
-            raise NoSamplesError(f"no samples: the {called} is empty.")
-
-    def regression(self, units: Standardisation | None = None) -> Regression:
-        """Return the fit with its errors, on the CPU."""
-        assert self.layer.estimator is not None
-        whole, some = (part.to("cpu") for part in self.moments[:2])
-        units = units or whole.units
-        assert units is not None
-        rows = float(self.sums[2].square() / self.sums[3])
-        features = independent_features(some, whole.cross.shape[1])
-        return Regression.of(whole, units, rows, features, self.layer.estimator.coefficients.dtype)
-
-
-def _finish(sources: list[_Accumulator], shrink: bool) -> RecalibratedLayer:
-    """Give a layer its coefficients, and return what there is to say about them."""
-    source, estimator = sources[0], sources[0].layer.estimator
-    assert estimator is not None
-    moments = source.moments[0].to("cpu")
-    units = moments.units
-    assert units is not None
-    trained, new, found = source.regression(), None, None
-    if len(sources) > 1:
-        new = sources[1].regression(units)
-        found = found_again(trained, [part.to("cpu") for part in sources[1].moments[2:]], units)
-    combined = combine(trained, new, found)
-    if shrink:
-        moments = with_change(moments, combined.coefficients - trained.coefficients, units)
-    if (share := float(source.sums[0]) / moments.weight) != 1:
-        # Positions were counted; the prior and the window count samples.
-        sums = {name: getattr(moments, name) * share for name in ("weight", "gram", "cross", "squares")}
-        moments = dataclasses.replace(moments, **sums)
-    estimator.set_moments(moments.to(estimator.origin.device))
-    squares = trained.standardised(trained.coefficients).square()
-    scale = units.scale[-len(trained.coefficients) :].unsqueeze(1)
-    layer = RecalibratedLayer(
-        name=source.name,
-        rows=source.moments[0].num_rows,
-        new_rows=sources[1].moments[0].num_rows if new is not None else 0,
-        columns=round(trained.columns),
-        standard_errors=(trained.errors * scale).reshape(-1, *estimator.num_features).numpy(),
-        noise=min(1 / max(float(squares.mean()), 1.0), 1.0) if squares.numel() else 1.0,
-        kept=combined.kept if shrink else 1.0,
-        found_again=None if found is None else found.share,
-        found_again_error=None if found is None else found.error,
-        p_value=None if found is None else probability_below(found.share, 1, found.error, _GROUPS - 1),
-    )
-    called = f"the layer {layer.name!r}" if layer.name else "the layer"
-    if layer.memorised:
-        warnings.warn(f"{called}: {layer.verdict} (p = {layer.p_value:.2g}).", stacklevel=3)
-    if layer.has_few_rows:
-        shown = f"{layer.rows} row(s)" + (f" and {layer.new_rows} new one(s)" if layer.new_rows else "")
-        warnings.warn(
-            f"{called} was recalibrated on {shown} for {layer.columns} column(s) of metadata and labels: with "
-            "fewer than five a column the correction is mostly noise, or nothing. Give more rows, or fewer "
-            "columns.",
-            stacklevel=3,
-        )
-    return layer
-
-
-def _padded(features: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    """Return sequences of several lengths (a nested tensor) with zeros behind their ends, and their mask."""
-    ones = torch.nested.as_nested_tensor([torch.ones_like(part) for part in features.unbind()])
-    padded, mask = (torch.nested.to_padded_tensor(nested, 0.0) for nested in (features, ones))
-    return padded, mask.select(channel_dim, 0) != 0
-
-
-def _accumulate(model: nn.Module, accumulator: _Accumulator, loader: Iterable[Any], run: Forward) -> None:
+def _accumulate(model: nn.Module, accumulator: LayerMoments, loader: Iterable[Any], run: Forward) -> None:
     def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         accumulator.add(*arguments, **keywords)
 
@@ -525,3 +329,37 @@ def _accumulate(model: nn.Module, accumulator: _Accumulator, loader: Iterable[An
             run(model, batch)
     finally:
         handle.remove()
+
+
+def _finish(sources: list[LayerMoments], shrink: bool) -> RecalibratedLayer:
+    """Give a layer its coefficients, and return what there is to say about them."""
+    source, estimator = sources[0], sources[0].layer.estimator
+    assert estimator is not None
+    moments = source.moments[0].to("cpu")
+    trained, new, found = source.regression(), None, None
+    if len(sources) > 1:
+        new = sources[1].regression(trained.units)
+        found = found_again(trained, [part.to("cpu") for part in sources[1].moments[2:]])
+    combined = combine(trained, new, found)
+    if shrink:
+        moments = with_change(moments, combined.coefficients - trained.coefficients, trained.units)
+    if (share := float(source.sums[0]) / moments.weight) != 1:
+        # Positions were counted; the prior and the window count samples.
+        sums = {name: getattr(moments, name) * share for name in ("weight", "gram", "cross", "squares")}
+        moments = dataclasses.replace(moments, **sums)
+    estimator.set_moments(moments.to(estimator.origin.device))
+    layer = RecalibratedLayer(
+        name=source.name,
+        rows=source.moments[0].num_rows,
+        new_rows=0 if new is None else sources[1].moments[0].num_rows,
+        columns=trained.columns,
+        standard_errors=trained.errors.reshape(-1, *estimator.num_features).numpy(),
+        noise=trained.noise,
+        kept=combined.kept if shrink else 1.0,
+        found_again=None if found is None else found.share,
+        found_again_error=None if found is None else found.error,
+        p_value=None if found is None else probability_below(found.share, 1, found.error, NUM_GROUPS - 1),
+    )
+    for warning in layer.warnings:
+        warnings.warn(warning, stacklevel=3)
+    return layer

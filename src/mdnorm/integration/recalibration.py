@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-__all__ = ["Recalibration", "RecalibratedLayer"]
+__all__ = ["RecalibratedLayer", "Recalibration"]
 
 # From where on a share is called smaller than 1.
 _SIGNIFICANT = 0.05
@@ -60,12 +61,6 @@ class RecalibratedLayer:
         return self.p_value is not None and self.p_value < _SIGNIFICANT
 
     @property
-    def has_few_rows(self) -> bool:
-        """Whether `loader`, or `held_out`, has fewer than five rows a column."""
-        given = (self.rows, self.new_rows) if self.new_rows else (self.rows,)
-        return min(given) < _FEW_ROWS * self.columns
-
-    @property
     def verdict(self) -> str:
         """One sentence on what new rows say."""
         if self.found_again is None or self.found_again_error is None:
@@ -76,6 +71,23 @@ class RecalibratedLayer:
         if self.memorised:
             return f"this network memorised: new rows show {shown} of the effect that its training rows have"
         return f"no sign of memorising: new rows show {shown} of the effect that the training rows have"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user must not miss: that the network memorised, that rows are too few."""
+        called = f"the layer {self.name!r}" if self.name else "the layer"
+        warnings = []
+        if self.memorised:
+            warnings.append(f"{called}: {self.verdict} (p = {self.p_value:.2g}).")
+        given = {"loader": self.rows} | ({"held_out": self.new_rows} if self.new_rows else {})
+        few = [f"{rows} row(s) of {name}" for name, rows in given.items() if rows < _FEW_ROWS * self.columns]
+        if few:
+            warnings.append(
+                f"{called} was recalibrated on {' and '.join(few)} for {self.columns} column(s) of metadata "
+                f"and labels: fewer than {_FEW_ROWS} a column tell little about the effect of the metadata. "
+                "Give more rows, or fewer columns."
+            )
+        return warnings
 
 
 @dataclass(frozen=True)
@@ -99,15 +111,14 @@ class Recalibration:
         head = ["layer", "rows", "new rows", "columns", "noise", "kept", "found again"]
         table = [head, *(_cells(layer) for layer in self.layers)]
         widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in table]
+        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
         verdicts = [f"{layer.name or 'layer'}: {layer.verdict}." for layer in self.layers]
         legend = [
-            "noise: how much of the least-squares coefficients is chance. kept: how long the coefficients are "
-            "beside",
-            "those. found again: the share of the effect in the training rows that new rows show, ± standard "
-            "error.",
+            "noise: how much of the least-squares coefficients is chance",
+            "kept: length of the coefficients over that of the least-squares ones",
+            "found again: share of the effect in the training rows that new rows show, ± standard error",
         ]
-        return "\n".join([*(line.rstrip() for line in lines), "", *verdicts, "", *legend])
+        return "\n".join([*lines, "", *verdicts, "", *legend])
 
 
 def _cells(layer: RecalibratedLayer) -> list[str]:
@@ -122,6 +133,6 @@ def probability_below(value: float, expected: float, error: float, freedom: int)
     """Return the probability of at most this value of Student's t distribution about `expected`."""
     # With x = √ν tan θ the density is cos θ to the power ν − 1, which has no tails to lose.
     end = math.atan2(value - expected, error * math.sqrt(freedom))
-    density = [np.cos(np.linspace(-math.pi / 2, to, 4001)) ** (freedom - 1) for to in (end, math.pi / 2)]
-    areas = [float(part.mean()) * (to + math.pi / 2) for part, to in zip(density, (end, math.pi / 2), strict=True)]
-    return min(areas[0] / areas[1], 1.0)
+    angles = [torch.linspace(-math.pi / 2, to, 4001, dtype=torch.float64) for to in (end, math.pi / 2)]
+    below, total = (float(torch.trapezoid(part.cos() ** (freedom - 1), part)) for part in angles)
+    return below / total
