@@ -168,20 +168,34 @@ def _filter(z: Tensor, features: float) -> Tensor:
     lies in noise (Gavish & Donoho 2017); those that noise alone has become 0. With one direction this is
     James & Stein's factor with a threshold; it does not depend on how the metadata are coded.
     """
-    if z.numel() == 0 or not (used := z.abs().sum(0) > 0).any():
+    used = z[:, (z != 0).any(0) & ~_alone(z)]
+    if used.numel() == 0:
         return z.new_zeros(len(z), len(z))
-    z = z[:, used]
-    # A few features with a huge effect (one that is nearly determined) say nothing about the noise of others.
-    length = z.norm(dim=0)
-    longest = torch.maximum(4 * length.median(), length.new_tensor(_limit(*z.shape)))
-    z = z * (longest / length).clamp_max(1)
-    ratio = len(z) / min(features, z.shape[1])
-    values, vectors = torch.linalg.eigh(z @ z.mT / z.shape[1])
+    ratio = len(z) / min(features, used.shape[1])
+    values, vectors = torch.linalg.eigh(used @ used.mT / used.shape[1])
     edge = (1 + math.sqrt(ratio)) ** 2
     above = ((values - ratio - 1).square() - 4 * ratio).clamp_min(0).sqrt()
     share = torch.where(values > edge, above / values.clamp_min(edge), 0)
     filtered: Tensor = (vectors * share) @ vectors.mT
     return filtered
+
+
+def _alone(z: Tensor) -> Tensor:
+    """Return which features, (D,), have an effect so much larger than the others that each is judged alone.
+
+    One that is nearly determined by the metadata says nothing about the noise of the others.
+    """
+    length = z.norm(dim=0)
+    usual = length[length > 0].median() if bool((length > 0).any()) else length.new_zeros(())
+    alone: Tensor = length > (10 * usual).clamp_min(_limit(*z.shape))
+    return alone
+
+
+def _shrunk(z: Tensor, pooled: Tensor) -> Tensor:
+    """Return the pooled estimate of z, (R, D), and James–Stein's of each feature that is judged alone."""
+    alone = _alone(z)
+    pooled[:, alone] = z[:, alone] * (1 - len(z) / z[:, alone].square().sum(0))
+    return pooled
 
 
 def _limit(directions: int, features: int) -> float:
@@ -352,10 +366,12 @@ def combine(trained: Regression, new: Regression | None = None, found: FoundAgai
     if new is None or math.isinf(float(new.deviation.max())):
         return _from_one(trained)
     directions, values, shares = effect(trained)
-    slopes = _slopes(found, shares)
+    common, slopes = _slopes(found, shares)
     known = trained.deviation.isfinite()
     deviation = torch.where(known, trained.deviation, 0)
-    guess = (directions * slopes) @ values * deviation
+    z = trained.standardised(trained.coefficients)
+    alone = trained.root @ _shrunk(z, torch.zeros_like(z)) * common
+    guess = ((directions * slopes) @ torch.where(_alone(z), 0, values) + alone) * deviation
     guess = torch.where(trained.deviation > 0, guess, trained.coefficients)
     both = (deviation > 0) & (new.deviation > 0)
     ratio = float((deviation[both] / new.deviation[both]).square().mean()) if both.any() else 0.0
@@ -364,7 +380,7 @@ def combine(trained: Regression, new: Regression | None = None, found: FoundAgai
     noise = noise.clamp_min(0).unsqueeze(1)
     # Of unit noise: that of the new rows and that of the guess.
     change = vectors.mT @ new.standardised(new.coefficients - guess) / (1 + noise).sqrt()
-    clear = _filter(change, new.features) @ change
+    clear = _shrunk(change, _filter(change, new.features) @ change)
     step = clear + noise / (1 + noise) * (change - clear)
     size = vectors * (1 + noise.squeeze(1)).sqrt()
     step = _limited(size @ change, size @ step)
@@ -374,7 +390,7 @@ def combine(trained: Regression, new: Regression | None = None, found: FoundAgai
 
 def _from_one(fit: Regression) -> Combined:
     z = fit.standardised(fit.coefficients)
-    shrunk = _limited(z, _filter(z, fit.features) @ z)
+    shrunk = _limited(z, _shrunk(z, _filter(z, fit.features) @ z))
     if math.isinf(float(fit.deviation.max())):
         return Combined(torch.where(fit.deviation > 0, 0, fit.coefficients), 0.0)
     combined = torch.where(fit.deviation > 0, fit.root @ shrunk * fit.deviation, fit.coefficients)
@@ -386,17 +402,20 @@ def _kept(fit: Regression, coefficients: Tensor) -> float:
     return float(after / before) if before > 0 else 1.0
 
 
-def _slopes(found: FoundAgain | None, shares: Tensor) -> Tensor:
-    """Return what is taken over of each direction: the share found again, as far as its error allows.
+def _slopes(found: FoundAgain | None, shares: Tensor) -> tuple[Tensor, Tensor]:
+    """Return which share of an effect is taken over, (1,), and what of each direction, (Q,).
+
+    It is the share found again, as far as its error allows.
 
     A noisy share is drawn to 1 (nothing was memorised) or to 0 (all was), by how well it fits either.
     """
     if found is None:
-        return shares
-    share, error = found.share + 0 * shares, found.error + 0 * shares
+        return torch.ones(1, dtype=shares.dtype), shares
+    share, error = (torch.tensor([value], dtype=shares.dtype) for value in found[:2])
     weight = torch.sigmoid((share - 0.5) / error.square())
     common = weight * (1 + _clear(share - 1, error)) + (1 - weight) * _clear(share, error)
-    return shares * (common + _clear(found.shares - common, found.errors)).clamp(0, 2)
+    each = common + _clear(found.shares - common, found.errors)
+    return common.clamp(0, 2), shares * each.clamp(0, 2)
 
 
 def _clear(value: Tensor, error: Tensor) -> Tensor:
