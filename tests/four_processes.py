@@ -392,6 +392,11 @@ def fully_sharded(groups: Groups) -> Any:
     return results
 
 
+def told(report: mdnorm.integration.Recalibration) -> tuple[Any, ...]:
+    layer = report.layers[0]
+    return layer.rows, layer.new_rows, torch.from_numpy(layer.standard_errors), layer.found_again
+
+
 @scenario
 def gram_and_recalibration(groups: Groups) -> Any:
     case, dtype = "dataset", torch.float64
@@ -406,11 +411,13 @@ def gram_and_recalibration(groups: Groups) -> Any:
         metadata = [(data[1][part], data[2][part]) for part in rows.split(10) if len(part)]
         gram = mdnorm.fit_gram(net, metadata, process_group=group)
         loader = [tuple(part[few] for part in data) for few in rows.split(7) if len(few)]
-        order = mdnorm.recalibrate(net, loader, process_group=group)
+        order = mdnorm.recalibrate(net, loader, process_group=group).names
         results[name] = {
             "gram": (*map(torch.as_tensor, gram.products()[:3:2]), gram.weight),
             "order": order,
-            "state": net.state_dict(),
+            "state": copy.deepcopy(net.state_dict()),
+            "held_out": told(mdnorm.recalibrate(net, loader, held_out=loader, process_group=group)),
+            "after": net.state_dict(),
         }
     wrapped = DistributedDataParallel(Net(case, dtype))
     rows = shares(4, groups.rank)[0]

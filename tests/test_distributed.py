@@ -27,6 +27,7 @@ from four_processes import (
     prepare,
     run,
     shares,
+    told,
     train,
     whole,
 )
@@ -364,6 +365,19 @@ class TestGramAndRecalibration:
         gram = mdnorm.fit_gram(net, data[1], data[2])
         mdnorm.recalibrate(net, [data])
         return gram, net.state_dict()
+
+    @pytest.mark.parametrize("name", ["uneven", "pair"])
+    def test_shares_of_held_out_data(self, results, name):
+        data = make_data("dataset", torch.float64)[:3]
+        expected = told(mdnorm.recalibrate(Net("dataset", torch.float64), [data], held_out=[data]))
+        first = results[0]["gram_and_recalibration"][name]
+        for left in results:
+            actual = left["gram_and_recalibration"][name]
+            assert actual["held_out"][:2] == (96, 96)
+            # Which rows make a group depends on the processes, errors of coefficients and the share do not.
+            assert_close(actual["held_out"][2], expected[2], 1e-9)
+            assert actual["held_out"][3] == pytest.approx(expected[3], rel=1e-9)
+            assert all(torch.equal(first["after"][key], actual["after"][key]) for key in first["after"])
 
     @pytest.mark.parametrize("name", ["uneven", "pair"])
     def test_shares_of_the_data(self, results, name):

@@ -243,7 +243,7 @@ def test_memory_format_does_not_lose_what_recalibration_writes():
     """`model.to(memory_format=…)` restrides 4-d buffers."""
     features, metadata, labels = data(shape=(3, 2, 2))
     layer = prepared(metadata, labels, (3, 2, 2)).to(memory_format=torch.channels_last)
-    recalibrate(layer, [(features, metadata, labels)])
+    recalibrate(layer, [(features, metadata, labels)], shrink=False)
     expected = residual(features, metadata, labels)
     np.testing.assert_allclose(layer.eval()(features, metadata), expected, atol=1e-9)
 
@@ -255,7 +255,7 @@ def test_default_settings():
 def test_the_prior_shrinks_what_is_removed_and_not_the_parameter():
     features, metadata, labels = data()
     layer = prepared(metadata, labels, prior=50)
-    recalibrate(layer, [(features, metadata, labels)])
+    recalibrate(layer, [(features, metadata, labels)], shrink=False)
     rows, _ = whitened(metadata, labels)
     np.testing.assert_allclose(layer.estimator.weight.detach(), rows.T @ features.flatten(1).numpy() / 200)
     expected = residual(features, metadata, labels, share=50 / 250)

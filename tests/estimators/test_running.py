@@ -141,7 +141,7 @@ class TestRecursion:
         layer = MetadataNorm((3, 2), 2, 1, estimator="running", **options)
         first, second = batches((40, 10))
         layer(*first)
-        recalibrate(layer, [first], progress=False)
+        recalibrate(layer, [first], shrink=False)
         exact = layer.coefficients
         layer.train()(*second)
         # 10 of 40 · (1 − 10 / 50)^⅔ + 10 samples.

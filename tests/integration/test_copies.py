@@ -60,7 +60,7 @@ class TestAveraged:
             optimizer.step()
             averaged.update_parameters(model)
         images, metadata, labels = (part.double() for part in make_data(150, seed=7))
-        mdnorm.recalibrate(averaged, [(images, metadata, labels)], progress=False)
+        mdnorm.recalibrate(averaged, [(images, metadata, labels)], shrink=False, progress=False)
         outputs = []
         hook = averaged.module[3].metadata_norm.register_forward_hook(lambda *call: outputs.append(call[2]))
         # An inserted layer is a child: the hook of its module runs it, and this one sees what it returned.

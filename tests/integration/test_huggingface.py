@@ -280,8 +280,20 @@ def test_without_protection_and_recalibration(tmp_path):
     trainer = MetadataTrainer(model, arguments(tmp_path), **options)
     trainer.train()
     before = model.vit.layernorm.metadata_norm.estimator.coefficients.clone()
-    assert trainer.recalibrate() == ["vit.layernorm.metadata_norm"]
+    assert trainer.recalibrate().names == ["vit.layernorm.metadata_norm"]
     assert not torch.equal(model.vit.layernorm.metadata_norm.estimator.coefficients, before)
+
+
+def test_the_evaluation_data_as_held_out_rows(tmp_path):
+    model, data = make_model(), Patients()
+    mdnorm.insert(model, "vit.layernorm", num_labels=2)
+    options = {"train_dataset": data, "held_out": True, "recalibrate": False}
+    with pytest.raises(ValueError, match="held_out=True takes the rows of eval_dataset"):
+        MetadataTrainer(model, arguments(tmp_path), **options)
+    trainer = MetadataTrainer(model, arguments(tmp_path), eval_dataset=data, **options)
+    trainer.train()
+    layer = trainer.recalibrate().layers[0]
+    assert layer.rows == layer.new_rows == 40
 
 
 def test_errors(tmp_path):

@@ -287,7 +287,7 @@ class TestWhatItDoes:
         tokens, metadata, _ = data(shape=(3, 8))
         mdnorm.insert(layer, "linear2", granularity="channel", channel_dim=-1, num_metadata=2, prior=0)
         with torch.no_grad(), mdnorm.metadata(layer, metadata):
-            mdnorm.recalibrate(layer, [(tokens, metadata)], progress=False)
+            mdnorm.recalibrate(layer, [(tokens, metadata)], shrink=False, progress=False)
             outputs = recorded(layer, "linear2", lambda: layer(tokens))
         assert len(outputs) == 1
         covariance = (metadata - metadata.mean(0)).mT @ outputs[0].mean(1)
@@ -753,7 +753,7 @@ def test_recalibrate_feeds_inserted_layers():
     images, metadata, labels = data(100)
     mdnorm.insert(model, ["features", "fc1"], num_labels=1, prior=0)
     batches = [(images[part], metadata[part], labels[part]) for part in torch.arange(100).split(30)]
-    order = mdnorm.recalibrate(model, batches, progress=False)
+    order = mdnorm.recalibrate(model, batches, shrink=False).names
     assert order == ["features.metadata_norm", "fc1.metadata_norm"]
 
     def run():

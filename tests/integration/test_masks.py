@@ -197,9 +197,9 @@ class TestWeights:
         batches = [
             {"input": features[rows], "metadata": metadata[rows], "weights": weights[rows]} for rows in parts
         ]
-        mdnorm.recalibrate(nets[0], batches, progress=False)
+        mdnorm.recalibrate(nets[0], batches, shrink=False, progress=False)
         rows = torch.arange(60).repeat_interleave(weights)
-        mdnorm.recalibrate(nets[1], [(features[rows], metadata[rows])], progress=False)
+        mdnorm.recalibrate(nets[1], [(features[rows], metadata[rows])], shrink=False, progress=False)
         found, expected = (net[0].metadata_norm.coefficients for net in nets)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
         # The prior shrinks as ridge regression does: by 3 samples beside 60.
@@ -242,7 +242,7 @@ class TestRecalibrate:
                     return model(batch["tokens"])
 
         model = WithMetadata(net) if form == "wrapper" else net
-        mdnorm.recalibrate(model, batches, forward=forward, progress=False)
+        mdnorm.recalibrate(model, batches, shrink=False, forward=forward)
         np.testing.assert_allclose(net.embed.metadata_norm.coefficients, expected, rtol=0, atol=1e-10)
         # The window counts samples, not tokens.
         assert float(net.embed.metadata_norm.estimator.weight) == pytest.approx(60, abs=1e-9)
@@ -256,7 +256,7 @@ class TestRecalibrate:
         tokens, metadata, mask = make_data()
         net = Own()
         mdnorm.insert(net, "embed", **TOKENS)
-        mdnorm.recalibrate(net, [{"tokens": tokens, "metadata": metadata, "mask": mask}], progress=False)
+        mdnorm.recalibrate(net, [{"tokens": tokens, "metadata": metadata, "mask": mask}], shrink=False)
         # The layers do not get it there: padding counted.
         expected = self.slopes(net, tokens, metadata, torch.ones_like(mask))
         np.testing.assert_allclose(net.embed.metadata_norm.coefficients, expected, rtol=0, atol=1e-10)
@@ -289,8 +289,8 @@ class TestNested:
             longest = int(mask[rows].sum(1).max())
             return self.run(model, tokens[rows, :longest], metadata[rows], mask[rows, :longest])
 
-        names = mdnorm.recalibrate(model, torch.arange(60).split(9), forward=forward, progress=False)
-        assert names == ["layers.0.metadata_norm", "layers.1.linear1.metadata_norm"]
+        report = mdnorm.recalibrate(model, torch.arange(60).split(9), shrink=False, forward=forward)
+        assert report.names == ["layers.0.metadata_norm", "layers.1.linear1.metadata_norm"]
         assert any(features.is_nested for features in inputs)
         outputs = []
         model.layers[0].register_forward_hook(lambda *call: outputs.append(call[2]))
@@ -358,6 +358,7 @@ class TestMetaTensor:
 
     @pytest.mark.parametrize("batch_size", [1, 2, 4])
     @pytest.mark.parametrize("estimator", ["batch", "dataset", "running", "recursive", "penalty"])
+    @pytest.mark.filterwarnings("ignore:.* was recalibrated on 8 row")
     def test_training_evaluation_and_recalibration(self, estimator, batch_size):
         model, twin = self.model(estimator), self.model(estimator)
         batches = list(self.loader(batch_size))

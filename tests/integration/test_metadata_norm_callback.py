@@ -1,5 +1,7 @@
 """`MetadataNormCallback` in small Lightning fits."""
 
+import copy
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -132,13 +134,10 @@ def test_several_layers_have_prefixes_and_tuples_are_taken_apart(tmp_path):
     names = set(fit.callback_metrics)
     assert {"dcor2/encoder/column_0/label_0", "dcor2/pair/column_1/label_1"} <= names
     data = make_data()
-    pair = []
-    model.pair.register_forward_hook(lambda _, __, output: pair.append(output[1].clone()))
-    with torch.no_grad(), mdnorm.metadata(model.eval(), data["both"]):
-        model(data["images"])
-    design = torch.cat([data["both"], data["label"][:, None].float(), torch.ones(50, 1)], dim=1)
-    slopes = torch.linalg.lstsq(design, pair[0]).solution[:2]
-    torch.testing.assert_close(slopes, torch.zeros_like(slopes), atol=1e-5, rtol=0)
+    twin = copy.deepcopy(model)
+    assert len(mdnorm.recalibrate(twin, [(data["images"], data["both"], data["label"])]).names) == 2
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, twin.state_dict()[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_every_stage_has_the_metadata_and_none_are_left(tmp_path):
@@ -258,17 +257,13 @@ def test_weights_and_a_mask(tmp_path):
         **options,
     )
     trainer([callback], tmp_path).fit(model, *loaders())
-    mask, weights = data["images"] > -1, data["label"] + 1
-    with torch.no_grad():
-        features = nn.functional.linear(
-            data["images"][..., None], model.encoder.weight, model.encoder.bias
-        ).double()
-    rows = data["both"][:, None].expand(-1, 8, -1)[mask].double()
-    root = weights[:, None].expand(-1, 8)[mask].double().sqrt()[:, None]
-    design = torch.cat([rows, torch.ones(len(rows), 1, dtype=torch.float64)], 1)
-    expected = torch.linalg.lstsq(design * root, features[mask] * root).solution[:2]
-    actual = model.encoder.metadata_norm.coefficients.double()
+    twin = copy.deepcopy(model)
+    batch = {"images": data["images"], "metadata": data["both"], "weights": data["label"] + 1}
+    mdnorm.recalibrate(twin, [batch | {"mask": data["images"] > -1}], progress=False)
+    actual, expected = (net.encoder.metadata_norm.coefficients for net in (model, twin))
     torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    mdnorm.recalibrate(twin, [batch], progress=False)
+    assert not torch.allclose(actual, twin.encoder.metadata_norm.coefficients)
 
 
 def test_two_processes_recalibrate_on_the_data_of_both(tmp_path):
@@ -281,13 +276,27 @@ def test_two_processes_recalibrate_on_the_data_of_both(tmp_path):
     loader = DataLoader(Data("dict", stop=48), batch_size=8)
     fit = trainer([callback], tmp_path, devices=2, strategy="ddp_spawn", num_sanity_val_steps=0)
     fit.fit(model, loader)
-    data = {name: values[:48].double() for name, values in make_data().items()}
-    with torch.no_grad():
-        features = nn.functional.linear(data["images"], model.encoder.weight.double())
-    design = torch.cat([data["both"], data["label"][:, None], torch.ones(48, 1)], dim=1)
-    expected = torch.linalg.lstsq(design, features).solution[:2]
-    actual = model.encoder.metadata_norm.coefficients
-    torch.testing.assert_close(actual.double(), expected, atol=1e-5, rtol=1e-5)
+    twin = copy.deepcopy(model)
+    data = make_data()
+    rows = (data[name][:48] for name in ("images", "both", "label"))
+    mdnorm.recalibrate(twin, [tuple(rows)], progress=False)
+    actual, expected = (net.encoder.metadata_norm.coefficients for net in (model, twin))
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert actual.any()
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_the_validation_loader_as_held_out_rows(tmp_path):
+    model = DictModel()
+    callback = MetadataNormCallback(
+        "both", "label", after="encoder", inputs="images", log_dependence=False, held_out=True
+    )
+    trainer([callback], tmp_path).fit(model, *loaders())
+    layer = callback.recalibration.layers[0]
+    assert layer.new_rows == sum(len(batch["label"]) for batch in loaders()[1])
+    callback = MetadataNormCallback("both", "label", after="encoder", inputs="images", held_out=True)
+    with pytest.raises(ValueError, match="held_out=True takes the rows of the validation loader"):
+        trainer([callback], tmp_path).fit(DictModel(), loaders()[0])
 
 
 class TestErrors:

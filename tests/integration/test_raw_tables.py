@@ -125,7 +125,7 @@ def test_fit_gram_and_recalibrate_take_tables(estimator):
         [(images[rows], part) for rows, part in zip(parts, tables, strict=True)],
     )
     for net, loader in zip(nets, loaders, strict=True):
-        assert mdnorm.recalibrate(net, loader, progress=False) == ["0.metadata_norm"]
+        assert mdnorm.recalibrate(net, loader, progress=False).names == ["0.metadata_norm"]
         for name, value in nets[0].state_dict().items():
             torch.testing.assert_close(net.state_dict()[name], value, rtol=1e-9, atol=1e-9, msg=name)
 

@@ -8,7 +8,9 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mdnorm import MetadataNorm, fit_gram, recalibrate
+import mdnorm
+from mdnorm import MetadataNorm, fit_gram, insert, recalibrate
+from mdnorm.metrics import probe
 from reference import design_matrix
 
 ESTIMATORS = ["batch", "dataset", "running", "recursive", "penalty"]
@@ -94,7 +96,7 @@ def test_residuals_are_orthogonal_to_the_metadata(estimator, dtype, center):
 
     assert min(dependence().values()) > 1e-3
     loader = [(images[part], metadata[part]) for part in torch.arange(120).split(50)]
-    assert recalibrate(net, loader) == ORDER
+    assert recalibrate(net, loader, shrink=False).names == ORDER
     for name, value in dependence().items():
         # Float32 features round the residual itself: a few roundings of the features against the residual.
         assert value < tolerance, name
@@ -107,7 +109,7 @@ def test_coefficients_are_those_of_lstsq_layer_after_layer(estimator, dtype, cen
     """With labels: the metadata rows of the full regression on the layer's own input after recalibration."""
     images, metadata, labels = data(dtype=dtype)
     net = trained(estimator, images, metadata, labels, dtype, num_labels=1, center=center)
-    recalibrate(net, DataLoader(TensorDataset(images, metadata, labels), batch_size=32))
+    recalibrate(net, DataLoader(TensorDataset(images, metadata, labels), batch_size=32), shrink=False)
     inputs = {}
     for name in ORDER:
         getattr(net, name).register_forward_pre_hook(
@@ -166,20 +168,20 @@ def test_dict_batches_a_single_tensor_and_a_forward_of_ones_own():
             return self.norm(features=table[:, 1:], metadata=table[:, :1])
 
     own, table = Own(), torch.randn(30, 5)
-    assert recalibrate(own, [table]) == ["norm"]
+    assert recalibrate(own, [table], shrink=False).names == ["norm"]
     assert own.norm.estimator.coefficients.any()
 
 
 def test_a_layer_alone_has_no_name():
     layer = MetadataNorm(4, 1, estimator="batch")
-    assert recalibrate(layer, [(torch.randn(9, 4), torch.randn(9, 1))]) == [""]
+    assert recalibrate(layer, [(torch.randn(9, 4), torch.randn(9, 1))]).names == [""]
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS)
 def test_lazy_layers(estimator):
     images, metadata, labels = data(dtype=torch.float64)
     net = Net(estimator, sizes=(None, False)).double()
-    assert recalibrate(net, [(images, metadata, labels)]) == ORDER
+    assert recalibrate(net, [(images, metadata, labels)], shrink=False).names == ORDER
     for name in ORDER:
         layer = getattr(net, name)
         assert (layer.num_metadata, layer.num_labels) == (2, 1)
@@ -213,7 +215,7 @@ def test_a_layer_that_runs_twice_gets_the_fit_over_both_inputs():
     net = Twice()
     first, second = torch.randn(2, 40, 3, dtype=torch.float64)
     metadata = torch.randn(40, 1, dtype=torch.float64)
-    recalibrate(net, [(first, second, metadata)])
+    recalibrate(net, [(first, second, metadata)], shrink=False)
     x = design_matrix(torch.cat([metadata, metadata]))
     beta = np.linalg.lstsq(x, torch.cat([first, second]).numpy(), rcond=None)[0]
     np.testing.assert_allclose(net.norm.coefficients, beta[:1], atol=1e-12)
@@ -224,7 +226,7 @@ def test_behind_a_scale():
     images, metadata, labels = data(dtype=torch.float64)
     net = trained("batch", images, metadata, labels, torch.float64, scale=True)
     scales = {name: getattr(net, name).spread.coefficients.clone() for name in ORDER}
-    recalibrate(net, [(images, metadata)])
+    recalibrate(net, [(images, metadata)], shrink=False)
     x = design_matrix(metadata)
     for name, out in residuals(net, images, metadata).items():
         assert torch.equal(getattr(net, name).spread.coefficients, scales[name])
@@ -284,7 +286,7 @@ def test_a_layer_that_runs_in_later_batches_only():
 
     net = Sometimes()
     loader = [(torch.randn(n, 2), torch.randn(n, 1)) for n in (5, 20)]
-    assert recalibrate(net, loader, progress=False) == ["always", "rarely"]
+    assert recalibrate(net, loader, shrink=False, progress=False).names == ["always", "rarely"]
     assert net.rarely.estimator.coefficients.any()
 
 
@@ -294,7 +296,7 @@ def test_a_compiled_model_that_has_run():
     images, metadata, _ = data()
     compiled = torch.compile(net, backend="eager")
     compiled(images, metadata)
-    order = recalibrate(compiled, [(images, metadata)], progress=False)
+    order = recalibrate(compiled, [(images, metadata)], progress=False).names
     assert [name.removeprefix("_orig_mod.") for name in order] == ORDER
     after = compiled(images, metadata)
     torch.testing.assert_close(after, net(images, metadata))
@@ -327,7 +329,7 @@ class TestHowTheModelIsCalled:
             ],
             strict=True,
         ):
-            assert recalibrate(model, [batch]) == ["norm"]
+            assert recalibrate(model, [batch], shrink=False).names == ["norm"]
         with torch.no_grad():
             features = models[0].body(images.flatten(1)).double()
         x = design_matrix(metadata - metadata.mean(0), labels)
@@ -348,6 +350,217 @@ class TestHowTheModelIsCalled:
         images, metadata, _ = data()
         with pytest.raises(ValueError, match="a dict with the keys 'images', 'age', without 'metadata'"):
             recalibrate(InContext(), [{"images": images, "age": metadata}])
+
+
+class OneLayer(nn.Module):
+    """Features of a linear map, and the layer behind it."""
+
+    def __init__(self, num_features, num_metadata, num_labels=1, **options):
+        super().__init__()
+        self.body = nn.Linear(32, num_features).double()
+        self.norm = MetadataNorm(num_features, num_metadata, num_labels, dtype=torch.float64, **options)
+
+    def forward(self, x, metadata, labels=None):
+        return self.norm(self.body(x), metadata, labels)
+
+
+def numbers(rows, seed=0, num_metadata=1, effect=0.0):
+    generator = torch.Generator().manual_seed(seed)
+    options = {"generator": generator, "dtype": torch.float64}
+    labels = torch.randint(0, 2, (rows, 1), generator=generator).double()
+    metadata = 40 + 10 * torch.randn(rows, num_metadata, **options) + 10 * labels
+    x = torch.randn(rows, 32, **options) + labels
+    x[:, 0] += effect * (metadata[:, 0] - 40) / 10
+    return x, metadata, labels
+
+
+class TestShrinkage:
+    @pytest.mark.parametrize("rows", [200, 1600])
+    @pytest.mark.parametrize("num_features", [16, 256])
+    def test_few_rows_do_not_write_the_metadata_into_features(self, rows, num_features):
+        """12 levels that the features know nothing of; exact least squares on 200 rows writes 63 %."""
+        generator = torch.Generator().manual_seed(1)
+
+        def draw(number):
+            levels = torch.randint(0, 12, (number,), generator=generator)
+            x = torch.randn(number, 32, generator=generator).double()
+            labels = torch.randint(0, 2, (number, 1), generator=generator).double()
+            return x, nn.functional.one_hot(levels, 12).double(), labels, [f"level {i}" for i in levels]
+
+        torch.manual_seed(0)
+        net, train, new = OneLayer(num_features, 12), draw(rows), draw(1500)
+        recalibrate(net, [train[:3]], progress=False)
+        with torch.no_grad():
+            before, after = net.body(new[0]), net.eval()(*new[:2])
+        scores = [probe(values.numpy(), new[3], num_permutations=0) for values in (before, after)]
+        assert scores[1].score <= max(scores[1].chance + 0.02, scores[0].score)
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("options", [{}, {"center": True}, {"scale": True}], ids=str)
+    def test_every_estimator_removes_the_shrunk_coefficients(self, estimator, options):
+        """What is left of the effect is what shrinkage leaves; a strong one is hardly touched."""
+        torch.manual_seed(0)
+        net = OneLayer(6, 2, estimator=estimator, prior=0, **options)
+        x, metadata, labels = numbers(300, num_metadata=2, effect=4)
+        fit_gram(net, metadata, labels)
+        net(x, metadata, labels)
+        exact = copy.deepcopy(net)
+        recalibrate(exact, [(x, metadata, labels)], shrink=False)
+        layer = recalibrate(net, [(x, metadata, labels)]).layers[0]
+        assert 0.5 < layer.kept < 1
+        coefficients = net.norm.coefficients
+        assert (coefficients - exact.norm.coefficients).norm() < 0.2 * exact.norm.coefficients.norm()
+        # What is removed is nothing at the mean, or with `center` the features' mean there.
+        with torch.no_grad():
+            mean = metadata.mean(0, keepdim=True).expand(300, -1)
+            moved = net.eval()(x, mean) - exact.eval()(x, mean)
+            if options.get("center"):
+                # Of the label 0: it follows from the labels' coefficients beside the shrunk ones.
+                residual = net.body(x) - metadata @ coefficients
+                rest = torch.linalg.lstsq(torch.cat([labels, torch.ones(300, 1)], 1), residual).solution[1]
+                expected = net.body(x) - (mean @ coefficients + rest)
+                torch.testing.assert_close(net(x, mean), expected)
+            else:
+                torch.testing.assert_close(moved, torch.zeros_like(moved), rtol=0, atol=1e-9)
+
+    def test_weights_count_as_many_rows_as_they_are_worth(self):
+        """The unit of the weights does not matter, and a few rows of large weight are few rows."""
+        x, metadata, labels = numbers(200, effect=0.3)
+        kept = []
+        for weights in (torch.ones(200), torch.full((200,), 7.0), 1 + 50.0 * (torch.arange(200) % 20 == 0)):
+            torch.manual_seed(0)
+            net = nn.Sequential(nn.Linear(32, 8), nn.ReLU()).double()
+            insert(net, after="0", num_metadata=1, num_labels=1, prior=0, example=x[:2])
+            batch = {"input": x, "metadata": metadata, "labels": labels, "weights": weights}
+            layer = recalibrate(net, [batch], progress=False).layers[0]
+            kept.append((layer.kept, layer.standard_errors))
+        assert kept[1][0] == pytest.approx(kept[0][0], rel=1e-9)
+        np.testing.assert_allclose(kept[1][1], kept[0][1], rtol=1e-9)
+        assert (kept[2][1] > 2 * kept[0][1]).all()
+
+    def test_too_few_rows(self):
+        net = OneLayer(4, 3)
+        with pytest.warns(UserWarning, match=r"'norm' was .* on 19 row\(s\) of loader for 4 column"):
+            recalibrate(net, [numbers(19, num_metadata=3)])
+        with pytest.warns(UserWarning, match=r"on 5 row\(s\) of held_out for 4 column"):
+            recalibrate(net, [numbers(100, num_metadata=3)], held_out=[numbers(5, num_metadata=3)])
+
+
+class TestHeldOut:
+    def memorising(self, epochs=30):
+        """A network for which x tells nothing of m given y, trained until it knows its rows by heart."""
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(rows):
+            y = torch.randint(0, 2, (rows,), generator=generator)
+            m = torch.randn(rows, 1, generator=generator) + 0.96 * (2 * y[:, None] - 1)
+            x = torch.randn(rows, 32, generator=generator)
+            x[:, :4] += 0.45 * (2 * y[:, None] - 1)
+            return x, m, y
+
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
+        x, m, y = draw(1200)
+        insert(net, after="2", num_metadata=1, num_labels=1, example=x[:2])
+        optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+        for _ in range(epochs):
+            for rows in torch.randperm(1200, generator=generator).split(32):
+                with mdnorm.metadata(net, m[rows], y[rows]):
+                    loss = nn.functional.cross_entropy(net(x[rows]), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+        return net, (x, m, y), draw(1200), draw(8000)
+
+    def test_what_a_network_memorised_is_not_added_to_new_rows(self):
+        net, train, new, test = self.memorising()
+        outcomes = {}
+        for rows in (None, 1200, 400, 200):
+            twin = copy.deepcopy(net)
+            held_out = None if rows is None else [tuple(part[:rows] for part in new)]
+            if rows is None:
+                layer = recalibrate(twin, [train], progress=False).layers[0]
+                assert not layer.memorised
+                assert layer.verdict == "unknown whether it memorised: no held_out"
+            else:
+                with pytest.warns(UserWarning, match=r"'2.metadata_norm': this network memorised: new rows"):
+                    layer = recalibrate(twin, [train], held_out=held_out, progress=False).layers[0]
+                assert layer.memorised
+                assert abs(layer.found_again) < 2.5 * layer.found_again_error
+            x, m, y = test
+            logits, accuracies = [], []
+            shuffled = m[torch.randperm(len(m), generator=torch.Generator().manual_seed(0))]
+            for metadata in (m, shuffled):
+                with torch.no_grad(), mdnorm.metadata(twin.eval(), metadata):
+                    out = twin(x)
+                logits.append((out[:, 1] - out[:, 0]).numpy())
+                accuracies.append(np.mean((logits[-1] > 0) == y.numpy()))
+            line = np.linalg.lstsq(design_matrix(m, y[:, None]), logits[0], rcond=None)[0]
+            outcomes[rows] = (line[0] / line[1], accuracies[0] - accuracies[1])
+        # Training rows alone hand the metadata over.
+        assert outcomes[None][0] > 0.15
+        assert outcomes[None][1] > 0.05
+        for rows in (1200, 400, 200):
+            assert abs(outcomes[rows][0]) <= 0.03, rows
+            assert abs(outcomes[rows][1]) <= 0.02, rows
+
+    def test_a_network_that_memorised_nothing(self):
+        torch.manual_seed(0)
+        net = OneLayer(16, 1)
+        report = recalibrate(net, [numbers(800, 0, effect=1)], held_out=[numbers(400, 1, effect=1)])
+        layer = report.layers[0]
+        assert abs(layer.found_again - 1) < 3 * layer.found_again_error < 0.4
+        assert layer.p_value > 0.05
+        assert layer.verdict.startswith("no sign of memorising: new rows show ")
+
+    def test_batches_do_not_matter_and_every_layer_gets_both(self):
+        images, metadata, labels = data(300, dtype=torch.float64)
+        nets = [trained("running", images, metadata, labels, torch.float64, num_labels=1)]
+        nets.append(copy.deepcopy(nets[0]))
+        whole = tuple(part[200:] for part in (images, metadata, labels))
+        for net, sizes in zip(nets, ([100], [1, 50, 0, 49]), strict=True):
+            held_out = [tuple(part[rows] for part in whole) for rows in torch.arange(100).split(sizes)]
+            loader = [tuple(part[:200] for part in (images, metadata, labels))]
+            report = recalibrate(net, loader, held_out=held_out, progress=False)
+            assert [(layer.name, layer.rows, layer.new_rows) for layer in report.layers] == [
+                (name, 200, 100) for name in ORDER
+            ]
+        for name, value in nets[0].state_dict().items():
+            torch.testing.assert_close(nets[1].state_dict()[name], value, rtol=1e-7, atol=1e-9)
+        # The metadata at which nothing is removed stay those of the training rows.
+        mean = metadata[:200].mean(0)
+        for name in ORDER:
+            part = getattr(nets[0], name).estimator
+            found = part.mean / part.scale[part.num_protected :] + part.origin[part.num_protected :]
+            torch.testing.assert_close(found, mean)
+
+    def test_exact_coefficients_are_compared_only(self):
+        nets = [OneLayer(8, 1) for _ in range(2)]
+        nets[1].load_state_dict(nets[0].state_dict())
+        train, new = numbers(300, 0, effect=1), numbers(200, 1)
+        recalibrate(nets[0], [train], shrink=False)
+        with pytest.warns(UserWarning, match="memorised"):
+            layer = recalibrate(nets[1], [train], held_out=[new], shrink=False).layers[0]
+        assert layer.memorised
+        assert torch.equal(*(net.norm.coefficients for net in nets))
+
+    def test_the_report(self):
+        torch.manual_seed(0)
+        net = OneLayer(16, 1)
+        text = str(recalibrate(net, [numbers(800, 0, effect=1)], held_out=[numbers(400, 1, effect=1)]))
+        head, row, _, verdict, *_ = text.splitlines()
+        assert head.split() == ["layer", "rows", "new", "rows", "columns", "noise", "kept", "found", "again"]
+        assert row.split()[:4] == ["norm", "800", "400", "2"]
+        assert verdict.startswith("norm: no sign of memorising")
+        lines = str(recalibrate(net, [numbers(300)])).splitlines()
+        assert lines[1].split()[2] == lines[1].split()[-1] == "–"
+
+    def test_errors(self):
+        net, train = OneLayer(4, 1), numbers(50)
+        with pytest.raises(ValueError, match="held_out is exhausted after one pass"):
+            recalibrate(net, [train], held_out=iter([train]))
+        with pytest.raises(ValueError, match="no samples: held_out is empty"):
+            recalibrate(net, [train], held_out=[])
 
 
 class TestErrors:
@@ -394,7 +607,7 @@ class TestErrors:
     def test_labels_that_the_layers_do_not_use(self):
         images, metadata, labels = data()
         net = trained("batch", images, metadata, labels)
-        assert recalibrate(net, [(images, metadata, labels)]) == ORDER
+        assert recalibrate(net, [(images, metadata, labels)]).names == ORDER
 
     @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
     def test_features_that_are_not_finite(self, bad):

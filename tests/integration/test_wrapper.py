@@ -201,7 +201,7 @@ class TestRecalibrate:
             {"images": images, "metadata": metadata, "labels": labels},
         ):
             wrapper = WithMetadata(Classifier(prior=0.0))
-            assert mdnorm.recalibrate(wrapper, [batch], progress=False) == ["model.body.1"]
+            assert mdnorm.recalibrate(wrapper, [batch], shrink=False).names == ["model.body.1"]
             # Among samples of one label what is left is not exactly uncorrelated; with it in the model it is.
             features = wrapper.model.body[:2].eval()
             with mdnorm.metadata(wrapper, metadata):

@@ -199,8 +199,8 @@ def test_train_recalibrate_evaluate_save_and_remove(make, after, options, num_la
         optimizer.zero_grad()
 
     batch = inputs | {"metadata": metadata, "labels": labels} if isinstance(inputs, dict) else None
-    order = mdnorm.recalibrate(model, [batch or (inputs, metadata, labels)], progress=False)
-    assert sorted(order) == sorted(row.layer for row in report)
+    recalibrated = mdnorm.recalibrate(model, [batch or (inputs, metadata, labels)], shrink=False)
+    assert sorted(recalibrated.names) == sorted(row.layer for row in report)
 
     # With the labels in the regression, what is left has no slope along the metadata.
     selector, sample_dim = options.get("output"), options.get("sample_dim", 0)

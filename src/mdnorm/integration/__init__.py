@@ -13,6 +13,7 @@ from mdnorm.integration.gram import fit_gram
 from mdnorm.integration.insert import InsertionReport, insert, insertions, remove
 from mdnorm.integration.penalty import parameter_groups, penalty_loss
 from mdnorm.integration.recalibrate import recalibrate
+from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration
 from mdnorm.integration.saving import load, save
 from mdnorm.integration.wrapper import WithMetadata
 
@@ -28,6 +29,8 @@ __all__ = [
     "InsertionReport",
     "MetadataNormCallback",
     "MetadataTrainer",
+    "RecalibratedLayer",
+    "Recalibration",
     "WithMetadata",
     "attach_design",
     "design_of",

@@ -15,6 +15,7 @@ from mdnorm import context
 from mdnorm.extras import requires
 from mdnorm.integration.dependence import select
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
+from mdnorm.integration.recalibration import Recalibration
 
 with requires("huggingface"):
     import accelerate  # type: ignore[import-untyped]  # noqa: F401
@@ -27,8 +28,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """A `Trainer` that gives the metadata in each batch to the layers that `mdnorm.insert` put into a model.
 
     In training and evaluation it takes the metadata out of the batch (the model does not know them) and runs
-    the model, and the backward pass, inside `mdnorm.metadata`. After training it makes the coefficients exact
-    with `mdnorm.recalibrate`.
+    the model, and the backward pass, inside `mdnorm.metadata`. After training it takes the
+    coefficients of the whole training data, with `mdnorm.recalibrate`.
 
     Parameters
     ----------
@@ -50,11 +51,15 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     recalibrate : bool
         Whether to recalibrate at the end of `train`, on the training data, of several processes on the shares
         of all.
+    held_out : bool
+        Whether the recalibration compares with the evaluation data set and takes its word where the network
+        memorised. An accuracy on the same rows is then no longer that on new ones.
 
     Raises
     ------
     ValueError
-        The model has no `MetadataNorm`, or none with label columns for `protect`.
+        The model has no `MetadataNorm`, or none with label columns for `protect`; `held_out` without an
+        `eval_dataset`.
     KeyError
         At the first batch: it has no such key.
 
@@ -75,6 +80,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         weights: str | None = None,
         mask: str | None = "attention_mask",
         recalibrate: bool = True,
+        held_out: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -84,6 +90,9 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self.mask_key = mask
         self.batch_weights: Any = None
         self.recalibrates = recalibrate
+        self.held_out = held_out
+        if held_out and self.eval_dataset is None:
+            raise ValueError("held_out=True takes the rows of eval_dataset: give one.")
         self._network = cast(nn.Module, self.model)
         layers: list[Any] = [layer for layer, _ in context.slots_of(self._network)]
         if not layers:
@@ -144,13 +153,13 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self.recalibrate()
         return result
 
-    def recalibrate(self) -> list[str]:
-        """Make the coefficients exact on the training data; see `mdnorm.recalibrate`.
+    def recalibrate(self) -> Recalibration:
+        """Take the coefficients of the whole training data; see `mdnorm.recalibrate`.
 
         Returns
         -------
-        list of str
-            Names of the layers.
+        Recalibration
+            ``print`` shows what was found.
         """
 
         def forward(model: nn.Module, batch: dict[str, Any]) -> Any:
@@ -158,4 +167,10 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 return model(**inputs)
 
         group: Literal["world", "local"] = "world" if self.args.world_size > 1 else "local"
-        return _recalibrate(self._network, self.get_train_dataloader(), forward=forward, process_group=group)
+        return _recalibrate(
+            self._network,
+            self.get_train_dataloader(),
+            held_out=self.get_eval_dataloader() if self.held_out else None,
+            forward=forward,
+            process_group=group,
+        )

@@ -23,6 +23,7 @@ from mdnorm.integration.design import AttachedDesign, design_of
 from mdnorm.integration.insert import InsertionReport, insert, insertions
 from mdnorm.integration.places import Target
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
+from mdnorm.integration.recalibration import Recalibration
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames
 
@@ -335,8 +336,11 @@ class MetadataNormCallback(Callback):
     forward : callable, optional
         Instead, ``forward(pl_module, batch)`` runs the model.
     recalibrate : bool
-        Make the coefficients exact at the end of a fit (`mdnorm.recalibrate`), on the training loader, of
+        Take the coefficients of the whole training loader at the end of a fit (`mdnorm.recalibrate`), of
         several processes on the shares of all. Not after a ``fast_dev_run``.
+    held_out : bool
+        Let the recalibration compare with the (first) validation loader, and take its word where the network
+        memorised. An accuracy on the same rows is then no longer that on new ones.
     log_dependence : bool
         Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does. Within each
         class (``dcor2/<column>/label_<class>``), if `labels` gives class indices or one-hot columns in all
@@ -352,11 +356,14 @@ class MetadataNormCallback(Callback):
     ----------
     report : InsertionReport or None
         What went where, from the start of a fit on.
+    recalibration : Recalibration or None
+        What the recalibration found, after a fit; ``print`` shows it.
 
     Raises
     ------
     ValueError
-        What `mdnorm.insert` refuses; at the start, a module without layers.
+        What `mdnorm.insert` refuses; at the start, a module without layers, or `held_out` without a
+        validation loader.
     TypeError
         At the first batch: it is no tuple, and neither `inputs` nor `forward` says what to recalibrate with.
     KeyError, IndexError
@@ -389,6 +396,7 @@ class MetadataNormCallback(Callback):
         inputs: Selector | None = None,
         forward: Callable[[LightningModule, Any], Any] | None = None,
         recalibrate: bool = True,
+        held_out: bool = False,
         log_dependence: bool = True,
         column_names: ColumnNames | None = None,
         **options: Any,
@@ -410,12 +418,14 @@ class MetadataNormCallback(Callback):
         self.inputs = inputs
         self.forward = forward
         self.recalibrate = recalibrate
+        self.held_out = held_out
         self.log_dependence = log_dependence
         self.column_names = column_names
         if labels is not None and options.get("design") is None:
             options = {"num_labels": None} | options
         self.options = options
         self.report: InsertionReport | None = None
+        self.recalibration: Recalibration | None = None
         self._open = ExitStack()
         self._measures: list[DependenceCallback] = []
 
@@ -434,6 +444,11 @@ class MetadataNormCallback(Callback):
                 f"{type(pl_module).__name__} has no MetadataNorm: give after=, or build the model with "
                 "layers."
             )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for the validation loader, if it is needed at the end."""
+        if self.recalibrate and self.held_out and not trainer.val_dataloaders:
+            raise ValueError("held_out=True takes the rows of the validation loader: give the trainer one.")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Recalibrate."""
@@ -454,8 +469,16 @@ class MetadataNormCallback(Callback):
                     self._close()
 
         loader: Any = trainer.train_dataloader
+        held_out: Any = trainer.val_dataloaders if self.held_out else None
         group: Literal["world", "local"] = "world" if trainer.world_size > 1 else "local"
-        _recalibrate(pl_module, loader, forward=forward, progress=trainer.is_global_zero, process_group=group)
+        self.recalibration = _recalibrate(
+            pl_module,
+            loader,
+            held_out=held_out[0] if isinstance(held_out, list) else held_out,
+            forward=forward,
+            progress=trainer.is_global_zero,
+            process_group=group,
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take metadata and hooks away."""

@@ -1,27 +1,28 @@
-"""Exact coefficients for a trained network, layer after layer."""
+"""Coefficients of a whole data set for a trained network, layer after layer, without their noise."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import inspect
-import math
+import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mdnorm import context
-from mdnorm.arrays import design_columns, plain_features, position_mask, row_weights
-from mdnorm.distributed import gather_objects, gather_or_raise, group_of
+from mdnorm.distributed import gather_or_raise, group_of
 from mdnorm.integration.dependence import described
+from mdnorm.integration.layer_moments import NUM_GROUPS, LayerMoments
+from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration, probability_below
 from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.integration.wrapper import WithMetadata
-from mdnorm.layer import MetadataNorm, coefficient_shape
-from mdnorm.moments import Moments, NoSamplesError
-from mdnorm.regression import as_matrix, position_dims
+from mdnorm.layer import MetadataNorm
+from mdnorm.moments import NoSamplesError
+from mdnorm.shrinkage import combine, found_again, with_change
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -37,25 +38,39 @@ def recalibrate(
     model: nn.Module,
     loader: Iterable[Any],
     *,
+    held_out: Iterable[Any] | None = None,
+    shrink: bool = True,
     forward: Forward | None = None,
     progress: bool = True,
     process_group: ProcessGroupSetting = "auto",
-) -> list[str]:
-    """Replace the coefficients of every layer by the exact least-squares fit over a data set.
+) -> Recalibration:
+    """Replace the coefficients of every layer by those of a data set, without what is noise in them.
 
-    Running coefficients lag behind the weights and have the noise of their window; these have neither. One
-    pass over the data a layer, in the order in which the layers run, since a layer's input changes with the
-    correction of those before it; moments are accumulated in float64, so memory does not depend on the size
-    of the data set.
+    Give training rows as `loader` and, whenever you have some, rows that were not trained on as `held_out`,
+    and print what comes back.
+
+    Running coefficients lag behind the weights and have the noise of their window; these do not. The noise of
+    few rows would *write* the metadata into features that know nothing of them, so coefficients are shrunk as
+    far as the features of a layer together show that they are noise. A network that memorised its training
+    rows has an effect of the metadata there that new rows do not have: `held_out` shows it, and then decides.
+
+    One pass over the data a layer, in the order in which the layers run, since a layer's input changes with
+    the correction of those before it; moments are accumulated in float64, so memory does not depend on the
+    size of the data set.
 
     Parameters
     ----------
     model : nn.Module
         With `MetadataNorm` layers; left in the mode (train or eval) it came in.
     loader : iterable of batches
-        Iterated once for each layer and once more to find their order, so it must not be exhausted after one
-        pass (a `DataLoader`, a list; not a generator). The training data, as a rule. Labels must reach the
-        layers that have label columns.
+        The training rows; others where there are no training rows any more. Iterated once for each layer and
+        once more to find their order, so it must not be exhausted after one pass (a `DataLoader`, a list; not
+        a generator). Labels must reach the layers that have label columns.
+    held_out : iterable of batches, optional
+        Rows that the network was not trained on, in the same form; some hundred are enough to tell whether it
+        memorised. Do not measure its accuracy on the same rows afterwards.
+    shrink : bool
+        False: the exact least-squares fit of `loader`; `held_out` is then only compared with it.
     forward : callable, optional
         ``forward(model, batch)`` runs the model. Default: ``model(**batch)`` for a dict or another mapping,
         ``model(*batch)`` for a tuple or list, else ``model(batch)``. Where metadata come from a context
@@ -75,8 +90,15 @@ def recalibrate(
 
     Returns
     -------
-    list of str
-        Names of the recalibrated layers, in the order in which they run.
+    Recalibration
+        ``print`` shows a table: for each layer how much of its coefficients is noise, how much was kept, and
+        which share of the effect in the training rows new rows show.
+
+    Warns
+    -----
+    UserWarning
+        New rows show clearly less of the effect than training rows do (p < 0.05 for a layer); or `loader` or
+        `held_out` has fewer than five rows a column.
 
     Raises
     ------
@@ -89,17 +111,25 @@ def recalibrate(
 
     Notes
     -----
+    - The metadata at which nothing is removed stay the mean of `loader`.
     - A layer that runs several times in a forward pass gets the fit over all its inputs.
     - A layer with ``scale=True`` keeps its running scale, and the fit is made behind it.
     - With a mask, and where `nn.TransformerEncoder` makes a nested tensor of padded tokens, every position
       that is no padding counts the same, whatever the batches are padded to.
+    - Errors take the rows to be independent, and weights to say how much a row counts, not how often it was
+      observed: they are those of ``(Σ w)² / Σ w²`` rows. Several rows of one person count for too much.
+
+    References
+    ----------
+    See `mdnorm.shrinkage.combine`.
     """
-    if isinstance(loader, Iterator):
-        raise ValueError(
-            "loader is exhausted after one pass, but one is needed for each layer: give a DataLoader or "
-            "a list."
-        )
     model, group = group_of(model, process_group)
+    for name, rows in (("loader", loader), ("held_out", held_out)):
+        if isinstance(rows, Iterator):
+            raise ValueError(
+                f"{name} is exhausted after one pass, but one is needed for each layer: give a DataLoader or "
+                "a list."
+            )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
@@ -112,19 +142,27 @@ def recalibrate(
             names = _agreeing(functools.partial(_run_one_batch, model, loader, run), order, group)
             if not names:
                 raise ValueError("no MetadataNorm layer ran in the forward pass.")
-            done: list[str] = []
+            done: dict[str, RecalibratedLayer] = {}
             # A layer that runs in later batches only joins the order while this goes on.
             while len(done) < len(names):
                 name = next(name for name in names if name not in done)
-                bar = _bar(loader, f"recalibrate {name or 'layer'} ({len(done) + 1}/{len(names)})", progress)
-                accumulator = _Accumulator(name, layers[name])
-                names = _agreeing(functools.partial(_accumulate, model, accumulator, bar, run), order, group)
-                accumulator.finish(group)
-                done.append(name)
+                what = f"recalibrate {name or 'layer'} ({len(done) + 1}/{len(names)})"
+                sources: list[LayerMoments] = []
+                for rows in (loader, held_out):
+                    if rows is None:
+                        continue
+                    trained = sources[0].regression() if sources else None
+                    source = LayerMoments(name, layers[name], trained)
+                    bar = _bar(rows, what + (", held out" if sources else ""), progress)
+                    work = functools.partial(_accumulate, model, source, bar, run)
+                    names = _agreeing(work, order, group)
+                    source.finish(group, "held_out is empty" if sources else "the loader is empty")
+                    sources.append(source)
+                done[name] = _finish(sources, shrink)
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return done
+    return Recalibration(tuple(done.values()))
 
 
 def _agreeing(work: Callable[[], None], order: list[str], group: ProcessGroup | None) -> list[str]:
@@ -281,115 +319,7 @@ def _run_one_batch(model: nn.Module, loader: Iterable[Any], run: Forward) -> Non
     raise NoSamplesError("no samples: the loader is empty.")
 
 
-class _Accumulator:
-    """Float64 moments of the design and the input of one layer."""
-
-    def __init__(self, name: str, layer: MetadataNorm) -> None:
-        self.name = name
-        self.layer = layer
-        self.moments: Moments | None = None
-        self.num_samples = 0.0
-
-    def add(
-        self,
-        features: Tensor,
-        metadata: Any = None,
-        labels: Any = None,
-        weights: Any = None,
-        mask: Any = None,
-    ) -> None:
-        layer = self.layer
-        given = None
-        if metadata is None:
-            given = layer.given_metadata()
-            metadata, weights, mask = given.metadata, given.weights, None
-            labels = given.labels if labels is None else labels
-        if labels is None and layer.num_labels:
-            raise ValueError(
-                f"the layer {self.name!r} has num_labels={layer.num_labels} but got no labels: the forward "
-                "pass of recalibrate must hand them on, as in training."
-            )
-        features = plain_features(features)
-        if features.is_nested:
-            if layer.granularity != "channel":
-                return  # The layer says next that it cannot take them.
-            features, mask = _padded(features, layer.channel_dim)
-        elif given is not None and given.mask is not None:
-            dims = position_dims(features, layer.granularity, layer.channel_dim)
-            mask = given.mask_for(features, dims, f"the layer {self.name!r}")
-        try:
-            self._add(features, metadata, labels, weights, mask)
-        except ValueError as error:
-            raise ValueError(f"at the layer {self.name!r}: {error}") from error
-
-    def _add(self, features: Tensor, metadata: Any, labels: Any, weights: Any, mask: Any) -> None:
-        layer = self.layer
-        dims = position_dims(features, layer.granularity, layer.channel_dim)
-        layer.check_features(features, dims)
-        where = None if mask is None else position_mask(mask, features, dims)
-        labels = None if layer.num_labels == 0 else labels
-        columns, num_metadata = design_columns(
-            metadata, labels, features, layer.num_metadata, layer.num_labels, True
-        )
-        num_labels = columns.shape[1] - 1 - num_metadata
-        layer.set_sizes(coefficient_shape(features, dims, layer.granularity), num_metadata, num_labels)
-        if layer.spread is not None:
-            features = layer.spread.evaluate(features, columns[:, num_labels + 1 :], dims, where)
-        matrix = as_matrix(features, dims, where, columns.dtype)
-        if self.moments is None:
-            self.moments = Moments.empty(matrix.shape[1], num_metadata, num_labels, matrix.device)
-        design = torch.cat([columns[:, num_labels + 1 :], columns[:, :num_labels]], 1)
-        each = of_samples = row_weights(weights, columns, None, dims, True)
-        if where is not None:
-            # A sample counts as its positions in all, since another batch may be padded to another length.
-            positions = where.sum(dims)[:, 0].to(columns.dtype)
-            each = positions if of_samples is None else of_samples * positions
-            of_samples = (each > 0).to(each) if of_samples is None else of_samples * (each > 0)
-        self.num_samples += float(len(columns) if of_samples is None else of_samples.sum())
-        self.moments.update(matrix, design, each)
-
-    def share(self, group: ProcessGroup) -> None:
-        """Merge the moments of all processes, in the order of their ranks, so that all get the same bits."""
-        mine = None
-        if self.moments is not None:
-            mine = (self.moments.to("cpu"), self.layer.num_features, self.num_samples)
-        parts = [part for part in gather_objects(mine, group) if part is not None]
-        sizes = sorted({(m.num_metadata, m.num_protected - 1, shape) for m, shape, _ in parts})
-        if len(sizes) > 1:
-            raise ValueError(
-                f"the layer {self.name!r} has different (num_metadata, num_labels, features) on the "
-                f"processes: {', '.join(map(str, sizes))}."
-            )
-        if not parts:
-            return
-        num_metadata, num_labels, shape = sizes[0]
-        assert shape is not None
-        self.layer.set_sizes(shape, num_metadata, num_labels)
-        self.moments = functools.reduce(Moments.merge, (moments for moments, _, _ in parts))
-        self.num_samples = math.fsum(number for _, _, number in parts)
-
-    def finish(self, group: ProcessGroup | None) -> None:
-        if group is not None:
-            self.share(group)
-        estimator = self.layer.estimator
-        if self.moments is None or self.moments.weight == 0 or estimator is None:
-            raise NoSamplesError("no samples: the loader is empty.")
-        moments, share = self.moments, self.num_samples / self.moments.weight
-        if share != 1:
-            # Positions were counted; the prior and the window count samples.
-            sums = {name: getattr(moments, name) * share for name in ("weight", "gram", "cross", "squares")}
-            moments = dataclasses.replace(moments, **sums)
-        estimator.set_moments(moments.to(estimator.origin.device))
-
-
-def _padded(features: Tensor, channel_dim: int) -> tuple[Tensor, Tensor]:
-    """Return sequences of several lengths (a nested tensor) with zeros behind their ends, and their mask."""
-    ones = torch.nested.as_nested_tensor([torch.ones_like(part) for part in features.unbind()])
-    padded, mask = (torch.nested.to_padded_tensor(nested, 0.0) for nested in (features, ones))
-    return padded, mask.select(channel_dim, 0) != 0
-
-
-def _accumulate(model: nn.Module, accumulator: _Accumulator, loader: Iterable[Any], run: Forward) -> None:
+def _accumulate(model: nn.Module, accumulator: LayerMoments, loader: Iterable[Any], run: Forward) -> None:
     def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         accumulator.add(*arguments, **keywords)
 
@@ -399,3 +329,37 @@ def _accumulate(model: nn.Module, accumulator: _Accumulator, loader: Iterable[An
             run(model, batch)
     finally:
         handle.remove()
+
+
+def _finish(sources: list[LayerMoments], shrink: bool) -> RecalibratedLayer:
+    """Give a layer its coefficients, and return what there is to say about them."""
+    source, estimator = sources[0], sources[0].layer.estimator
+    assert estimator is not None
+    moments = source.moments[0].to("cpu")
+    trained, new, found = source.regression(), None, None
+    if len(sources) > 1:
+        new = sources[1].regression(trained.units)
+        found = found_again(trained, [part.to("cpu") for part in sources[1].moments[2:]])
+    combined = combine(trained, new, found)
+    if shrink:
+        moments = with_change(moments, combined.coefficients - trained.coefficients, trained.units)
+    if (share := float(source.sums[0]) / moments.weight) != 1:
+        # Positions were counted; the prior and the window count samples.
+        sums = {name: getattr(moments, name) * share for name in ("weight", "gram", "cross", "squares")}
+        moments = dataclasses.replace(moments, **sums)
+    estimator.set_moments(moments.to(estimator.origin.device))
+    layer = RecalibratedLayer(
+        name=source.name,
+        rows=source.moments[0].num_rows,
+        new_rows=0 if new is None else sources[1].moments[0].num_rows,
+        columns=trained.columns,
+        standard_errors=trained.errors.reshape(-1, *estimator.num_features).numpy(),
+        noise=trained.noise,
+        kept=combined.kept if shrink else 1.0,
+        found_again=None if found is None else found.share,
+        found_again_error=None if found is None else found.error,
+        p_value=None if found is None else probability_below(found.share, 1, found.error, NUM_GROUPS - 1),
+    )
+    for warning in layer.warnings:
+        warnings.warn(warning, stacklevel=3)
+    return layer
