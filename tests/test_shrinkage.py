@@ -177,9 +177,10 @@ class TestShrinkage:
         constant=st.booleans(),
         zero=st.booleans(),
         exact=st.booleans(),
+        others=st.sampled_from(["the same", "one value", "one row differs", "two rows"]),
         seed=st.integers(0, 10**6),
     )
-    def test_any_shape(self, rows, features, columns, labels, constant, zero, exact, seed):
+    def test_any_shape(self, rows, features, columns, labels, constant, zero, exact, others, seed):
         generator = torch.Generator().manual_seed(seed)
         options = {"generator": generator, "dtype": torch.float64}
         metadata, protected = torch.randn(rows, columns, **options), torch.randn(rows, labels, **options)
@@ -187,11 +188,17 @@ class TestShrinkage:
         values[:, 0] = 0 if zero else values[:, 0]
         metadata[:, -1] = 3 if constant else metadata[:, -1]
         values[:, -1] = metadata[:, 0] if exact else values[:, -1]
-        fit, new = (regression(values[part], metadata[part], protected[part]) for part in (slice(None),) * 2)
-        for sources in ((fit,), (fit, new, found_again(fit, groups_of(fit, values, metadata, protected)))):
+        fit = regression(values, metadata, protected)
+        held_out = metadata.clone()
+        if others != "the same":
+            held_out[others == "one row differs" :] = 2
+        some = slice(0, 2 if others == "two rows" else None)
+        new_rows = values[some], held_out[some], protected[some]
+        new = regression(*new_rows, fit.units)
+        for sources in ((fit,), (fit, new, found_again(fit, groups_of(fit, *new_rows)))):
             combined = combine(*sources).coefficients
             assert combined.isfinite().all()
-            if fit.deviation.isinf().any():
+            if fit.deviation.isinf().any() or (len(sources) > 1 and others != "the same"):
                 continue
             # The stated bound, feature by feature; an exactly determined one stays as it is.
             moved = fit.standardised(combined - fit.coefficients).norm(dim=0)

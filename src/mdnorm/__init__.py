@@ -1,8 +1,8 @@
 """Metadata Normalization: remove what metadata explain from a network's features, and measure what is left.
 
 The layer is `MetadataNorm`; `insert` puts it into a model of others, and `insertions` says where; `fit_gram`
-prepares the paper's estimator, `recalibrate` makes the coefficients of a trained network exact; `save` and
-`load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
+prepares the paper's estimator, `recalibrate` takes the coefficients of a trained network from all data;
+`save` and `load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
 `balancing_weights` weighs samples so that labels and metadata are independent; `DependenceLoss` is a penalty
 on what the outputs know of metadata; `erase` takes metadata out where they will not be known; `audit` reports
 what features know of metadata.

@@ -282,7 +282,8 @@ def found_again(trained: Regression, groups: Sequence[Moments]) -> FoundAgain | 
     Returns
     -------
     FoundAgain or None
-        None without a trained effect, or with fewer than three groups of rows.
+        None without a trained effect, or where the metadata of the new rows, given their labels, do not
+        differ or differ in a single group only.
 
     References
     ----------
@@ -306,6 +307,11 @@ def found_again(trained: Regression, groups: Sequence[Moments]) -> FoundAgain | 
     wider = (n - 1) * (1 + _sum(groups).num_rows / trained.rows)
     error = (wider * (left_out - left_out.mean()).square().mean()).sqrt()
     errors = (wider * (left_out_each - left_out_each.mean(0)).square().mean(0)).sqrt()
+    if not (share + error).isfinite():
+        return None
+    # Of a direction in which new rows do not differ, or a single group, nothing is known beyond the whole.
+    is_known = (each + errors).isfinite()
+    each, errors = torch.where(is_known, each, share), torch.where(is_known, errors, 0)
     return FoundAgain(float(share), float(error), each, errors)
 
 
@@ -321,13 +327,15 @@ def _explained(moments: Moments, slopes: Tensor) -> tuple[Tensor, Tensor]:
     labels = moments.num_protected - 1
     through, beside = _beside(moments)
     products = moments.cross[labels + 1 :] - through.mT @ moments.cross[:labels]
-    return (slopes * products).sum(0), (slopes * (beside @ slopes)).sum(0)
+    explained, predicted = (slopes * products).sum(0), (slopes * (beside @ slopes)).sum(0)
+    rounding = 1e-8 * (slopes * (moments.gram[labels + 1 :, labels + 1 :] @ slopes)).sum(0)
+    return explained, torch.where(predicted > rounding, predicted, 0)
 
 
 def _beside(moments: Moments) -> tuple[Tensor, Tensor]:
     """Return the regression of the metadata on the labels, (K_y, K_m), and the products of what it leaves."""
     p, gram = moments.num_protected, moments.gram
-    unit = gram.diagonal()[: p - 1].clamp_min(1e-300).rsqrt()
+    unit = gram.diagonal()[: p - 1].clamp_min(torch.finfo(gram.dtype).tiny).rsqrt()
     correlation = gram[: p - 1, : p - 1] * unit.unsqueeze(1) * unit
     across = gram[: p - 1, p:] * unit.unsqueeze(1)
     through = torch.linalg.pinv(correlation, rtol=1e-10, hermitian=True) @ across
@@ -353,8 +361,8 @@ def combine(trained: Regression, new: Regression | None = None, found: FoundAgai
     -------
     Combined
         No feature's coefficients are further than noise reaches (3.2 standard errors for one feature and one
-        column, 5.2 for 1000 features) from the least-squares ones: the limited translation of Efron & Morris,
-        here with the length over all directions.
+        column, 5.2 for 1000 features) from the least-squares ones, of the new rows where there are two: the
+        limited translation of Efron & Morris, here with the length over all directions.
 
     References
     ----------
@@ -405,9 +413,8 @@ def _kept(fit: Regression, coefficients: Tensor) -> float:
 def _slopes(found: FoundAgain | None, shares: Tensor) -> tuple[Tensor, Tensor]:
     """Return which share of an effect is taken over, (1,), and what of each direction, (Q,).
 
-    It is the share found again, as far as its error allows.
-
-    A noisy share is drawn to 1 (nothing was memorised) or to 0 (all was), by how well it fits either.
+    It is the share found again; a noisy one is drawn to 1 (nothing was memorised) or to 0 (all was), by how
+    well it fits either.
     """
     if found is None:
         return torch.ones(1, dtype=shares.dtype), shares

@@ -115,6 +115,7 @@ class TestTraining:
         run = small(method, batch_size=batch_size, group_size=10)
         json.dumps(synthetic.train(run, lambda: None), allow_nan=False)
 
+    @pytest.mark.filterwarnings("ignore:.* was recalibrated on 80 row")
     @pytest.mark.parametrize("variant", ["sites", "quadratic", "variance"])
     def test_every_variant_trains(self, variant):
         for method in ("mdn-last-running", "mdn-last-linear", "mdn-last-scale"):

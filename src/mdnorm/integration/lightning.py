@@ -372,7 +372,7 @@ class MetadataNormCallback(Callback):
     Notes
     -----
     - Checkpoints that were saved during the fit have the running coefficients:
-      ``trainer.save_checkpoint(path)`` after it has the exact ones.
+      ``trainer.save_checkpoint(path)`` after it has those of the recalibration.
     - Strategies that start their processes within `fit` ("ddp_spawn") bring back the state of the model only:
       `mdnorm.insert` the layers before, with the same options.
 

@@ -17,7 +17,7 @@ _SIGNIFICANT = 0.05
 _FEW_ROWS = 5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RecalibratedLayer:
     """One recalibrated layer.
 
