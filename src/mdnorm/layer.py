@@ -82,7 +82,7 @@ class MetadataNorm(nn.Module):
         labels of a few samples nearly determine their metadata.
     decay : float, optional
         How strongly the gradient holds down the effect that is removed, in shares of its own size (default,
-        after a slow rise: 0.7 for features (N, D), 0 for maps and tokens). 0: the published gradient, by
+        after a slow rise: 0.5 for features (N, D), 0 for maps and tokens). 0: the published gradient, by
         which a network that memorises its training samples uses the metadata as an input on new ones. See
         `mdnorm.estimators.LeastSquares`.
     center : bool

@@ -17,7 +17,7 @@ def data(n=40, d=6, seed=0):
     generator = torch.Generator().manual_seed(seed)
     options = {"generator": generator, "dtype": torch.float64}
     metadata, labels = torch.randn(n, 2, **options), torch.randn(n, 1, **options).sign()
-    features = torch.randn(n, d, **options) + metadata[:, :1] - 2 * metadata[:, 1:] + labels
+    features = torch.randn(n, d, **options) + metadata[:, :1] - 2 * metadata[:, 1:] + 4 * labels
     return features, metadata, labels
 
 
@@ -69,6 +69,28 @@ class TestGradient:
         difference = decayed.grad - plain.grad
         assert (difference[::2].abs() < 1e-12).all()
         assert (difference[1::2].abs() > 1e-6).any(1).all()
+
+
+@pytest.mark.parametrize("estimator", LEAST_SQUARES)
+def test_is_weak_while_the_features_tell_little_of_the_labels(estimator):
+    """Here the effect of the labels is a hundredth of that of the metadata, and so is the decay."""
+    features, metadata, labels = data(4000)
+    noise = features - 4 * labels - metadata[:, :1] + 2 * metadata[:, 1:]
+    sizes = []
+    for labels_effect in (0.01, 3):
+        results = []
+        for decay in (0, 1):
+            options = {"estimator": estimator, "prior": 0, "dtype": torch.float64, "rise": 0}
+            layer = MetadataNorm(6, 2, 1, decay=decay, window=1e9, **options)
+            fit_gram(layer, metadata, labels)
+            leaf = (1e-6 * noise + metadata[:, :1] + labels_effect * labels).requires_grad_()
+            out = layer(leaf, metadata, labels)
+            torch.manual_seed(0)
+            out.backward(torch.randn_like(out))
+            results.append(leaf.grad)
+        torch.manual_seed(0)
+        sizes.append(float((results[1] - results[0]).norm() / torch.randn_like(out).norm()))
+    np.testing.assert_allclose(sizes, [0.01, 1], rtol=0.05)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
