@@ -1,0 +1,434 @@
+"""What a regression of features on metadata found, with its errors: coefficients, F tests, sites.
+
+All of it comes from the `Moments` of each site, so it is the same after `partial_fit`, for files and on a
+cluster as it is for a table in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdnorm.extras import requires
+from mdnorm.plotting import PALETTE
+from mdnorm.tables.combat import LocationScale, SiteMoments, site_residuals, total_and_within
+from mdnorm.text import aligned
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Summary", "Variable", "summarise"]
+
+FloatArray = NDArray[np.float64]
+Table = dict[str, NDArray[Any]]
+
+# A column whose coefficient other columns change by more than this has no direction of its own.
+_OWN = 1e-6
+
+# Features in the text for each variable; one for each where there are more variables than that.
+_SHOWN_FEATURES, _MANY = 5, 20
+
+
+class Variable(NamedTuple):
+    """Columns of a design that are tested together, such as the levels of a category."""
+
+    name: str
+    columns: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A fitted regression of features on metadata as statisticians read it; its text is a report.
+
+    Every table is a list of records (dicts). A number that does not exist is None there and NaN in frames,
+    and `notes` say why.
+
+    Attributes
+    ----------
+    num_rows : int
+        Rows of positive weight.
+    rank : int
+        Number of linearly independent columns, intercept and sites included.
+    df_residual : int
+        ``num_rows − rank``. It counts rows, whatever they weigh: errors are those of weighted least squares,
+        in which a weight is an inverse variance and a common factor has no influence. A weight of 2 makes a
+        row more certain, but not two observations; for that, give the row twice.
+    notes : tuple of str
+        Sentences on what could not be estimated.
+    """
+
+    num_rows: int
+    rank: int
+    df_residual: int
+    notes: tuple[str, ...]
+    _tables: Mapping[str, Table] = field(repr=False)
+
+    @property
+    def coefficients(self) -> list[dict[str, Any]]:
+        """One record a column of the design and feature, as after ``OLS(...).fit()``.
+
+        column, variable, role ("removed" or "protected"), feature, estimate, standard_error, t, p.
+        """
+        return self._records("coefficients")
+
+    @property
+    def variables(self) -> list[dict[str, Any]]:
+        """One record a variable and feature: what it explains beside all other variables (type III).
+
+        variable, role, feature, df, F, p, partial_eta_squared (its sum of squares over the sum of that and
+        the residual one).
+        """
+        return self._records("variables")
+
+    @property
+    def features(self) -> list[dict[str, Any]]:
+        """One record a feature: feature, residual_deviation, r_squared; icc_before and icc_after with sites.
+
+        The intraclass correlation is the share of the variance that lies between sites, ``σ²_b / (σ²_b +
+        σ²_w)``, from the mean squares of a one-way analysis of variance of the features as they are and as
+        `transform` returns them, at the average weight. It is below 0 where sites differ less than chance
+        makes them differ, and stays above 0 where what is protected differs among the sites.
+        """
+        return self._records("features")
+
+    @property
+    def sites(self) -> list[dict[str, Any]]:
+        """One record a site: site, rows, weight. Empty without sites; without those of `adapt`."""
+        return self._records("sites")
+
+    @property
+    def site_effects(self) -> list[dict[str, Any]]:
+        """One record a site and feature: site, feature, and mean and deviation, each _before and _after.
+
+        A site of one row has no deviation.
+        """
+        return self._records("site_effects")
+
+    def to_frame(self, table: str = "coefficients") -> Any:
+        """Return one of the tables as a pandas DataFrame.
+
+        Parameters
+        ----------
+        table : str
+            "coefficients", "variables", "features", "sites" or "site_effects".
+
+        Raises
+        ------
+        ValueError
+            There is no such table.
+        MissingExtraError
+            pandas is not installed.
+        """
+        if table not in self._tables:
+            raise ValueError(f"table must be one of {list(self._tables)}, got {table!r}.")
+        with requires("tables"):
+            import pandas
+        return pandas.DataFrame(dict(self._tables[table]))
+
+    def _records(self, table: str) -> list[dict[str, Any]]:
+        columns = self._tables[table]
+        rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+        return [dict(zip(columns, (None if v != v else v for v in row), strict=True)) for row in rows]
+
+    def __str__(self) -> str:
+        num_features = len(self._tables["features"]["feature"])
+        lines = [
+            f"{num_features} feature(s), {self.num_rows} rows, rank {self.rank} with intercept and sites, "
+            f"{self.df_residual} residual degrees of freedom"
+        ]
+        lines += self._strongest("variables", "F", "F tests of each variable beside all others")
+        lines += self._strongest("coefficients", "t", "Coefficients")
+        sites = self.sites
+        if sites:
+            lines += ["", "Sites", *aligned([list(sites[0]), *(list(map(_cell, s.values())) for s in sites)])]
+        if "icc_before" in self._tables["features"]:
+            shown = []
+            for when in ("before", "after"):
+                values = self._tables["features"][f"icc_{when}"]
+                known = values[~np.isnan(values)]
+                median = f"{np.median(known):.3f} (largest {known.max():.3f})" if len(known) else "unknown"
+                shown.append(f"{median} {when}")
+            lines += ["", f"Intraclass correlation of the sites, median over features: {', '.join(shown)}"]
+        return "\n".join([*lines, *(["", "Notes"] if self.notes else []), *self.notes])
+
+    def _strongest(self, name: str, by: str, title: str) -> list[str]:
+        """Return the lines of a table with the few strongest features of each group."""
+        table, num_features = self._tables[name], len(self._tables["features"]["feature"])
+        groups = len(table[by]) // num_features
+        if not groups:
+            return []
+        shown = min(num_features, _SHOWN_FEATURES if groups <= _MANY else 1)
+        size = np.nan_to_num(np.abs(table[by]), nan=-1.0).reshape(groups, num_features)
+        chosen = np.arange(size.size)
+        if shown < num_features:
+            title += (
+                f", the {shown} of {num_features} features with the largest {'F' if by == 'F' else '|t|'}"
+            )
+            title += f" (the other {num_features - shown} are in .{name})"
+            order = np.argsort(-size, axis=1, kind="stable")[:, :shown]
+            chosen = (order + np.arange(0, size.size, num_features)[:, None]).ravel()
+        columns = [[key.replace("_", " "), *map(_cell, table[key][chosen].tolist())] for key in table]
+        return ["", title, *aligned(list(zip(*columns, strict=True)))]
+
+    def plot(self) -> Figure:
+        """Draw location and scale of each site, before and after: a box over the features for each site.
+
+        Location: mean of the site, less the mean of all rows, over the deviation within sites. Scale:
+        deviation of the site over that within sites. Without site effects they are about 0 and 1.
+
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Of pyplot, with the axes location before, after; scale before, after.
+
+        Raises
+        ------
+        ValueError
+            There are fewer than two sites.
+        MissingExtraError
+            matplotlib is not installed.
+        """
+        names, weight = (self._tables["sites"].get(key, np.zeros(0)) for key in ("site", "weight"))
+        if len(names) < 2:
+            raise ValueError(
+                f"a plot of site effects needs at least two sites, got {len(names)}: give site=."
+            )
+        with requires("audit"):
+            import matplotlib.pyplot as plt
+        height = 1.5 + 0.3 * len(names)
+        figure, axes = plt.subplots(
+            2, 2, figsize=(8, 2 * height), sharex="row", sharey=True, layout="constrained"
+        )
+        effects = self._tables["site_effects"]
+        for column, when in enumerate(("before", "after")):
+            mean, deviation = (
+                effects[f"{what}_{when}"].reshape(len(names), -1) for what in ("mean", "deviation")
+            )
+            known = np.where(np.isnan(deviation), 0, weight[:, None])
+            within = np.sqrt((known * np.nan_to_num(deviation) ** 2).sum(0) / known.sum(0).clip(1e-300))
+            used = within > 0
+            average = weight @ mean / weight.sum()
+            drawn = ((mean - average)[:, used] / within[used], deviation[:, used] / within[used])
+            for axis, values, what, middle in zip(
+                axes[:, column], drawn, ("location", "scale"), (0, 1), strict=True
+            ):
+                colour = PALETTE[3 if when == "before" else 4]
+                boxes = [site[~np.isnan(site)] for site in values]
+                axis.boxplot(
+                    boxes, orientation="horizontal", boxprops={"color": colour}, flierprops={"markersize": 3}
+                )
+                axis.axvline(middle, color="0.5", linewidth=0.8, zorder=0)
+                axis.set_yticks(range(1, len(names) + 1), [str(name) for name in names], parse_math=False)
+                axis.set_xlabel(f"{what} {when} (deviations within sites)")
+        axes[0, 0].invert_yaxis()
+        return figure
+
+
+def _cell(value: Any) -> str:
+    return "–" if value != value else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def summarise(
+    moments: SiteMoments,
+    model: LocationScale,
+    variables: Sequence[Variable],
+    feature_names: Sequence[Any],
+    *,
+    site: str | None = None,
+    units: FloatArray | None = None,
+    num_known: int | None = None,
+) -> Summary:
+    """Return the summary of a regression without a ridge.
+
+    Parameters
+    ----------
+    moments : dict from site to Moments
+        Of all rows that `model` was fitted to.
+    model : LocationScale
+    variables : sequence of Variable
+        Together the K columns of the design, those that are removed first.
+    feature_names : sequence of length D
+    site : str, optional
+        Name of the column that has the sites; None without.
+    units : (K,) array, optional
+        What a column of the design was divided by: coefficients are given for one unit of what it was before.
+    num_known : int, optional
+        The first so many columns are known where effects are removed; the others are at their mean there.
+
+    Raises
+    ------
+    ValueError
+        There are no more rows than linearly independent columns.
+
+    References
+    ----------
+    Searle, Casella & McCulloch, Variance Components (1992), chapter 3, for the intraclass correlation.
+    """
+    moments = {name: part for name, part in moments.items() if part.weight > 0}
+    names = np.array([str(name) for name in feature_names], dtype=object)
+    total, within = total_and_within(moments)
+    everything, part, beta = total.products(), within.products(), model.coefficients
+    size = np.sqrt(np.diagonal(everything.gram))
+    size = np.where(size > 0, size, 1)
+    inverse = within.inverse(total.units)
+    # How much of each column is its own: a row of the identity for a column that no other can replace.
+    own = (inverse @ part.gram) * size[:, None] / size
+    rank, rank_without = round(np.trace(own)), round(np.trace(total.inverse() @ everything.gram))
+    rows, num_sites = total.num_rows, len(moments)
+    freedom = rows - rank - num_sites
+    if freedom <= 0:
+        raise ValueError(
+            f"too few rows for a summary (n_samples={rows}): {rows} row(s) for {rank + num_sites} linearly "
+            "independent columns (intercept and sites included) leave nothing to estimate errors from. Fit "
+            "with more rows, or fewer columns."
+        )
+
+    residual = np.zeros(len(names))
+    flat = np.zeros(len(names))
+    for each in moments.values():
+        left = site_residuals(each, model.mean, model.design_mean, beta)
+        residual, flat = residual + left.squares, flat + left.flat
+    noisy = residual > flat
+    residual = np.where(noisy, residual, np.nan)
+    variance = residual / freedom
+
+    lost = own - np.eye(len(own))
+    identified = np.abs(lost).max(axis=1, initial=0.0) < _OWN
+    covariance = inverse * size * size[:, None]
+    errors = np.sqrt(np.where(identified, np.diagonal(inverse), np.nan)[:, None] * variance)
+    unit = np.ones(len(own)) if units is None else units
+    columns = [(column, variable.name) for variable in variables for column in variable.columns]
+    roles = np.where(np.arange(len(own)) < model.num_metadata, "removed", "protected").astype(object)
+    t = beta / errors
+    labels = np.array(columns, dtype=object).reshape(-1, 2)
+    tables: dict[str, Table] = {
+        "coefficients": {
+            "column": np.repeat(labels[:, 0], len(names)),
+            "variable": np.repeat(labels[:, 1], len(names)),
+            "role": np.repeat(roles, len(names)),
+            "feature": np.tile(names, len(own)),
+            "estimate": (beta / unit[:, None]).ravel(),
+            "standard_error": (errors / unit[:, None]).ravel(),
+            "t": t.ravel(),
+            "p": _p_value(t**2, 1, freedom).ravel(),
+        }
+    }
+
+    tests: list[tuple[str, str, int, FloatArray]] = []
+    if num_sites > 1:
+        without = site_residuals(total, everything.feature_mean, model.design_mean, total.solve()).squares
+        tests.append((str(site), "removed", rank + num_sites - 1 - rank_without, without - residual))
+    start = 0
+    for variable in variables:
+        at = slice(start, start + len(variable.columns))
+        start = at.stop
+        # Only combinations of its coefficients that no other column can change are tested.
+        directions, sizes, _ = np.linalg.svd(lost[at], full_matrices=False)
+        chosen = directions[:, sizes < _OWN]
+        effect = chosen.T @ (beta[at] * size[at, None])
+        spread = chosen.T @ covariance[at, at] @ chosen
+        squares = np.einsum("kd,kd->d", effect, np.linalg.solve(spread, effect))
+        role = "removed" if at.start < model.num_metadata else "protected"
+        tests.append((variable.name, role, chosen.shape[1], squares))
+    frees = np.array([test[2] for test in tests]).reshape(-1, 1)
+    squares = np.array([test[3] for test in tests]).reshape(-1, len(names))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        f = np.where(frees > 0, squares / frees, np.nan) / variance
+    tables["variables"] = {
+        "variable": np.repeat(np.array([test[0] for test in tests], dtype=object), len(names)),
+        "role": np.repeat(np.array([test[1] for test in tests], dtype=object), len(names)),
+        "feature": np.tile(names, len(tests)),
+        "df": np.repeat(frees.ravel(), len(names)),
+        "F": f.ravel(),
+        "p": _p_value(f, frees, freedom).ravel(),
+        "partial_eta_squared": np.where(np.isnan(f), np.nan, squares / (squares + residual)).ravel(),
+    }
+    tables["features"] = {
+        "feature": names,
+        "residual_deviation": np.sqrt(variance),
+        "r_squared": 1 - residual / everything.squares,
+    }
+    tables["sites"] = tables["site_effects"] = {}
+    if site is not None:
+        _add_sites(tables, moments, model, num_known)
+
+    notes = []
+    alone = [str(column) for (column, _), is_own in zip(columns, identified, strict=True) if not is_own]
+    if alone:
+        notes.append(
+            f"No standard error: {_listed(alone)} (constant, or a combination of other columns or of the "
+            "sites). What the columns explain is shared among them by the smallest coefficients."
+        )
+    if untested := [str(test[0]) for test in tests if test[2] == 0]:
+        notes.append(f"No F test: {_listed(untested)} (no direction that other columns do not have).")
+    if not noisy.all():
+        notes.append(
+            f"No tests: feature(s) {_listed(names[~noisy])} have no variance beyond what the columns explain."
+        )
+    return Summary(rows, rank + num_sites, freedom, tuple(notes), tables)
+
+
+def _listed(names: Sequence[Any] | NDArray[Any]) -> str:
+    shown = ", ".join(repr(str(name)) for name in names[:10])
+    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
+
+
+def _p_value(f: FloatArray, free: Any, freedom: int) -> FloatArray:
+    with requires("tables"):
+        from scipy.special import fdtrc
+    return np.asarray(fdtrc(np.maximum(free, 1), freedom, f), dtype=np.float64)
+
+
+def _add_sites(
+    tables: dict[str, Table], moments: SiteMoments, model: LocationScale, num_known: int | None
+) -> None:
+    """Add rows, means and deviations of each site, and intraclass correlations, before and after."""
+    k, names = len(model.design_mean), tables["features"]["feature"]
+    known = np.arange(k) < (k if num_known is None else num_known)
+    rows, weights = (
+        np.array([getattr(m, name) for m in moments.values()]) for name in ("num_rows", "weight")
+    )
+    means, squares = np.empty((2, len(moments), len(names))), np.empty((2, len(moments), len(names)))
+    for index, (name, each) in enumerate(moments.items()):
+        place, part = model.sites.index(name), each.products()
+        means[0, index], squares[0, index] = part.feature_mean, part.squares
+        design = np.where(known, part.design_mean, model.design_mean)[None]
+        means[1, index] = model.remove(part.feature_mean[None], design, np.array([place]))[0]
+        # What is returned is f / scale + x·effect and a constant.
+        scale = model.scale[place]
+        effect = known[:, None] * model.coefficients * (1 - 1 / scale)
+        effect[: model.num_metadata] -= model.coefficients[: model.num_metadata]
+        changed = np.einsum("kd,kd->d", effect, 2 * part.cross / scale + part.gram @ effect)
+        squares[1, index] = np.maximum(part.squares / scale**2 + changed, 0)
+    labels: NDArray[Any] = np.empty(len(moments), dtype=object)
+    labels[:] = list(moments)
+    tables["sites"] = {"site": labels, "rows": rows, "weight": weights}
+    with np.errstate(invalid="ignore", divide="ignore"):
+        variances = squares / (weights * (rows - 1) / rows)[:, None]
+    deviations = np.sqrt(np.where(rows[:, None] > 1, variances, np.nan))
+    tables["site_effects"] = {
+        "site": np.repeat(labels, len(names)),
+        "feature": np.tile(names, len(moments)),
+        **{
+            f"{what}_{when}": values[index].ravel()
+            for what, values in (("mean", means), ("deviation", deviations))
+            for index, when in enumerate(("before", "after"))
+        },
+    }
+    if len(moments) < 2:
+        return
+    count, groups = rows.sum(), len(moments)
+    share = weights * (count / weights.sum())
+    size = (count - (share**2).sum() / count) / (groups - 1)
+    for index, when in enumerate(("before", "after")):
+        centred = means[index] - share @ means[index] / count
+        between = share @ centred**2 / (groups - 1)
+        inside = squares[index].sum(0) * (count / weights.sum()) / (count - groups)
+        whole = between + (size - 1) * inside
+        tables["features"][f"icc_{when}"] = np.where(
+            whole > 0, (between - inside) / np.where(whole > 0, whole, 1), np.nan
+        )
