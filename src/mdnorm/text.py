@@ -20,18 +20,17 @@ def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     --------
     >>> print(*aligned([("name", "rows"), ("the\nfirst", "3")]), sep="\n")
     name        rows
-    the\\nfirst  3
+    the\nfirst  3
     """
     table = [
         ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in cell) for cell in row] for row in rows
     ]
     widths = [max(map(_width, column)) for column in zip(*table, strict=True)]
-    return [
-        "  ".join(
-            cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True)
-        ).rstrip()
-        for row in table
-    ]
+    lines = []
+    for row in table:
+        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def _width(text: str) -> int:

@@ -6,7 +6,7 @@ cluster as it is for a table in memory.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -88,10 +88,13 @@ class Summary:
     def features(self) -> list[dict[str, Any]]:
         """One record a feature: feature, residual_deviation, r_squared; icc_before and icc_after with sites.
 
+        The deviation is that of a row of weight 1; r_squared is that of all columns, sites included.
+
         The intraclass correlation is the share of the variance that lies between sites, ``σ²_b / (σ²_b +
         σ²_w)``, from the mean squares of a one-way analysis of variance of the features as they are and as
         `transform` returns them, at the average weight. It is below 0 where sites differ less than chance
-        makes them differ, and stays above 0 where what is protected differs among the sites.
+        makes them differ, and stays above 0 where what is protected differs among the sites. It is None for
+        a feature that is constant.
         """
         return self._records("features")
 
@@ -135,23 +138,22 @@ class Summary:
         return [dict(zip(columns, (None if v != v else v for v in row), strict=True)) for row in rows]
 
     def __str__(self) -> str:
-        num_features = len(self._tables["features"]["feature"])
+        features, sites = self._tables["features"], self.sites
         lines = [
-            f"{num_features} feature(s), {self.num_rows} rows, rank {self.rank} with intercept and sites, "
-            f"{self.df_residual} residual degrees of freedom"
+            f"{len(features['feature'])} feature(s), {self.num_rows} rows, {self.rank} independent columns "
+            f"(intercept and sites included), {self.df_residual} residual degrees of freedom"
         ]
         lines += self._strongest("variables", "F", "F tests of each variable beside all others")
         lines += self._strongest("coefficients", "t", "Coefficients")
-        sites = self.sites
         if sites:
-            lines += ["", "Sites", *aligned([list(sites[0]), *(list(map(_cell, s.values())) for s in sites)])]
-        if "icc_before" in self._tables["features"]:
-            shown = []
-            for when in ("before", "after"):
-                values = self._tables["features"][f"icc_{when}"]
-                known = values[~np.isnan(values)]
-                median = f"{np.median(known):.3f} (largest {known.max():.3f})" if len(known) else "unknown"
-                shown.append(f"{median} {when}")
+            rows = [(str(each["site"]), str(each["rows"]), f"{each['weight']:g}") for each in sites]
+            lines += ["", "Sites", *aligned([("site", "rows", "weight"), *rows])]
+        shown = []
+        for when in ("before", "after"):
+            known = [value for value in features.get(f"icc_{when}", ()) if value == value]
+            if known:
+                shown.append(f"{np.median(known):.3f} (largest {max(known):.3f}) {when}")
+        if shown:
             lines += ["", f"Intraclass correlation of the sites, median over features: {', '.join(shown)}"]
         return "\n".join([*lines, *(["", "Notes"] if self.notes else []), *self.notes])
 
@@ -165,9 +167,8 @@ class Summary:
         size = np.nan_to_num(np.abs(table[by]), nan=-1.0).reshape(groups, num_features)
         chosen = np.arange(size.size)
         if shown < num_features:
-            title += (
-                f", the {shown} of {num_features} features with the largest {'F' if by == 'F' else '|t|'}"
-            )
+            largest = {"F": "F", "t": "|t|"}[by]
+            title += f", the {shown} of {num_features} features with the largest {largest}"
             title += f" (the other {num_features - shown} are in .{name})"
             order = np.argsort(-size, axis=1, kind="stable")[:, :shown]
             chosen = (order + np.arange(0, size.size, num_features)[:, None]).ravel()
@@ -199,32 +200,24 @@ class Summary:
             )
         with requires("audit"):
             import matplotlib.pyplot as plt
-        height = 1.5 + 0.3 * len(names)
         figure, axes = plt.subplots(
-            2, 2, figsize=(8, 2 * height), sharex="row", sharey=True, layout="constrained"
+            2, 2, figsize=(3 + 0.8 * len(names), 6), sharex=True, sharey="row", layout="constrained"
         )
-        effects = self._tables["site_effects"]
-        for column, when in enumerate(("before", "after")):
+        effects, middles = self._tables["site_effects"], {"location": 0, "scale": 1}
+        for when, pair, colour in zip(("before", "after"), axes.T, (PALETTE[3], PALETTE[4]), strict=True):
             mean, deviation = (
                 effects[f"{what}_{when}"].reshape(len(names), -1) for what in ("mean", "deviation")
             )
-            known = np.where(np.isnan(deviation), 0, weight[:, None])
-            within = np.sqrt((known * np.nan_to_num(deviation) ** 2).sum(0) / known.sum(0).clip(1e-300))
-            used = within > 0
-            average = weight @ mean / weight.sum()
-            drawn = ((mean - average)[:, used] / within[used], deviation[:, used] / within[used])
-            for axis, values, what, middle in zip(
-                axes[:, column], drawn, ("location", "scale"), (0, 1), strict=True
-            ):
-                colour = PALETTE[3 if when == "before" else 4]
-                boxes = [site[~np.isnan(site)] for site in values]
-                axis.boxplot(
-                    boxes, orientation="horizontal", boxprops={"color": colour}, flierprops={"markersize": 3}
-                )
-                axis.axvline(middle, color="0.5", linewidth=0.8, zorder=0)
-                axis.set_yticks(range(1, len(names) + 1), [str(name) for name in names], parse_math=False)
-                axis.set_xlabel(f"{what} {when} (deviations within sites)")
-        axes[0, 0].invert_yaxis()
+            within = np.sqrt(weight @ np.nan_to_num(deviation) ** 2 / weight.sum())
+            varies = within > 0
+            drawn = (mean - weight @ mean / weight.sum(), deviation)
+            for axis, values, (what, middle) in zip(pair, drawn, middles.items(), strict=True):
+                boxes = [site[~np.isnan(site)] for site in values[:, varies] / within[varies]]
+                axis.boxplot(boxes, boxprops={"color": colour}, flierprops={"markersize": 3})
+                axis.axhline(middle, color="0.5", linewidth=0.8, zorder=0)
+                axis.set_xticks(range(1, len(names) + 1), map(str, names), rotation=90, parse_math=False)
+                axis.set_title(f"{what} {when}", fontsize=10)
+        figure.supylabel("in deviations within sites", fontsize=9)
         return figure
 
 
@@ -269,12 +262,11 @@ def summarise(
     Searle, Casella & McCulloch, Variance Components (1992), chapter 3, for the intraclass correlation.
     """
     moments = {name: part for name, part in moments.items() if part.weight > 0}
-    names = np.array([str(name) for name in feature_names], dtype=object)
+    names = np.fromiter(map(str, feature_names), object)
     total, within = total_and_within(moments)
     everything, part, beta = total.products(), within.products(), model.coefficients
-    size = np.sqrt(np.diagonal(everything.gram))
+    inverse, size = within.inverse(total.units), np.sqrt(np.diagonal(everything.gram))
     size = np.where(size > 0, size, 1)
-    inverse = within.inverse(total.units)
     # How much of each column is its own: a row of the identity for a column that no other can replace.
     own = (inverse @ part.gram) * size[:, None] / size
     rank, rank_without = round(np.trace(own)), round(np.trace(total.inverse() @ everything.gram))
@@ -286,84 +278,79 @@ def summarise(
             "independent columns (intercept and sites included) leave nothing to estimate errors from. Fit "
             "with more rows, or fewer columns."
         )
-
-    residual = np.zeros(len(names))
-    flat = np.zeros(len(names))
-    for each in moments.values():
-        left = site_residuals(each, model.mean, model.design_mean, beta)
-        residual, flat = residual + left.squares, flat + left.flat
+    left = [site_residuals(each, model.mean, model.design_mean, beta) for each in moments.values()]
+    residual, flat = (sum(getattr(each, name) for each in left) for name in ("squares", "flat"))
     noisy = residual > flat
     residual = np.where(noisy, residual, np.nan)
     variance = residual / freedom
 
     lost = own - np.eye(len(own))
     identified = np.abs(lost).max(axis=1, initial=0.0) < _OWN
-    covariance = inverse * size * size[:, None]
     errors = np.sqrt(np.where(identified, np.diagonal(inverse), np.nan)[:, None] * variance)
-    unit = np.ones(len(own)) if units is None else units
-    columns = [(column, variable.name) for variable in variables for column in variable.columns]
-    roles = np.where(np.arange(len(own)) < model.num_metadata, "removed", "protected").astype(object)
+    unit = np.ones((len(own), 1)) if units is None else units[:, None]
+    columns = [column for variable in variables for column in variable.columns]
+    roles = ["removed"] * model.num_metadata + ["protected"] * (len(own) - model.num_metadata)
+    owners = [variable.name for variable in variables for _ in variable.columns]
     t = beta / errors
-    labels = np.array(columns, dtype=object).reshape(-1, 2)
-    tables: dict[str, Table] = {
-        "coefficients": {
-            "column": np.repeat(labels[:, 0], len(names)),
-            "variable": np.repeat(labels[:, 1], len(names)),
-            "role": np.repeat(roles, len(names)),
-            "feature": np.tile(names, len(own)),
-            "estimate": (beta / unit[:, None]).ravel(),
-            "standard_error": (errors / unit[:, None]).ravel(),
-            "t": t.ravel(),
-            "p": _p_value(t**2, 1, freedom).ravel(),
-        }
+    tables = {
+        "coefficients": _table(
+            names,
+            {"column": columns, "variable": owners, "role": roles},
+            {
+                "estimate": beta / unit,
+                "standard_error": errors / unit,
+                "t": t,
+                "p": _p_value(t**2, 1, freedom),
+            },
+        )
     }
 
     tests: list[tuple[str, str, int, FloatArray]] = []
     if num_sites > 1:
         without = site_residuals(total, everything.feature_mean, model.design_mean, total.solve()).squares
         tests.append((str(site), "removed", rank + num_sites - 1 - rank_without, without - residual))
-    start = 0
+    covariance, start = inverse * size * size[:, None], 0
     for variable in variables:
-        at = slice(start, start + len(variable.columns))
-        start = at.stop
+        at = slice(start, start := start + len(variable.columns))
         # Only combinations of its coefficients that no other column can change are tested.
         directions, sizes, _ = np.linalg.svd(lost[at], full_matrices=False)
         chosen = directions[:, sizes < _OWN]
         effect = chosen.T @ (beta[at] * size[at, None])
-        spread = chosen.T @ covariance[at, at] @ chosen
-        squares = np.einsum("kd,kd->d", effect, np.linalg.solve(spread, effect))
+        explained = effect * np.linalg.solve(chosen.T @ covariance[at, at] @ chosen, effect)
         role = "removed" if at.start < model.num_metadata else "protected"
-        tests.append((variable.name, role, chosen.shape[1], squares))
-    frees = np.array([test[2] for test in tests]).reshape(-1, 1)
-    squares = np.array([test[3] for test in tests]).reshape(-1, len(names))
+        tests.append((variable.name, role, chosen.shape[1], explained.sum(0)))
+    named, tested, counts, sums = zip(*tests, strict=True) if tests else ((), (), (), ())
+    free, squares = np.array(counts, int).reshape(-1, 1), np.reshape(sums, (-1, len(names)))
+    f = np.where(free > 0, squares / np.maximum(free, 1), np.nan) / variance
+    tables["variables"] = _table(
+        names,
+        {"variable": named, "role": tested},
+        {
+            "df": np.broadcast_to(free, f.shape),
+            "F": f,
+            "p": _p_value(f, free, freedom),
+            "partial_eta_squared": np.where(free > 0, squares / (squares + residual), np.nan),
+        },
+    )
     with np.errstate(invalid="ignore", divide="ignore"):
-        f = np.where(frees > 0, squares / frees, np.nan) / variance
-    tables["variables"] = {
-        "variable": np.repeat(np.array([test[0] for test in tests], dtype=object), len(names)),
-        "role": np.repeat(np.array([test[1] for test in tests], dtype=object), len(names)),
-        "feature": np.tile(names, len(tests)),
-        "df": np.repeat(frees.ravel(), len(names)),
-        "F": f.ravel(),
-        "p": _p_value(f, frees, freedom).ravel(),
-        "partial_eta_squared": np.where(np.isnan(f), np.nan, squares / (squares + residual)).ravel(),
-    }
+        explained = 1 - residual / everything.squares
     tables["features"] = {
         "feature": names,
         "residual_deviation": np.sqrt(variance),
-        "r_squared": 1 - residual / everything.squares,
+        "r_squared": explained,
     }
     tables["sites"] = tables["site_effects"] = {}
     if site is not None:
         _add_sites(tables, moments, model, num_known)
 
     notes = []
-    alone = [str(column) for (column, _), is_own in zip(columns, identified, strict=True) if not is_own]
+    alone = [column for column, is_own in zip(columns, identified, strict=True) if not is_own]
     if alone:
         notes.append(
             f"No standard error: {_listed(alone)} (constant, or a combination of other columns or of the "
-            "sites). What the columns explain is shared among them by the smallest coefficients."
+            "sites). What such columns explain together is shared among them."
         )
-    if untested := [str(test[0]) for test in tests if test[2] == 0]:
+    if untested := [name for name, _, count, _ in tests if count == 0]:
         notes.append(f"No F test: {_listed(untested)} (no direction that other columns do not have).")
     if not noisy.all():
         notes.append(
@@ -372,8 +359,17 @@ def summarise(
     return Summary(rows, rank + num_sites, freedom, tuple(notes), tables)
 
 
+def _table(
+    names: NDArray[Any], keys: Mapping[str, Iterable[Any]], values: Mapping[str, NDArray[Any]]
+) -> Table:
+    """Return the columns of a table that has a row for each key and feature."""
+    count = len(next(iter(values.values())))
+    repeated = {name: np.repeat(np.fromiter(key, object), len(names)) for name, key in keys.items()}
+    return repeated | {"feature": np.tile(names, count)} | {name: v.ravel() for name, v in values.items()}
+
+
 def _listed(names: Sequence[Any] | NDArray[Any]) -> str:
-    shown = ", ".join(repr(str(name)) for name in names[:10])
+    shown = ", ".join(repr(name) for name in names[:10])
     return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
 
 
@@ -387,48 +383,39 @@ def _add_sites(
     tables: dict[str, Table], moments: SiteMoments, model: LocationScale, num_known: int | None
 ) -> None:
     """Add rows, means and deviations of each site, and intraclass correlations, before and after."""
-    k, names = len(model.design_mean), tables["features"]["feature"]
-    known = np.arange(k) < (k if num_known is None else num_known)
+    names, design_mean, k = tables["features"]["feature"], model.design_mean, model.num_metadata
+    known = np.arange(len(design_mean)) < (len(design_mean) if num_known is None else num_known)
     rows, weights = (
         np.array([getattr(m, name) for m in moments.values()]) for name in ("num_rows", "weight")
     )
-    means, squares = np.empty((2, len(moments), len(names))), np.empty((2, len(moments), len(names)))
+    means, squares = np.empty((2, 2, len(moments), len(names)))
     for index, (name, each) in enumerate(moments.items()):
         place, part = model.sites.index(name), each.products()
         means[0, index], squares[0, index] = part.feature_mean, part.squares
-        design = np.where(known, part.design_mean, model.design_mean)[None]
+        design = np.where(known, part.design_mean, design_mean)[None]
         means[1, index] = model.remove(part.feature_mean[None], design, np.array([place]))[0]
         # What is returned is f / scale + x·effect and a constant.
         scale = model.scale[place]
         effect = known[:, None] * model.coefficients * (1 - 1 / scale)
-        effect[: model.num_metadata] -= model.coefficients[: model.num_metadata]
+        effect[:k] -= model.coefficients[:k]
         changed = np.einsum("kd,kd->d", effect, 2 * part.cross / scale + part.gram @ effect)
         squares[1, index] = np.maximum(part.squares / scale**2 + changed, 0)
-    labels: NDArray[Any] = np.empty(len(moments), dtype=object)
-    labels[:] = list(moments)
-    tables["sites"] = {"site": labels, "rows": rows, "weight": weights}
-    with np.errstate(invalid="ignore", divide="ignore"):
-        variances = squares / (weights * (rows - 1) / rows)[:, None]
-    deviations = np.sqrt(np.where(rows[:, None] > 1, variances, np.nan))
-    tables["site_effects"] = {
-        "site": np.repeat(labels, len(names)),
-        "feature": np.tile(names, len(moments)),
-        **{
-            f"{what}_{when}": values[index].ravel()
-            for what, values in (("mean", means), ("deviation", deviations))
-            for index, when in enumerate(("before", "after"))
-        },
-    }
+    tables["sites"] = {"site": np.fromiter(moments, object), "rows": rows, "weight": weights}
+    degrees = np.where(rows > 1, weights * (rows - 1) / rows, np.nan)[:, None]
+    deviations = np.sqrt(squares / degrees)
+    effects = {"mean_before": means[0], "mean_after": means[1]}
+    effects |= {"deviation_before": deviations[0], "deviation_after": deviations[1]}
+    tables["site_effects"] = _table(names, {"site": moments}, effects)
     if len(moments) < 2:
         return
-    count, groups = rows.sum(), len(moments)
-    share = weights * (count / weights.sum())
-    size = (count - (share**2).sum() / count) / (groups - 1)
-    for index, when in enumerate(("before", "after")):
-        centred = means[index] - share @ means[index] / count
-        between = share @ centred**2 / (groups - 1)
-        inside = squares[index].sum(0) * (count / weights.sum()) / (count - groups)
+    # Weights of mean 1: the correlation is then that of rows of the average weight.
+    count, one = rows.sum(), rows.sum() / weights.sum()
+    share, between_freedom = weights * one, len(moments) - 1
+    size = (count - (share**2).sum() / count) / between_freedom
+    for when, mean, square in zip(("before", "after"), means, squares, strict=True):
+        between = share @ (mean - share @ mean / count) ** 2 / between_freedom
+        inside = square.sum(0) * one / (count - len(moments))
         whole = between + (size - 1) * inside
-        tables["features"][f"icc_{when}"] = np.where(
-            whole > 0, (between - inside) / np.where(whole > 0, whole, 1), np.nan
+        tables["features"][f"icc_{when}"] = np.where(whole > 0, between - inside, np.nan) / np.where(
+            whole > 0, whole, 1
         )
