@@ -12,10 +12,13 @@ import pytest
 import statsmodels.api as sm
 import statsmodels.formula.api as smf
 from numpy.testing import assert_allclose
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
+from mdnorm import Design
 from mdnorm.integration.recalibration import Recalibration
 from mdnorm.sklearn import MetadataResidualizer
-from mdnorm.tables import MetadataModel, residualize_file
+from mdnorm.tables import MetadataModel, Moments, residualize_file
 from mdnorm.text import aligned
 
 FORMULA = "f ~ age + C(scanner) + C(y) + dose"
@@ -360,6 +363,49 @@ def test_a_model_of_a_file_and_saved(tmp_path: Path) -> None:
     assert_allclose(effects, weighted.div(table.groupby("site")["w"].sum(), axis=0), rtol=1e-8)
     with pytest.raises(ValueError, match="this model has no moments"):
         dataclasses.replace(model, moments=None).summary()
+
+
+@pytest.mark.parametrize("change", ["less", "more", "shape", "infinite"])
+def test_a_saved_model_whose_moments_are_damaged(change: str, tmp_path: Path) -> None:
+    features, frame, _, _ = _data()
+    frame.assign(x0=features[:, 0]).to_csv(tmp_path / "table.csv", index=False)
+    path = tmp_path / "fit.safetensors"
+    residualize_file(
+        tmp_path / "table.csv",
+        tmp_path / "out.csv",
+        formula="age",
+        site="site",
+        features="x0",
+        coefficients=path,
+    )
+    model = MetadataModel.load(path)
+    assert model.moments is not None
+    site, part = next(iter(model.moments.items()))
+    changed = {
+        "less": {name: each for name, each in model.moments.items() if name != site},
+        "shape": model.moments | {site: Moments.empty(2, 1).update(features[:, :2], frame[["age"]])},
+        "infinite": model.moments | {site: dataclasses.replace(part, squares=part.squares * np.inf)},
+    }.get(change, model.moments)
+    dataclasses.replace(model, moments=changed).save(path)
+    if change == "more":
+        with safe_open(path, framework="numpy") as file:
+            tensors, state = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+        save_file(tensors | {"moments.-1.gram": tensors["moments.1.gram"]}, path, metadata=state)
+    with pytest.raises(ValueError, match=r"the coefficients in .* are damaged: .*moments"):
+        MetadataModel.load(path)
+    dataclasses.replace(model, moments=None).save(path)
+    assert MetadataModel.load(path).moments is None
+
+
+def test_terms_are_variables() -> None:
+    _, frame, label, _ = _data()
+    table = frame.assign(y=label.astype(str))
+    design = Design("age * C(scanner) + bs(age, df=4)", labels="y").fit(table)
+    assert [*design.terms] == ["age", "C(scanner)", "bs(age, df=4)", "age:C(scanner)", "y"]
+    assert sum(design.terms.values(), ()) == (*design.metadata_names, *design.label_names)
+    assert_allclose(design.units[0], frame["age"].std(ddof=0))
+    raw = Design("age", standardize=False).fit(table)
+    assert raw.units.tolist() == [1.0]
 
 
 def test_reports_share_their_tables() -> None:

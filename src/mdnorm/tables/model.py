@@ -261,6 +261,9 @@ class MetadataModel:
     def save(self, path: str | Path) -> None:
         """Write the model as a safetensors file, complete or not at all.
 
+        The file has the `moments`, too: sums over the rows of each site, which for a site of one row are that
+        row. ``dataclasses.replace(model, moments=None)`` has none; it cannot give a summary.
+
         Parameters
         ----------
         path : str or Path
@@ -370,6 +373,8 @@ class MetadataModel:
         removed = design.num_metadata if design is not None and removes else 0
         if in_design != deep or removed != num_metadata:
             raise ValueError(f"its design has {in_design} columns, its coefficients {deep}")
+        if kept and set(kept) != set(range(len(sites))):
+            raise ValueError(f"it has {len(sites)} sites, and moments of the sites {sorted(kept)}")
         moments = {sites[index]: Moments.from_arrays(part) for index, part in sorted(kept.items())}
         for site, part in moments.items():
             finite = all(np.isfinite(array).all() for array in part.to_arrays().values())

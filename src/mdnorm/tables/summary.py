@@ -40,12 +40,13 @@ class Variable(NamedTuple):
     columns: Sequence[str]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Summary:
     """A fitted regression of features on metadata as statisticians read it; its text is a report.
 
     Every table is a list of records (dicts). A number that does not exist is None there and NaN in frames,
-    and `notes` say why.
+    and `notes` say why. Residuals are differences of sums of squares: where the columns explain all but 1e-12
+    of a feature's variance, four digits of its errors are left.
 
     Attributes
     ----------
