@@ -242,8 +242,8 @@ class MetadataModel:
         """
         if self.moments is None:
             raise ValueError(
-                "this model has no moments to make a summary of: it was fitted with a ridge, which leaves "
-                "coefficients without standard errors. Fit with ridge=0."
+                "this model has no moments to make a summary of: it was saved without them, or fitted with a "
+                "ridge, which leaves coefficients without standard errors. Fit with ridge=0."
             )
         terms = {} if self.design is None else self.design.terms
         variables = [Variable(name, columns) for name, columns in terms.items()]
