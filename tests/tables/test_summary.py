@@ -242,6 +242,10 @@ def test_many_features_and_one() -> None:
     assert "the 5 of 300 features with the largest F (the other 295 are in .variables)" in text
     assert "the 5 of 300 features with the largest |t| (the other 295 are in .coefficients)" in text
     assert len(text.splitlines()) < 60
+    columns = np.random.default_rng(0).normal(size=(120, 25))
+    text = str(MetadataResidualizer().fit(features, metadata=columns).summary())
+    assert "the 1 of 300 features with the largest F (the other 299 are in .variables)" in text
+    assert len(text.splitlines()) == 1 + 2 * (3 + 25)
     summary = MetadataResidualizer(site="site").fit(features[:, :1], metadata=frame).summary()
     assert "other" not in str(summary).split("Coefficients")[1]
     assert len(summary.variables) == 3

@@ -202,7 +202,7 @@ class Summary:
         with requires("audit"):
             import matplotlib.pyplot as plt
         figure, axes = plt.subplots(
-            2, 2, figsize=(3 + 0.8 * len(names), 6), sharex=True, sharey="row", layout="constrained"
+            2, 2, figsize=(min(3 + 0.8 * len(names), 20), 6), sharex=True, sharey="row", layout="constrained"
         )
         effects, middles = self._tables["site_effects"], {"location": 0, "scale": 1}
         for when, pair, colour in zip(("before", "after"), axes.T, (PALETTE[3], PALETTE[4]), strict=True):
