@@ -294,6 +294,20 @@ class Design:
         )
 
     @property
+    def terms(self) -> dict[str, tuple[str, ...]]:
+        """Names of the columns of each term of the formula, and of each label after them."""
+        names = self.metadata_names
+        terms = {term: tuple(names[i] for i in at) for term, at in self._column_indices()[0].items()}
+        labels = {f.text: tuple(self._factors[f.text].names(True)) for f in self._label_factors}
+        return terms | labels
+
+    @property
+    def units(self) -> Matrix:
+        """What each metadata column was divided by, (K_m,) float64; 1 where it was not."""
+        self._check_fitted()
+        return np.where(self.standardize & (self._scale > 0), self._scale, 1.0)
+
+    @property
     def num_metadata(self) -> int:
         """Number of metadata columns, for ``MetadataNorm(…, num_metadata=…)``."""
         return len(self.metadata_names)

@@ -229,8 +229,7 @@ class Moments:
 
     def products(self) -> Products:
         """Return means and sums of products in the order [m, y] of the design."""
-        p = self.num_protected
-        order = [*range(p, len(self.gram)), *range(p - 1)]
+        order = self._order
         means, gram = (self.mean.sum(0)[order], self.feature_mean.sum(0)), self.gram[order][:, order]
         return Products(*(part.numpy(force=True) for part in (*means, gram, self.cross[order], self.squares)))
 
@@ -252,6 +251,32 @@ class Moments:
         """
         if not ridge >= 0:
             raise ValueError(f"ridge must be at least 0, got {ridge}.")
+        return (self._inverse(ridge, units) @ self.cross).numpy(force=True)
+
+    def inverse(self, units: Standardisation | None = None) -> Any:
+        """Return the generalised inverse of the Gram matrix of the columns [m, y], (K, K), float64.
+
+        Times the residual variance it is the covariance of what `solve` returns without a ridge; times the
+        Gram matrix it is the identity for all columns that have a direction of their own.
+
+        Parameters
+        ----------
+        units : Standardisation, optional
+            As for `solve`.
+
+        Raises
+        ------
+        ValueError
+            There are no rows.
+        """
+        return self._inverse(0.0, units)[:, self._order].numpy(force=True)
+
+    @property
+    def _order(self) -> list[int]:
+        # From [y, 1, m] to [m, y].
+        return [*range(self.num_protected, len(self.gram)), *range(self.num_protected - 1)]
+
+    def _inverse(self, ridge: float, units: Standardisation | None) -> Tensor:
         units, p = units or self.units, self.num_protected
         if units is None:
             raise NoSamplesError("no rows: coefficients need at least one update.")
@@ -260,9 +285,8 @@ class Moments:
         gram[p - 1, p - 1] = 1
         # Without metadata, protected columns and intercept are all that is fitted.
         share = ridge if self.num_metadata else 0.0
-        operator = coefficient_operator(gram, p, share, dtype=gram.dtype, every=True) * scale
-        coefficients = torch.cat([operator[p:], operator[: p - 1]]) @ self.cross
-        return coefficients.numpy(force=True)
+        operator = coefficient_operator(gram, p, share, dtype=gram.dtype, every=True)
+        return (operator * scale)[self._order]
 
     def to_arrays(self) -> dict[str, Any]:
         """Return the state as arrays by name, for ``numpy.savez`` or JSON (``.tolist()``)."""

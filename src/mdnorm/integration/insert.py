@@ -30,6 +30,7 @@ from mdnorm.integration.dependence import Selector
 from mdnorm.integration.design import DESIGN_NAME, AttachedDesign, attach_design
 from mdnorm.integration.places import Target
 from mdnorm.layer import MetadataNorm
+from mdnorm.text import aligned
 
 __all__ = ["Insertion", "InsertionReport", "insert", "insertions", "remove"]
 
@@ -67,12 +68,7 @@ class InsertionReport(Sequence[Insertion]):
                     "" if row.num_coefficients is None else str(row.num_coefficients),
                 )
             )
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = (
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        )
-        return "\n".join(lines) if len(rows) > 1 else "no MetadataNorm was inserted"
+        return "\n".join(aligned(rows)) if len(rows) > 1 else "no MetadataNorm was inserted"
 
     __repr__ = __str__
 

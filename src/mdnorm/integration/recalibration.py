@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mdnorm.text import aligned
+
 __all__ = ["RecalibratedLayer", "Recalibration"]
 
 # From where on a share is called smaller than 1.
@@ -109,9 +111,7 @@ class Recalibration:
 
     def __str__(self) -> str:
         head = ["layer", "rows", "new rows", "columns", "noise", "kept", "found again"]
-        table = [head, *(_cells(layer) for layer in self.layers)]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in table]
+        lines = aligned([head, *(_cells(layer) for layer in self.layers)])
         verdicts = [f"{layer.name or 'layer'}: {layer.verdict}." for layer in self.layers]
         legend = [
             "noise: how much of the least-squares coefficients is chance",

@@ -194,7 +194,7 @@ class LocationScale:
         if known:
             raise ValueError(f"site(s) {known} are part of the model already.")
         residuals = {
-            site: _residuals(part, self.mean, self.design_mean, self.coefficients)
+            site: site_residuals(part, self.mean, self.design_mean, self.coefficients)
             for site, part in moments.items()
         }
         location, scale = _site_effects(
@@ -276,10 +276,7 @@ def fit_location_scale(
         raise NoSamplesError("no rows: the effects of metadata and sites need at least one row.")
     if reference_site is not None and reference_site not in moments:
         raise ValueError(f"reference_site={reference_site!r} has no rows; the sites are {list(moments)}.")
-    total = functools.reduce(Moments.merge, moments.values())
-    # Sums about the means of the sites are what columns of sites in the regression would leave.
-    parts = list(moments.values())
-    within = replace(total, **{name: sum(getattr(m, name) for m in parts) for name in ("gram", "cross")})
+    total, within = total_and_within(moments)
     _check_design(total, within, len(moments), ridge, column_names)
     coefficients = within.solve(ridge, total.units)
 
@@ -287,7 +284,9 @@ def fit_location_scale(
     if reference_site is not None:
         reference = moments[reference_site].products()
         mean = reference.feature_mean + (design_mean - reference.design_mean) @ coefficients
-    residuals = {site: _residuals(part, mean, design_mean, coefficients) for site, part in moments.items()}
+    residuals = {
+        site: site_residuals(part, mean, design_mean, coefficients) for site, part in moments.items()
+    }
     pooled = list(residuals.values()) if reference_site is None else [residuals[reference_site]]
     squares, flat = (np.sum([getattr(part, name) for part in pooled], axis=0) for name in ("squares", "flat"))
     pooled_scale = np.sqrt(np.where(squares > flat, squares, 0) / sum(part.weight for part in pooled))
@@ -310,6 +309,15 @@ def fit_location_scale(
         empirical_bayes=empirical_bayes,
         tolerance=tolerance,
     )
+
+
+def total_and_within(moments: Mapping[Hashable, Moments]) -> tuple[Moments, Moments]:
+    """Return the moments of all rows, about the mean of all and about the means of their sites."""
+    parts = list(moments.values())
+    total = functools.reduce(Moments.merge, parts)
+    # Sums about the means of the sites are what columns of sites in the regression would leave.
+    sums = {name: sum(getattr(part, name) for part in parts) for name in ("gram", "cross", "squares")}
+    return total, replace(total, **sums)
 
 
 def _check_design(
@@ -343,7 +351,7 @@ def _check_design(
     )
 
 
-class _Residuals(NamedTuple):
+class Residuals(NamedTuple):
     """What the design leaves of the features of one site.
 
     Attributes
@@ -362,14 +370,15 @@ class _Residuals(NamedTuple):
     flat: FloatArray
 
 
-def _residuals(
+def site_residuals(
     moments: Moments, mean: FloatArray, design_mean: FloatArray, coefficients: FloatArray
-) -> _Residuals:
+) -> Residuals:
+    """Return what coefficients leave of the features about `mean`, where the design is `design_mean`."""
     part = moments.products()
     shift = (part.design_mean - design_mean) @ coefficients
     explained = np.einsum("kd,kd->d", coefficients, 2 * part.cross - part.gram @ coefficients)
     deviation = _FLAT_DEVIATION * np.maximum(np.abs(part.feature_mean), np.abs(mean))
-    return _Residuals(
+    return Residuals(
         moments.weight,
         moments.num_rows,
         part.feature_mean - mean - shift,
@@ -379,7 +388,7 @@ def _residuals(
 
 
 def _site_effects(
-    residuals: Mapping[Hashable, _Residuals],
+    residuals: Mapping[Hashable, Residuals],
     pooled_scale: FloatArray,
     has_scale: bool,
     empirical_bayes: bool,

@@ -8,6 +8,7 @@ partitions that it had: Dask computes them again from their source.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -169,7 +170,8 @@ def residualize_dask(
     elif len(model.feature_names) != len(names):
         raise ValueError(f"features has {len(names)} columns, the model {len(model.feature_names)}.")
 
-    shared = delayed(model, traverse=False)
+    # Workers do not need what only the summary does.
+    shared = delayed(replace(model, moments=None), traverse=False)
     changed = [
         delayed(_residuals)(part, block, shared) for part, (block, _) in zip(parts, pairs, strict=True)
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,16 @@ class ColumnEncoder:
                 self.levels_[column] = levels
                 self.names_ += [f"{column}[{level}]" for level in levels[1:]]
         return self
+
+    @property
+    def groups(self) -> list[tuple[str, list[str]]]:
+        """Each column of the table, but the site, with the names of its encoded columns."""
+        names, groups = iter(self.names_), []
+        for column in self.columns_:
+            if column != self.site:
+                width = len(self.levels_[column]) - 1 if column in self.levels_ else 1
+                groups.append((str(column), list(itertools.islice(names, width))))
+        return groups
 
     def transform(self, table: Any, num_rows: int) -> tuple[FloatArray, NDArray[Any] | None]:
         """Return the encoded columns (n, K), float64, and the sites (n,) where a column is the site.

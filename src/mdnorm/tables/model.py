@@ -9,7 +9,7 @@ import datetime
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +21,10 @@ from mdnorm.design import Design
 from mdnorm.designs.tables import Column, read_columns
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
+from mdnorm.moments import Moments
 from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale
 from mdnorm.tables.files import TableFileError, is_metadata_type
+from mdnorm.tables.summary import Summary, Variable, summarise
 
 if TYPE_CHECKING:
     import pyarrow
@@ -111,6 +113,8 @@ class MetadataModel:
         Column that names the site of a row.
     unseen_site : str
         "error" or "mean".
+    moments : dict from site to Moments, optional
+        Of the rows that it was fitted to, for `summary`; None after a fit with a ridge. `save` keeps them.
     """
 
     design: Design | None
@@ -119,6 +123,7 @@ class MetadataModel:
     feature_names: tuple[str, ...]
     site: str | None
     unseen_site: str
+    moments: SiteMoments | None = field(default=None, repr=False)
 
     @property
     def needs_labels(self) -> bool:
@@ -221,12 +226,43 @@ class MetadataModel:
             )
         return of_level[sites.codes] if len(of_level) else np.zeros(0, np.intp)
 
+    def summary(self) -> Summary:
+        """Return coefficients with standard errors, F tests, and what the sites were before and after.
+
+        Returns
+        -------
+        Summary
+            See `mdnorm.sklearn.MetadataResidualizer.summary`. A variable is a term of the formula, and
+            coefficients are for one unit of the column as the formula says it.
+
+        Raises
+        ------
+        ValueError
+            The model has no `moments`; rows are no more than independent columns.
+        """
+        if self.moments is None:
+            raise ValueError(
+                "this model has no moments to make a summary of: it was saved without them, or fitted with a "
+                "ridge, which leaves coefficients without standard errors. Fit with ridge=0."
+            )
+        terms = {} if self.design is None else self.design.terms
+        variables = [Variable(name, columns) for name, columns in terms.items()]
+        units = np.ones(len(self.location_scale.design_mean))
+        if self.design is not None:
+            units[: self.design.num_metadata] = self.design.units
+        return summarise(
+            self.moments, self.location_scale, variables, self.feature_names, site=self.site, units=units
+        )
+
     # ----------------------------------------------------------------------------------------------------
     # Saving
     # ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path) -> None:
         """Write the model as a safetensors file, complete or not at all.
+
+        The file has the `moments`, too: sums over the rows of each site, which for a site of one row are that
+        row. ``dataclasses.replace(model, moments=None)`` has none; it cannot give a summary.
 
         Parameters
         ----------
@@ -258,6 +294,12 @@ class MetadataModel:
             "tolerance": model.tolerance,
         }
         tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}
+        for site, part in (self.moments or {}).items():
+            index = model.sites.index(site)
+            tensors |= {
+                f"moments.{index}.{name}": np.ascontiguousarray(array)
+                for name, array in part.to_arrays().items()
+            }
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"mdnorm": json.dumps(state)})
 
@@ -292,14 +334,24 @@ class MetadataModel:
                         "update it."
                     )
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-            return cls._from_state(state, arrays)
+                moments: dict[int, dict[str, FloatArray]] = {}
+                for key in file.keys():  # noqa: SIM118
+                    if key.startswith("moments."):
+                        _, index, name = key.split(".")
+                        moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+            return cls._from_state(state, arrays, moments)
         except TableFileError:
             raise
         except (SafetensorError, ValueError, TypeError, KeyError, AttributeError, OSError) as error:
             raise TableFileError(f"the coefficients in {path} are damaged: {error}") from error
 
     @classmethod
-    def _from_state(cls, state: Mapping[str, Any], arrays: dict[str, FloatArray]) -> MetadataModel:
+    def _from_state(
+        cls,
+        state: Mapping[str, Any],
+        arrays: dict[str, FloatArray],
+        kept: Mapping[int, dict[str, FloatArray]],
+    ) -> MetadataModel:
         names = [str(name) for name in state["feature_names"]]
         sites = tuple(state["sites"])
         shapes = {name: array.shape for name, array in arrays.items()}
@@ -321,6 +373,13 @@ class MetadataModel:
         removed = design.num_metadata if design is not None and removes else 0
         if in_design != deep or removed != num_metadata:
             raise ValueError(f"its design has {in_design} columns, its coefficients {deep}")
+        if kept and set(kept) != set(range(len(sites))):
+            raise ValueError(f"it has {len(sites)} sites, and moments of the sites {sorted(kept)}")
+        moments = {sites[index]: Moments.from_arrays(part) for index, part in sorted(kept.items())}
+        for site, part in moments.items():
+            finite = all(np.isfinite(array).all() for array in part.to_arrays().values())
+            if (part.num_metadata, *part.cross.shape) != (num_metadata, deep + 1, wide) or not finite:
+                raise ValueError(f"the moments of site {site!r} are not of its columns, or not finite")
         return cls(
             design=design,
             removes_design=removes,
@@ -335,6 +394,7 @@ class MetadataModel:
             feature_names=tuple(names),
             site=state["site"],
             unseen_site=str(state["unseen_site"]),
+            moments=moments or None,
         )
 
 
@@ -526,4 +586,5 @@ def fitted_model(
         feature_names=feature_names,
         site=specification.site,
         unseen_site=specification.unseen,
+        moments=None if specification.ridge else moments,
     )

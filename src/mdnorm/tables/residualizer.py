@@ -26,6 +26,7 @@ from mdnorm.tables.combat import (
     site_moments,
 )
 from mdnorm.tables.encoder import ColumnEncoder, category_values
+from mdnorm.tables.summary import Summary, Variable, summarise
 
 __all__ = ["MetadataResidualizer"]
 
@@ -327,6 +328,53 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         (n, n_features_in_) array
         """
         return self._apply(X, metadata, covariates, inverse=True)
+
+    def summary(self) -> Summary:
+        """Return coefficients with standard errors, F tests, and what the sites were before and after.
+
+        The regression is that of the features on metadata, protected columns, an intercept and, with `site`,
+        one for each site, as statsmodels' ``OLS`` (with `sample_weight`: ``WLS`` on the rows of positive
+        weight). It needs `moments_` only, so it is there after `partial_fit`, too. Errors hold for rows that
+        are independent and of one variance; those of sites with other scales are approximate.
+
+        Returns
+        -------
+        Summary
+            With `coefficients`, `variables`, `features`, `sites` and `site_effects`, each a list of records
+            and with `to_frame` one of pandas; `str` of it is a report, and `plot` draws the sites. A
+            variable is a column of the table with all its levels.
+
+        Raises
+        ------
+        ValueError
+            There is a ridge, under which coefficients are biased and have no such errors; rows are no more
+            than independent columns.
+
+        References
+        ----------
+        Searle, Casella & McCulloch, Variance Components (1992), chapter 3, for the intraclass correlation.
+        """
+        check_is_fitted(self, "moments_")
+        if self.ridge > 0:
+            raise ValueError(
+                f"ridge={self.ridge:g}: coefficients that are shrunk have no standard errors and F tests. "
+                "Fit with ridge=0 for a summary."
+            )
+        encoders = [each for each in (self._metadata_encoder, self._covariate_encoder) if each is not None]
+        groups = [group for encoder in encoders for group in encoder.groups]
+        num_known = sum(len(columns) for _, columns in groups)
+        if self._target is not None:
+            groups.append(("y", self._target.names))
+        return summarise(
+            self.moments_,
+            self._fitted_model(),
+            [Variable(*group) for group in groups],
+            _check_feature_names_in(self, None)[self._feature_index],
+            site=None
+            if self.site is None or self._metadata_encoder is None
+            else str(self._metadata_encoder.site),
+            num_known=num_known,
+        )
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Return the names of the columns that `transform` returns.
@@ -698,6 +746,12 @@ class _Target:
             column = category_values(values.reshape(-1) if classes is None else np.asarray(classes), "y")
             self._levels = sorted(set(column.tolist()), key=lambda level: (str(type(level)), level))
             self.num_columns = len(self._levels) - 1
+
+    @property
+    def names(self) -> list[str]:
+        if self._levels is not None:
+            return [f"y[{level}]" for level in self._levels[1:]]
+        return ["y"] if self.num_columns == 1 else [f"y[{index}]" for index in range(self.num_columns)]
 
     def transform(self, y: Any, num_rows: int) -> FloatArray:
         values = np.asarray(y)

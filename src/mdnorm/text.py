@@ -1,0 +1,38 @@
+"""Tables as text, for reports that are printed."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Sequence
+
+__all__ = ["aligned"]
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    r"""Return a line for each row of cells, with the columns below each other.
+
+    Parameters
+    ----------
+    rows : sequence of sequences of str
+        All of the same length. Line breaks and whatever else does not print are shown as their escapes.
+
+    Examples
+    --------
+    >>> print(*aligned([("name", "rows"), ("the\nfirst", "3")]), sep="\n")
+    name        rows
+    the\nfirst  3
+    """
+    table = [
+        ["".join(c if c.isprintable() else ascii(c)[1:-1] for c in cell) for cell in row] for row in rows
+    ]
+    widths = [max(map(_width, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for row in table:
+        padded = (cell + " " * (width - _width(cell)) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    return lines
+
+
+def _width(text: str) -> int:
+    """Return how many places a terminal gives a text: two to an East Asian letter, none to an accent."""
+    return sum(0 if unicodedata.combining(c) else 1 + (unicodedata.east_asian_width(c) in "FW") for c in text)
