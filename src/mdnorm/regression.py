@@ -430,7 +430,7 @@ def regress(
     group : ProcessGroup, optional
         The processes whose samples are one batch; one collective of R·D numbers in the backward pass.
     held : (N, R) tensor, optional
-        What of the basis the gradient holds down, weighted as the samples are. None: nothing.
+        What of the basis the gradient holds down, weighted as the samples are. None: all of it.
     decay : float or (1,) tensor
         Size of that part of the gradient, in shares of the size of g (mean over the positions).
 
@@ -488,7 +488,8 @@ class _Regress(torch.autograd.Function):
             matrix = as_matrix(grad, dims, mask, basis.dtype)
             terms: list[tuple[Tensor, Tensor]] = []
             sizes = None
-            if held is not None:
+            if isinstance(decay, Tensor) or decay:
+                held = basis if held is None else held
                 with torch.no_grad():
                     removed = (held.mT @ held @ coefficients).mul_(coefficients).sum()
                     sizes = torch.stack([matrix.square().sum(), removed])

@@ -461,7 +461,7 @@ class TestHeldOut:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 2))
         x, m, y = draw(1200)
-        insert(net, after="2", num_metadata=1, num_labels=1, example=x[:2])
+        insert(net, after="2", num_metadata=1, num_labels=1, example=x[:2], decay=0)
         optimizer = torch.optim.Adam(net.parameters(), 1e-3)
         for _ in range(epochs):
             for rows in torch.randperm(1200, generator=generator).split(32):

@@ -232,11 +232,15 @@ class LeastSquares(Estimator):
                 share = used.to(self.weight.dtype)
                 entered, kept = share * count, 1 - share * (1 - kept)
             decay = _DECAY * (features.ndim == 2) if self.decay is None else self.decay
-            held, strength = None, cast("float | Tensor", 0.0)
+            held, strength = cast("Tensor | None", None), cast("float | Tensor", 0.0)
             if decay:
-                # The mean, which `center` removes too, is nothing that metadata do.
-                held = basis * batch.weights.unsqueeze(1) if batch.weights is not None else basis
-                held = torch.cat([held[:, :-1], torch.zeros_like(held[:, :1])], 1) if self.center else held
+                if batch.weights is not None:
+                    held = basis * batch.weights.unsqueeze(1)
+                if self.center:
+                    # The mean, which is removed as well, is nothing that metadata do.
+                    held = torch.cat(
+                        [(basis if held is None else held)[:, :-1], basis.new_zeros(len(basis), 1)], 1
+                    )
                 strength = self._strength(decay, (running, moments), coefficients, entered, batch)
         memory = None
         if self.adjoint_source == "window":

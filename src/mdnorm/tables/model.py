@@ -242,8 +242,8 @@ class MetadataModel:
         """
         if self.moments is None:
             raise ValueError(
-                "this model has no moments to make a summary of: it was saved without them, or fitted with a "
-                "ridge, which leaves coefficients without standard errors. Fit with ridge=0."
+                "this model has no moments to make a summary of: it was saved with moments=False, or fitted "
+                "with a ridge, which leaves coefficients without standard errors. Fit with ridge=0."
             )
         terms = {} if self.design is None else self.design.terms
         variables = [Variable(name, columns) for name, columns in terms.items()]
@@ -258,16 +258,16 @@ class MetadataModel:
     # Saving
     # ----------------------------------------------------------------------------------------------------
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path, *, moments: bool = True) -> None:
         """Write the model as a safetensors file, complete or not at all.
-
-        The file has the `moments`, too: sums over the rows of each site, which for a site of one row are that
-        row. ``dataclasses.replace(model, moments=None)`` has none; it cannot give a summary.
 
         Parameters
         ----------
         path : str or Path
             With the suffix ``.safetensors``; its folder must exist.
+        moments : bool
+            Whether to write `moments` as well, which `summary` needs: sums over the rows of each site, which
+            for a site of one row are that row.
 
         Raises
         ------
@@ -294,7 +294,7 @@ class MetadataModel:
             "tolerance": model.tolerance,
         }
         tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}
-        for site, part in (self.moments or {}).items():
+        for site, part in ((self.moments if moments else None) or {}).items():
             index = model.sites.index(site)
             tensors |= {
                 f"moments.{index}.{name}": np.ascontiguousarray(array)
