@@ -43,8 +43,8 @@ LEGEND = (
     "coefficients from the training data."
 )
 RECOVERED = (
-    "“Gain”: points on confound-free data above “No normalisation”, seed by seed. “Recovered”: the gain as a share of "
-    "the oracle's mean gain, of the same network trained on unconfounded data."
+    "“Gain”: points on confound-free data above “No normalisation”, seed by seed. “Recovered”: the gain as a "
+    "share of the oracle's mean gain, of the same network trained on unconfounded data."
 )
 
 
