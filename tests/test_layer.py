@@ -1029,7 +1029,7 @@ class TestTensorsOfOthers:
         assert torch.equal(out, expected)
 
     @pytest.mark.parametrize("n", [1, 2, 4])
-    @pytest.mark.filterwarnings("ignore::DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*was recalibrated on:UserWarning")
     def test_a_batch_of_monais_own_loader(self, n):
         data = pytest.importorskip("monai.data")
         generator = torch.Generator().manual_seed(0)

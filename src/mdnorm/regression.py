@@ -477,7 +477,8 @@ class _Regress(torch.autograd.Function):
         _, basis, coefficients, rows, held, mask, ctx.dims, ctx.group, ctx.decay, *memory = inputs
         # What is state is changed in the backward pass, and the version of a saved tensor is guarded.
         ctx.memory = tuple(memory)
-        ctx.save_for_backward(basis, coefficients, rows, held, mask)
+        decays = isinstance(ctx.decay, Tensor) or ctx.decay
+        ctx.save_for_backward(basis, coefficients if decays else None, rows, held, mask)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -154,7 +154,7 @@ class TestRecursion:
 
     def test_channels_equal_their_positions_as_samples(self):
         """Sharing over positions is the element form with every position a sample of its own."""
-        options = {"estimator": "running", "dtype": torch.float64}
+        options = {"estimator": "running", "decay": 0, "dtype": torch.float64}
         shared = MetadataNorm(3, 2, 1, granularity="channel", window=60, prior=1, **options)
         flat = MetadataNorm(3, 2, 1, window=60 * 8, prior=8, **options)
         for features, metadata, labels in batches((20, 20, 7, 1), shape=(3, 2, 4)):
@@ -172,8 +172,9 @@ class TestRecursion:
     @pytest.mark.parametrize("granularity", ["element", "channel"])
     def test_element_and_channel_agree_on_a_conv_map_of_one_position(self, granularity):
         size = (3, 1, 1) if granularity == "element" else 3
-        layer = MetadataNorm(size, 2, 1, estimator="running", granularity=granularity, dtype=torch.float64)
-        plain = MetadataNorm(3, 2, 1, estimator="running", dtype=torch.float64)
+        options = {"estimator": "running", "decay": 0, "dtype": torch.float64}
+        layer = MetadataNorm(size, 2, 1, granularity=granularity, **options)
+        plain = MetadataNorm(3, 2, 1, **options)
         for features, metadata, labels in batches((20, 5), shape=(3, 1, 1)):
             a, b = features.clone().requires_grad_(), features.flatten(1).requires_grad_()
             out, expected = layer(a, metadata, labels), plain(b, metadata, labels)

@@ -271,7 +271,7 @@ class LeastSquares(Estimator):
     ) -> float | Tensor:
         """Count the batch and return how strong the decay is by now."""
         (gram, cross), p = moments, self.num_labels + 1
-        if not batch.repeated:
+        if self.rise and not batch.repeated:
             self.seen += count.clamp_max(_COUNTED) if isinstance(count, Tensor) else min(count, _COUNTED)
         risen = (self.seen / self.rise).clamp_max(1) if self.rise else torch.ones_like(self.seen)
         if self.num_labels:
