@@ -493,7 +493,7 @@ class _Regress(torch.autograd.Function):
                 held = basis if held is None else held
                 with torch.no_grad():
                     removed = (held.mT @ held @ coefficients).mul_(coefficients).sum()
-                    sizes = torch.stack([matrix.square().sum(), removed])
+                    sizes = torch.stack([torch.linalg.vector_norm(matrix).square(), removed])
             if rows is not None:
                 total, left = matrix, rows.mT
                 if dims:
