@@ -428,7 +428,7 @@ def regress(
     memory : Memory, optional
         The gradient can then be taken once, and not inside of torch.func.
     group : ProcessGroup, optional
-        The processes whose samples are one batch; one collective of R·D numbers in the backward pass.
+        The processes whose samples are one batch; one collective in the backward pass.
     held : (N, R) tensor, optional
         What of the basis the gradient holds down, weighted as the samples are. None: all of it.
     decay : float or (1,) tensor
@@ -489,7 +489,7 @@ class _Regress(torch.autograd.Function):
             matrix = as_matrix(grad, dims, mask, basis.dtype)
             terms: list[tuple[Tensor, Tensor]] = []
             sizes = None
-            if isinstance(decay, Tensor) or decay:
+            if coefficients is not None:
                 held = basis if held is None else held
                 with torch.no_grad():
                     removed = (held.mT @ held @ coefficients).mul_(coefficients).sum()
@@ -512,19 +512,29 @@ class _Regress(torch.autograd.Function):
                     scaled = isinstance(samples, Tensor) or samples != 1
                     batch = batch / samples if scaled else batch
                 if group is not None:
-                    batch = all_reduce_sum(batch, group)
+                    batch, sizes = _reduced(batch, sizes, group)
                 if adjoint is not None:
                     advance(weight, kept, count, (adjoint, batch), eager=eager)
                     batch = adjoint if adjoint.dtype == batch.dtype else adjoint.to(batch.dtype)
                     batch = batch * samples if scaled else batch
                 terms.append((left, batch))
             if sizes is not None:
-                sizes = (sizes if group is None else all_reduce_sum(sizes, group)).sqrt()
+                if group is not None and rows is None:
+                    sizes = all_reduce_sum(sizes, group)
+                sizes = sizes.sqrt()
                 strength = decay * (sizes[0] / sizes[1].clamp_min(_TINY**0.5))
                 terms.append((held * -strength.to(held.dtype), coefficients))
             if terms:
                 grad = _subtract(grad, matrix, *_side_by_side(terms), dims, mask)
             return (grad, *(None,) * 14)
+
+
+def _reduced(batch: Tensor, sizes: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None]:
+    """Return the sums of both over the processes, by one collective."""
+    if sizes is None:
+        return all_reduce_sum(batch, group), None
+    sums = all_reduce_sum(torch.cat([batch.flatten(), sizes]), group)
+    return sums[:-2].view_as(batch), sums[-2:].detach()
 
 
 def _side_by_side(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

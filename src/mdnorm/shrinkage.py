@@ -6,6 +6,7 @@ their coefficients is noise, which no coefficient can tell alone (empirical Baye
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -296,15 +297,16 @@ def found_again(trained: Regression, groups: Sequence[Moments]) -> FoundAgain | 
     strength = values.square().sum(1) * shares
     # Of one unit of a raw metadata column.
     slopes = directions * strength * trained.units.scale[-len(directions) :].unsqueeze(1)
-    parts = [_explained(_sum(groups[:i] + groups[i + 1 :]), slopes) for i in range(len(groups))]
-    whole = torch.stack(_explained(_sum(groups), slopes))
+    others = [functools.reduce(Moments.merge, groups[:i] + groups[i + 1 :]) for i in range(len(groups))]
+    parts, together = [_explained(other, slopes) for other in others], functools.reduce(Moments.merge, groups)
+    whole = torch.stack(_explained(together, slopes))
     without = torch.stack([torch.stack(part) for part in parts])
     n = len(groups)
     total, totals = whole.sum(1), without.sum(2)
     share, each = total[0] / total[1], whole[0] / whole[1]
     left_out, left_out_each = totals[:, 0] / totals[:, 1], without[:, 0] / without[:, 1]
     # The trained effect has a noise of its own, which counts as new rows are more than training rows.
-    wider = (n - 1) * (1 + _sum(groups).num_rows / trained.rows)
+    wider = (n - 1) * (1 + together.num_rows / trained.rows)
     error = (wider * (left_out - left_out.mean()).square().mean()).sqrt()
     errors = (wider * (left_out_each - left_out_each.mean(0)).square().mean(0)).sqrt()
     if not (share + error).isfinite():
@@ -313,13 +315,6 @@ def found_again(trained: Regression, groups: Sequence[Moments]) -> FoundAgain | 
     is_known = (each + errors).isfinite()
     each, errors = torch.where(is_known, each, share), torch.where(is_known, errors, 0)
     return FoundAgain(float(share), float(error), each, errors)
-
-
-def _sum(groups: Sequence[Moments]) -> Moments:
-    total = groups[0]
-    for group in groups[1:]:
-        total = total.merge(group)
-    return total
 
 
 def _explained(moments: Moments, slopes: Tensor) -> tuple[Tensor, Tensor]:

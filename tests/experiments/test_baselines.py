@@ -114,19 +114,21 @@ class TestRefit:
         torch.manual_seed(1)
         return BackboneNetwork(Pixels(), 2)
 
-    def test_balanced_leaves_all_but_the_head(self, samples):
-        network = self.network()
-        before = {name: value.clone() for name, value in network.state_dict().items()}
-        held_out = samples_of(samples.labels, samples.groups)
+    def refit(self, network, samples, held_out, **options):
         refit(
             network,
             lambda rows: network.features(rows.inputs).detach(),
             samples,
             held_out,
-            fit="balanced",
-            draws=2,
             seed=0,
+            **options,
         )
+
+    def test_balanced_leaves_all_but_the_head(self, samples):
+        network = self.network()
+        before = {name: value.clone() for name, value in network.state_dict().items()}
+        held_out = samples_of(samples.labels, samples.groups)
+        self.refit(network, samples, held_out, fit="balanced", draws=2)
         after = network.state_dict()
         changed = {name for name in before if not torch.equal(before[name], after[name])}
         assert changed == {"head.weight", "head.bias"}
@@ -135,14 +137,7 @@ class TestRefit:
         inputs = samples.inputs + samples.confounders[:, :, None, None]
         samples = Samples(inputs, samples.labels, samples.metadata, samples.confounders, samples.groups)
         network = self.network()
-        refit(
-            network,
-            lambda rows: network.features(rows.inputs).detach(),
-            samples,
-            samples,
-            fit="erased",
-            seed=0,
-        )
+        self.refit(network, samples, samples, fit="erased")
         with torch.no_grad():
             features = network.features(inputs)
             logits = network.classify(features)

@@ -254,12 +254,11 @@ def test_steps_are_counted_as_they_are_made(num_samples, least, expected):
     assert num_steps(num_samples, 20, 3, least) == expected
 
 
-def test_measures_agree_with_their_definition():
-    data = make_data(200, 1)
-    network = build(SETTING, "none", data, 0)
+def trained(method, data):
+    network = build(SETTING, method, data, 0)
     fit(
         network,
-        METHODS["none"],
+        METHODS[method],
         data.train,
         batch_size=50,
         epochs=3,
@@ -268,6 +267,12 @@ def test_measures_agree_with_their_definition():
         seed=0,
         epoch_done=list,
     )
+    return network
+
+
+def test_measures_agree_with_their_definition():
+    data = make_data(200, 1)
+    network = trained("none", data)
     row = evaluate(network, data)
     free = data.confound_free
     with torch.no_grad():
@@ -286,18 +291,7 @@ def test_measures_agree_with_their_definition():
 def measured():
     """A network with a layer whose features are the pixels' halves, and its measures."""
     data = make_data(400, 1)
-    network = build(SETTING, "mdn-last-running", data, 0)
-    fit(
-        network,
-        METHODS["mdn-last-running"],
-        data.train,
-        batch_size=50,
-        epochs=3,
-        learning_rate=1e-2,
-        warmup_epochs=1,
-        seed=0,
-        epoch_done=list,
-    )
+    network = trained("mdn-last-running", data)
     return data, network, evaluate(network, data)
 
 

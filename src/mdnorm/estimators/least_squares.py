@@ -18,7 +18,6 @@ __all__ = ["LeastSquares"]
 
 # Decay of features (N, D), chosen on seeds 100 to 107 of four settings and of a toy (docs/maths.md).
 _DECAY = 0.5
-_TINY = 1e-30
 # Samples of a batch that count for the rise of the decay.
 _COUNTED = 50.0
 
@@ -281,7 +280,7 @@ class LeastSquares(Estimator):
             told = torch.addr(cross[: p - 1], gram[p - 1, : p - 1].to(cross.dtype), cross[p - 1], alpha=-1)
             told = told - centred[: p - 1, p:] @ beta
             removed = (centred[p:, p:] @ beta).mul_(beta).sum()
-            risen = risen * (told.square().sum() / removed.clamp_min(_TINY)).sqrt().clamp_max(1)
+            risen = risen * (told.square().sum() / removed.clamp_min(1e-30)).sqrt().clamp_max(1)
         return decay * risen.item() if batch.eager else decay * risen
 
     def _remember(

@@ -40,9 +40,7 @@ LEGEND = (
     "logits says what the outputs give away, that of the features what they hold, on new (confound-free) and "
     "on training samples; the probe is linear, its score in the classes of the confound-free data is 0 at "
     "chance and 1 at best. Networks with Metadata Normalization are recalibrated: they have exact "
-    "coefficients from the training data."
-)
-RECOVERED = (
+    "coefficients from the training data. "
     "“Gain”: points on confound-free data above “No normalisation”, seed by seed. “Recovered”: the gain as a "
     "share of the oracle's mean gain, of the same network trained on unconfounded data."
 )
@@ -234,7 +232,7 @@ def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
     rates = [f"TPR, {group} (%)" for group in groups if len(classes) == 2]
     recalibrated = " Networks with Metadata Normalization are recalibrated."
     return [
-        ReportTable(headings, overview, limit, f"{LEGEND} {RECOVERED}"),
+        ReportTable(headings, overview, limit, LEGEND),
         ReportTable(
             ["Method", "Variable", "logits, new / training", "features, new / training", "whitened", "Probe"],
             by_variable,
