@@ -87,7 +87,7 @@ minimum: ## Test with the lowest versions that pyproject.toml allows (Python 3.1
 	$(MINIMUM)/uv pip install --quiet --python $(MINIMUM)/python --constraint build/minimum/lowest.txt \
 		dcor hypothesis 'polars<2' pytest statsmodels
 	$(MINIMUM)/python -m pytest -q -W default tests/test_regression.py tests/test_layer.py tests/test_basis.py \
-		tests/test_context.py tests/test_design.py tests/estimators tests/commands \
+		tests/test_context.py tests/design tests/estimators tests/commands \
 		tests/metrics/test_streaming.py tests/metrics/test_group_gaps.py tests/tables/test_streaming_tables.py \
 		tests/auditing --ignore tests/auditing/test_page.py
 

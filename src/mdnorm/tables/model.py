@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
-from mdnorm.designs.tables import Column, read_columns
+from mdnorm.design.reader import Column, read_columns
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments

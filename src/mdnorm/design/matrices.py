@@ -27,17 +27,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnorm.designs.bases import BASES, Basis, basis_from_state
-from mdnorm.designs.diagnosis import (
+from mdnorm.design.bases import BASES, Basis, basis_from_state
+from mdnorm.design.diagnosis import (
     ConfoundedDesignWarning,
     DesignDiagnosis,
     SparseCell,
     diagnosis_of_factor,
     triangular_factor,
 )
-from mdnorm.designs.expressions import Factor, FormulaError, parse_factor, parse_formula, quoted
-from mdnorm.designs.saved import numbers_in, read
-from mdnorm.designs.tables import KINDS, Column, column_names, read_columns, shown, shown_rows
+from mdnorm.design.formula import Factor, FormulaError, parse_factor, parse_formula, quoted
+from mdnorm.design.reader import KINDS, Column, column_names, read_columns, shown, shown_rows
+from mdnorm.design.saved import numbers_in, read
 
 __all__ = [
     "ConfoundedDesignWarning",

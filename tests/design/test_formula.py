@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mdnorm.design import Design, FormulaError
-from mdnorm.designs.expressions import parse_factor, parse_formula
+from mdnorm.design.formula import parse_factor, parse_formula
 
 ATTACKS = [
     "__import__('os').system('touch hacked')",

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from mdnorm import basis
-from mdnorm.designs.saved import numbers_in, read
+from mdnorm.design.saved import numbers_in, read
 
 __all__ = ["BASES", "Basis", "CubicRegressionSpline", "Polynomial", "Spline", "basis_from_state"]
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
 from mdnorm.design import ConfoundedDesignWarning, Design, FormulaError
-from mdnorm.designs.tables import read_columns
+from mdnorm.design.reader import read_columns
 from mdnorm.layer import MetadataNorm
 
 # Our own recurrences against those of formulaic, in float64.

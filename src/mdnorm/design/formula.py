@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.designs.bases import BASES, option_names
+from mdnorm.design.bases import BASES, option_names
 from mdnorm.extras import requires
 
 __all__ = ["Factor", "FormulaError", "parse_factor", "parse_formula", "quoted"]

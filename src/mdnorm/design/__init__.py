@@ -1,0 +1,14 @@
+"""Metadata as people have them, a table with a formula, to the matrices that `MetadataNorm` takes."""
+
+from mdnorm.design.diagnosis import ConfoundedDesignWarning, DesignDiagnosis, SparseCell
+from mdnorm.design.formula import FormulaError
+from mdnorm.design.matrices import Design, DesignMatrices
+
+__all__ = [
+    "ConfoundedDesignWarning",
+    "Design",
+    "DesignDiagnosis",
+    "DesignMatrices",
+    "FormulaError",
+    "SparseCell",
+]

@@ -1,1 +1,0 @@
-"""Parts of `mdnorm.Design`: tables, formulas, bases and the diagnosis of a design."""
