@@ -123,8 +123,8 @@ def test_frames_of_the_same_partitions_sites_and_a_fitted_model() -> None:
     assert result.dtypes["f1"] == np.float64
     estimator = MetadataResidualizer(site="site", scale=True, empirical_bayes=True)
     arrays = features.to_numpy(float)
-    estimator.fit(arrays, metadata=metadata[["age", "site"]], covariates=metadata[["sick"]])
-    wanted = estimator.transform(arrays, metadata=metadata[["age", "site"]], covariates=metadata[["sick"]])
+    estimator.fit(arrays, metadata=metadata[["age", "site"]], labels=metadata[["sick"]])
+    wanted = estimator.transform(arrays, metadata=metadata[["age", "site"]], labels=metadata[["sick"]])
     np.testing.assert_allclose(result.compute(), wanted, rtol=1e-6)
     again = residualize_dask(
         dd.from_pandas(features, npartitions=2), dd.from_pandas(metadata, npartitions=2), model=model
@@ -144,7 +144,7 @@ def test_weights_as_the_estimator_in_memory(site: str | None) -> None:
     assert model.feature_names == tuple(NAMES)
     estimator = MetadataResidualizer(site=site)
     features, metadata = table[NAMES].to_numpy(), table[["age", "site"]]
-    estimator.fit(features, metadata=metadata, covariates=table[["sick"]], sample_weight=weights)
+    estimator.fit(features, metadata=metadata, labels=table[["sick"]], sample_weight=weights)
     wanted = estimator.transform(features, metadata=metadata)
     np.testing.assert_allclose(result.compute()[NAMES], wanted, rtol=1e-10)
 

@@ -123,14 +123,14 @@ def test_labels_are_protected_and_needed_in_fit_only() -> None:
     residualizer = MetadataResidualizer().fit(features, label, metadata=frame)
     result = residualizer.transform(features, metadata=frame)
     np.testing.assert_allclose(result, reference.residual(features, metadata, label[:, None]), atol=1e-9)
-    assert residualizer.metadata_names_ == ["age", "sex[m]", "site[rome]", "site[york]"]
-    # The same labels in other forms, and as covariates, and not protected.
+    assert residualizer.metadata_names_ == ["age", "sex[T.m]", "site[T.rome]", "site[T.york]"]
+    # The same labels in other forms, and as labels, and not protected.
     words = np.array(["control", "patient"])[label]
     for other in (words, words.astype(object), label.astype(float), label.astype(bool), label[:, None]):
         np.testing.assert_allclose(
             MetadataResidualizer().fit(features, other, metadata=frame).coef_, residualizer.coef_, atol=1e-10
         )
-    as_covariate = MetadataResidualizer().fit(features, metadata=frame, covariates=words)
+    as_covariate = MetadataResidualizer().fit(features, metadata=frame, labels=words)
     np.testing.assert_allclose(as_covariate.coef_, residualizer.coef_, atol=1e-10)
     unprotected = MetadataResidualizer(protect_target=False).fit(features, label, metadata=frame)
     np.testing.assert_allclose(
@@ -318,13 +318,141 @@ def test_columns_of_a_table_are_found_by_name_whatever_their_order() -> None:
     )
 
 
-def test_levels_of_a_dtype_count_although_they_are_not_there_yet() -> None:
+@pytest.mark.parametrize("order", [["york", "oslo", "rome", "bern"], ["bern", "rome", "york", "oslo"]])
+@pytest.mark.parametrize("kind", ["pandas", "polars"])
+def test_a_declared_level_without_rows_is_an_unseen_one(order: list[str], kind: str) -> None:
+    """Whichever the reference is: nothing is known of the level, so nothing beyond the average is removed."""
     features, frame, _ = _table()
-    typed = frame.assign(site=pd.Categorical(frame["site"], categories=["york", "oslo", "rome", "bern"]))
-    residualizer = MetadataResidualizer().fit(features, metadata=typed)
-    assert residualizer.metadata_names_[2:] == ["site[oslo]", "site[rome]", "site[bern]"]
-    assert np.all(residualizer.coef_[-1] == 0)
-    assert residualizer.transform(features[:1], metadata=typed[:1].assign(site=["bern"])).shape == (1, 5)
+
+    def typed(values: Any) -> Any:
+        if kind == "polars":
+            return pl.DataFrame({"site": pl.Series(values, dtype=pl.Enum(order))})
+        return pd.DataFrame({"site": pd.Categorical(values, categories=order)})
+
+    sites = frame["site"].to_numpy()
+    strict = MetadataResidualizer().fit(features, metadata=typed(sites))
+    assert not any("bern" in name for name in strict.metadata_names_)
+    with pytest.raises(ValueError, match=r"'site' has level\(s\) 'bern'.*unseen=\"mean\""):
+        strict.transform(features[:1], metadata=typed(["bern"]))
+    lenient = MetadataResidualizer(unseen="mean").fit(features, metadata=typed(sites))
+    np.testing.assert_allclose(lenient.transform(features[:1], metadata=typed(["bern"])), features[:1])
+    # In parts, levels may come later: they have a column, but what no row had is still unseen.
+    streamed, early = MetadataResidualizer(unseen="mean"), sites != "york"
+    for rows in (early, ~early):
+        streamed.partial_fit(features[rows], metadata=typed(sites[rows]))
+    np.testing.assert_allclose(
+        streamed.transform(features, metadata=typed(sites)),
+        lenient.transform(features, metadata=typed(sites)),
+        atol=1e-9,
+    )
+    with pytest.raises(ValueError, match="'bern'"):
+        MetadataResidualizer().partial_fit(features, metadata=typed(sites)).transform(
+            features[:1], metadata=typed(["bern"])
+        )
+    # Protected labels are held out of the scaling, which a level without rows cannot be.
+    scaled = MetadataResidualizer(site="sex", scale=True)
+    scaled.fit(features, metadata=frame[["sex"]], labels=typed(sites))
+    with pytest.raises(ValueError, match="labels column 'site' has level"):
+        scaled.transform(features[:1], metadata=frame[["sex"]][:1], labels=typed(["bern"]))
+
+
+def test_the_categories_of_polars_are_those_of_the_column() -> None:
+    features, frame, label = _table()
+    sex = pl.Series("sex", frame["sex"].tolist(), dtype=pl.Categorical)
+    _ = pl.Series("town", [f"town {i}" for i in range(300)], dtype=pl.Categorical)
+    fitted = MetadataResidualizer().fit(features, metadata=pl.DataFrame([sex]))
+    assert fitted.metadata_names_ == ["sex[T.m]"]
+    with pytest.raises(ValueError, match="'town 1'"):
+        fitted.transform(
+            features[:1], metadata=pl.DataFrame({"sex": pl.Series(["town 1"], dtype=pl.Categorical)})
+        )
+    protected = MetadataResidualizer().fit(features, label, metadata=label, labels=pl.DataFrame([sex]))
+    assert protected.protected_names_ == ["sex[T.m]", "y[T.1]"]
+    table = pl.DataFrame({"u": features[:, 0], "sex": sex})
+    assert MetadataResidualizer(metadata_columns=["sex"]).fit(table).metadata_names_ == ["sex[T.m]"]
+
+
+def test_a_formula_says_which_columns_and_how() -> None:
+    features, frame, label = _table()
+    curved = MetadataResidualizer("poly(age, 2) + site").fit(features, label, metadata=frame)
+    assert curved.metadata_names_ == ["poly(age, 2)[1]", "poly(age, 2)[2]", "site[T.rome]", "site[T.york]"]
+    age = frame["age"].to_numpy()
+    design = np.column_stack([age, age**2, pd.get_dummies(frame["site"], drop_first=True).to_numpy(float)])
+    np.testing.assert_allclose(
+        curved.transform(features, metadata=frame),
+        reference.residual(features, design, label[:, None]),
+        atol=1e-8,
+    )
+    with pytest.raises(ValueError, match="no column 'weight'"):
+        MetadataResidualizer("age + weight").fit(features, metadata=frame)
+    with pytest.raises(ValueError, match="'site' is the site and in formula as well"):
+        MetadataResidualizer("age + site", site="site").fit(features, metadata=frame)
+    with pytest.raises(ValueError, match="formula='age' needs metadata"):
+        MetadataResidualizer("age", metadata_columns=()).fit(features)
+
+
+def test_missing_metadata_by_rule() -> None:
+    features, frame, label = _table()
+    frame.loc[[3, 50], "age"] = np.nan
+    with pytest.raises(ValueError, match=r"'age' in rows 3, 50"):
+        MetadataResidualizer().fit(features, label, metadata=frame)
+    filled = frame.assign(age=frame["age"].fillna(frame["age"].mean()))
+    np.testing.assert_allclose(
+        MetadataResidualizer(missing="mean").fit_transform(features, label, metadata=frame),
+        MetadataResidualizer().fit_transform(features, label, metadata=filled),
+        atol=1e-9,
+    )
+    indicated = filled.assign(missing=frame["age"].isna().astype(float))
+    fitted = MetadataResidualizer(missing="indicator").fit(features, label, metadata=frame)
+    np.testing.assert_allclose(
+        fitted.transform(features, metadata=frame),
+        MetadataResidualizer().fit_transform(features, label, metadata=indicated),
+        atol=1e-9,
+    )
+
+
+def test_the_same_row_labels_in_another_order_are_refused() -> None:
+    features, frame, label = _table()
+    names = [f"sub-{row}" for row in range(90)]
+    table = pd.DataFrame(features, index=names)
+    ordered, shuffled = frame.set_axis(names), frame.set_axis(names).sample(frac=1, random_state=0)
+    for arguments in (
+        {"metadata": shuffled},
+        {"metadata": ordered, "y": pd.Series(label, index=names[::-1])},
+        {"metadata": ordered, "labels": shuffled},
+    ):
+        with pytest.raises(ValueError, match=r"same row labels as .*, but in another order"):
+            MetadataResidualizer().fit(table, **arguments)
+    fitted = MetadataResidualizer().fit(table, metadata=ordered)
+    with pytest.raises(ValueError, match=r"metadata\.loc\[X\.index\]"):
+        fitted.transform(table, metadata=shuffled)
+    # Other labels say nothing: rows belong together by position.
+    np.testing.assert_array_equal(
+        fitted.transform(table.reset_index(drop=True), metadata=ordered),
+        fitted.transform(table, metadata=ordered),
+    )
+
+
+@pytest.mark.parametrize("output", ["default", "pandas", "polars"])
+def test_kept_columns_keep_their_values_and_types(output: str) -> None:
+    features, frame, _ = _table()
+    dates = 20210301 + np.arange(90)
+    table = pd.DataFrame(features[:, :2].astype(np.float32), columns=["u", "v"])
+    table = table.assign(scan_date=dates, site=frame["site"])
+    columns = ["scan_date"] if output == "default" else ["scan_date", "site"]
+    table = table[["u", *columns, "v"]]
+    kept = MetadataResidualizer(metadata_columns=columns, keep_metadata=True).set_output(transform=output)
+    result = kept.fit_transform(table)
+    scan_dates = result[:, 1] if output == "default" else result["scan_date"].to_numpy()
+    np.testing.assert_array_equal(scan_dates, dates)
+    if output != "default":
+        assert result["u"].to_numpy().dtype == np.float32
+        assert result["scan_date"].to_numpy().dtype == np.int64
+        assert result["site"].to_list() == frame["site"].to_list()
+    dropped = MetadataResidualizer(metadata_columns=columns[:1])
+    table = table[["u", "scan_date", "v"]]
+    back = dropped.inverse_transform(dropped.fit_transform(table), metadata=table[["scan_date"]])
+    np.testing.assert_array_equal(back[:, 1], dates)
 
 
 @pytest.mark.parametrize("keep_metadata", [False, True])
@@ -450,13 +578,13 @@ def test_a_failed_partial_fit_changes_nothing() -> None:
     residualizer = MetadataResidualizer(site="site").fit(features, label, metadata=frame)
     before = residualizer.moments_["york"].cross.clone()
     spoilt = frame.assign(age=np.nan)
-    with pytest.raises(ValueError, match="metadata column 'age' has NaN"):
+    with pytest.raises(ValueError, match="'age' in rows 0, 1"):
         residualizer.partial_fit(features, label, metadata=spoilt)
     np.testing.assert_array_equal(residualizer.moments_["york"].cross, before)
     for settings, message in (
-        ({"y": label + 5, "metadata": frame}, r"class\(es\) \['5', '6'\].*classes="),
-        ({"metadata": frame}, "y=None, but the first call"),
-        ({"y": label, "metadata": frame.assign(sex="x")}, r"'sex' has level\(s\) \['x'\].*categorical dtype"),
+        ({"y": label + 5, "metadata": frame}, r"y column 'y' has level\(s\) .*5.*classes="),
+        ({"metadata": frame}, "y=None, but fit had y"),
+        ({"y": label, "metadata": frame.assign(sex="x")}, r"'sex' has level\(s\) 'x'"),
     ):
         with pytest.raises(ValueError, match=message):
             residualizer.partial_fit(features, **settings)
@@ -471,8 +599,8 @@ def test_a_failed_partial_fit_changes_nothing() -> None:
 @pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
 def test_equals_neuroharmonize_in_training_and_on_new_rows(empirical_bayes: bool) -> None:
     features, frame, label = _table()
-    covariates = pd.DataFrame({"age": frame["age"], "dx": label})
-    with_site = covariates.assign(SITE=frame["site"])
+    labels = pd.DataFrame({"age": frame["age"], "dx": label})
+    with_site = labels.assign(SITE=frame["site"])
     train = np.arange(90) % 3 > 0
     state = np.random.get_state()  # noqa: NPY002 (the reference seeds the global generator)
     with contextlib.redirect_stdout(io.StringIO()):
@@ -481,7 +609,7 @@ def test_equals_neuroharmonize_in_training_and_on_new_rows(empirical_bayes: bool
     np.random.set_state(state)  # noqa: NPY002
     residualizer = MetadataResidualizer(site="site", scale=True, empirical_bayes=empirical_bayes)
     for rows, other in ((train, expected), (~train, expected_new)):
-        arguments = {"metadata": frame[["site"]][rows], "covariates": covariates[rows]}
+        arguments = {"metadata": frame[["site"]][rows], "labels": labels[rows]}
         if rows is train:
             residualizer.fit(features[rows], **arguments)
         result = residualizer.transform(features[rows], **arguments)
@@ -518,9 +646,9 @@ def test_a_site_column_is_one_more_category_until_scale_is_asked_for() -> None:
 
 def test_scale_is_equal_across_sites_afterwards_and_labels_stay() -> None:
     features, frame, label = _table(2000)
-    covariates = {"covariates": label.astype(float)}
-    location = MetadataResidualizer(site="site").fit_transform(features, metadata=frame, **covariates)
-    both = MetadataResidualizer(site="site", scale=True).fit_transform(features, metadata=frame, **covariates)
+    labels = {"labels": label.astype(float)}
+    location = MetadataResidualizer(site="site").fit_transform(features, metadata=frame, **labels)
+    both = MetadataResidualizer(site="site", scale=True).fit_transform(features, metadata=frame, **labels)
 
     def deviations(table: np.ndarray) -> np.ndarray:
         residual = table - label[:, None] * (table[label == 1].mean(0) - table[label == 0].mean(0))
@@ -538,9 +666,9 @@ def test_a_site_that_was_not_in_fit() -> None:
     features, frame, _ = _table()
     known = (frame["site"] != "rome").to_numpy()
     residualizer = MetadataResidualizer(site="site", scale=True).fit(features[known], metadata=frame[known])
-    with pytest.raises(ValueError, match=r"\['rome'\] were not in fit.*adapt.*unseen_site='mean'"):
+    with pytest.raises(ValueError, match=r"\['rome'\] were not in fit.*adapt.*unseen='mean'"):
         residualizer.transform(features, metadata=frame)
-    mean = clone(residualizer).set_params(unseen_site="mean").fit(features[known], metadata=frame[known])
+    mean = clone(residualizer).set_params(unseen="mean").fit(features[known], metadata=frame[known])
     result = mean.transform(features, metadata=frame)
     before = residualizer.transform(features[known], metadata=frame[known])
     np.testing.assert_array_equal(result[known], before)
@@ -744,29 +872,34 @@ def test_digits_from_two_scanners() -> None:
             {},
             {"metadata": np.full(90, np.inf)},
             ValueError,
-            "metadata column 0 has NaN or infinite .* 90 of 90",
+            "'m0' has infinite values .*90 of 90",
         ),
-        ({}, {"metadata": np.zeros(90, complex)}, TypeError, "metadata column 0 must hold numbers, strings"),
-        ({}, {"metadata": np.array(["a", None] * 45, object)}, ValueError, "missing values in 45 of 90 rows"),
-        ({}, {"metadata": np.zeros(90), "covariates": np.zeros(3)}, ValueError, "covariates has 3 rows"),
+        (
+            {},
+            {"metadata": np.zeros(90, complex)},
+            TypeError,
+            "'m0' has values of type complex: metadata are numbers",
+        ),
+        ({}, {"metadata": np.array(["a", None] * 45, object)}, ValueError, "'m0' in rows 1, 3.*45 of 90"),
+        ({}, {"metadata": np.zeros(90), "labels": np.zeros(3)}, ValueError, "labels has 3 rows"),
         ({}, {"metadata": np.zeros(90), "y": np.zeros(3)}, ValueError, "y has 3 rows but X has 90"),
         (
             {},
             {"metadata": np.zeros(90), "y": np.full(90, np.nan)},
             ValueError,
-            r"y has NaN .* row\(s\) \[0, 1",
+            "y column 'y' is missing in rows 0, 1",
         ),
         (
             {},
             {"metadata": np.zeros(90), "y": np.array(["a", None] * 45)},
             ValueError,
-            "y has missing values in 45",
+            "y column 'y' is missing in rows 1, 3.*45 of 90",
         ),
         (
             {},
             {"metadata": np.zeros(90), "y": np.full((90, 2), "a")},
             TypeError,
-            "y has 2 columns.*covariates=",
+            "y has 2 columns.*labels=",
         ),
         ({}, {"metadata": np.eye(90)}, ValueError, "n_samples=90.* for 90 linearly independent.*ridge="),
         ({}, {"metadata": np.zeros(90), "sample_weight": -np.ones(90)}, ValueError, "not negative"),
@@ -782,7 +915,7 @@ def test_digits_from_two_scanners() -> None:
         ({"ridge": -1.0}, {"metadata": np.zeros(90)}, ValueError, "ridge must be a finite number.*got -1"),
         ({"ridge": np.nan}, {"metadata": np.zeros(90)}, ValueError, "ridge must be a finite number"),
         ({"protect_target": "yes"}, {"metadata": np.zeros(90)}, ValueError, "protect_target must be .*'yes'"),
-        ({"unseen_site": "skip"}, {"metadata": np.zeros(90)}, ValueError, "unseen_site must be .*'skip'"),
+        ({"unseen": "skip"}, {"metadata": np.zeros(90)}, ValueError, "unseen must be .*'skip'"),
         ({"scale": True}, {"metadata": np.zeros(90)}, ValueError, "scale=True needs site="),
         (
             {"empirical_bayes": True},
@@ -794,7 +927,7 @@ def test_digits_from_two_scanners() -> None:
             {"site": "scanner"},
             {"metadata": np.zeros(90)},
             ValueError,
-            r"site='scanner' is not a column.*\[0\]",
+            r"site='scanner' is not a column.*\['m0'\]",
         ),
         ({"site": 0}, {}, ValueError, "site=0 needs metadata"),
         (
@@ -807,7 +940,7 @@ def test_digits_from_two_scanners() -> None:
             {"site": 0},
             {"metadata": np.arange(90) % 2, "y": np.arange(90) % 2},
             ValueError,
-            r"sites determine what is to be protected, y \(constant within each site\)",
+            r"sites determine what is to be protected, y\[T.1\] \(constant within each site\)",
         ),
     ],
 )
@@ -830,25 +963,25 @@ def test_errors_of_transform_name_the_argument() -> None:
             r"metadata=None, but fit had metadata.*set_transform_request\(metadata=True\).*metadata_columns=",
         ),
         (frame[["age"]], r"has the columns \['age'\], but \['age', 'sex', 'site'\] were there in fit"),
-        (frame.to_numpy(), r"has the columns \[0, 1, 2\]"),
+        (frame.to_numpy(), r"has the columns \['m0', 'm1', 'm2'\]"),
         (frame[:3], "metadata has 3 rows but X has 90"),
-        (frame.assign(site="bern"), r"'site' has level\(s\) \['bern'\] that were not there"),
+        (frame.assign(site="bern"), r"'site' has level\(s\) 'bern'"),
     ):
         with pytest.raises(ValueError, match=message):
             fitted.transform(features, metadata=metadata)
-    with pytest.raises(TypeError, match="'age' was numeric in fit, now it is not"):
+    with pytest.raises(TypeError, match="'age' had values of kind number in training and now has strings"):
         fitted.transform(features, metadata=frame.assign(age="old"))
-    with pytest.raises(ValueError, match="covariates= was given, but fit had none"):
-        fitted.transform(features, metadata=frame, covariates=label)
+    with pytest.raises(ValueError, match="labels= was given, but fit had none"):
+        fitted.transform(features, metadata=frame, labels=label)
     with pytest.raises(ValueError, match="NaN"):
         fitted.transform(np.full_like(features, np.nan), metadata=frame)
-    scaled = MetadataResidualizer(site="site", scale=True).fit(features, metadata=frame, covariates=label)
-    with pytest.raises(ValueError, match="covariates=None, but fit had covariates"):
+    scaled = MetadataResidualizer(site="site", scale=True).fit(features, metadata=frame, labels=label)
+    with pytest.raises(ValueError, match="labels=None, but fit had labels"):
         scaled.transform(features, metadata=frame)
-    located = MetadataResidualizer(site="site").fit(features, metadata=frame, covariates=label)
+    located = MetadataResidualizer(site="site").fit(features, metadata=frame, labels=label)
     np.testing.assert_allclose(
         located.transform(features, metadata=frame),
-        located.transform(features, metadata=frame, covariates=label),
+        located.transform(features, metadata=frame, labels=label),
         atol=1e-12,
     )
     inside = MetadataResidualizer(metadata_columns=[0]).fit(features)

@@ -37,16 +37,16 @@ def _data(
             "site": rng.choice(["york", "oslo", "rome", "bern"], n, p=[0.4, 0.3, 0.2, 0.1]),
         }
     )
-    covariates = pd.DataFrame({"dose": rng.normal(size=n) + 0.02 * frame["age"]})
+    labels = pd.DataFrame({"dose": rng.normal(size=n) + 0.02 * frame["age"]})
     features = rng.normal(size=(n, num_features)) * (1 + (frame["site"] == "oslo").to_numpy()[:, None])
     features += 0.03 * frame[["age"]].to_numpy() * rng.normal(size=num_features) + label[:, None] * 0.5 + 100
     features += pd.factorize(frame["site"])[0][:, None] * rng.normal(size=num_features)
-    return features, frame, label, covariates
+    return features, frame, label, labels
 
 
 def _table(features: np.ndarray, *parts: Any) -> pd.DataFrame:
-    frame, label, covariates = parts
-    return pd.concat([frame, covariates], axis=1).assign(y=label, f=features)
+    frame, label, labels = parts
+    return pd.concat([frame, labels], axis=1).assign(y=label, f=features)
 
 
 def _check(
@@ -73,7 +73,7 @@ def _check(
         for name in fit.params.index.drop("Intercept"):
             if name.startswith("C(site)"):
                 continue
-            key = name.replace("C(scanner)[T.", "scanner[").replace("C(y)[T.", "y[")
+            key = name.replace("C(scanner)[T.", "scanner[T.").replace("C(y)[T.", "y[T.")
             record = columns.pop(key)
             got = [record[what] for what in ("estimate", "standard_error", "t", "p")]
             wanted = [values[name] for values in (fit.params, fit.bse, fit.tvalues, fit.pvalues)]
@@ -87,38 +87,36 @@ def _check(
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("site", [None, "site"])
 def test_is_what_statsmodels_says(site: str | None, weighted: bool) -> None:
-    features, frame, label, covariates = _data()
+    features, frame, label, labels = _data()
     weights = np.random.default_rng(3).choice([0, 0.5, 1, 3], len(features)) if weighted else None
     used = frame if site else frame.drop(columns="site")
     estimator = MetadataResidualizer(site=site, scale=bool(site), empirical_bayes=bool(site))
-    fitted = estimator.fit(features, label, metadata=used, covariates=covariates, sample_weight=weights)
+    fitted = estimator.fit(features, label, metadata=used, labels=labels, sample_weight=weights)
     summary = fitted.summary()
     formula = FORMULA + (" + C(site)" if site else "")
-    _check(summary, _table(features[:, 0], frame, label, covariates), features, formula, weights)
+    _check(summary, _table(features[:, 0], frame, label, labels), features, formula, weights)
     assert {r["variable"]: r["role"] for r in summary.variables} == {
         **({"site": "removed"} if site else {}),
         **{"age": "removed", "scanner": "removed", "dose": "protected", "y": "protected"},
     }
     assert [r["column"] for r in summary.coefficients[::3]] == [
         "age",
-        "scanner[B]",
-        "scanner[C]",
+        "scanner[T.B]",
+        "scanner[T.C]",
         "dose",
-        "y[1]",
-        "y[2]",
+        "y[T.1]",
+        "y[T.2]",
     ]
     assert summary.notes == ()
 
 
 def test_partial_fit_says_what_fit_says() -> None:
-    features, frame, label, covariates = _data()
+    features, frame, label, labels = _data()
     settings: dict[str, Any] = {"site": "site", "scale": True}
-    whole = MetadataResidualizer(**settings).fit(features, label, metadata=frame, covariates=covariates)
+    whole = MetadataResidualizer(**settings).fit(features, label, metadata=frame, labels=labels)
     parts = MetadataResidualizer(**settings)
     for rows in np.array_split(np.arange(len(features)), 5):
-        parts.partial_fit(
-            features[rows], label[rows], metadata=frame.iloc[rows], covariates=covariates.iloc[rows]
-        )
+        parts.partial_fit(features[rows], label[rows], metadata=frame.iloc[rows], labels=labels.iloc[rows])
     for table in ("coefficients", "variables", "features", "sites", "site_effects"):
         one, other = (each.summary().to_frame(table) for each in (whole, parts))
         sort = [name for name in ("site", "variable", "column", "feature") if name in one]
@@ -140,12 +138,12 @@ def _one_way(values: np.ndarray, site: np.ndarray) -> float:
 @pytest.mark.parametrize("reference_site", [None, "rome"])
 @pytest.mark.parametrize("scale", [False, True])
 def test_sites_before_and_after(scale: bool, reference_site: str | None) -> None:
-    features, frame, label, covariates = _data()
+    features, frame, label, labels = _data()
     estimator = MetadataResidualizer(
         site="site", scale=scale, empirical_bayes=scale, reference_site=reference_site
     )
-    estimator.fit(features, label, metadata=frame, covariates=covariates)
-    after = estimator.transform(features, metadata=frame, covariates=covariates)
+    estimator.fit(features, label, metadata=frame, labels=labels)
+    after = estimator.transform(features, metadata=frame, labels=labels)
     summary, site = estimator.summary(), frame["site"].to_numpy()
     assert [r["site"] for r in summary.sites] == sorted(set(site))
     assert [r["rows"] for r in summary.sites] == frame["site"].value_counts().sort_index().tolist()
@@ -259,14 +257,14 @@ def test_the_strongest_features_are_shown() -> None:
     features[:, 7] += 5 * age
     lines = str(MetadataResidualizer().fit(features, metadata=age).summary()).splitlines()
     first = lines[lines.index(next(line for line in lines if line.startswith("variable "))) + 1]
-    assert first.split()[:3] == ["0", "removed", "x7"]
+    assert first.split()[:3] == ["m0", "removed", "x7"]
 
 
 def test_too_few_rows_and_ridge() -> None:
     rng = np.random.default_rng(0)
     features, columns = rng.normal(size=(5, 2)), rng.normal(size=(5, 4))
     # With nothing to remove no fit is refused.
-    fitted = MetadataResidualizer(metadata_columns=()).fit(features, covariates=columns)
+    fitted = MetadataResidualizer(metadata_columns=()).fit(features, labels=columns)
     with pytest.raises(ValueError, match=r"too few rows for a summary \(n_samples=5\): 5 row\(s\) for 5 lin"):
         fitted.summary()
     with pytest.raises(ValueError, match=r"ridge=0\.1: .* Fit with ridge=0 for a summary"):
@@ -282,9 +280,9 @@ def test_odd_names_and_wide_text() -> None:
     assert "age\\nin years" in text
     assert "a\\tb\\x1b[31m" in text
     assert "größe" in text
-    assert "年齢[B]" in text
+    assert "`年齢`[T.B]" in text
     assert text.isprintable() or set(text) - set("\n") == {c for c in text if c.isprintable()}
-    assert summary.coefficients[0]["column"] == "age\nin years"
+    assert summary.coefficients[0]["column"] == "`age\nin years`"
     assert aligned([("年", "1"), ("ab", "2")]) == ["年  1", "ab  2"]
 
 
@@ -331,10 +329,8 @@ def test_plot_and_frames() -> None:
 
 
 def test_a_model_of_a_file_and_saved(tmp_path: Path) -> None:
-    features, frame, label, covariates = _data()
-    table = frame.assign(
-        y=label.astype(str), dose=covariates["dose"], w=np.where(frame["age"] > 45, 2.0, 1.0)
-    )
+    features, frame, label, labels = _data()
+    table = frame.assign(y=label.astype(str), dose=labels["dose"], w=np.where(frame["age"] > 45, 2.0, 1.0))
     table[["x0", "x1", "x2"]] = features
     table.to_csv(tmp_path / "table.csv", index=False)
     settings: dict[str, Any] = {"site": "site", "scale": True, "weights": "w", "features": "x*"}

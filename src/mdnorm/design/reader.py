@@ -1,12 +1,18 @@
-"""Columns of any table as arrays: numbers, categories and dates, and where they are missing."""
+"""THE reader of tables: columns of anything that holds them, as numbers, categories or dates.
+
+What the values of a column are is decided here and nowhere else, so that a design, a residualizer, a file, an
+audit and a metric take the same column for the same thing.
+"""
 
 from __future__ import annotations
 
 import datetime
 import difflib
 import math
+import uuid
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
 
@@ -17,7 +23,17 @@ from torch import Tensor
 
 from mdnorm.extras import requires
 
-__all__ = ["KINDS", "Column", "column_names", "read_columns", "shown", "shown_rows"]
+__all__ = [
+    "KINDS",
+    "Column",
+    "check_same_order",
+    "column_names",
+    "read_column",
+    "read_columns",
+    "read_table",
+    "shown",
+    "shown_rows",
+]
 
 # What the values of a column are. A column without any value is "empty", and fits every other kind.
 KINDS = ("number", "date", "string", "boolean")
@@ -44,6 +60,8 @@ class Column:
         The different values of strings, booleans and categories, in no particular order.
     order : tuple or None
         Levels in the order that the table declares (an ordered categorical, an Enum).
+    declared : tuple
+        All levels that a categorical type declares, whether a row has them or not.
     """
 
     name: str
@@ -53,6 +71,24 @@ class Column:
     categorical: bool
     distinct: tuple[Any, ...] | None = None
     order: tuple[Any, ...] | None = None
+    declared: tuple[Any, ...] = ()
+
+    def rows(self, index: NDArray[Any]) -> Column:
+        """Return the column with these rows only: a mask, or indices."""
+        return replace(self, values=self.values[index], missing=self.missing[index])
+
+    def with_declared(self) -> Column:
+        """Return the column with all declared levels among the `distinct` ones, so that they are `levels`."""
+        if self.distinct is None:
+            return self
+        return replace(self, distinct=tuple(dict.fromkeys([*self.distinct, *self.declared])))
+
+    def as_category(self) -> Column:
+        """Return the column as a category, whatever it holds."""
+        if self.distinct is not None or self.kind == "empty":
+            return replace(self, categorical=True)
+        levels, codes = np.unique(self.values, return_inverse=True)
+        return replace(self, values=codes, categorical=True, distinct=tuple(levels.tolist()))
 
     def as_float(self) -> NDArray[np.float64]:
         """Return numbers, booleans or days as (n,) float64, NaN where missing."""
@@ -120,9 +156,8 @@ def column_names(table: Any) -> list[str]:
     TypeError
         Not a table.
     """
-    if isinstance(table, Mapping):
-        return [name for name in table if isinstance(name, str)]
-    return [name for name in _frame(table).columns if isinstance(name, str)]
+    names = table if isinstance(table, Mapping) else _frame(table, None).columns
+    return [name for name in names if isinstance(name, str)]
 
 
 def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], int]:
@@ -131,39 +166,166 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
     Parameters
     ----------
     table : DataFrame of pandas or polars, table of pyarrow, or mapping
-        Whatever narwhals reads; or a mapping from names to sequences, arrays or tensors of one length, or to
-        single values: one row.
+        Whatever narwhals reads; or a mapping from names to sequences, arrays, tensors or columns that were
+        read before, all of one length, or to single values: one row.
     names : iterable of str
-        The columns to read; others may be of any type.
+        The columns to read; others may be of any type, or have a name twice.
 
     Raises
     ------
     TypeError
         Not a table, or a column of a type that is neither numbers, categories nor dates.
     ValueError
-        A column is not there, or columns differ in length.
+        A column is not there or there twice, or columns differ in length.
     """
     names = list(dict.fromkeys(names))
-    present = column_names(table)
+    frame = None if isinstance(table, Mapping) else _frame(table, names)
+    present = list(table if frame is None else frame.columns)
     for name in names:
         if name not in present:
-            close = difflib.get_close_matches(name, present, 1)
+            texts = [each for each in present if isinstance(each, str)]
+            close = difflib.get_close_matches(name, texts, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
                 f"the table has no column {name!r}: {hint}The columns with a string as name are "
-                f"{shown(map(repr, present), 20) or 'none'}."
+                f"{shown(map(repr, texts), 20) or 'none'}."
             )
-    if isinstance(table, Mapping):
+    if frame is None:
         return _of_mapping(table, names)
-    frame = _frame(table)
     return {name: _of_series(name, frame[name]) for name in names}, len(frame)
 
 
-def _frame(table: Any) -> Any:
+def read_table(table: Any, what: str = "metadata", unnamed: str = "m") -> dict[str, Column]:
+    """Return all columns of a table of any kind, by name.
+
+    Parameters
+    ----------
+    table : DataFrame, Series, mapping, tensor, array or nested list
+        Of pandas, polars or pyarrow; or names to columns of length n; or (n,) or (n, K) without names.
+    what : str
+        The argument that it is, for messages.
+    unnamed : str
+        Columns without names are called this and their number, from 0.
+
+    Raises
+    ------
+    TypeError
+        Not a table, or a column of a type that is neither numbers, categories nor dates.
+    ValueError
+        Another number of dimensions, columns that differ in length, or two of one name.
+    """
+    if isinstance(table, Mapping):
+        columns = {str(name): read_column(str(name), values) for name, values in table.items()}
+    elif isinstance(table, Tensor | np.ndarray | list | tuple):
+        array = _as_array(table)
+        if array.ndim not in (1, 2):
+            raise ValueError(
+                f"{what} must have shape (num_rows,) or (num_rows, num_columns), got {array.shape}."
+            )
+        matrix = array[:, None] if array.ndim == 1 else array
+        columns = {
+            f"{unnamed}{index}": _of_array(f"{unnamed}{index}", values)
+            for index, values in enumerate(matrix.T)
+        }
+    elif _is_series(table):
+        name = str(getattr(table, "name", None) or f"{unnamed}0")
+        columns = {name: read_column(name, table)}
+    else:
+        try:
+            frame = _frame(table, None)
+        except TypeError as error:
+            raise TypeError(
+                f"{what} must be a DataFrame of pandas, polars or pyarrow, a mapping of names to columns, or "
+                f"an array, got {type(table).__name__}."
+            ) from error
+        names = list(map(str, frame.columns))
+        if len(set(names)) < len(names):
+            raise ValueError(f"{what} has two columns of one name among {names[:10]}: rename one.")
+        columns = {name: _of_series(name, frame[own]) for name, own in zip(names, frame.columns, strict=True)}
+    lengths = {name: len(column.missing) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())
+        raise ValueError(f"the columns of {what} must have the same number of rows, got {counts}.")
+    return columns
+
+
+def read_column(name: str, values: Any) -> Column:
+    """Return one column.
+
+    Parameters
+    ----------
+    name : str
+        For messages.
+    values : (n,) or (n, 1) tensor, array, Series or list; or a Column, which is returned
+
+    Raises
+    ------
+    TypeError
+        Values that are neither numbers, categories nor dates, or of several of these kinds.
+    ValueError
+        Another shape.
+    """
+    return _of_values(name, values)
+
+
+def check_same_order(**tables: Any) -> None:
+    """Refuse pandas objects of which the same row labels come in another order.
+
+    Rows belong together by position. Where two indexes hold the same labels in different orders, one of them
+    was sorted or shuffled, and by position every row would get the values of another one. Indexes with other
+    labels say nothing: features often come out of a model without any.
+
+    Parameters
+    ----------
+    **tables : DataFrame, Series or anything else
+        By the names of the arguments. What has no index is not looked at.
+
+    Raises
+    ------
+    ValueError
+        Two of them have the same labels in another order.
+    """
+    known: dict[str, Any] = {}
+    for name, table in tables.items():
+        index = getattr(table, "index", None)
+        # The method of a list, or of polars' frames, is no index.
+        if index is None or callable(index) or not hasattr(index, "equals"):
+            continue
+        for other, labels in known.items():
+            if len(index) == len(labels) and not index.equals(labels):
+                same = index.is_unique and labels.is_unique and not len(index.difference(labels))
+                if same:
+                    row = int(np.flatnonzero(np.asarray(index != labels))[0])
+                    raise ValueError(
+                        f"{name} has the same row labels as {other}, but in another order (row {row}: "
+                        f"{index[row]!r} and {labels[row]!r}): bring them into one order, for example with "
+                        f"{name}.loc[{other}.index], or drop the labels with reset_index(drop=True) where "
+                        "rows do belong together by position."
+                    )
+        known[name] = index
+
+
+def _as_array(values: Any) -> NDArray[Any]:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        # numpy has no bfloat16.
+        return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+    if isinstance(values, np.ndarray):
+        return values
+    array = np.asarray(values)
+    # NumPy would turn the numbers beside a text into texts, and booleans beside numbers into numbers.
+    return np.asarray(values, dtype=object) if array.dtype.kind in "USO" else array
+
+
+def _is_series(values: Any) -> bool:
+    return type(values).__name__ in ("Series", "ChunkedArray") and hasattr(values, "__array__")
+
+
+def _frame(table: Any, names: Sequence[str] | None) -> Any:
     with requires("design"):
         import narwhals.stable.v1 as nw
     try:
-        return nw.from_native(table, eager_only=True)
+        return nw.from_native(_with_names_once(table, names), eager_only=True)
     except TypeError as error:
         raise TypeError(
             "table must be a DataFrame (pandas, polars), a pyarrow table or a mapping from names to columns, "
@@ -171,6 +333,25 @@ def _frame(table: Any) -> Any:
         ) from error
     except ValueError as error:
         raise ValueError(f"the table cannot be read: {error}") from error
+
+
+def _with_names_once(table: Any, names: Sequence[str] | None) -> Any:
+    """Return a table without the columns whose name it has twice; those that are asked for are an error."""
+    own = getattr(table, "column_names", None)
+    if own is None and not hasattr(table, "collect"):  # a lazy frame would compute its columns
+        own = getattr(table, "columns", None)
+    if own is None or callable(own) or not all(isinstance(name, Hashable) for name in own):
+        return table
+    own = list(own)
+    counts = Counter(own)
+    repeated = [name for name, count in counts.items() if count > 1]
+    asked = [name for name in repeated if names is None or name in names]
+    if asked:
+        raise ValueError(f"there is more than one column of the name {asked[0]!r}: rename or drop one.")
+    if not repeated:
+        return table
+    once = [index for index, name in enumerate(own) if counts[name] == 1]
+    return table.iloc[:, once] if hasattr(table, "iloc") else table.select(once)
 
 
 def _of_mapping(table: Mapping[Any, Any], names: list[str]) -> tuple[dict[str, Column], int]:
@@ -196,23 +377,28 @@ def _is_single(cell: Any) -> bool:
         return True
     if isinstance(cell, Tensor | np.ndarray | np.generic):
         return cell.ndim == 0
-    return not hasattr(cell, "__len__")
+    return not hasattr(cell, "__len__") and not isinstance(cell, Column)
 
 
 def _of_values(name: str, values: Any) -> Column:
-    if isinstance(values, Tensor):
-        values = values.detach().cpu()
-        # numpy has no bfloat16.
-        values = (values.float() if values.dtype == torch.bfloat16 else values).numpy()
-    if hasattr(values, "__array__") and not isinstance(values, np.ndarray):  # a Series of any library
+    if isinstance(values, Column):
+        return replace(values, name=name)
+    if hasattr(values, "__array__") and not isinstance(values, Tensor | np.ndarray):  # a Series
         with requires("design"):
             import narwhals.stable.v1 as nw
         series = nw.from_native(values, series_only=True, pass_through=True)
         if isinstance(series, nw.Series):
             return _of_series(name, series)
-        values = np.asarray(values)
-    if not isinstance(values, np.ndarray):
-        return _of_objects(name, list(values))
+    elif not isinstance(values, Tensor | np.ndarray):
+        values = list(values)
+        if not values or not isinstance(values[0], np.ndarray | Tensor):
+            return _of_objects(name, values)
+    return _of_array(name, _as_array(values))
+
+
+def _of_array(name: str, values: NDArray[Any]) -> Column:
+    if values.ndim == 2 and values.shape[1] == 1:
+        values = values[:, 0]
     if values.ndim != 1:
         raise ValueError(
             f"column {name!r} must have shape (number of rows,), got {values.shape}: give each column of it "
@@ -220,11 +406,17 @@ def _of_values(name: str, values: Any) -> Column:
         )
     if values.dtype.kind in "iuf":
         return _of_numbers(name, values)
-    if values.dtype.kind == "M":
+    if values.dtype.kind in "mM":
         missing = np.isnat(values)
-        days = np.where(missing, np.datetime64(0, "us"), values).astype("datetime64[us]").astype(np.int64)
-        return Column(name, "date", days / _MICROSECONDS_PER_DAY, missing, False)
+        unit = f"{values.dtype.kind}8[us]"
+        days = np.where(missing, np.zeros(1, unit), values.astype(unit)).astype(np.int64)
+        kind = "date" if values.dtype.kind == "M" else "number"
+        return _of_days(name, kind, days / _MICROSECONDS_PER_DAY, missing)
     return _of_objects(name, values.tolist())
+
+
+def _of_days(name: str, kind: str, days: NDArray[np.float64], missing: NDArray[np.bool_]) -> Column:
+    return Column(name, "empty" if len(days) and missing.all() else kind, days, missing, False)
 
 
 def _of_numbers(name: str, values: NDArray[Any], missing: NDArray[np.bool_] | None = None) -> Column:
@@ -238,7 +430,12 @@ def _of_numbers(name: str, values: NDArray[Any], missing: NDArray[np.bool_] | No
 
 
 def _of_objects(
-    name: str, values: list[Any], *, categorical: bool = False, order: tuple[Any, ...] | None = None
+    name: str,
+    values: list[Any],
+    *,
+    categorical: bool = False,
+    declared: Sequence[Any] = (),
+    ordered: bool = False,
 ) -> Column:
     """Return a column of Python objects, of the one kind that all of them are."""
     try:
@@ -247,7 +444,22 @@ def _of_objects(
         value = next(value for value in values if not isinstance(value, Hashable))
         raise _wrong_type(name, value) from None
     indices = np.fromiter(map(index_of.__getitem__, values), np.int64, len(values))
-    distinct = [value.item() if isinstance(value, np.generic) else value for value in index_of]
+    return _of_distinct(
+        name, list(index_of), indices, categorical=categorical, declared=declared, ordered=ordered
+    )
+
+
+def _of_distinct(
+    name: str,
+    distinct: list[Any],
+    indices: NDArray[np.int64],
+    *,
+    categorical: bool = False,
+    declared: Sequence[Any] = (),
+    ordered: bool = False,
+) -> Column:
+    """Return a column of the different values in it and, for each row, the index of its value."""
+    distinct = list(map(_plain, distinct))
     absent = [_is_missing(value) for value in distinct]
     missing = np.array(absent, dtype=bool)[indices]
     examples = {
@@ -262,15 +474,31 @@ def _of_objects(
         return Column(name, kind, np.array(days, dtype=np.float64)[indices], missing, categorical)
     if kind == "number" and not categorical:
         numbers = [0 if gone else value for value, gone in zip(distinct, absent, strict=True)]
-        # Identifiers beyond 2⁵³ stay exact as integers.
-        exact = all(isinstance(value, int) and -(2**63) <= value < 2**63 for value in numbers)
-        return _of_numbers(name, np.array(numbers, dtype=np.int64 if exact else np.float64)[indices], missing)
+        whole = all(isinstance(value, int) for value in numbers)
+        if not whole or all(-(2**63) <= value < 2**63 for value in numbers):
+            dtype = np.int64 if whole else np.float64
+            return _of_numbers(name, np.array(numbers, dtype=dtype)[indices], missing)
+        # Identifiers of more digits than an integer has stay apart as texts.
+        distinct = [value if gone else str(value) for value, gone in zip(distinct, absent, strict=True)]
+        kind = "string"
     is_category = categorical or kind in ("string", "boolean")
-    return Column(name, kind, indices, missing, is_category, tuple(distinct), order)
+    levels = tuple(map(_plain, declared))
+    return Column(
+        name, kind, indices, missing, is_category, tuple(distinct), levels if ordered else None, levels
+    )
+
+
+def _plain(value: Any) -> Any:
+    """Return a value as JSON has it, where it only names something: intervals and UUIDs are texts."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return str(value) if isinstance(value, uuid.UUID) or type(value).__name__ == "Interval" else value
 
 
 def _is_missing(value: Any) -> bool:
     # NaN and NaT are not equal to themselves; pandas.NA answers a comparison with neither.
+    if isinstance(value, str):
+        return not value.strip()
     return value is None or type(value).__name__ == "NAType" or bool(value != value)
 
 
@@ -313,20 +541,59 @@ def _of_series(name: str, series: Any) -> Column:
         fill = 0 if dtype.is_integer() else math.nan
         values = series.to_numpy() if not missing.any() else series.fill_null(fill).to_numpy()
         return _of_numbers(name, np.asarray(values), missing)
-    if dtype in (nw.Date, nw.Datetime):
-        stamps = series.dt.timestamp("us")
+    if dtype in (nw.Date, nw.Datetime, nw.Duration):
+        is_date = dtype != nw.Duration
+        stamps = series.dt.timestamp("us") if is_date else series.dt.total_microseconds()
         missing = stamps.is_null().to_numpy().astype(bool)
         values = np.asarray(stamps.to_numpy() if not missing.any() else stamps.fill_null(0).to_numpy())
         days = values.astype(np.int64) / _MICROSECONDS_PER_DAY
-        return Column(name, "empty" if len(days) and missing.all() else "date", days, missing, False)
+        return _of_days(name, "date" if is_date else "number", days, missing)
     if dtype in (nw.Categorical, nw.Enum):
-        # polars keeps the categories of a Categorical in order of appearance, and has one pool for all.
-        declared = dtype == nw.Enum or bool(getattr(getattr(series.to_native(), "dtype", None), "ordered", 0))
-        order = tuple(series.cat.get_categories().to_list()) if declared else None
-        return _of_objects(name, series.to_list(), categorical=True, order=order)
+        texts = _of_texts(name, series)
+        if texts is not None:
+            return texts
+        # polars has one pool of categories for the whole process: those of a Categorical declare nothing.
+        is_pool = type(series.to_native()).__module__.startswith("polars") and dtype == nw.Categorical
+        ordered = dtype == nw.Enum or bool(getattr(getattr(series.to_native(), "dtype", None), "ordered", 0))
+        declared = [] if is_pool else series.cat.get_categories().to_list()
+        return _of_objects(name, series.to_list(), categorical=True, declared=declared, ordered=ordered)
     if dtype in (nw.String, nw.Boolean, nw.Object, nw.Unknown):
-        return _of_objects(name, series.to_list())
+        texts = _of_texts(name, series) if dtype == nw.String else None
+        return texts or _of_objects(name, series.to_list())
     raise TypeError(
         f"column {name!r} has dtype {dtype}: metadata are numbers, strings, booleans, categories or dates; "
         "convert it first."
+    )
+
+
+def _of_texts(name: str, series: Any) -> Column | None:
+    """Return a column of texts that are Arrow's, without a Python object for each row; None for others."""
+    values = series.to_native()
+    if hasattr(getattr(values, "array", None), "_pa_array"):  # pandas, on top of Arrow
+        values = values.array.__arrow_array__()
+    if type(values).__module__.split(".")[0] != "pyarrow":
+        return None
+    import pyarrow
+
+    if isinstance(values, pyarrow.Array):
+        values = pyarrow.chunked_array([values])
+    is_category = pyarrow.types.is_dictionary(values.type)
+    values = values if is_category else values.dictionary_encode()
+    kind = values.type.value_type
+    if not len(values) or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
+        return None
+    combined = values.unify_dictionaries().combine_chunks()
+    levels = combined.dictionary.to_pylist()
+    codes = combined.indices.fill_null(len(levels)).to_numpy(zero_copy_only=False).astype(np.int64)
+    used = np.bincount(codes, minlength=len(levels))[: len(levels)] > 0
+    # Only the levels that a row has: others are declared.
+    place = np.append(np.cumsum(used) - 1, used.sum())
+    distinct = [level for level, is_used in zip(levels, used, strict=True) if is_used]
+    return _of_distinct(
+        name,
+        [*distinct, None],
+        place[codes],
+        categorical=True,
+        declared=levels if is_category else (),
+        ordered=is_category and values.type.ordered,
     )

@@ -130,6 +130,13 @@ class LocationScale:
     empirical_bayes: bool
     tolerance: float
 
+    def index_of(self, sites: SiteCodes) -> tuple[NDArray[np.intp], list[Hashable]]:
+        """Return the (n,) place of each row's site in `sites`, −1 where it is not there, and those sites."""
+        position = {site: index for index, site in enumerate(self.sites)}
+        of_level = np.array([position.get(level, -1) for level in sites.levels], dtype=np.intp)
+        unknown = [level for level, index in zip(sites.levels, of_level, strict=True) if index < 0]
+        return of_level[sites.codes] if len(of_level) else np.zeros(0, np.intp), unknown
+
     def residual(self, features: NDArray[Any], design: FloatArray) -> FloatArray:
         """Return ``f − mean − (x − x̄)·β``, shape (n, D): site effects and noise.
 

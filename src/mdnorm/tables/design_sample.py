@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
-from mdnorm.tables.model import codes_of
+from mdnorm.design.reader import read_columns
 
 if TYPE_CHECKING:
     import pyarrow
@@ -105,35 +105,25 @@ class DesignSample:
         self._tables, self._keys, self._kept = [table.take(kept)], [keys[kept]], len(kept)
 
     def _find_witnesses(self, table: pyarrow.Table) -> None:
-        import pyarrow.types as kinds
-        from pyarrow import compute
-
-        for name in table.column_names:
-            values, kind = table.column(name), table.column(name).type
-            missing = values.is_null(nan_is_null=True)
-            if ("missing", name) not in self._witnesses and compute.any(missing).as_py():
-                self._keep(("missing", name), table, compute.index(missing, True).as_py())
-            countable = kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_temporal(kind)
-            if countable:
-                self._find_ends(name, table, compute.if_else(missing, None, values))
-            if not countable or name in self._categories:
-                codes, levels = codes_of(values)
-                for code, level in enumerate(levels):
-                    # NaN differs from itself, and is missing.
-                    if level is not None and level == level and ("level", name, level) not in self._witnesses:
-                        found = np.flatnonzero(codes == code)
-                        if len(found):
-                            self._keep(("level", name, level), table, int(found[0]))
-
-    def _find_ends(self, name: str, table: pyarrow.Table, values: pyarrow.ChunkedArray) -> None:
-        from pyarrow import compute
-
-        ends = compute.min_max(values)
-        for key, further in (("min", operator.lt), ("max", operator.gt)):
-            end, known = ends[key], self._ends.get((key, name))
-            if end.is_valid and (known is None or further(end.as_py(), known)):
-                self._ends[key, name] = end.as_py()
-                self._keep((key, name), table, compute.index(compute.equal(values, end), True).as_py())
+        for name, column in read_columns(table, table.column_names)[0].items():
+            if ("missing", name) not in self._witnesses and column.missing.any():
+                self._keep(("missing", name), table, int(column.missing.argmax()))
+            if column.distinct is None and not column.missing.all():
+                present = np.flatnonzero(~column.missing)
+                values = column.values[present]
+                for end, row, further in (
+                    ("min", values.argmin(), operator.lt),
+                    ("max", values.argmax(), operator.gt),
+                ):
+                    known = self._ends.get((end, name))
+                    if known is None or further(values[row], known):
+                        self._ends[end, name] = values[row]
+                        self._keep((end, name), table, int(present[row]))
+            if column.distinct is not None or name in self._categories:
+                levels = column.levels()
+                for code, row in zip(*np.unique(column.codes(levels), return_index=True), strict=True):
+                    if code >= 0 and ("level", name, levels[code]) not in self._witnesses:
+                        self._keep(("level", name, levels[code]), table, int(row))
 
     def _keep(self, key: tuple[Any, ...], table: pyarrow.Table, row: int) -> None:
         # A copy: a slice would keep the whole block in memory.

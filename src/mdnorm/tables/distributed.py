@@ -22,10 +22,8 @@ from mdnorm.tables.design_sample import MAX_DESIGN_ROWS, DesignSample
 from mdnorm.tables.model import (
     MetadataModel,
     Specification,
-    as_arrow,
     design_columns,
     fitted_model,
-    for_design,
     needed_variables,
     row_weights,
 )
@@ -296,10 +294,13 @@ def _read_part(block: Any, other: Any, names: tuple[str, ...], variables: list[s
 
 
 def _read_table(block: Any, variables: Sequence[str]) -> Any:
+    import pyarrow
+
     if not hasattr(block, "columns"):
         array = np.asarray(block)
-        block = {f"m{index}": array[:, index] for index in range(array.shape[1])}
-    return as_arrow(block, variables)
+        columns = {f"m{index}": array[:, index] for index in range(array.shape[1])}
+        return pyarrow.table({name: columns[name] for name in variables})
+    return pyarrow.Table.from_pandas(block[list(variables)], preserve_index=False)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -342,7 +343,7 @@ def _fitted_design(design: Design, tables: list[Any], specification: Specificati
     sample: DesignSample = compute(_tree(_merge, samples))[0]
     if not sample.num_rows:
         raise ValueError("the table has no rows.")
-    return design.fit(for_design(sample.rows()))
+    return design.fit(sample.rows())
 
 
 def _sample(

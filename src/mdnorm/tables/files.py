@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mdnorm.design.reader import read_columns
 from mdnorm.extras import requires
 from mdnorm.files import COMMA_ROWS, csv_block_bytes, csv_delimiter, decimal_comma_problem, repeated_names
 
@@ -45,8 +46,6 @@ T = TypeVar("T")
 _MAX_ROW_GROUP_BYTES = 2**26
 
 _READ_BUFFER_BYTES = 2**18
-
-_NO_METADATA = "but metadata are numbers, strings, booleans, categories or dates: convert or leave it out."
 
 
 class TableFileError(ValueError):
@@ -269,21 +268,10 @@ def check_metadata(table: TableFile, columns: Sequence[str]) -> None:
     """Raise where a table lacks columns, or they are of a type that no metadata have."""
     check_columns(table, columns)
     if isinstance(table, ParquetFile):
-        for name in columns:
-            kind = table.schema.field(name).type
-            if not is_metadata_type(kind):
-                raise TableFileError(f"{table.path}: column {name!r} has the type {kind}, {_NO_METADATA}")
-
-
-def is_metadata_type(kind: pyarrow.DataType) -> bool:
-    """Whether values of a type are numbers, strings, booleans, dates, or categories of these."""
-    import pyarrow.types as kinds
-
-    if kinds.is_dictionary(kind):
-        kind = kind.value_type
-    is_text = kinds.is_string(kind) or kinds.is_large_string(kind) or kind == "string_view"
-    is_number = _is_number(kind) or kinds.is_decimal(kind) or kinds.is_boolean(kind) or kinds.is_null(kind)
-    return bool(is_text or is_number or kinds.is_date(kind) or kinds.is_timestamp(kind))
+        try:
+            read_columns(table.schema.empty_table(), columns)
+        except TypeError as error:
+            raise TableFileError(f"{table.path}: {error}") from error
 
 
 def check_columns(table: TableFile, columns: Sequence[str]) -> None:

@@ -5,7 +5,6 @@ All parts of it work on blocks of rows, so that files and clusters use the same 
 
 from __future__ import annotations
 
-import datetime
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -18,13 +17,14 @@ import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
-from mdnorm.design.reader import Column, read_columns
+from mdnorm.design.reader import check_same_order, read_columns
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
 from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale
-from mdnorm.tables.files import TableFileError, is_metadata_type
+from mdnorm.tables.files import TableFileError
 from mdnorm.tables.summary import Summary, Variable, summarise
+from mdnorm.tables.table_design import site_codes
 
 if TYPE_CHECKING:
     import pyarrow
@@ -111,7 +111,7 @@ class MetadataModel:
     feature_names : tuple of str
     site : str or None
         Column that names the site of a row.
-    unseen_site : str
+    unseen : str
         "error" or "mean".
     moments : dict from site to Moments, optional
         Of the rows that it was fitted to, for `summary`; None after a fit with a ridge. `save` keeps them.
@@ -122,7 +122,7 @@ class MetadataModel:
     location_scale: LocationScale
     feature_names: tuple[str, ...]
     site: str | None
-    unseen_site: str
+    unseen: str
     moments: SiteMoments | None = field(default=None, repr=False)
 
     @property
@@ -135,13 +135,14 @@ class MetadataModel:
         """Columns of the table that `remove` needs."""
         return needed_variables(self.design, self.removes_design, self.site, self.needs_labels)
 
-    def remove(self, features: NDArray[Any], table: Any, *, overwrite: bool = False) -> NDArray[Any]:
+    def remove(self, features: Any, table: Any, *, overwrite: bool = False) -> NDArray[Any]:
         """Return features without the effects of metadata and site.
 
         Parameters
         ----------
-        features : (n, D) array
-            Columns in the order of `feature_names`.
+        features : (n, D) array or DataFrame
+            An array has its columns in the order of `feature_names`. Those of a DataFrame are chosen by name,
+            and may be among others, in any order.
         table : pyarrow.Table, DataFrame or mapping
             Metadata of the same rows.
         overwrite : bool
@@ -150,14 +151,18 @@ class MetadataModel:
         Returns
         -------
         (n, D) array
-            float32 where `features` is, otherwise float64.
+            Columns in the order of `feature_names`; float32 where `features` is such an array, else float64.
 
         Raises
         ------
         TypeError, ValueError
             Shapes that do not fit; metadata that the design cannot use (see `Design.transform`); a site that
-            is missing, or was not in training where `unseen_site` is "error".
+            is missing, or was not in training where `unseen` is "error".
         """
+        check_same_order(features=features, table=table)
+        if hasattr(features, "columns"):
+            own, _ = read_columns(features, self.feature_names)
+            features, overwrite = np.stack([column.as_float() for column in own.values()], axis=1), True
         features = np.asarray(features)
         if features.ndim != 2 or features.shape[1] != len(self.feature_names):
             raise ValueError(
@@ -165,15 +170,15 @@ class MetadataModel:
             )
         if features.dtype not in (np.float32, np.float64):
             features, overwrite = features.astype(np.float64), True
-        arrow = as_arrow(table, self.variables)
-        if arrow.num_rows != len(features):
+        columns = self.columns(table)
+        if len(columns[0]) != len(features):
             raise ValueError(
-                f"features has {len(features)} rows and the metadata {arrow.num_rows}: one row each is "
+                f"features has {len(features)} rows and the metadata {len(columns[0])}: one row each is "
                 "needed."
             )
-        return self.remove_columns(features, self.columns(arrow), overwrite=overwrite)
+        return self.remove_columns(features, columns, overwrite=overwrite)
 
-    def columns(self, table: pyarrow.Table) -> DesignColumns:
+    def columns(self, table: Any) -> DesignColumns:
         """Return the columns of the design for `remove_columns`."""
         return design_columns(
             self.design, self.removes_design, self.site, table, with_labels=self.needs_labels
@@ -215,16 +220,14 @@ class MetadataModel:
         return result
 
     def _site_index(self, sites: SiteCodes) -> NDArray[np.intp]:
-        position = {site: index for index, site in enumerate(self.location_scale.sites)}
-        of_level = np.array([position.get(level, -1) for level in sites.levels], dtype=np.intp)
-        unknown = [level for level, index in zip(sites.levels, of_level, strict=True) if index < 0]
-        if unknown and self.unseen_site == "error":
+        index, unknown = self.location_scale.index_of(sites)
+        if unknown and self.unseen == "error":
             raise ValueError(
                 f"column {self.site!r} has site(s) {unknown[:5]} that were not in training "
                 f"({list(self.location_scale.sites)[:10]}): leave these rows out, or correct them as the "
                 "average site with unseen='mean'."
             )
-        return of_level[sites.codes] if len(of_level) else np.zeros(0, np.intp)
+        return index
 
     def summary(self) -> Summary:
         """Return coefficients with standard errors, F tests, and what the sites were before and after.
@@ -286,7 +289,7 @@ class MetadataModel:
             "removes_design": self.removes_design,
             "feature_names": list(self.feature_names),
             "site": self.site,
-            "unseen_site": self.unseen_site,
+            "unseen": self.unseen,
             "sites": list(model.sites),
             "num_metadata": model.num_metadata,
             "has_scale": model.has_scale,
@@ -393,7 +396,7 @@ class MetadataModel:
             ),
             feature_names=tuple(names),
             site=state["site"],
-            unseen_site=str(state["unseen_site"]),
+            unseen=str(state["unseen"]),
             moments=moments or None,
         )
 
@@ -445,125 +448,24 @@ def row_weights(table: pyarrow.Table, column: str | None) -> FloatArray | None:
     return weights
 
 
-def as_arrow(table: Any, columns: Sequence[str]) -> pyarrow.Table:
-    """Return columns of a table of any kind as one of pyarrow."""
-    with requires("tables"):
-        import pyarrow
-    if isinstance(table, pyarrow.RecordBatch):
-        table = pyarrow.Table.from_batches([table])
-    if not isinstance(table, pyarrow.Table):
-        if isinstance(table, Mapping):
-            table = pyarrow.table({name: pyarrow.array(values) for name, values in table.items()})
-        elif type(table).__module__.startswith("pandas"):
-            present = [name for name in columns if name in table.columns]
-            table = pyarrow.Table.from_pandas(table[present], preserve_index=False)
-        elif hasattr(table, "to_arrow"):
-            table = table.to_arrow()
-        else:
-            raise TypeError(
-                "the metadata must be a table of pandas, polars or pyarrow, or a mapping from names to "
-                f"columns, got {type(table).__name__}."
-            )
-    for name in columns:
-        if name not in table.column_names:
-            raise ValueError(f"the metadata have no column {name!r}; they have {table.column_names[:10]}.")
-        kind = table.schema.field(name).type
-        if not is_metadata_type(kind):
-            raise TypeError(
-                f"column {name!r} has the type {kind}: metadata are numbers, strings, booleans, categories "
-                "or dates."
-            )
-    return table.select(list(columns))
-
-
-def for_design(table: pyarrow.Table) -> dict[str, Any]:
-    """Return columns as `Design` reads them fastest: equal strings are one object."""
-    import pyarrow.types as kinds
-
-    columns: dict[str, Any] = {}
-    for name in table.column_names:
-        values = table.column(name)
-        kind = values.type.value_type if kinds.is_dictionary(values.type) else values.type
-        if kinds.is_string(kind) or kinds.is_large_string(kind):
-            codes, levels = codes_of(values)
-            columns[name] = np.array([*levels, None], dtype=object)[codes]
-        else:
-            columns[name] = values
-    return columns
-
-
-def codes_of(values: pyarrow.ChunkedArray) -> tuple[NDArray[np.intp], list[Any]]:
-    """Return for each value the index of its level, −1 where it is missing, and the levels."""
-    import pyarrow
-    import pyarrow.types as kinds
-
-    if not kinds.is_dictionary(values.type):
-        values = values.dictionary_encode()
-    combined = values.combine_chunks() if isinstance(values, pyarrow.ChunkedArray) else values
-    if isinstance(combined, pyarrow.ChunkedArray):  # more than one dictionary
-        combined = combined.unify_dictionaries().combine_chunks()
-    codes = combined.indices.fill_null(-1) if combined.indices.null_count else combined.indices
-    return codes.to_numpy(zero_copy_only=False).astype(np.intp), combined.dictionary.to_pylist()
-
-
-def _site_codes(values: pyarrow.ChunkedArray, name: str) -> SiteCodes:
-    codes, levels = codes_of(values)
-    absent = [index for index, level in enumerate(levels) if level is None or level != level]
-    missing = (codes < 0) | np.isin(codes, absent)
-    if missing.any():
-        raise ValueError(
-            f"column {name!r}, the site, is missing in row(s) {np.flatnonzero(missing)[:5].tolist()}: drop "
-            "or fill these rows."
-        )
-    # Names that a file of coefficients can hold; of others it is said now, not after all has been fitted.
-    levels = [level.isoformat() if isinstance(level, datetime.date) else level for level in levels]
-    for level in levels:
-        if not isinstance(level, (str, int, float)) and level is not None:
-            raise ValueError(
-                f"column {name!r}, the site, has values of type {type(level).__name__} ({level}): sites are "
-                "names or numbers, so convert the column to text."
-            )
-    return SiteCodes(codes, levels)
-
-
 def design_columns(
-    design: Design | None, removes_design: bool, site: str | None, table: pyarrow.Table, *, with_labels: bool
+    design: Design | None, removes_design: bool, site: str | None, table: Any, *, with_labels: bool
 ) -> DesignColumns:
     """Return metadata (n, K_m), protected (n, K_y) or None where not asked for, and sites of rows."""
-    rows = table.num_rows
-    sites = None if site is None else _site_codes(table.column(site), site)
+    columns, rows = read_columns(table, needed_variables(design, removes_design, site, with_labels))
+    sites = None if site is None else site_codes(columns[site])
     empty = np.empty((rows, 0))
     if design is None:
         return empty, empty, sites
     if not removes_design and not with_labels:
         return empty, None, sites
-    variables = design.variables(labels=with_labels)
-    columns, labels = _transformed(design, table.select(variables), with_labels and design.num_labels > 0)
+    used = {name: columns[name] for name in design.variables(labels=with_labels)}
+    metadata, labels = design.transform_columns(used, labels=with_labels and design.num_labels > 0)
     if not removes_design:
-        return empty, columns, sites
+        return empty, metadata, sites
     if labels is None:
-        return columns, empty if design.num_labels == 0 else None, sites
-    return columns, labels, sites
-
-
-def _transformed(
-    design: Design, table: pyarrow.Table, with_labels: bool
-) -> tuple[FloatArray, FloatArray | None]:
-    """Return what `Design.transform` returns, without a Python object for every string of the table."""
-    import pyarrow.types as kinds
-
-    columns: dict[str, Column] = {}
-    for name in table.column_names:
-        values = table.column(name)
-        kind = values.type.value_type if kinds.is_dictionary(values.type) else values.type
-        if kinds.is_string(kind) or kinds.is_large_string(kind):
-            codes, levels = codes_of(values)
-            missing = codes < 0
-            found = "empty" if missing.all() else "string"
-            columns[name] = Column(name, found, np.where(missing, 0, codes), missing, True, tuple(levels))
-        else:
-            columns.update(read_columns({name: values}, [name])[0])
-    return design.transform_columns(columns, labels=with_labels)
+        return metadata, empty if design.num_labels == 0 else None, sites
+    return metadata, labels, sites
 
 
 def fitted_model(
@@ -585,6 +487,6 @@ def fitted_model(
         location_scale=model,
         feature_names=feature_names,
         site=specification.site,
-        unseen_site=specification.unseen,
+        unseen=specification.unseen,
         moments=None if specification.ridge else moments,
     )

@@ -15,8 +15,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, TransformerMixin
 from sklearn.exceptions import NotFittedError
+from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import _check_feature_names_in, check_array, check_is_fitted, validate_data
 
+from mdnorm.design.reader import Column, check_same_order, read_column
 from mdnorm.tables.combat import (
     LocationScale,
     SiteCodes,
@@ -25,8 +27,8 @@ from mdnorm.tables.combat import (
     fit_location_scale,
     site_moments,
 )
-from mdnorm.tables.encoder import ColumnEncoder, category_values
 from mdnorm.tables.summary import Summary, Variable, summarise
+from mdnorm.tables.table_design import TableDesign
 
 __all__ = ["MetadataResidualizer"]
 
@@ -47,6 +49,9 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
 
     Parameters
     ----------
+    formula : str or sequence of str, optional
+        Which columns of the metadata are removed and how, as for `mdnorm.Design`. None: all of them but the
+        site; numbers as they are, strings, booleans and categories as indicators of their levels.
     metadata_columns : sequence of int or str, optional
         Columns of `X` that are the metadata, by position or by name. An empty sequence says that there are
         none and that this is meant.
@@ -68,20 +73,25 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         `mdnorm.tables.fit_location_scale`).
     reference_site : optional
         The site that others are brought to. None: their average.
-    unseen_site : "error" or "mean"
-        What `transform` does with a site that was not in `fit`: raise, or correct it as the average site, so
-        that only the effects of the other metadata are removed, location and scale stay. A third way
-        is to call `adapt` first.
+    missing : "error", "mean" or "indicator"
+        What a missing value of the metadata does, as for `mdnorm.Design`. The site is never missing.
+    unseen : "error" or "mean"
+        What `transform` does with a level or a site that no row of `fit` had: raise, or correct it as the
+        average one, so that only the effects of the other metadata are removed, location and scale stay.
+        For a site a third way is to call `adapt` first.
 
     Attributes
     ----------
     coef_ : (K_m, D) float64 array
         Effects of the encoded metadata columns on the features that are returned.
+    protected_coef_ : (K_y, D) float64 array
+        Effects of the protected columns, `labels` first and then `y`.
     metadata_mean_ : (K_m,) float64 array
     mean_ : (D,) float64 array
         Features expected at average metadata and protected columns.
-    metadata_names_ : list of str
-        Names of the encoded metadata columns, ``"scanner[B]"`` for the level B of a category.
+    metadata_names_, protected_names_ : list of str
+        Names of the columns, as `mdnorm.Design` has them: ``"scanner[T.B]"`` for the level B of a category.
+        The columns of an array are called "m0", "m1", ….
     sites_ : list
         Sites known, those of `adapt` last.
     site_location_, site_scale_ : (S, D) float64 arrays
@@ -95,7 +105,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
     Notes
     -----
     **Labels and scale.** `transform` knows no labels. What `y` explains is never removed, but where a site is
-    divided by its scale, the effect of `y` in that site is divided with the rest. `covariates`, which
+    divided by its scale, the effect of `y` in that site is divided with the rest. `labels`, which
     `transform` gets again, are held out of the scaling exactly, as in ComBat.
 
     **Data types.** float32 tables come back as float32; sums and coefficients are float64.
@@ -120,13 +130,14 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
     """
 
     # Requested unless the user says otherwise: a pipeline that left them out would remove nothing.
-    __metadata_request__fit = {"metadata": True, "covariates": True}  # noqa: RUF012
-    __metadata_request__partial_fit = {"metadata": True, "covariates": True}  # noqa: RUF012
-    __metadata_request__transform = {"metadata": True, "covariates": True}  # noqa: RUF012
-    __metadata_request__inverse_transform = {"metadata": True, "covariates": True}  # noqa: RUF012
+    __metadata_request__fit = {"metadata": True, "labels": True}  # noqa: RUF012
+    __metadata_request__partial_fit = {"metadata": True, "labels": True}  # noqa: RUF012
+    __metadata_request__transform = {"metadata": True, "labels": True}  # noqa: RUF012
+    __metadata_request__inverse_transform = {"metadata": True, "labels": True}  # noqa: RUF012
 
     def __init__(
         self,
+        formula: str | Sequence[str] | None = None,
         *,
         metadata_columns: Sequence[int | str] | None = None,
         keep_metadata: bool = False,
@@ -136,8 +147,10 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         scale: bool = False,
         empirical_bayes: bool = False,
         reference_site: Hashable | None = None,
-        unseen_site: Literal["error", "mean"] = "error",
+        missing: Literal["error", "mean", "indicator"] = "error",
+        unseen: Literal["error", "mean"] = "error",
     ) -> None:
+        self.formula = formula
         self.metadata_columns = metadata_columns
         self.keep_metadata = keep_metadata
         self.ridge = ridge
@@ -146,7 +159,8 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         self.scale = scale
         self.empirical_bayes = empirical_bayes
         self.reference_site = reference_site
-        self.unseen_site = unseen_site
+        self.missing = missing
+        self.unseen = unseen
 
     # ----------------------------------------------------------------------------------------------------
     # Fitting
@@ -158,7 +172,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         y: Any = None,
         *,
         metadata: Any = None,
-        covariates: Any = None,
+        labels: Any = None,
         sample_weight: ArrayLike | None = None,
     ) -> MetadataResidualizer:
         """Estimate the effects of the metadata.
@@ -169,11 +183,11 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             Features, and the metadata where `metadata_columns` says so.
         y : (n,) or (n, K_y), optional
             Labels or targets: protected (see `protect_target`), needed here only.
-        metadata : (n,) or (n, K) array or DataFrame, optional
-            What is removed. Numeric and boolean columns are used as they are; columns of strings or of a
-            categorical dtype become indicators of their levels.
-        covariates : (n,) or (n, K) array or DataFrame, optional
-            Further columns that are protected, encoded in the same way.
+        metadata : (n,) or (n, K) array, DataFrame or mapping, optional
+            What is removed. Rows belong to those of `X` by position; the same row labels in another order are
+            an error.
+        labels : (n,) or (n, K) array or DataFrame, optional
+            Further columns that are protected (the covariates of ComBat).
         sample_weight : (n,) array, optional
             A row of weight 2 counts as two rows, one of weight 0 as none.
 
@@ -184,13 +198,14 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         Raises
         ------
         TypeError, ValueError
-            Tables that cannot be used (see `mdnorm.tables.encoder.ColumnEncoder`), metadata given twice, too
+            Tables that cannot be used (see `mdnorm.Design`), metadata given twice, too
             few rows, sites that cannot be estimated (see `mdnorm.tables.fit_location_scale`).
         """
         self._check_parameters()
         if sample_weight is not None and not np.any(np.asarray(sample_weight)):
             raise ValueError("Sample weights must contain at least one non-zero number: all are zero.")
-        self._update(X, y, metadata, covariates, sample_weight, None, reset=True)
+        self._is_partial = False
+        self._update(X, y, metadata, labels, sample_weight, None, reset=True)
         self._solve()
         return self
 
@@ -200,18 +215,19 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         y: Any = None,
         *,
         metadata: Any = None,
-        covariates: Any = None,
+        labels: Any = None,
         sample_weight: ArrayLike | None = None,
         classes: ArrayLike | None = None,
     ) -> MetadataResidualizer:
         """Add rows; what is estimated is what `fit` on all rows so far estimates.
 
-        The first call fixes the columns and levels of categories (give later levels as a categorical dtype).
-        Sites may appear at any time. What `adapt` has added is forgotten.
+        The first call fixes the columns, the levels of categories (give later levels as a categorical dtype)
+        and the means that stand for missing values. Sites may appear at any time. What `adapt` has added is
+        forgotten.
 
         Parameters
         ----------
-        X, y, metadata, covariates, sample_weight
+        X, y, metadata, labels, sample_weight
             As in `fit`.
         classes : array, optional
             In the first call: all the classes of a categorical `y`. None: those in the first `y`.
@@ -224,7 +240,8 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         first = not hasattr(self, "moments_")
         if first:
             self._check_parameters()
-        self._update(X, y, metadata, covariates, sample_weight, classes, reset=first)
+            self._is_partial = True
+        self._update(X, y, metadata, labels, sample_weight, classes, reset=first)
         self._model: LocationScale | None = None
         for name in _ESTIMATES:
             self.__dict__.pop(name, None)
@@ -236,12 +253,12 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         y: Any = None,
         *,
         metadata: Any = None,
-        covariates: Any = None,
+        labels: Any = None,
         sample_weight: ArrayLike | None = None,
     ) -> Any:
         """Return ``fit(X, y, ...).transform(X, ...)``."""
-        self.fit(X, y, metadata=metadata, covariates=covariates, sample_weight=sample_weight)
-        return self.transform(X, metadata=metadata, covariates=covariates)
+        self.fit(X, y, metadata=metadata, labels=labels, sample_weight=sample_weight)
+        return self.transform(X, metadata=metadata, labels=labels)
 
     def adapt(
         self,
@@ -249,7 +266,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         y: Any = None,
         *,
         metadata: Any = None,
-        covariates: Any = None,
+        labels: Any = None,
     ) -> MetadataResidualizer:
         """Estimate location and scale of sites that were not in `fit`, from rows of theirs.
 
@@ -258,7 +275,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
 
         Parameters
         ----------
-        X, metadata, covariates
+        X, metadata, labels
             As in `fit`. Rows of sites that are known already are left out.
         y : optional
             As in `fit`, where it is at hand: otherwise what the labels explain counts as the site's location
@@ -273,19 +290,22 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         if self.site is None:
             raise ValueError("adapt is for sites: this estimator has site=None.")
         model = self._fitted_model()
-        features, design, sites = self._read(X, metadata, covariates, y=y)[:3]
-        new = self._site_index(sites, model) < 0
+        check_same_order(X=X, y=y, metadata=metadata, labels=labels)
+        given = {"labels": labels, "y": None if self.protect_target is False else y}
+        features, design, sites, _ = self._read(X, metadata, given)
+        assert sites is not None
+        new = model.index_of(sites)[0] < 0
         if not new.any():
             raise ValueError(f"all rows are of sites that are known already, {list(model.sites)}.")
-        assert sites is not None
-        self._set_model(model.with_sites(self._moments(features[new], design[new], sites[new])))
+        codes = SiteCodes(sites.codes[new], sites.levels)
+        self._set_model(model.with_sites(self._moments(features[new], design[new], codes)))
         return self
 
     # ----------------------------------------------------------------------------------------------------
     # Transforming
     # ----------------------------------------------------------------------------------------------------
 
-    def transform(self, X: Any, *, metadata: Any = None, covariates: Any = None) -> Any:  # noqa: N803
+    def transform(self, X: Any, *, metadata: Any = None, labels: Any = None) -> Any:  # noqa: N803
         """Return the features without the effects of the metadata.
 
         Parameters
@@ -293,7 +313,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         X : (n, n_features_in_) array or DataFrame
         metadata : optional
             As in `fit`, of these rows.
-        covariates : optional
+        labels : optional
             As in `fit`, of these rows. Needed with ``scale=True`` if `fit` had them.
 
         Returns
@@ -306,11 +326,11 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         NotFittedError
             `fit` was not called.
         ValueError
-            Metadata are missing or not those of `fit`; an unseen site with ``unseen_site="error"``.
+            Metadata are missing or not those of `fit`; an unseen site with ``unseen="error"``.
         """
-        return self._apply(X, metadata, covariates, inverse=False)
+        return self._apply(X, metadata, labels, inverse=False)
 
-    def inverse_transform(self, X: Any, *, metadata: Any = None, covariates: Any = None) -> Any:  # noqa: N803
+    def inverse_transform(self, X: Any, *, metadata: Any = None, labels: Any = None) -> Any:  # noqa: N803
         """Return the features with the effects put back.
 
         Parameters
@@ -320,14 +340,14 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         metadata : optional
             The metadata of these rows, as in `fit`. With `metadata_columns` that are not kept: those columns,
             in the order in which `metadata_columns` has them.
-        covariates : optional
+        labels : optional
             As in `transform`.
 
         Returns
         -------
         (n, n_features_in_) array
         """
-        return self._apply(X, metadata, covariates, inverse=True)
+        return self._apply(X, metadata, labels, inverse=True)
 
     def summary(self) -> Summary:
         """Return coefficients with standard errors, F tests, and what the sites were before and after.
@@ -360,20 +380,21 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
                 f"ridge={self.ridge:g}: coefficients that are shrunk have no standard errors and F tests. "
                 "Fit with ridge=0 for a summary."
             )
-        encoders = [each for each in (self._metadata_encoder, self._covariate_encoder) if each is not None]
-        groups = [group for encoder in encoders for group in encoder.groups]
-        num_known = sum(len(columns) for _, columns in groups)
-        if self._target is not None:
-            groups.append(("y", self._target.names))
+        tables = [self._metadata_table, *self._protected.values()]
+        variables = [
+            Variable(name, columns)
+            for table in tables
+            if table is not None
+            for name, columns in table.terms.items()
+        ]
+        labels = self._protected.get("labels")
         return summarise(
             self.moments_,
             self._fitted_model(),
-            [Variable(*group) for group in groups],
+            variables,
             _check_feature_names_in(self, None)[self._feature_index],
-            site=None
-            if self.site is None or self._metadata_encoder is None
-            else str(self._metadata_encoder.site),
-            num_known=num_known,
+            site=None if self._metadata_table is None else self._metadata_table.site_name,
+            num_known=self._num_metadata + (0 if labels is None else len(labels.names)),
         )
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
@@ -420,8 +441,9 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
                 "protect_target must be 'auto', 'categorical', 'continuous' or False, "
                 f"got {self.protect_target!r}."
             )
-        if self.unseen_site not in ("error", "mean"):
-            raise ValueError(f"unseen_site must be 'error' or 'mean', got {self.unseen_site!r}.")
+        for name, choices in (("unseen", ("error", "mean")), ("missing", ("error", "mean", "indicator"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if self.site is None:
             for name in ("scale", "empirical_bayes", "reference_site"):
                 if getattr(self, name) not in (False, None):
@@ -434,36 +456,44 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         X: Any,  # noqa: N803
         y: Any,
         metadata: Any,
-        covariates: Any,
+        labels: Any,
         sample_weight: ArrayLike | None,
         classes: ArrayLike | None,
         reset: bool,
     ) -> None:
+        check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
+        given = {"labels": labels, "y": None if self.protect_target is False else y}
         if reset:
-            self._start(X, y, metadata, covariates, classes)
-        features, design, sites, num_rows = self._read(X, metadata, covariates, y=y, training=True)
+            self._start(X, metadata, given, classes)
+        features, design, sites, num_rows = self._read(X, metadata, given, training=True)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
         moments = self._moments(features, design, sites, weights)
         self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
+        counts = np.ones(num_rows, dtype=bool) if weights is None else weights > 0
+        table = metadata if self.metadata_columns is None else self._metadata_part(X)
+        if self._metadata_table is not None:
+            self._metadata_table.count(table, counts)
+        if "labels" in self._protected:
+            self._protected["labels"].count(labels, counts)
 
     def _moments(
         self,
         features: NDArray[Any],
         design: FloatArray,
-        sites: NDArray[Any] | None,
+        sites: SiteCodes | None,
         weights: FloatArray | None = None,
     ) -> SiteMoments:
         k = self._num_metadata
-        return site_moments(features, design[:, :k], design[:, k:], _site_codes(sites), weights)
+        return site_moments(features, design[:, :k], design[:, k:], sites, weights)
 
-    def _start(self, X: Any, y: Any, metadata: Any, covariates: Any, classes: ArrayLike | None) -> None:  # noqa: N803
+    def _start(self, X: Any, metadata: Any, given: dict[str, Any], classes: Any) -> None:  # noqa: N803
         """Fix what the first rows fix: columns, levels, classes."""
         if metadata is not None and self.metadata_columns is not None:
             raise ValueError(
                 "metadata= and metadata_columns= were both given: metadata come from one of them."
             )
         self._model = None
-        self._select(X)
+        num_rows = self._select(X)
         if metadata is None and self.metadata_columns is None:
             warnings.warn(
                 "no metadata: X is returned unchanged. Pass metadata= to fit and transform (in a pipeline: "
@@ -472,26 +502,51 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
                 stacklevel=4,
             )
         table = self._metadata_part(X) if self.metadata_columns is not None else metadata
-        self._metadata_encoder = None if table is None else ColumnEncoder("metadata", self.site).fit(table)
-        if self._metadata_encoder is None and self.site is not None:
-            raise ValueError(f"site={self.site!r} needs metadata with that column.")
-        self._covariate_encoder = None if covariates is None else ColumnEncoder("covariates").fit(covariates)
-        self.metadata_names_ = [] if self._metadata_encoder is None else list(self._metadata_encoder.names_)
+        self._metadata_table = None
+        if table is not None:
+            self._metadata_table = TableDesign(
+                "metadata", self.formula, self.site, missing=self.missing, unseen=self.unseen
+            )
+            self._metadata_table.fit(table, num_rows, declared=self._is_partial)
+        elif self.site is not None or self.formula is not None:
+            name = "site" if self.site is not None else "formula"
+            raise ValueError(f"{name}={getattr(self, name)!r} needs metadata with that column.")
+        self.metadata_names_ = [] if self._metadata_table is None else list(self._metadata_table.names)
         self._num_metadata = len(self.metadata_names_)
-        nothing = self._num_metadata == 0 and self.site is None
-        self._target = (
-            None
-            if y is None or nothing or self.protect_target is False
-            else _Target(y, classes, self.protect_target)
-        )
+        self._protected: dict[str, TableDesign] = {}
+        if given["labels"] is not None:
+            self._protected["labels"] = TableDesign("labels", protected=True)
+            self._protected["labels"].fit(given["labels"], num_rows, declared=self._is_partial)
+        if given["y"] is not None and (self._num_metadata or self.site is not None):
+            self._protect_target(given["y"] if classes is None else classes, classes)
+        self.protected_names_ = [name for table in self._protected.values() for name in table.names]
         if len(self._feature_index) == 0:
             raise ValueError(
                 f"X has n_features={self.n_features_in_}, all of them metadata_columns: no feature is left."
             )
 
-    def _select(self, X: Any) -> None:  # noqa: N803
-        """Record the columns of X and which of them are features."""
-        self._checked(X, reset=True)
+    def _protect_target(self, y: Any, classes: Any) -> None:
+        self._y_is_class = self._is_class(y, classes)
+        table = _target_table(y, self._y_is_class)
+        target = next(iter(table.values()))
+        if self._y_is_class and len(target.levels()) == 1 and not target.missing.any():
+            if self._is_partial:
+                raise ValueError("y has a single class in the first call of partial_fit: pass classes=.")
+            return
+        self._protected["y"] = TableDesign("y", protected=True)
+        self._protected["y"].fit(table, len(target.missing))
+
+    def _is_class(self, y: Any, classes: Any) -> bool:
+        if self.protect_target != "auto":
+            return self.protect_target == "categorical"
+        values = np.asarray(y)
+        # More than one column of integers is an indicator or a multi-output table already.
+        several = values.ndim > 1 and values.shape[1] > 1 and values.dtype.kind in "biuf"
+        return not several and (values.dtype.kind != "f" or classes is not None)
+
+    def _select(self, X: Any) -> int:  # noqa: N803
+        """Record the columns of X and which of them are features; return the number of rows."""
+        num_rows = len(self._checked(X, reset=True)[0])
         chosen = [] if self.metadata_columns is None else list(self.metadata_columns)
         names = list(getattr(self, "feature_names_in_", []))
         index = []
@@ -511,6 +566,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
                 index.append(int(column) % self.n_features_in_)
         self._metadata_index = np.array(index, dtype=np.intp)
         self._feature_index = np.setdiff1d(np.arange(self.n_features_in_), self._metadata_index)
+        return num_rows
 
     def _checked(self, X: Any, *, reset: bool) -> tuple[NDArray[Any], bool]:  # noqa: N803
         """Return the checked features, and whether they are all of X or what is left without metadata."""
@@ -538,70 +594,55 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             columns = [X[name] for name in self._names_of_metadata(X)]
         else:
             columns = list(np.asarray(X)[:, self._metadata_index].T)
-        return _Columns(dict(zip(names, columns, strict=True)))
+        return dict(zip(map(str, names), columns, strict=True))
 
     def _read(
         self,
         X: Any,  # noqa: N803
         metadata: Any,
-        covariates: Any,
+        given: dict[str, Any],
         *,
-        y: Any = None,
         training: bool = False,
-    ) -> tuple[NDArray[Any], FloatArray, NDArray[Any] | None, int]:
+    ) -> tuple[NDArray[Any], FloatArray, SiteCodes | None, int]:
         """Return features, design columns and sites of rows; unknown protected columns at their mean."""
         checked, whole = self._checked(X, reset=False)
         if self.metadata_columns is not None and metadata is not None:
             raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
         table = metadata if self.metadata_columns is None else self._metadata_part(X)
         features = checked[:, self._feature_index] if whole and len(self._metadata_index) else checked
-        design, sites = self._design(table, covariates, len(features), y, training)
+        design, sites = self._design(table, given, len(features), training)
         return features, design, sites, len(features)
 
     def _design(
-        self, table: Any, covariates: Any, num_rows: int, y: Any, training: bool
-    ) -> tuple[FloatArray, NDArray[Any] | None]:
-        if (table is None) != (self._metadata_encoder is None):
-            if table is None:
-                raise ValueError(
-                    "metadata=None, but fit had metadata: pass those of these rows. In a pipeline, "
-                    "set_transform_request(metadata=True) routes them here; with a scorer that passes them "
-                    "to no one (scores by name, and all before scikit-learn 1.8), let them be columns of X "
-                    "(metadata_columns=)."
-                )
+        self, table: Any, given: dict[str, Any], num_rows: int, training: bool
+    ) -> tuple[FloatArray, SiteCodes | None]:
+        if table is None and self._metadata_table is not None:
+            raise ValueError(
+                "metadata=None, but fit had metadata: pass those of these rows. In a pipeline, "
+                "set_transform_request(metadata=True) routes them here; with a scorer that passes them to no "
+                "one (scores by name, and all before scikit-learn 1.8), let them be columns of X "
+                "(metadata_columns=)."
+            )
+        if table is not None and self._metadata_table is None:
             raise ValueError("metadata= was given, but fit had none: nothing is known about their effects.")
-        if covariates is not None and self._covariate_encoder is None:
-            raise ValueError("covariates= was given, but fit had none.")
-        blocks = [np.empty((num_rows, 0))]
-        sites = None
-        if self._metadata_encoder is not None:
-            block, sites = self._metadata_encoder.transform(table, num_rows)
+        if given.get("labels") is not None and "labels" not in self._protected:
+            raise ValueError("labels= was given, but fit had none.")
+        blocks, sites = [np.empty((num_rows, 0))], None
+        if self._metadata_table is not None:
+            block, sites = self._metadata_table.transform(table, num_rows, training=training)
             blocks.append(block)
-        if self._covariate_encoder is not None:
-            if covariates is not None:
-                blocks.append(self._covariate_encoder.transform(covariates, num_rows)[0])
-            elif training or self.scale:
-                raise ValueError(
-                    "covariates=None, but fit had covariates, and they are needed here: pass them."
-                )
-            else:
-                blocks.append(
-                    self._mean_rows(self._num_metadata, len(self._covariate_encoder.names_), num_rows)
-                )
-        if self._target is not None:
-            width = self._target.num_columns
-            if y is not None:
-                blocks.append(self._target.transform(y, num_rows))
-            elif training:
-                raise ValueError("y=None, but the first call of partial_fit had y.")
+        for name, protected in self._protected.items():
+            rows = given.get(name)
+            if rows is not None:
+                rows = _target_table(rows, self._y_is_class) if name == "y" else rows
+                blocks.append(protected.transform(rows, num_rows, training=training)[0])
+            elif training or (self.scale and name == "labels"):
+                raise ValueError(f"{name}=None, but fit had {name}, needed here as well: pass {name}=.")
             else:
                 start = sum(block.shape[1] for block in blocks)
-                blocks.append(self._mean_rows(start, width, num_rows))
+                mean = self._fitted_model().design_mean[start : start + len(protected.names)]
+                blocks.append(np.broadcast_to(mean, (num_rows, len(mean))))
         return np.concatenate(blocks, axis=1), sites
-
-    def _mean_rows(self, start: int, width: int, num_rows: int) -> FloatArray:
-        mean = self._fitted_model().design_mean[start : start + width]
-        return np.broadcast_to(mean, (num_rows, width))
 
     # ----------------------------------------------------------------------------------------------------
     # The model
@@ -617,10 +658,8 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
 
     def _solve(self) -> None:
         names = list(self.metadata_names_)
-        if self._covariate_encoder is not None:
-            names += [f"covariates column {name!r}" for name in self._covariate_encoder.names_]
-        if self._target is not None:
-            names += ["y"] * self._target.num_columns
+        for what, table in self._protected.items():
+            names += [name if what == "y" else f"labels column {name!r}" for name in table.names]
         self._set_model(
             fit_location_scale(
                 self.moments_,
@@ -635,152 +674,125 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
     def _set_model(self, model: LocationScale) -> None:
         self._model = model
         self.coef_ = model.coefficients[: self._num_metadata]
+        self.protected_coef_ = model.coefficients[self._num_metadata :]
         self.metadata_mean_ = model.design_mean[: self._num_metadata]
         self.mean_ = model.mean
         self.sites_ = list(model.sites) if self.site is not None else []
         self.site_location_, self.site_scale_ = model.location, model.scale
 
-    def _site_index(self, sites: NDArray[Any] | None, model: LocationScale) -> NDArray[np.intp]:
+    def _site_index(self, sites: SiteCodes | None, num_rows: int) -> NDArray[np.intp]:
         if sites is None:
-            raise ValueError("site is None: the rows have no site.")
-        position = {site: index for index, site in enumerate(model.sites)}
-        return np.array([position.get(site, -1) for site in sites.tolist()], dtype=np.intp)
-
-    def _apply(self, X: Any, metadata: Any, covariates: Any, *, inverse: bool) -> NDArray[Any]:  # noqa: N803
-        check_is_fitted(self, "moments_")
+            return np.zeros(num_rows, dtype=np.intp)
         model = self._fitted_model()
-        inserted = inverse and len(self._metadata_index) > 0 and not self.keep_metadata
-        if inserted:
-            features, design, sites, table = self._read_dropped(X, metadata, covariates)
+        index, unknown = model.index_of(sites)
+        if unknown and self.unseen == "error":
+            raise ValueError(
+                f"site(s) {unknown[:5]} were not in fit ({[str(s) for s in model.sites][:10]}). Call adapt "
+                "with rows of theirs, or set unseen='mean' to correct them as the average site."
+            )
+        return index
+
+    def _apply(self, X: Any, metadata: Any, labels: Any, *, inverse: bool) -> Any:  # noqa: N803
+        check_is_fitted(self, "moments_")
+        check_same_order(X=X, metadata=metadata, labels=labels)
+        model = self._fitted_model()
+        given = {"labels": labels}
+        dropped: list[Any] | None = None
+        if inverse and len(self._metadata_index) and not self.keep_metadata:
+            features, dropped = self._read_dropped(X, metadata)
+            table = dict(zip(map(str, self.metadata_columns or ()), dropped, strict=True))
+            design, sites = self._design(table, given, len(features), training=False)
         else:
-            features, design, sites, _ = self._read(X, metadata, covariates)
-        if sites is None:
-            index = np.zeros(len(features), dtype=np.intp)
-        else:
-            index = self._site_index(sites, model)
-            if self.unseen_site == "error" and (index < 0).any():
-                unseen = sorted({str(site) for site in sites[index < 0]})
-                raise ValueError(
-                    f"site(s) {unseen[:5]} were not in fit ({[str(s) for s in model.sites][:10]}). Call "
-                    "adapt with rows of theirs, or set unseen_site='mean' to correct them as the average "
-                    "site."
-                )
+            features, design, sites, _ = self._read(X, metadata, given)
+        index = self._site_index(sites, len(features))
         changed = (model.restore if inverse else model.remove)(features, design, index)
         out: NDArray[Any] = changed.astype(features.dtype)
-        if inserted:
-            dtype = out.dtype if table.dtype.kind in "biuf" else np.dtype(object)
-            whole: NDArray[Any] = np.empty((len(out), self.n_features_in_), dtype=dtype)
-            whole[:, self._feature_index], whole[:, self._metadata_index] = out, table
-            return whole
-        if self.keep_metadata and len(self._metadata_index):
-            kept = np.array(X)
-            if kept.dtype.kind != "O":
-                kept = kept.astype(out.dtype)
-            kept[:, self._feature_index] = out
-            return kept
-        return out
+        if dropped is None and self.keep_metadata and len(self._metadata_index):
+            is_frame = hasattr(X, "columns") and hasattr(X, "dtypes")
+            names = self._names_of_metadata(X) if is_frame else self._metadata_index
+            dropped = [X[name] if is_frame else np.asarray(X)[:, name] for name in names]
+        return out if dropped is None else self._together(out, dropped)
 
-    def _read_dropped(
-        self,
-        X: Any,  # noqa: N803
-        metadata: Any,
-        covariates: Any,
-    ) -> tuple[NDArray[Any], FloatArray, NDArray[Any] | None, NDArray[Any]]:
+    def _together(self, features: NDArray[Any], metadata: list[Any]) -> Any:
+        """Return features and metadata in the places of their columns, every column as exact as it was."""
+        columns: list[Any] = [None] * self.n_features_in_
+        for place, column in zip(self._feature_index, features.T, strict=True):
+            columns[place] = column
+        for place, column in zip(self._metadata_index, metadata, strict=True):
+            columns[place] = column
+        kind = _get_output_config("transform", self)["dense"]
+        if kind != "default":
+            import importlib
+
+            names = _check_feature_names_in(self, None)
+            return importlib.import_module(kind).DataFrame(
+                {
+                    name: column.to_numpy() if hasattr(column, "to_numpy") and kind == "polars" else column
+                    for name, column in zip(names, columns, strict=True)
+                }
+            )
+        arrays = [np.asarray(column) for column in columns]
+        dtype = np.result_type(*(array.dtype for array in arrays if array.dtype.kind in "biuf"))
+        exact = all(
+            array.dtype.kind in "biuf" and bool((array.astype(dtype) == array).all()) for array in arrays
+        )
+        whole: NDArray[Any] = np.empty((len(features), len(columns)), dtype if exact else object)
+        for place, array in enumerate(arrays):
+            whole[:, place] = array
+        return whole
+
+    def _read_dropped(self, X: Any, metadata: Any) -> tuple[NDArray[Any], list[Any]]:  # noqa: N803
         """Read what `transform` returned, with the columns that it had left out."""
         features = check_array(X, **_FEATURES)
         if features.shape[1] != len(self._feature_index):
             raise ValueError(
                 f"X has {features.shape[1]} features, but transform returns {len(self._feature_index)}."
             )
-        if metadata is None:
-            raise ValueError(
-                f"metadata=None, but transform left out the columns {list(self.metadata_columns or ())}: "
-                "pass them."
-            )
         names = list(self.metadata_columns or ())
+        if metadata is None:
+            raise ValueError(f"metadata=None, but transform left out the columns {names}: pass them.")
         if hasattr(metadata, "columns"):
-            columns = [metadata[name] for name in self.metadata_columns or ()]
+            columns = [metadata[name] for name in names]
         else:
             array = np.asarray(metadata)
             columns = list((array[:, None] if array.ndim == 1 else array).T)
         if len(columns) != len(names):
             raise ValueError(f"metadata has {len(columns)} column(s), metadata_columns has {len(names)}.")
-        table = _Columns(dict(zip(names, columns, strict=True)))
-        design, sites = self._design(table, covariates, len(features), None, training=False)
-        return features, design, sites, np.column_stack([np.asarray(column) for column in columns])
+        return features, columns
 
 
-_ESTIMATES = ("coef_", "metadata_mean_", "mean_", "sites_", "site_location_", "site_scale_")
+_ESTIMATES = (
+    "coef_",
+    "protected_coef_",
+    "metadata_mean_",
+    "mean_",
+    "sites_",
+    "site_location_",
+    "site_scale_",
+)
 
 _FEATURES: dict[str, Any] = {"dtype": [np.float64, np.float32], "ensure_min_samples": 1}
 
 
-class _Columns(dict[Hashable, Any]):
-    """Columns by name, in the form `named_columns` reads."""
-
-    @property
-    def columns(self) -> list[Hashable]:
-        return list(self)
-
-
-class _Target:
-    """How `y` becomes protected columns."""
-
-    def __init__(self, y: Any, classes: ArrayLike | None, kind: str) -> None:
-        values = np.asarray(y)
-        self._continuous = kind == "continuous" or (
-            kind == "auto" and values.dtype.kind == "f" and classes is None
+def _target_table(y: Any, is_class: bool) -> dict[str, Column]:
+    """Return the columns of a target: "y", or "y0", "y1", … where there are several."""
+    values = np.asarray(y)
+    matrix = values.reshape(len(values), -1)
+    if matrix.shape[1] > 1 and is_class:
+        raise TypeError(
+            f"y has {matrix.shape[1]} columns of dtype {values.dtype}: categories can be protected as one "
+            "column, more of them as labels=."
         )
-        single = values.ndim == 1 or values.shape[1] == 1
-        # More than one column of integers is an indicator or a multi-output table already.
-        self._continuous = self._continuous or (not single and values.dtype.kind in "biuf")
-        self._levels: list[Any] | None = None
-        if self._continuous:
-            self.num_columns = 1 if values.ndim == 1 else values.shape[1]
-        else:
-            if not single:
-                raise TypeError(
-                    f"y has {values.shape[1]} columns of dtype {values.dtype}: categories can be protected "
-                    "as one column, more of them as covariates=."
-                )
-            column = category_values(values.reshape(-1) if classes is None else np.asarray(classes), "y")
-            self._levels = sorted(set(column.tolist()), key=lambda level: (str(type(level)), level))
-            self.num_columns = len(self._levels) - 1
-
-    @property
-    def names(self) -> list[str]:
-        if self._levels is not None:
-            return [f"y[{level}]" for level in self._levels[1:]]
-        return ["y"] if self.num_columns == 1 else [f"y[{index}]" for index in range(self.num_columns)]
-
-    def transform(self, y: Any, num_rows: int) -> FloatArray:
-        values = np.asarray(y)
-        if len(values) != num_rows:
-            raise ValueError(f"y has {len(values)} rows but X has {num_rows}: one row a sample is needed.")
-        if self._levels is None:
-            try:
-                columns = values.astype(np.float64).reshape(num_rows, -1)
-            except (TypeError, ValueError) as error:
-                raise TypeError(
-                    f"y must be numeric to be protected as continuous, got {values.dtype}."
-                ) from error
-            bad = np.flatnonzero(~np.isfinite(columns).all(1))
-            if len(bad):
-                raise ValueError(f"y has NaN or infinite values in row(s) {bad[:5].tolist()}.")
-            if columns.shape[1] != self.num_columns:
-                raise ValueError(f"y has {columns.shape[1]} column(s), before it had {self.num_columns}.")
-            return columns
-        column = category_values(values.reshape(num_rows, -1)[:, 0], "y")
-        position = {level: index for index, level in enumerate(self._levels)}
-        codes = np.array([position.get(value, -1) for value in column.tolist()], dtype=np.intp)
-        if (codes < 0).any():
-            unknown = sorted({str(value) for value in column[codes < 0]})
-            raise ValueError(
-                f"y has class(es) {unknown[:5]} that the first call of partial_fit did not have: pass "
-                "classes= there."
-            )
-        indicators: FloatArray = (codes[:, None] == np.arange(1, len(self._levels))).astype(np.float64)
-        return indicators
+    if not is_class and values.dtype.kind not in "biuf":
+        try:
+            matrix = matrix.astype(np.float64)
+        except (TypeError, ValueError) as error:
+            raise TypeError(
+                f"y must be numeric to be protected as continuous, got {values.dtype}."
+            ) from error
+    names = ["y"] if matrix.shape[1] == 1 else [f"y{index}" for index in range(matrix.shape[1])]
+    columns = {name: read_column(name, values) for name, values in zip(names, matrix.T, strict=True)}
+    return {name: column.as_category() for name, column in columns.items()} if is_class else columns
 
 
 def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
@@ -788,13 +800,3 @@ def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
     if weights.shape != (num_rows,):
         raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(num_rows,)}!")
     return weights
-
-
-def _site_codes(sites: NDArray[Any] | None) -> SiteCodes | None:
-    """Return the index of each row's site, sites sorted."""
-    if sites is None:
-        return None
-    values = sites.tolist()
-    levels = sorted(set(values), key=lambda site: (str(type(site)), site))
-    position = {site: index for index, site in enumerate(levels)}
-    return SiteCodes(np.array([position[site] for site in values], dtype=np.intp), levels)

@@ -42,11 +42,9 @@ from mdnorm.tables.model import (
     DesignColumns,
     MetadataModel,
     Specification,
-    as_arrow,
     check_model_path,
     design_columns,
     fitted_model,
-    for_design,
     needed_variables,
     row_weights,
 )
@@ -132,9 +130,11 @@ class _Rows:
 
     def metadata(self, columns: Sequence[str], batch_rows: int) -> Iterator[tuple[int, pyarrow.Table]]:
         """Yield metadata alone, with the index of the first row."""
+        import pyarrow
+
         start = 0
         for batch in prefetched(self.table.typed_batches(columns, batch_rows)):
-            yield start, as_arrow(batch, columns)
+            yield start, pyarrow.Table.from_batches([batch]).select(list(columns))
             start += batch.num_rows
         if self._separate is not None and self.features.num_rows is not None:
             self._check_lengths(self.features.num_rows, start)
@@ -143,10 +143,12 @@ class _Rows:
         self, columns: Sequence[str], batch_rows: int, *, whole: bool = False
     ) -> Iterator[tuple[Block, pyarrow.Table]]:
         """Yield features and metadata; `whole`: with all columns of the features' table."""
+        import pyarrow
+
         if self._separate is None:
             for block in prefetched(self.features.blocks(batch_rows, None if whole else columns)):
                 assert block.batch is not None
-                yield block, as_arrow(self.table.typed(block.batch, columns), columns)
+                yield block, pyarrow.Table.from_batches([self.table.typed(block.batch, columns)])
             return
         key = [] if self.key is None else [self.key]
         wanted = list(dict.fromkeys([*columns, *key]))
@@ -600,11 +602,11 @@ def _fit(
             progress("metadata", start + table.num_rows, rows.table.num_rows)
         if sample.num_rows == 0:
             raise TableFileError(no_rows)
-        design.fit(for_design(sample.rows()))
+        design.fit(sample.rows())
         if everything is not sample:
             # Now, not after an hour: a level or a gap that only other rows have.
             try:
-                design.transform(for_design(everything.witnesses()), labels=False)
+                design.transform(everything.witnesses(), labels=False)
             except (TypeError, ValueError) as error:
                 raise TableFileError(
                     f"{rows.table.path} has rows beside those of fit_rows={fit_rows!r} (weights={weights!r}) "

@@ -1,0 +1,230 @@
+"""One table of a caller, metadata or labels, to the columns of a regression and the sites of its rows."""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdnorm.design import Design
+from mdnorm.design.reader import Column, read_table, shown, shown_rows
+from mdnorm.tables.combat import SiteCodes
+
+__all__ = ["TableDesign", "site_codes"]
+
+FloatArray = NDArray[np.float64]
+
+
+class TableDesign:
+    """Turns the tables that one argument gets into design columns and sites, always alike.
+
+    Parameters
+    ----------
+    what : str
+        The argument that the tables come from, for messages.
+    formula : str or sequence of str, optional
+        As for `mdnorm.Design`. None: every column of the table but the site.
+    site : str or int, optional
+        Name (or position) of the column that names the site of each row.
+    missing, unseen : str
+        As for `mdnorm.Design`.
+    protected : bool
+        Whether the columns stay in the features: then a missing value is always an error.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        formula: str | Sequence[str] | None = None,
+        site: str | int | None = None,
+        missing: str = "error",
+        unseen: str = "error",
+        protected: bool = False,
+    ) -> None:
+        self.what, self.site, self._is_protected = what, site, protected
+        self._formula, self._missing, self._unseen = formula, missing, unseen
+        self.design: Design | None = None
+        self._columns: list[str] = []
+        # Rows of each level, where levels were declared that the first rows need not have.
+        self._counts: dict[str, dict[Any, int]] = {}
+
+    def fit(self, table: Any, num_rows: int, *, declared: bool = False) -> None:
+        """Learn columns, levels and means.
+
+        Parameters
+        ----------
+        table : (n,) or (n, K) array, DataFrame or mapping
+        num_rows : int
+            The n that is expected.
+        declared : bool
+            Whether the levels that a categorical type declares get columns, although no row has them yet.
+
+        Raises
+        ------
+        TypeError, ValueError
+            As for `mdnorm.Design`; the site is no column of the table; another number of rows.
+        """
+        columns = self._read(table, num_rows)
+        self._columns = list(columns)
+        self.site = self._site_name()
+        if declared:
+            columns = {name: column.with_declared() for name, column in columns.items()}
+        formula = self._formula
+        if formula is None:
+            formula = [name for name in columns if name != self.site]
+            if not any(_has_columns(columns[name]) for name in formula):
+                return
+        design = Design(formula, missing=self._missing, unseen=self._unseen, standardize=False)
+        if self.site in design.variables():
+            raise ValueError(f"{self.site!r} is the site and in formula as well: take it out of one of them.")
+        if num_rows == 1:  # A design is fitted to two rows at least.
+            columns = {name: column.rows(np.zeros(2, np.intp)) for name, column in columns.items()}
+        self.design = design.fit(columns)
+        if declared:
+            self._counts = {name: {} for name in design.variables() if columns[name].declared}
+
+    def _site_name(self) -> str | None:
+        if self.site is None or str(self.site) in self._columns:
+            return self.site_name
+        if isinstance(self.site, int) and 0 <= self.site < len(self._columns):
+            return self._columns[self.site]
+        raise ValueError(f"site={self.site!r} is not a column of {self.what}; it has {self._columns}.")
+
+    @property
+    def site_name(self) -> str | None:
+        """Name of the column of the site."""
+        return None if self.site is None else str(self.site)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the design columns."""
+        return () if self.design is None else self.design.metadata_names
+
+    @property
+    def terms(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the design columns of each term."""
+        return {} if self.design is None else self.design.terms
+
+    def count(self, table: Any, where: NDArray[np.bool_]) -> None:
+        """Note which levels some rows of a table have, of the columns whose type declares them."""
+        columns = self._read(table, len(where)) if self._counts else {}
+        for name, counts in self._counts.items():
+            levels = columns[name].levels()
+            codes = columns[name].codes(levels)[where]
+            found = np.bincount(codes[codes >= 0], minlength=len(levels))
+            for level, number in zip(levels, found.tolist(), strict=True):
+                counts[level] = counts.get(level, 0) + number
+
+    def transform(
+        self, table: Any, num_rows: int, *, training: bool = False
+    ) -> tuple[FloatArray, SiteCodes | None]:
+        """Return the design columns (n, K), float64, and the sites where a column is the site.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Another number of rows than `num_rows`, columns of `fit` that are not there, values that the
+            design cannot use (see `mdnorm.Design`), a missing site.
+        """
+        columns = self._read(table, num_rows)
+        variables = [] if self.design is None else self.design.variables()
+        needed = [*variables, *([] if self.site is None else [self.site])]
+        unnamed = all(name.startswith("m") and name[1:].isdigit() for name in columns)
+        if any(name not in columns for name in needed) or (unnamed and list(columns) != self._columns):
+            raise ValueError(
+                f"{self.what} has the columns {list(columns)}, but {self._columns} were there in fit."
+            )
+        sites = None if self.site is None else site_codes(columns[str(self.site)])
+        if self.design is None:
+            return np.empty((num_rows, 0)), sites
+        if self._is_protected:
+            self._check_levels(columns)
+        used = {name: columns[name] for name in variables}
+        if not training:
+            for name, counts in self._counts.items():
+                used[name] = _without(used[name], counts)
+        return self.design.transform_columns(used, labels=False)[0], sites
+
+    def _check_levels(self, columns: Mapping[str, Column]) -> None:
+        for name, levels in ({} if self.design is None else self.design.levels).items():
+            column = columns[name.strip("`")]
+            unseen = column.codes(levels) == -2
+            if unseen.any():
+                later = "classes=" if self.what == "y" else "a categorical dtype with all levels"
+                values, where = shown(map(repr, column.examples(unseen))), shown_rows(unseen)
+                raise ValueError(
+                    f"{self.what} column {column.name!r} has level(s) {values} in {where}, which were "
+                    f"not there in fit ({shown(map(repr, levels), 10)}): drop these rows; the first "
+                    f"call of partial_fit learns of later levels by {later}."
+                )
+
+    def _read(self, table: Any, num_rows: int) -> dict[str, Column]:
+        columns = read_table(table, self.what)
+        for column in columns.values():
+            if self._is_protected and column.missing.any():
+                raise ValueError(
+                    f"{self.what} column {column.name!r} is missing in {shown_rows(column.missing)}: drop "
+                    "these rows."
+                )
+            if len(column.missing) != num_rows:
+                raise ValueError(
+                    f"{self.what} has {len(column.missing)} rows but X has {num_rows}: one row a sample is "
+                    "needed."
+                )
+        return columns
+
+
+def _has_columns(column: Column) -> bool:
+    return not column.categorical or len(column.levels()) > 1 or bool(column.missing.any())
+
+
+class _NoTrainingRow:
+    """Stands for a level that no training row has, so that no design knows it."""
+
+    def __init__(self, level: Any) -> None:
+        self._level = level
+
+    def __repr__(self) -> str:
+        return repr(self._level)
+
+
+def _without(column: Column, counts: Mapping[Any, int]) -> Column:
+    """Return a column in which a level that no row of the fit had is not known."""
+    distinct = [value if counts.get(value) else _NoTrainingRow(value) for value in column.distinct or ()]
+    return replace(column, distinct=tuple(distinct))
+
+
+def site_codes(column: Column) -> SiteCodes:
+    """Return the sites that a column names: texts, numbers and booleans as they are, dates as ISO texts.
+
+    Raises
+    ------
+    ValueError
+        A site is missing.
+    """
+    if column.missing.any():
+        raise ValueError(
+            f"column {column.name!r}, the site, is missing in {shown_rows(column.missing)}: drop or fill "
+            "these rows."
+        )
+    levels = sorted(column.levels(), key=lambda level: (str(type(level)), level))
+    codes = column.codes(levels).astype(np.intp)
+    used = np.bincount(codes, minlength=len(levels)) > 0
+    if not used.all():
+        codes, levels = (
+            (np.cumsum(used) - 1)[codes],
+            [level for level, is_used in zip(levels, used, strict=True) if is_used],
+        )
+    if column.kind == "date":
+        start = datetime.date(1970, 1, 1)
+        levels = [
+            (start + datetime.timedelta(days=int(days))).isoformat()
+            if float(days).is_integer()
+            else (datetime.datetime(1970, 1, 1) + datetime.timedelta(days=days)).isoformat()
+            for days in levels
+        ]
+    return SiteCodes(codes, list(levels))
