@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -81,6 +81,8 @@ class Moments:
     gram: Tensor
     cross: Tensor
     squares: Tensor
+    # Names of the columns of "features" and "design" where `update` got tables that have them; not saved.
+    _names: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @classmethod
     def empty(
@@ -126,8 +128,16 @@ class Moments:
         Raises
         ------
         ValueError
-            Shapes that do not fit, NaN or infinite values, negative weights, values whose squares overflow.
+            Shapes that do not fit, NaN or infinite values, negative weights, values whose squares overflow,
+            a DataFrame with other columns, or in another order, than one before.
         """
+        names = self._checked_names(
+            {
+                what: tuple(table.columns)
+                for what, table in (("features", features), ("design", design))
+                if hasattr(table, "columns")
+            }
+        )
         values, columns = _table(features, "features", self.cross), _table(design, "design", self.gram[1:])
         if len(values) != len(columns):
             raise ValueError(
@@ -139,7 +149,18 @@ class Moments:
             values, columns, weight = values[used], columns[used], weight[used]
         if len(values):
             vars(self).update(vars(self.merge(self._of(values, columns.to(self.gram), weight))))
+        vars(self).update({"_names": names} if names else {})
         return self
+
+    def _checked_names(self, names: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        for what, columns in names.items():
+            known = self._names.get(what, columns)
+            if known != columns:
+                raise ValueError(
+                    f"{what} has the columns {list(columns[:10])}, before it had {list(known[:10])}: give "
+                    "the same ones in the same order."
+                )
+        return {**self._names, **names}
 
     def _of(self, values: Tensor, columns: Tensor, weight: Tensor | None) -> Moments:
         """Return the moments of rows, at least one, of positive weight."""
@@ -188,7 +209,7 @@ class Moments:
         Raises
         ------
         ValueError
-            The numbers of columns differ.
+            The numbers of columns, or their names, differ.
         """
         mine, theirs = ((part.num_metadata, *part.cross.shape) for part in (self, other))
         if mine != theirs:
@@ -196,13 +217,16 @@ class Moments:
                 "only moments of the same columns can be merged: (metadata columns, design columns with "
                 f"intercept, features) are {mine} and {theirs}."
             )
+        names = self._checked_names(other._names)
         if self.weight == 0 or other.weight == 0:
-            return replace(self if other.weight == 0 else other)
+            total = replace(self if other.weight == 0 else other)
+            vars(total).update({"_names": names} if names else {})
+            return total
         share = other.weight / (self.weight + other.weight)
         step, feature_step = (other.mean - self.mean).sum(0), (other.feature_mean - self.feature_mean).sum(0)
         # What both sums have about the joint mean beyond those about their own.
         between = self.weight * share
-        return Moments(
+        total = Moments(
             self.num_metadata,
             self.weight + other.weight,
             self.num_rows + other.num_rows,
@@ -212,6 +236,8 @@ class Moments:
             (self.cross + other.cross).addr_(step, feature_step, alpha=between),
             (self.squares + other.squares).addcmul_(feature_step, feature_step, value=between),
         )
+        vars(total).update({"_names": names} if names else {})
+        return total
 
     def to(self, device: torch.device | str) -> Moments:
         """Return the same moments on another device."""

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
-from mdnorm.design.reader import check_same_order, read_columns
+from mdnorm.design.reader import check_same_order, column_names, read_columns
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
@@ -141,8 +141,7 @@ class MetadataModel:
         Parameters
         ----------
         features : (n, D) array or DataFrame
-            An array has its columns in the order of `feature_names`. Those of a DataFrame are chosen by name,
-            and may be among others, in any order.
+            An array has its columns in the order of `feature_names`; a DataFrame may have them in any order.
         table : pyarrow.Table, DataFrame or mapping
             Metadata of the same rows.
         overwrite : bool
@@ -151,7 +150,7 @@ class MetadataModel:
         Returns
         -------
         (n, D) array
-            Columns in the order of `feature_names`; float32 where `features` is such an array, else float64.
+            Columns in the order of `features`; float32 where all of it is, otherwise float64.
 
         Raises
         ------
@@ -161,8 +160,7 @@ class MetadataModel:
         """
         check_same_order(features=features, table=table)
         if hasattr(features, "columns"):
-            own, _ = read_columns(features, self.feature_names)
-            features, overwrite = np.stack([column.as_float() for column in own.values()], axis=1), True
+            return self._remove_named(features, table)
         features = np.asarray(features)
         if features.ndim != 2 or features.shape[1] != len(self.feature_names):
             raise ValueError(
@@ -177,6 +175,18 @@ class MetadataModel:
                 "needed."
             )
         return self.remove_columns(features, columns, overwrite=overwrite)
+
+    def _remove_named(self, frame: Any, table: Any) -> NDArray[Any]:
+        """Do what `remove` does to a DataFrame, whatever the order of its columns."""
+        order = column_names(frame)
+        if sorted(order) != sorted(self.feature_names):
+            raise ValueError(
+                f"features has the columns {order[:10]}, the model is of {list(self.feature_names[:10])}: "
+                "give these, in any order."
+            )
+        values = np.column_stack([np.asarray(frame[name]) for name in self.feature_names])
+        changed = self.remove(values, table)
+        return changed[:, [self.feature_names.index(name) for name in order]]
 
     def columns(self, table: Any) -> DesignColumns:
         """Return the columns of the design for `remove_columns`."""
