@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mdnorm.commands.common import BAD_INPUT, INTERRUPTED, errors, fail, make_folder
+from mdnorm.design.reader import shown
 from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def residualize(
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help='Features: names and patterns, such as "volume,voxel_*". [default: all numbers]'),
+        typer.Option(help='Features: names and patterns, such as "volume,voxel_*". [default: all measures]'),
     ] = None,
     site: Annotated[str | None, typer.Option(help="Metadata column with the site, batch or scanner.")] = None,
     scale: Annotated[bool, typer.Option("--scale", help="Sites differ in scale, too (ComBat).")] = False,
@@ -51,11 +52,21 @@ def residualize(
     ] = False,
     ridge: Annotated[float, typer.Option(min=0, help="Penalty on the effects of metadata.")] = 0.0,
     missing: Annotated[
-        str, typer.Option(help="A missing value of the metadata: error, mean or indicator.")
-    ] = "error",
+        str | None,
+        typer.Option(help="A missing value of the metadata: error, mean or indicator. [default: error]"),
+    ] = None,
     unseen: Annotated[
-        str, typer.Option(help="A level or site that no row of the fit has: error or mean.")
+        str | None,
+        typer.Option(help="A level or site that no row of the fit has: error or mean. [default: error]"),
+    ] = None,
+    missing_features: Annotated[
+        str, typer.Option(help="A missing value of a feature: error, or skip its row in the fit.")
     ] = "error",
+    missing_values: Annotated[
+        list[str] | None,
+        typer.Option(help='Text that stands for a missing value, such as "?"; may be repeated.'),
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="Metadata column with the weights of the rows.")] = None,
     fit_rows: Annotated[
         str | None,
         typer.Option(help="Rows to fit to: a column of booleans, or a share such as 0.1. [default: all]"),
@@ -96,6 +107,9 @@ def residualize(
                 ridge=ridge,
                 missing=missing,
                 unseen=unseen,
+                missing_features=missing_features,
+                missing_values=missing_values or [],
+                weights=weights,
                 fit_rows=_share_or_column(fit_rows),
                 model=None if apply is None else MetadataModel.load(apply),
                 coefficients=coefficients,
@@ -143,13 +157,13 @@ def _print_summary(summary: ResidualizeSummary, out: Path) -> None:
     for text in summary.warnings:
         errors.print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
     removed = [*summary.metadata_names, *(["site"] if summary.sites else [])]
+    fitted = f"fitted to {summary.num_rows_fitted} rows" if summary.num_rows_fitted else "not fitted here"
+    protected = f", {', '.join(summary.label_names)} protected" if summary.label_names else ""
     typer.echo(
-        f"{out}: {summary.num_rows} rows, {summary.num_features} feature(s) without "
-        f"{', '.join(removed)}"
-        + (f", {', '.join(summary.label_names)} protected" if summary.label_names else "")
-        + (
-            f"; fitted to {summary.num_rows_fitted} rows."
-            if summary.num_rows_fitted
-            else "; not fitted here."
-        )
+        f"{out}: {summary.num_rows} rows, {summary.num_features} feature(s) without {', '.join(removed)}"
+        f"{protected}; {fitted}."
     )
+    typer.echo(f"features: {shown(summary.feature_names, 20)}")
+    if summary.left_alone:
+        reasons = [f"{name or '(no name)'} ({reason})" for name, reason in summary.left_alone.items()]
+        typer.echo(f"left as they are: {shown(reasons, 20)}")

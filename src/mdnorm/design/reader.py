@@ -324,6 +324,10 @@ def _is_series(values: Any) -> bool:
 def _frame(table: Any, names: Sequence[str] | None) -> Any:
     with requires("design"):
         import narwhals.stable.v1 as nw
+    if type(table).__name__ == "RecordBatch":  # narwhals knows the tables of pyarrow only
+        import pyarrow
+
+        table = pyarrow.Table.from_batches([table])
     try:
         return nw.from_native(_with_names_once(table, names), eager_only=True)
     except TypeError as error:

@@ -5,10 +5,11 @@ All parts of it work on blocks of rows, so that files and clusters use the same 
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +19,11 @@ from numpy.typing import NDArray
 
 from mdnorm.design import Design
 from mdnorm.design.reader import check_same_order, column_names, read_columns
+from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
 from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale
-from mdnorm.tables.files import TableFileError
 from mdnorm.tables.summary import Summary, Variable, summarise
 from mdnorm.tables.table_design import site_codes
 
@@ -134,6 +135,27 @@ class MetadataModel:
     def variables(self) -> list[str]:
         """Columns of the table that `remove` needs."""
         return needed_variables(self.design, self.removes_design, self.site, self.needs_labels)
+
+    def with_rules(self, missing: str | None = None, unseen: str | None = None) -> MetadataModel:
+        """Return the model with other rules for missing metadata and for levels and sites that it never saw.
+
+        Parameters
+        ----------
+        missing, unseen : {"error", "mean"}, optional
+            As for `mdnorm.Design`; None: as it was.
+
+        Raises
+        ------
+        ValueError
+            Another rule: an indicator of missing values is fitted, not applied.
+        """
+        for name, rule in (("missing", missing), ("unseen", unseen)):
+            if rule not in (None, "error", "mean"):
+                raise ValueError(f"{name} must be 'error' or 'mean' for a fitted model, got {rule!r}.")
+        design = copy.copy(self.design)
+        if design is not None:
+            design.missing, design.unseen = missing or design.missing, unseen or design.unseen
+        return replace(self, design=design, unseen=unseen or self.unseen)
 
     def remove(self, features: Any, table: Any, *, overwrite: bool = False) -> NDArray[Any]:
         """Return features without the effects of metadata and site.

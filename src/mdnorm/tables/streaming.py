@@ -23,21 +23,14 @@ import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import ConfoundedDesignWarning
+from mdnorm.design.files import check_metadata, open_table
+from mdnorm.design.reader import read_columns, shown
+from mdnorm.design.roles import stand_in_warning
+from mdnorm.design.table_file import TableFile, TableFileError, check_columns
 from mdnorm.files import atomic_path
 from mdnorm.tables.combat import SiteCodes, SiteMoments, add_moments, site_moments
 from mdnorm.tables.design_sample import DesignSample
-from mdnorm.tables.files import (
-    Block,
-    FeatureFile,
-    FeatureTable,
-    TableFile,
-    TableFileError,
-    check_columns,
-    check_metadata,
-    open_features,
-    open_table,
-    prefetched,
-)
+from mdnorm.tables.files import Block, FeatureFile, FeatureTable, open_features, prefetched
 from mdnorm.tables.model import (
     DesignColumns,
     MetadataModel,
@@ -72,8 +65,12 @@ class ResidualizeSummary:
     feature_names, metadata_names, label_names : tuple of str
         Features; columns of the design that are removed, and that are protected.
     sites : tuple of str
+    left_alone : dict
+        Columns that are neither features nor metadata and stayed as they are, with the reason; where
+        `features` named the features, no reasons are given and it is empty.
     warnings : tuple of str
-        Such as a design in which labels and metadata can hardly be told apart.
+        Such as a design in which labels and metadata can hardly be told apart, or numbers that seem to stand
+        for missing values.
     """
 
     num_rows: int
@@ -83,6 +80,7 @@ class ResidualizeSummary:
     metadata_names: tuple[str, ...]
     label_names: tuple[str, ...]
     sites: tuple[str, ...]
+    left_alone: dict[str, str]
     warnings: tuple[str, ...]
 
     def to_dict(self) -> dict[str, Any]:
@@ -326,8 +324,10 @@ def residualize_file(
     scale: bool = False,
     empirical_bayes: bool = False,
     ridge: float = 0.0,
-    missing: str = "error",
-    unseen: str = "error",
+    missing: str | None = None,
+    unseen: str | None = None,
+    missing_features: str = "error",
+    missing_values: Sequence[str] = (),
     fit_rows: str | float | None = None,
     weights: str | None = None,
     model: MetadataModel | None = None,
@@ -360,11 +360,18 @@ def residualize_file(
     key : str, optional
         Column of both tables that must have the same values in the same order.
     features : str or sequence of str, optional
-        Features by name or pattern (``"voxel_*"``). None: the numeric columns that are not used otherwise.
+        Features by name or pattern (``"voxel_*"``). None: the numbers that are not used otherwise, but the
+        index of a DataFrame, identifiers (whole numbers that nearly all differ) and codes (few different
+        whole numbers); the summary has what was left alone, and why.
     scale, empirical_bayes, ridge
         As for `mdnorm.tables.fit_location_scale`.
-    missing, unseen : str
-        As for `mdnorm.Design`; `unseen` holds for sites as well.
+    missing, unseen : str, optional
+        As for `mdnorm.Design`; `unseen` holds for sites as well. None: "error", or the rules of `model`.
+    missing_features : {"error", "skip"}
+        What a missing value of a feature does. "error" names the columns. "skip": its row is left out of the
+        fit, it stays missing, and the other features of the row are corrected.
+    missing_values : sequence of str
+        Further texts that stand for a missing value, such as ``"?"`` or ``"."``.
     fit_rows : str or float, optional
         Rows that coefficients are estimated from: a column of booleans (or 0 and 1), or a share between 0 and
         1 of all rows, chosen at random. None: all.
@@ -421,8 +428,6 @@ def residualize_file(
         "scale": scale,
         "empirical_bayes": empirical_bayes,
         "ridge": ridge != 0,
-        "missing": missing != "error",
-        "unseen": unseen != "error",
         "fit_rows": fit_rows is not None,
         "weights": weights is not None,
         "features": features is not None,
@@ -432,24 +437,34 @@ def residualize_file(
         given = [name for name, is_given in fits.items() if is_given]
         if given:
             raise ValueError(f"{', '.join(given)}: not with coefficients that were fitted before.")
-        specification = None
+        model, specification = model.with_rules(missing, unseen), None
         reserved = model.variables
         features = model.feature_names
     else:
         specification = Specification(
-            formula, tuple(labels), site, scale, empirical_bayes, ridge, missing, unseen, weights
+            formula,
+            tuple(labels),
+            site,
+            scale,
+            empirical_bayes,
+            ridge,
+            missing or "error",
+            unseen or "error",
+            weights,
         )
         reserved = needed_variables(specification.design(), True, site, with_labels=True)
         reserved += [name for name in (fit_rows, weights) if isinstance(name, str)]
     _check_out(source, out, metadata)
     if coefficients is not None:
         check_model_path(Path(coefficients))
-    table = None if metadata is None else open_table(Path(metadata))
+    if missing_features not in ("error", "skip"):
+        raise ValueError(f"missing_features must be 'error' or 'skip', got {missing_features!r}.")
+    table = None if metadata is None else open_table(Path(metadata), missing_values)
     taken = reserved if table is None else []
     if key is not None:
         taken = [*taken, key]
     named = None if source.suffix.lower() == ".npy" and model is not None else features
-    file: FeatureFile = open_features(source, named, taken)
+    file: FeatureFile = open_features(source, named, taken, missing_values)
     if model is not None and (
         len(file.feature_names) != len(model.feature_names)
         if named is None
@@ -462,6 +477,11 @@ def residualize_file(
         )
     rows = _Rows(file, table, key)
     check_metadata(rows.table, reserved)
+    design = specification.design() if specification is not None else model.design if model else None
+    rows.table.categories |= set() if design is None else design.declared_categories()
+    rows.table.categories |= {
+        name for name in (site, key, None if model is None else model.site) if name is not None
+    }
     if batch_rows is None:
         batch_rows = min(max(_BLOCK_VALUES // len(file.feature_names), 256), 2**18)
     elif batch_rows < 1:
@@ -469,7 +489,16 @@ def residualize_file(
 
     with _one_thread(), _cleaned_up_at_termination():
         return _residualize(
-            rows, specification, model, fit_rows, out, coefficients, batch_rows, seed, progress
+            rows,
+            specification,
+            model,
+            fit_rows,
+            missing_features == "skip",
+            out,
+            coefficients,
+            batch_rows,
+            seed,
+            progress,
         )
 
 
@@ -515,13 +544,15 @@ def _residualize(
     specification: Specification | None,
     model: MetadataModel | None,
     fit_rows: str | float | None,
+    skips_missing: bool,
     out: Path,
     coefficients: str | Path | None,
     batch_rows: int,
     seed: int,
     progress: Progress,
 ) -> ResidualizeSummary:
-    num_fitted, notes = 0, []
+    num_fitted = 0
+    notes: list[str] = []
     with ExitStack() as stack:
         kept: _KeptDesign | None = None
         if specification is not None:
@@ -529,14 +560,13 @@ def _residualize(
             if fit_rows is None and specification.weights is None:
                 kept = _KeptDesign(out.parent, rows.features, specification.scale)
                 stack.callback(kept.close)
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always", ConfoundedDesignWarning)
-                model, num_fitted = _fit(rows, specification, fit_rows, kept, batch_rows, seed, progress)
-            notes = [str(entry.message) for entry in caught if entry.category is ConfoundedDesignWarning]
+            model, num_fitted, notes = _fit(
+                rows, specification, fit_rows, skips_missing, kept, batch_rows, seed, progress
+            )
             if coefficients is not None:
                 model.save(Path(coefficients))
         assert model is not None
-        num_rows = _write(rows, model, kept, out, batch_rows, progress)
+        num_rows = _write(rows, model, skips_missing, kept, out, batch_rows, progress)
     design = model.design
     removed = () if design is None or not model.removes_design else design.metadata_names
     protected: tuple[str, ...] = ()
@@ -550,7 +580,8 @@ def _residualize(
         metadata_names=removed,
         label_names=protected,
         sites=() if model.site is None else tuple(map(str, model.location_scale.sites)),
-        warnings=tuple(notes),
+        left_alone=dict(rows.features.left_alone),
+        warnings=(*rows.features.warnings(), *notes),
     )
 
 
@@ -574,11 +605,13 @@ def _fit(
     rows: _Rows,
     specification: Specification,
     fit_rows: str | float | None,
+    skips_missing: bool,
     kept: _KeptDesign | None,
     batch_rows: int,
     seed: int,
     progress: Progress,
-) -> tuple[MetadataModel, int]:
+) -> tuple[MetadataModel, int, list[str]]:
+    notes: list[str] = []
     design = specification.design()
     weights = specification.weights
     chosen = [name for name in (fit_rows, weights) if isinstance(name, str)]
@@ -602,7 +635,12 @@ def _fit(
             progress("metadata", start + table.num_rows, rows.table.num_rows)
         if sample.num_rows == 0:
             raise TableFileError(no_rows)
-        design.fit(sample.rows())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", ConfoundedDesignWarning)
+            design.fit(sample.rows())
+        notes += [str(entry.message) for entry in caught if entry.category is ConfoundedDesignWarning]
+        columns_found = read_columns(sample.rows(), variables)[0].values()
+        notes += [note for note in map(stand_in_warning, columns_found) if note is not None]
         if everything is not sample:
             # Now, not after an hour: a level or a gap that only other rows have.
             try:
@@ -626,18 +664,37 @@ def _fit(
                 columns = design_columns(design, removes, specification.site, table, with_labels=True)
             if kept is not None:
                 kept.add(columns)
-            yield block, features, columns, row_weights(table, weights)
+            weight = row_weights(table, weights)
+            if skips_missing:
+                complete = ~np.isnan(features).any(1)
+                features, weight = features[complete], None if weight is None else weight[complete]
+                columns = _some_rows(columns, complete)
+            yield block, features, columns, weight
 
     # One thread reads, one makes the design, this one sums.
     for block, features, (metadata, labels, sites), weight in prefetched(designed()):
         assert labels is not None
         with _at_rows(rows.features.path, block.start, len(block.features)):
-            moments = add_moments(moments, site_moments(features, metadata, labels, sites, weight))
+            try:
+                part = site_moments(features, metadata, labels, sites, weight) if len(features) else {}
+            except ValueError:
+                _check_finite(features, rows.features.feature_names)  # Knows the names of the columns.
+                raise
+            moments = add_moments(moments, part)
         progress("fit", block.start + len(block.features), rows.features.num_rows)
     num_fitted = sum(part.num_rows for part in moments.values())
     if num_fitted == 0:
         raise TableFileError(no_rows)
-    return fitted_model(specification, design, moments, rows.features.feature_names), num_fitted
+    return fitted_model(specification, design, moments, rows.features.feature_names), num_fitted, notes
+
+
+def _some_rows(columns: DesignColumns, where: NDArray[np.bool_]) -> DesignColumns:
+    metadata, labels, sites = columns
+    return (
+        metadata[where],
+        None if labels is None else labels[where],
+        None if sites is None else SiteCodes(sites.codes[where], sites.levels),
+    )
 
 
 class _RowChooser:
@@ -681,6 +738,7 @@ def _check_complete(table: pyarrow.Table) -> None:
 def _write(
     rows: _Rows,
     model: MetadataModel,
+    skips_missing: bool,
     kept: _KeptDesign | None,
     out: Path,
     batch_rows: int,
@@ -705,7 +763,7 @@ def _write(
             for block, columns in prefetched(designed()):
                 with _at_rows(rows.features.path, block.start, len(block.features)):
                     residuals = model.remove_columns(block.features, columns, overwrite=True)
-                    _check_finite(residuals, rows.features.feature_names)
+                    _check_finite(residuals, rows.features.feature_names, skips_missing)
                 writer.write(block, residuals)
                 num_rows = block.start + len(block.features)
                 progress("write", num_rows, rows.features.num_rows)
@@ -717,14 +775,19 @@ def _write(
     return num_rows
 
 
-def _check_finite(values: NDArray[Any], names: Sequence[str]) -> None:
+def _check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:
     # Also finds what fit did not see: rows it was not given, and coefficients that came from elsewhere.
     if np.isfinite(values.sum()):
         return
-    bad = ~np.isfinite(values)
+    bad = np.isinf(values) if skips_missing else ~np.isfinite(values)
     if not bad.any():
         return
-    row, column = (int(index[0]) for index in np.nonzero(bad))
+    columns = [names[int(column)] for column in np.flatnonzero(bad.any(0))]
+    where = f"row(s) {shown(np.flatnonzero(bad.any(1)))}"
+    advice = (
+        ", or leave missing values missing with missing_features='skip'" if np.isnan(values).any() else ""
+    )
     raise ValueError(
-        f"feature {names[column]!r} is missing, infinite or too large in row {row}: drop or impute such rows."
+        f"feature(s) {shown(map(repr, columns))} ({len(columns)} of {len(names)}) are missing, infinite or "
+        f"too large in {where}: drop or impute such rows{advice}."
     )

@@ -1,0 +1,319 @@
+"""Tables of text: CSV and TSV, and what stands in their cells."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mdnorm.design.reader import Column, read_columns
+from mdnorm.design.table_file import TableFileError, check_columns, is_number_type, reading, without_missing
+from mdnorm.extras import requires
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["CsvFile", "csv_delimiter"]
+
+# Rows of usual tables are much shorter; reading is fastest with blocks of some megabytes.
+_CSV_BLOCK_BYTES = 2**22
+
+_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
+# "01" is the name of something: as a number it would be the same as "1".
+_ZERO_FIRST = r"^\s*[-+]?0\d+\s*$"
+_DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
+_WHOLE = r"^\s*[-+]?\d+\s*$"
+
+# A column of text with more different numbers than this is one of numbers, whatever else is in it.
+_FEW_NUMBERS = 10
+
+
+def csv_delimiter(path: Path) -> str:
+    """Return what separates the columns of a text table: a tab in ``.tsv``, else as its header tells."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    with path.open(encoding="utf-8-sig", errors="replace") as file:
+        header = file.readline()
+    # A comma in the header may also be part of a quoted name, but then no other separator is there.
+    counts = {delimiter: header.count(delimiter) for delimiter in ",;\t"}
+    return "," if counts[","] else max(counts, key=lambda delimiter: counts[delimiter])
+
+
+class CsvFile:
+    """A text file with a header.
+
+    Columns that are not features are read as text and written as they were. Types of metadata are those that
+    all of their values have; empty cells, NA, NaN, n/a, null and the like are missing. Texts that are numbers
+    with a zero in front ("01") stay texts.
+    """
+
+    def __init__(self, path: Path, missing_values: Sequence[str] = ()) -> None:
+        with requires("tables"):
+            from pyarrow import csv
+        self.path = path
+        self.num_rows: int | None = None
+        self.categories: set[str] = set()
+        self.delimiter = csv_delimiter(path)
+        self._missing_values = [*csv.ConvertOptions().null_values, *missing_values]
+        with reading(path, "CSV"):
+            # In any of the three line ends; other rows may be longer than the first one.
+            with path.open(encoding="utf-8") as file:
+                header, row = file.readline(), file.readline()
+                self._line_end = "\r" if file.newlines == "\r" else "\n"
+            if not row:
+                raise TableFileError(f"{path} has a header but no rows.")
+            size = max(_CSV_BLOCK_BYTES, 4 * len(header.encode()), 4 * len(row.encode()))
+            # Arrow takes no more than 2³¹ bytes.
+            self._reading = csv.ReadOptions(block_size=min(size, 2**31 - 1))
+            with csv.open_csv(path, self._reading, self._parsing()) as reader:
+                self.names = tuple(reader.schema.names)
+            self._first = next(self._texts(range(len(self.names))), None)
+        if self._first is None or self._first.num_rows == 0:
+            raise TableFileError(f"{path} has a header but no rows.")
+        # pandas writes its index as a first column without a name.
+        self.index_names = self.names[:1] if self.names[0] == "" else ()
+        self._types: dict[str, pyarrow.DataType] = {}
+        self._first_kinds: dict[str, _Kind] = {}
+
+    def _parsing(self) -> Any:
+        from pyarrow import csv
+
+        return csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
+
+    def _texts(self, places: Iterable[int]) -> Iterator[pyarrow.RecordBatch]:
+        """Yield columns as texts, by place, since names may be repeated."""
+        import pyarrow
+        from pyarrow import csv
+
+        names = [str(place) for place in range(len(self.names))]
+        wanted = [names[place] for place in places]
+        options = csv.ReadOptions(block_size=self._reading.block_size, column_names=names, skip_rows=1)
+        converting = csv.ConvertOptions(
+            column_types=dict.fromkeys(wanted, pyarrow.string()), include_columns=wanted
+        )
+        with csv.open_csv(self.path, options, self._parsing(), converting) as reader:
+            yield from reader
+
+    def numeric(self) -> list[str]:
+        """Return the names of the columns that begin with numbers."""
+        return [
+            name
+            for name in self.names
+            if self.names.count(name) == 1 and is_number_type(self._first_kind(name).type)
+        ]
+
+    def _first_kind(self, name: str) -> _Kind:
+        if name not in self._first_kinds:
+            assert self._first is not None
+            kind = self._first_kinds[name] = _Kind()
+            kind.add(without_missing(self._first.column(self.names.index(name)), self._missing_values), 0)
+        return self._first_kinds[name]
+
+    def sample(self, columns: Sequence[str]) -> dict[str, Column]:
+        """Return the first rows of columns.
+
+        Raises
+        ------
+        TableFileError
+            Most values of a column are numbers, and others are not.
+        """
+        assert self._first is not None
+        found = {}
+        for name in columns:
+            kind = self._first_kind(name)
+            values = without_missing(self._first.column(self.names.index(name)), self._missing_values)
+            column = read_columns({name: values.cast(kind.type)}, [name])[0][name]
+            if name not in self.categories:
+                if self.delimiter != ",":  # Otherwise two numbers in a cell may be a list.
+                    self._check_commas(name, kind)
+                if not _looks_like_names(kind, column):
+                    self._check_numbers(name, kind, "")
+            found[name] = column
+        return found
+
+    def batches(
+        self, columns: Sequence[str], batch_rows: int, numbers: Sequence[str] = ()
+    ) -> Iterator[pyarrow.RecordBatch]:
+        """Yield the rows in order, `numbers` as float64, others as text; the number of rows varies."""
+        import pyarrow
+        from pyarrow import csv
+
+        check_columns(self, columns)
+        types = {name: pyarrow.float64() if name in numbers else pyarrow.string() for name in columns}
+        with (
+            reading(self.path, "CSV"),
+            csv.open_csv(
+                self.path,
+                read_options=self._reading,
+                parse_options=self._parsing(),
+                convert_options=csv.ConvertOptions(
+                    column_types=types, include_columns=list(columns), null_values=self._missing_values
+                ),
+            ) as reader,
+        ):
+            row = 0
+            for batch in reader:
+                self._check_quotes(batch, row)
+                row += batch.num_rows
+                for start in range(0, batch.num_rows, batch_rows):
+                    yield batch.slice(start, batch_rows)
+
+    def _check_quotes(self, batch: pyarrow.RecordBatch, row: int) -> None:
+        """Raise where a cell holds what looks like whole rows: a quote that is not closed swallows them."""
+        import pyarrow
+        from pyarrow import compute
+
+        if len(self.names) < 2:
+            return
+        for name, values in zip(batch.schema.names, batch.columns, strict=True):
+            if not pyarrow.types.is_string(values.type):
+                continue
+            several = compute.match_substring(values, self._line_end).fill_null(False)
+            for place in np.flatnonzero(several.to_numpy(zero_copy_only=False)):
+                lines = values[int(place)].as_py().splitlines()
+                swallowed = [line for line in lines if line.count(self.delimiter) == len(self.names) - 1]
+                if swallowed:
+                    raise TableFileError(
+                        f"{self.path}: the cell in column {name!r}, row {row + int(place)} (counted from 0), "
+                        f'has whole rows in it, such as {swallowed[0][:60]!r}: a quote (") before them is '
+                        "not closed."
+                    )
+
+    def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
+        """Yield the rows in order; the types of new columns are found first, in a pass of its own.
+
+        Raises
+        ------
+        TableFileError
+            Most values of a column are numbers, and others are not.
+        """
+        self._infer([name for name in columns if name not in self._types], batch_rows)
+        return (self.typed(batch, columns) for batch in self.batches(columns, batch_rows))
+
+    def typed(self, batch: pyarrow.RecordBatch, columns: Sequence[str]) -> pyarrow.RecordBatch:
+        """Return columns of a batch with the types of the whole column."""
+        import pyarrow
+
+        self._infer([name for name in columns if name not in self._types], batch.num_rows)
+        texts = (without_missing(batch.column(name), self._missing_values) for name in columns)
+        arrays = [values.cast(self._types[name]) for name, values in zip(columns, texts, strict=True)]
+        return pyarrow.RecordBatch.from_arrays(arrays, names=list(columns))
+
+    def _infer(self, columns: Sequence[str], batch_rows: int) -> None:
+        if not columns:
+            return
+        kinds = {name: _Kind() for name in columns}
+        row = 0
+        for batch in self.batches(columns, batch_rows):
+            for name, kind in kinds.items():
+                kind.add(without_missing(batch.column(name), self._missing_values), row)
+            row += batch.num_rows
+        for name, kind in kinds.items():
+            if name not in self.categories:
+                self._check_commas(name, kind)
+                self._check_numbers(name, kind, f", or make it a category with C({name})")
+            self._types[name] = kind.type
+
+    def _check_commas(self, name: str, kind: _Kind) -> None:
+        """Raise where most values are numbers with a decimal comma."""
+        if 2 * kind.num_commas > kind.num_present:
+            raise TableFileError(
+                f"{self.path}: column {name!r} has numbers with a comma, such as {kind.comma}, which would "
+                "be taken for categories: save the table with decimal points."
+            )
+
+    def _check_numbers(self, name: str, kind: _Kind, otherwise: str) -> None:
+        """Raise where most values of a column of text are numbers, and not all of them."""
+        if kind.odd is None or 2 * kind.num_odd >= kind.num_present or len(kind.numbers) <= _FEW_NUMBERS:
+            return
+        row, value = kind.odd
+        where = f"row {row} (counted from 0; {kind.num_odd} of {kind.num_present} values are no numbers)"
+        raise TableFileError(
+            f"{self.path}: column {name!r} has numbers, but {value!r} in {where}: "
+            f"correct the cell, or say that it is a missing value with missing_values=[{value!r}] "
+            f"(--missing-values {value!r}){otherwise}."
+        )
+
+
+class _Kind:
+    """What the values of a column of texts are, seen batch after batch."""
+
+    def __init__(self) -> None:
+        import pyarrow
+
+        self._possible = [
+            pyarrow.int64(),
+            pyarrow.float64(),
+            pyarrow.bool_(),
+            pyarrow.date32(),
+            pyarrow.timestamp("us"),
+        ]
+        self.num_present = self.num_odd = self.num_commas = 0
+        self.odd: tuple[int, str] | None = None
+        self.comma = ""
+        self.numbers: set[str] = set()
+        self._all_whole = True
+
+    @property
+    def type(self) -> pyarrow.DataType:
+        import pyarrow
+
+        return next(iter(self._possible), pyarrow.string())
+
+    def add(self, values: pyarrow.Array, row: int) -> None:
+        """Look at further values, the first of which is in this row."""
+        import pyarrow
+        from pyarrow import compute
+
+        num_present = len(values) - values.null_count
+        self.num_present += num_present
+        self._possible = [kind for kind in self._possible if _casts(values, kind)]
+        if num_present and self.type == pyarrow.int64():
+            same = compute.equal(values.cast(pyarrow.int64()).cast(pyarrow.string()), values)
+            if not _all(same) and compute.any(compute.match_substring_regex(values, _ZERO_FIRST)).as_py():
+                self._possible = []
+        elif num_present and self._all_whole and self.type == pyarrow.float64():
+            self._all_whole = _all(compute.match_substring_regex(values, _WHOLE))
+            if self._all_whole:
+                # Of more digits than an integer has: as floats they would no longer differ.
+                self._possible = []
+        if self.type == pyarrow.string() and num_present:
+            is_number = compute.match_substring_regex(values, _NUMBER).fill_null(True)
+            odd = np.flatnonzero(~is_number.to_numpy(zero_copy_only=False))
+            self.num_odd += len(odd)
+            if self.odd is None and len(odd):
+                self.odd = row + int(odd[0]), values[int(odd[0])].as_py()
+            commas = [text for text in values.take(odd[:1000]).to_pylist() if _DECIMAL_COMMA.fullmatch(text)]
+            self.num_commas += len(commas)
+            self.comma = self.comma or next(iter(commas), "").strip()
+        if len(self.numbers) <= _FEW_NUMBERS and num_present:
+            texts = values.slice(0, 1000).drop_null().to_pylist()
+            self.numbers |= {text for text in texts if re.match(_NUMBER, text)}
+
+
+def _looks_like_names(kind: _Kind, column: Column) -> bool:
+    """Whether a column of texts, most of them whole numbers, nearly all differ: names of the rows."""
+    if column.kind != "string" or column.distinct is None:
+        return False
+    present = int((~column.missing).sum())
+    fractions = any("." in number for number in kind.numbers)
+    return not fractions and present >= 20 and len(column.levels()) > 0.95 * present
+
+
+def _all(values: pyarrow.Array) -> bool:
+    from pyarrow import compute
+
+    return compute.all(values).as_py() is not False
+
+
+def _casts(values: pyarrow.Array, kind: pyarrow.DataType) -> bool:
+    import pyarrow
+
+    try:
+        values.cast(kind)
+    except pyarrow.ArrowInvalid:
+        return False
+    return True

@@ -1,0 +1,256 @@
+"""Tables in files, for reading in batches of rows: Parquet, CSV and ``.npy``.
+
+What stands in a cell is decided here, once for all who read files: which texts are missing values, which
+columns are numbers, and what is an error rather than a category.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdnorm.design.csv_file import CsvFile
+from mdnorm.design.reader import Column, read_columns
+from mdnorm.design.table_file import (
+    TableFile,
+    TableFileError,
+    check_columns,
+    is_number_type,
+    quoted,
+    reading,
+    without_missing,
+)
+from mdnorm.extras import requires
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = [
+    "TABLE_FORMATS",
+    "ArrayFile",
+    "ParquetFile",
+    "check_metadata",
+    "checked_suffix",
+    "open_table",
+    "read_table_file",
+]
+
+TABLE_FORMATS = (".parquet", ".csv", ".tsv")
+
+# Rows that tell what a column is by default.
+_SAMPLE_ROWS = 2**16
+_SAMPLE_VALUES = 2**24
+
+_READ_BUFFER_BYTES = 2**18
+
+
+def open_table(path: Path, missing_values: Sequence[str] = ()) -> TableFile:
+    """Open a table for reading.
+
+    Parameters
+    ----------
+    path : Path
+        ``.parquet``, ``.csv`` (separated by commas, semicolons or tabs) or ``.tsv``, with names of columns.
+    missing_values : sequence of str
+        Further texts that stand for a missing value, such as ``"?"``. Empty cells, NA, NaN, n/a, null and the
+        like always do.
+
+    Raises
+    ------
+    TableFileError
+        The file is missing, empty, truncated, not UTF-8 or of another format.
+    """
+    formats: dict[str, Callable[[Path, Sequence[str]], TableFile]] = {
+        ".parquet": ParquetFile,
+        ".csv": CsvFile,
+        ".tsv": CsvFile,
+    }
+    return formats[checked_suffix(path, TABLE_FORMATS)](path, missing_values)
+
+
+def read_table_file(path: Path, missing_values: Sequence[str] = ()) -> pyarrow.Table:
+    """Return the whole table in a file, without the index of a DataFrame; as `open_table`.
+
+    Raises
+    ------
+    TableFileError
+        As `open_table`; and two columns have the same name.
+    """
+    table = open_table(path, missing_values)
+    repeated = [name for name, count in Counter(table.names).items() if count > 1]
+    if repeated:
+        raise TableFileError(f"{path} has more than one column of the name(s) {quoted(repeated)}.")
+    names = [name for name in table.names if name not in table.index_names]
+    import pyarrow
+
+    with reading(path, path.suffix[1:].upper()):
+        return pyarrow.Table.from_batches(list(table.typed_batches(names, _SAMPLE_ROWS)))
+
+
+def checked_suffix(path: Path, formats: tuple[str, ...], what: str = "tables") -> str:
+    """Return the suffix of a file that is there and not empty, in lower case; TableFileError otherwise."""
+    suffix = path.suffix.lower()
+    if suffix not in formats:
+        raise TableFileError(
+            f"{path}: {what} can be read from {', '.join(formats)}, not from {suffix or 'this'}."
+        )
+    if not path.exists():
+        raise TableFileError(f"{path} does not exist.")
+    if not path.is_file():
+        raise TableFileError(f"{path} is not a file.")
+    if path.stat().st_size == 0:
+        raise TableFileError(f"{path} is empty (0 bytes).")
+    return suffix
+
+
+def check_metadata(table: TableFile, columns: Sequence[str]) -> None:
+    """Raise where a table lacks columns, or they are of a type that no metadata have."""
+    check_columns(table, columns)
+    if isinstance(table, ParquetFile):
+        try:
+            read_columns(table.schema.empty_table(), columns)
+        except TypeError as error:
+            raise TableFileError(f"{table.path}: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------------------
+# Parquet
+# --------------------------------------------------------------------------------------------------------
+
+
+class ParquetFile:
+    """A Parquet file."""
+
+    def __init__(self, path: Path, missing_values: Sequence[str] = ()) -> None:
+        with requires("tables"):
+            import pyarrow.parquet
+        self.path = path
+        self.categories: set[str] = set()
+        self._missing_values = list(missing_values)
+        with reading(path, "Parquet"):
+            # Without pre-buffering and with small buffers: whole row groups would be read ahead.
+            self.file = pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
+        self.schema = self.file.schema_arrow
+        self.names = tuple(self.schema.names)
+        self.num_rows: int | None = self.file.metadata.num_rows
+        if self.num_rows == 0:
+            raise TableFileError(f"{path} has no rows.")
+        index = (self.schema.pandas_metadata or {}).get("index_columns", [])
+        self.index_names = tuple(
+            name for name in self.names if name in index or re.fullmatch(r"__index_level_\d+__", name)
+        )
+
+    def numeric(self) -> list[str]:
+        """Return the names of the columns that hold integers or floating-point numbers."""
+        return [field.name for field in self.schema if is_number_type(field.type)]
+
+    def sample(self, columns: Sequence[str]) -> dict[str, Column]:
+        """Return the first rows of columns of types that metadata may have."""
+        usable = [name for name in columns if _is_readable(self.schema.field(name))]
+        rows = max(1000, min(_SAMPLE_ROWS, _SAMPLE_VALUES // max(len(usable), 1)))
+        first = next(self.batches(usable, rows))
+        return read_columns(self.typed(first, usable), usable)[0]
+
+    def batches(
+        self, columns: Sequence[str], batch_rows: int, numbers: Sequence[str] = ()
+    ) -> Iterator[pyarrow.RecordBatch]:
+        """Yield the rows in order; no batch has rows of two row groups."""
+        check_columns(self, columns)
+        with reading(self.path, "Parquet"):
+            for index in range(self.file.metadata.num_row_groups):
+                yield from self.file.iter_batches(batch_rows, row_groups=[index], columns=list(columns))
+
+    def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
+        """Yield the rows in order."""
+        return (self.typed(batch, columns) for batch in self.batches(columns, batch_rows))
+
+    def typed(self, batch: pyarrow.RecordBatch, columns: Sequence[str]) -> pyarrow.RecordBatch:
+        """Return columns of a batch, texts that stand for missing values as such."""
+        import pyarrow
+
+        batch = batch.select(list(columns))
+        if not self._missing_values:
+            return batch
+        arrays = [
+            without_missing(array, self._missing_values) if pyarrow.types.is_string(array.type) else array
+            for array in batch.columns
+        ]
+        return pyarrow.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+def _is_readable(field: pyarrow.Field) -> bool:
+    import pyarrow
+
+    try:
+        read_columns(pyarrow.schema([field]).empty_table(), [field.name])
+    except TypeError:
+        return False
+    return True
+
+
+# --------------------------------------------------------------------------------------------------------
+# Arrays
+# --------------------------------------------------------------------------------------------------------
+
+
+class ArrayFile:
+    """A ``.npy`` file of shape (n, …), every value of a row a feature; in the order of C or of Fortran.
+
+    It is read in pieces, not mapped: pages of a mapped file would count as memory of the process.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            with path.open("rb") as file:
+                version = np.lib.format.read_magic(file)
+                read = {
+                    (1, 0): np.lib.format.read_array_header_1_0,
+                    (2, 0): np.lib.format.read_array_header_2_0,
+                }.get(version)
+                if read is None:
+                    raise ValueError(f"version {version} of the format is not supported")
+                self.shape, self.fortran_order, self.stored = read(file)
+                self._offset = file.tell()
+        except Exception as error:
+            # NumPy reads the header as Python: a damaged one fails in any part of its parser.
+            reason = str(error) if isinstance(error, ValueError | OSError) else "its header is damaged"
+            raise TableFileError(f"{path} cannot be read as an array: {reason}") from error
+        if self.stored.kind not in "biuf":
+            raise TableFileError(
+                f"{path} holds values of dtype {self.stored}: features must be real numbers."
+            )
+        if not self.shape or 0 in self.shape:
+            raise TableFileError(f"{path} has the shape {self.shape}: there must be rows and features.")
+        expected = self._offset + self.stored.itemsize * math.prod(self.shape)
+        size = path.stat().st_size
+        if size < expected:
+            raise TableFileError(
+                f"{path} is truncated: it has {size} bytes, shape {self.shape} and dtype {self.stored} need "
+                f"{expected}."
+            )
+        self.num_features = math.prod(self.shape[1:])
+
+    def read(self, file: BinaryIO, start: int, rows: int) -> NDArray[Any]:
+        """Return some rows, (rows, number of features), as they are stored."""
+        if not self.fortran_order:
+            values = np.empty((rows, self.num_features), self.stored)
+            self._read_into(file, start * self.num_features, values)
+            return values
+        columns = np.empty((self.num_features, rows), self.stored)
+        for index, column in enumerate(columns):
+            self._read_into(file, index * self.shape[0] + start, column)
+        transposed: NDArray[Any] = columns.T
+        return transposed
+
+    def _read_into(self, file: BinaryIO, start: int, values: NDArray[Any]) -> None:
+        file.seek(self._offset + start * self.stored.itemsize)
+        if file.readinto(values.data.cast("B")) < values.nbytes:  # type: ignore[attr-defined]
+            raise TableFileError(f"{self.path} became shorter while it was read.")

@@ -1,0 +1,109 @@
+"""What a column of numbers is likely to be: a measure, a code, an identifier, or numbers with stand-ins."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdnorm.design.reader import Column
+
+__all__ = ["TableWarning", "is_code", "stand_in_warning", "stand_ins", "why_no_feature"]
+
+# Whole numbers with no more different values than this are codes, and every value has two rows on average.
+_MAX_CODES = 10
+
+# As many rows are needed to say that a column names them, and this share of different values.
+_LEAST_ROWS = 20
+_NEARLY_ALL = 0.95
+
+# How often a number stands for a missing value at least.
+_LEAST_STAND_INS = 3
+
+
+class TableWarning(UserWarning):
+    """Something in a table is probably not what it seems; the message says which column and what to do."""
+
+
+def is_code(values: NDArray[np.float64]) -> bool:
+    """Whether numbers, all of them present, are few whole ones: codes of a category."""
+    head = values[:1000]
+    if not np.array_equal(head, np.round(head)):
+        return False
+    distinct = np.unique(values)
+    few = len(distinct) <= min(_MAX_CODES, len(values) // 2)
+    return few and np.array_equal(distinct, np.round(distinct))
+
+
+def why_no_feature(column: Column) -> str | None:
+    """Return why a column is no feature unless someone names it; None: it is one.
+
+    Features are measures: numbers that are neither codes nor identifiers.
+    """
+    if column.kind == "empty":
+        return "no values"
+    if column.kind != "number" or column.categorical:
+        return {"date": "dates", "boolean": "true and false"}.get(column.kind, "text")
+    values = column.as_float()[~column.missing]
+    if is_code(values):
+        count = len(np.unique(values))
+        return f"codes: {count} different whole number{'s' if count > 1 else ''}"
+    head = values[:1000]
+    if len(values) < _LEAST_ROWS or not np.array_equal(head, np.round(head)):
+        return None
+    distinct = np.unique(column.values[~column.missing])
+    if len(distinct) >= _NEARLY_ALL * len(values) and np.array_equal(distinct, np.round(distinct)):
+        return f"like an identifier: {len(distinct)} different whole numbers in {len(values)} rows"
+    return None
+
+
+def stand_ins(values: NDArray[np.float64]) -> list[float]:
+    """Return numbers such as −9999 or 999 that seem to stand for a missing value.
+
+    They are made of nines only (at least two, or one where it is negative), are the smallest or the largest,
+    occur three times or more, and are further from the other values than these are from each other (and
+    than half of the largest of them), or negative where no other value is.
+
+    Parameters
+    ----------
+    values : (n,) array
+        Finite.
+    """
+    found: list[float] = []
+    if not len(values) or not any(_is_nines(float(end)) for end in (values.min(), values.max())):
+        return found
+    for _ in range(2):
+        distinct, counts = np.unique(values, return_counts=True)
+        if len(distinct) < 3:
+            break
+        for end, others in ((0, distinct[1:]), (-1, distinct[:-1])):
+            value = float(distinct[end])
+            distance = float(np.abs(others - value).min())
+            is_apart = distance > max(np.ptp(others), 0.5 * float(np.abs(others).max()))
+            is_apart |= value < 0 <= others[0]
+            if _is_nines(value) and counts[end] >= _LEAST_STAND_INS and is_apart:
+                found.append(value)
+                values = values[values != value]
+                break
+    return found
+
+
+def _is_nines(value: float) -> bool:
+    return re.fullmatch(r"-9+|9{2,}", f"{value:.15g}") is not None
+
+
+def stand_in_warning(column: Column) -> str | None:
+    """Return a sentence where numbers of a column seem to stand for missing values; otherwise None."""
+    if column.kind != "number" or column.categorical:
+        return None
+    values = column.as_float()[~column.missing]
+    values = values[np.isfinite(values)]
+    found = stand_ins(values)
+    if not found:
+        return None
+    numbers = " and ".join(f"{value:g} in {int((values == value).sum())} row(s)" for value in found)
+    return (
+        f"column {column.name!r} has {numbers}, far from all other values: it seems to stand for missing "
+        "values. Make them missing if it does."
+    )

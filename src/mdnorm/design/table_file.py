@@ -1,0 +1,116 @@
+"""What a table in a file is, and how what is wrong with one is said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from mdnorm.design.reader import Column, shown
+from mdnorm.extras import requires
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = [
+    "TableFile",
+    "TableFileError",
+    "check_columns",
+    "is_number_type",
+    "quoted",
+    "reading",
+    "without_missing",
+]
+
+
+class TableFileError(ValueError):
+    """A file cannot be used as a table; the message says which, why, and what to do."""
+
+
+class TableFile(Protocol):
+    """Columns in a file, to be read in batches of rows."""
+
+    path: Path
+    names: tuple[str, ...]
+    num_rows: int | None
+    index_names: tuple[str, ...]
+    """Columns that are the index of a DataFrame."""
+    categories: set[str]
+    """Columns that are categories whatever they hold."""
+
+    def numeric(self) -> list[str]:
+        """Return the names of the columns that hold integers or floating-point numbers."""
+
+    def sample(self, columns: Sequence[str]) -> dict[str, Column]:
+        """Return the first rows of columns."""
+
+    def batches(
+        self, columns: Sequence[str], batch_rows: int, numbers: Sequence[str] = ()
+    ) -> Iterator[pyarrow.RecordBatch]:
+        """Yield the rows in order; `numbers` are those of `columns` that must be numeric."""
+
+    def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
+        """Yield the rows in order, every column of the type that its values have in the whole file."""
+
+    def typed(self, batch: pyarrow.RecordBatch, columns: Sequence[str]) -> pyarrow.RecordBatch:
+        """Return columns of one of the `batches` as `typed_batches` would have them."""
+
+
+def check_columns(table: TableFile, columns: Iterable[str]) -> None:
+    """Raise where a table lacks columns, or has several of one name."""
+    for name in columns:
+        if name not in table.names:
+            raise TableFileError(f"{table.path} has no column {name!r}; it has {quoted(table.names)}.")
+        if table.names.count(name) > 1:
+            raise TableFileError(f"{table.path} has more than one column of the name {name!r}.")
+
+
+def quoted(names: Sequence[str]) -> str:
+    """Return the first of some names for a message."""
+    return shown(map(repr, names), 8)
+
+
+@contextmanager
+def reading(path: Path, kind: str) -> Iterator[None]:
+    """Turn what goes wrong below into a TableFileError that names the file."""
+    with requires("tables"):
+        import pyarrow
+    try:
+        yield
+    except TableFileError:
+        raise
+    except (pyarrow.ArrowException, ValueError, OSError) as error:
+        text = str(error)
+        if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in text:
+            raise TableFileError(f"{path} is not UTF-8: save it as UTF-8.") from error
+        if "straddling object" in text:
+            raise TableFileError(
+                f'{path}: a row is longer than the block that is read at once: a quote (") is probably not '
+                "closed."
+            ) from error
+        if "conversion error" in text:
+            text += (
+                ". Correct the cell, or say that it is a missing value: missing_values=[…] (--missing-values)"
+            )
+        raise TableFileError(f"{path} cannot be read as {kind}: {text}") from error
+
+
+def is_number_type(kind: pyarrow.DataType) -> bool:
+    """Whether a type is one of integers or floating-point numbers."""
+    import pyarrow.types as kinds
+
+    return bool(kinds.is_integer(kind) or kinds.is_floating(kind))
+
+
+def without_missing(values: pyarrow.Array, missing: Sequence[str]) -> pyarrow.Array:
+    """Return texts with those that stand for a missing value as null."""
+    import pyarrow
+    from pyarrow import compute
+
+    is_missing = compute.is_in(compute.utf8_trim_whitespace(values), value_set=pyarrow.array(missing))
+    # No if_else of the values themselves: pyarrow 15 to 23 at least mix up the texts of slices in it.
+    rows = pyarrow.array(np.arange(len(values)))
+    return values.take(compute.if_else(is_missing, pyarrow.scalar(None, rows.type), rows))
