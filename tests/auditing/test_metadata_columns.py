@@ -129,12 +129,12 @@ def test_arrays_without_names():
 @pytest.mark.parametrize(
     ("metadata", "kinds", "ignore", "message"),
     [
-        ({"a": [1, 2], "b": [1]}, None, (), "differ in length"),
+        ({"a": [1, 2], "b": [1]}, None, (), "same number of rows, got"),
         ({"a": [1, 2]}, {"b": "categorical"}, (), "no metadata column 'b'; there are 'a'"),
         ({"a": [1, 2]}, None, ("c",), "no metadata column 'c'"),
         (3, None, (), "must be a DataFrame"),
-        (np.zeros((2, 2, 2)), None, (), r"shape \(n,\) or \(n, columns\)"),
-        (pl.DataFrame({"a": [[1], [2]]}), None, (), "holds List"),
+        (np.zeros((2, 2, 2)), None, (), r"shape \(num_rows,\) or \(num_rows, num_columns\)"),
+        (pl.DataFrame({"a": [[1], [2]]}), None, (), "has dtype List"),
     ],
 )
 def test_errors(metadata, kinds, ignore, message):

@@ -21,7 +21,6 @@ from mdnorm.auditing.columns import (
     as_columns,
     intersection,
     printable,
-    stand_ins,
 )
 from mdnorm.auditing.findings import find
 from mdnorm.auditing.measuring import (
@@ -35,6 +34,7 @@ from mdnorm.auditing.measuring import (
 )
 from mdnorm.auditing.reading import InputError
 from mdnorm.auditing.report import Report
+from mdnorm.design.roles import stand_ins
 from mdnorm.metrics import cka
 
 __all__ = ["audit", "number_of_steps"]

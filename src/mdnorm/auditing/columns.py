@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from mdnorm.auditing.reading import InputError, matching
-from mdnorm.extras import requires
+from mdnorm.design.reader import Column as TableColumn
+from mdnorm.design.reader import odd_cell, read_column, read_table
+from mdnorm.design.roles import stand_ins
 
 __all__ = [
     "Column",
@@ -22,7 +23,6 @@ __all__ = [
     "as_columns",
     "intersection",
     "printable",
-    "stand_ins",
 ]
 
 Kind = Literal["continuous", "categorical", "constant", "identifier"]
@@ -38,9 +38,6 @@ _NOT_PRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-
 
 # Larger whole numbers are not all apart as floats: they are read as text.
 _LARGEST_EXACT = 2**53
-
-# How often a number stands for a missing value at least.
-_LEAST_STAND_INS = 3
 
 
 @dataclass(frozen=True)
@@ -149,73 +146,13 @@ def as_columns(
             raise InputError("these metadata columns were read before: give their kinds there.")
         ignored = matching([column.name for column in metadata], ignore, "metadata column")
         return [column for column in metadata if column.name not in ignored]
-    table = _as_mapping(metadata)
+    try:
+        table = read_table(metadata, unnamed="metadata ", single="metadata")
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
     matching(list(table), list(kinds), "metadata column")
     ignored = matching(list(table), ignore, "metadata column")
-    lengths = {name: len(values) for name, values in table.items()}
-    if len(set(lengths.values())) > 1:
-        raise InputError(f"the metadata columns differ in length: {lengths}.")
     return [as_column(name, values, kinds.get(name)) for name, values in table.items() if name not in ignored]
-
-
-def _as_mapping(metadata: Any) -> dict[str, Any]:
-    if isinstance(metadata, Mapping):
-        return {str(name): _as_array(values) for name, values in metadata.items()}
-    if isinstance(metadata, (Tensor, np.ndarray, list, tuple)):
-        values = _as_array(metadata)
-        if values.ndim == 1:
-            return {"metadata": values}
-        if values.ndim != 2:
-            raise InputError(f"metadata must have shape (n,) or (n, columns), got {values.shape}.")
-        return {f"metadata {index}": values[:, index] for index in range(values.shape[1])}
-    with requires("audit"):
-        import narwhals as nw
-    try:
-        frame = nw.from_native(metadata, eager_only=True, allow_series=True)
-    except TypeError as error:
-        raise InputError(
-            "metadata must be a DataFrame of pandas, polars or pyarrow, a mapping of names to columns, or an "
-            f"array, got {type(metadata).__name__}."
-        ) from error
-    if isinstance(frame, nw.Series):
-        return {str(frame.name or "metadata"): _series_values(frame)}
-    return {str(name): _series_values(frame[name]) for name in frame.columns}
-
-
-def _as_array(values: Any) -> NDArray[Any]:
-    if isinstance(values, Tensor):
-        return np.asarray(values.detach().cpu().double() if values.is_floating_point() else values.cpu())
-    if type(values).__module__.split(".")[0] in ("pandas", "polars", "pyarrow"):
-        with requires("audit"):
-            import narwhals as nw
-        return _series_values(nw.from_native(values, series_only=True))
-    return np.asarray(values)
-
-
-def _series_values(series: Any) -> NDArray[Any]:
-    """Return a narwhals series as floats (NaN where missing), dates (NaT) or objects (None)."""
-    import narwhals as nw
-
-    kind = series.dtype
-    if kind.is_integer() and max(series.max() or 0, -(series.min() or 0)) > _LARGEST_EXACT:
-        return np.array([None if value is None else str(value) for value in series.to_list()], dtype=object)
-    if kind.is_numeric():
-        return np.asarray(series.cast(nw.Float64).to_numpy(), np.float64)
-    if kind in (nw.Datetime, nw.Date):
-        # Of a time zone: the moment, in UTC.
-        series = series.cast(nw.Datetime("us")) if kind == nw.Date else series
-        stamps = series.dt.timestamp("ms").cast(nw.Float64).to_numpy()
-        is_missing = np.isnan(stamps)
-        dates = np.where(is_missing, 0, stamps).astype(np.int64).astype("datetime64[ms]")
-        dates[is_missing] = np.datetime64("NaT")
-        return dates
-    if kind == nw.Duration:
-        return np.asarray(series.dt.total_milliseconds().cast(nw.Float64).to_numpy(), np.float64) / 1000
-    if kind.is_nested():
-        raise InputError(
-            f"metadata column {series.name!r} holds {kind}: a column must hold one value for each sample."
-        )
-    return np.array(series.to_list(), dtype=object)
 
 
 def as_column(name: str, values: Any, kind: str | None = None) -> Column:
@@ -241,17 +178,26 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
         raise InputError(
             f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
         )
-    values = _as_array(values)
-    array = _numbers_or_texts(values, f"metadata column {name!r}")
-    if array.dtype.kind == "f":
-        column = _numeric(name, array, kind)
-        return replace(column, is_date=column.kind == "continuous" and values.dtype.kind == "M")
-    if kind == "continuous":
+    column = _read(name, values, f"metadata column {name!r}")
+    if column.kind == "date" and not column.categorical:
+        seconds = np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY)
+        numeric = _numeric(name, seconds, kind)
+        return replace(numeric, is_date=numeric.kind == "continuous")
+    if kind == "continuous" and column.kind in ("string", "boolean"):
         try:
-            return _numeric(name, np.array([float(text) if text else np.nan for text in array]), kind)
+            numbers = [float(text) if text else np.nan for text in _texts(column).tolist()]
         except ValueError as error:
             raise InputError(f"metadata column {name!r} cannot be read as continuous: {error}.") from error
-    return _categorical(name, array, forced=kind is not None)
+        return _numeric(name, np.array(numbers), kind)
+    if column.kind in ("number", "empty") and not (column.categorical or _is_too_long(column)):
+        return _numeric(name, column.as_float(), kind)
+    if kind is None and column.kind == "string" and not column.declared:
+        problem = odd_cell(column)
+        if problem is not None:
+            raise InputError(
+                f"{problem}: correct it or make it missing, or give the kind of the column, categorical."
+            )
+    return _categorical(name, _texts(column), forced=kind is not None)
 
 
 def as_classes(values: Any, name: str) -> NDArray[np.str_]:
@@ -273,70 +219,43 @@ def as_classes(values: Any, name: str) -> NDArray[np.str_]:
     InputError
         Another shape.
     """
-    array = _numbers_or_texts(values, name)
-    return _class_names(array) if array.dtype.kind == "f" else array
+    column = _read(name, values, name)
+    if column.kind == "date":
+        return _class_names(np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY))
+    if column.distinct is None and not _is_too_long(column):
+        return _class_names(column.as_float())
+    return _texts(column)
 
 
-def _numbers_or_texts(values: Any, name: str) -> NDArray[Any]:
-    """Return float64, NaN where missing, or strings, "" where missing."""
-    array = _as_array(values)
-    if array.ndim != 1:
-        raise InputError(f"{name} must have shape (n,), got {array.shape}.")
-    if array.dtype.kind in "mM":
-        array = np.where(
-            np.isnat(array), np.nan, array.astype(f"{array.dtype.kind}8[ms]").astype(np.int64) / 1000
-        )
-    if array.dtype.kind == "O" and all(value is None or _is_number(value) for value in array.tolist()):
-        array = np.array([np.nan if value is None else float(value) for value in array.tolist()])
-    if (
-        array.dtype.kind in "iu"
-        and max(int(array.max(initial=0)), -int(array.min(initial=0))) > _LARGEST_EXACT
-    ):
-        array = array.astype(np.str_)
-    if array.dtype.kind in "iuf":
-        return array.astype(np.float64)
-    texts = ["" if _is_missing(value) else printable(value) for value in array.tolist()]
-    return np.array(texts, dtype=np.str_)
+def _read(name: str, values: Any, what: str) -> TableColumn:
+    if isinstance(values, (list, tuple)) and np.ndim(np.asarray(values, dtype=object)) != 1:
+        raise InputError(f"{what} must have shape (n,), got {np.shape(values)}.")
+    try:
+        return read_column(name, values)
+    except TypeError as error:
+        raise InputError(str(error)) from error
+    except ValueError as error:
+        raise InputError(f"{what} must have shape (n,): {error}") from error
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float, np.number)) and not isinstance(value, (bool, np.bool_))
+def _is_too_long(column: TableColumn) -> bool:
+    """Whether there are whole numbers that are not all apart as floats: they are read as text."""
+    values = column.values
+    is_whole = column.distinct is None and values.dtype.kind in "iu" and len(values) > 0
+    return is_whole and max(int(values.max()), -int(values.min())) > _LARGEST_EXACT
 
 
-def _is_missing(value: Any) -> bool:
-    return (
-        value is None or (isinstance(value, float) and np.isnan(value)) or str(value).strip() in ("", "<NA>")
-    )
-
-
-def stand_ins(values: NDArray[np.float64]) -> list[float]:
-    """Return numbers such as −9999 or 999 that seem to stand for a missing value.
-
-    They are made of nines only (at least two, or one where it is negative), are the smallest or the largest,
-    occur three times or more, and are further from the other values than these are from each other (and
-    than half of the largest of them), or negative where no other value is.
-
-    Parameters
-    ----------
-    values : (n,) array
-        Finite.
-    """
-    found = []
-    for _ in range(2):
-        distinct, counts = np.unique(values, return_counts=True)
-        if len(distinct) < 3:
-            break
-        for end, others in ((0, distinct[1:]), (-1, distinct[:-1])):
-            value = float(distinct[end])
-            is_code = re.fullmatch(r"-9+|9{2,}", f"{value:.15g}") is not None
-            distance = float(np.abs(others - value).min())
-            is_apart = distance > max(np.ptp(others), 0.5 * float(np.abs(others).max()))
-            is_apart |= value < 0 <= others[0]
-            if is_code and counts[end] >= _LEAST_STAND_INS and is_apart:
-                found.append(value)
-                values = values[values != value]
-                break
-    return found
+def _texts(column: TableColumn) -> NDArray[np.str_]:
+    """Return the values as printable text, "" where missing."""
+    if column.distinct is None:
+        texts = column.values.astype(np.str_)
+    else:
+        names = [
+            _class_names(np.array([float(value)]))[0] if isinstance(value, float) else printable(value)
+            for value in column.distinct
+        ]
+        texts = np.array(names, dtype=np.str_)[column.values]
+    return np.where(column.missing, "", texts)
 
 
 def intersection(columns: Sequence[Column]) -> Column:

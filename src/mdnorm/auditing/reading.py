@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,8 +12,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mdnorm.design.feature_columns import chosen_features
+from mdnorm.design.files import TABLE_FORMATS, ArrayFile, checked_suffix, open_table, read_table_file
+from mdnorm.design.reader import shown
+from mdnorm.design.roles import TableWarning
+from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
-from mdnorm.files import COMMA_ROWS, csv_block_bytes, csv_delimiter, decimal_comma_problem, repeated_names
 
 if TYPE_CHECKING:
     import pyarrow
@@ -19,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["InputError", "matching", "read_features", "read_table"]
 
 ARCHIVE_FORMATS = (".npz", ".safetensors")
-TABLE_FORMATS = (".csv", ".tsv", ".parquet")
 FEATURE_FORMATS = (".npy", *ARCHIVE_FORMATS, *TABLE_FORMATS)
 
 
@@ -38,7 +43,8 @@ def read_features(path: str | Path, key: str | None = None, columns: Sequence[st
         Name of the array in an ``.npz`` or ``.safetensors`` file. It may be left out where there is only one
         array, or one of the name "features".
     columns : sequence of str
-        Of a table: names and patterns such as "voxel_*" of the columns that are features. All by default.
+        Of a table: names and patterns such as "voxel_*" of the columns that are features. By default all
+        numbers but the index of a DataFrame, identifiers and codes; a warning says which are left out.
 
     Returns
     -------
@@ -52,7 +58,8 @@ def read_features(path: str | Path, key: str | None = None, columns: Sequence[st
         one array, or columns for one without names.
     """
     path = Path(path)
-    suffix = _checked_suffix(path, FEATURE_FORMATS, "features")
+    with _as_input_error():
+        suffix = checked_suffix(path, FEATURE_FORMATS, "features")
     if key is not None and suffix not in ARCHIVE_FORMATS:
         raise InputError(f"{path} has no named arrays, so a key ({key!r}) says nothing: leave it out.")
     if columns and suffix not in TABLE_FORMATS:
@@ -67,93 +74,47 @@ def read_features(path: str | Path, key: str | None = None, columns: Sequence[st
     elif suffix == ".safetensors":
         values = _read_safetensors(path, key)
     else:
-        values = _table_as_array(read_table(path), path, columns)
+        with _as_input_error():
+            values = _read_columns(path, columns)
     if values.dtype.kind not in "biuf":
         raise InputError(f"{path} holds values of dtype {values.dtype}: features must be real numbers.")
     return values
 
 
 def read_table(path: str | Path) -> pyarrow.Table:
-    """Return a table of metadata, its types inferred, empty cells and NA, NaN, n/a, null as missing.
+    """Return a table of metadata without the index of a DataFrame, its types found from all values.
 
     Parameters
     ----------
     path : str or Path
-        ``.csv`` with a header (separated by commas, semicolons or tabs), ``.tsv`` or ``.parquet``.
+        ``.csv`` with a header (separated by commas, semicolons or tabs), ``.tsv`` or ``.parquet``. Empty
+        cells and NA, NaN, n/a, null are missing.
 
     Raises
     ------
     InputError
         The file is missing, empty, truncated or of another format, two columns have the same name, or a
-        column has numbers with decimal commas, which would be taken for categories.
+        column of numbers has an odd cell or decimal commas, which would make it a category.
     """
-    path = Path(path)
-    suffix = _checked_suffix(path, TABLE_FORMATS, "a table")
-    with requires("audit"):
-        import pyarrow
-        import pyarrow.parquet
+    with _as_input_error():
+        return read_table_file(Path(path))
+
+
+@contextmanager
+def _as_input_error() -> Iterator[None]:
     try:
-        table = pyarrow.parquet.read_table(path) if suffix == ".parquet" else _read_csv(path)
-    except InputError:
-        raise
-    except (pyarrow.ArrowException, ValueError, OSError) as error:
-        if isinstance(error, UnicodeDecodeError) or "invalid UTF8" in str(error):
-            raise InputError(f"{path} is not UTF-8: save the table as UTF-8.") from error
-        raise InputError(f"{path} cannot be read as {suffix[1:].upper()}: {error}") from error
-    if table.num_rows == 0:
-        raise InputError(f"{path} has a header but no rows.")
-    names = table.column_names
-    repeated = repeated_names(names)
-    if repeated:
-        raise InputError(f"{path} has more than one column of the name(s) {', '.join(map(repr, repeated))}.")
-    return table
-
-
-def _checked_suffix(path: Path, formats: tuple[str, ...], what: str) -> str:
-    suffix = path.suffix.lower()
-    if suffix not in formats:
-        raise InputError(
-            f"{path}: {what} can be read from {', '.join(formats)}, not from {suffix or 'this'}."
-        )
-    if not path.exists():
-        raise InputError(f"{path} does not exist.")
-    if not path.is_file():
-        raise InputError(f"{path} is not a file.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{path} is empty (0 bytes).")
-    return suffix
-
-
-def _read_csv(path: Path) -> pyarrow.Table:
-    import pyarrow.types
-    from pyarrow import csv
-
-    delimiter = csv_delimiter(path)
-    table = csv.read_csv(
-        path,
-        csv.ReadOptions(block_size=csv_block_bytes(path)),
-        csv.ParseOptions(delimiter=delimiter, newlines_in_values=True),
-        csv.ConvertOptions(strings_can_be_null=True),
-    )
-    for field in table.schema:
-        if pyarrow.types.is_binary(field.type):
-            raise InputError(f"{path}: column {field.name!r} is not UTF-8 text: save the table as UTF-8.")
-        if delimiter != "," and pyarrow.types.is_string(field.type):
-            first = table.column(field.name).slice(0, COMMA_ROWS).to_pylist()
-            problem = decimal_comma_problem(path, field.name, first)
-            if problem is not None:
-                raise InputError(problem)
-    return table
+        yield
+    except TableFileError as error:
+        raise InputError(str(error)) from error
 
 
 def _read_npy(path: Path) -> NDArray[Any]:
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except Exception as error:
-        # A damaged file can fail in any of the parsers below numpy's.
-        raise InputError(f"{path} cannot be read as an array: {_no_pickle(error)}") from error
-    if not isinstance(values, np.ndarray):
-        raise InputError(f"{path} is an archive, not an array: name it .npz.")
+    with path.open("rb") as file:
+        if file.read(2) == b"PK":
+            raise InputError(f"{path} is an archive, not an array: name it .npz.")
+    with _as_input_error():
+        ArrayFile(path)  # Says what is wrong with a damaged file.
+    values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return values
 
 
@@ -222,21 +183,20 @@ def matching(names: Sequence[str], patterns: Sequence[str], where: str) -> list[
     ]
 
 
-def _table_as_array(table: pyarrow.Table, path: Path, columns: Sequence[str]) -> NDArray[Any]:
-    import pyarrow.types as kinds
-
-    if columns:
-        table = table.select(matching(table.column_names, columns, f"column in {path}"))
-
-    def is_number(kind: pyarrow.DataType) -> bool:
-        return bool(
-            kinds.is_integer(kind) or kinds.is_floating(kind) or kinds.is_boolean(kind) or kinds.is_null(kind)
+def _read_columns(path: Path, columns: Sequence[str]) -> NDArray[Any]:
+    table = open_table(path)
+    names, left_alone = chosen_features(table, columns or None)
+    if left_alone:
+        reasons = [f"{name or '(no name)'} ({reason})" for name, reason in left_alone.items()]
+        warnings.warn(
+            f"{path}: these columns are taken for no features: {shown(reasons, 20)}. Name the features where "
+            "that is not meant.",
+            TableWarning,
+            stacklevel=3,
         )
-
-    wrong = [field.name for field in table.schema if not is_number(field.type)]
-    if wrong:
-        raise InputError(
-            f"{path} has columns that are not numbers: {', '.join(map(repr, wrong[:5]))}"
-            f"{', …' if len(wrong) > 5 else ''}. Choose the columns that are features."
-        )
-    return np.stack([column.to_numpy().astype(np.float64) for column in table.columns], axis=1)
+    batches = [
+        np.stack([column.to_numpy(zero_copy_only=False) for column in batch.columns], axis=1)
+        for batch in table.batches(names, 2**16, names)
+    ]
+    values: NDArray[Any] = np.concatenate(batches).astype(np.float64, copy=False)
+    return values

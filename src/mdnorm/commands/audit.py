@@ -285,7 +285,8 @@ def _predicted(path: Path | None, names: dict[str, str | None]) -> dict[str, Any
 
 def _read_features(files: dict[str, Path], key: str | None, columns: list[str]) -> dict[str, Any]:
     """Return all sets of features; an option is for whichever files it can be meant for."""
-    from mdnorm.auditing.reading import ARCHIVE_FORMATS, TABLE_FORMATS, read_features
+    from mdnorm.auditing.reading import ARCHIVE_FORMATS, read_features
+    from mdnorm.design.files import TABLE_FORMATS
 
     paths = list(files.values())
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mdnorm.design.reader import Column, read_columns
-from mdnorm.design.table_file import TableFileError, check_columns, is_number_type, reading, without_missing
+from mdnorm.design.reader import FEW_NUMBERS, NUMBER, Column, odd_cell, read_column
+from mdnorm.design.table_file import TableFileError, different_names, is_number_type, reading, without_missing
 from mdnorm.extras import requires
 
 if TYPE_CHECKING:
@@ -21,14 +21,10 @@ __all__ = ["CsvFile", "csv_delimiter"]
 # Rows of usual tables are much shorter; reading is fastest with blocks of some megabytes.
 _CSV_BLOCK_BYTES = 2**22
 
-_NUMBER = r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$"
 # "01" is the name of something: as a number it would be the same as "1".
 _ZERO_FIRST = r"^\s*[-+]?0\d+\s*$"
 _DECIMAL_COMMA = re.compile(r"\s*[-+]?\d+,\d+\s*")
 _WHOLE = r"^\s*[-+]?\d+\s*$"
-
-# A column of text with more different numbers than this is one of numbers, whatever else is in it.
-_FEW_NUMBERS = 10
 
 
 def csv_delimiter(path: Path) -> str:
@@ -67,50 +63,31 @@ class CsvFile:
                 raise TableFileError(f"{path} has a header but no rows.")
             size = max(_CSV_BLOCK_BYTES, 4 * len(header.encode()), 4 * len(row.encode()))
             # Arrow takes no more than 2³¹ bytes.
-            self._reading = csv.ReadOptions(block_size=min(size, 2**31 - 1))
-            with csv.open_csv(path, self._reading, self._parsing()) as reader:
-                self.names = tuple(reader.schema.names)
-            self._first = next(self._texts(range(len(self.names))), None)
-        if self._first is None or self._first.num_rows == 0:
+            size = min(size, 2**31 - 1)
+            with csv.open_csv(path, csv.ReadOptions(block_size=size), self._parsing()) as reader:
+                self.header = tuple(reader.schema.names)
+            self.names, self.repeated = different_names(self.header)
+            self._places = {name: place for place, name in enumerate(self.names)}
+            self._reading = csv.ReadOptions(block_size=size, column_names=self.names, skip_rows_after_names=1)
+            converting = csv.ConvertOptions(null_values=self._missing_values)
+            with csv.open_csv(path, self._reading, self._parsing(), converting) as reader:
+                # Of the first block only; a later value that is no number is an error that names it.
+                self._first = next((batch for batch in reader if batch.num_rows), None)
+        if self._first is None:
             raise TableFileError(f"{path} has a header but no rows.")
         # pandas writes its index as a first column without a name.
         self.index_names = self.names[:1] if self.names[0] == "" else ()
         self._types: dict[str, pyarrow.DataType] = {}
-        self._first_kinds: dict[str, _Kind] = {}
 
     def _parsing(self) -> Any:
         from pyarrow import csv
 
         return csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
 
-    def _texts(self, places: Iterable[int]) -> Iterator[pyarrow.RecordBatch]:
-        """Yield columns as texts, by place, since names may be repeated."""
-        import pyarrow
-        from pyarrow import csv
-
-        names = [str(place) for place in range(len(self.names))]
-        wanted = [names[place] for place in places]
-        options = csv.ReadOptions(block_size=self._reading.block_size, column_names=names, skip_rows=1)
-        converting = csv.ConvertOptions(
-            column_types=dict.fromkeys(wanted, pyarrow.string()), include_columns=wanted
-        )
-        with csv.open_csv(self.path, options, self._parsing(), converting) as reader:
-            yield from reader
-
     def numeric(self) -> list[str]:
         """Return the names of the columns that begin with numbers."""
-        return [
-            name
-            for name in self.names
-            if self.names.count(name) == 1 and is_number_type(self._first_kind(name).type)
-        ]
-
-    def _first_kind(self, name: str) -> _Kind:
-        if name not in self._first_kinds:
-            assert self._first is not None
-            kind = self._first_kinds[name] = _Kind()
-            kind.add(without_missing(self._first.column(self.names.index(name)), self._missing_values), 0)
-        return self._first_kinds[name]
+        assert self._first is not None
+        return [field.name for field in self._first.schema if is_number_type(field.type)]
 
     def sample(self, columns: Sequence[str]) -> dict[str, Column]:
         """Return the first rows of columns.
@@ -120,28 +97,32 @@ class CsvFile:
         TableFileError
             Most values of a column are numbers, and others are not.
         """
+        import pyarrow
+
         assert self._first is not None
         found = {}
         for name in columns:
-            kind = self._first_kind(name)
-            values = without_missing(self._first.column(self.names.index(name)), self._missing_values)
-            column = read_columns({name: values.cast(kind.type)}, [name])[0][name]
-            if name not in self.categories:
+            values = self._first.column(self._places[name])
+            is_text = pyarrow.types.is_string(values.type)
+            values = without_missing(values, self._missing_values) if is_text else values
+            column = found[name] = read_column(name, pyarrow.chunked_array([values]))
+            if is_text and name not in self.categories:
+                kind = _Kind()
+                kind.add(values, 0)
                 if self.delimiter != ",":  # Otherwise two numbers in a cell may be a list.
                     self._check_commas(name, kind)
-                if not _looks_like_names(kind, column):
+                if odd_cell(column):
                     self._check_numbers(name, kind, "")
-            found[name] = column
         return found
 
     def batches(
-        self, columns: Sequence[str], batch_rows: int, numbers: Sequence[str] = ()
+        self, columns: Sequence[str], batch_rows: int, numbers: Iterable[str] = ()
     ) -> Iterator[pyarrow.RecordBatch]:
         """Yield the rows in order, `numbers` as float64, others as text; the number of rows varies."""
         import pyarrow
         from pyarrow import csv
 
-        check_columns(self, columns)
+        numbers = set(numbers)
         types = {name: pyarrow.float64() if name in numbers else pyarrow.string() for name in columns}
         with (
             reading(self.path, "CSV"),
@@ -227,7 +208,7 @@ class CsvFile:
 
     def _check_numbers(self, name: str, kind: _Kind, otherwise: str) -> None:
         """Raise where most values of a column of text are numbers, and not all of them."""
-        if kind.odd is None or 2 * kind.num_odd >= kind.num_present or len(kind.numbers) <= _FEW_NUMBERS:
+        if kind.odd is None or 2 * kind.num_odd >= kind.num_present or len(kind.numbers) <= FEW_NUMBERS:
             return
         row, value = kind.odd
         where = f"row {row} (counted from 0; {kind.num_odd} of {kind.num_present} values are no numbers)"
@@ -281,7 +262,7 @@ class _Kind:
                 # Of more digits than an integer has: as floats they would no longer differ.
                 self._possible = []
         if self.type == pyarrow.string() and num_present:
-            is_number = compute.match_substring_regex(values, _NUMBER).fill_null(True)
+            is_number = compute.match_substring_regex(values, NUMBER.pattern).fill_null(True)
             odd = np.flatnonzero(~is_number.to_numpy(zero_copy_only=False))
             self.num_odd += len(odd)
             if self.odd is None and len(odd):
@@ -289,18 +270,9 @@ class _Kind:
             commas = [text for text in values.take(odd[:1000]).to_pylist() if _DECIMAL_COMMA.fullmatch(text)]
             self.num_commas += len(commas)
             self.comma = self.comma or next(iter(commas), "").strip()
-        if len(self.numbers) <= _FEW_NUMBERS and num_present:
+        if len(self.numbers) <= FEW_NUMBERS and num_present:
             texts = values.slice(0, 1000).drop_null().to_pylist()
-            self.numbers |= {text for text in texts if re.match(_NUMBER, text)}
-
-
-def _looks_like_names(kind: _Kind, column: Column) -> bool:
-    """Whether a column of texts, most of them whole numbers, nearly all differ: names of the rows."""
-    if column.kind != "string" or column.distinct is None:
-        return False
-    present = int((~column.missing).sum())
-    fractions = any("." in number for number in kind.numbers)
-    return not fractions and present >= 20 and len(column.levels()) > 0.95 * present
+            self.numbers |= {text for text in texts if NUMBER.match(text)}
 
 
 def _all(values: pyarrow.Array) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -22,8 +21,8 @@ from mdnorm.design.table_file import (
     TableFile,
     TableFileError,
     check_columns,
+    different_names,
     is_number_type,
-    quoted,
     reading,
     without_missing,
 )
@@ -84,9 +83,7 @@ def read_table_file(path: Path, missing_values: Sequence[str] = ()) -> pyarrow.T
         As `open_table`; and two columns have the same name.
     """
     table = open_table(path, missing_values)
-    repeated = [name for name, count in Counter(table.names).items() if count > 1]
-    if repeated:
-        raise TableFileError(f"{path} has more than one column of the name(s) {quoted(repeated)}.")
+    check_columns(table, table.repeated)
     names = [name for name in table.names if name not in table.index_names]
     import pyarrow
 
@@ -138,7 +135,8 @@ class ParquetFile:
             # Without pre-buffering and with small buffers: whole row groups would be read ahead.
             self.file = pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
         self.schema = self.file.schema_arrow
-        self.names = tuple(self.schema.names)
+        self.header = tuple(self.schema.names)
+        self.names, self.repeated = different_names(self.header)
         self.num_rows: int | None = self.file.metadata.num_rows
         if self.num_rows == 0:
             raise TableFileError(f"{path} has no rows.")
@@ -149,11 +147,13 @@ class ParquetFile:
 
     def numeric(self) -> list[str]:
         """Return the names of the columns that hold integers or floating-point numbers."""
-        return [field.name for field in self.schema if is_number_type(field.type)]
+        fields = zip(self.names, self.schema, strict=True)
+        return [name for name, field in fields if is_number_type(field.type)]
 
     def sample(self, columns: Sequence[str]) -> dict[str, Column]:
         """Return the first rows of columns of types that metadata may have."""
-        usable = [name for name in columns if _is_readable(self.schema.field(name))]
+        fields = dict(zip(self.names, self.schema, strict=True))
+        usable = [name for name in columns if _is_readable(fields[name])]
         rows = max(1000, min(_SAMPLE_ROWS, _SAMPLE_VALUES // max(len(usable), 1)))
         first = next(self.batches(usable, rows))
         return read_columns(self.typed(first, usable), usable)[0]
@@ -162,10 +162,16 @@ class ParquetFile:
         self, columns: Sequence[str], batch_rows: int, numbers: Sequence[str] = ()
     ) -> Iterator[pyarrow.RecordBatch]:
         """Yield the rows in order; no batch has rows of two row groups."""
-        check_columns(self, columns)
+        import pyarrow
+
+        # Among columns of one name only their places tell which is which.
+        wanted = list(columns) if not self.repeated else None
         with reading(self.path, "Parquet"):
             for index in range(self.file.metadata.num_row_groups):
-                yield from self.file.iter_batches(batch_rows, row_groups=[index], columns=list(columns))
+                for batch in self.file.iter_batches(batch_rows, row_groups=[index], columns=wanted):
+                    if self.repeated:
+                        batch = pyarrow.RecordBatch.from_arrays(batch.columns, names=list(self.names))
+                    yield batch.select(list(columns))
 
     def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
         """Yield the rows in order."""
@@ -223,6 +229,8 @@ class ArrayFile:
             # NumPy reads the header as Python: a damaged one fails in any part of its parser.
             reason = str(error) if isinstance(error, ValueError | OSError) else "its header is damaged"
             raise TableFileError(f"{path} cannot be read as an array: {reason}") from error
+        if self.stored.hasobject:
+            raise TableFileError(f"{path} holds Python objects, which are never loaded: they could run code.")
         if self.stored.kind not in "biuf":
             raise TableFileError(
                 f"{path} holds values of dtype {self.stored}: features must be real numbers."

@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import math
+import re
 import uuid
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ __all__ = [
     "Column",
     "check_same_order",
     "column_names",
+    "odd_cell",
     "read_column",
     "read_columns",
     "read_table",
@@ -39,6 +41,12 @@ __all__ = [
 KINDS = ("number", "date", "string", "boolean")
 
 _MICROSECONDS_PER_DAY = 86_400_000_000
+
+NUMBER = re.compile(r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
+"""A text that is a number."""
+
+FEW_NUMBERS = 10
+"""A column of text with more different numbers than this is one of numbers, whatever else is in it."""
 
 
 @dataclass(frozen=True)
@@ -195,7 +203,9 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
     return {name: _of_series(name, frame[name]) for name in names}, len(frame)
 
 
-def read_table(table: Any, what: str = "metadata", unnamed: str = "m") -> dict[str, Column]:
+def read_table(
+    table: Any, what: str = "metadata", unnamed: str = "m", single: str | None = None
+) -> dict[str, Column]:
     """Return all columns of a table of any kind, by name.
 
     Parameters
@@ -206,6 +216,8 @@ def read_table(table: Any, what: str = "metadata", unnamed: str = "m") -> dict[s
         The argument that it is, for messages.
     unnamed : str
         Columns without names are called this and their number, from 0.
+    single : str, optional
+        What the column of an array (n,) or of a Series without a name is called instead.
 
     Raises
     ------
@@ -222,13 +234,12 @@ def read_table(table: Any, what: str = "metadata", unnamed: str = "m") -> dict[s
             raise ValueError(
                 f"{what} must have shape (num_rows,) or (num_rows, num_columns), got {array.shape}."
             )
+        names = [single if single and array.ndim == 1 else f"{unnamed}0"]
+        names += [f"{unnamed}{index}" for index in range(1, array.shape[-1] if array.ndim == 2 else 1)]
         matrix = array[:, None] if array.ndim == 1 else array
-        columns = {
-            f"{unnamed}{index}": _of_array(f"{unnamed}{index}", values)
-            for index, values in enumerate(matrix.T)
-        }
+        columns = {name: _of_array(name, values) for name, values in zip(names, matrix.T, strict=False)}
     elif _is_series(table):
-        name = str(getattr(table, "name", None) or f"{unnamed}0")
+        name = str(getattr(table, "name", None) or single or f"{unnamed}0")
         columns = {name: read_column(name, table)}
     else:
         try:
@@ -303,6 +314,28 @@ def check_same_order(**tables: Any) -> None:
                         "rows do belong together by position."
                     )
         known[name] = index
+
+
+def odd_cell(column: Column) -> str | None:
+    """Return what is wrong with a column of text most of whose values are numbers; None for all others.
+
+    One odd cell ("?", "58,2") among numbers makes texts of all of them, and the column would silently become
+    a category. Few different numbers may be names, such as the stages 1, 2, 3a and 3b.
+    """
+    if column.kind != "string" or column.distinct is None:
+        return None
+    counts = np.bincount(column.values[~column.missing], minlength=len(column.distinct))
+    found = {index: str(value) for index, value in enumerate(column.distinct) if counts[index]}
+    odd = [index for index, text in found.items() if not NUMBER.match(text)]
+    numbers = [text for index, text in found.items() if index not in set(odd)]
+    num_odd = int(counts[odd].sum())
+    if not odd or len(numbers) <= FEW_NUMBERS or 2 * num_odd >= counts.sum():
+        return None
+    if counts.max() == 1 and len(found) >= 20 and not any("." in text for text in numbers):
+        return None  # Names of the rows, such as 17 and S18.
+    row = int(np.flatnonzero((column.values == odd[0]) & ~column.missing)[0])
+    where = f"row {row} (counted from 0; {num_odd} of {int(counts.sum())} values are no numbers)"
+    return f"column {column.name!r} has numbers, but {found[odd[0]]!r} in {where}"
 
 
 def _as_array(values: Any) -> NDArray[Any]:
@@ -387,6 +420,10 @@ def _is_single(cell: Any) -> bool:
 def _of_values(name: str, values: Any) -> Column:
     if isinstance(values, Column):
         return replace(values, name=name)
+    if type(values).__name__ == "Categorical" and hasattr(values, "categories"):
+        import pandas as pd
+
+        values = pd.Series(values)
     if hasattr(values, "__array__") and not isinstance(values, Tensor | np.ndarray):  # a Series
         with requires("design"):
             import narwhals.stable.v1 as nw

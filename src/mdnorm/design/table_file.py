@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ __all__ = [
     "TableFile",
     "TableFileError",
     "check_columns",
+    "different_names",
     "is_number_type",
     "quoted",
     "reading",
@@ -34,7 +36,12 @@ class TableFile(Protocol):
     """Columns in a file, to be read in batches of rows."""
 
     path: Path
+    header: tuple[str, ...]
+    """Names of the columns as the file has them."""
     names: tuple[str, ...]
+    """The same, all different: a further column of a name has another one, by which nobody asks for it."""
+    repeated: frozenset[str]
+    """Names that more than one column has."""
     num_rows: int | None
     index_names: tuple[str, ...]
     """Columns that are the index of a DataFrame."""
@@ -61,11 +68,24 @@ class TableFile(Protocol):
 
 def check_columns(table: TableFile, columns: Iterable[str]) -> None:
     """Raise where a table lacks columns, or has several of one name."""
+    known = set(table.names)
     for name in columns:
-        if name not in table.names:
-            raise TableFileError(f"{table.path} has no column {name!r}; it has {quoted(table.names)}.")
-        if table.names.count(name) > 1:
+        if name not in known:
+            raise TableFileError(f"{table.path} has no column {name!r}; it has {quoted(table.header)}.")
+        if name in table.repeated:
             raise TableFileError(f"{table.path} has more than one column of the name {name!r}.")
+
+
+def different_names(header: Sequence[str]) -> tuple[tuple[str, ...], frozenset[str]]:
+    """Return names that are all different for the columns of a file, and those that are there twice."""
+    counts = Counter(header)
+    seen: Counter[str] = Counter()
+    names = []
+    for name in header:
+        # A control character no header has.
+        names.append(f"{name}\x1f{seen[name]}" if seen[name] else name)
+        seen[name] += 1
+    return tuple(names), frozenset(name for name, count in counts.items() if count > 1)
 
 
 def quoted(names: Sequence[str]) -> str:

@@ -7,6 +7,7 @@ partitions that it had: Dask computes them again from their source.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -16,12 +17,15 @@ import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
+from mdnorm.design.reader import read_columns, shown
+from mdnorm.design.roles import TableWarning, why_no_feature
 from mdnorm.extras import requires
 from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
 from mdnorm.tables.design_sample import MAX_DESIGN_ROWS, DesignSample
 from mdnorm.tables.model import (
     MetadataModel,
     Specification,
+    check_finite,
     design_columns,
     fitted_model,
     needed_variables,
@@ -34,6 +38,9 @@ T = TypeVar("T")
 
 # Parts that are put together in one task.
 _FAN_IN = 8
+
+# Rows that tell what a column is by default.
+_SAMPLE_ROWS = 2**16
 
 
 class DaskResiduals(NamedTuple):
@@ -61,8 +68,9 @@ def residualize_dask(
     scale: bool = False,
     empirical_bayes: bool = False,
     ridge: float = 0.0,
-    missing: str = "error",
-    unseen: str = "error",
+    missing: str | None = None,
+    unseen: str | None = None,
+    missing_features: str = "error",
     weights: str | None = None,
     model: MetadataModel | None = None,
     seed: int = 0,
@@ -86,11 +94,14 @@ def residualize_dask(
     site : str, optional
         Column that names the site of a row; its effect is removed.
     feature_names : sequence of str, optional
-        Columns of the DataFrame that are features. None: the numeric ones that are not used otherwise.
+        Columns of the DataFrame that are features. None: the numbers that are not used otherwise, but
+        identifiers and codes, as the first rows show them: a warning says which columns stay as they are.
     scale, empirical_bayes, ridge
         As for `mdnorm.tables.fit_location_scale`.
-    missing, unseen : str
-        As for `mdnorm.Design`; `unseen` holds for sites as well.
+    missing, unseen : str, optional
+        As for `mdnorm.Design`; `unseen` holds for sites as well. None: "error", or the rules of `model`.
+    missing_features : {"error", "skip"}
+        As for `residualize_file`.
     weights : str, optional
         Column with the weights of the rows, as for `mdnorm.tables.residualize_file`.
     model : MetadataModel, optional
@@ -142,13 +153,25 @@ def residualize_dask(
     specification = None
     if model is None:
         specification = Specification(
-            formula, tuple(labels), site, scale, empirical_bayes, ridge, missing, unseen, weights
+            formula,
+            tuple(labels),
+            site,
+            scale,
+            empirical_bayes,
+            ridge,
+            missing or "error",
+            unseen or "error",
+            weights,
         )
         variables = needed_variables(specification.design(), True, site, with_labels=True)
         variables += filter(None, [weights])
     else:
+        model = model.with_rules(missing, unseen)
         variables = model.variables
     _check_variables(metadata if metadata is not None else features, variables)
+    if missing_features not in ("error", "skip"):
+        raise ValueError(f"missing_features must be 'error' or 'skip', got {missing_features!r}.")
+    skips = missing_features == "skip"
     names = _feature_names(
         features, model.feature_names if model is not None else feature_names, variables, metadata is None
     )
@@ -161,7 +184,7 @@ def residualize_dask(
         if design is not None:
             tables = [block if other is None else other for block, other in pairs]
             design = _fitted_design(design, tables, specification, seed)
-        shared = delayed((specification, design), traverse=False)
+        shared = delayed((specification, design, skips), traverse=False)
         tasks = [delayed(_moments)(part, shared) for part in parts]
         moments = compute(_tree(add_moments, tasks))[0]
         model = fitted_model(specification, design, moments, names)
@@ -171,7 +194,7 @@ def residualize_dask(
     # Workers do not need what only the summary does.
     shared = delayed(replace(model, moments=None), traverse=False)
     changed = [
-        delayed(_residuals)(part, block, shared) for part, (block, _) in zip(parts, pairs, strict=True)
+        delayed(_residuals)(part, block, shared, skips) for part, (block, _) in zip(parts, pairs, strict=True)
     ]
     if isinstance(features, dd.DataFrame):
         meta = features._meta.astype(
@@ -223,9 +246,24 @@ def _feature_names(
         return tuple(wanted) if wanted is not None else tuple(map(str, range(features.shape[1])))
     numeric = [name for name, dtype in features.dtypes.items() if getattr(dtype, "kind", "O") in "iuf"]
     if wanted is None:
-        chosen = [name for name in numeric if not (together and name in variables)]
+        candidates = [name for name in numeric if not (together and name in variables)]
+        first = features[candidates].partitions[:4].map_partitions(lambda part: part.head(_SAMPLE_ROWS))
+        columns = read_columns(first.compute(), candidates)[0]
+        reasons = {name: why_no_feature(column) for name, column in columns.items() if len(column.missing)}
+        left_alone = [f"{name} ({reason})" for name, reason in reasons.items() if reason is not None]
+        chosen = [name for name in candidates if reasons.get(name) is None]
         if not chosen:
-            raise ValueError(f"no numeric column of {list(features.columns)[:10]} is left for the features.")
+            raise ValueError(
+                f"no column of measures of {list(features.columns)[:10]} is left for the features (left "
+                f"alone: {shown(left_alone)}): name them with feature_names=."
+            )
+        if left_alone:
+            warnings.warn(
+                f"these columns are taken for no features and stay as they are: {shown(left_alone, 20)}. "
+                "Name the features with feature_names= where that is not meant.",
+                TableWarning,
+                stacklevel=3,
+            )
         return tuple(chosen)
     for name in wanted:
         if name not in numeric:
@@ -317,12 +355,15 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
     return parts[0]
 
 
-def _moments(part: _Part, shared: tuple[Specification, Design | None]) -> SiteMoments:
-    specification, design = shared
+def _moments(part: _Part, shared: tuple[Specification, Design | None, bool]) -> SiteMoments:
+    specification, design, skips_missing = shared
     weights = row_weights(part.table, specification.weights)
-    if weights is not None:
-        counts = weights > 0
-        part, weights = _Part(part.features[counts], part.table.filter(counts)), weights[counts]
+    counts = np.ones(len(part.features), dtype=bool) if weights is None else weights > 0
+    if skips_missing:
+        counts &= ~np.isnan(part.features).any(1)
+    if not counts.all():
+        part = _Part(part.features[counts], part.table.filter(counts))
+        weights = None if weights is None else weights[counts]
     if not len(part.features):
         return {}
     metadata, labels, sites = design_columns(
@@ -365,7 +406,7 @@ def _merge(*parts: DesignSample) -> DesignSample:
     return total
 
 
-def _residuals(part: _Part, block: Any, model: MetadataModel) -> Any:
+def _residuals(part: _Part, block: Any, model: MetadataModel, skips_missing: bool) -> Any:
     if not len(part.features):
         changed = part.features
     else:
@@ -375,12 +416,7 @@ def _residuals(part: _Part, block: Any, model: MetadataModel) -> Any:
             changed = model.remove(part.features, part.table)
         finally:
             torch.set_num_threads(threads)
-        if not np.isfinite(changed).all():
-            column = int(np.flatnonzero(~np.isfinite(changed).all(0))[0])
-            raise ValueError(
-                f"feature {model.feature_names[column]!r} has NaN or infinite values: drop or impute these "
-                "rows."
-            )
+        check_finite(changed, model.feature_names, skips_missing)
     if not hasattr(block, "columns"):
         return changed
     frame = block.copy()

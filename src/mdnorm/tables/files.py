@@ -6,7 +6,6 @@ the same format with the same columns, where the features are other numbers.
 
 from __future__ import annotations
 
-import fnmatch
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,9 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design.csv_file import CsvFile
+from mdnorm.design.feature_columns import chosen_features
 from mdnorm.design.files import TABLE_FORMATS, ArrayFile, ParquetFile, checked_suffix, open_table
-from mdnorm.design.roles import stand_in_warning, why_no_feature
-from mdnorm.design.table_file import TableFile, TableFileError, check_columns, quoted
+from mdnorm.design.roles import stand_in_warning
+from mdnorm.design.table_file import TableFile, TableFileError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -131,54 +131,7 @@ def open_features(
         return FeatureArray(ArrayFile(path))
     checked_suffix(path, (*TABLE_FORMATS, ".npy"))
     table = open_table(path, missing_values)
-    if features is None:
-        return FeatureTable(table, *_default_features(table, reserved))
-    return FeatureTable(table, _named_features(table, features, reserved), {})
-
-
-def _default_features(table: TableFile, reserved: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return the columns that are features, and why others are not."""
-    left_alone = dict.fromkeys(table.index_names, "the index of a DataFrame")
-    others = [name for name in table.names if name not in {*reserved, *left_alone}]
-    repeated = [name for name in dict.fromkeys(others) if others.count(name) > 1]
-    others = [name for name in others if name not in repeated]
-    left_alone |= dict.fromkeys(repeated, "more than one column of this name")
-    columns = table.sample(others)
-    numeric = set(table.numeric())
-    for name in others:
-        reason = why_no_feature(columns[name]) if name in columns else "no numbers"
-        if reason is not None or name not in numeric:
-            left_alone[name] = reason or "no numbers"
-    chosen = tuple(name for name in others if name not in left_alone)
-    if not chosen:
-        reasons = "; ".join(f"{name!r} ({reason})" for name, reason in list(left_alone.items())[:8])
-        raise TableFileError(
-            f"{table.path} has no column of measures that is not metadata: nothing to residualise. Left "
-            f"alone: {reasons or 'none'}. Name the features (features=, --features) where these are some."
-        )
-    return chosen, left_alone
-
-
-def _named_features(table: TableFile, features: Sequence[str], reserved: Sequence[str]) -> tuple[str, ...]:
-    numeric = set(table.numeric())
-    wanted: set[str] = set()
-    for pattern in features:
-        found = {pattern} if pattern in table.names else set(fnmatch.filter(table.names, pattern))
-        if not found:
-            raise TableFileError(
-                f"{table.path} has no column {pattern!r} for the features; it has {quoted(table.names)}."
-            )
-        # A pattern may also find the metadata; only who names a column means it.
-        wanted |= found if pattern in table.names else found - set(reserved)
-    both = sorted(wanted & set(reserved))
-    if both:
-        raise TableFileError(f"{both[0]!r} is both a feature and metadata: take it out of one of them.")
-    check_columns(table, sorted(wanted))
-    wrong = [name for name in table.names if name in wanted and name not in numeric]
-    if wrong:
-        table.sample(wrong)  # Says which cell it is, where most of them are numbers.
-        raise TableFileError(f"{table.path}: the feature(s) {quoted(wrong)} are not numeric.")
-    return tuple(name for name in table.names if name in wanted)
+    return FeatureTable(table, *chosen_features(table, features, reserved))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -220,7 +173,8 @@ class FeatureTable:
             others = [name for name in self.table.names if name not in self._types]
         else:
             others = list(columns)
-        names = [name for name in self.table.names if name in self._types or name in others]
+        wanted = {*self._types, *others}
+        names = [name for name in self.table.names if name in wanted]
         start = 0
         for batch in self.table.batches(names, batch_rows, self.feature_names):
             features = np.empty((len(self.feature_names), batch.num_rows), self.dtype)
@@ -251,7 +205,7 @@ class _FeatureTableWriter:
             else block.batch.column(name)
             for name in self._source.table.names
         ]
-        self._writer.write(pyarrow.RecordBatch.from_arrays(arrays, names=list(self._source.table.names)))
+        self._writer.write(pyarrow.RecordBatch.from_arrays(arrays, names=list(self._source.table.header)))
 
     def close(self) -> None:
         self._writer.close()
@@ -359,10 +313,12 @@ def _batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.Data
     import pyarrow
 
     if isinstance(table, ParquetFile):
-        fields = [field.with_type(types.get(field.name, field.type)) for field in table.schema]
+        named = zip(table.names, table.schema, strict=True)
+        fields = [field.with_type(types.get(name, field.type)) for name, field in named]
         return _ParquetWriter(path, table, pyarrow.schema(fields, table.schema.metadata), set(types))
     assert isinstance(table, CsvFile)
-    schema = pyarrow.schema([(name, types.get(name, pyarrow.string())) for name in table.names])
+    kinds = [types.get(name, pyarrow.string()) for name in table.names]
+    schema = pyarrow.schema(list(zip(table.header, kinds, strict=True)))
     return _CsvWriter(path, schema, table.delimiter)
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
-from mdnorm.design.reader import check_same_order, column_names, read_columns
+from mdnorm.design.reader import check_same_order, column_names, read_columns, shown
 from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
@@ -521,4 +521,22 @@ def fitted_model(
         site=specification.site,
         unseen=specification.unseen,
         moments=None if specification.ridge else moments,
+    )
+
+
+def check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:
+    """Raise where features have missing (unless these are skipped) or infinite values, with their names."""
+    if np.isfinite(values.sum()):
+        return
+    bad = np.isinf(values) if skips_missing else ~np.isfinite(values)
+    if not bad.any():
+        return
+    columns = [names[int(column)] for column in np.flatnonzero(bad.any(0))]
+    where = f"row(s) {shown(np.flatnonzero(bad.any(1)))}"
+    advice = (
+        ", or leave missing values missing with missing_features='skip'" if np.isnan(values).any() else ""
+    )
+    raise ValueError(
+        f"feature(s) {shown(map(repr, columns))} ({len(columns)} of {len(names)}) are missing, infinite or "
+        f"too large in {where}: drop or impute such rows{advice}."
     )

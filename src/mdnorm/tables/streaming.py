@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from mdnorm.design import ConfoundedDesignWarning
 from mdnorm.design.files import check_metadata, open_table
-from mdnorm.design.reader import read_columns, shown
+from mdnorm.design.reader import read_columns
 from mdnorm.design.roles import stand_in_warning
 from mdnorm.design.table_file import TableFile, TableFileError, check_columns
 from mdnorm.files import atomic_path
@@ -35,6 +35,7 @@ from mdnorm.tables.model import (
     DesignColumns,
     MetadataModel,
     Specification,
+    check_finite,
     check_model_path,
     design_columns,
     fitted_model,
@@ -678,7 +679,7 @@ def _fit(
             try:
                 part = site_moments(features, metadata, labels, sites, weight) if len(features) else {}
             except ValueError:
-                _check_finite(features, rows.features.feature_names)  # Knows the names of the columns.
+                check_finite(features, rows.features.feature_names)  # Knows the names of the columns.
                 raise
             moments = add_moments(moments, part)
         progress("fit", block.start + len(block.features), rows.features.num_rows)
@@ -763,7 +764,7 @@ def _write(
             for block, columns in prefetched(designed()):
                 with _at_rows(rows.features.path, block.start, len(block.features)):
                     residuals = model.remove_columns(block.features, columns, overwrite=True)
-                    _check_finite(residuals, rows.features.feature_names, skips_missing)
+                    check_finite(residuals, rows.features.feature_names, skips_missing)
                 writer.write(block, residuals)
                 num_rows = block.start + len(block.features)
                 progress("write", num_rows, rows.features.num_rows)
@@ -773,21 +774,3 @@ def _write(
             raise
         writer.close()
     return num_rows
-
-
-def _check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:
-    # Also finds what fit did not see: rows it was not given, and coefficients that came from elsewhere.
-    if np.isfinite(values.sum()):
-        return
-    bad = np.isinf(values) if skips_missing else ~np.isfinite(values)
-    if not bad.any():
-        return
-    columns = [names[int(column)] for column in np.flatnonzero(bad.any(0))]
-    where = f"row(s) {shown(np.flatnonzero(bad.any(1)))}"
-    advice = (
-        ", or leave missing values missing with missing_features='skip'" if np.isnan(values).any() else ""
-    )
-    raise ValueError(
-        f"feature(s) {shown(map(repr, columns))} ({len(columns)} of {len(names)}) are missing, infinite or "
-        f"too large in {where}: drop or impute such rows{advice}."
-    )

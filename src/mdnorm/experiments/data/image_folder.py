@@ -15,11 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdnorm.design.csv_file import csv_delimiter
 from mdnorm.experiments.data.faces import SHADES
 from mdnorm.experiments.data.problems import Problems
 from mdnorm.experiments.data.tables import given_columns, is_missing, read_text_table
 from mdnorm.extras import requires
-from mdnorm.files import csv_delimiter
 
 __all__ = ["COLUMNS", "ImageFolder", "load_image_folder"]
 
