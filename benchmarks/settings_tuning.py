@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 
-from mdnorm.experiments.confounded import (
+from mdnorm.files import write_text_atomically
+from mdnorm_experiments.confounded import (
     METHOD_NAMES,
     SETTINGS,
     evaluate,
@@ -31,7 +32,6 @@ from mdnorm.experiments.confounded import (
     plan,
     train_network,
 )
-from mdnorm.files import write_text_atomically
 
 SEEDS = range(100, 104)
 

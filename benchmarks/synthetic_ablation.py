@@ -1,6 +1,6 @@
 """What each part of the recipe contributes on the synthetic data at small batches: one change at a time.
 
-The recipe is `mdn-last-running` of ``mdnorm experiment synthetic``: the two-sided running estimator, the
+The recipe is `mdn-last-running` of ``mdnorm-experiments synthetic``: the two-sided running estimator, the
 confounder as a cubic polynomial, the intercept kept, recalibration at the end (its own columns of the table).
 Finished trainings are kept in the folder.
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mdnorm.estimators import ESTIMATORS, LeastSquares
-from mdnorm.experiments.methods import METHODS, Method
-from mdnorm.experiments.report import synthetic_table
-from mdnorm.experiments.results import ResultStore
-from mdnorm.experiments.runner import Runner
-from mdnorm.experiments.synthetic import plan, train
+from mdnorm_experiments.methods import METHODS, Method
+from mdnorm_experiments.report import synthetic_table
+from mdnorm_experiments.results import ResultStore
+from mdnorm_experiments.runner import Runner
+from mdnorm_experiments.synthetic import plan, train
 
 # Running coefficients as constants: the effect is removed, the incentive to use it stays. And running
 # coefficients whose gradient comes from the batch at hand alone.

@@ -82,5 +82,5 @@ print(mdnorm.__file__)
     file = run("-c", code, cwd=tmp_path, env=environment).strip()
     assert Path(file).is_relative_to(installed)
     help_text = run("-m", "mdnorm", "--help", cwd=tmp_path, env=environment)
-    for command in ("audit", "experiment", "residualize"):
+    for command in ("audit", "residualize"):
         assert command in help_text

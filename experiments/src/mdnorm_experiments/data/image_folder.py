@@ -1,0 +1,198 @@
+"""A folder of images and a table with a label and a skin shade for each: the layout of the PPB data set.
+
+The Pilot Parliaments Benchmark (Buolamwini and Gebru, 2018; gendershades.org) has 1270 portraits and a CSV
+table with ``filename``, ``bi.gender`` and ``bi.fitz``; the data set is given out on request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mdnorm.extras import requires
+from mdnorm.files import csv_delimiter
+from torch import Tensor
+
+from mdnorm_experiments.data.faces import SHADES
+from mdnorm_experiments.data.problems import Problems
+from mdnorm_experiments.data.tables import given_columns, is_missing, read_text_table
+
+__all__ = ["COLUMNS", "ImageFolder", "load_image_folder"]
+
+COLUMNS = {
+    "file": ("filename", "file", "image"),
+    "label": ("bi.gender", "gender", "label"),
+    "shade": ("bi.fitz", "fitzpatrick", "shade"),
+}
+"""What each column may be called, in order of preference; PPB's names come first."""
+
+_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp"}
+_LABELS = {"f": "female", "m": "male"}
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """N images that can be used, in the order of the table.
+
+    Attributes
+    ----------
+    images : (N, 3, size, size) uint8 tensor
+    labels : (N,) int64 tensor
+        Index into `classes`.
+    shade : (N,) float32 tensor
+        Fitzpatrick type, 1 to 6.
+    files : tuple of str
+    classes : tuple of str
+        Sorted.
+    problems : Problems
+        What was left out.
+    """
+
+    images: Tensor
+    labels: Tensor
+    shade: Tensor
+    files: tuple[str, ...]
+    classes: tuple[str, ...]
+    problems: Problems
+
+
+def load_image_folder(
+    folder: Path,
+    table: Path | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+    image_size: int = 32,
+    on_problem: str = "error",
+) -> ImageFolder:
+    """Read images and their table.
+
+    Parameters
+    ----------
+    folder : Path
+        Images anywhere below it.
+    table : Path, optional
+        CSV file; by default the only one in `folder`.
+    columns : mapping, optional
+        "file", "label" and "shade" → the name of the column; by default what `COLUMNS` finds.
+    image_size : int
+        The larger side is cropped about the centre, then the image is resized.
+    on_problem : "error" or "skip"
+        What to do where there are rows without image, images without row, duplicates, files that cannot be
+        read, shades that are no Fitzpatrick type, missing labels.
+
+    Raises
+    ------
+    FileNotFoundError
+        No such folder or no table: the message says what to get.
+    ValueError
+        The table cannot be parsed, a column is missing or there twice, several tables, fewer than two
+        classes.
+    DataProblemsError
+        All problems, with on_problem="error".
+    MissingExtraError
+        Pillow is not installed.
+    """
+    given = given_columns(columns, COLUMNS)
+    table = _table(folder, table)
+    data = read_text_table(table, csv_delimiter(table))
+    names = {part: _column(part, data.columns, given, table) for part in COLUMNS}
+    available: dict[str, list[Path]] = {}
+    for path in sorted(folder.rglob("*")):
+        if path.suffix.lower() in _SUFFIXES:
+            available.setdefault(path.name, []).append(path)
+    problems = Problems()
+    for name, paths in available.items():
+        if len(paths) > 1:
+            problems.add("duplicate image", name, f"in {', '.join(str(p.parent) for p in paths)}")
+    found: list[tuple[str, str, int, np.ndarray[Any, Any]]] = []
+    seen: set[str] = set()
+    for where, row in data.walk(names):
+        name = Path(row["file"]).name
+        if not name:
+            problems.add("no file name", where, "the cell is empty")
+            continue
+        if name in seen:
+            problems.add("duplicate row", name, where)
+            continue
+        seen.add(name)
+        if name not in available:
+            problems.add("no image", name, f"named in {where}, not below {folder}")
+            continue
+        if len(available[name]) > 1:
+            continue
+        label, shade = row["label"].lower(), _fitzpatrick(row["shade"])
+        if is_missing(label) or shade is None:
+            kind = "bad shade" if shade is None else "bad label"
+            problems.add(kind, name, f"{row['label']!r}, {row['shade']!r} in {where}")
+            continue
+        pixels = _read(available[name][0], image_size, problems)
+        if pixels is not None:
+            found.append((name, _LABELS.get(label, label), shade, pixels))
+    for name in available.keys() - seen:
+        problems.add("no row", name, f"not in {table.name}")
+    problems.found.sort()
+    problems.settle(on_problem)
+    needed = f"{table} must have two labels or more with images"
+    classes = problems.classes((label for _, label, *_ in found), needed)
+    return ImageFolder(
+        torch.from_numpy(np.stack([pixels for *_, pixels in found])),
+        torch.tensor([classes.index(label) for _, label, _, _ in found]),
+        torch.tensor([float(shade) for _, _, shade, _ in found]),
+        tuple(name for name, *_ in found),
+        classes,
+        problems,
+    )
+
+
+def _table(folder: Path, table: Path | None) -> Path:
+    advice = (
+        "The layout is a folder of images with one CSV table: filename, bi.gender (or gender), bi.fitz (or "
+        "shade: I to VI). The Pilot Parliaments Benchmark is given out on request: gendershades.org."
+    )
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no folder {folder}. {advice}")
+    if table is None:
+        tables = sorted(folder.glob("*.csv"))
+        if len(tables) > 1:
+            raise ValueError(f"{folder} has several tables ({', '.join(t.name for t in tables)}): name one.")
+        table = tables[0] if tables else folder / "labels.csv"
+    if not table.is_file():
+        raise FileNotFoundError(f"there is no table {table}. {advice}")
+    return table
+
+
+def _column(part: str, available: Sequence[str], given: Mapping[str, str], table: Path) -> str:
+    wanted = (given[part],) if part in given else COLUMNS[part]
+    found = next((name for name in wanted if name in available), None)
+    if found is None:
+        raise ValueError(
+            f"{table} has no column for the {part} ({' or '.join(wanted)}); it has {', '.join(available)}."
+        )
+    return found
+
+
+def _fitzpatrick(text: str) -> int | None:
+    text = text.upper()
+    if text in SHADES:
+        return SHADES.index(text) + 1
+    return int(text) if text in {"1", "2", "3", "4", "5", "6"} else None
+
+
+def _read(path: Path, size: int, problems: Problems) -> np.ndarray[Any, Any] | None:
+    with requires("image", "mdnorm-experiments"):
+        from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as image:
+            # Cameras note how they were held and leave the pixels as they are.
+            upright = ImageOps.exif_transpose(image).convert("RGB")
+            fitted = ImageOps.fit(upright, (size, size), Image.Resampling.BILINEAR)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        problems.add("unreadable image", path.name, str(error))
+        return None
+    pixels: np.ndarray[Any, Any] = np.asarray(fitted).transpose(2, 0, 1).copy()
+    return pixels
