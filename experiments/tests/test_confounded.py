@@ -7,14 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import dcor
-import mdnorm
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
-from mdnorm.commands import app
-from mdnorm.extras import MissingExtraError
-from mdnorm.layer import MetadataNorm
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import cross_val_score
 from sklearn.pipeline import make_pipeline
@@ -22,6 +18,10 @@ from sklearn.preprocessing import StandardScaler
 from torch import nn
 from typer.testing import CliRunner
 
+import mdnorm
+from mdnorm.commands import app
+from mdnorm.extras import MissingExtraError
+from mdnorm.layer import MetadataNorm
 from mdnorm_experiments import confounded
 from mdnorm_experiments.confounded import METHOD_NAMES, build, evaluate, fit, get_setting, plan, train
 from mdnorm_experiments.confounded_report import tables

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
-from mdnorm.integration import recalibrate
 
+from mdnorm.integration import recalibrate
 from mdnorm_experiments import continual
 from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS, make_stage
 from mdnorm_experiments.methods import METHODS, build

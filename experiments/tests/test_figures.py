@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
-from mdnorm import plotting
 
+from mdnorm import plotting
 from mdnorm_experiments import figures
 from mdnorm_experiments.data.synthetic import make_synthetic
 from mdnorm_experiments.methods import METHODS

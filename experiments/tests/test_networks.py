@@ -1,8 +1,8 @@
 import pytest
 import torch
-from mdnorm import MetadataNorm
 from torch import nn
 
+from mdnorm import MetadataNorm
 from mdnorm_experiments.confounded import get_setting
 from mdnorm_experiments.networks import SLOTS, SyntheticNetwork
 

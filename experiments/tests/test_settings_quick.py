@@ -6,9 +6,9 @@ import json
 import statistics
 
 import pytest
-from mdnorm.commands import app
 from typer.testing import CliRunner
 
+from mdnorm.commands import app
 from mdnorm_experiments.confounded import SETTINGS, get_setting
 
 

@@ -13,13 +13,13 @@ import time
 from pathlib import Path
 
 import pytest
-from processes import output_of, torchrun
 from typer.testing import CliRunner
 
 from mdnorm_experiments.commands import app
 from mdnorm_experiments.results import ResultStore, SharedResultStore
 from mdnorm_experiments.runner import RunFailedError, Runner
 from mdnorm_experiments.synthetic import plan, train
+from processes import output_of, torchrun
 
 needs_processes = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
 

@@ -3,11 +3,11 @@ import json
 import numpy as np
 import pytest
 import torch
-from mdnorm import MetadataNorm
-from mdnorm.metrics import distance_correlation_sqr
 from safetensors.torch import load_file
 from torch import nn
 
+from mdnorm import MetadataNorm
+from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments import synthetic
 from mdnorm_experiments.data.synthetic import make_synthetic
 from mdnorm_experiments.methods import DEFAULT_METHODS, METHODS, build

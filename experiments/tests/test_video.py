@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from mdnorm.layer import MetadataNorm
 from torch import nn
 
+from mdnorm.layer import MetadataNorm
 from mdnorm_experiments import video
 from mdnorm_experiments.confounded import build, get_setting
 from mdnorm_experiments.data.actions import ACTIONS, make_clips, write_hmdb51

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-from mdnorm import erasure
 from torch import Tensor, nn
 
+from mdnorm import erasure
 from mdnorm_experiments.data.confounded import Samples
 from mdnorm_experiments.networks import BackboneNetwork
 

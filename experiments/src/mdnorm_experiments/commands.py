@@ -11,16 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from mdnorm.commands.common import (
-    BAD_INPUT,
-    INTERRUPTED,
-    command_line,
-    errors,
-    fail,
-    make_folder,
-    only_writer,
-)
-from mdnorm.extras import MissingExtraError
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -33,6 +23,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+
+from mdnorm.commands.common import (
+    BAD_INPUT,
+    INTERRUPTED,
+    command_line,
+    errors,
+    fail,
+    make_folder,
+    only_writer,
+)
+from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
     from mdnorm_experiments.report import ReportTable

@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
 from mdnorm import context
 from mdnorm.balance import balancing_weights
 from mdnorm.dependence_loss import DependenceLoss
@@ -19,9 +22,6 @@ from mdnorm.files import atomic_path
 from mdnorm.integration import fit_gram, insert, recalibrate
 from mdnorm.metrics import distance_correlation_sqr, probe
 from mdnorm.metrics.distance_correlation import MIN_SAMPLES
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-
 from mdnorm_experiments.adversary import Adversary
 from mdnorm_experiments.baselines import GroupWeights, refit
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, select

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
 from mdnorm.files import write_text_atomically
 from mdnorm.plotting import MARKERS, PALETTE, save_figure
-
 from mdnorm_experiments.data.confounded import ConfoundedData
 from mdnorm_experiments.figures import draw_series
 from mdnorm_experiments.methods import METHODS, titles
@@ -399,9 +399,10 @@ def audit_networks(
     InputError
         There are too few samples for an audit, or nothing varies among them.
     """
+    from safetensors.torch import load_file
+
     from mdnorm.auditing import audit
     from mdnorm.auditing.measuring import Settings
-    from safetensors.torch import load_file
 
     tensors, others = load_file(before), load_file(after)
     metadata: dict[str, Any] = {}

@@ -15,10 +15,10 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from mdnorm import basis
-from mdnorm.integration import fit_gram, recalibrate
 from torch import Tensor
 
+from mdnorm import basis
+from mdnorm.integration import fit_gram, recalibrate
 from mdnorm_experiments.data.continual import (
     BOTH_LIMITS,
     CONFOUNDER_RANGE,
@@ -415,7 +415,6 @@ def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], 
     """
     from mdnorm import plotting
     from mdnorm.files import write_text_atomically
-
     from mdnorm_experiments import figures
 
     names = titles({run.method for run in runs})

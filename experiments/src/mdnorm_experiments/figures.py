@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from mdnorm.plotting import MARKERS, PALETTE
 from numpy.typing import NDArray
 
+from mdnorm.plotting import MARKERS, PALETTE
 from mdnorm_experiments.data.synthetic import (
     ACCURACY_WITH_CONFOUNDER,
     ACCURACY_WITHOUT_CONFOUNDER,

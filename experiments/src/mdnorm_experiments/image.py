@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from mdnorm import basis
 from torch import Tensor, nn
 
+from mdnorm import basis
 from mdnorm_experiments.data import digits, faces
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
 from mdnorm_experiments.data.faces import Faces, make_faces

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from mdnorm.layer import MetadataNorm
 from torch import nn
 
+from mdnorm.layer import MetadataNorm
 from mdnorm_experiments.networks import LAST_SLOT, SyntheticNetwork
 from mdnorm_experiments.results import Row
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from mdnorm import basis
-from mdnorm.extras import requires
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from mdnorm import basis
+from mdnorm.extras import requires
 from mdnorm_experiments.data import brains
 from mdnorm_experiments.data.bids import load_bids, standardize
 from mdnorm_experiments.data.brains import make_brains

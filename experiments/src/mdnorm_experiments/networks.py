@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from mdnorm.layer import MetadataNorm
 from torch import Tensor, nn
 
+from mdnorm.layer import MetadataNorm
 from mdnorm_experiments.settings import NORMS
 
 SLOTS = {"conv1": (16, 28, 28), "conv2": (32, 24, 24), "fc1": (84,)}

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mdnorm
 import torch
-from mdnorm.files import write_text_atomically
 
+import mdnorm
+from mdnorm.files import write_text_atomically
 from mdnorm_experiments.data.synthetic import (
     ACCURACY_WITH_CONFOUNDER,
     ACCURACY_WITHOUT_CONFOUNDER,

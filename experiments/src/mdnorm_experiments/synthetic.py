@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from mdnorm import basis
-from mdnorm.integration import fit_gram, recalibrate
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from mdnorm import basis
+from mdnorm.integration import fit_gram, recalibrate
 from mdnorm_experiments.data.synthetic import (
     NUM_SITES,
     VARIANTS,
@@ -286,7 +286,6 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
     """
     from mdnorm import plotting
     from mdnorm.files import write_text_atomically
-
     from mdnorm_experiments import figures
     from mdnorm_experiments.report import (
         ReportFigure,
@@ -361,8 +360,9 @@ def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], 
 
 
 def _write_metadata(path: Path, runs: Sequence[SyntheticRun]) -> None:
-    from mdnorm.files import atomic_path
     from safetensors.torch import load_file
+
+    from mdnorm.files import atomic_path
 
     columns: dict[str, list[Any]] = {}
     for run in runs:

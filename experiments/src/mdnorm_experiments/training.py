@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+
 from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.files import atomic_path
 from mdnorm.integration import parameter_groups, penalty_loss
 from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import distance_correlation_sqr
-from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
-
 from mdnorm_experiments.adversary import Adversary
 from mdnorm_experiments.data.synthetic import SyntheticData
 from mdnorm_experiments.methods import METHODS, Method

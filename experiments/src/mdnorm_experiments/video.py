@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from mdnorm.extras import requires
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
+from mdnorm.extras import requires
 from mdnorm_experiments.data.actions import LABEL_NOISE, SCENES, Clips, make_clips, write_hmdb51
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
 from mdnorm_experiments.data.hmdb51 import SceneComponents, VideoFolder, load_hmdb51

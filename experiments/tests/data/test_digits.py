@@ -9,9 +9,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from mdnorm.extras import MissingExtraError
 from sklearn.datasets import load_digits
 
+from mdnorm.extras import MissingExtraError
 from mdnorm_experiments.data.digits import COUNT, LABEL_NOISE, colour_digits
 
 

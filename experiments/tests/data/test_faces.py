@@ -8,10 +8,10 @@ import sys
 import numpy as np
 import pytest
 import torch
-from mdnorm.extras import MissingExtraError
 from scipy.stats import norm, spearmanr
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
+from mdnorm.extras import MissingExtraError
 from mdnorm_experiments.data import faces
 from mdnorm_experiments.data.faces import CLASSES, LIMIT, Faces, make_faces, write_image_folder
 from mdnorm_experiments.data.image_folder import load_image_folder

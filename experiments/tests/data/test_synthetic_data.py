@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 import torch
-from mdnorm.metrics import distance_correlation_sqr
 
+from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments.data.synthetic import (
     ACCURACY_WITH_CONFOUNDER,
     ACCURACY_WITHOUT_CONFOUNDER,

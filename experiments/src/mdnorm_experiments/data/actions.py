@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
+
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw

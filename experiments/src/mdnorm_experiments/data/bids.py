@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mdnorm.extras import requires
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdnorm.extras import requires
 from mdnorm_experiments.data.brains import SHAPE, SPACING
 from mdnorm_experiments.data.problems import Problems
 from mdnorm_experiments.data.tables import TextTable, given_columns, is_missing, read_text_table

@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from mdnorm.extras import requires
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import grid_sample, interpolate
+
+from mdnorm.extras import requires
 
 __all__ = [
     "CLASSES",

@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from mdnorm.metrics.distance_correlation import MIN_SAMPLES
 from torch import Tensor
+
+from mdnorm.metrics.distance_correlation import MIN_SAMPLES
 
 __all__ = ["ConfoundedData", "LoadedData", "Samples", "part_seed", "select", "split"]
 

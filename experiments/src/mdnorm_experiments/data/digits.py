@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from mdnorm.extras import requires
 from torch import Tensor
+
+from mdnorm.extras import requires
 
 __all__ = ["CLASSES", "COUNT", "LABEL_NOISE", "ColouredDigits", "colour_digits"]
 

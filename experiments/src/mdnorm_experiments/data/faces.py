@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from mdnorm.extras import requires
-from mdnorm.files import atomic_path
 from numpy.typing import NDArray
 from torch import Tensor
+
+from mdnorm.extras import requires
+from mdnorm.files import atomic_path
 
 if TYPE_CHECKING:
     from PIL.Image import Image

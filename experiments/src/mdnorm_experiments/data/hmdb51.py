@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mdnorm.extras import requires
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdnorm.extras import requires
 from mdnorm_experiments.data.problems import Problems
 
 __all__ = ["SceneComponents", "VideoFolder", "decode", "load_hmdb51"]

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from mdnorm.extras import requires
-from mdnorm.files import csv_delimiter
 from torch import Tensor
 
+from mdnorm.extras import requires
+from mdnorm.files import csv_delimiter
 from mdnorm_experiments.data.faces import SHADES
 from mdnorm_experiments.data.problems import Problems
 from mdnorm_experiments.data.tables import given_columns, is_missing, read_text_table
