@@ -1,7 +1,8 @@
-"""``mdnorm-experiments …``: reproduce the settings of the paper."""
+"""``mdnorm-experiments …``: one command for each setting of the paper."""
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import signal
@@ -38,6 +39,9 @@ from mdnorm.extras import MissingExtraError
 if TYPE_CHECKING:
     from mdnorm_experiments.report import ReportTable
     from mdnorm_experiments.results import Row
+    from mdnorm_experiments.settings import Run, Setting
+
+__all__ = ["app", "main"]
 
 app = typer.Typer(
     help="Reproduce the settings of the paper on Metadata Normalization.",
@@ -59,31 +63,28 @@ def _numbers(text: str) -> list[int]:
         raise typer.BadParameter(f"{text!r} is not a list of whole numbers like 20,200.") from error
 
 
-def _names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+def _columns(text: str) -> dict[str, str]:
+    """Return what "age=Age_at_scan,site=scanner" says."""
+    found: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        name, separator, column = (piece.strip() for piece in part.partition("="))
+        if not (name and separator and column) or name in found:
+            raise typer.BadParameter(f"{text!r} does not name each column once, like age=Age,site=scanner.")
+        found[name] = column
+    return found
 
 
-def _methods(text: str, default: Sequence[str], every: Sequence[str] | None = None) -> list[str]:
-    """Return the named methods; "all" are those of `every`, by default of the synthetic table."""
-    from mdnorm_experiments.methods import METHODS
-
-    if text == "default":
-        return list(default)
-    if text == "all":
-        return list(every or (name for name, method in METHODS.items() if method.in_table))
-    return _names(text)
-
-
-@app.command()
-def synthetic(
+def _run_setting(
+    name: str,
     out: Annotated[
         Path | None,
-        typer.Option(
-            help="Folder for results, figures and the report. [default: results/synthetic, with the variant]"
-        ),
+        typer.Option(help="Folder for results, figures and the report. [default: results/SETTING]"),
     ] = None,
-    methods: Annotated[str, typer.Option(help="Comma-separated methods, 'default' or 'all'.")] = "default",
-    batch_sizes: Annotated[str, typer.Option(help="Comma-separated batch sizes.")] = "1,4,20,200,2000",
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated methods, 'default' or 'all'; with --quick there are few.")
+    ] = "default",
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated. [default: 1,4,20,200,2000]")] = "",
+    batch_size: Annotated[int | None, typer.Option(help="[default: tuned]")] = None,
     variant: Annotated[
         str,
         typer.Option(
@@ -92,249 +93,192 @@ def synthetic(
         ),
     ] = "plain",
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds a cell. [default: 3 or 5, by method]")
+        int | None, typer.Option(min=1, help="Seeds a method. [default: 3 or 5; fewer with --quick]")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    epochs: Annotated[int | None, typer.Option(min=1, help="[default: tuned for the batch size]")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="[default: tuned for the batch size]")] = None,
-    group_size: Annotated[int, typer.Option(min=4, help="Training images a group.")] = 1000,
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Batch size 200, two seeds: a few minutes on two cores.")
-    ] = False,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Trainings at a time, one thread each. [default: all cores]")
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of each stage, if there are several. [default: tuned]")
     ] = None,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-) -> None:
-    """Two groups of images with a true effect and a confounder, against the analytic limits.
-
-    A classifier that uses the true effect only is right in 83.3 % of all cases, one that cheats with the
-    confounder in 94.4 %. Finished trainings are kept in OUT/results.json: interrupt with Ctrl-C and repeat
-    the command to go on.
-    """
-    from mdnorm_experiments import synthetic as setting
-    from mdnorm_experiments.methods import DEFAULT_METHODS, METHODS, titles
-    from mdnorm_experiments.report import synthetic_table
-
-    chosen = _methods(methods, DEFAULT_METHODS)
-    if out is None:
-        out = Path("results", "synthetic" if variant == "plain" else f"synthetic-{variant}")
-    sizes, seed_count = ([200], seeds or 2) if quick else (_numbers(batch_sizes), seeds)
-    if not chosen or not sizes:
-        fail("at least one method and one batch size are needed.", BAD_INPUT)
-    try:
-        runs = setting.plan(
-            chosen,
-            sizes,
-            seed_count,
-            first_seed=seed,
-            epochs=epochs,
-            learning_rate=learning_rate,
-            group_size=group_size,
-            variant=variant,
-            features_dir=out / "features",
-        )
-    except ValueError as error:
-        fail(str(error), BAD_INPUT)
-    for method, size in setting.impossible_cells(chosen, sizes):
-        errors.print(
-            f"left out: {METHODS[method].title} cannot train with batch size {size}.", highlight=False
-        )
-    rows, report = _run_all(setting, runs, out, jobs, folder=out / "features")
-    if json_output:
-        typer.echo(json.dumps(rows, indent=2))
-    else:
-        _print_table(synthetic_table(rows, titles()), section=1)
-        _print_paths(out, report)
-
-
-@app.command()
-def continual(
-    out: Annotated[Path, typer.Option(help="Folder for results, figures and the report.")] = Path(
-        "results/continual"
-    ),
-    methods: Annotated[str, typer.Option(help="Comma-separated methods, 'default' or 'all'.")] = "default",
-    batch_size: Annotated[int, typer.Option(min=1)] = 128,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a method. [default: 3]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of each stage. [default: tuned]")] = None,
     learning_rate: Annotated[float | None, typer.Option(help="[default: tuned]")] = None,
-    group_size: Annotated[int, typer.Option(min=4, help="Training images a group and stage.")] = 1000,
-    test_group_size: Annotated[int, typer.Option(min=4, help="Held-out images a group and stage.")] = 500,
-    quick: Annotated[bool, typer.Option("--quick", help="One seed: a few minutes on two cores.")] = False,
+    size: Annotated[int | None, typer.Option(help="Training samples. [default: tuned]")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(min=4, help="Training images a group (and stage). [default: 1000]")
+    ] = None,
+    test_group_size: Annotated[
+        int | None, typer.Option(min=4, help="Held-out images a group (and stage). [default: 2000 or 500]")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the real data set in its published layout. [default: none]"),
+    ] = None,
+    columns: Annotated[
+        str,
+        typer.Option(help="What the columns of the real table are called: 'age=Age_at_scan,site=scanner'."),
+    ] = "",
+    on_problem: Annotated[
+        str, typer.Option(help="Files and rows of real data that cannot be used: 'error' or 'skip'.")
+    ] = "error",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer trainings or less data: minutes on two cores.")
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="Networks at a time, one thread each. [default: all cores]")
     ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    """One network through five stages in which the true effect fades and the confounder takes over.
+    from mdnorm_experiments.data.problems import DataProblemsError
+    from mdnorm_experiments.methods import METHODS
+    from mdnorm_experiments.settings import get_setting, impossible_cells, plan
 
-    After each stage it is tested on all five. A confounder-free network is right in 75 % of all cases in the
-    first stage and in 50 % in the last; the table shows how far a network is from that. Finished networks are
-    kept in OUT/results.json: interrupt with Ctrl-C and repeat the command to go on.
-    """
-    from mdnorm_experiments import continual as setting
-    from mdnorm_experiments.methods import titles
-
-    chosen = _methods(methods, setting.DEFAULT_METHODS)
-    if not chosen:
-        fail("at least one method is needed.", BAD_INPUT)
+    out = out or Path("results", name if variant == "plain" else f"{name}-{variant}")
     try:
-        runs = setting.plan(
+        setting = get_setting(name)
+        chosen = _methods(setting, methods, quick, generated=data is None)
+        sizes = _numbers(batch_sizes) or ([batch_size] if batch_size is not None else None)
+        if quick or sizes is None:
+            sizes = [setting.batch_size] if quick and batch_size is None else sizes
+        images = group_size if size is None else size
+        runs = plan(
+            setting,
             chosen,
-            batch_size,
-            seeds or (1 if quick else setting.SEEDS),
+            seeds or (setting.quick_seeds if quick else None),
             first_seed=seed,
-            epochs=epochs,
+            batch_sizes=sizes,
+            size=setting.quick_size if quick and images is None else images,
+            test_size=test_group_size,
+            epochs=epochs or (setting.quick_epochs if quick else None),
             learning_rate=learning_rate,
-            group_size=group_size,
-            test_group_size=test_group_size,
+            variant=variant,
+            data=data,
+            on_problem=on_problem,
+            columns=_columns(columns),
+            features_dir=out / "features",
         )
-    except ValueError as error:
+        if data is not None:
+            _look_at_data(runs[0])
+    except (ValueError, DataProblemsError, MissingExtraError, OSError) as error:
         fail(str(error), BAD_INPUT)
+    for method, impossible in impossible_cells(chosen, sizes or setting.batch_sizes):
+        errors.print(
+            f"left out: {METHODS[method].title} cannot train with batch size {impossible}.", highlight=False
+        )
     rows, report = _run_all(setting, runs, out, jobs)
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
-    else:
-        for table in setting.tables(rows, titles()):
-            typer.echo(f"\n{table.title}")
-            _print_table(table)
-        _print_paths(out, report)
-
-
-def _confounded_command(name: str, text: str) -> None:
-    """Add ``mdnorm-experiments NAME`` for a setting with confounded images, clips or volumes."""
-
-    def command(
-        out: Annotated[
-            Path | None,
-            typer.Option(help="Folder for results, figures and the report. [default: results/SETTING]"),
-        ] = None,
-        methods: Annotated[
-            str, typer.Option(help="Comma-separated methods or 'all'. [default: all; with --quick a few]")
-        ] = "default",
-        seeds: Annotated[
-            int | None, typer.Option(min=1, help="Seeds a method. [default: 5; with --quick 1]")
-        ] = None,
-        seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-        size: Annotated[int | None, typer.Option(help="Training samples. [default: tuned]")] = None,
-        batch_size: Annotated[int | None, typer.Option(help="[default: tuned]")] = None,
-        epochs: Annotated[int | None, typer.Option(min=1, help="[default: tuned]")] = None,
-        learning_rate: Annotated[float | None, typer.Option(help="[default: tuned]")] = None,
-        data: Annotated[
-            Path | None,
-            typer.Option(help="Folder of the real data set in its published layout. [default: none]"),
-        ] = None,
-        on_problem: Annotated[
-            str, typer.Option(help="Files and rows of real data that cannot be used: 'error' or 'skip'.")
-        ] = "error",
-        quick: Annotated[
-            bool, typer.Option("--quick", help="Few methods, one seed, less data: minutes on two cores.")
-        ] = False,
-        jobs: Annotated[
-            int | None, typer.Option(min=1, help="Networks at a time, one thread each. [default: all cores]")
-        ] = None,
-        json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
-    ) -> None:
-        from mdnorm_experiments import confounded
-        from mdnorm_experiments.data.problems import DataProblemsError
-
-        target = out or Path("results", name)
-        try:
-            setting = confounded.get_setting(name)
-            # Real data have no unconfounded training data to be the oracle's.
-            every = [name for name in confounded.METHOD_NAMES if data is None or name != "oracle"]
-            chosen = setting.quick_methods if quick else every
-            runs = confounded.plan(
-                setting,
-                _methods(methods, chosen, every=every),
-                seeds or (1 if quick else confounded.SEEDS),
-                first_seed=seed,
-                size=setting.quick_size if quick and size is None else size,
-                batch_size=batch_size,
-                epochs=epochs or (setting.quick_epochs if quick else None),
-                learning_rate=learning_rate,
-                data=data,
-                on_problem=on_problem,
-                features_dir=target / "features",
-            )
-            if data is not None:
-                # Told before training starts, not by a worker in the middle of it.
-                problems = confounded.load(name, str(data), on_problem).problems
-                if problems:
-                    errors.print(f"left out: {problems}", highlight=False, markup=False, soft_wrap=True)
-                confounded.data_of(runs[0])
-        except (ValueError, DataProblemsError, MissingExtraError, OSError) as error:
-            fail(str(error), BAD_INPUT)
-        rows, report = _run_all(confounded, runs, target, jobs, folder=target / "features")
-        if json_output:
-            typer.echo(json.dumps(rows, indent=2))
-            return
-        from mdnorm_experiments.confounded_report import tables
-
-        for table in tables(rows, setting):
-            typer.echo(f"\n{table.title}")
-            _print_table(table)
-        _print_paths(target, report)
-
-    command.__doc__ = text
-    app.command(name)(command)
-
-
-_GO_ON = "\n\nFinished networks are kept: interrupt with Ctrl-C and repeat the command to go on."
-_confounded_command(
-    "image",
-    "Drawn faces: the label is in their geometry, the skin's shade goes with the label.\n\n"
-    "An honest network is as good on faces whose shade says nothing about the label; the table shows how far "
-    "each method is from that." + _GO_ON,
-)
-_confounded_command(
-    "digits",
-    "Real digits, coloured: the colour goes with the label.\n\n"
-    "An honest network is as good on digits whose colour says nothing about the label." + _GO_ON,
-)
-_confounded_command(
-    "video",
-    "Clips of a figure in action: the scene behind it goes with the action.\n\n"
-    "An honest network is as good on clips whose scenes were shuffled." + _GO_ON,
-)
-_confounded_command(
-    "mri",
-    "Brains in 3D: diagnosis goes with site and age.\n\n"
-    "An honest network is as good on subjects whose site, age and sex say nothing about the diagnosis."
-    + _GO_ON,
-)
-
-
-def _print_paths(out: Path, report: Path) -> None:
+        return
+    for table in setting.tables(rows):
+        typer.echo(f"\n{table.title}")
+        _print_table(table)
     typer.echo(f"\nReport: {report}\nTable:  {out / 'table.md'}\nRows:   {out / 'results.json'}")
 
 
-def _run_all(
-    setting: Any, runs: Sequence[Any], out: Path, jobs: int | None, folder: Path | None = None
-) -> tuple[list[Row], Path]:
-    """Train what is missing, write the outputs, and return the rows and the path of the report.
+def _methods(setting: Setting, text: str, quick: bool, *, generated: bool) -> list[str]:
+    """Return the methods that an option names; real data have no unconfounded ones to be the oracle's."""
+    from mdnorm_experiments.methods import METHODS
 
-    `setting` is the experiment's module, with `train` and `write_outputs`; `folder` one to make inside `out`.
-    """
+    if text not in ("default", "all"):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    names = setting.all_methods if text == "all" else setting.default_methods
+    if quick and text == "default" and setting.quick_methods is not None:
+        names = setting.quick_methods
+    return [name for name in names if generated or not METHODS[name].oracle]
+
+
+def _look_at_data(run: Run) -> None:
+    """Tell what is wrong with real data before training starts, not by a worker in the middle of it."""
+    from mdnorm_experiments.confounded import load
+    from mdnorm_experiments.settings import data_of
+
+    problems = load(run).problems
+    if problems:
+        errors.print(f"left out: {problems}", highlight=False, markup=False, soft_wrap=True)
+    data_of(run)
+
+
+_SYNTHETIC = ("batch_sizes", "variant", "group_size", "test_group_size")
+_CONTINUAL = ("batch_size", "group_size", "test_group_size")
+_LOADED = ("batch_size", "size", "data", "columns", "on_problem")
+_OF_SOME = {*_SYNTHETIC, *_CONTINUAL, *_LOADED}
+_GO_ON = (
+    "Finished trainings are kept in OUT/results.json: interrupt with Ctrl-C and repeat the command to go on."
+)
+_COMMANDS = {
+    "synthetic": (
+        _SYNTHETIC,
+        "Two groups of images with a true effect and a confounder, against the analytic limits.",
+        "A classifier that uses the true effect only is right in 83.3 % of all cases, one that cheats with "
+        "the confounder in 94.4 %.",
+    ),
+    "continual": (
+        _CONTINUAL,
+        "One network through five stages in which the true effect fades and the confounder takes over.",
+        "After each stage it is tested on all five. A confounder-free network is right in 75 % of all cases "
+        "in the first stage and in 50 % in the last; the table shows how far a network is from that.",
+    ),
+    "image": (
+        _LOADED,
+        "Drawn faces: the label is in their geometry, the skin's shade goes with the label.",
+        "An honest network is as good on faces whose shade says nothing about the label; the table shows how "
+        "far each method is from that.",
+    ),
+    "digits": (
+        _LOADED[:2],
+        "Real digits, coloured: the colour goes with the label.",
+        "An honest network is as good on digits whose colour says nothing about the label.",
+    ),
+    "video": (
+        _LOADED,
+        "Clips of a figure in action: the scene behind it goes with the action.",
+        "An honest network is as good on clips whose scenes were shuffled.",
+    ),
+    "mri": (
+        _LOADED,
+        "Brains in 3D: diagnosis goes with site and age.",
+        "An honest network is as good on subjects whose site, age and sex say nothing about the diagnosis.",
+    ),
+}
+
+
+def _add_command(name: str, options: Sequence[str], *text: str) -> None:
+    """Add ``mdnorm-experiments NAME``: `_run_setting` with the options of this setting."""
+
+    def command(**given: Any) -> None:
+        _run_setting(name, **given)
+
+    signature = inspect.signature(_run_setting, eval_str=True)
+    kept = [p for key, p in signature.parameters.items() if key not in {"name", *_OF_SOME} or key in options]
+    as_function: Any = command
+    as_function.__signature__ = signature.replace(parameters=kept)
+    as_function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
+    command.__doc__ = "\n\n".join([*text, _GO_ON])
+    app.command(name)(command)
+
+
+for _name, (_options, *_text) in _COMMANDS.items():
+    _add_command(_name, _options, *_text)
+
+
+def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None) -> tuple[list[Row], Path]:
+    """Train what is missing, write the outputs, and return the rows and the path of the report."""
     from mdnorm_experiments.results import ResultsError, ResultStore, SharedResultStore
     from mdnorm_experiments.runner import RunFailedError, Runner
+    from mdnorm_experiments.settings import train, write_outputs
 
-    make_folder(folder or out)
+    make_folder(out / "features" if setting.keeps_features else out)
     rank, world_size = _place_in_torchrun()
     if world_size > 1 and jobs not in (None, 1):
         fail(f"--jobs {jobs} under torchrun: say --nproc-per-node {jobs} instead.", BAD_INPUT)
     try:
         with _sigterm_as_ctrl_c(), only_writer(out) if rank == 0 else nullcontext():
-            runner: Runner[Any]
+            runner: Runner[Run]
             if world_size > 1:
-                runner = Runner(SharedResultStore(out / "results.json"), setting.train)
+                runner = Runner(SharedResultStore(out / "results.json"), train)
             else:
-                runner = Runner(ResultStore(out / "results.json"), setting.train, jobs or os.cpu_count() or 1)
+                runner = Runner(ResultStore(out / "results.json"), train, jobs or os.cpu_count() or 1)
             pending = runner.pending(runs)
             if len(pending) < len(runs) and rank == 0:
                 errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")
-            epochs = sum(run.epochs for run in pending)
+            epochs = setting.num_stages * sum(run.epochs for run in pending)
             with _progress_bar(epochs, len(pending), several=world_size > 1) as progress:
                 rows = runner.run(runs, progress)
             if rank > 0:
@@ -347,7 +291,7 @@ def _run_all(
         fail(f"some trainings failed, the others are stored:\n{error}", 1)
     except KeyboardInterrupt:
         fail("interrupted; finished trainings are stored, repeat the command to go on.", INTERRUPTED)
-    return rows, setting.write_outputs(out, runs, rows, command=command_line("mdnorm-experiments"))
+    return rows, write_outputs(out, runs, rows, command=command_line("mdnorm-experiments"))
 
 
 @contextmanager
@@ -404,8 +348,7 @@ def _progress_bar(epochs: int, runs: int, several: bool) -> Iterator[_Bar]:
         yield _Bar(progress, epochs, runs, moves=errors.is_terminal and not several)
 
 
-def _print_table(report_table: ReportTable, section: int | None = None) -> None:
-    """Print a table, a rule where the cell number `section` changes."""
+def _print_table(report_table: ReportTable) -> None:
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
     for index, heading in enumerate(report_table.headings):
         # Headings in two lines, or they and not the numbers would say how wide the table is.
@@ -413,7 +356,7 @@ def _print_table(report_table: ReportTable, section: int | None = None) -> None:
         table.add_column(
             text, justify="right" if index else "left", no_wrap=index > 0, min_width=None if index else 16
         )
-    previous = None
+    previous, section = None, report_table.section
     for line in report_table.lines:
         if section is not None:
             if previous is not None and previous != line[section]:

@@ -1,62 +1,29 @@
-"""Settings 2 to 4 of the paper: every method trained and measured on confounded images, clips or volumes."""
+"""Settings 2 to 4 of the paper: measures on confounded and on confound-free images, clips or volumes."""
 
 from __future__ import annotations
 
-import importlib
-import math
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import lru_cache, partial
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from mdnorm import context
-from mdnorm.balance import balancing_weights
-from mdnorm.dependence_loss import DependenceLoss
-from mdnorm.files import atomic_path
-from mdnorm.integration import fit_gram, insert, recalibrate
 from mdnorm.metrics import distance_correlation_sqr, probe
 from mdnorm.metrics.distance_correlation import MIN_SAMPLES
-from mdnorm_experiments.adversary import Adversary
-from mdnorm_experiments.baselines import GroupWeights, refit
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, select
-from mdnorm_experiments.methods import METHODS, Method
+from mdnorm_experiments.methods import METHOD_OF_NORM
 from mdnorm_experiments.networks import BackboneNetwork
+from mdnorm_experiments.report import ReportFigure, ReportTable
 from mdnorm_experiments.results import Row
-from mdnorm_experiments.settings import METHOD_OF_NORM, Setting
-from mdnorm_experiments.training import Losses, has_metadata_norm, num_steps, optimise
+from mdnorm_experiments.settings import Run, Setting, data_of, get_setting
+from mdnorm_experiments.training import has_metadata_norm, outputs, predictions, save_features
 
-__all__ = [
-    "METHOD_NAMES",
-    "SEEDS",
-    "SETTINGS",
-    "ConfoundedRun",
-    "build",
-    "data_of",
-    "evaluate",
-    "fit",
-    "get_setting",
-    "load",
-    "method_of",
-    "plan",
-    "sample_weights",
-    "train",
-    "train_network",
-    "write_outputs",
-]
+__all__ = ["METHOD_NAMES", "ConfoundedSetting", "evaluate", "load"]
 
-SEEDS = 5
-SETTINGS = {
-    "image": ("mdnorm_experiments.image", "SETTING"),
-    "digits": ("mdnorm_experiments.image", "DIGITS"),
-    "video": ("mdnorm_experiments.video", "SETTING"),
-    "mri": ("mdnorm_experiments.mri", "SETTING"),
-}
 METHOD_NAMES = (
     "none",
     "batchnorm",
@@ -78,282 +45,104 @@ METHOD_NAMES = (
     "mdn-last-running+weights+loss",
     "oracle",
 )
-_NORM_OF_METHOD = {method: norm for norm, method in METHOD_OF_NORM.items()}
-_EVALUATION_BATCH = 100
-_LEAST_BATCH = 2  # BatchNorm has no variance of one sample
 _MEASURED_ROWS = 1000  # of the training data: dcor² takes time with their square
 _SHUFFLES = 3
 # Of what `evaluate` returns. Rows on disk with another number, or none, count as not there.
 _MEASURES = 2
 
 
-def get_setting(name: str) -> Setting:
-    """Return the setting of a name, its module loaded only now.
-
-    Raises
-    ------
-    ValueError
-        An unknown name.
-    """
-    if name not in SETTINGS:
-        raise ValueError(f"unknown setting {name!r}: choose from {', '.join(SETTINGS)}.")
-    module, attribute = SETTINGS[name]
-    setting: Setting = getattr(importlib.import_module(module), attribute)
-    return setting
-
-
-@dataclass(frozen=True)
-class ConfoundedRun:
-    """Settings of one training. Everything that can change its row is here.
+@dataclass(frozen=True, kw_only=True)
+class ConfoundedSetting(Setting):
+    """Labels that go with the metadata in training and test data, and confound-free test data.
 
     Attributes
     ----------
-    setting : str
-        A key of `SETTINGS`.
-    method : str
-        One of `METHOD_NAMES`.
-    seed, size, batch_size, epochs : int
-        `size` is the number of training samples; real data have as many as they have.
-    learning_rate : float
-    warmup_epochs : int
-    data : str or None
-        Folder of a real data set; None generates data.
-    on_problem : "error" or "skip"
-        What to do with files and rows of the real data set that cannot be used.
-    features_file : str or None
-        Where to keep the features of the confound-free data; not part of the settings.
+    make_data : callable
+        (number of training samples, seed) → `ConfoundedData`; the same arguments give the same data.
+    backbone : callable
+        A norm of `mdnorm_experiments.networks.NORMS` → an untrained module from (N, C, *spatial) to (N, F),
+        with F as its attribute ``num_features``. Its weights follow from torch's seed.
+    limit : float or None
+        Accuracy on confound-free data of the best rule there is, a fraction, where it is known.
+    examples : callable
+        Draws example samples.
+    load : callable or None
+        (folder of the real data set in its published layout, "error" or "skip", names of columns) →
+        `LoadedData`.
+    columns : tuple of str
+        What names of columns of the real data set's table can be given for.
     """
 
-    setting: str
-    method: str
-    seed: int
-    size: int
-    batch_size: int
-    epochs: int
-    learning_rate: float
-    warmup_epochs: int = 0
-    data: str | None = None
-    on_problem: str = "error"
-    features_file: str | None = None
+    make_data: Callable[[int, int], ConfoundedData]
+    backbone: Callable[[str], nn.Module]
+    examples: Callable[[ConfoundedData], Figure]
+    limit: float | None = None
+    load: Callable[[Path, str, Mapping[str, str]], LoadedData] | None = None
+    columns: tuple[str, ...] = ()
 
-    def settings(self) -> Row:
-        """Return the settings as JSON values, those of the method included."""
-        setting = get_setting(self.setting)
-        row: Row = asdict(self) | method_of(setting, self.method).settings()
-        for name in ("features_file", "degree"):
-            # The degree is the synthetic images': here the design comes with the data.
-            row.pop(name, None)
-        return row | {"norm": _norm(setting, self.method), "measures": _MEASURES}
-
-
-def method_of(setting: Setting, name: str) -> Method:
-    """Return the method of a name with what is tuned for the setting."""
-    method = METHODS[name]
-    changes = {
-        field: options | tuned
-        for field, tuned in setting.tuned.items()
-        if (options := getattr(method, field))
+    row_names: ClassVar = {
+        "epochs": "epochs",
+        "size": "size",
+        "warmup_epochs": "warmup_epochs",
+        "data": "data",
+        "on_problem": "on_problem",
     }
-    return replace(method, **changes)
+    least_size: ClassVar = 40
+    least_batch_size: ClassVar = 2  # BatchNorm has no variance of one sample
+    seeds: ClassVar = 5
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Those of `METHOD_NAMES`."""
+        return METHOD_NAMES
 
-def _norm(setting: Setting, method: str) -> str:
-    return _NORM_OF_METHOD.get(method, setting.base_norm)
+    def row(self, run: Run) -> Row:
+        """Return what tells a run apart from others, as JSON values."""
+        row = super().row(run)
+        # The degree is the synthetic images': here the design comes with the data.
+        row.pop("degree", None)
+        return row | {"norm": self.method(run.method).norm or self.base_norm, "measures": _MEASURES}
 
+    def network(self, norm: str, num_classes: int) -> BackboneNetwork:
+        """Return the backbone with a hidden layer of 64 behind it."""
+        return BackboneNetwork(self.backbone(norm), num_classes)
 
-def plan(
-    setting: Setting,
-    methods: Sequence[str] = METHOD_NAMES,
-    seeds: int = SEEDS,
-    *,
-    first_seed: int = 0,
-    size: int | None = None,
-    batch_size: int | None = None,
-    epochs: int | None = None,
-    learning_rate: float | None = None,
-    data: Path | None = None,
-    on_problem: str = "error",
-    features_dir: Path | None = None,
-) -> list[ConfoundedRun]:
-    """Return the runs of a setting's table, seed by seed; None takes the setting's own numbers.
+    def data(self, run: Run, degree: int) -> ConfoundedData:
+        """Return generated data, or the real ones divided; raises what `load` and `divide` raise."""
+        if run.data is not None:
+            return load(run).divide(run.seed)
+        return self.make_data(run.size, run.seed)
 
-    Raises
-    ------
-    ValueError
-        An unknown method, no method, the oracle on real data, an unknown `on_problem`, or a number out of
-        range.
-    """
-    unknown = [method for method in methods if method not in METHOD_NAMES]
-    if unknown or not methods:
-        names = ", ".join(unknown) or "(none given)"
-        raise ValueError(f"unknown method(s) {names}: choose from {', '.join(METHOD_NAMES)}.")
-    if data is not None and any(METHODS[method].oracle for method in methods):
-        raise ValueError("the oracle needs unconfounded data, which are only generated: leave out `data`.")
-    if on_problem not in ("error", "skip"):
-        raise ValueError(f"on_problem must be 'error' or 'skip', got {on_problem!r}.")
-    numbers = {
-        "seeds": seeds,
-        "size": setting.size if size is None else size,
-        "batch size": setting.batch_size if batch_size is None else batch_size,
-        "epochs": setting.epochs if epochs is None else epochs,
-    }
-    least = {"seeds": 1, "size": 40, "batch size": _LEAST_BATCH, "epochs": 1}
-    for name, value in numbers.items():
-        if value < least[name]:
-            raise ValueError(f"{name} must be at least {least[name]}, got {value}.")
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
-    return [
-        ConfoundedRun(
-            setting.name,
-            method,
-            seed,
-            numbers["size"],
-            numbers["batch size"],
-            numbers["epochs"],
-            learning_rate or setting.learning_rate,
-            setting.warmup_epochs,
-            None if data is None else str(data),
-            on_problem,
-            str(features_dir / f"{method}-seed{seed}.safetensors")
-            if features_dir is not None and seed == first_seed
-            else None,
-        )
-        for seed in range(first_seed, first_seed + seeds)
-        for method in dict.fromkeys(methods)
-    ]
+    def measure(
+        self,
+        network: BackboneNetwork,
+        data: ConfoundedData,
+        trained: Samples,
+        features_file: str | None = None,
+    ) -> Row:
+        """Return what `evaluate` returns."""
+        return evaluate(network, data, trained, features_file)
 
+    def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
+        """Return the tables of outcomes; by variable; as trained; by class; by group."""
+        from mdnorm_experiments import confounded_report
 
-def build(setting: Setting, method: str, data: ConfoundedData, seed: int) -> BackboneNetwork:
-    """Return an untrained network with the method's normalisation; its weights depend on the seed alone.
+        return confounded_report.tables(rows, self.limit)
 
-    Layers with the estimator "dataset" have the Gram matrix of the training data.
-    """
-    torch.manual_seed(seed)
-    network = BackboneNetwork(setting.backbone(_norm(setting, method)), len(data.classes))
-    layers = METHODS[method].layers
-    if layers == "none":
-        return network
-    options: dict[str, Any] = {
-        "num_metadata": data.train.metadata.shape[1],
-        "num_labels": len(data.classes),
-        "example": data.train.inputs[:2],
-    } | (METHODS[method].options or {})
-    if layers == "every":
-        slots = [f"backbone.{slot}" for slot in setting.slots]
-        insert(network, after=slots, granularity=setting.granularity, **options)
-    insert(network, after="hidden", **options)
-    fit_gram(network, data.train.metadata, data.train.labels)
-    return network
+    def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
+        """Return example samples, accuracy with dcor², and accuracy by group."""
+        from mdnorm_experiments import confounded_report
 
+        return confounded_report.figures(self.examples(data_of(runs[0])), rows, self.limit)
 
-def _metadata(
-    network: nn.Module, metadata: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
-) -> AbstractContextManager[object]:
-    """The context of a batch; nothing for a network without layers."""
-    if not has_metadata_norm(network):
-        return nullcontext()
-    return context.metadata(network, metadata, labels, weights)
+    def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+        """Audit the best network and its like without correction; say where, or why not."""
+        from mdnorm_experiments import confounded_report
 
-
-def sample_weights(method: Method, samples: Samples) -> Tensor:
-    """Return the weights (N,) that the method gives the samples: 1 where it balances nothing."""
-    if not method.weights:
-        return torch.ones(len(samples))
-    return balancing_weights(samples.labels, samples.metadata, method="propensity").weights.float()
-
-
-def fit(
-    network: BackboneNetwork,
-    method: Method,
-    samples: Samples,
-    *,
-    batch_size: int,
-    epochs: int,
-    learning_rate: float,
-    warmup_epochs: int,
-    seed: int,
-    epoch_done: Callable[[], None],
-) -> Row:
-    """Train a network by Adam, the learning rate falling to 0 by a half cosine after it has risen.
-
-    Parameters
-    ----------
-    network : BackboneNetwork
-        From `build`; changed in place.
-    method : Method
-    samples : Samples
-    batch_size, epochs, learning_rate, warmup_epochs
-    seed : int
-        Of the order of the samples.
-    epoch_done : callable
-        Called after each epoch.
-
-    Returns
-    -------
-    dict
-        "train_loss" of the last epoch and "seconds_per_epoch".
-    """
-    steps = num_steps(len(samples), batch_size, epochs, _LEAST_BATCH)
-
-    def make_losses() -> Losses:
-        # One predictor for each column of the confounders, together as strong as the one of a single column.
-        width = samples.confounders.shape[1]
-        adversaries = (
-            [
-                Adversary(network.num_hidden, steps, **(method.adversary | {"strength": strength}))
-                for strength in width * [method.adversary["strength"] / width]
-            ]
-            if method.adversary
-            else []
-        )
-        dependence = None if method.dependence is None else DependenceLoss(**method.dependence)
-        groups = GroupWeights(samples, **method.group_dro) if method.group_dro else None
-        weights = sample_weights(method, samples)
-
-        def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
-            labels = samples.labels[rows]
-            with _metadata(
-                network, samples.metadata[rows], labels, weights[rows] if method.weights else None
-            ):
-                features = network.features(samples.inputs[rows])
-            logits = network.classify(features)
-            each = weights[rows] * cross_entropy(logits, labels, reduction="none")
-            task_loss = each.mean()
-            loss = groups.loss(each, rows) if groups else task_loss
-            for column, adversary in enumerate(adversaries):
-                loss = loss + adversary.step(features, samples.confounders[rows, column], labels)
-            if dependence is not None:
-                loss = loss + dependence(logits, samples.confounders[rows], labels)
-            return task_loss, loss
-
-        return losses
-
-    return optimise(
-        network,
-        method,
-        make_losses,
-        num_samples=len(samples),
-        batch_size=batch_size,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        seed=seed,
-        epoch_done=epoch_done,
-        warmup_epochs=warmup_epochs,
-        least_batch_size=_LEAST_BATCH,
-    )
-
-
-@torch.no_grad()
-def _outputs(network: BackboneNetwork, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Return features (N, 64) and logits (N, classes) in evaluation mode."""
-    network.eval()
-    features = []
-    for rows in torch.arange(len(samples)).split(_EVALUATION_BATCH):
-        with _metadata(network, samples.metadata[rows]):
-            features.append(network.features(samples.inputs[rows]))
-    joined = torch.cat(features)
-    return joined, network.classify(joined)
+        # The same network without Metadata Normalization, or what else there is without it.
+        plain = (METHOD_OF_NORM[self.base_norm], *METHOD_OF_NORM.values())
+        text = confounded_report.audit(out, data_of(runs[0]), runs, rows, plain)
+        return [*self.introduction, *text]
 
 
 def _by_class(values: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, dict[str, float]]:
@@ -401,21 +190,11 @@ def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[st
 
 
 def evaluate(
-    network: BackboneNetwork,
-    data: ConfoundedData,
-    features_file: str | None = None,
-    trained: Samples | None = None,
+    network: BackboneNetwork, data: ConfoundedData, trained: Samples, features_file: str | None = None
 ) -> Row:
     """Measure a network on both held-out sets and on what it was trained on.
 
-    Parameters
-    ----------
-    network : BackboneNetwork
-    data : ConfoundedData
-    features_file : str, optional
-        Where to keep features, labels, scores and predictions of the confound-free data.
-    trained : Samples, optional
-        What it was trained on, if not ``data.train``.
+    `features_file` is where to keep features, labels, scores and predictions of the confound-free data.
 
     Returns
     -------
@@ -436,21 +215,20 @@ def evaluate(
 
         On at most 1000 rows that were trained on: "dcor2_logits_train" and "dcor2_train".
     """
-    from safetensors.torch import save
     from sklearn.metrics import balanced_accuracy_score
 
     def accuracy(samples: Samples, metadata: Tensor | None = None) -> float:
         if metadata is not None:
             samples = replace(samples, metadata=metadata)
-        predicted = _outputs(network, samples)[1].argmax(1)
+        predicted = predictions(outputs(network, samples)[1])
         return float(balanced_accuracy_score(samples.labels.numpy(), predicted.numpy()))
 
-    trained, free = trained or data.train, data.confound_free
+    free = data.confound_free
     generator = torch.Generator().manual_seed(0)
-    features, logits = _outputs(network, free)
-    predicted = logits.argmax(1)
+    features, logits = outputs(network, free)
+    predicted = predictions(logits)
     seen = select(trained, torch.randperm(len(trained), generator=generator)[:_MEASURED_ROWS])
-    features_seen, logits_seen = _outputs(network, seen)
+    features_seen, logits_seen = outputs(network, seen)
     shuffled = mean = None
     if has_metadata_norm(network):
         orders = [torch.randperm(len(free), generator=generator) for _ in range(_SHUFFLES)]
@@ -466,15 +244,8 @@ def evaluate(
     }
     by_class = [[found[name] for found in recall.values() if name in found] for name in data.classes]
     if features_file is not None:
-        tensors = {
-            "features": features,
-            "labels": free.labels,
-            "groups": free.groups,
-            "confounders": free.confounders,
-            "scores": logits.softmax(1),
-        }
-        with atomic_path(Path(features_file)) as temporary:
-            temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        more = {"labels": free.labels, "groups": free.groups, "confounders": free.confounders}
+        save_features(features_file, features, logits, **more)
     return {
         "bacc": float(balanced_accuracy_score(free.labels.numpy(), predicted.numpy())),
         "bacc_confounded": accuracy(data.test),
@@ -491,113 +262,25 @@ def evaluate(
     }
 
 
-@lru_cache(maxsize=1)
-def load(setting: str, folder: str, on_problem: str) -> LoadedData:
-    """Return a real data set.
+def load(run: Run) -> LoadedData:
+    """Return the real data set of a run; kept until another is asked for.
 
     Raises
     ------
     ValueError
-        The setting is unknown or has no loader, or the data cannot be used.
+        The setting has no loader, or the data cannot be used.
     DataProblemsError
-        Files or rows that cannot be used, all of them listed, with `on_problem` "error".
+        Files or rows that cannot be used, all of them listed, unless `on_problem` is "skip".
     FileNotFoundError
         No such data; the message says what to get.
     """
-    loader = get_setting(setting).load
-    if loader is None:
-        raise ValueError(f"the setting {setting!r} has no real data to load: leave `data` out.")
-    return loader(Path(folder), on_problem)
+    assert run.data is not None
+    return _loaded(run.setting, run.data, run.on_problem, run.columns)
 
 
 @lru_cache(maxsize=1)
-def _data(setting: str, size: int, seed: int, folder: str | None, on_problem: str) -> ConfoundedData:
-    # The methods of a seed come one after the other, with the same data.
-    if folder is not None:
-        return load(setting, folder, on_problem).divide(seed)
-    return get_setting(setting).make_data(size, seed)
-
-
-def data_of(run: ConfoundedRun) -> ConfoundedData:
-    """Return the data of a run; kept until another is asked for.
-
-    Raises
-    ------
-    ValueError, DataProblemsError, FileNotFoundError
-        Those of `load`, and of `LoadedData.divide` for real data.
-    """
-    return _data(run.setting, run.size, run.seed, run.data, run.on_problem)
-
-
-def train_network(
-    run: ConfoundedRun, method: Method, data: ConfoundedData, epoch_done: Callable[[], None]
-) -> tuple[BackboneNetwork, Samples, Row]:
-    """Train the network of a run, its head retrained where the method does that, but not recalibrated.
-
-    Returns
-    -------
-    network : BackboneNetwork
-    samples : Samples
-        What it was trained on.
-    measured : dict
-        See `fit`.
-    """
-    samples = data.train
-    if method.oracle:
-        assert data.unconfounded is not None, "`plan` takes no oracle on real data"
-        samples = data.unconfounded()
-    held_out = samples
-    if method.head and method.head["fit"] == "balanced":
-        samples, held_out = data.for_retraining(run.seed)
-    network = build(get_setting(run.setting), run.method, data, run.seed)
-    measured = fit(
-        network,
-        method,
-        samples,
-        batch_size=run.batch_size,
-        epochs=run.epochs,
-        learning_rate=run.learning_rate,
-        warmup_epochs=run.warmup_epochs,
-        seed=run.seed,
-        epoch_done=epoch_done,
-    )
-    if method.head:
-        refit(
-            network, lambda rows: _outputs(network, rows)[0], samples, held_out, seed=run.seed, **method.head
-        )
-    return network, samples, measured
-
-
-def train(run: ConfoundedRun, epoch_done: Callable[[], None]) -> Row:
-    """Train one network and measure it on held-out data.
-
-    Returns
-    -------
-    dict
-        What `evaluate` and `fit` measure; with Metadata Normalization "recalibrated", what `evaluate`
-        measures after `mdnorm.recalibrate` on the training data (its features are the ones kept).
-    """
-    method = method_of(get_setting(run.setting), run.method)
-    data = data_of(run)
-    if method.dependence is not None:
-        method = replace(method, dependence=method.dependence | {"variables": data.confounders})
-    network, samples, trained = train_network(run, method, data, epoch_done)
-    if method.layers == "none":
-        return evaluate(network, data, run.features_file, samples) | trained
-    measured = evaluate(network, data, trained=samples)
-    weights = sample_weights(method, samples)
-
-    def forward(model: nn.Module, rows: Tensor) -> None:
-        with _metadata(model, samples.metadata[rows], samples.labels[rows], weights[rows]):
-            model(samples.inputs[rows])
-
-    recalibrate(network, torch.arange(len(samples)).split(_EVALUATION_BATCH), forward=forward, progress=False)
-    return measured | {"recalibrated": evaluate(network, data, run.features_file, samples)} | trained
-
-
-def write_outputs(out: Path, runs: Sequence[ConfoundedRun], rows: Sequence[Row], *, command: str) -> Path:
-    """Write the tables, the figures, the report and the audit of finished runs; see `confounded_report`."""
-    from mdnorm_experiments.confounded_report import write
-
-    setting = get_setting(runs[0].setting)
-    return write(out, setting, partial(data_of, runs[0]), runs, rows, command=command)
+def _loaded(setting: str, folder: str, on_problem: str, columns: tuple[tuple[str, str], ...]) -> LoadedData:
+    found = get_setting(setting)
+    if not isinstance(found, ConfoundedSetting) or found.load is None:
+        raise ValueError(f"the setting {setting!r} has no real data to load: leave `data` out.")
+    return found.load(Path(folder), on_problem, dict(columns))

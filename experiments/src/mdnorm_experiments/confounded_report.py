@@ -1,35 +1,24 @@
-"""Tables, figures, report and audit of the settings with confounded images, clips or volumes."""
+"""Tables, figures and audit of the settings with confounded images, clips or volumes."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from mdnorm.files import write_text_atomically
-from mdnorm.plotting import MARKERS, PALETTE, save_figure
+from mdnorm.plotting import MARKERS, PALETTE
 from mdnorm_experiments.data.confounded import ConfoundedData
-from mdnorm_experiments.figures import draw_series
-from mdnorm_experiments.methods import METHODS, titles
-from mdnorm_experiments.report import (
-    ReportFigure,
-    ReportTable,
-    common_settings,
-    listed,
-    mean_with_deviation,
-    write_report,
-)
+from mdnorm_experiments.figures import WIDTH, series_figure, series_of
+from mdnorm_experiments.methods import METHODS
+from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
-from mdnorm_experiments.settings import METHOD_OF_NORM, Setting
+from mdnorm_experiments.settings import Run
 
-if TYPE_CHECKING:
-    from mdnorm_experiments.confounded import ConfoundedRun
-
-__all__ = ["accuracy_figure", "audit_networks", "groups_figure", "tables", "write"]
+__all__ = ["accuracy_figure", "audit", "figures", "groups_figure", "tables"]
 
 LEGEND = (
     "Mean ± standard deviation over seeds. “Confound-free”: balanced accuracy on held-out data in which the "
@@ -44,274 +33,252 @@ LEGEND = (
     "“Gain”: points on confound-free data above “No normalisation”, seed by seed. “Recovered”: the gain as a "
     "share of the oracle's mean gain, of the same network trained on unconfounded data."
 )
+_RECALIBRATED = " Networks with Metadata Normalization are recalibrated."
+_COMPARED = ("none", "batchnorm", "groupnorm", "brnet")
 
 
-def _final(row: Row) -> Row:
+def _final(rows: Sequence[Row]) -> list[Row]:
     """What the method leaves behind in the end: recalibrated where it can be."""
-    final: Row = row.get("recalibrated", row)
-    return final
+    return [row.get("recalibrated", row) for row in rows]
 
 
-def _by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = {}
-    for name in titles({row["method"] for row in rows}):
-        found[name] = [row for row in rows if row["method"] == name]
-    return found
+def _percent(values: Sequence[float], *, signed: bool = False) -> str:
+    return mean_with_deviation([100 * value for value in values], 1, signed=signed)
 
 
-def _dependence(row: Row, variable: str, measure: str = "dcor2") -> float:
-    return statistics.fmean(row[measure][variable].values())
-
-
-def _percent(values: Sequence[float]) -> str:
-    return mean_with_deviation([100 * value for value in values], 1) if values else "–"
-
-
-def _group_recalls(rows: Sequence[Row], group: str) -> list[dict[str, float]]:
-    """Recall by class in a group, seed by seed; empty where the confound-free data have nobody of it."""
-    return [recall for row in rows if (recall := _final(row)["recall"][group])]
-
-
-def _group_accuracy(rows: Sequence[Row], group: str) -> list[float]:
-    return [statistics.fmean(recall.values()) for recall in _group_recalls(rows, group)]
-
-
-def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+def _dependence(row: Row, measure: str, variables: Sequence[str]) -> float:
+    """Return dcor² under a name of `evaluate`, averaged over variables and classes."""
+    return statistics.fmean(statistics.fmean(row[measure][variable].values()) for variable in variables)
 
 
 def _dependences(rows: Sequence[Row], measures: Sequence[str], variables: Sequence[str]) -> str:
-    """Return the cell of dcor², averaged over variables and classes, under one or two of its names."""
-    return " / ".join(
-        mean_with_deviation(
-            [statistics.fmean(_dependence(row, v, name) for v in variables) for row in rows], 3
-        )
-        for name in measures
-    )
+    values = ([_dependence(row, measure, variables) for row in rows] for measure in measures)
+    return " / ".join(mean_with_deviation(of_measure, 3) for of_measure in values)
 
 
 def _probes(rows: Sequence[Row], variables: Sequence[str]) -> str:
     found = [[value for v in variables if (value := row["probe"][v]) is not None] for row in rows]
-    means = [statistics.fmean(values) for values in found if values]
-    return mean_with_deviation(means, 2) if means else "–"
+    return mean_with_deviation([statistics.fmean(values) for values in found if values], 2)
 
 
-def _outcomes(members: Sequence[Row]) -> list[str]:
-    """Return the cells of what a method reaches, from "confound-free" to "probe"."""
-    final = [_final(row) for row in members]
-    variables = list(final[0]["dcor2"])
-    return [
-        _percent([row["bacc"] for row in final]),
-        mean_with_deviation([100 * (row["bacc_confounded"] - row["bacc"]) for row in final], 1, signed=True),
-        _percent([row["bacc_shuffled"] for row in final if row["bacc_shuffled"] is not None]),
-        _dependences(final, ["dcor2_logits"], variables),
-        _dependences(final, ["dcor2", "dcor2_train"], variables),
-        _probes(final, variables),
-    ]
+def _recalls(rows: Sequence[Row], group: str) -> list[dict[str, float]]:
+    """Recall by class in a group, seed by seed; empty where the confound-free data have nobody of it."""
+    return [recall for row in _final(rows) if (recall := row["recall"][group])]
+
+
+def _group_accuracy(rows: Sequence[Row], group: str) -> list[float]:
+    return [statistics.fmean(recall.values()) for recall in _recalls(rows, group)]
 
 
 def _gains(members: Sequence[Row], plain: Sequence[Row]) -> list[float]:
     """Return confound-free accuracy above that of the network without a norm, seed by seed."""
     before = {row["seed"]: row["bacc"] for row in plain}
-    return [_final(row)["bacc"] - before[row["seed"]] for row in members if row["seed"] in before]
+    pairs = zip(members, _final(members), strict=True)
+    return [final["bacc"] - before[row["seed"]] for row, final in pairs if row["seed"] in before]
 
 
-def _gained(gains: Sequence[float], of_oracle: Sequence[float] | None) -> list[str]:
-    if not gains:
-        return ["–", "–"]
-    gain = mean_with_deviation([100 * value for value in gains], 1, signed=True)
-    # A difference of few seeds' means may be nothing at all: a share of it says nothing.
-    whole = statistics.fmean(of_oracle) if of_oracle else 0.0
-    return [gain, mean_with_deviation([100 * value / whole for value in gains], 0) if whole > 0 else "–"]
+def _table(
+    methods: dict[str, list[Row]],
+    columns: Sequence[tuple[str, Callable[[list[Row]], str]]],
+    limits: str,
+    legend: str,
+    title: str,
+) -> ReportTable:
+    """Return a table with a line for each method, each column a heading and the text of its cells."""
+    lines = [[METHODS[name].title, *(cell(rows) for _, cell in columns)] for name, rows in methods.items()]
+    return ReportTable(["Method", *(heading for heading, _ in columns)], lines, limits, legend, title)
 
 
-def _stage(members: Sequence[Row], variables: Sequence[str]) -> list[str]:
-    """Return the cells of networks as trained, or recalibrated; dashes where there are none."""
-    if not members:
-        return ["–"] * (3 + len(variables))
-    return [
-        _percent([row["bacc"] for row in members]),
-        _percent([row["bacc_confounded"] for row in members]),
-        *(mean_with_deviation([_dependence(row, v) for row in members], 3) for v in variables),
-        _percent([row["gap"] for row in members]),
-    ]
-
-
-def tables(rows: Sequence[Row], setting: Setting) -> list[ReportTable]:
+def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
     """Return the tables of all methods: outcomes; each variable; as trained; dcor² by class; by group.
 
     Parameters
     ----------
     rows : sequence of dict
-        As from `mdnorm_experiments.confounded.train`, at least one.
-    setting : Setting
+        As from `Setting.train`, at least one.
+    limit : float or None
+        Best accuracy that is possible on generated confound-free data, a fraction.
     """
-    variables = list(rows[0]["dcor2"])
-    on_generated = not any(row.get("data") for row in rows)
-    limit = (
-        f"Best possible on confound-free data: {100 * setting.limit:.1f} %; dcor² 0."
-        if setting.limit is not None and on_generated
-        else "No analytic limit of accuracy; dcor² 0 without the confounders."
-    )
-    methods = _by_method(rows)
+    methods = by_method(rows)
+    variables, groups = list(rows[0]["dcor2"]), list(rows[0]["recall"])
+    classes = list(rows[0]["dcor2"][variables[0]])
     gains = {name: _gains(members, methods.get("none", [])) for name, members in methods.items()}
-    overview = [
-        [
-            METHODS[name].title,
-            str(len(members)),
-            *_outcomes(members),
-            *_gained(gains[name], gains.get("oracle")),
-        ]
-        for name, members in methods.items()
+    # A difference of few seeds' means may be nothing at all: a share of it says nothing.
+    whole = statistics.fmean(gains["oracle"]) if gains.get("oracle") else 0.0
+
+    def seeds(members: list[Row]) -> str:
+        return str(len(members))
+
+    def accuracy(members: list[Row]) -> str:
+        return _percent([row["bacc"] for row in _final(members)])
+
+    def difference(members: list[Row]) -> str:
+        return _percent([row["bacc_confounded"] - row["bacc"] for row in _final(members)], signed=True)
+
+    def shuffled(members: list[Row]) -> str:
+        return _percent([v for row in _final(members) if (v := row["bacc_shuffled"]) is not None])
+
+    def gain(members: list[Row]) -> str:
+        return _percent(gains[members[0]["method"]], signed=True)
+
+    def recovered(members: list[Row]) -> str:
+        shares = [100 * value / whole for value in gains[members[0]["method"]] if whole > 0]
+        return mean_with_deviation(shares, 0)
+
+    def dependences(*measures: str, of: Sequence[str] = variables) -> Callable[[list[Row]], str]:
+        return lambda members: _dependences(_final(members), measures, of)
+
+    def recalibrated(cell: Callable[[list[Row]], str]) -> Callable[[list[Row]], str]:
+        def of_recalibrated(members: list[Row]) -> str:
+            found = [row["recalibrated"] for row in members if "recalibrated" in row]
+            return cell(found) if found else "–"
+
+        return of_recalibrated
+
+    stage: list[tuple[str, Callable[[list[Row]], str]]] = [
+        ("Confound-free (%)", lambda members: _percent([row["bacc"] for row in members])),
+        ("Confounded (%)", lambda members: _percent([row["bacc_confounded"] for row in members])),
+        *((f"dcor² {v}", lambda members, v=v: _dependences(members, ["dcor2"], [v])) for v in variables),
+        ("Gap (points)", lambda members: _percent([row["gap"] for row in members])),
     ]
-    headings = [
-        "Method",
-        "Seeds",
-        "Confound-free (%)",
-        "Confounded − confound-free (points)",
-        "Shuffled (%)",
-        "dcor² logits",
-        "dcor² features, new / training",
-        "Probe",
-        "Gain (points)",
-        "Recovered (%)",
-    ]
+
+    def of_class(variable: str, name: str) -> Callable[[list[Row]], str]:
+        return lambda members: mean_with_deviation([r["dcor2"][variable][name] for r in _final(members)], 3)
+
+    def of_group(group: str) -> Callable[[list[Row]], str]:
+        return lambda members: _percent(_group_accuracy(members, group))
+
+    def positives(group: str) -> Callable[[list[Row]], str]:
+        return lambda members: _percent([recall[classes[-1]] for recall in _recalls(members, group)])
+
     by_variable = [
         [
             METHODS[name].title,
             variable,
-            _dependences(final, ["dcor2_logits", "dcor2_logits_train"], [variable]),
-            _dependences(final, ["dcor2", "dcor2_train"], [variable]),
-            _dependences(final, ["dcor2_whitened"], [variable]),
-            _probes(final, [variable]),
+            dependences("dcor2_logits", "dcor2_logits_train", of=[variable])(members),
+            dependences("dcor2", "dcor2_train", of=[variable])(members),
+            dependences("dcor2_whitened", of=[variable])(members),
+            _probes(_final(members), [variable]),
         ]
         for name, members in methods.items()
         for variable in variables
-        if (final := [_final(row) for row in members])
     ]
-    stages = [
-        [
-            METHODS[name].title,
-            *_stage(members, variables),
-            *_stage([row["recalibrated"] for row in members if "recalibrated" in row], variables),
-            f"{statistics.fmean(row['seconds_per_epoch'] for row in members):.1f}",
-        ]
-        for name, members in methods.items()
-    ]
-    stage_headings = [
-        "Confound-free (%)",
-        "Confounded (%)",
-        *(f"dcor² {v}" for v in variables),
-        "Gap (points)",
-    ]
-    classes = list(rows[0]["dcor2"][variables[0]])
-    by_class = [
-        [
-            METHODS[name].title,
-            *(
-                mean_with_deviation([_final(row)["dcor2"][v][c] for row in members], 3)
-                for v in variables
-                for c in classes
-            ),
-        ]
-        for name, members in methods.items()
-    ]
-    groups = list(rows[0]["recall"])
-    by_group = [
-        [
-            METHODS[name].title,
-            *(_percent(_group_accuracy(members, group)) for group in groups),
-            *(
-                _percent([recall[classes[-1]] for recall in _group_recalls(members, group)])
-                for group in groups
-                if len(classes) == 2
-            ),
-        ]
-        for name, members in methods.items()
-    ]
-    rates = [f"TPR, {group} (%)" for group in groups if len(classes) == 2]
-    recalibrated = " Networks with Metadata Normalization are recalibrated."
+    two = len(classes) == 2
     return [
-        ReportTable(headings, overview, limit, LEGEND),
+        _table(
+            methods,
+            [
+                ("Seeds", seeds),
+                ("Confound-free (%)", accuracy),
+                ("Confounded − confound-free (points)", difference),
+                ("Shuffled (%)", shuffled),
+                ("dcor² logits", dependences("dcor2_logits")),
+                ("dcor² features, new / training", dependences("dcor2", "dcor2_train")),
+                ("Probe", lambda members: _probes(_final(members), variables)),
+                ("Gain (points)", gain),
+                ("Recovered (%)", recovered),
+            ],
+            f"Best possible on confound-free data: {100 * limit:.1f} %; dcor² 0."
+            if _has_limit(rows, limit) and limit is not None
+            else "No analytic limit of accuracy; dcor² 0 without the confounders.",
+            LEGEND,
+            "Results",
+        ),
         ReportTable(
             ["Method", "Variable", "logits, new / training", "features, new / training", "whitened", "Probe"],
             by_variable,
             "dcor² within the classes; 0 is right.",
             "“Whitened”: of features with the same variance in all directions, on new samples."
-            + recalibrated,
+            + _RECALIBRATED,
             "dcor² and probe by variable",
         ),
-        ReportTable(
-            ["Method", *stage_headings, *(f"recal. {heading}" for heading in stage_headings), "s / epoch"],
-            stages,
+        _table(
+            methods,
+            [
+                *stage,
+                *((f"recal. {heading}", recalibrated(cell)) for heading, cell in stage),
+                (
+                    "s / epoch",
+                    lambda members: f"{statistics.fmean(r['seconds_per_epoch'] for r in members):.1f}",
+                ),
+            ],
             "dcor² of the features, within the classes of the confound-free data.",
             "“Gap”: the largest difference in the recall of a class between groups. “Recal.”: with exact "
             "coefficients from the training data.",
             "As trained, and recalibrated",
         ),
-        ReportTable(
-            ["Method", *(f"{v}, {c}" for v in variables for c in classes)],
-            by_class,
+        _table(
+            methods,
+            [(f"{v}, {c}", of_class(v, c)) for v in variables for c in classes],
             "dcor² within each class; 0 is right.",
-            "On the confound-free data." + recalibrated,
+            "On the confound-free data." + _RECALIBRATED,
             "dcor² of features and metadata by class",
         ),
-        ReportTable(
-            ["Method", *(f"{group} (%)" for group in groups), *rates],
-            by_group,
+        _table(
+            methods,
+            [
+                *((f"{group} (%)", of_group(group)) for group in groups),
+                *((f"TPR, {group} (%)", positives(group)) for group in groups if two),
+            ],
             "The nearer to each other the groups are, the fairer the network.",
-            (f"TPR: share of “{classes[-1]}” that is found. " if len(classes) == 2 else "")
+            (f"TPR: share of “{classes[-1]}” that is found. " if two else "")
             + "Balanced accuracy on the confound-free data."
-            + recalibrated,
+            + _RECALIBRATED,
             "Accuracy by group",
         ),
     ]
 
 
-def accuracy_figure(rows: Sequence[Row], setting: Setting) -> Figure:
+def _has_limit(rows: Sequence[Row], limit: float | None) -> bool:
+    """Whether the limit is known, and the data are the generated ones that it holds for."""
+    return limit is not None and not any(row.get("data") for row in rows)
+
+
+def accuracy_figure(rows: Sequence[Row], limit: float | None) -> Figure:
     """Accuracy with and without confounding, and the dependence left, by method."""
-    methods = _by_method(rows)
-    figure = Figure(figsize=(7.0, 1.2 + 0.32 * len(methods)), layout="constrained")
+    methods = by_method(rows)
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.32 * len(methods)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
-    series = (
-        ("confounded test data", "bacc_confounded", PALETTE[1], MARKERS[1]),
-        ("confound-free test data", "bacc", PALETTE[4], MARKERS[0]),
-    )
-    for label, key, colour, marker in series:
-        _draw(
-            left,
-            [[100 * _final(row)[key] for row in members] for members in methods.values()],
-            label,
-            colour,
-            marker,
+
+    def draw(axis: Axes, value: Callable[[Row], float], label: str, style: int, marker: int) -> None:
+        found = [[value(row) for row in _final(members)] for members in methods.values()]
+        axis.errorbar(
+            [statistics.fmean(values) for values in found],
+            range(len(found)),
+            xerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in found],
+            label=label,
+            color=PALETTE[style],
+            marker=MARKERS[marker],
+            markersize=5,
+            linestyle="none",
+            capsize=2,
+            linewidth=1,
         )
-    if setting.limit is not None and not any(row.get("data") for row in rows):
-        left.axvline(100 * setting.limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
+
+    draw(left, lambda row: 100 * row["bacc_confounded"], "confounded test data", 1, 1)
+    draw(left, lambda row: 100 * row["bacc"], "confound-free test data", 4, 0)
+    if limit is not None and _has_limit(rows, limit):
+        left.axvline(100 * limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2)}
         left.annotate(
-            f"limit {100 * setting.limit:.1f} %",
-            (100 * setting.limit, 1),
-            xycoords=("data", "axes fraction"),
-            xytext=(0, 2),
+            f"limit {100 * limit:.1f} %",
+            (100 * limit, 1),
             textcoords="offset points",
             ha="center",
             fontsize=7,
             color="0.3",
+            **place,
         )
     left.set_yticks(range(len(methods)), [METHODS[name].title for name in methods], fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("balanced accuracy (%)", fontsize=8)
-    variables = list(rows[0]["dcor2"])
-    for index, variable in enumerate(variables):
-        _draw(
-            right,
-            [
-                [_dependence(_final(row), variable, "dcor2_logits") for row in members]
-                for members in methods.values()
-            ],
-            variable,
-            PALETTE[(3, 6, 5)[index % 3]],
-            MARKERS[(0, 2, 3)[index % 3]],
-        )
+    for index, variable in enumerate(rows[0]["dcor2"]):
+
+        def dependence(row: Row, variable: str = variable) -> float:
+            return _dependence(row, "dcor2_logits", [variable])
+
+        label = f"dcor² with {variable} within classes"
+        draw(right, dependence, label, (3, 6, 5)[index % 3], (0, 2, 3)[index % 3])
     right.axvline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
     right.set_xlabel("dcor² of the logits", fontsize=8)
     for axis in (left, right):
@@ -319,92 +286,80 @@ def accuracy_figure(rows: Sequence[Row], setting: Setting) -> Figure:
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(axis="y", color="0.92", linewidth=0.8)
         axis.set_axisbelow(True)
-    handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
-    labels = [
-        *left.get_legend_handles_labels()[1],
-        *(f"dcor² with {name} within classes" for name in variables),
-    ]
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     return figure
-
-
-def _draw(axis: Axes, values: Sequence[Sequence[float]], label: str, colour: str, marker: str) -> None:
-    means, deviations = zip(*map(_mean_and_deviation, values), strict=True)
-    axis.errorbar(
-        means,
-        range(len(means)),
-        xerr=deviations,
-        label=label,
-        color=colour,
-        marker=marker,
-        markersize=5,
-        linestyle="none",
-        capsize=2,
-        linewidth=1,
-    )
 
 
 def groups_figure(rows: Sequence[Row], names: Sequence[str]) -> Figure:
     """Accuracy by metadata group on confound-free data, of a few methods."""
-    methods = {name: members for name, members in _by_method(rows).items() if name in names}
     groups = list(rows[0]["recall"])
-    figure = Figure(figsize=(7.0, 3.2), layout="constrained")
-    axis = figure.subplots()
-    series = {
-        name: {
-            position: _mean_and_deviation([100 * value for value in values])
-            for position, group in enumerate(groups)
-            if (values := _group_accuracy(members, group))
-        }
-        for name, members in methods.items()
-    }
-    draw_series(axis, series, {name: METHODS[name].title for name in methods}, groups)
-    axis.set_ylabel("balanced accuracy (%)", fontsize=8)
-    axis.tick_params(labelsize=8)
-    figure.legend(loc="outside upper center", ncols=3, frameon=False, fontsize=8)
-    return figure
+
+    def points(row: Row) -> list[tuple[int, float]]:
+        found = [(number, _group_accuracy([row], group)) for number, group in enumerate(groups)]
+        return [(number, 100 * values[0]) for number, values in found if values]
+
+    shown = {name: METHODS[name].title for name in by_method(rows) if name in names}
+    labels = ("group", "balanced accuracy (%)")
+    return series_figure({"": series_of(rows, shown, points)}, {"": shown}, groups, labels=labels, height=2.8)
 
 
 def _best(rows: Sequence[Row]) -> str | None:
     """The method with Metadata Normalization that is most accurate on confound-free data, if there is one."""
     means = {
-        name: statistics.fmean(_final(row)["bacc"] for row in members)
-        for name, members in _by_method(rows).items()
+        name: statistics.fmean(row["bacc"] for row in _final(members))
+        for name, members in by_method(rows).items()
         if METHODS[name].layers != "none"
     }
     return max(means, key=lambda name: means[name]) if means else None
 
 
-def audit_networks(
-    out: Path, data: ConfoundedData, before: Path, after: Path, names: tuple[str, str]
-) -> Path:
-    """Audit two networks on the confound-free data and write the page into ``out/audit``.
+def figures(examples: Figure, rows: Sequence[Row], limit: float | None) -> list[ReportFigure]:
+    """Return the figures of the page: example samples, accuracy with dcor², accuracy by group."""
+    best = _best(rows)
+    return [
+        ReportFigure(
+            "examples",
+            examples,
+            "The data",
+            "Example samples of each class and group.",
+            "Examples from the training data. The network sees these, never the metadata.",
+        ),
+        ReportFigure(
+            "accuracy",
+            accuracy_figure(rows, limit),
+            "Accuracy and what the outputs hold of the metadata",
+            "Balanced accuracy on both test sets and dcor² of the logits; the numbers are in the table.",
+            "A network that cheats is good on the confounded data (orange) and poor on the confound-free "
+            "ones (blue)." + _RECALIBRATED,
+        ),
+        ReportFigure(
+            "groups",
+            groups_figure(rows, [*_COMPARED, best] if best else _COMPARED),
+            "Accuracy by group",
+            "Balanced accuracy by metadata group; the numbers are in the table.",
+            "On the confound-free data.",
+        ),
+    ]
 
-    Parameters
-    ----------
-    out : Path
-    data : ConfoundedData
-        Names of classes, groups and variables.
-    before, after : Path
-        Kept features of the two.
-    names : pair of str
 
-    Returns
-    -------
-    Path
-        Of the page.
+def audit(
+    out: Path, data: ConfoundedData, runs: Sequence[Run], rows: Sequence[Row], plain: Sequence[str]
+) -> list[str]:
+    """Audit the best corrected network and one without correction on the confound-free data.
 
-    Raises
-    ------
-    InputError
-        There are too few samples for an audit, or nothing varies among them.
+    The page is written into ``out/audit``. `data` are those of the first run, `plain` the methods without
+    correction, the first of which there is taken. Returns the paragraph of the report that says where the
+    audit is, or why there is none.
     """
     from safetensors.torch import load_file
 
-    from mdnorm.auditing import audit
-    from mdnorm.auditing.measuring import Settings
+    from mdnorm import auditing
 
-    tensors, others = load_file(before), load_file(after)
+    kept = {run.method: Path(run.features_file) for run in runs if run.features_file}
+    best, before = _best(rows), next((name for name in plain if name in kept), None)
+    if best is None or before is None or not all(kept[name].exists() for name in (before, best)):
+        return []
+    tensors, others = load_file(kept[before]), load_file(kept[best])
     metadata: dict[str, Any] = {}
     for variable, columns in data.confounders.items():
         values = tensors["confounders"][:, list(columns)]
@@ -412,130 +367,31 @@ def audit_networks(
             metadata[variable] = values[:, 0].tolist()
         elif bool(((values == 0) | (values == 1)).all()):
             # One-hot: a category again.
-            codes = values.argmax(1).tolist()
             known = len(columns) == len(data.groups)
+            codes = values.argmax(1).tolist()
             metadata[variable] = [data.groups[code] if known else str(code) for code in codes]
         else:
-            for index, column in enumerate(values.T):
-                metadata[f"{variable} {index + 1}"] = column.tolist()
-    classes = data.classes
-    report = audit(
-        tensors["features"],
-        metadata,
-        [classes[label] for label in tensors["labels"].tolist()],
-        after=others["features"],
-        predictions=[classes[label] for label in tensors["scores"].argmax(1).tolist()],
-        predictions_after=[classes[label] for label in others["scores"].argmax(1).tolist()],
-        positive=classes[-1] if len(classes) == 2 else None,
-        names=names,
-        settings=Settings(num_permutations=100),
-    )
-    return report.save(out / "audit")
+            metadata |= {f"{variable} {index + 1}": column.tolist() for index, column in enumerate(values.T)}
 
+    def named(labels: Any) -> list[str]:
+        return [data.classes[label] for label in labels.tolist()]
 
-def write(
-    out: Path,
-    setting: Setting,
-    data: Callable[[], ConfoundedData],
-    runs: Sequence[ConfoundedRun],
-    rows: Sequence[Row],
-    *,
-    command: str,
-) -> Path:
-    """Write table.md, figures, report.html and, of the best network and its like without it, an audit.
-
-    Parameters
-    ----------
-    out : Path
-        An existing folder.
-    setting : Setting
-    data : callable
-        Returns the data of the first run.
-    runs, rows
-        The plan and its rows.
-    command : str
-        Shown in the report.
-
-    Returns
-    -------
-    Path
-        Of the report.
-    """
-    from mdnorm.auditing import InputError
-
-    shown_tables = tables(rows, setting)
-    write_text_atomically(
-        out / "table.md", "\n".join(f"**{table.title}**\n\n{table.markdown()}" for table in shown_tables)
-    )
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
-    best = _best(rows)
-    compared = [name for name in ("none", "batchnorm", "groupnorm", "brnet", best) if name is not None]
-    samples = data()
-    figures = [
-        ReportFigure(
-            save_figure(setting.examples(samples), folder / "examples.png"),
-            "The data",
-            "Example samples of each class and group.",
-            "Examples from the training data. The network sees these, never the metadata.",
-        ),
-        ReportFigure(
-            save_figure(accuracy_figure(rows, setting), folder / "accuracy.png"),
-            "Accuracy and what the outputs hold of the metadata",
-            "Balanced accuracy on both test sets and dcor² of the logits; the numbers are in the table.",
-            "A network that cheats is good on the confounded data (orange) and poor on the confound-free "
-            "ones (blue). Networks with Metadata Normalization are recalibrated.",
-        ),
-        ReportFigure(
-            save_figure(groups_figure(rows, compared), folder / "groups.png"),
-            "Accuracy by group",
-            "Balanced accuracy by metadata group; the numbers are in the table.",
-            "On the confound-free data.",
-        ),
+    try:
+        report = auditing.audit(
+            tensors["features"],
+            metadata,
+            named(tensors["labels"]),
+            after=others["features"],
+            predictions=named(tensors["scores"].argmax(1)),
+            predictions_after=named(others["scores"].argmax(1)),
+            positive=data.classes[-1] if len(data.classes) == 2 else None,
+            names=("the uncorrected network", METHODS[best].title),
+            settings=auditing.Settings(num_permutations=100),
+        )
+    except auditing.InputError as error:
+        return [f"There is no audit of what the networks still know: {error}"]
+    report.save(out / "audit")
+    return [
+        f"What the uncorrected network and the best with Metadata Normalization ({METHODS[best].title}) "
+        "still know of each metadata variable is in audit/report.html beside this page."
     ]
-    introduction = list(setting.introduction)
-    kept = {run.method: Path(run.features_file) for run in runs if run.features_file}
-    # The same network without Metadata Normalization, or what else there is without it.
-    wanted = (METHOD_OF_NORM[setting.base_norm], *METHOD_OF_NORM.values())
-    plain = next((name for name in wanted if name in kept), None)
-    if best is not None and plain is not None and all(kept[name].exists() for name in (plain, best)):
-        names = ("the uncorrected network", METHODS[best].title)
-        try:
-            audit_networks(out, samples, kept[plain], kept[best], names)
-        except InputError as error:
-            introduction.append(f"There is no audit of what the networks still know: {error}")
-        else:
-            introduction.append(
-                "What the uncorrected network and the best with Metadata Normalization "
-                f"({METHODS[best].title}) still know of each metadata variable is in audit/report.html "
-                "beside this page."
-            )
-    first = runs[0]
-    settings = common_settings(run.seed for run in runs) | {
-        "data": first.data or "generated",
-        "training samples": str(len(samples.train)),
-        "held-out samples": f"{len(samples.test)} confounded, {len(samples.confound_free)} confound-free",
-        "batch size, epochs": f"{first.batch_size}, {first.epochs}",
-        "learning rate": listed(run.learning_rate for run in runs),
-        "optimiser": "Adam, learning rate falling to 0 by a half cosine",
-        "Metadata Normalization and BR-Net build on": f"norm “{setting.base_norm}”",
-    }
-    return write_report(
-        out,
-        title=setting.title,
-        introduction=introduction,
-        tables=shown_tables,
-        figures=figures,
-        settings=settings | _options(rows),
-        command=command,
-    )
-
-
-def _options(rows: Sequence[Row]) -> dict[str, str]:
-    """Return what the methods have of their own, by title."""
-    names = ("options", "adversary", "weights", "group_dro", "head", "penalty")
-    own = {
-        METHODS[name].title: {key: members[0][key] for key in names if key in members[0]}
-        for name, members in _by_method(rows).items()
-    }
-    return {title: str(options) for title, options in own.items() if options}

@@ -10,15 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from statistics import fmean
+from typing import ClassVar
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm import basis
-from mdnorm.integration import fit_gram, recalibrate
+from mdnorm_experiments import figures
+from mdnorm_experiments.data.confounded import ConfoundedData, Samples
 from mdnorm_experiments.data.continual import (
     BOTH_LIMITS,
     CONFOUNDER_RANGE,
@@ -28,203 +32,208 @@ from mdnorm_experiments.data.continual import (
     make_stage,
 )
 from mdnorm_experiments.data.synthetic import SyntheticData
-from mdnorm_experiments.methods import METHODS, build, describe, panels, titles
-from mdnorm_experiments.report import (
-    ReportFigure,
-    ReportTable,
-    common_settings,
-    listed,
-    mean_with_deviation,
-    write_report,
-)
+from mdnorm_experiments.methods import METHODS, panels, titles
+from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
-from mdnorm_experiments.training import (
-    GROUPS,
-    batches,
-    check_settings,
-    evaluate,
-    fit,
-    has_metadata_norm,
-)
+from mdnorm_experiments.settings import Run
+from mdnorm_experiments.synthetic import GROUPS, SyntheticSetting, example_images, samples_of
+from mdnorm_experiments.training import build, fit, has_metadata_norm, prepare, recalibrate_on
 
-DEFAULT_METHODS = (
-    "none",
-    "batchnorm",
-    "mdn-last-dataset",
-    "mdn-last-running",
-    "mdn-last-recursive",
-    "mdn-every-running",
-)
-BATCH_SIZE = 128
-SEEDS = 3
-# The network without normalisation reaches its plateau in the first stage: 86 to 87 % of at most 87.5 %.
-EPOCHS = 5
-LEARNING_RATE = 3e-4
+__all__ = ["SETTING", "ContinualSetting", "limits_text", "make_samples", "measures", "transfer"]
 
 # Given once: the recursion only scales its columns by it. "penalty" would diverge in columns whitened for an
 # earlier stage, and "dataset" sees the stage's metadata through it.
 _ONE_GRAM = ("recursive",)
+_STAGES = [str(stage + 1) for stage in range(NUM_STAGES)]
+_DISTANCES = {
+    "accuracy_distance": "ACCd",
+    "backward_distance": "BWTd",
+    "forward_distance": "FWTd",
+    "backward_transfer": "BWT",
+    "forward_transfer": "FWT",
+}
+_SIGNED = ("backward_transfer", "forward_transfer")
+_LEGEND = (
+    "Mean ± standard deviation over seeds, on held-out data, in percentage points. ACCd, BWTd and FWTd: mean "
+    "distance of the accuracy from the limit of the true effect, on the stage just trained on, on earlier "
+    "ones and on later ones; 0 is right. BWT: what the accuracy on a stage gains from training on it to the "
+    "end of training; FWT: accuracy minus limit on the stage that comes next. dcor²: between the features "
+    "and the confounder, mean over the stages' own test data; bias-corrected, so it can be slightly negative."
+)
+_STAGE_LEGEND = (
+    "Accuracy on each stage's own test data minus the limit of the true effect (in the heading), in "
+    "percentage points. Above 0: got from the confounder."
+)
 
 
-@dataclass(frozen=True)
-class ContinualRun:
-    """Settings of one network's way through the stages. Everything that can change its row is here.
+def make_samples(stage: int, group_size: int, degree: int, *, seed: int, stratified: bool = False) -> Samples:
+    """Return the data of a stage; the metadata are the powers 1 … degree of the confounder.
 
-    Attributes
-    ----------
-    method : str
-        A key of `METHODS`.
-    batch_size, seed : int
-    epochs_per_stage : int
-    learning_rate : float
-        Of Adam at the start of each stage; it falls to 0 by a half cosine until its end.
-    group_size, test_group_size : int
-        Images a group and stage in the training and the held-out data.
+    The basis is the same in all stages. See `mdnorm_experiments.data.continual.make_stage`.
     """
+    data = make_stage(stage, group_size, seed=seed, stratified=stratified)
+    low, high = CONFOUNDER_RANGE
+    return samples_of(data, basis.polynomial(data.confounder, degree, low=low, high=high))
 
-    method: str
-    batch_size: int
-    seed: int
-    epochs_per_stage: int
-    learning_rate: float
-    group_size: int = 1000
-    test_group_size: int = 500
+
+@dataclass(frozen=True, kw_only=True)
+class ContinualSetting(SyntheticSetting):
+    """The synthetic images in five stages, and the distances of a network from the limits."""
+
+    row_names: ClassVar = {
+        "epochs": "epochs_per_stage",
+        "size": "group_size",
+        "test_size": "test_group_size",
+    }
+    variants: ClassVar[tuple[str, ...]] = ("plain",)
+    num_stages: ClassVar = NUM_STAGES
+    seeds: ClassVar = 3
+    keeps_features: ClassVar = False
 
     @property
-    def epochs(self) -> int:
-        """Epochs of all stages."""
-        return NUM_STAGES * self.epochs_per_stage
+    def default_methods(self) -> tuple[str, ...]:
+        """The published methods, the recipe, and what they are compared with."""
+        mdn = ("mdn-last-dataset", "mdn-last-running", "mdn-last-recursive", "mdn-every-running")
+        return ("none", "batchnorm", *mdn)
 
-    def settings(self) -> Row:
-        """Return the settings as JSON values, those of the method included."""
-        return {"setting": "continual"} | asdict(self) | METHODS[self.method].settings()
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """The one of `batch_size`."""
+        return (self.batch_size,)
 
+    def schedule(self, batch_size: int) -> tuple[int, float]:
+        """Return (epochs a stage, learning rate): the same for every batch size."""
+        return self.epochs, self.learning_rate
 
-def plan(
-    methods: Sequence[str] = DEFAULT_METHODS,
-    batch_size: int = BATCH_SIZE,
-    seeds: int = SEEDS,
-    *,
-    first_seed: int = 0,
-    epochs: int | None = None,
-    learning_rate: float | None = None,
-    group_size: int = 1000,
-    test_group_size: int = 500,
-) -> list[ContinualRun]:
-    """Return the runs of the table, seed by seed, so that an interrupted table is as complete as can be.
+    def stages(self, run: Run) -> list[ConfoundedData]:
+        """Return training and held-out data of each stage."""
+        degree, found = METHODS[run.method].degree, []
+        for stage in range(NUM_STAGES):
+            seed = 2 * (NUM_STAGES * run.seed + stage)
+            train = make_samples(stage, run.size, degree, seed=seed)
+            # Stratified: the distance from a limit should be the network's, not that of the draw.
+            test = make_samples(stage, run.test_size, degree, seed=seed + 1, stratified=True)
+            found.append(ConfoundedData(train, test, test, GROUPS, GROUPS, {"confounder": (0,)}))
+        return found
 
-    Parameters
-    ----------
-    methods : sequence of str
-        Keys of `METHODS`.
-    batch_size, seeds, first_seed : int
-    epochs, learning_rate
-        Of a stage; None takes the tuned ones.
-    group_size, test_group_size : int
+    def train(self, run: Run, epoch_done: Callable[[], None]) -> Row:
+        """Train one network stage after stage, and measure it on all stages after each.
 
-    Raises
-    ------
-    ValueError
-        An unknown method, a size below 1, or a method that cannot train with the batch size.
-    """
-    check_settings(
-        methods,
-        batch_sizes=[batch_size],
-        seeds=seeds,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        group_sizes=(group_size, test_group_size),
-    )
-    for method in methods:
-        if batch_size < METHODS[method].least_batch_size:
-            raise ValueError(f"{METHODS[method].title} cannot train with batch size {batch_size}.")
-    return [
-        ContinualRun(
-            method,
-            batch_size,
-            first_seed + seed,
-            epochs or EPOCHS,
-            learning_rate or LEARNING_RATE,
-            group_size,
-            test_group_size,
-        )
-        for seed in range(seeds)
-        for method in dict.fromkeys(methods)
-    ]
+        The network and its layers keep their weights and state from stage to stage; optimiser and learning
+        rate start anew. Estimators that take the Gram matrix of the training set get that of the stage,
+        except where it only scales the columns in which they remember the past: these keep the first.
 
-
-def metadata_columns(data: SyntheticData, degree: int) -> Tensor:
-    """Return the powers 1 … degree of the confounder, shape (2N, degree); the same basis in all stages."""
-    low, high = CONFOUNDER_RANGE
-    return basis.polynomial(data.confounder, degree, low=low, high=high)
-
-
-def _data_seed(run: ContinualRun, stage: int, held_out: bool) -> int:
-    return 2 * (NUM_STAGES * run.seed + stage) + held_out
-
-
-def train(run: ContinualRun, epoch_done: Callable[[], None]) -> Row:
-    """Train one network stage after stage, and measure it on all stages after each.
-
-    The network and its layers keep their weights and state from stage to stage; optimiser and learning rate
-    start anew. Estimators that take the Gram matrix of the training set get that of the stage, except where
-    it only scales the columns in which they remember the past: these keep the first.
-
-    Parameters
-    ----------
-    run : ContinualRun
-    epoch_done : callable
-        Called after each epoch.
-
-    Returns
-    -------
-    dict
-        Those of `measures`; for MDN the same under "recalibrated", of copies of the network after
-        `mdnorm.recalibrate` on the stage's training data; "train_loss" of each stage's last epoch (a list)
-        and "seconds_per_epoch".
-    """
-    method = METHODS[run.method]
-    tests = []
-    for stage in range(NUM_STAGES):
-        seed = _data_seed(run, stage, True)
-        # Stratified: the distance from a limit should be the network's, not that of the draw.
-        held_out = make_stage(stage, run.test_group_size, seed=seed, stratified=True)
-        tests.append((held_out, metadata_columns(held_out, method.degree)))
-    network = build(method, tests[0][1].shape[1], run.seed)
-    corrected = has_metadata_norm(network)
-    keeps_gram = (method.options or {}).get("estimator") in _ONE_GRAM
-    trained, tested, recalibrated = [], [], []
-    for stage in range(NUM_STAGES):
-        data = make_stage(stage, run.group_size, seed=_data_seed(run, stage, False))
-        metadata = metadata_columns(data, method.degree)
-        if corrected and not (keeps_gram and stage):
-            fit_gram(network, metadata, data.labels)
-        trained.append(
-            fit(
-                network,
-                method,
-                data,
-                metadata,
-                batch_size=run.batch_size,
-                epochs=run.epochs_per_stage,
-                learning_rate=run.learning_rate,
-                seed=NUM_STAGES * run.seed + stage,
-                epoch_done=epoch_done,
+        Returns
+        -------
+        dict
+            Those of `measures`; for MDN the same under "recalibrated", of copies of the network after
+            `mdnorm.recalibrate` on the stage's training data; "train_loss" of each stage's last epoch (a
+            list) and "seconds_per_epoch".
+        """
+        stages, method = self.stages(run), self.method(run.method)
+        if method.dependence is not None:
+            method = replace(method, dependence=method.dependence | {"variables": stages[0].confounders})
+        network = build(self, method, stages[0], run.seed)
+        corrected = has_metadata_norm(network)
+        keeps_gram = (method.options or {}).get("estimator") in _ONE_GRAM
+        trained, tested, recalibrated = [], [], []
+        for number, stage in enumerate(stages):
+            if corrected and number and not keeps_gram:
+                prepare(network, stage.train)
+            trained.append(
+                fit(
+                    network,
+                    method,
+                    stage.train,
+                    batch_size=run.batch_size,
+                    epochs=run.epochs,
+                    learning_rate=run.learning_rate,
+                    seed=NUM_STAGES * run.seed + number,
+                    epoch_done=epoch_done,
+                )
             )
-        )
-        tested.append([evaluate(network, *test) for test in tests])
-        if corrected:
-            # A copy: the next stage goes on from what training has left.
-            copy = deepcopy(network)
-            recalibrate(copy, batches(data, metadata), progress=False)
-            recalibrated.append([evaluate(copy, *test) for test in tests])
-    row = measures(tested)
-    if corrected:
-        row["recalibrated"] = measures(recalibrated)
-    return row | {
-        "train_loss": [part["train_loss"] for part in trained],
-        "seconds_per_epoch": fmean(part["seconds_per_epoch"] for part in trained),
-    }
+            tested.append([self.measure(network, each, each.train) for each in stages])
+            if corrected:
+                # A copy: the next stage goes on from what training has left.
+                copy = deepcopy(network)
+                recalibrate_on(copy, stage.train, method)
+                recalibrated.append([self.measure(copy, each, each.train) for each in stages])
+        row = measures(tested) | ({"recalibrated": measures(recalibrated)} if corrected else {})
+        return row | {
+            "train_loss": [part["train_loss"] for part in trained],
+            "seconds_per_epoch": fmean(part["seconds_per_epoch"] for part in trained),
+        }
+
+    def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
+        """Return the tables of distances and of stages; recalibrated networks have lines of their own."""
+        distances, stages = [], []
+        for title, members in _lines(rows).items():
+            seconds = [row["seconds_per_epoch"] for row in members if "seconds_per_epoch" in row]
+            distances.append(
+                (
+                    title,
+                    str(len(members)),
+                    *(
+                        mean_with_deviation([100 * row[key] for row in members], 1, signed=key in _SIGNED)
+                        for key in _DISTANCES
+                    ),
+                    *(mean_with_deviation([row["dcor2"][group] for row in members], 3) for group in GROUPS),
+                    mean_with_deviation([fmean(seconds)] if seconds else [], 1),
+                )
+            )
+            own = np.array([np.diagonal(row["bacc_matrix"]) for row in members])
+            above = (100 * (own - np.array(EFFECT_LIMITS))).T.tolist()
+            stages.append((title, *(mean_with_deviation(values, 1, signed=True) for values in above)))
+        headings = ("Method", "Seeds", *_DISTANCES.values(), *(f"dcor² {g}" for g in GROUPS), "s / epoch")
+        limits = [f"Stage {stage + 1}: {100 * limit:g} %" for stage, limit in enumerate(EFFECT_LIMITS)]
+        return [
+            ReportTable(headings, distances, limits_text(), _LEGEND),
+            ReportTable(
+                ("Method", *limits), stages, limits_text(), _STAGE_LEGEND, "Above the limit, by stage"
+            ),
+        ]
+
+    def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
+        """Return example images, accuracy and dcor² by stage, and the matrices of a few methods."""
+        names = titles({row["method"] for row in rows})
+        stage_titles = [f"stage {stage + 1}, shift {shift:g}" for stage, shift in enumerate(SHIFTS)]
+        return [
+            ReportFigure(
+                "examples",
+                example_images(_one_image_a_stage(), NUM_STAGES, stage_titles),
+                "The images",
+                "An example image of each group and stage.",
+                "The classifier sees the images only, never these numbers.",
+            ),
+            ReportFigure(
+                "accuracy",
+                accuracy_figure(rows, panels(names)),
+                "Accuracy on each stage, just after training on it",
+                "Balanced accuracy of every method by stage; differences from the limit are in the table.",
+                "Closest to the lower line is best. What lies above was got from the confounder.",
+            ),
+            ReportFigure(
+                "dependence",
+                dependence_figure(rows, panels(names)),
+                "What the features hold of the confounder",
+                "Distance correlation by group, method and stage; the means are in the table.",
+                "Bias-corrected squared distance correlation, on each stage's own test data; 0 is right.",
+            ),
+            ReportFigure(
+                "matrices",
+                figures.stage_matrices(_matrices(rows), EFFECT_LIMITS),
+                "All stages after each stage",
+                "Accuracy minus the limit of the true effect, for each stage trained on and tested on.",
+                "Accuracy minus the limit of the true effect, in percentage points, mean over seeds. On the "
+                "diagonal: the stage just trained on; left of it earlier stages, right of it later ones. "
+                "White is right. In the last stage there is nothing to learn without the confounder, so a "
+                "network may forget there what it knew: its last row then falls to 50 %.",
+            ),
+        ]
+
+    def more(self, out: object, runs: object, rows: object) -> list[str]:
+        """Return the paragraphs of the page."""
+        return list(self.introduction)
 
 
 def measures(tested: Sequence[Sequence[Row]]) -> Row:
@@ -247,16 +256,12 @@ def measures(tested: Sequence[Sequence[Row]]) -> Row:
         for group in GROUPS
     }
     return {
-        "bacc": fmean(_diagonal(accuracy)),
-        "dcor2": {group: fmean(_diagonal(matrix)) for group, matrix in dependence.items()},
+        "bacc": fmean(np.diagonal(accuracy).tolist()),
+        "dcor2": {group: fmean(np.diagonal(matrix).tolist()) for group, matrix in dependence.items()},
         **transfer(accuracy),
         "bacc_matrix": accuracy,
         "dcor2_matrix": dependence,
     }
-
-
-def _diagonal(matrix: Sequence[Sequence[float]]) -> list[float]:
-    return [values[index] for index, values in enumerate(matrix)]
 
 
 def transfer(
@@ -284,7 +289,7 @@ def transfer(
         [abs(value - limit) for value, limit in zip(values, limits, strict=True)] for values in accuracy
     ]
     return {
-        "accuracy_distance": fmean(_diagonal(distances)),
+        "accuracy_distance": fmean(distances[j][j] for j in range(last + 1)),
         "backward_distance": fmean(distances[i][j] for i in range(last + 1) for j in range(i)),
         "forward_distance": fmean(distances[i][j] for i in range(last + 1) for j in range(i + 1, last + 1)),
         "backward_transfer": fmean(accuracy[last][j] - accuracy[j][j] for j in range(last)),
@@ -304,176 +309,58 @@ def limits_text() -> str:
     )
 
 
-_DISTANCES = {
-    "accuracy_distance": "ACCd",
-    "backward_distance": "BWTd",
-    "forward_distance": "FWTd",
-    "backward_transfer": "BWT",
-    "forward_transfer": "FWT",
-}
-_SIGNED = ("backward_transfer", "forward_transfer")
-_LEGEND = (
-    "Mean ± standard deviation over seeds, on held-out data, in percentage points. ACCd, BWTd and FWTd: mean "
-    "distance of the accuracy from the limit of the true effect, on the stage just trained on, on earlier "
-    "ones and on later ones; 0 is right. BWT: what the accuracy on a stage gains from training on it to the "
-    "end of training; FWT: accuracy minus limit on the stage that comes next. dcor²: between the features "
-    "and the confounder, mean over the stages' own test data; bias-corrected, so it can be slightly negative."
-)
-_STAGE_LEGEND = (
-    "Accuracy on each stage's own test data minus the limit of the true effect (in the heading), in "
-    "percentage points. Above 0: got from the confounder."
-)
-
-
-def tables(rows: Sequence[Row], names: Mapping[str, str]) -> list[ReportTable]:
-    """Return the table of distances and that of the stages.
-
-    Parameters
-    ----------
-    rows : sequence of dict
-        Of one batch size.
-    names : mapping
-        Identifier to title of methods; their order is that of the lines. A recalibrated network has a line of
-        its own.
-    """
-    distances, stages = [], []
-    for title, members in _lines(rows, names):
-        seconds = [row["seconds_per_epoch"] for row in members if "seconds_per_epoch" in row]
-        distances.append(
-            (
-                title,
-                str(len(members)),
-                *(
-                    mean_with_deviation([100 * row[key] for row in members], 1, signed=key in _SIGNED)
-                    for key in _DISTANCES
-                ),
-                *(mean_with_deviation([row["dcor2"][group] for row in members], 3) for group in GROUPS),
-                f"{fmean(seconds):.1f}" if seconds else "–",
-            )
-        )
-        own = [_diagonal(row["bacc_matrix"]) for row in members]
-        stages.append(
-            (
-                title,
-                *(
-                    mean_with_deviation([100 * (values[stage] - limit) for values in own], 1, signed=True)
-                    for stage, limit in enumerate(EFFECT_LIMITS)
-                ),
-            )
-        )
-    headings = ("Method", "Seeds", *_DISTANCES.values(), *(f"dcor² {group}" for group in GROUPS), "s / epoch")
-    stage_headings = (
-        "Method",
-        *(f"Stage {stage + 1}: {100 * limit:g} %" for stage, limit in enumerate(EFFECT_LIMITS)),
-    )
-    return [
-        ReportTable(headings, distances, limits_text(), _LEGEND),
-        ReportTable(stage_headings, stages, limits_text(), _STAGE_LEGEND, title="Above the limit, by stage"),
+def accuracy_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
+    """Accuracy on each stage's own test data, mean ± standard deviation over seeds, with both limits."""
+    limits = [
+        ([100 * limit for limit in BOTH_LIMITS], "with the\nconfounder"),
+        ([100 * limit for limit in EFFECT_LIMITS], "true effect\nonly"),
     ]
+    series = _own_stage(rows, panels, lambda row: 100 * np.diagonal(row["bacc_matrix"]))
+    labels = ("stage", "balanced accuracy on held-out data (%)")
+    return figures.series_figure(
+        {"": series}, panels, _STAGES, labels=labels, limits=limits, linestyle="-", spread=0.3
+    )
 
 
-def _lines(rows: Sequence[Row], names: Mapping[str, str]) -> list[tuple[str, list[Row]]]:
-    """Titles with their rows, the recalibrated networks behind those they were made from."""
-    lines = []
-    for name, title in names.items():
-        members = [row for row in rows if row["method"] == name]
-        if not members:
+def dependence_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
+    """Distance correlation by group on each stage's own test data, mean ± standard deviation over seeds."""
+
+    def series(group: str) -> figures.Series:
+        return _own_stage(rows, panels, lambda row: np.diagonal(row["dcor2_matrix"][group]))
+
+    parts = {f"Group {group}": series(group) for group in GROUPS}
+    labels = ("stage", "dcor² (features, confounder)")
+    return figures.series_figure(
+        parts,
+        panels,
+        _STAGES,
+        labels=labels,
+        limits=[(0.0, "")],
+        linestyle="-",
+        spread=0.3,
+        height=3.6,
+    )
+
+
+def _own_stage(
+    rows: Sequence[Row], panels: figures.Panels, values: Callable[[Row], NDArray[np.float64]]
+) -> figures.Series:
+    names = [name for group in panels.values() for name in group]
+    return figures.series_of(rows, names, lambda row: enumerate(values(row).tolist()))
+
+
+def _lines(rows: Sequence[Row], names: Sequence[str] | None = None) -> dict[str, list[Row]]:
+    """Rows by title, those of recalibrated networks behind those they were made from."""
+    lines = {}
+    for name, members in by_method(rows).items():
+        if names is not None and name not in names:
             continue
-        lines.append((title, members))
+        title = METHODS[name].title
+        lines[title] = members
         recalibrated = [row["recalibrated"] for row in members if "recalibrated" in row]
         if len(recalibrated) == len(members):
-            lines.append((f"{title}, recalibrated", recalibrated))
+            lines[f"{title}, recalibrated"] = recalibrated
     return lines
-
-
-_INTRODUCTION = (
-    "One network is trained on five data sets in turn. Each image shows blobs whose brightness is the true "
-    "effect (on the diagonal) and one whose brightness is a confounder (lower left). From stage to stage the "
-    "groups A and B come closer in the true effect and move apart in the confounder: in the last stage the "
-    "true effect says nothing, and the confounder everything.",
-    "A confounder-free network is right in 75 % of all cases in the first stage and in 50 % in the last. "
-    "What lies above was got from the confounder.",
-)
-
-
-def write_outputs(out: Path, runs: Sequence[ContinualRun], rows: Sequence[Row], *, command: str) -> Path:
-    """Write table.md, the figures and report.html of finished runs.
-
-    Parameters
-    ----------
-    out : Path
-        An existing folder.
-    runs, rows
-        The plan and its rows.
-    command : str
-        Shown in the report.
-
-    Returns
-    -------
-    Path
-        Of the report.
-    """
-    from mdnorm import plotting
-    from mdnorm.files import write_text_atomically
-    from mdnorm_experiments import figures
-
-    names = titles({run.method for run in runs})
-    shown_tables = tables(rows, names)
-    text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in shown_tables)
-    write_text_atomically(out / "table.md", text)
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
-    stage_titles = [f"stage {stage + 1}, shift {shift:g}" for stage, shift in enumerate(SHIFTS)]
-    examples = figures.example_images(_one_image_a_stage(), NUM_STAGES, stage_titles)
-    accuracy = figures.accuracy_by_stage(rows, panels(names), EFFECT_LIMITS, BOTH_LIMITS)
-    dependence = figures.dependence_by_stage(rows, panels(names))
-    matrices = figures.stage_matrices(_matrices(rows, names), EFFECT_LIMITS)
-    shown = [
-        ReportFigure(
-            plotting.save_figure(examples, folder / "examples.png"),
-            "The images",
-            "An example image of each group and stage.",
-            "The classifier sees the images only, never these numbers.",
-        ),
-        ReportFigure(
-            plotting.save_figure(accuracy, folder / "accuracy.png"),
-            "Accuracy on each stage, just after training on it",
-            "Balanced accuracy of every method by stage; the differences from the limit are in the table.",
-            "Closest to the lower line is best. What lies above was got from the confounder.",
-        ),
-        ReportFigure(
-            plotting.save_figure(dependence, folder / "dependence.png"),
-            "What the features hold of the confounder",
-            "Distance correlation by group, method and stage; the means are in the table.",
-            "Bias-corrected squared distance correlation, on each stage's own test data; 0 is right.",
-        ),
-        ReportFigure(
-            plotting.save_figure(matrices, folder / "matrices.png"),
-            "All stages after each stage",
-            "Accuracy minus the limit of the true effect, for each stage trained on and tested on.",
-            "Accuracy minus the limit of the true effect, in percentage points, mean over seeds. On the "
-            "diagonal: the stage just trained on; left of it earlier stages, right of it later ones. White "
-            "is right. In the last stage there is nothing to learn without the confounder, so a network may "
-            "forget there what it knew: its last row then falls to 50 %.",
-        ),
-    ]
-    settings = common_settings(run.seed for run in runs) | {
-        "training images a group and stage": listed(run.group_size for run in runs),
-        "held-out images a group and stage": listed(run.test_group_size for run in runs),
-        "batch size": listed(run.batch_size for run in runs),
-        "epochs a stage": listed(run.epochs_per_stage for run in runs),
-        "learning rate": listed(run.learning_rate for run in runs),
-        "optimiser": "Adam, anew in each stage, learning rate falling to 0 by a half cosine",
-    }
-    return write_report(
-        out,
-        title="Metadata Normalization in continual learning",
-        introduction=_INTRODUCTION,
-        tables=shown_tables,
-        figures=shown,
-        settings=settings | describe(names),
-        command=command,
-    )
 
 
 def _one_image_a_stage() -> SyntheticData:
@@ -491,11 +378,32 @@ _IN_MATRICES = ("none", "mdn-last-dataset", "mdn-last-running", "mdn-last-recurs
 _MOST_MATRICES = 6
 
 
-def _matrices(rows: Sequence[Row], names: Mapping[str, str]) -> dict[str, list[list[list[float]]]]:
+def _matrices(rows: Sequence[Row]) -> Mapping[str, list[list[list[float]]]]:
     """Accuracy matrices of each seed by title: of a few methods, and of recalibrated networks if they fit."""
-    chosen = {name: title for name, title in names.items() if name in _IN_MATRICES} or names
-    lines = _lines(rows, chosen)
-    plain = [title for title, _ in lines if title in chosen.values()][:_MOST_MATRICES]
-    others = [title for title, _ in lines if title not in chosen.values()]
+    names = {row["method"] for row in rows}
+    lines = _lines(rows, [name for name in names if name in _IN_MATRICES] or list(names))
+    plain = [title for title in lines if not title.endswith(", recalibrated")][:_MOST_MATRICES]
+    others = [title for title in lines if title.endswith(", recalibrated")]
     kept = {*plain, *others[max(len(others) + len(plain) - _MOST_MATRICES, 0) :]}
-    return {title: [row["bacc_matrix"] for row in members] for title, members in lines if title in kept}
+    return {title: [row["bacc_matrix"] for row in lines[title]] for title in lines if title in kept}
+
+
+SETTING = ContinualSetting(
+    name="continual",
+    title="Metadata Normalization in continual learning",
+    introduction=(
+        "One network is trained on five data sets in turn. Each image shows blobs whose brightness is the "
+        "true effect (on the diagonal) and one whose brightness is a confounder (lower left). From stage to "
+        "stage the groups A and B come closer in the true effect and move apart in the confounder: in the "
+        "last stage the true effect says nothing, and the confounder everything.",
+        "A confounder-free network is right in 75 % of all cases in the first stage and in 50 % in the last. "
+        "What lies above was got from the confounder.",
+    ),
+    batch_size=128,
+    # The network without normalisation reaches its plateau in the first stage: 86 to 87 % of at most 87.5 %.
+    epochs=5,
+    learning_rate=3e-4,
+    size=1000,
+    test_size=500,
+    slots=("norm1", "norm2"),
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -12,12 +13,12 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mdnorm import basis
-from mdnorm_experiments.data import digits, faces
+from mdnorm_experiments.confounded import ConfoundedSetting
+from mdnorm_experiments.data import digits, faces, image_folder
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
 from mdnorm_experiments.data.faces import Faces, make_faces
-from mdnorm_experiments.data.image_folder import load_image_folder
+from mdnorm_experiments.figures import WIDTH, picture_grid
 from mdnorm_experiments.networks import ConvolutionalBackbone
-from mdnorm_experiments.settings import Setting
 
 __all__ = ["DIGITS", "SETTING", "ImageBackbone", "load_faces", "make_digit_data", "make_face_data"]
 
@@ -78,9 +79,9 @@ def make_face_data(size: int, seed: int) -> ConfoundedData:
     )
 
 
-def load_faces(folder: Path, on_problem: str) -> LoadedData:
-    """Return a folder of images with a table, see `load_image_folder`, for ``mdnorm-experiments image``."""
-    found = load_image_folder(folder, on_problem=on_problem)
+def load_faces(folder: Path, on_problem: str, columns: Mapping[str, str] | None = None) -> LoadedData:
+    """Return a folder of images with a table, see `image_folder.load_image_folder`."""
+    found = image_folder.load_image_folder(folder, columns=columns, on_problem=on_problem)
     samples = _face_samples(found.images, found.labels, found.shade)
     return LoadedData(samples, found.classes, GROUPS, {"shade": (0,)}, found.problems.text())
 
@@ -114,39 +115,22 @@ def make_digit_data(size: int, seed: int) -> ConfoundedData:
 
 
 def _examples(data: ConfoundedData, offset: float, label: str, count: int = 8) -> Figure:
-    samples = data.train
-    figure = Figure(figsize=(7.0, 2.3), layout="constrained")
-    axes = figure.subplots(len(data.classes), count, squeeze=False)
+    samples, lines = data.train, []
     for number, name in enumerate(data.classes):
         rows = torch.nonzero(samples.labels == number)[:count, 0]
         rows = rows[samples.confounders[rows, 0].argsort()]
-        for axis in axes[number]:
-            axis.set_axis_off()
-        for axis, row in zip(axes[number], rows.tolist(), strict=False):
-            axis.imshow(np.clip(samples.inputs[row].permute(1, 2, 0).numpy() + offset, 0, 1))
-            axis.set_title(f"{label} {float(samples.confounders[row, 0]):.1f}", fontsize=7, pad=2)
-        axes[number, 0].text(
-            -0.1,
-            0.5,
-            name,
-            rotation=90,
-            va="center",
-            ha="right",
-            transform=axes[number, 0].transAxes,
-            fontsize=8,
-        )
-    return figure
+        pictures = [
+            (
+                np.clip(samples.inputs[row].permute(1, 2, 0).numpy() + offset, 0, 1),
+                f"{label} {float(samples.confounders[row, 0]):.1f}",
+            )
+            for row in rows.tolist()
+        ]
+        lines.append((name, pictures))
+    return picture_grid(lines, (WIDTH, 2.3))
 
 
-def _face_examples(data: ConfoundedData) -> Figure:
-    return _examples(data, 0.5, "shade")
-
-
-def _digit_examples(data: ConfoundedData) -> Figure:
-    return _examples(data, 0.0, "colour")
-
-
-SETTING = Setting(
+SETTING = ConfoundedSetting(
     name="image",
     title="Metadata Normalization on faces",
     introduction=(
@@ -170,12 +154,13 @@ SETTING = Setting(
     quick_epochs=10,
     quick_methods=("none", "mdn-last-running"),
     limit=faces.LIMIT,
-    examples=_face_examples,
+    examples=partial(_examples, offset=0.5, label="shade"),
     tuned={"adversary": {"strength": 0.1}},
     load=load_faces,
+    columns=tuple(image_folder.COLUMNS),
 )
 
-DIGITS = Setting(
+DIGITS = ConfoundedSetting(
     name="digits",
     title="Metadata Normalization on coloured digits",
     introduction=(
@@ -193,10 +178,8 @@ DIGITS = Setting(
     epochs=15,
     learning_rate=1e-3,
     size=1200,
-    quick_size=1200,
-    quick_epochs=15,
     quick_methods=("none", "mdn-last-running"),
     limit=1 - digits.LABEL_NOISE,
-    examples=_digit_examples,
+    examples=partial(_examples, offset=0.0, label="colour"),
     tuned={"adversary": {"strength": 0.3}, "group_dro": {"step_size": 0.2}},
 )

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import nn
-
-from mdnorm.layer import MetadataNorm
-from mdnorm_experiments.networks import LAST_SLOT, SyntheticNetwork
 from mdnorm_experiments.results import Row
+
+__all__ = ["METHODS", "METHOD_OF_NORM", "Method", "panels", "titles"]
 
 
 @dataclass(frozen=True)
@@ -23,39 +20,32 @@ class Method:
     title : str
         As in tables and figures.
     layers : "none", "last" or "every"
-        Where `MetadataNorm` sits.
-    other : callable or None
-        Makes another normalisation for every layer, from its number of channels and of spatial dimensions.
+        Where `MetadataNorm` sits, with these `options`.
+    norm : "none", "batch", "group" or None
+        What normalises every layer beside it; None is the norm that the setting builds on.
     degree : int
-        The confounder enters as a polynomial of this degree.
-    options : dict
-        Of `MetadataNorm`.
+        Of the polynomial as which the confounder of the synthetic images enters.
     penalty : dict
         For the estimator "penalty": the coefficients are trained by gradient descent with the rate
         batch size / "window", at most 1.
-    adversary : dict
-        Options of `Adversary`, for BR-Net.
-    dependence : dict
-        Options of `mdnorm.DependenceLoss` on the logits; None for a training without it.
+    adversary, dependence, group_dro, head : dict
+        Options of `Adversary` (BR-Net), of `mdnorm.DependenceLoss` on the logits, of `GroupWeights`, and of
+        `refit`, by which the last layer is fitted again; None for a training without it.
     weights : bool
         Whether the samples have weights of `mdnorm.balancing_weights`, in the loss and in the layers.
-    group_dro : dict
-        Options of `GroupWeights`, for group-distributionally robust training.
-    head : dict
-        How the last layer is fitted again once the network is trained; see `refit`.
     oracle : bool
         Whether it trains on unconfounded data instead: what the others could reach.
     seeds : int
-        Seeds a cell of the table.
+        Seeds a cell of the synthetic table.
     in_table : bool
-        Whether it is one of "all": the others serve a variant of the data.
+        Whether it is one of "all" of the synthetic table: the others serve a variant of the data.
     least_batch_size : int
         Smaller batches it cannot train on.
     """
 
     title: str
     layers: str = "none"
-    other: Callable[[int, int], nn.Module] | None = None
+    norm: str | None = None
     degree: int = 1
     options: dict[str, Any] | None = None
     penalty: dict[str, Any] | None = None
@@ -81,14 +71,6 @@ class Method:
         if self.layers != "none":
             settings |= {"degree": self.degree, "options": self.options or {}}
         return settings
-
-
-def _batch_norm(channels: int, spatial_dims: int) -> nn.Module:
-    return nn.BatchNorm2d(channels) if spatial_dims else nn.BatchNorm1d(channels)
-
-
-def _group_norm(channels: int, spatial_dims: int) -> nn.Module:
-    return nn.GroupNorm(4, channels)
 
 
 # "dataset" and "batch" need their running averages for evaluation only and look back one epoch (2000 images);
@@ -123,9 +105,9 @@ def _estimators(layers: str) -> dict[str, Method]:
 
 
 METHODS = {
-    "none": Method("No normalisation"),
-    "batchnorm": Method("BatchNorm", other=_batch_norm, least_batch_size=2),
-    "groupnorm": Method("GroupNorm", other=_group_norm),
+    "none": Method("No normalisation", norm="none"),
+    "batchnorm": Method("BatchNorm", norm="batch", least_batch_size=2),
+    "groupnorm": Method("GroupNorm", norm="group"),
     "brnet": Method("BR-Net", adversary=_ADVERSARY),
     "groupdro": Method("GroupDRO", group_dro={"step_size": 0.01}, in_table=False),
     "dfr": Method("Last layer retrained (DFR)", head={"fit": "balanced", "draws": 10}, in_table=False),
@@ -143,7 +125,8 @@ METHODS = {
     "mdn-last-linear": _on("last", "running, plain column", _RUNNING, degree=1, in_table=False),
     "mdn-last-scale": _on("last", "running, with scale", _RUNNING | {"scale": True}, in_table=False),
 }
-DEFAULT_METHODS = ("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running")
+METHOD_OF_NORM = {"none": "none", "batch": "batchnorm", "group": "groupnorm"}
+"""Norm → the method that has this norm and nothing else."""
 
 
 def titles(names: Iterable[str] | None = None) -> dict[str, str]:
@@ -166,26 +149,3 @@ def panels(names: Mapping[str, str]) -> dict[str, Mapping[str, str]]:
         for layers, title in titles.items()
     }
     return {title: group for title, group in groups.items() if group}
-
-
-def describe(names: Iterable[str]) -> dict[str, str]:
-    """Return the settings of the methods with `MetadataNorm`, by title, for a report."""
-    corrected = [METHODS[name] for name in names if METHODS[name].layers != "none"]
-    return {
-        method.title: f"confounder as polynomial of degree {method.degree}, {method.options}"
-        for method in corrected
-    }
-
-
-def build(method: Method, num_metadata: int, seed: int) -> SyntheticNetwork:
-    """Return an untrained network with the method's normalisation; its weights depend on the seed alone."""
-
-    def normalization(slot: str, shape: tuple[int, ...]) -> nn.Module:
-        if method.other is not None:
-            return method.other(shape[0], len(shape) - 1)
-        if method.layers == "every" or (method.layers == "last" and slot == LAST_SLOT):
-            return MetadataNorm(shape, num_metadata, 1, **(method.options or {}))
-        return nn.Identity()
-
-    torch.manual_seed(seed)
-    return SyntheticNetwork(normalization)

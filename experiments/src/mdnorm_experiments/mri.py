@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -13,12 +14,12 @@ from torch.nn.functional import one_hot
 
 from mdnorm import basis
 from mdnorm.extras import requires
-from mdnorm_experiments.data import brains
-from mdnorm_experiments.data.bids import load_bids, standardize
+from mdnorm_experiments.confounded import ConfoundedSetting
+from mdnorm_experiments.data import bids, brains
 from mdnorm_experiments.data.brains import make_brains
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
+from mdnorm_experiments.figures import picture_grid
 from mdnorm_experiments.networks import ConvolutionalBackbone
-from mdnorm_experiments.settings import Setting
 
 __all__ = ["SETTING", "BrainBackbone", "load_brains", "make_brain_data"]
 
@@ -89,7 +90,7 @@ def make_brain_data(size: int, seed: int) -> ConfoundedData:
 
     def draw(count: int, part: int, correlation: float) -> Samples:
         drawn = make_brains(count, seed=part_seed(seed, part), correlation=correlation)
-        volumes = standardize(drawn.volumes)
+        volumes = bids.standardize(drawn.volumes)
         return _samples(
             volumes, drawn.labels, drawn.age, drawn.sex, drawn.site, len(brains.SITES), _AGE_RANGE
         )
@@ -105,15 +106,9 @@ def make_brain_data(size: int, seed: int) -> ConfoundedData:
     )
 
 
-def load_brains(folder: Path, on_problem: str) -> LoadedData:
-    """Return a BIDS folder, see `load_bids`, for ``mdnorm-experiments mri``.
-
-    Raises
-    ------
-    ValueError
-        All subjects have the same age or come from one site.
-    """
-    found = load_bids(folder, on_problem=on_problem)
+def load_brains(folder: Path, on_problem: str, columns: Mapping[str, str] | None = None) -> LoadedData:
+    """Return a BIDS folder, see `bids.load_bids`; ValueError if all ages or all sites are the same."""
+    found = bids.load_bids(folder, columns=columns, on_problem=on_problem)
     low, high = float(found.age.min()), float(found.age.max())
     if low == high or len(found.sites) < 2:
         raise ValueError(
@@ -132,28 +127,27 @@ def _examples(data: ConfoundedData) -> Figure:
     samples = data.train
     height, depth = samples.inputs.shape[3], samples.inputs.shape[4]
     middle = (round(height * 0.475), depth // 2 - 1)
-    rows, columns = len(data.classes), len(data.groups)
-    figure = Figure(figsize=(0.4 + 1.7 * columns, 1.0 * rows * 2 + 0.3), layout="constrained")
-    axes = figure.subplots(rows * 2, columns, squeeze=False)
-    for axis in axes.flat:
-        axis.set_axis_off()
+    lines: list[tuple[str, list[tuple[Tensor | None, str]]]] = []
     for label, name in enumerate(data.classes):
+        coronal: list[tuple[Tensor | None, str]] = []
+        axial: list[tuple[Tensor | None, str]] = []
         for group, site in enumerate(data.groups):
-            members = torch.nonzero((samples.labels == label) & (samples.groups == group))[:, 0]
-            if not len(members):
+            members = torch.nonzero((samples.labels == label) & (samples.groups == group))[:, 0].tolist()
+            if not members:
+                coronal.append((None, ""))
+                axial.append((None, ""))
                 continue
-            row = int(members[0])
-            volume = samples.inputs[row, 0]
-            for number, cut in enumerate((volume[:, middle[0]], volume[:, :, middle[1]])):
-                axis = axes[label * 2 + number, group]
-                axis.imshow(cut.numpy().T, cmap="gray", origin="lower", vmin=-3, vmax=2)
-            age, sex = float(samples.confounders[row, 0]) * _DECADE, float(samples.confounders[row, 1])
-            title = f"{name}, site {site}\n{'male' if sex else 'female'}, {age:.0f} years"
-            axes[label * 2, group].set_title(title, fontsize=7, pad=2)
-    return figure
+            volume = samples.inputs[members[0], 0]
+            age, sex = (float(value) for value in samples.confounders[members[0], :2])
+            text = f"{name}, site {site}\n{'male' if sex else 'female'}, {age * _DECADE:.0f} years"
+            coronal.append((volume[:, middle[0]].T, text))
+            axial.append((volume[:, :, middle[1]].T, ""))
+        lines += [("", coronal), ("", axial)]
+    size = (0.4 + 1.7 * len(data.groups), 1.0 * len(lines) + 0.3)
+    return picture_grid(lines, size, cmap="gray", origin="lower", vmin=-3, vmax=2)
 
 
-SETTING = Setting(
+SETTING = ConfoundedSetting(
     name="mri",
     title="Metadata Normalization on brain MRI of several sites",
     introduction=(
@@ -170,7 +164,6 @@ SETTING = Setting(
     make_data=make_brain_data,
     backbone=BrainBackbone,
     slots=("norm1", "norm2", "norm3"),
-    base_norm="none",
     batch_size=50,
     epochs=10,
     learning_rate=1e-3,
@@ -184,4 +177,5 @@ SETTING = Setting(
     limit=brains.LIMIT,
     examples=_examples,
     load=load_brains,
+    columns=tuple(bids.COLUMNS),
 )

@@ -1,4 +1,4 @@
-"""The table and the page that an experiment leaves behind."""
+"""The tables, the figures and the page that an experiment leaves behind."""
 
 from __future__ import annotations
 
@@ -7,172 +7,45 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
 import mdnorm
 from mdnorm.files import write_text_atomically
-from mdnorm_experiments.data.synthetic import (
-    ACCURACY_WITH_CONFOUNDER,
-    ACCURACY_WITHOUT_CONFOUNDER,
-    WITHOUT_LIMITS,
-)
+from mdnorm.plotting import save_figure
+from mdnorm_experiments.methods import METHODS, titles
 from mdnorm_experiments.results import Row
 
-MARGIN = 0.015
-"""Accuracy this far from the limit of the true effect is not chance."""
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["ReportFigure", "ReportTable", "by_method", "listed", "mean_with_deviation", "write_page"]
 
 
-def listed(values: Iterable[float]) -> str:
-    """Return the different values, ascending, as text."""
-    texts = (str(value) if isinstance(value, int) else f"{value:g}" for value in sorted(set(values)))
-    return ", ".join(texts)
-
-
-def common_settings(seeds: Iterable[int]) -> dict[str, str]:
-    """Return what the page of every experiment says of its runs: the versions, and their seeds."""
-    return {"mdnorm": mdnorm.__version__, "torch": torch.__version__, "seeds": listed(seeds)}
-
-
-def verdict(accuracy: float) -> str:
-    """Say what an accuracy (a fraction) means against the limit of the true effect."""
-    if accuracy > ACCURACY_WITHOUT_CONFOUNDER + MARGIN:
-        return "confounded"
-    if accuracy < ACCURACY_WITHOUT_CONFOUNDER - MARGIN:
-        return "below the limit"
-    return "at the limit"
-
-
-def has_limits(rows: Sequence[Row]) -> bool:
-    """Whether the analytic limits of the synthetic images hold for all rows."""
-    return not any(row.get("variant") in WITHOUT_LIMITS for row in rows)
-
-
-def summarise(rows: Sequence[Row]) -> list[Row]:
-    """Return one row for each method and batch size, ordered by batch size and first appearance.
-
-    Returns
-    -------
-    list of dict
-        "method", "batch_size", "seeds" (their number); means under the names of the rows ("bacc", "dcor2" by
-        group, "seconds_per_epoch"), standard deviations (divisor n − 1; None for one seed) under
-        "bacc_sd" and "dcor2_sd"; "recalibrated", these four of the recalibrated networks, or None where a row
-        has none.
-    """
-    cells: dict[tuple[int, str], list[Row]] = {}
-    for row in rows:
-        cells.setdefault((row["batch_size"], row["method"]), []).append(row)
-    summary = []
-    for (batch_size, method), members in sorted(cells.items(), key=lambda cell: cell[0][0]):
-        recalibrated = [row["recalibrated"] for row in members if "recalibrated" in row]
-        summary.append(
-            {"method": method, "batch_size": batch_size, "seeds": len(members)}
-            | _means(members)
-            | {
-                "recalibrated": _means(recalibrated) if len(recalibrated) == len(members) else None,
-                "seconds_per_epoch": statistics.fmean(row["seconds_per_epoch"] for row in members),
-            }
-        )
-    return summary
-
-
-def _means(members: Sequence[Row]) -> Row:
-    accuracies = [row["bacc"] for row in members]
-    by_group = {group: [row["dcor2"][group] for row in members] for group in members[0]["dcor2"]}
-    return {
-        "bacc": statistics.fmean(accuracies),
-        "bacc_sd": _deviation(accuracies),
-        "dcor2": {group: statistics.fmean(values) for group, values in by_group.items()},
-        "dcor2_sd": {group: _deviation(values) for group, values in by_group.items()},
-    }
-
-
-def _deviation(values: Sequence[float]) -> float | None:
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _with_deviation(mean: float, deviation: float | None, digits: int, *, signed: bool = False) -> str:
-    # "+ 0.0" turns the −0 of a rounded small negative number into 0.
-    rounded = round(mean, digits) + 0.0
-    text = f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", "−")
-    return text if deviation is None else f"{text} ± {deviation:.{digits}f}"
+def listed(values: Iterable[object]) -> str:
+    """Return the different values, ascending where they are numbers, as text."""
+    different = set(values)
+    if all(isinstance(value, int | float) for value in different):
+        return ", ".join(f"{value:g}" for value in sorted(different))  # type: ignore[type-var]
+    return ", ".join(sorted(map(str, different)))
 
 
 def mean_with_deviation(values: Sequence[float], digits: int, *, signed: bool = False) -> str:
-    """Return "mean ± standard deviation" of the seeds of a cell, without the latter for one seed."""
-    return _with_deviation(statistics.fmean(values), _deviation(values), digits, signed=signed)
+    """Return "mean ± standard deviation" of the seeds of a cell, without the latter for one; "–" for none."""
+    if not values:
+        return "–"
+    # "+ 0.0" turns the −0 of a rounded small negative number into 0.
+    rounded = round(statistics.fmean(values), digits) + 0.0
+    text = f"{rounded:{'+' if signed and rounded else ''}.{digits}f}".replace("-", "−")
+    return text if len(values) == 1 else f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
-HEADINGS = (
-    "Method",
-    "Batch size",
-    "Seeds",
-    "Accuracy (%)",
-    "Verdict",
-    "dcor² A",
-    "dcor² B",
-    "Recalibrated (%)",
-    "dcor² A / B",
-    "s / epoch",
-)
-
-
-def table_lines(rows: Sequence[Row], names: Mapping[str, str]) -> list[tuple[str, ...]]:
-    """Return the table as text, cells in the order of `HEADINGS`.
-
-    Lines are ordered by batch size, and within each by the order of `names` (identifier to title of methods).
-    """
-    order = list(names)
-    limited = has_limits(rows)
-    cells = sorted(
-        summarise(rows),
-        key=lambda cell: (
-            cell["batch_size"],
-            order.index(cell["method"]) if cell["method"] in names else len(order),
-        ),
-    )
-    return [
-        (
-            names.get(cell["method"], cell["method"]),
-            str(cell["batch_size"]),
-            str(cell["seeds"]),
-            _percent(cell),
-            verdict(cell["bacc"]) if limited else "–",
-            *(_with_deviation(cell["dcor2"][group], cell["dcor2_sd"][group], 3) for group in ("A", "B")),
-            *_recalibrated(cell["recalibrated"]),
-            f"{cell['seconds_per_epoch']:.1f}",
-        )
-        for cell in cells
-    ]
-
-
-def _percent(cell: Row) -> str:
-    deviation = None if cell["bacc_sd"] is None else 100 * cell["bacc_sd"]
-    return _with_deviation(100 * cell["bacc"], deviation, 1)
-
-
-def _recalibrated(cell: Row | None) -> tuple[str, str]:
-    if cell is None:
-        return "–", "–"
-    return _percent(cell), " / ".join(_with_deviation(cell["dcor2"][group], None, 3) for group in ("A", "B"))
-
-
-def limits_text() -> str:
-    """Return the sentence on the analytic limits."""
-    return (
-        f"Analytic limits: {100 * ACCURACY_WITHOUT_CONFOUNDER:.1f} % from the true effect alone, "
-        f"{100 * ACCURACY_WITH_CONFOUNDER:.1f} % with the confounder; dcor² 0 without it."
-    )
-
-
-NO_LIMITS = "No simple analytic limit of accuracy; dcor² 0 without the confounder."
-
-LEGEND = (
-    "Mean ± standard deviation over seeds, on held-out data. dcor² is bias-corrected, so it can be slightly "
-    "negative. “Confounded”: more than 1.5 points above what the true effect allows. “Recalibrated”: the "
-    "same networks with exact coefficients from the training data, and their dcor²."
-)
+def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """Return the rows of each method, in the order of `METHODS`."""
+    return {
+        name: [row for row in rows if row["method"] == name] for name in titles({r["method"] for r in rows})
+    }
 
 
 @dataclass(frozen=True)
@@ -190,13 +63,16 @@ class ReportTable:
         What else must be known to read it; on the page only.
     title : str
         Heading above the table on the page.
+    section : int or None
+        Number of a cell; where it changes, a rule is printed.
     """
 
     headings: Sequence[str]
     lines: Sequence[Sequence[str]]
     limits: str
-    legend: str = LEGEND
+    legend: str
     title: str = "Results"
+    section: int | None = None
 
     def markdown(self) -> str:
         """Return the table in Markdown, the analytic limits below."""
@@ -206,46 +82,29 @@ class ReportTable:
         return "\n".join([*text, "", self.limits + " Mean ± standard deviation over seeds.", ""])
 
 
-def synthetic_table(rows: Sequence[Row], names: Mapping[str, str]) -> ReportTable:
-    """Return the table of `table_lines` with the limits of the synthetic images."""
-    limits = limits_text() if has_limits(rows) else NO_LIMITS
-    return ReportTable(HEADINGS, table_lines(rows, names), limits)
-
-
 @dataclass(frozen=True)
 class ReportFigure:
-    """A figure of the page.
+    """A figure: its name as a file, heading, text for readers who do not see it, and what it shows."""
 
-    Attributes
-    ----------
-    path : Path
-        PNG file; it is embedded.
-    title, alternative, caption : str
-        Heading, text for readers who do not see it, and what it shows.
-    """
-
-    path: Path
+    name: str
+    figure: Figure
     title: str
     alternative: str
     caption: str
 
-    @property
-    def data(self) -> str:
-        """The image as a data URL."""
-        return "data:image/png;base64," + base64.b64encode(self.path.read_bytes()).decode("ascii")
 
-
-def write_report(
+def write_page(
     out: Path,
     *,
     title: str,
     introduction: Sequence[str],
     tables: Sequence[ReportTable],
     figures: Sequence[ReportFigure],
-    settings: Mapping[str, Any],
+    rows: Sequence[Row],
+    row_names: Mapping[str, str],
     command: str,
 ) -> Path:
-    """Write ``report.html`` into `out`: one file, images inside, nothing loaded from elsewhere.
+    """Write ``table.md``, the figures and ``report.html``: one file, nothing loaded from elsewhere.
 
     Parameters
     ----------
@@ -255,8 +114,8 @@ def write_report(
         Heading and paragraphs above the tables.
     tables : sequence of ReportTable
     figures : sequence of ReportFigure
-    settings : mapping
-        Shown as a list at the end.
+    rows : sequence of dict
+        The finished runs, whose settings are listed at the end; `row_names` as of `Setting`.
     command : str
         The command that makes the page.
 
@@ -270,14 +129,47 @@ def write_report(
     environment = Environment(
         loader=PackageLoader("mdnorm_experiments"), autoescape=True, undefined=StrictUndefined
     )
+    text = "\n".join(f"## {table.title}\n\n{table.markdown()}" for table in tables)
+    write_text_atomically(out / "table.md", text)
+    folder = out / "figures"
+    folder.mkdir(exist_ok=True)
+    embedded = []
+    for shown in figures:
+        image = save_figure(shown.figure, folder / f"{shown.name}.png").read_bytes()
+        source = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
+        embedded.append((shown, source))
     page = environment.get_template("report.html").render(
         title=title,
         introduction=introduction,
         tables=tables,
-        figures=figures,
-        settings=settings,
+        figures=embedded,
+        settings=_settings(rows, row_names),
         command=command,
     )
     path = out / "report.html"
     write_text_atomically(path, page)
     return path
+
+
+def _settings(rows: Sequence[Row], row_names: Mapping[str, str]) -> dict[str, str]:
+    """Return what the page says of the runs: versions, settings, and the options of each method."""
+    epochs = row_names["epochs"]
+    schedules = sorted({(row["batch_size"], row[epochs], row["learning_rate"]) for row in rows})
+    found = {
+        "mdnorm": mdnorm.__version__,
+        "torch": torch.__version__,
+        "seeds": listed(row["seed"] for row in rows),
+        epochs.replace("_", " "): "; ".join(
+            f"batch size {size}: {count} epochs from {rate:g}" for size, count, rate in schedules
+        ),
+        "optimiser": "Adam, learning rate falling to 0 by a half cosine",
+    }
+    for name in row_names.values():
+        if name != epochs:
+            found[name.replace("_", " ")] = listed(row[name] for row in rows)
+    options = ("degree", "options", "penalty", "adversary", "dependence", "weights", "group_dro", "head")
+    for name, members in by_method(rows).items():
+        own = {key: members[0][key] for key in options if key in members[0]}
+        if own:
+            found[METHODS[name].title] = str(own)
+    return found

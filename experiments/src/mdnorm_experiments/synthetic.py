@@ -4,236 +4,67 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from mdnorm import basis
-from mdnorm.integration import fit_gram, recalibrate
+from mdnorm.files import atomic_path
+from mdnorm.metrics import distance_correlation_sqr
+from mdnorm_experiments import figures
+from mdnorm_experiments.data.confounded import ConfoundedData, Samples
 from mdnorm_experiments.data.synthetic import (
+    ACCURACY_WITH_CONFOUNDER,
+    ACCURACY_WITHOUT_CONFOUNDER,
     NUM_SITES,
     VARIANTS,
     WITHOUT_LIMITS,
     SyntheticData,
     make_synthetic,
 )
-from mdnorm_experiments.methods import DEFAULT_METHODS, METHODS, build, describe, panels, titles
+from mdnorm_experiments.methods import METHODS, panels, titles
+from mdnorm_experiments.networks import BackboneNetwork, ConvolutionalBackbone
+from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
-from mdnorm_experiments.training import GROUPS, batches, check_settings, evaluate, fit, has_metadata_norm
+from mdnorm_experiments.settings import Run, Setting
+from mdnorm_experiments.training import outputs, predictions, save_features
 
-BATCH_SIZES = (1, 4, 20, 200, 2000)
+__all__ = ["SETTING", "SyntheticSetting", "example_images", "metadata_columns", "samples_of", "verdict"]
 
-
+GROUPS = ("A", "B")
+MARGIN = 0.015
+"""Accuracy this far from the limit of the true effect is not chance."""
+HEADINGS = (
+    "Method",
+    "Batch size",
+    "Seeds",
+    "Accuracy (%)",
+    "Verdict",
+    "dcor² A",
+    "dcor² B",
+    "Recalibrated (%)",
+    "dcor² A / B",
+    "s / epoch",
+)
+LEGEND = (
+    "Mean ± standard deviation over seeds, on held-out data. dcor² is bias-corrected, so it can be slightly "
+    "negative. “Confounded”: more than 1.5 points above what the true effect allows. “Recalibrated”: the "
+    "same networks with exact coefficients from the training data, and their dcor²."
+)
+LIMITS = (
+    f"Analytic limits: {100 * ACCURACY_WITHOUT_CONFOUNDER:.1f} % from the true effect alone, "
+    f"{100 * ACCURACY_WITH_CONFOUNDER:.1f} % with the confounder; dcor² 0 without it."
+)
+NO_LIMITS = "No simple analytic limit of accuracy; dcor² 0 without the confounder."
 # Epochs and learning rate by batch size, tuned for the network without normalisation to reach its plateau.
 _SCHEDULES = {1: (3, 5e-5), 4: (5, 1e-4), 20: (10, 1e-4), 200: (15, 2e-4), 2000: (30, 5e-4)}
-
-
-def schedule(batch_size: int) -> tuple[int, float]:
-    """Return (epochs, learning rate) for a batch size: those of the nearest tuned one."""
-    nearest = min(_SCHEDULES, key=lambda size: abs(math.log(size / batch_size)))
-    return _SCHEDULES[nearest]
-
-
-@dataclass(frozen=True)
-class SyntheticRun:
-    """Settings of one training. Everything that can change its row is here.
-
-    Attributes
-    ----------
-    method : str
-        A key of `METHODS`.
-    batch_size, seed, epochs : int
-    learning_rate : float
-        Of Adam at the start; it falls to 0 by a half cosine.
-    group_size, test_group_size : int
-        Images a group in the training and the held-out data.
-    variant : str
-        Of the data; see `mdnorm_experiments.data.synthetic`.
-    features_file : str or None
-        Where to keep the held-out features, for the projection figure; not part of the settings.
-    """
-
-    method: str
-    batch_size: int
-    seed: int
-    epochs: int
-    learning_rate: float
-    group_size: int = 1000
-    test_group_size: int = 2000
-    variant: str = "plain"
-    features_file: str | None = None
-
-    def settings(self) -> Row:
-        """Return the settings as JSON values, those of the method included."""
-        row: Row = {"setting": "synthetic"} | asdict(self)
-        del row["features_file"]
-        return row | METHODS[self.method].settings()
-
-
-def plan(
-    methods: Sequence[str] = DEFAULT_METHODS,
-    batch_sizes: Sequence[int] = BATCH_SIZES,
-    seeds: int | None = None,
-    *,
-    first_seed: int = 0,
-    epochs: int | None = None,
-    learning_rate: float | None = None,
-    group_size: int = 1000,
-    test_group_size: int = 2000,
-    variant: str = "plain",
-    features_dir: Path | None = None,
-) -> list[SyntheticRun]:
-    """Return the runs of the table, seed by seed, so that an interrupted table is as complete as can be.
-
-    Parameters
-    ----------
-    methods : sequence of str
-        Keys of `METHODS`.
-    batch_sizes : sequence of int
-    seeds : int, optional
-        Seeds a cell; None takes those of the method.
-    first_seed : int
-    epochs, learning_rate
-        None takes those tuned for the batch size.
-    group_size, test_group_size : int
-    variant : str
-        Of the data.
-    features_dir : Path, optional
-        Folder for the held-out features of each cell's first seed.
-
-    Returns
-    -------
-    list of SyntheticRun
-        Without the cells of `impossible_cells`.
-
-    Raises
-    ------
-    ValueError
-        An unknown method or variant, a size below 1, or nothing left to run.
-    """
-    check_settings(
-        methods,
-        batch_sizes=batch_sizes,
-        seeds=seeds,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        group_sizes=(group_size, test_group_size),
-    )
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(VARIANTS)}.")
-    runs = []
-    left_out = impossible_cells(methods, batch_sizes)
-    for batch_size in dict.fromkeys(batch_sizes):
-        tuned_epochs, tuned_rate = schedule(batch_size)
-        for method in dict.fromkeys(methods):
-            if (method, batch_size) in left_out:
-                continue
-            for seed in range(seeds if seeds is not None else METHODS[method].seeds):
-                file = f"{method}-{variant}-batch{batch_size}-seed{first_seed}.safetensors"
-                runs.append(
-                    SyntheticRun(
-                        method,
-                        batch_size,
-                        first_seed + seed,
-                        epochs or tuned_epochs,
-                        learning_rate or tuned_rate,
-                        group_size,
-                        test_group_size,
-                        variant,
-                        str(features_dir / file) if features_dir is not None and seed == 0 else None,
-                    )
-                )
-    if not runs:
-        raise ValueError("nothing to run: no method can train with these batch sizes.")
-    return sorted(runs, key=lambda run: run.seed)
-
-
-def impossible_cells(methods: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str, int]]:
-    """Return the (method, batch size) that cannot be trained: BatchNorm with one sample has no variance."""
-    return [
-        (method, size)
-        for method in dict.fromkeys(methods)
-        for size in dict.fromkeys(batch_sizes)
-        if size < METHODS[method].least_batch_size
-    ]
-
-
-def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
-    """Return the metadata columns of a data set, shape (2N, K_m).
-
-    A flexible basis is what lets the regression see a non-linear function of the confounder (a step between
-    the groups, say) as metadata; with the plain column the protected label explains it and keeps it.
-
-    Parameters
-    ----------
-    data : SyntheticData
-    variant : str
-        Of the data. "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27
-        without effect), 45 with age as a straight line.
-    degree : int
-        Of the polynomial of the confounder in the other variants.
-    """
-    if variant == "sites":
-        sites = one_hot(data.site, NUM_SITES)
-        # Knots at fixed ages, so that held-out data get the same columns.
-        age = (
-            (data.age - 50).unsqueeze(1) / 30
-            if degree == 1
-            else basis.spline(data.age, torch.tensor([10.0, 30.0, 50.0, 70.0, 90.0]))
-        )
-        return torch.cat([sites, data.sex.unsqueeze(1), age, data.nuisance], 1)
-    low, high = {"plain": (1, 6), "quadratic": (-1, 1), "variance": (0, 1)}[variant]
-    return basis.polynomial(data.confounder, degree, low=low, high=high)
-
-
-def train(run: SyntheticRun, epoch_done: Callable[[], None]) -> Row:
-    """Train one network and measure it on held-out data.
-
-    Parameters
-    ----------
-    run : SyntheticRun
-    epoch_done : callable
-        Called after each epoch.
-
-    Returns
-    -------
-    dict
-        "bacc" and "accuracy" (by group), fractions; "dcor2" by group, between the 84 features of the last
-        layer and the confounder; "seconds_per_epoch"; "train_loss" of the last epoch; for MDN "recalibrated",
-        with "bacc", "accuracy" and "dcor2" after `mdnorm.recalibrate` on the training data.
-    """
-    method = METHODS[run.method]
-    data = make_synthetic(run.group_size, seed=2 * run.seed, variant=run.variant)
-    metadata = metadata_columns(data, run.variant, method.degree)
-    network = build(method, metadata.shape[1], run.seed)
-    corrected = has_metadata_norm(network)
-    if corrected:
-        fit_gram(network, metadata, data.labels)
-    trained = fit(
-        network,
-        method,
-        data,
-        metadata,
-        batch_size=run.batch_size,
-        epochs=run.epochs,
-        learning_rate=run.learning_rate,
-        seed=run.seed,
-        epoch_done=epoch_done,
-    )
-    held_out = make_synthetic(run.test_group_size, seed=2 * run.seed + 1, variant=run.variant)
-    columns = metadata_columns(held_out, run.variant, method.degree)
-    measured = evaluate(network, held_out, columns, run.features_file)
-    if corrected:
-        recalibrate(network, batches(data, metadata), progress=False)
-        measured["recalibrated"] = evaluate(network, held_out, columns)
-    return measured | trained
-
-
 _INTRODUCTION = (
     "Each image shows blobs whose brightness is the true effect (on the diagonal) and one whose brightness "
     "is a confounder (lower left). Both differ between the groups A and B and overlap on a third of their "
@@ -264,153 +95,335 @@ _VARIANT_TEXTS = {
 }
 
 
-def write_outputs(out: Path, runs: Sequence[SyntheticRun], rows: Sequence[Row], *, command: str) -> Path:
-    """Write table.md, metadata.csv, the figures and report.html of finished runs.
+def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
+    """Return the metadata columns of a data set, shape (2N, K_m).
 
-    ``metadata.csv`` holds the group, the two effects and each kept network's predictions for the held-out
-    images, in the order of the features: what `mdnorm.audit` needs.
+    A flexible basis is what lets the regression see a non-linear function of the confounder (a step between
+    the groups, say) as metadata; with the plain column the protected label explains it and keeps it.
 
     Parameters
     ----------
-    out : Path
-        An existing folder.
-    runs, rows
-        The plan and its rows.
-    command : str
-        Shown in the report.
-
-    Returns
-    -------
-    Path
-        Of the report.
+    data : SyntheticData
+    variant : str
+        Of the data. "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27
+        without effect), 45 with age as a straight line.
+    degree : int
+        Of the polynomial of the confounder in the other variants.
     """
-    from mdnorm import plotting
-    from mdnorm.files import write_text_atomically
-    from mdnorm_experiments import figures
-    from mdnorm_experiments.report import (
-        ReportFigure,
-        common_settings,
-        listed,
-        synthetic_table,
-        write_report,
-    )
-
-    names = titles({run.method for run in runs})
-    table = synthetic_table(rows, names)
-    write_text_atomically(out / "table.md", table.markdown())
-    _write_metadata(out / "metadata.csv", runs)
-    folder = out / "figures"
-    folder.mkdir(exist_ok=True)
-    variant = runs[0].variant
-    examples = figures.example_images(make_synthetic(4, seed=0, variant=variant))
-    accuracy = figures.accuracy_by_batch_size(rows, panels(names))
-    dependence = figures.dependence_by_group(rows, panels(names))
-    shown = [
-        ReportFigure(
-            plotting.save_figure(examples, folder / "examples.png"),
-            "The images",
-            "Four example images of each group.",
-            "The classifier sees the images only, never these numbers.",
-        ),
-        ReportFigure(
-            plotting.save_figure(accuracy, folder / "accuracy.png"),
-            "Accuracy",
-            "Balanced accuracy of every method by batch size; the numbers are in the table.",
-            "Closest to 83.3 % is best. What lies above was got from the confounder."
-            if variant not in WITHOUT_LIMITS
-            else "Balanced accuracy on held-out data.",
-        ),
-        ReportFigure(
-            plotting.save_figure(dependence, folder / "dependence.png"),
-            "What the features hold of the confounder",
-            "Distance correlation by group, method and batch size; the numbers are in the table.",
-            "Bias-corrected squared distance correlation; 0 is right.",
-        ),
-    ]
-    projected = _projection_panels(runs, rows)
-    if projected:
-        shown.append(
-            ReportFigure(
-                plotting.save_figure(figures.projections(projected), folder / "projection.png"),
-                "The features, before and after",
-                "Two principal components of each model's features by group, coloured by the confounder.",
-                "Each point is a held-out image. Without correction the colour runs along the main "
-                "component: the features follow the confounder. With Metadata Normalization it is mixed "
-                "there; what order is left sits in a component that holds next to none of the variance.",
-            )
+    if variant == "sites":
+        sites = one_hot(data.site, NUM_SITES)
+        # Knots at fixed ages, so that held-out data get the same columns.
+        age = (
+            (data.age - 50).unsqueeze(1) / 30
+            if degree == 1
+            else basis.spline(data.age, torch.tensor([10.0, 30.0, 50.0, 70.0, 90.0]))
         )
-    settings = common_settings(run.seed for run in runs) | {
-        "training images a group": listed(run.group_size for run in runs),
-        "held-out images a group": listed(run.test_group_size for run in runs),
-        "epochs and learning rate": "; ".join(
-            f"batch size {size}: {epochs} epochs from {rate:g}"
-            for size, epochs, rate in sorted({(r.batch_size, r.epochs, r.learning_rate) for r in runs})
-        ),
-        "optimiser": "Adam, learning rate falling to 0 by a half cosine",
+        return torch.cat([sites, data.sex.unsqueeze(1), age, data.nuisance], 1)
+    low, high = {"plain": (1, 6), "quadratic": (-1, 1), "variance": (0, 1)}[variant]
+    return basis.polynomial(data.confounder, degree, low=low, high=high)
+
+
+def samples_of(data: SyntheticData, metadata: Tensor) -> Samples:
+    """Return the images as samples, with metadata columns (2N, K_m); the groups are the classes."""
+    labels = data.labels.long()
+    return Samples(data.images, labels, metadata, data.confounder.unsqueeze(1), labels)
+
+
+def verdict(accuracy: float) -> str:
+    """Say what an accuracy (a fraction) means against the limit of the true effect."""
+    if accuracy > ACCURACY_WITHOUT_CONFOUNDER + MARGIN:
+        return "confounded"
+    if accuracy < ACCURACY_WITHOUT_CONFOUNDER - MARGIN:
+        return "below the limit"
+    return "at the limit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSetting(Setting):
+    """Synthetic images, the paper's network for them, measures by group and a table by batch size."""
+
+    row_names: ClassVar = {
+        "epochs": "epochs",
+        "size": "group_size",
+        "test_size": "test_group_size",
+        "variant": "variant",
     }
-    return write_report(
-        out,
-        title="Metadata Normalization on synthetic images",
-        introduction=_VARIANT_TEXTS[variant],
-        tables=[table],
-        figures=shown,
-        settings=settings | describe(names),
-        command=command,
+    variants: ClassVar[tuple[str, ...]] = VARIANTS
+    keeps_recalibrated: ClassVar = False
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All that need no other data."""
+        return tuple(name for name, method in METHODS.items() if not method.of_confounded_only)
+
+    @property
+    def all_methods(self) -> tuple[str, ...]:
+        """Those of the table; the others serve a variant."""
+        return tuple(name for name in self.methods if METHODS[name].in_table)
+
+    @property
+    def default_methods(self) -> tuple[str, ...]:
+        """The recipe, and what it is compared with."""
+        return ("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running")
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """All sizes with a schedule."""
+        return tuple(_SCHEDULES)
+
+    def schedule(self, batch_size: int) -> tuple[int, float]:
+        """Return (epochs, learning rate) for a batch size: those of the nearest tuned one."""
+        return _SCHEDULES[min(_SCHEDULES, key=lambda size: abs(math.log(size / max(batch_size, 1))))]
+
+    def network(self, norm: str, num_classes: int) -> BackboneNetwork:
+        """Convolution 5×5 (16), convolution 5×5 (32), linear 84, linear 1: the paper's network."""
+        convolutions = [nn.Conv2d(1, 16, 5), nn.Conv2d(16, 32, 5)]
+        no_pool = nn.Identity()
+        backbone = ConvolutionalBackbone(
+            convolutions,
+            (16, 32),
+            norm,
+            spatial_dims=2,
+            pool=no_pool,
+            last_pool=no_pool,
+            num_positions=24 * 24,
+        )
+        return BackboneNetwork(backbone, 1, 84, norm)
+
+    def data(self, run: Run, degree: int) -> ConfoundedData:
+        """Return training and held-out images; none of them are confound-free."""
+
+        def draw(group_size: int, held_out: bool) -> Samples:
+            data = make_synthetic(group_size, seed=2 * run.seed + held_out, variant=run.variant)
+            return samples_of(data, metadata_columns(data, run.variant, degree))
+
+        train, test = draw(run.size, False), draw(run.test_size, True)
+        return ConfoundedData(train, test, test, GROUPS, GROUPS, {"confounder": (0,)})
+
+    def measure(
+        self,
+        network: BackboneNetwork,
+        data: ConfoundedData,
+        trained: Samples,
+        features_file: str | None = None,
+    ) -> Row:
+        """Return "bacc", and by group, "accuracy" and "dcor2" (features, confounder); fractions."""
+        from sklearn.metrics import balanced_accuracy_score
+
+        test = data.test
+        features, logits = outputs(network, test)
+        predicted = predictions(logits)
+        accuracy, dependence = {}, {}
+        for index, group in enumerate(GROUPS):
+            inside = test.labels == index
+            accuracy[group] = float((predicted == test.labels)[inside].double().mean())
+            found = distance_correlation_sqr(features[inside], test.confounders[inside, 0])
+            dependence[group] = float(found)
+        if features_file is not None:
+            confounder = test.confounders[:, 0]
+            save_features(features_file, features, logits, labels=test.labels, confounder=confounder)
+        return {
+            "bacc": float(balanced_accuracy_score(test.labels.numpy(), predicted.numpy())),
+            "accuracy": accuracy,
+            "dcor2": dependence,
+        }
+
+    def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
+        """Return the table of accuracy, its verdict and dcor², by batch size and method."""
+        limited = _has_limits(rows)
+        lines = []
+        for size in sorted({row["batch_size"] for row in rows}):
+            for name, members in by_method([row for row in rows if row["batch_size"] == size]).items():
+                accuracy = [row["bacc"] for row in members]
+                recalibrated = [row["recalibrated"] for row in members if "recalibrated" in row]
+                if len(recalibrated) < len(members):  # a mean over fewer seeds than the line says
+                    recalibrated = []
+                means = [_mean(recalibrated, group) for group in GROUPS if recalibrated]
+                seconds = [row["seconds_per_epoch"] for row in members if "seconds_per_epoch" in row]
+                lines.append(
+                    (
+                        METHODS[name].title,
+                        str(size),
+                        str(len(members)),
+                        mean_with_deviation([100 * value for value in accuracy], 1),
+                        verdict(sum(accuracy) / len(accuracy)) if limited else "–",
+                        *(mean_with_deviation([row["dcor2"][g] for row in members], 3) for g in GROUPS),
+                        mean_with_deviation([100 * row["bacc"] for row in recalibrated], 1),
+                        " / ".join(mean_with_deviation([mean], 3) for mean in means) or "–",
+                        mean_with_deviation([sum(seconds) / len(seconds)] if seconds else [], 1),
+                    )
+                )
+        return [ReportTable(HEADINGS, lines, LIMITS if limited else NO_LIMITS, LEGEND, section=1)]
+
+    def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
+        """Return example images, accuracy and dcor² by batch size and, where features were kept, these."""
+        names = titles({row["method"] for row in rows})
+        shown = [
+            ReportFigure(
+                "examples",
+                example_images(make_synthetic(4, seed=0, variant=runs[0].variant)),
+                "The images",
+                "Four example images of each group.",
+                "The classifier sees the images only, never these numbers.",
+            ),
+            ReportFigure(
+                "accuracy",
+                accuracy_figure(rows, panels(names)),
+                "Accuracy",
+                "Balanced accuracy of every method by batch size; the numbers are in the table.",
+                "Closest to 83.3 % is best. What lies above was got from the confounder."
+                if _has_limits(rows)
+                else "Balanced accuracy on held-out data.",
+            ),
+            ReportFigure(
+                "dependence",
+                dependence_figure(rows, panels(names)),
+                "What the features hold of the confounder",
+                "Distance correlation by group, method and batch size; the numbers are in the table.",
+                "Bias-corrected squared distance correlation; 0 is right.",
+            ),
+        ]
+        projected = _projections(runs, rows)
+        if projected:
+            shown.append(
+                ReportFigure(
+                    "projection",
+                    figures.projections(projected),
+                    "The features, before and after",
+                    "Two principal components of each model's features by group, coloured by the confounder.",
+                    "Each point is a held-out image. Without correction the colour runs along the main "
+                    "component: the features follow the confounder. With Metadata Normalization it is mixed "
+                    "there; what order is left sits in a component that holds next to none of the variance.",
+                )
+            )
+        return shown
+
+    def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+        """Write ``metadata.csv``: what `mdnorm.audit` needs, in the order of the kept features.
+
+        It holds the group, the two effects and each kept network's predictions for the held-out images.
+        """
+        columns: dict[str, list[Any]] = {}
+        for run, tensors in _kept(runs):
+            if not columns:
+                images = make_synthetic(run.test_size, seed=2 * run.seed + 1, variant=run.variant)
+                columns["group"] = [GROUPS[int(label)] for label in images.labels.tolist()]
+                columns |= {"effect": images.effect.tolist(), "confounder": images.confounder.tolist()}
+            scores = tensors["scores"].tolist()
+            name = f"{run.method}_batch{run.batch_size}"
+            columns[f"prediction_{name}"] = [GROUPS[score > 0.5] for score in scores]
+            columns[f"score_{name}"] = scores
+        if columns:
+            path = out / "metadata.csv"
+            with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
+        return list(_VARIANT_TEXTS[runs[0].variant])
+
+
+def _has_limits(rows: Sequence[Row]) -> bool:
+    return not any(row.get("variant") in WITHOUT_LIMITS for row in rows)
+
+
+def _mean(rows: Sequence[Row], group: str) -> float:
+    return sum(float(row["dcor2"][group]) for row in rows) / len(rows)
+
+
+def _kept(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Tensor]]]:
+    """Return the runs whose features are on disk, with these."""
+    from safetensors.torch import load_file
+
+    files = [(run, run.features_file) for run in runs if run.features_file is not None]
+    return [(run, load_file(file)) for run, file in files if Path(file).exists()]
+
+
+def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = ()) -> Figure:
+    """Show `count` images a group, the quadrants of effect and confounder outlined."""
+    lines = []
+    for index, group in enumerate(GROUPS):
+        pictures: list[tuple[Any, str]] = count * [(None, "")]
+        for column, row in enumerate((data.labels == index).nonzero()[:count, 0].tolist()):
+            separator = ",\n" if titles else ", "
+            text = f"effect {data.effect[row]:.1f}{separator}confounder {data.confounder[row]:.1f}"
+            if titles and index == 0:
+                text = f"{titles[column]}\n\n{text}"
+            pictures[column] = (data.images[row, 0].numpy(), text)
+        lines.append((f"Group {group}", pictures))
+    figure = figures.picture_grid(lines, (figures.WIDTH, 4.1), cmap="gray", vmin=0, vmax=6)
+    shown = [axis for axis in figure.axes if axis.images]
+    for axis in shown:
+        for x, y, colour in ((0, 0, "#56B4E9"), (16, 16, "#56B4E9"), (0, 16, "#E69F00")):
+            place = (x + 0.2, y + 0.2)
+            axis.add_patch(Rectangle(place, 14.6, 14.6, fill=False, edgecolor=colour, linewidth=1.5))
+    figure.colorbar(shown[0].images[0], ax=figure.axes, label="pixel value", shrink=0.8)
+    figure.supxlabel(
+        "outlined: true effect (blue, on the diagonal), confounder (orange, lower left)", fontsize=8
+    )
+    return figure
+
+
+def accuracy_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
+    """Balanced accuracy by batch size, mean ± standard deviation over seeds, with the analytic limits."""
+    sizes = sorted({row["batch_size"] for row in rows})
+    limits = [
+        (100 * limit, f"{100 * limit:.1f} %\n{text}")
+        for limit, text in (
+            (ACCURACY_WITH_CONFOUNDER, "with the\nconfounder"),
+            (ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
+        )
+        if _has_limits(rows)
+    ]
+    names = [name for group in panels.values() for name in group]
+    series = figures.series_of(rows, names, lambda row: [(sizes.index(row["batch_size"]), 100 * row["bacc"])])
+    labels = ("batch size", "balanced accuracy on held-out data (%)")
+    return figures.series_figure({"": series}, panels, list(map(str, sizes)), labels=labels, limits=limits)
+
+
+def dependence_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
+    """Distance correlation of features and confounder by group, mean ± standard deviation over seeds."""
+    sizes = sorted({row["batch_size"] for row in rows})
+    names = [name for group in panels.values() for name in group]
+
+    def series(group: str) -> figures.Series:
+        return figures.series_of(
+            rows, names, lambda row: [(sizes.index(row["batch_size"]), row["dcor2"][group])]
+        )
+
+    parts = {f"Group {group}": series(group) for group in GROUPS}
+    labels = ("batch size", "dcor² (features, confounder)")
+    return figures.series_figure(
+        parts, panels, list(map(str, sizes)), labels=labels, limits=[(0.0, "")], height=3.6
     )
 
 
-def _write_metadata(path: Path, runs: Sequence[SyntheticRun]) -> None:
-    from safetensors.torch import load_file
-
-    from mdnorm.files import atomic_path
-
-    columns: dict[str, list[Any]] = {}
-    for run in runs:
-        if run.features_file is None or not Path(run.features_file).exists():
-            continue
-        tensors = load_file(run.features_file)
-        if "scores" not in tensors:
-            continue  # kept before scores were
-        if not columns:
-            columns["group"] = [GROUPS[int(label)] for label in tensors["labels"].tolist()]
-            columns |= {name: tensors[name].tolist() for name in ("effect", "confounder")}
-        scores = tensors["scores"].tolist()
-        if len(scores) != len(columns["group"]):
-            continue
-        name = f"{run.method}_batch{run.batch_size}"
-        columns[f"prediction_{name}"] = [GROUPS[score > 0.5] for score in scores]
-        columns[f"score_{name}"] = scores
-    if columns:
-        with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
-
-
-def _projection_panels(runs: Sequence[SyntheticRun], rows: Sequence[Row]) -> list[Any]:
+def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> list[figures.Projection]:
     """Panels of the methods whose features were kept, at the batch size nearest to 200."""
-    from safetensors.torch import load_file
-
-    from mdnorm_experiments.figures import Projection
-    from mdnorm_experiments.report import mean_with_deviation
-
-    kept = {
-        (run.batch_size, run.method): run
-        for run in runs
-        if run.features_file is not None and Path(run.features_file).exists()
-    }
+    kept = _kept(runs)
     if not kept:
         return []
-    batch_size = min((size for size, _ in kept), key=lambda size: abs(math.log(size / 200)))
+    batch_size = min((run.batch_size for run, _ in kept), key=lambda size: abs(math.log(size / 200)))
     shown = []
     for method in ("none", "mdn-last-running", "mdn-every-running"):
-        run = kept.get((batch_size, method))
-        row = next((row for row in rows if run is not None and run.settings().items() <= row.items()), None)
-        if run is None or row is None:
-            continue
-        tensors = load_file(str(run.features_file))
-        dependence = " / ".join(mean_with_deviation([row["dcor2"][group]], 3) for group in GROUPS)
-        title = f"{METHODS[method].title}\ndcor² {dependence}\naccuracy {100 * row['bacc']:.1f} %"
-        arrays = (tensors[name].numpy() for name in ("features", "labels", "confounder"))
-        shown.append(Projection(title, *arrays))
+        for run, tensors in kept:
+            row = next((row for row in rows if run.settings().items() <= row.items()), None)
+            if (run.method, run.batch_size) == (method, batch_size) and row is not None:
+                dependence = " / ".join(mean_with_deviation([row["dcor2"][group]], 3) for group in GROUPS)
+                title = f"{METHODS[method].title}\ndcor² {dependence}\naccuracy {100 * row['bacc']:.1f} %"
+                arrays = (tensors[name].numpy() for name in ("features", "labels", "confounder"))
+                shown.append(figures.Projection(title, *arrays))
     return shown
+
+
+SETTING = SyntheticSetting(
+    name="synthetic",
+    title="Metadata Normalization on synthetic images",
+    introduction=_INTRODUCTION,
+    batch_size=200,
+    epochs=15,
+    learning_rate=2e-4,
+    size=1000,
+    test_size=2000,
+    slots=("norm1", "norm2"),
+    quick_seeds=2,
+)

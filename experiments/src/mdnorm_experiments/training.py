@@ -1,58 +1,48 @@
-"""Training and measuring a network of the synthetic images, for every setting that uses them."""
+"""One training for all settings: a network with a method's normalisation, fitted, run and recalibrated."""
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
+from mdnorm import context
+from mdnorm.balance import balancing_weights
 from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.files import atomic_path
-from mdnorm.integration import parameter_groups, penalty_loss
+from mdnorm.integration import fit_gram, insert, parameter_groups, penalty_loss, recalibrate
 from mdnorm.layer import MetadataNorm
-from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments.adversary import Adversary
-from mdnorm_experiments.data.synthetic import SyntheticData
-from mdnorm_experiments.methods import METHODS, Method
-from mdnorm_experiments.networks import SyntheticNetwork
+from mdnorm_experiments.baselines import GroupWeights
+from mdnorm_experiments.data.confounded import ConfoundedData, Samples
+from mdnorm_experiments.methods import Method
+from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.results import Row
 
-GROUPS = ("A", "B")
+if TYPE_CHECKING:
+    from mdnorm_experiments.settings import Setting
 
-Losses = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""Row numbers of a batch → the loss of the task, and the one to minimise."""
+__all__ = [
+    "build",
+    "fit",
+    "has_metadata_norm",
+    "num_steps",
+    "outputs",
+    "predictions",
+    "recalibrate_on",
+    "sample_weights",
+    "save_features",
+]
 
-
-def check_settings(
-    methods: Sequence[str],
-    *,
-    batch_sizes: Sequence[int],
-    seeds: int | None,
-    epochs: int | None,
-    learning_rate: float | None,
-    group_sizes: Sequence[int],
-) -> None:
-    """Raise ValueError for an unknown method or a number out of range; None stands for a default."""
-    unknown = [method for method in methods if method not in METHODS or METHODS[method].of_confounded_only]
-    if unknown:
-        raise ValueError(f"unknown method(s) {', '.join(unknown)}: choose from {', '.join(METHODS)}.")
-    for name, values in (
-        ("batch size", batch_sizes),
-        ("number of seeds", [1 if seeds is None else seeds]),
-        ("number of epochs", [1 if epochs is None else epochs]),
-    ):
-        if any(value < 1 for value in values):
-            raise ValueError(f"{name} must be at least 1, got {min(values)}.")
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
-    if min(group_sizes) < 4:
-        raise ValueError("groups need at least 4 images: the distance correlation is not defined below.")
+# Twice as fast as 500: the feature maps stay in the cache.
+_EVALUATION_BATCH = 125
+_LEAST_BATCH = 2  # BatchNorm has no variance of one sample
 
 
 def has_metadata_norm(network: nn.Module) -> bool:
@@ -60,106 +50,88 @@ def has_metadata_norm(network: nn.Module) -> bool:
     return any(isinstance(module, MetadataNorm) for module in network.modules())
 
 
+def _labels(network: BackboneNetwork, labels: Tensor) -> Tensor:
+    """Return labels as the layers take them: numbers of classes, or one column beside a single logit."""
+    return labels.float() if network.head.out_features == 1 else labels
+
+
+def _metadata(
+    network: BackboneNetwork, metadata: Tensor, labels: Tensor | None = None, weights: Tensor | None = None
+) -> AbstractContextManager[object]:
+    """The context of a batch; nothing for a network without layers."""
+    if not has_metadata_norm(network):
+        return nullcontext()
+    return context.metadata(network, metadata, None if labels is None else _labels(network, labels), weights)
+
+
+def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> BackboneNetwork:
+    """Return an untrained network with the method's normalisation; its weights depend on the seed alone.
+
+    Layers with the estimator "dataset" have the Gram matrix of the training data.
+    """
+    torch.manual_seed(seed)
+    network = setting.network(method.norm or setting.base_norm, len(data.classes))
+    if method.layers == "none":
+        return network
+    options: dict[str, Any] = {
+        "num_metadata": data.train.metadata.shape[1],
+        "num_labels": network.head.out_features,
+        "example": data.train.inputs[:2],
+    } | (method.options or {})
+    if method.layers == "every":
+        slots = [f"backbone.{slot}" for slot in setting.slots]
+        insert(network, after=slots, granularity=setting.granularity, **options)
+    insert(network, after="hidden", **options)
+    prepare(network, data.train)
+    return network
+
+
+def prepare(network: BackboneNetwork, samples: Samples) -> None:
+    """Give layers that need it the Gram matrix of the metadata and labels of samples."""
+    fit_gram(network, samples.metadata, _labels(network, samples.labels))
+
+
+def sample_weights(method: Method, samples: Samples) -> Tensor | None:
+    """Return the weights (N,) that balance the samples; None for a method that balances nothing."""
+    if not method.weights:
+        return None
+    return balancing_weights(samples.labels, samples.metadata, method="propensity").weights.float()
+
+
+def num_steps(num_samples: int, batch_size: int, epochs: int) -> int:
+    """Return how many batches a training has: a last one of a single sample joins the one before."""
+    full, rest = divmod(num_samples, batch_size)
+    joined = full > 0 and rest < min(_LEAST_BATCH, batch_size)
+    return epochs * (full if joined or rest == 0 else full + 1)
+
+
 def fit(
-    network: SyntheticNetwork,
+    network: BackboneNetwork,
     method: Method,
-    data: SyntheticData,
-    metadata: Tensor,
+    samples: Samples,
     *,
     batch_size: int,
     epochs: int,
     learning_rate: float,
     seed: int,
     epoch_done: Callable[[], None],
+    warmup_epochs: int = 0,
 ) -> Row:
-    """Train a network by Adam, the learning rate falling to 0 by a half cosine.
+    """Train a network by Adam, the learning rate falling to 0 by a half cosine after it has risen.
 
     The coefficients of the estimator "penalty" have an optimiser of their own (see `Method`).
 
     Parameters
     ----------
-    network : SyntheticNetwork
-        From `mdnorm_experiments.methods.build`, its layers prepared; changed in place.
+    network : BackboneNetwork
+        From `build`; changed in place.
     method : Method
-    data : SyntheticData
-    metadata : (2N, K_m) tensor
+    samples : Samples
     batch_size, epochs, learning_rate
     seed : int
         Of the order of the samples.
     epoch_done : callable
         Called after each epoch.
-
-    Returns
-    -------
-    dict
-        "train_loss" of the last epoch and "seconds_per_epoch".
-    """
-    steps = num_steps(len(data), batch_size, epochs)
-
-    def make_losses() -> Losses:
-        adversary = Adversary(network.num_features, steps, **method.adversary) if method.adversary else None
-        dependence = None if method.dependence is None else DependenceLoss(**method.dependence)
-
-        def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
-            features = network.features(data.images[rows], metadata[rows], data.labels[rows])
-            logits = network.classify(features)
-            loss = task_loss = binary_cross_entropy_with_logits(logits, data.labels[rows])
-            if adversary is not None:
-                loss = loss + adversary.step(features, data.confounder[rows], data.labels[rows])
-            if dependence is not None:
-                loss = loss + dependence(logits, data.confounder[rows], data.labels[rows])
-            return task_loss, loss
-
-        return losses
-
-    return optimise(
-        network,
-        method,
-        make_losses,
-        num_samples=len(data),
-        batch_size=batch_size,
-        epochs=epochs,
-        learning_rate=learning_rate,
-        seed=seed,
-        epoch_done=epoch_done,
-    )
-
-
-def num_steps(num_samples: int, batch_size: int, epochs: int, least_batch_size: int = 1) -> int:
-    """Return how many batches a training has; see `optimise`."""
-    full, rest = divmod(num_samples, batch_size)
-    joined = full > 0 and rest < least_batch_size
-    return epochs * (full if joined or rest == 0 else full + 1)
-
-
-def optimise(
-    network: nn.Module,
-    method: Method,
-    make_losses: Callable[[], Losses],
-    *,
-    num_samples: int,
-    batch_size: int,
-    epochs: int,
-    learning_rate: float,
-    seed: int,
-    epoch_done: Callable[[], None],
-    least_batch_size: int = 1,
-    warmup_epochs: int = 0,
-) -> Row:
-    """Train any network as `fit` does.
-
-    Parameters
-    ----------
-    network : nn.Module
-        Its layers prepared; changed in place.
-    method : Method
-        Its `penalty` is added here, with an optimiser of its own.
-    make_losses : callable
-        Returns the function that runs the network on a batch; called once the optimisers are made.
-    num_samples, batch_size, epochs, learning_rate, seed, epoch_done
-        See `fit`.
-    least_batch_size : int
-        A smaller last batch joins the one before.
     warmup_epochs : int
         During these first epochs the learning rate rises to its value, by the same amount at each step.
 
@@ -168,34 +140,30 @@ def optimise(
     dict
         "train_loss" of the last epoch and "seconds_per_epoch".
     """
+    steps, warmup_steps = (num_steps(len(samples), batch_size, count) for count in (epochs, warmup_epochs))
     optimizers: list[torch.optim.Optimizer] = []
     parameters: Any = network.parameters()
     if method.penalty:
-        (parameters, coefficients) = (group["params"] for group in parameter_groups(network))
+        parameters, coefficients = (group["params"] for group in parameter_groups(network))
         optimizers.append(torch.optim.SGD(coefficients, lr=min(1.0, batch_size / method.penalty["window"])))
     # Fused: three times faster at batch size 1, where the 1.5 million weights cost more than the images.
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     optimizers.append(optimizer)
-    steps, warmup_steps = (
-        num_steps(num_samples, batch_size, count, least_batch_size) for count in (epochs, warmup_epochs)
-    )
     scheduler = _schedule(optimizer, steps, warmup_steps)
-    losses = make_losses()
+    losses = _losses(network, method, samples, steps)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
     network.train()
     loss_sum = 0.0
     for _ in range(epochs):
         loss_sum = 0.0
-        parts = list(torch.randperm(num_samples, generator=generator).split(batch_size))
-        if len(parts) > 1 and len(parts[-1]) < least_batch_size:
+        parts = list(torch.randperm(len(samples), generator=generator).split(batch_size))
+        if len(parts) > 1 and len(parts[-1]) < min(_LEAST_BATCH, batch_size):
             parts[-2:] = [torch.cat(parts[-2:])]
         for rows in parts:
             for each in optimizers:
                 each.zero_grad()
             task_loss, loss = losses(rows)
-            if method.penalty:
-                loss = loss + penalty_loss(network)
             loss.backward()
             for each in optimizers:
                 each.step()
@@ -203,7 +171,7 @@ def optimise(
             loss_sum += task_loss.item() * len(rows)
         epoch_done()
     seconds = (time.perf_counter() - start) / epochs
-    return {"train_loss": loss_sum / num_samples, "seconds_per_epoch": seconds}
+    return {"train_loss": loss_sum / len(samples), "seconds_per_epoch": seconds}
 
 
 def _schedule(
@@ -217,43 +185,81 @@ def _schedule(
     return schedulers.SequentialLR(optimizer, [rise, fall], [warmup_steps])
 
 
-def batches(data: SyntheticData, metadata: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Return (images, metadata, labels) in batches of 125: for evaluation and `mdnorm.recalibrate`."""
-    # Twice as fast as 500: the feature maps stay in the cache.
-    parts = (data.images.split(125), metadata.split(125), data.labels.split(125))
-    return list(zip(*parts, strict=True))
+def _losses(
+    network: BackboneNetwork, method: Method, samples: Samples, steps: int
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Return the function from the row numbers of a batch to the task's loss and the one to minimise."""
+    adversaries = []
+    if method.adversary:
+        # One predictor for each column of the confounders, together as strong as the one of a single column.
+        width = samples.confounders.shape[1]
+        options = method.adversary | {"strength": method.adversary["strength"] / width}
+        adversaries = [Adversary(network.num_hidden, steps, **options) for _ in range(width)]
+    dependence = None if method.dependence is None else DependenceLoss(**method.dependence)
+    groups = GroupWeights(samples, **method.group_dro) if method.group_dro else None
+    weights = sample_weights(method, samples)
+
+    def losses(rows: Tensor) -> tuple[Tensor, Tensor]:
+        labels = samples.labels[rows]
+        batch_weights = None if weights is None else weights[rows]
+        with _metadata(network, samples.metadata[rows], labels, batch_weights):
+            features = network.features(samples.inputs[rows])
+        logits = network.classify(features)
+        if logits.ndim == 1:
+            each = binary_cross_entropy_with_logits(logits, labels.float(), reduction="none")
+        else:
+            each = cross_entropy(logits, labels, reduction="none")
+        if batch_weights is not None:
+            each = batch_weights * each
+        task_loss = each.mean()
+        loss = groups.loss(each, rows) if groups else task_loss
+        for column, adversary in enumerate(adversaries):
+            loss = loss + adversary.step(features, samples.confounders[rows, column], labels)
+        if dependence is not None:
+            loss = loss + dependence(logits, samples.confounders[rows], labels)
+        if method.penalty:
+            loss = loss + penalty_loss(network)
+        return task_loss, loss
+
+    return losses
 
 
 @torch.no_grad()
-def evaluate(
-    network: SyntheticNetwork, data: SyntheticData, metadata: Tensor, features_file: str | None = None
-) -> Row:
-    """Return accuracy and dependence on the confounder, by group; keep the features in a file if asked to."""
-    from safetensors.torch import save
-    from sklearn.metrics import balanced_accuracy_score
-
+def outputs(network: BackboneNetwork, samples: Samples) -> tuple[Tensor, Tensor]:
+    """Return features (N, F) and logits, (N, classes) or (N,), in evaluation mode."""
     network.eval()
-    features = torch.cat([network.features(images, m) for images, m, _ in batches(data, metadata)])
-    logits = network.classify(features)
-    predicted = logits > 0
-    correct = predicted == data.labels.bool()
-    accuracy, dependence = {}, {}
-    for index, group in enumerate(GROUPS):
-        inside = data.labels == index
-        accuracy[group] = float(correct[inside].double().mean())
-        dependence[group] = float(distance_correlation_sqr(features[inside], data.confounder[inside]))
-    if features_file is not None:
-        tensors = {
-            "features": features,
-            "labels": data.labels,
-            "effect": data.effect,
-            "confounder": data.confounder,
-            "scores": logits.sigmoid(),
-        }
-        with atomic_path(Path(features_file)) as temporary:
-            temporary.write_bytes(save(tensors))
-    return {
-        "bacc": float(balanced_accuracy_score(data.labels.numpy(), predicted.numpy())),
-        "accuracy": accuracy,
-        "dcor2": dependence,
-    }
+    features = []
+    for rows in torch.arange(len(samples)).split(_EVALUATION_BATCH):
+        with _metadata(network, samples.metadata[rows]):
+            features.append(network.features(samples.inputs[rows]))
+    joined = torch.cat(features)
+    return joined, network.classify(joined)
+
+
+def predictions(logits: Tensor) -> Tensor:
+    """Return the number of the predicted class, (N,) int64, from logits (N, classes) or (N,)."""
+    return (logits > 0).long() if logits.ndim == 1 else logits.argmax(1)
+
+
+def recalibrate_on(network: BackboneNetwork, samples: Samples, method: Method) -> None:
+    """Give the layers exact coefficients from samples, weighted as the method weights them."""
+    weights = sample_weights(method, samples)
+
+    def forward(model: nn.Module, rows: Tensor) -> None:
+        assert isinstance(model, BackboneNetwork)
+        batch_weights = None if weights is None else weights[rows]
+        with _metadata(model, samples.metadata[rows], samples.labels[rows], batch_weights):
+            model(samples.inputs[rows])
+
+    parts = torch.arange(len(samples)).split(_EVALUATION_BATCH)
+    recalibrate(network, parts, forward=forward, progress=False)
+
+
+def save_features(file: str, features: Tensor, logits: Tensor, **tensors: Tensor) -> None:
+    """Keep features (N, F), scores (the classes' probabilities) and more of the same samples in a file."""
+    from safetensors.torch import save
+
+    scores = logits.sigmoid() if logits.ndim == 1 else logits.softmax(1)
+    kept = {"features": features, "scores": scores, **tensors}
+    with atomic_path(Path(file)) as temporary:
+        temporary.write_bytes(save({name: tensor.contiguous() for name, tensor in kept.items()}))

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from mdnorm.extras import requires
+from mdnorm_experiments.confounded import ConfoundedSetting
+from mdnorm_experiments.data import hmdb51
 from mdnorm_experiments.data.actions import LABEL_NOISE, SCENES, Clips, make_clips, write_hmdb51
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
-from mdnorm_experiments.data.hmdb51 import SceneComponents, VideoFolder, load_hmdb51
+from mdnorm_experiments.data.hmdb51 import VideoFolder, load_hmdb51
+from mdnorm_experiments.figures import WIDTH, picture_grid
 from mdnorm_experiments.networks import check_norm
-from mdnorm_experiments.settings import Setting
 
-__all__ = ["SETTING", "VideoBackbone", "load_videos", "make_video_data"]
+__all__ = ["SETTING", "VideoBackbone", "load_videos", "make_video_data", "scene_components"]
 
 NUM_COMPONENTS = 5
 _HELD_OUT = 300
@@ -74,7 +78,22 @@ class VideoBackbone(nn.Module):
         return features
 
 
-def _samples(found: VideoFolder, components: SceneComponents, rows: Tensor) -> Samples:
+def scene_components(scores: Tensor, num_components: int) -> Callable[[Tensor], Tensor]:
+    """Return the function from scores (N, S) to their first principal components (N, K), of variance 1.
+
+    They are those of the given (M, S) scores, of training clips. Raises ValueError where these have fewer.
+    """
+    from sklearn.decomposition import PCA
+
+    values = scores.double().numpy()
+    rank = int(np.linalg.matrix_rank(values - values.mean(0), rtol=1e-6)) if len(values) else 0
+    if not 1 <= num_components <= rank:
+        raise ValueError(f"the scene scores must have {num_components} components or more, got {rank}.")
+    fitted = PCA(num_components, whiten=True, svd_solver="full").fit(values)
+    return lambda scores: torch.from_numpy(fitted.transform(scores.double().numpy())).float()
+
+
+def _samples(found: VideoFolder, components: Callable[[Tensor], Tensor], rows: Tensor) -> Samples:
     scores = found.scores[rows]
     reduced = components(scores)
     scene = scores.argmax(1)
@@ -106,7 +125,7 @@ def make_video_data(size: int, seed: int) -> ConfoundedData:
         first = load_hmdb51(
             write_hmdb51(Path(folder), draw(size, 0, _CORRELATION), draw(_HELD_OUT, 1, _CORRELATION))
         )
-    components = SceneComponents.fit(first.scores[~first.is_test], NUM_COMPONENTS)
+    components = scene_components(first.scores[~first.is_test], NUM_COMPONENTS)
     return ConfoundedData(
         _samples(first, components, torch.nonzero(~first.is_test)[:, 0]),
         _samples(first, components, torch.nonzero(first.is_test)[:, 0]),
@@ -119,15 +138,17 @@ def make_video_data(size: int, seed: int) -> ConfoundedData:
     )
 
 
-def load_videos(folder: Path, on_problem: str, *, num_scenes: int = 5) -> LoadedData:
-    """Return the clips of a folder in HMDB51's layout for ``mdnorm-experiments video``.
+def load_videos(
+    folder: Path, on_problem: str, columns: Mapping[str, str] | None = None, *, num_scenes: int = 5
+) -> LoadedData:
+    """Return the clips of a folder in HMDB51's layout, see `load_hmdb51`.
 
     The groups are the most frequent scenes by score, and "other".
     """
-    found = load_hmdb51(folder, on_problem=on_problem)
+    found = load_hmdb51(folder, columns=columns, on_problem=on_problem)
     rows = torch.arange(len(found.labels))
     rank = min(NUM_COMPONENTS, len(found.scenes) - 1)
-    components = SceneComponents.fit(found.scores[~found.is_test], rank)
+    components = scene_components(found.scores[~found.is_test], rank)
     samples = _samples(found, components, rows)
     counts = torch.bincount(samples.groups, minlength=len(found.scenes))
     frequent = counts.argsort(descending=True)[:num_scenes]
@@ -141,24 +162,16 @@ def load_videos(folder: Path, on_problem: str, *, num_scenes: int = 5) -> Loaded
 
 def _examples(data: ConfoundedData) -> Figure:
     samples = data.train
-    figure = Figure(figsize=(7.0, 5.2), layout="constrained")
-    axes = figure.subplots(2 * len(data.classes), samples.inputs.shape[2], squeeze=False)
+    lines: list[tuple[str, list[tuple[Any, str]]]] = []
     for number, name in enumerate(data.classes):
-        for index, row in enumerate(torch.nonzero(samples.labels == number)[:2, 0].tolist()):
-            line = axes[2 * number + index]
-            for time, axis in enumerate(line):
-                axis.imshow((samples.inputs[row, :, time].permute(1, 2, 0) + 0.5).clamp(0, 1).numpy())
-                axis.set_xticks([])
-                axis.set_yticks([])
-                for spine in axis.spines.values():
-                    spine.set_visible(False)
-            line[0].set_ylabel(f"{name}\n{data.groups[int(samples.groups[row])]}", fontsize=8)
-    for time, axis in enumerate(axes[-1]):
-        axis.set_xlabel(f"frame {time + 1}", fontsize=7)
-    return figure
+        for row in torch.nonzero(samples.labels == number)[:2, 0].tolist():
+            clip = (samples.inputs[row].permute(1, 2, 3, 0) + 0.5).clamp(0, 1).numpy()
+            pictures = [(frame, "" if lines else f"frame {time + 1}") for time, frame in enumerate(clip)]
+            lines.append((f"{name}\n{data.groups[int(samples.groups[row])]}", pictures))
+    return picture_grid(lines, (WIDTH, 5.2))
 
 
-SETTING = Setting(
+SETTING = ConfoundedSetting(
     name="video",
     title="Metadata Normalization on actions",
     introduction=(
@@ -177,11 +190,10 @@ SETTING = Setting(
     epochs=5,
     learning_rate=2e-3,
     size=1500,
-    quick_size=1500,
-    quick_epochs=5,
     quick_methods=("groupnorm", "mdn-last-running"),
     limit=1 - LABEL_NOISE,
     examples=_examples,
     tuned={"adversary": {"strength": 0.3}},
     load=load_videos,
+    columns=tuple(hmdb51.COLUMNS),
 )

@@ -6,7 +6,6 @@ BIDS: Gorgolewski et al. (2016), The brain imaging data structure, Scientific Da
 from __future__ import annotations
 
 import math
-import zlib
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,16 +20,22 @@ from torch import Tensor
 from mdnorm.extras import requires
 from mdnorm_experiments.data.brains import SHAPE, SPACING
 from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import TextTable, given_columns, is_missing, read_text_table
+from mdnorm_experiments.data.tables import TextTable, column_names, is_missing, read_text_table
 
 __all__ = ["COLUMNS", "BidsFolder", "load_bids", "standardize"]
 
-COLUMNS = ("age", "sex", "site", "diagnosis")
-"""What the table of participants must tell, beside ``participant_id``."""
+COLUMNS = {
+    "subject": ("participant_id",),
+    "age": ("age",),
+    "sex": ("sex",),
+    "site": ("site",),
+    "label": ("diagnosis",),
+}
+"""What the table of participants must tell → what the column is called if no other name is given."""
 
-_KEY = "participant_id"
 _SEXES = {"f": 0, "female": 0, "m": 1, "male": 1}
 _OLDEST = 120
+_LARGEST = 2000.0  # millimetres from one end of a volume to the other
 _ADVICE = (
     "The layout is participants.tsv (participant_id, age, sex, site, diagnosis) and one image a subject, "
     "sub-*/anat/*_T1w.nii.gz or sub-*/ses-*/anat/*_T1w.nii.gz. Such data come from ADNI (adni.loni.usc.edu, "
@@ -40,26 +45,11 @@ _ADVICE = (
 
 @dataclass(frozen=True)
 class BidsFolder:
-    """N subjects that can be used, in the order of the table.
+    """N subjects that can be used, in the order of the table, and what was left out (`problems`).
 
-    Attributes
-    ----------
-    volumes : (N, 1, *shape) float32 tensor
-        In RAS orientation, see `standardize`.
-    labels : (N,) int64 tensor
-        Index into `classes`.
-    age : (N,) float32 tensor
-        Years.
-    sex : (N,) int64 tensor
-        0 female, 1 male.
-    site : (N,) int64 tensor
-        Index into `sites`.
-    subjects : tuple of str
-        As in "sub-0001".
-    classes, sites : tuple of str
-        Sorted.
-    problems : Problems
-        What was left out.
+    `volumes` are (N, 1, *shape) float32 in RAS orientation, see `standardize`; `labels` (N,) int64 into
+    `classes` and `site` (N,) int64 into `sites`, both sorted; `age` (N,) float32, years; `sex` (N,) int64, 0
+    female and 1 male; `subjects` as in "sub-0001".
     """
 
     volumes: Tensor
@@ -79,29 +69,14 @@ class _Participant:
     age: float
     sex: int
     site: str
-    diagnosis: str
+    label: str
 
 
 def standardize(volumes: Tensor) -> Tensor:
-    """Return volumes whose voxels inside the brain have mean 0 and standard deviation 1.
+    """Return (N, C, D, H, W) float32 volumes whose voxels inside the brain have mean 0 and deviation 1.
 
-    The brain is where a volume is not 0, by MONAI's ``NormalizeIntensity(nonzero=True)``; the outside
-    stays 0.
-
-    Parameters
-    ----------
-    volumes : (N, C, D, H, W) float tensor
-
-    Returns
-    -------
-    (N, C, D, H, W) float32 tensor
-
-    Raises
-    ------
-    ValueError
-        Another number of dimensions.
-    MissingExtraError
-        MONAI is not installed.
+    The brain is where a volume is not 0, by MONAI's ``NormalizeIntensity(nonzero=True)``; the rest stays 0.
+    Raises ValueError for another number of dimensions and MissingExtraError without MONAI.
     """
     with requires("mri", "mdnorm-experiments"):
         from monai.transforms.intensity.array import NormalizeIntensity
@@ -131,7 +106,7 @@ def load_bids(
     ----------
     folder : Path
     columns : mapping, optional
-        "age", "sex", "site" and "diagnosis" → its column in participants.tsv; by default of the same name.
+        "subject", "age", "sex", "site" and "label" → its column in participants.tsv; by default `COLUMNS`.
     shape : tuple of int
         Voxels from left to right, back to front, bottom to top. Volumes are padded with 0 or cropped about
         the middle.
@@ -140,8 +115,8 @@ def load_bids(
         than theirs.
     on_problem : "error" or "skip"
         What to do where there are rows without image, images without row, several rows or images of a
-        subject, a missing or invalid age, sex, site or diagnosis, images that are truncated, not finite,
-        empty or not three-dimensional.
+        subject, a missing or invalid age, sex, site or label, images that are truncated or damaged, not
+        finite, empty or not three-dimensional.
 
     Raises
     ------
@@ -149,7 +124,7 @@ def load_bids(
         No such folder or no table: the message says what layout is needed and where such data come from.
     ValueError
         The table cannot be parsed, a column is missing or there twice, an argument out of range, fewer than
-        two diagnoses.
+        two labels.
     DataProblemsError
         All problems, with on_problem="error".
     MissingExtraError
@@ -164,14 +139,8 @@ def load_bids(
         raise ValueError(
             f"spacing must be positive and shape three positive numbers, got {spacing} and {shape}."
         )
-    names = {part: part for part in COLUMNS} | given_columns(columns, COLUMNS)
     data = read_text_table(table, "\t")
-    lacking = [name for name in (_KEY, *names.values()) if name not in data.columns]
-    if lacking:
-        raise ValueError(
-            f"{table} has no column {', '.join(lacking)}; it has {', '.join(data.columns)}. Name others by "
-            "columns."
-        )
+    names = column_names(table, data.columns, COLUMNS, columns)
     problems = Problems()
     participants, listed = _participants(data, names, problems)
     images = _images(folder)
@@ -190,12 +159,12 @@ def load_bids(
             if volume is not None:
                 found.append((participant, volume))
     problems.settle(on_problem)
-    needed = f"{table} must have two diagnoses or more with images"
-    classes = problems.classes((participant.diagnosis for participant, _ in found), needed)
+    needed = f"{table} must have two labels or more with images"
+    classes = problems.classes((participant.label for participant, _ in found), needed)
     sites = tuple(sorted({participant.site for participant, _ in found}))
     return BidsFolder(
         standardize(torch.stack([volume for _, volume in found])),
-        torch.tensor([classes.index(participant.diagnosis) for participant, _ in found]),
+        torch.tensor([classes.index(participant.label) for participant, _ in found]),
         torch.tensor([participant.age for participant, _ in found]),
         torch.tensor([participant.sex for participant, _ in found]),
         torch.tensor([sites.index(participant.site) for participant, _ in found]),
@@ -218,11 +187,11 @@ def _participants(
     Which of several rows of a subject is right, nobody can say.
     """
     found = []
-    rows = [(where, _subject(row[_KEY]), row) for where, row in table.walk({_KEY: _KEY} | dict(names))]
+    rows = [(where, _subject(row["subject"]), row) for where, row in table.walk(names)]
     count = Counter(subject for _, subject, _ in rows)
     for where, subject, row in rows:
         if not subject:
-            problems.add(f"no {_KEY}", where, "the cell is empty")
+            problems.add("no subject", where, "the cell is empty")
             continue
         if count[subject] > 1:
             problems.add("duplicate row", subject, where)
@@ -234,14 +203,14 @@ def _participants(
                 ("age", age is not None),
                 ("sex", sex is not None),
                 ("site", not is_missing(row["site"])),
-                ("diagnosis", not is_missing(row["diagnosis"])),
+                ("label", not is_missing(row["label"])),
             )
             if not valid
         ]
         for part in wrong:
             problems.add(f"bad {part}", subject, f"{row[part]!r} in {where}")
         if not wrong and age is not None and sex is not None:
-            found.append(_Participant(subject, age, sex, row["site"], row["diagnosis"]))
+            found.append(_Participant(subject, age, sex, row["site"], row["label"]))
     return found, set(count)
 
 
@@ -273,13 +242,13 @@ def _read(
     """Return a volume (1, *shape), or None with its problem noted."""
     with requires("mri", "mdnorm-experiments"):
         import nibabel as nib
-        from nibabel.filebasedimages import ImageFileError
 
     try:
         image: Any = nib.load(path)
         voxels = np.asarray(image.get_fdata(dtype=np.float32))
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
-        problems.add("unreadable image", subject, f"{path.name}: {error}")
+        affine = np.asarray(image.affine, np.float64)
+    except Exception as error:  # what a damaged file leads to depends on which of its bytes are wrong
+        problems.add("unreadable image", subject, f"{path.name}: {error or type(error).__name__}")
         return None
     if voxels.ndim == 4 and voxels.shape[3] == 1:
         voxels = voxels[..., 0]
@@ -290,9 +259,12 @@ def _read(
         count = int((~np.isfinite(voxels)).sum())
         problems.add("not finite", subject, f"{path.name}: {count} voxels are NaN or infinite")
         return None
-    affine = np.asarray(image.affine, np.float64)
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
         problems.add("bad affine", subject, f"{path.name}: the voxels have no places in space")
+        return None
+    extent = float((np.linalg.norm(affine[:3, :3], axis=0) * voxels.shape).max())
+    if extent > _LARGEST:
+        problems.add("bad affine", subject, f"{path.name}: the volume would be {extent:g} mm long")
         return None
     volume = _resample(voxels, affine, shape, spacing)
     if not bool((volume != volume.flatten()[0]).any()):

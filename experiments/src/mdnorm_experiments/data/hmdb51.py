@@ -8,6 +8,7 @@ their own.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,20 @@ from torch import Tensor
 
 from mdnorm.extras import requires
 from mdnorm_experiments.data.problems import Problems
+from mdnorm_experiments.data.tables import column_names
 
-__all__ = ["SceneComponents", "VideoFolder", "decode", "load_hmdb51"]
+__all__ = ["COLUMNS", "VideoFolder", "decode", "load_hmdb51"]
+
+COLUMNS = {"clip": ("clip",)}
+"""What the table has beside a column for each scene → how that is called if no other name is given."""
 
 
 @dataclass(frozen=True)
 class VideoFolder:
-    """N clips that can be used, ordered by class and name.
+    """N clips that can be used, ordered by class and name, and what was left out (`problems`).
 
-    Attributes
-    ----------
-    clips : (N, 3, T, size, size) uint8 tensor
-    labels : (N,) int64 tensor
-        Index into `classes`.
-    scores : (N, number of scenes) float32 tensor
-    is_test : (N,) bool tensor
-    names, classes, scenes : tuple of str
-    problems : Problems
-        What was left out.
+    `clips` are (N, 3, T, size, size) uint8, `labels` (N,) int64 into `classes`, `scores` (N, S) float32, by
+    scene, and `is_test` (N,) bool.
     """
 
     clips: Tensor
@@ -53,6 +50,7 @@ def load_hmdb51(
     folder: Path,
     scores: Path | None = None,
     *,
+    columns: Mapping[str, str] | None = None,
     split: int = 1,
     num_frames: int = 8,
     image_size: int = 32,
@@ -67,6 +65,8 @@ def load_hmdb51(
     scores : Path, optional
         CSV or Parquet table with a column "clip" and one column a scene; by default ``scene_scores.csv`` or
         ``.parquet`` in the folder.
+    columns : mapping, optional
+        "clip" → the name of that column of the table.
     split : 1, 2 or 3
     num_frames : int
         Taken from each clip at equal distances; the last one again where it has fewer.
@@ -96,7 +96,7 @@ def load_hmdb51(
                 f"there is no folder {part}. Get hmdb51_org.rar and test_train_splits.rar from the Serre Lab "
                 "(HMDB51, Brown University) and unpack both, each class's archive into hmdb51_org/<class>."
             )
-    scenes, table = _read_scores(folder, scores)
+    scenes, table = _read_scores(folder, scores, columns)
     problems = Problems()
     for name in sorted(name for name, found in table.items() if len(found) > 1):
         problems.add("duplicate scores", name, f"{len(table[name])} rows")
@@ -152,7 +152,7 @@ def load_hmdb51(
 
 
 def _read_scores(
-    folder: Path, path: Path | None
+    folder: Path, path: Path | None, columns: Mapping[str, str] | None
 ) -> tuple[tuple[str, ...], dict[str, list[NDArray[np.float32]]]]:
     with requires("video", "mdnorm-experiments"):
         import pandas as pd
@@ -169,15 +169,14 @@ def _read_scores(
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as a table of scene scores: {error}") from error
-    if "clip" not in table.columns or len(table.columns) < 3:
-        raise ValueError(
-            f"{path} must have a column 'clip' and two scenes or more, got "
-            f"{', '.join(map(str, table.columns))}."
-        )
-    scenes = [name for name in table.columns if name != "clip"]
+    available = list(map(str, table.columns))
+    clip = column_names(path, available, COLUMNS, columns)["clip"]
+    if len(available) < 3:
+        raise ValueError(f"{path} must have two scenes or more beside {clip!r}, got {', '.join(available)}.")
+    scenes = [name for name in table.columns if str(name) != clip]
     values = table[scenes].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
     rows: dict[str, list[NDArray[np.float32]]] = {}
-    for name, row in zip(table["clip"].astype(str), values, strict=True):
+    for name, row in zip(table[clip].astype(str), values, strict=True):
         rows.setdefault(name, []).append(row)
     return tuple(map(str, scenes)), rows
 
@@ -222,39 +221,3 @@ def decode(path: Path, num_frames: int, image_size: int) -> NDArray[np.uint8]:
         Image.fromarray(frame).resize((image_size, image_size), Image.Resampling.BOX) for frame in chosen
     ]
     return np.stack([np.asarray(frame) for frame in resized])
-
-
-@dataclass(frozen=True)
-class SceneComponents:
-    """Principal components of scene scores, fitted on training clips only.
-
-    Attributes
-    ----------
-    mean : (S,) tensor
-    directions : (S, K) tensor
-        Scaled so that the components of the training clips have variance 1.
-    """
-
-    mean: Tensor
-    directions: Tensor
-
-    @classmethod
-    def fit(cls, scores: Tensor, num_components: int) -> SceneComponents:
-        """Fit them to the (N, S) scores of the training clips.
-
-        Raises
-        ------
-        ValueError
-            More components than the scores have.
-        """
-        mean = scores.double().mean(0)
-        _, values, directions = torch.linalg.svd(scores.double() - mean, full_matrices=False)
-        rank = int((values > 1e-6 * values[0]).sum()) if len(values) else 0
-        if not 1 <= num_components <= rank:
-            raise ValueError(f"num_components must be from 1 to {rank}, got {num_components}.")
-        deviations = values[:num_components] / (len(scores) - 1) ** 0.5
-        return cls(mean.float(), (directions[:num_components].T / deviations).float())
-
-    def __call__(self, scores: Tensor) -> Tensor:
-        """Return the (N, K) components of (N, S) scores."""
-        return (scores - self.mean) @ self.directions

@@ -6,7 +6,7 @@ table with ``filename``, ``bi.gender`` and ``bi.fitz``; the data set is given ou
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from mdnorm.extras import requires
 from mdnorm.files import csv_delimiter
 from mdnorm_experiments.data.faces import SHADES
 from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import given_columns, is_missing, read_text_table
+from mdnorm_experiments.data.tables import column_names, is_missing, read_text_table
 
 __all__ = ["COLUMNS", "ImageFolder", "load_image_folder"]
 
@@ -36,20 +36,10 @@ _LABELS = {"f": "female", "m": "male"}
 
 @dataclass(frozen=True)
 class ImageFolder:
-    """N images that can be used, in the order of the table.
+    """N images that can be used, in the order of the table, and what was left out (`problems`).
 
-    Attributes
-    ----------
-    images : (N, 3, size, size) uint8 tensor
-    labels : (N,) int64 tensor
-        Index into `classes`.
-    shade : (N,) float32 tensor
-        Fitzpatrick type, 1 to 6.
-    files : tuple of str
-    classes : tuple of str
-        Sorted.
-    problems : Problems
-        What was left out.
+    `images` are (N, 3, size, size) uint8, `labels` (N,) int64 into `classes`, which are sorted, and `shade`
+    is (N,) float32, the Fitzpatrick type from 1 to 6.
     """
 
     images: Tensor
@@ -96,10 +86,9 @@ def load_image_folder(
     MissingExtraError
         Pillow is not installed.
     """
-    given = given_columns(columns, COLUMNS)
     table = _table(folder, table)
     data = read_text_table(table, csv_delimiter(table))
-    names = {part: _column(part, data.columns, given, table) for part in COLUMNS}
+    names = column_names(table, data.columns, COLUMNS, columns)
     available: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _SUFFIXES:
@@ -163,16 +152,6 @@ def _table(folder: Path, table: Path | None) -> Path:
     if not table.is_file():
         raise FileNotFoundError(f"there is no table {table}. {advice}")
     return table
-
-
-def _column(part: str, available: Sequence[str], given: Mapping[str, str], table: Path) -> str:
-    wanted = (given[part],) if part in given else COLUMNS[part]
-    found = next((name for name in wanted if name in available), None)
-    if found is None:
-        raise ValueError(
-            f"{table} has no column for the {part} ({' or '.join(wanted)}); it has {', '.join(available)}."
-        )
-    return found
 
 
 def _fitzpatrick(text: str) -> int | None:

@@ -17,10 +17,7 @@ class DataProblemsError(Exception):
 class Problems:
     """Collects problems, so that all are told at once and nothing is dropped in silence.
 
-    Attributes
-    ----------
-    found : list of (kind, subject, detail)
-        As in ("no image", "sub-07", "sub-07/anat has no *_T1w.nii.gz").
+    Each is (kind, subject, detail), as in ("no image", "sub-07", "sub-07/anat has no *_T1w.nii.gz").
     """
 
     found: list[tuple[str, str, str]] = field(default_factory=list)
@@ -44,16 +41,8 @@ class Problems:
     def classes(self, labels: Iterable[str], needed: str) -> tuple[str, ...]:
         """Return the different labels of what is left, sorted.
 
-        Parameters
-        ----------
-        labels : iterable of str
-        needed : str
-            What there must be, as in "labels.csv must have two labels or more".
-
-        Raises
-        ------
-        ValueError
-            Fewer than two; the message lists the problems too, since what was left out may be why.
+        Raises ValueError for fewer than two: the message begins with what is `needed`, as in "labels.csv must
+        have two labels or more", and lists the problems, since what was left out may be why.
         """
         names = tuple(sorted(set(labels)))
         if len(names) < 2:
@@ -62,19 +51,9 @@ class Problems:
         return names
 
     def settle(self, on_problem: str) -> None:
-        """Raise or go on, as asked.
+        """Raise DataProblemsError if there are problems, or go on without what was noted ("skip").
 
-        Parameters
-        ----------
-        on_problem : "error" or "skip"
-            "skip" leaves out what was noted; the caller shows `text`.
-
-        Raises
-        ------
-        DataProblemsError
-            There are problems, and `on_problem` is "error".
-        ValueError
-            Another value of `on_problem`.
+        Raises ValueError where `on_problem` is neither "error" nor "skip".
         """
         if on_problem not in ("error", "skip"):
             raise ValueError(f"on_problem must be 'error' or 'skip', got {on_problem!r}.")

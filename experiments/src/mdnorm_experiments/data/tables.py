@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TextTable", "given_columns", "is_missing", "read_text_table"]
+__all__ = ["TextTable", "column_names", "is_missing", "read_text_table"]
 
 _MISSING = frozenset({"", "n/a", "na", "nan", "none", "null"})
 
@@ -17,50 +17,59 @@ def is_missing(text: str) -> bool:
     return text.strip().lower() in _MISSING
 
 
-def given_columns(columns: Mapping[str, str] | None, parts: Iterable[str]) -> dict[str, str]:
-    """Return the names that a caller gives to columns, by part.
+def column_names(
+    path: Path,
+    available: Sequence[str],
+    wanted: Mapping[str, Sequence[str]],
+    given: Mapping[str, str] | None = None,
+) -> dict[str, str]:
+    """Return which column of a table holds what.
+
+    Parameters
+    ----------
+    path : Path
+        Of the table, for messages.
+    available : sequence of str
+        Its columns.
+    wanted : mapping
+        What is looked for → what its column may be called, in order of preference.
+    given : mapping, optional
+        What is looked for → the name that its column has here.
 
     Raises
     ------
     ValueError
-        A name for something that is none of `parts`.
+        A name is given for something else, or there is no such column: the message lists those of the table.
     """
-    given, known = dict(columns or {}), list(parts)
-    unknown = sorted(given.keys() - set(known))
+    given = given or {}
+    unknown = sorted(given.keys() - wanted.keys())
     if unknown:
-        raise ValueError(f"columns may name {', '.join(known)}, got {', '.join(unknown)}.")
-    return given
+        raise ValueError(f"columns may name {', '.join(wanted)}, got {', '.join(unknown)}.")
+    found = {}
+    for part, usual in wanted.items():
+        names = [given[part]] if part in given else usual
+        present = [name for name in names if name in available]
+        if not present:
+            raise ValueError(
+                f"{path} has no column for the {part} ({' or '.join(names)}); it has {', '.join(available)}. "
+                f"Name another by columns: {part}=NAME."
+            )
+        found[part] = present[0]
+    return found
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table as it was read.
-
-    Attributes
-    ----------
-    path : Path
-    columns : tuple of str
-        The header.
-    rows : tuple of (int, tuple of str)
-        Line in the file and cells, stripped, one for each column.
-    """
+    """A table as it was read: the header, and of each row its line and a stripped cell for each column."""
 
     path: Path
     columns: tuple[str, ...]
     rows: tuple[tuple[int, tuple[str, ...]], ...]
 
     def walk(self, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yield where each row stands ("line 7 of labels.csv") and its cells.
+        """Yield where each row stands ("line 7 of labels.csv") and its cells, by what they are to be called.
 
-        Parameters
-        ----------
-        names : mapping
-            What a cell is to be called → its column, which must be in `columns`.
-
-        Raises
-        ------
-        ValueError
-            Several columns have one of the names.
+        `names` maps that to the column. Raises ValueError where several columns have one of the names.
         """
         repeated = [name for name in names.values() if self.columns.count(name) > 1]
         if repeated:
@@ -76,16 +85,8 @@ class TextTable:
 def read_text_table(path: Path, delimiter: str) -> TextTable:
     """Read a table with a header; blank lines are left out, cells that a row lacks at its end are empty.
 
-    Parameters
-    ----------
-    path : Path
-    delimiter : str
-        What separates the columns.
-
-    Raises
-    ------
-    ValueError
-        The file is empty or not UTF-8, a quotation has no end, or a row has more cells than the header.
+    Raises ValueError where the file is empty or not UTF-8, a quotation has no end, or a row has more cells
+    than the header.
     """
     rows: list[tuple[int, tuple[str, ...]]] = []
     separator = "tabs" if delimiter == "\t" else f"{delimiter!r}"
