@@ -19,18 +19,19 @@ from torch import nn
 from typer.testing import CliRunner
 
 import mdnorm
-from mdnorm.commands import app
 from mdnorm.extras import MissingExtraError
 from mdnorm.layer import MetadataNorm
-from mdnorm_experiments import confounded
-from mdnorm_experiments.confounded import METHOD_NAMES, build, evaluate, fit, get_setting, plan, train
+from mdnorm_experiments import confounded, settings, training
+from mdnorm_experiments.commands import app
+from mdnorm_experiments.confounded import METHOD_NAMES, ConfoundedSetting, evaluate
 from mdnorm_experiments.confounded_report import tables
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed, select, split
 from mdnorm_experiments.data.problems import DataProblemsError, Problems
 from mdnorm_experiments.methods import METHODS
+from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.results import ResultStore
-from mdnorm_experiments.settings import Setting
-from mdnorm_experiments.training import num_steps
+from mdnorm_experiments.settings import get_setting, plan, train, write_outputs
+from mdnorm_experiments.training import build, fit, num_steps
 
 
 def make_samples(size: int, seed: int, share: float) -> Samples:
@@ -75,7 +76,7 @@ def draw(data: ConfoundedData) -> Figure:
     return figure
 
 
-def load_data(folder: Path, on_problem: str) -> LoadedData:
+def load_data(folder: Path, on_problem: str, columns: dict[str, str]) -> LoadedData:
     problems = Problems()
     if not (folder / "scan.txt").exists():
         problems.add("no image", "sub-1", f"{folder.name} has no scan.txt")
@@ -84,7 +85,7 @@ def load_data(folder: Path, on_problem: str) -> LoadedData:
     return LoadedData(samples, ("ill", "well"), ("first", "second"), {"site": (0,)}, problems.text())
 
 
-SETTING = Setting(
+SETTING = ConfoundedSetting(
     name="tiny",
     title="Tiny images",
     introduction=("Two halves.",),
@@ -107,7 +108,7 @@ SETTING = Setting(
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    monkeypatch.setitem(confounded.SETTINGS, "tiny", (__name__, "SETTING"))
+    monkeypatch.setitem(settings.SETTINGS, "tiny", (__name__, "SETTING"))
 
 
 def run_of(method: str, **changes: object):
@@ -135,7 +136,7 @@ class TestPlan:
             ({"methods": []}, "none given"),
             ({"seeds": 0}, "seeds must be at least 1"),
             ({"size": 3}, "size must be at least 40"),
-            ({"batch_size": 1}, "batch size must be at least 2"),
+            ({"batch_sizes": [1]}, "batch size must be at least 2"),
             ({"epochs": 0}, "epochs must be at least 1"),
             ({"learning_rate": float("nan")}, "learning rate"),
             ({"data": Path("folder")}, "oracle needs unconfounded data"),
@@ -146,9 +147,9 @@ class TestPlan:
             plan(SETTING, **changes)
 
     def test_a_setting_without_real_data(self, monkeypatch):
-        monkeypatch.setitem(confounded.SETTINGS, "bare", (__name__, "BARE"))
+        monkeypatch.setitem(settings.SETTINGS, "bare", (__name__, "BARE"))
         with pytest.raises(ValueError, match="no real data"):
-            confounded.load("bare", "folder", "error")
+            confounded.load(plan(BARE, ["none"], 1, data=Path("folder"))[0])
 
     def test_unknown_setting(self):
         with pytest.raises(ValueError, match="unknown setting"):
@@ -160,14 +161,14 @@ class TestNetworks:
         ("method", "layers"), [("none", 0), ("brnet", 0), ("mdn-last-running", 1), ("mdn-every-running", 2)]
     )
     def test_layers_sit_where_they_should(self, method, layers):
-        network = build(SETTING, method, make_data(60, 0), 0)
+        network = build(SETTING, METHODS[method], make_data(60, 0), 0)
         found = [name for name, module in network.named_modules() if isinstance(module, MetadataNorm)]
         assert len(found) == layers
         assert all(name.startswith(("hidden.", "backbone.1.")) for name in found)
 
     def test_weights_follow_from_the_seed(self):
         data = make_data(60, 0)
-        plain, corrected = build(SETTING, "none", data, 3), build(SETTING, "mdn-last-batch", data, 3)
+        plain, corrected = (build(SETTING, METHODS[name], data, 3) for name in ("none", "mdn-last-batch"))
         assert torch.equal(plain.head.weight, corrected.head.weight)
         assert torch.equal(plain.hidden.weight, corrected.hidden.weight)
 
@@ -175,7 +176,7 @@ class TestNetworks:
         backbone = nn.Linear(3, 2)
         backbone.num_features = "2"
         with pytest.raises(TypeError, match="num_features"):
-            confounded.BackboneNetwork(backbone, 2)
+            BackboneNetwork(backbone, 2)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)
@@ -229,7 +230,7 @@ def test_the_learning_rate_rises_during_the_warmup_and_falls_to_zero(warmup_epoc
     monkeypatch.setattr(torch.optim, "Adam", Recorded)
     data = make_data(size, 1)
     fit(
-        build(SETTING, "none", data, 0),
+        build(SETTING, METHODS["none"], data, 0),
         METHODS["none"],
         data.train,
         batch_size=20,
@@ -247,15 +248,15 @@ def test_the_learning_rate_rises_during_the_warmup_and_falls_to_zero(warmup_epoc
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "least", "expected"),
-    [(100, 1, 3 * 5), (101, 1, 3 * 6), (101, 2, 3 * 5), (102, 2, 3 * 6), (1, 2, 3), (19, 2, 3)],
+    ("num_samples", "batch_size", "expected"),
+    [(100, 20, 3 * 5), (101, 20, 3 * 5), (102, 20, 3 * 6), (1, 20, 3), (19, 20, 3), (7, 1, 3 * 7)],
 )
-def test_steps_are_counted_as_they_are_made(num_samples, least, expected):
-    assert num_steps(num_samples, 20, 3, least) == expected
+def test_steps_are_counted_as_they_are_made(num_samples, batch_size, expected):
+    assert num_steps(num_samples, batch_size, 3) == expected
 
 
 def trained(method, data):
-    network = build(SETTING, method, data, 0)
+    network = build(SETTING, METHODS[method], data, 0)
     fit(
         network,
         METHODS[method],
@@ -273,7 +274,7 @@ def trained(method, data):
 def test_measures_agree_with_their_definition():
     data = make_data(200, 1)
     network = trained("none", data)
-    row = evaluate(network, data)
+    row = evaluate(network, data, data.train)
     free = data.confound_free
     with torch.no_grad():
         predicted = network(free.inputs).argmax(1).numpy()
@@ -292,7 +293,7 @@ def measured():
     """A network with a layer whose features are the pixels' halves, and its measures."""
     data = make_data(400, 1)
     network = trained("mdn-last-running", data)
-    return data, network, evaluate(network, data)
+    return data, network, evaluate(network, data, data.train)
 
 
 class TestMeasuresThatCannotBeCheated:
@@ -347,7 +348,8 @@ class TestMeasuresThatCannotBeCheated:
         assert abs(row["bacc_shuffled"] - row["bacc"]) > 0.02 or row["bacc"] < 0.6
 
     def test_a_network_without_layers_takes_no_metadata(self):
-        row = evaluate(build(SETTING, "none", make_data(100, 0), 0), make_data(100, 0))
+        data = make_data(100, 0)
+        row = evaluate(build(SETTING, METHODS["none"], data, 0), data, data.train)
         assert row["bacc_shuffled"] is None
         assert row["bacc_mean"] is None
 
@@ -376,14 +378,15 @@ class TestMeasuresThatCannotBeCheated:
             test=replace(data.test, confounders=data.test.confounders.repeat(1, 2)),
             train=replace(data.train, confounders=data.train.confounders.repeat(1, 2)),
         )
-        network = build(SETTING, "none", data, 0)
-        assert evaluate(network, both)["probe"] == pytest.approx(evaluate(network, data)["probe"])
+        network = build(SETTING, METHODS["none"], data, 0)
+        found, expected = (evaluate(network, each, each.train)["probe"] for each in (both, data))
+        assert found == pytest.approx(expected)
 
     def test_a_collapsed_network_has_measures(self):
         data = make_data(100, 0)
-        network = build(SETTING, "none", data, 0)
+        network = build(SETTING, METHODS["none"], data, 0)
         nn.init.zeros_(network.hidden.weight)
-        row = evaluate(network, data)
+        row = evaluate(network, data, data.train)
         json.dumps(row, allow_nan=False)
         assert row["bacc"] == 0.5
         assert row["probe"]["site"] == 0
@@ -392,7 +395,7 @@ class TestMeasuresThatCannotBeCheated:
 @pytest.fixture(scope="module")
 def plain():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(confounded.SETTINGS, "tiny", (__name__, "SETTING"))
+        patch.setitem(settings.SETTINGS, "tiny", (__name__, "SETTING"))
         return train(run_of("none", size=1200), lambda: None)
 
 
@@ -407,17 +410,17 @@ class TestBaselines:
         samples = make_data(200, 0).train
         method = METHODS["mdn-last-running+weights"]
         expected = mdnorm.balancing_weights(samples.labels, samples.metadata, method="propensity").weights
-        assert torch.equal(confounded.sample_weights(method, samples), expected.float())
-        assert torch.equal(confounded.sample_weights(METHODS["none"], samples), torch.ones(200))
+        assert torch.equal(training.sample_weights(method, samples), expected.float())
+        assert training.sample_weights(METHODS["none"], samples) is None
         given = []
-        original = confounded.context.metadata
+        original = training.context.metadata
 
         def noted(model, metadata, labels=None, weights=None):
             given.append(weights)
             return original(model, metadata, labels, weights)
 
-        monkeypatch.setattr(confounded.context, "metadata", noted)
-        train(run_of("mdn-last-running+weights", size=200, epochs=1, batch_size=200), lambda: None)
+        monkeypatch.setattr(training.context, "metadata", noted)
+        train(run_of("mdn-last-running+weights", size=200, epochs=1, batch_sizes=[200]), lambda: None)
         assert torch.equal(given[0].sort().values, expected.float().sort().values)
         assert torch.equal(
             torch.cat([part for part in given[1:] if part is not None])[-200:], expected.float()
@@ -426,8 +429,8 @@ class TestBaselines:
     def test_the_loss_is_weighted(self):
         """A weight of 2 is a sample that comes twice: of one batch of everything the loss is the same."""
         data = make_data(200, 0)
-        network = build(SETTING, "weights", data, 0)
-        weights = confounded.sample_weights(METHODS["weights"], data.train)
+        network = build(SETTING, METHODS["weights"], data, 0)
+        weights = training.sample_weights(METHODS["weights"], data.train)
         with torch.no_grad():
             logits = network(data.train.inputs).log_softmax(1)
         expected = -(weights * logits[torch.arange(200), data.train.labels]).mean()
@@ -437,9 +440,7 @@ class TestBaselines:
 
     def test_the_oracle_trains_on_unconfounded_data(self, monkeypatch):
         seen = []
-        monkeypatch.setattr(
-            confounded, "fit", lambda network, method, samples, **_: seen.append(samples) or {}
-        )
+        monkeypatch.setattr(settings, "fit", lambda network, method, samples, **_: seen.append(samples) or {})
         for method in ("oracle", "none"):
             train(run_of(method, size=1000), lambda: None)
         oracle, confounded_ones = ((samples.labels == samples.groups).double().mean() for samples in seen)
@@ -456,17 +457,17 @@ class TestBaselines:
         assert torch.equal(data.for_retraining(3)[1].inputs, second.inputs)
 
     def test_real_data_have_all_but_the_oracle(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(confounded.SETTINGS, "tiny", (__name__, "SETTING"))
+        monkeypatch.setitem(settings.SETTINGS, "tiny", (__name__, "SETTING"))
         (tmp_path / "scan.txt").touch()
         row = train(run_of("dfr", epochs=1, data=tmp_path), lambda: None)
         assert 0 <= row["bacc"] <= 1
 
     def test_what_is_tuned_for_a_setting(self):
         tuned = replace(SETTING, tuned={"group_dro": {"step_size": 0.5}, "adversary": {"strength": 2.0}})
-        assert confounded.method_of(tuned, "groupdro").settings() == {"group_dro": {"step_size": 0.5}}
-        adversary = confounded.method_of(tuned, "brnet").adversary
+        assert tuned.method("groupdro").settings() == {"group_dro": {"step_size": 0.5}}
+        adversary = tuned.method("brnet").adversary
         assert adversary == METHODS["brnet"].adversary | {"strength": 2.0}
-        assert confounded.method_of(tuned, "none") == METHODS["none"]
+        assert tuned.method("none") == METHODS["none"]
 
     def test_rows_from_before_these_measures_count_as_absent(self, tmp_path):
         run = run_of("none", epochs=1, size=100)
@@ -489,7 +490,7 @@ class TestOverview:
         ]
 
     def cells(self, accuracies):
-        overview = tables(self.rows(accuracies), SETTING)[0]
+        overview = tables(self.rows(accuracies), SETTING.limit)[0]
         return [dict(zip(overview.headings, line, strict=True)) for line in overview.lines]
 
     def test_gains_are_paired_and_a_share_of_the_oracles(self):
@@ -590,9 +591,9 @@ class TestProblems:
 class TestCommand:
     def test_outputs(self, tmp_path, monkeypatch):
         # The commands are made when the module is imported: this one borrows the name of another.
-        monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
+        monkeypatch.setitem(settings.SETTINGS, "image", (__name__, "IMAGE"))
         out = tmp_path / "out"
-        arguments = ["experiment", "image", "--quick", "--jobs", "1", "--out", str(out)]
+        arguments = ["image", "--quick", "--jobs", "1", "--out", str(out)]
         result = CliRunner().invoke(app, arguments)
         assert result.exit_code == 0, result.output
         assert "No normalisation" in result.output
@@ -608,10 +609,10 @@ class TestCommand:
         assert json.loads(again.stdout) == rows
 
     def test_real_data(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
+        monkeypatch.setitem(settings.SETTINGS, "image", (__name__, "IMAGE"))
         folder, out = tmp_path / "data", tmp_path / "out"
         folder.mkdir()
-        arguments = ["experiment", "image", "--quick", "--epochs", "1", "--jobs", "1", "--out", str(out)]
+        arguments = ["image", "--quick", "--epochs", "1", "--jobs", "1", "--out", str(out)]
         arguments += ["--data", str(folder)]
         refused = CliRunner().invoke(app, arguments)
         assert refused.exit_code == 2
@@ -624,14 +625,14 @@ class TestCommand:
         assert json.loads((out / "results.json").read_text())[0]["data"] == str(folder)
 
     def test_real_data_that_cannot_be_divided_or_read(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
-        arguments = ["experiment", "image", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
+        monkeypatch.setitem(settings.SETTINGS, "image", (__name__, "IMAGE"))
+        arguments = ["image", "--data", str(tmp_path), "--out", str(tmp_path / "out")]
         samples = make_samples(400, 0, 1.0)
 
-        def without_overlap(folder, on_problem):
+        def without_overlap(folder, on_problem, columns):
             return LoadedData(samples, ("ill", "well"), ("first", "second"), {"site": (0,)})
 
-        def without_package(folder, on_problem):
+        def without_package(folder, on_problem, columns):
             raise MissingExtraError("the package 'monai' is missing: pip install 'mdnorm[mri]'")
 
         for load, message in (
@@ -639,7 +640,7 @@ class TestCommand:
             (without_package, "mdnorm[mri]"),
         ):
             monkeypatch.setitem(globals(), "IMAGE", replace(IMAGE, load=load))
-            confounded.load.cache_clear()
+            confounded._loaded.cache_clear()
             result = CliRunner().invoke(app, arguments)
             assert result.exit_code == 2, result.output
             assert message in " ".join(result.stderr.split())
@@ -656,26 +657,26 @@ class TestCommand:
         ],
     )
     def test_bad_options(self, arguments, message, tmp_path, monkeypatch):
-        monkeypatch.setitem(confounded.SETTINGS, "image", (__name__, "IMAGE"))
-        result = CliRunner().invoke(app, ["experiment", "image", "--out", str(tmp_path), *arguments])
+        monkeypatch.setitem(settings.SETTINGS, "image", (__name__, "IMAGE"))
+        result = CliRunner().invoke(app, ["image", "--out", str(tmp_path), *arguments])
         assert result.exit_code == 2
         assert message in " ".join(result.stderr.split())
         assert not list(Path(tmp_path).glob("results.json"))
 
 
-IMAGE = Setting(**(vars(SETTING) | {"name": "image"}))
-BARE = Setting(**(vars(SETTING) | {"name": "bare", "load": None}))
+IMAGE = ConfoundedSetting(**(vars(SETTING) | {"name": "image"}))
+BARE = ConfoundedSetting(**(vars(SETTING) | {"name": "bare", "load": None}))
 
 
 def test_tables_have_every_method_and_variable():
     runs = [run_of(name, size=100, epochs=1) for name in ("none", "mdn-last-batch")]
     rows = [run.settings() | train(run, lambda: None) for run in runs]
-    overview, by_variable, stages, by_class, by_group = tables(rows, SETTING)
+    overview, by_variable, stages, by_class, by_group = tables(rows, SETTING.limit)
     for table in (overview, by_variable, stages):
         assert [line[0] for line in table.lines] == ["No normalisation", "MDN, last layer, batch"]
         assert all(len(line) == len(table.headings) for line in table.lines)
-    assert by_class.headings == ["Method", "site, ill", "site, well"]
-    assert by_group.headings[1:] == ["first (%)", "second (%)", "TPR, first (%)", "TPR, second (%)"]
+    assert list(by_class.headings) == ["Method", "site, ill", "site, well"]
+    assert list(by_group.headings[1:]) == ["first (%)", "second (%)", "TPR, first (%)", "TPR, second (%)"]
     assert "82.7 %" in overview.limits
 
 
@@ -685,20 +686,22 @@ class TestOutputsOfRealData:
     def outputs(self, groups, tmp_path, monkeypatch, **options):
         samples = replace(make_samples(400, 7, 1.0), groups=groups)
         loaded = LoadedData(samples, ("ill", "well"), ("first", "second", "third"), {"site": (0,)})
-        monkeypatch.setitem(confounded.SETTINGS, "tiny", (__name__, "REAL"))
-        monkeypatch.setitem(globals(), "REAL", replace(SETTING, load=lambda folder, on_problem: loaded))
-        confounded.load.cache_clear()
-        confounded._data.cache_clear()
+        monkeypatch.setitem(settings.SETTINGS, "tiny", (__name__, "REAL"))
+        monkeypatch.setitem(
+            globals(), "REAL", replace(SETTING, load=lambda folder, on_problem, columns: loaded)
+        )
+        confounded._loaded.cache_clear()
+        settings._data.cache_clear()
         names = ["none", "mdn-last-running"]
         runs = plan(REAL, names, 1, epochs=1, data=tmp_path / "data", **options)
         rows = [run.settings() | train(run, lambda: None) for run in runs]
-        return confounded.write_outputs(tmp_path, runs, rows, command="mdnorm-experiments tiny")
+        return write_outputs(tmp_path, runs, rows, command="mdnorm-experiments tiny")
 
     def test_a_group_without_a_class(self, tmp_path, monkeypatch):
         groups = torch.arange(400) // 2 % 2
         groups[:80:2] = 2
         self.outputs(groups, tmp_path, monkeypatch)
-        lines = (tmp_path / "table.md").read_text().split("Accuracy by group")[1].splitlines()
+        lines = (tmp_path / "table.md").read_text().split("## Accuracy by group")[1].splitlines()
         cells = [line.strip("| ").split(" | ") for line in lines if line.startswith(("| No", "| MDN"))]
         assert [[cell == "–" for cell in line[1:]] for line in cells] == 2 * [2 * [False, False, True]]
 

@@ -6,18 +6,20 @@ import numpy as np
 import pytest
 import torch
 
-from mdnorm.integration import recalibrate
-from mdnorm_experiments import continual
-from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS, make_stage
-from mdnorm_experiments.methods import METHODS, build
+from mdnorm_experiments import continual, training
+from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS, NUM_STAGES
+from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.runner import Runner, one_thread
-from mdnorm_experiments.training import batches, evaluate
+from mdnorm_experiments.settings import Run, plan, train, write_outputs
+from mdnorm_experiments.training import build, prepare, recalibrate_on
+
+SETTING = continual.SETTING
 
 
 def small(method="mdn-last-dataset", **options):
-    settings = {"batch_size": 32, "seed": 0, "epochs_per_stage": 1, "learning_rate": 1e-3, "group_size": 25}
-    return continual.ContinualRun(method, **(settings | {"test_group_size": 20} | options))
+    settings = {"batch_size": 32, "seed": 0, "epochs": 1, "learning_rate": 1e-3, "size": 25}
+    return Run("continual", method, **(settings | {"test_size": 20} | options))
 
 
 def without_times(row):
@@ -26,15 +28,15 @@ def without_times(row):
 
 class TestPlan:
     def test_default_table(self):
-        runs = continual.plan()
-        assert len(runs) == 3 * len(continual.DEFAULT_METHODS)
+        runs = plan(SETTING)
+        assert len(runs) == 3 * len(SETTING.default_methods)
         assert [run.seed for run in runs] == sorted(run.seed for run in runs)
         assert len({json.dumps(run.settings()) for run in runs}) == len(runs)
-        assert {run.epochs for run in runs} == {5 * continual.EPOCHS}
+        assert {SETTING.num_stages * run.epochs for run in runs} == {25}
 
     def test_choices(self):
-        runs = continual.plan(["none", "none"], 8, 2, first_seed=5, epochs=3, learning_rate=0.1)
-        assert [(run.seed, run.batch_size, run.epochs_per_stage) for run in runs] == [(5, 8, 3), (6, 8, 3)]
+        runs = plan(SETTING, ["none", "none"], 2, batch_sizes=[8], first_seed=5, epochs=3, learning_rate=0.1)
+        assert [(run.seed, run.batch_size, run.epochs) for run in runs] == [(5, 8, 3), (6, 8, 3)]
         assert runs[0].settings()["learning_rate"] == 0.1
 
     def test_settings_hold_the_method(self):
@@ -47,17 +49,17 @@ class TestPlan:
         ("arguments", "message"),
         [
             ({"methods": ["magic"]}, r"unknown method\(s\) magic"),
-            ({"batch_size": 0}, "batch size must be at least 1"),
-            ({"seeds": 0}, "number of seeds"),
-            ({"epochs": 0}, "number of epochs"),
+            ({"batch_sizes": [0]}, "batch size must be at least 1"),
+            ({"seeds": 0}, "seeds must be at least 1"),
+            ({"epochs": 0}, "epochs must be at least 1"),
             ({"learning_rate": float("inf")}, "learning rate"),
-            ({"test_group_size": 3}, "at least 4 images"),
-            ({"batch_size": 1}, "BatchNorm cannot train with batch size 1"),
+            ({"test_size": 3}, "test group size must be at least 4"),
+            ({"batch_sizes": [1], "methods": ["batchnorm"]}, "nothing to run"),
         ],
     )
     def test_errors(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            continual.plan(**arguments)
+            plan(SETTING, **arguments)
 
 
 class TestMeasures:
@@ -101,11 +103,11 @@ class TestMeasures:
 
 
 class TestTraining:
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", SETTING.methods)
     def test_every_method_passes_all_stages(self, method):
         epochs = []
-        row = continual.train(small(method), lambda: epochs.append(1))
-        assert len(epochs) == small(method).epochs == 5
+        row = train(small(method), lambda: epochs.append(1))
+        assert len(epochs) == NUM_STAGES
         parts = [row, row["recalibrated"]] if METHODS[method].layers != "none" else [row]
         assert ("recalibrated" in row) == (len(parts) == 2)
         for part in parts:
@@ -119,7 +121,7 @@ class TestTraining:
 
     def test_same_seed_same_row(self):
         with one_thread():
-            rows = [continual.train(small("mdn-every-running"), lambda: None) for _ in range(2)]
+            rows = [train(small("mdn-every-running"), lambda: None) for _ in range(2)]
         assert without_times(rows[0]) == without_times(rows[1])
 
     def test_rows_do_not_depend_on_the_number_of_jobs(self, tmp_path):
@@ -128,34 +130,34 @@ class TestTraining:
         tables = []
         for jobs in (1, 2):
             store = ResultStore(tmp_path / f"{jobs}.json")
-            tables.append(list(map(without_times, Runner(store, continual.train, jobs).run(runs))))
+            tables.append(list(map(without_times, Runner(store, train, jobs).run(runs))))
         assert tables[0] == tables[1]
 
     def test_one_network_goes_through_the_stages(self, monkeypatch):
         """Weights and state go on; data differ between stages and between training and test."""
         networks, weights, data, held_out = [], [], [], []
-        fit, test = continual.fit, continual.evaluate
+        fit, test = continual.fit, continual.ContinualSetting.measure
 
         def spied_fit(network, method, images, *args, **kwargs):
             networks.append(network)
-            weights.append([network.fc1.weight.detach().clone()])
+            weights.append([network.head.weight.detach().clone()])
             data.append(images)
             row = fit(network, method, images, *args, **kwargs)
-            weights[-1].append(network.fc1.weight.detach().clone())
+            weights[-1].append(network.head.weight.detach().clone())
             return row
 
-        def spied_test(network, images, *args):
-            held_out.append((network, images))
-            return test(network, images, *args)
+        def spied_test(setting, network, data, *args):
+            held_out.append((network, data.test))
+            return test(setting, network, data, *args)
 
         monkeypatch.setattr(continual, "fit", spied_fit)
-        monkeypatch.setattr(continual, "evaluate", spied_test)
-        continual.train(small("mdn-last-running"), lambda: None)
+        monkeypatch.setattr(continual.ContinualSetting, "measure", spied_test)
+        train(small("mdn-last-running"), lambda: None)
         assert len({id(network) for network in networks}) == 1
         for (_, after), (before, _) in itertools.pairwise(weights):
             assert torch.equal(after, before)
         images = [*data, *(images for _, images in held_out[:5])]
-        assert len({float(part.images.sum()) for part in images}) == 10
+        assert len({float(part.inputs.sum()) for part in images}) == 10
         # Recalibrated copies are others, so that training goes on from what it has left.
         assert sum(network is networks[0] for network, _ in held_out) == 25
         assert len(held_out) == 50
@@ -177,20 +179,16 @@ class TestTraining:
             given.append(metadata)
             return fit_gram(network, metadata, labels)
 
-        fit_gram = continual.fit_gram
-        monkeypatch.setattr(continual, "fit_gram", spied)
-        continual.train(small(method), lambda: None)
+        fit_gram = training.fit_gram
+        monkeypatch.setattr(training, "fit_gram", spied)
+        train(small(method), lambda: None)
         assert len(given) == calls
         assert len({float(metadata.sum()) for metadata in given}) == calls
 
     def test_the_effect_shows(self):
         """In small already: the network follows the confounder without correction, and not with it."""
-        options = {"batch_size": 32, "epochs_per_stage": 2, "learning_rate": 3e-4}
-        options |= {"group_size": 300, "test_group_size": 50}
-        rows = {
-            name: continual.train(small(name, **options), lambda: None)
-            for name in ("none", "mdn-last-running")
-        }
+        options = {"batch_size": 32, "epochs": 2, "learning_rate": 3e-4, "size": 300, "test_size": 50}
+        rows = {name: train(small(name, **options), lambda: None) for name in ("none", "mdn-last-running")}
         assert rows["none"]["accuracy_distance"] > 0.2
         assert rows["none"]["bacc_matrix"][4][4] > 0.9
         assert rows["mdn-last-running"]["accuracy_distance"] < 0.12
@@ -199,21 +197,19 @@ class TestTraining:
 
 def test_a_recalibrated_copy_leaves_the_network_alone():
     method = METHODS["mdn-every-recursive"]
-    data = make_stage(0, 20)
-    metadata = continual.metadata_columns(data, method.degree)
-    network = build(method, metadata.shape[1], 0)
-    continual.fit_gram(network, metadata, data.labels)
-    network(data.images, metadata, data.labels)
+    (data, *_) = SETTING.stages(small("mdn-every-recursive"))
+    network = build(SETTING, method, data, 0)
+    prepare(network, data.train)
     before = {name: value.clone() for name, value in network.state_dict().items()}
     copied = copy.deepcopy(network)
-    recalibrate(copied, batches(data, metadata), progress=False)
-    evaluate(copied, data, metadata)
+    recalibrate_on(copied, data.train, method)
+    SETTING.measure(copied, data, data.train)
     assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
     assert network.training
 
 
 def test_the_basis_is_the_same_in_all_stages():
-    columns = continual.metadata_columns(make_stage(4, 500), 3)
+    columns = continual.make_samples(4, 500, 3, seed=0).metadata
     assert columns.shape == (1000, 3)
     assert 0.99 < columns.abs().max() <= 1
     torch.testing.assert_close(columns[:, 0] ** 3, columns[:, 2])
@@ -235,16 +231,15 @@ ROWS = (
     row("mdn-last-dataset", 1, 0.03, seconds_per_epoch=2.0, recalibrated=row("", 1, -0.01)),
     row("none", 0, 0.1, seconds_per_epoch=1.0),
 )
-NAMES = {"none": "No normalisation", "mdn-last-dataset": "MDN, last layer", "mdn-every-dataset": "not run"}
 
 
 class TestTables:
     def test_distances(self):
-        table, _ = continual.tables(ROWS, NAMES)
+        table, _ = SETTING.tables(ROWS)
         assert [line[0] for line in table.lines] == [
             "No normalisation",
-            "MDN, last layer",
-            "MDN, last layer, recalibrated",
+            "MDN, last layer, dataset",
+            "MDN, last layer, dataset, recalibrated",
         ]
         assert table.headings[1:7] == ("Seeds", "ACCd", "BWTd", "FWTd", "BWT", "FWT")
         assert table.lines[0][1:] == ("1", "30.0", "20.0", "40.0", "0.0", "+35.0", "0.100", "0.200", "1.0")
@@ -255,7 +250,7 @@ class TestTables:
         assert table.lines[2][-1] == "–"
 
     def test_stages(self):
-        _, table = continual.tables(ROWS, NAMES)
+        _, table = SETTING.tables(ROWS)
         assert table.headings[1] == "Stage 1: 75 %"
         assert table.headings[-1] == "Stage 5: 50 %"
         assert table.lines[0][1:] == ("+10.0", "+20.0", "+30.0", "+40.0", "+50.0")
@@ -263,7 +258,7 @@ class TestTables:
 
     def test_recalibration_of_some_seeds_only_is_not_shown(self):
         partial = [{k: v for k, v in ROWS[0].items() if k != "recalibrated"}, ROWS[1]]
-        assert [line[0] for line in continual.tables(partial, NAMES)[0].lines] == ["MDN, last layer"]
+        assert [line[0] for line in SETTING.tables(partial)[0].lines] == ["MDN, last layer, dataset"]
 
     def test_limits(self):
         text = continual.limits_text()
@@ -277,7 +272,7 @@ class TestTables:
         (["mdn-last-dataset", "none"], ["none", "mdn-last-dataset", "mdn-last-dataset, recalibrated"]),
         (["batchnorm", "groupnorm"], ["batchnorm", "groupnorm"]),
         (
-            [*METHODS],
+            [*SETTING.methods],
             [
                 "none",
                 "mdn-last-dataset",
@@ -295,16 +290,27 @@ def test_matrices_shown(names, expected):
     rows = [
         row(name, 0) | ({"recalibrated": row("", 0)} if name.startswith("mdn") else {}) for name in ordered
     ]
-    shown = list(continual._matrices(rows, {name: name for name in ordered}))
-    assert shown == expected or len(shown) == expected
+    shown = list(continual._matrices(rows))
+    if isinstance(expected, int):
+        assert len(shown) == expected
+        return
+    parts = [name.partition(",") for name in expected]
+    assert shown == [METHODS[name].title + comma + rest for name, comma, rest in parts]
 
 
 def test_outputs(tmp_path):
-    runs = continual.plan(
-        ["none", "mdn-last-dataset"], 16, 2, epochs=1, group_size=10, test_group_size=10, first_seed=3
+    runs = plan(
+        SETTING,
+        ["none", "mdn-last-dataset"],
+        2,
+        batch_sizes=[16],
+        epochs=1,
+        size=10,
+        test_size=10,
+        first_seed=3,
     )
-    rows = Runner(ResultStore(tmp_path / "results.json"), continual.train).run(runs)
-    report = continual.write_outputs(tmp_path, runs, rows, command="mdnorm-experiments continual")
+    rows = Runner(ResultStore(tmp_path / "results.json"), train).run(runs)
+    report = write_outputs(tmp_path, runs, rows, command="mdnorm-experiments continual")
     text = report.read_text(encoding="utf-8")
     assert text.count("<img") == 4
     assert text.count("<table>") == 2

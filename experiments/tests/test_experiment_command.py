@@ -11,6 +11,8 @@ from typer.testing import CliRunner
 
 from mdnorm_experiments import commands
 from mdnorm_experiments.commands import app
+from mdnorm_experiments.data.faces import make_faces, write_image_folder
+from mdnorm_experiments.settings import SETTINGS, data_of
 
 SMALL = [
     "--methods",
@@ -73,7 +75,7 @@ def test_experiment_from_start_to_report_and_again_without_work(tmp_path):
     ("arguments", "message"),
     [
         (["--methods", "none,magic"], "unknown method(s) magic"),
-        (["--methods", ","], "at least one method"),
+        (["--methods", ","], "unknown method(s) (none given)"),
         (["--batch-sizes", "20;200"], "not a list of whole numbers"),
         (["--batch-sizes", "0"], "batch size must be at least 1"),
         (["--learning-rate", "-1"], "learning rate must be a positive number"),
@@ -167,10 +169,10 @@ def test_continual_from_start_to_report_and_again_without_work(tmp_path):
     ("arguments", "message"),
     [
         (["--methods", "none,magic"], "unknown method(s) magic"),
-        (["--methods", ","], "at least one method"),
-        (["--methods", "batchnorm", "--batch-size", "1"], "BatchNorm cannot train with batch size 1"),
+        (["--methods", ","], "unknown method(s) (none given)"),
+        (["--methods", "batchnorm", "--batch-size", "1"], "nothing to run"),
         (["--learning-rate", "0"], "learning rate must be a positive number"),
-        (["--batch-size", "0"], "--batch-size"),
+        (["--batch-size", "0"], "batch size must be at least 1"),
     ],
 )
 def test_bad_options_of_continual_end_with_2(tmp_path, arguments, message):
@@ -232,3 +234,41 @@ def test_what_cannot_be_trained_is_said(tmp_path, planned):
     assert "left out: BatchNorm cannot train with batch size 1." in " ".join(result.stderr.split())
     ((runs, _),) = planned
     assert {run.batch_size for run in runs} == {8}
+
+
+def test_every_setting_has_a_command_with_its_own_options():
+    assert [command.name for command in app.registered_commands] == list(SETTINGS)
+    for name in SETTINGS:
+        text = call(name, "--help").output
+        assert ("--columns" in text) == (name in ("image", "video", "mri"))
+        assert ("--variant" in text) == (name == "synthetic")
+        assert "--methods" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("age", "does not name each column once"),
+        ("age=", "does not name each column once"),
+        ("age=A,age=B", "does not name each column once"),
+        ("shoes=A", "columns may name subject, age, sex, site, label, got shoes"),
+        ("age=A", "no column for the age (A); it has participant_id, age, sex, site, dx"),
+    ],
+)
+def test_names_of_columns_that_cannot_be(tmp_path, text, message):
+    (tmp_path / "participants.tsv").write_text("participant_id\tage\tsex\tsite\tdx\n")
+    result = call("mri", "--data", tmp_path, "--columns", text, "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_of_columns_reach_the_loader_and_the_rows(tmp_path, planned):
+    faces = make_faces(120, seed=0, correlation=0.2)
+    table = write_image_folder(tmp_path, faces)
+    table.write_text(table.read_text().replace("filename,gender,shade", "photo,who,skin", 1))
+    columns = "file=photo, label=who,shade=skin"
+    assert call("image", "--data", tmp_path, "--columns", columns, "--methods", "none").exit_code == 7
+    ((runs, _),) = planned
+    assert runs[0].settings()["columns"] == {"file": "photo", "label": "who", "shade": "skin"}
+    assert len(data_of(runs[0]).train) > 60

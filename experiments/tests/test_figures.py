@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 
 from mdnorm import plotting
-from mdnorm_experiments import figures
+from mdnorm_experiments import continual, figures, synthetic
+from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS
 from mdnorm_experiments.data.synthetic import make_synthetic
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.methods import panels as make_panels
@@ -34,7 +35,7 @@ def means(axis):
 
 
 def test_accuracy_shows_means_deviations_and_both_limits():
-    axis = figures.accuracy_by_batch_size(rows(), ONE_PANEL).axes[0]
+    axis = synthetic.accuracy_figure(rows(), ONE_PANEL).axes[0]
     for values, _ in means(axis).values():
         np.testing.assert_allclose(values, [81, 81])
     (bars,) = axis.containers[0].lines[2]
@@ -46,20 +47,20 @@ def test_accuracy_shows_means_deviations_and_both_limits():
 
 
 def test_methods_stand_side_by_side():
-    axis = figures.accuracy_by_batch_size(rows(), ONE_PANEL).axes[0]
+    axis = synthetic.accuracy_figure(rows(), ONE_PANEL).axes[0]
     positions = [x[0] for _, x in means(axis).values()]
     assert len({round(x, 3) for x in positions}) == 3
     assert max(positions) - min(positions) < 0.8
 
 
 def test_dependence_has_a_panel_a_group():
-    axes = figures.dependence_by_group(rows(), ONE_PANEL).axes
+    axes = synthetic.dependence_figure(rows(), ONE_PANEL).axes
     assert [axis.get_title() for axis in axes] == ["Group A", "Group B"]
     np.testing.assert_allclose(means(axes[0])["BatchNorm"][0], [0.1, 0.1])
     np.testing.assert_allclose(means(axes[1])["BatchNorm"][0], [0.3, 0.3])
 
 
-@pytest.mark.parametrize("draw", [figures.accuracy_by_batch_size, figures.dependence_by_group])
+@pytest.mark.parametrize("draw", [synthetic.accuracy_figure, synthetic.dependence_figure])
 def test_gaps_single_seeds_and_single_sizes(draw, tmp_path):
     incomplete = [*rows(["none"], (20,), 1), *rows(["mdn-last"], (200,), 2)]
     for table in (incomplete, rows(["mdn-last"], (200,), 1)):
@@ -71,7 +72,7 @@ def test_gaps_single_seeds_and_single_sizes(draw, tmp_path):
 
 def test_a_method_keeps_its_colour_whatever_is_beside_it():
     def colour(methods):
-        axis = figures.accuracy_by_batch_size(rows(methods), ONE_PANEL).axes[0]
+        axis = synthetic.accuracy_figure(rows(methods), ONE_PANEL).axes[0]
         return {c.get_label(): c[0].get_color() for c in axis.containers}["MDN, last layer"]
 
     assert colour(["mdn-last"]) == colour(NAMES)
@@ -85,7 +86,7 @@ def test_methods_of_a_panel_have_a_colour_and_a_marker_of_their_own():
     assert len(plotting.PALETTE) == len(set(plotting.MARKERS))
 
 
-@pytest.mark.parametrize("draw", [figures.accuracy_by_batch_size, figures.dependence_by_group])
+@pytest.mark.parametrize("draw", [synthetic.accuracy_figure, synthetic.dependence_figure])
 def test_panels_are_stacked_and_titled(draw, tmp_path):
     panels = {"Without": {"none": "No normalisation"}, "With": {"mdn-last": "MDN, last layer"}}
     figure = draw(rows(), panels)
@@ -114,18 +115,18 @@ def test_projection_separates_what_was_put_in(tmp_path):
 
 def test_files_are_png_and_pdf_and_the_same_each_time(tmp_path):
     data = make_synthetic(4)
-    path = plotting.save_figure(figures.example_images(data), tmp_path / "examples.png")
+    path = plotting.save_figure(synthetic.example_images(data), tmp_path / "examples.png")
     first = [path.read_bytes(), path.with_suffix(".pdf").read_bytes()]
     assert first[0].startswith(b"\x89PNG")
     assert first[1].startswith(b"%PDF")
     assert len(first[0]) > 10_000
-    plotting.save_figure(figures.example_images(data), path)
+    plotting.save_figure(synthetic.example_images(data), path)
     assert [path.read_bytes(), path.with_suffix(".pdf").read_bytes()] == first
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_fewer_images_than_asked_for():
-    figure = figures.example_images(make_synthetic(2), count=4)
+    figure = synthetic.example_images(make_synthetic(2), count=4)
     assert sum(bool(axis.images) for axis in figure.axes) == 4
 
 
@@ -146,23 +147,23 @@ def stage_rows(methods=NAMES, seeds=3):
     ]
 
 
-LOWER, UPPER = (0.75, 0.7, 0.65, 0.6, 0.5), (0.8, 0.85, 0.9, 0.95, 1.0)
+LOWER = (0.75, 0.7, 0.65, 0.6, 0.5)
 
 
 def test_accuracy_by_stage_shows_the_diagonal_and_both_limits():
-    axis = figures.accuracy_by_stage(stage_rows(), ONE_PANEL, LOWER, UPPER).axes[0]
+    axis = continual.accuracy_figure(stage_rows(), ONE_PANEL).axes[0]
     for values, _ in means(axis).values():
         np.testing.assert_allclose(values, [51, 56, 61, 66, 71])
     (bars,) = axis.containers[0].lines[2]
     np.testing.assert_allclose(bars.get_segments()[0][:, 1], [50, 52])
     dashed = [line.get_ydata() for line in axis.lines if line.get_linestyle() == "--"]
-    np.testing.assert_allclose(dashed, 100 * np.array([UPPER, LOWER]))
+    np.testing.assert_allclose(dashed, 100 * np.array([BOTH_LIMITS, EFFECT_LIMITS]))
     assert [text.get_text() for text in axis.get_xticklabels()] == ["1", "2", "3", "4", "5"]
     assert axis.containers[0][0].get_linestyle() == "-"
 
 
 def test_dependence_by_stage_has_a_panel_a_group():
-    axes = figures.dependence_by_stage(stage_rows(), ONE_PANEL).axes
+    axes = continual.dependence_figure(stage_rows(), ONE_PANEL).axes
     assert [axis.get_title() for axis in axes] == ["Group A", "Group B"]
     np.testing.assert_allclose(means(axes[0])["BatchNorm"][0], [0, 0.01, 0.02, 0.03, 0.04])
     np.testing.assert_allclose(means(axes[1])["BatchNorm"][0], [0.3, 0.31, 0.32, 0.33, 0.34])
@@ -172,8 +173,8 @@ def test_stage_figures_with_one_seed_a_missing_method_and_panels(tmp_path):
     panels = {"Without": {"none": "No normalisation"}, "With": {"mdn-last": "MDN", "mdn-every": "not run"}}
     rows_of_one = stage_rows(["none", "mdn-last"], seeds=1)
     for figure in (
-        figures.accuracy_by_stage(rows_of_one, panels, LOWER, UPPER),
-        figures.dependence_by_stage(rows_of_one, panels),
+        continual.accuracy_figure(rows_of_one, panels),
+        continual.dependence_figure(rows_of_one, panels),
     ):
         assert [part.legends[0].get_title().get_text() for part in figure.subfigs] == ["Without", "With"]
         plotting.save_figure(figure, tmp_path / "figure.png")
@@ -200,7 +201,7 @@ def test_a_difference_that_rounds_to_zero_has_no_sign():
 
 
 def test_example_images_with_column_titles(tmp_path):
-    figure = figures.example_images(make_synthetic(2), 2, ["first", "second"])
+    figure = synthetic.example_images(make_synthetic(2), 2, ["first", "second"])
     assert figure.axes[0].get_title().startswith("first\n\neffect ")
     assert figure.axes[2].get_title().startswith("effect ")
     plotting.save_figure(figure, tmp_path / "figure.png")

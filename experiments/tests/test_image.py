@@ -10,7 +10,6 @@ import torch
 from matplotlib.figure import Figure
 
 from mdnorm_experiments import image
-from mdnorm_experiments.confounded import get_setting
 from mdnorm_experiments.data.digits import COUNT
 from mdnorm_experiments.data.faces import make_faces, write_image_folder
 from mdnorm_experiments.data.problems import DataProblemsError
@@ -22,7 +21,8 @@ from mdnorm_experiments.image import (
     make_digit_data,
     make_face_data,
 )
-from mdnorm_experiments.settings import NORMS
+from mdnorm_experiments.networks import NORMS
+from mdnorm_experiments.settings import get_setting
 
 
 @pytest.fixture(scope="module")

@@ -1,20 +1,11 @@
+import base64
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
-from mdnorm_experiments.report import (
-    HEADINGS,
-    ReportFigure,
-    ReportTable,
-    summarise,
-    synthetic_table,
-    table_lines,
-    verdict,
-    write_report,
-)
-
-NAMES = {"none": "No normalisation", "mdn-last": "MDN, last layer"}
+from mdnorm_experiments.report import ReportFigure, ReportTable, listed, mean_with_deviation, write_page
+from mdnorm_experiments.synthetic import HEADINGS, SETTING, verdict
 
 
 def row(method, batch_size, seed, bacc, a=0.1, b=0.2, seconds=1.0):
@@ -33,37 +24,43 @@ def recalibrated(bacc):
 
 
 ROWS = [
-    row("mdn-last", 200, 0, 0.82, a=-0.0001, b=0.01, seconds=1) | recalibrated(0.81),
-    row("mdn-last", 200, 1, 0.84, a=-0.0003, b=0.03, seconds=2) | recalibrated(0.83),
+    row("mdn-last-dataset", 200, 0, 0.82, a=-0.0001, b=0.01, seconds=1) | recalibrated(0.81),
+    row("mdn-last-dataset", 200, 1, 0.84, a=-0.0003, b=0.03, seconds=2) | recalibrated(0.83),
     row("none", 200, 0, 0.944),
     row("none", 20, 0, 0.5),
 ]
 
 
-def test_means_and_standard_deviations():
-    cell = next(cell for cell in summarise(ROWS) if cell["method"] == "mdn-last")
-    assert cell["seeds"] == 2
-    assert cell["bacc"] == pytest.approx(0.83)
-    assert cell["bacc_sd"] == pytest.approx(0.01 * 2**0.5)
-    assert cell["dcor2"] == pytest.approx({"A": -0.0002, "B": 0.02})
-    assert cell["dcor2_sd"]["B"] == pytest.approx(0.01 * 2**0.5)
-    assert cell["seconds_per_epoch"] == 1.5
-    assert cell["recalibrated"]["bacc"] == pytest.approx(0.82)
-    assert cell["recalibrated"]["dcor2"] == pytest.approx({"A": 0.003, "B": -0.001})
+def lines(rows):
+    (table,) = SETTING.tables(rows)
+    return table.lines
+
+
+def test_means_with_deviations():
+    assert mean_with_deviation([1.0, 3.0], 1) == "2.0 ± 1.4"
+    assert mean_with_deviation([-0.04], 1) == "0.0"
+    assert mean_with_deviation([0.04], 1, signed=True) == "0.0"
+    assert mean_with_deviation([-1.0], 1, signed=True) == "−1.0"
+    assert mean_with_deviation([], 1) == "–"
+
+
+def test_different_values_are_listed():
+    assert listed([3, 1, 3, 0.25]) == "0.25, 1, 3"
+    assert listed(["b", None, "b"]) == "None, b"
 
 
 def test_recalibration_of_some_seeds_only_is_not_shown():
     """A mean over fewer seeds than the cell says would mislead."""
     partial = [{key: value for key, value in ROWS[0].items() if key != "recalibrated"}, ROWS[1]]
-    assert summarise(partial)[0]["recalibrated"] is None
+    assert lines(partial)[0][7:9] == ("–", "–")
 
 
 def test_lines_are_ordered_and_rounded():
-    assert table_lines(ROWS, NAMES) == [
+    assert lines(ROWS) == [
         ("No normalisation", "20", "1", "50.0", "below the limit", "0.100", "0.200", "–", "–", "1.0"),
         ("No normalisation", "200", "1", "94.4", "confounded", "0.100", "0.200", "–", "–", "1.0"),
         (
-            "MDN, last layer",
+            "MDN, last layer, dataset",
             "200",
             "2",
             "83.0 ± 1.4",
@@ -75,10 +72,6 @@ def test_lines_are_ordered_and_rounded():
             "1.5",
         ),
     ]
-
-
-def test_a_method_without_a_title_comes_last_under_its_own_name():
-    assert table_lines([row("new", 20, 0, 0.8), *ROWS], NAMES)[1][0] == "new"
 
 
 @pytest.mark.parametrize(
@@ -96,11 +89,14 @@ def test_verdict(accuracy, expected):
 
 
 def test_markdown():
-    lines = synthetic_table([row("a|b", 20, 0, 0.8, a=-0.012)], {}).markdown().splitlines()
+    (table,) = SETTING.tables([row("none", 20, 0, 0.8, a=-0.012)])
+    lines = table.markdown().splitlines()
     assert lines[0].count("|") == len(HEADINGS) + 1 == lines[1].count("|")
-    assert lines[2].startswith("| a\\|b | 20 | 1 | 80.0 | below the limit | −0.012 | 0.200 |")
+    assert lines[2].startswith("| No normalisation | 20 | 1 | 80.0 | below the limit | −0.012 | 0.200 |")
     assert "83.3 %" in lines[-1]
     assert "94.4 %" in lines[-1]
+    escaped = ReportTable(["Name"], [["a|b"]], "No limits.", "").markdown()
+    assert "| a\\|b |" in escaped
 
 
 class Page(HTMLParser):
@@ -123,20 +119,19 @@ class Page(HTMLParser):
 
 
 def test_page_is_complete_and_stands_alone(tmp_path):
-    image = tmp_path / "a.png"
-    image.write_bytes(b"\x89PNG not really")
-    path = write_report(
+    rows = [row | {"learning_rate": 1e-3, "epochs": 5, "group_size": 7} for row in ROWS]
+    figure = Figure(figsize=(1, 1))
+    path = write_page(
         tmp_path,
         title="A <title> & more",
         introduction=["One.", "<script>alert(1)</script>"],
         tables=[
-            synthetic_table([*ROWS, row("<b>", 20, 0, 0.8)], NAMES),
-            ReportTable(
-                ["Name", "Value"], [["second", "7"]], "No limits.", "A legend.", title="Another table"
-            ),
+            *SETTING.tables(rows),
+            ReportTable(["Name", "Value"], [["<b>", "7"]], "No limits.", "A legend.", title="Another table"),
         ],
-        figures=[ReportFigure(image, "Figure one", 'alt "quoted"', "A caption")],
-        settings={"seeds": "0, 1"},
+        figures=[ReportFigure("one", figure, "Figure one", 'alt "quoted"', "A caption")],
+        rows=rows,
+        row_names={"epochs": "epochs", "size": "group_size"},
         command="mdnorm-experiments synthetic --out 'a b'",
     )
     page = Page(path.read_text(encoding="utf-8"))
@@ -144,7 +139,8 @@ def test_page_is_complete_and_stands_alone(tmp_path):
     assert ("html", {"lang": "en"}) in page.tags
     images = [attributes for tag, attributes in page.tags if tag == "img"]
     assert [i["alt"] for i in images] == ['alt "quoted"']
-    assert images[0]["src"].startswith("data:image/png;base64,iVBORyBub3Q")
+    kept = (tmp_path / "figures" / "one.png").read_bytes()
+    assert images[0]["src"] == "data:image/png;base64," + base64.b64encode(kept).decode()
     assert not [tag for tag, _ in page.tags if tag in ("script", "link", "b", "iframe")]
     assert "http" not in "".join(str(attributes) for _, attributes in page.tags)
     for text in (
@@ -159,22 +155,9 @@ def test_page_is_complete_and_stands_alone(tmp_path):
         "more than 1.5 points above",
         "Another table",
         "No limits. A legend.",
+        "batch size 20: 5 epochs from 0.001; batch size 200: 5 epochs from 0.001",
+        "group size",
     ):
         assert text in page.text
-    assert sum(tag == "tr" for tag, _ in page.tags) == 1 + 4 + 1 + 1
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["a.png", "report.html"]
-
-
-def test_a_missing_figure_is_not_hidden(tmp_path):
-    figure = ReportFigure(Path(tmp_path / "none.png"), "t", "a", "c")
-    with pytest.raises(FileNotFoundError):
-        write_report(
-            tmp_path,
-            title="t",
-            introduction=[],
-            tables=[],
-            figures=[figure],
-            settings={},
-            command="",
-        )
-    assert not (tmp_path / "report.html").exists()
+    assert sum(tag == "tr" for tag, _ in page.tags) == 1 + 3 + 1 + 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["figures", "report.html", "table.md"]

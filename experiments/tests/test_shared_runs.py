@@ -18,7 +18,8 @@ from typer.testing import CliRunner
 from mdnorm_experiments.commands import app
 from mdnorm_experiments.results import ResultStore, SharedResultStore
 from mdnorm_experiments.runner import RunFailedError, Runner
-from mdnorm_experiments.synthetic import plan, train
+from mdnorm_experiments.settings import plan, train
+from mdnorm_experiments.synthetic import SETTING
 from processes import output_of, torchrun
 
 needs_processes = pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="finds processes in /proc")
@@ -53,7 +54,9 @@ def test_an_experiment_goes_on_after_a_worker_is_killed(tmp_path):
     assert "exitcode: -9" in output
     rows = json.loads(results.read_text())
     assert rows[: len(stored)] == stored
-    runs = plan(["none"], [16], 4, epochs=1, group_size=100, features_dir=tmp_path / "features")
+    runs = plan(
+        SETTING, ["none"], 4, batch_sizes=[16], epochs=1, size=100, features_dir=tmp_path / "features"
+    )
     assert len(stored) < len(rows) == len(runs) == 4
     store = ResultStore(results)
     assert all(store.find(run.settings()) is not None for run in runs)

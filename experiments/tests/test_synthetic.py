@@ -6,52 +6,57 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mdnorm import MetadataNorm
+from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments import synthetic
+from mdnorm_experiments.data.confounded import ConfoundedData
 from mdnorm_experiments.data.synthetic import make_synthetic
-from mdnorm_experiments.methods import DEFAULT_METHODS, METHODS, build
+from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.runner import Runner, one_thread
+from mdnorm_experiments.settings import Run, impossible_cells, plan, train, write_outputs
+from mdnorm_experiments.training import build
+
+SETTING = synthetic.SETTING
 
 
 def small(method="mdn-last-dataset", **options):
-    settings = {"batch_size": 64, "seed": 0, "epochs": 1, "learning_rate": 1e-3, "group_size": 40}
-    return synthetic.SyntheticRun(method, **(settings | {"test_group_size": 30} | options))
+    settings = {"batch_size": 64, "seed": 0, "epochs": 1, "learning_rate": 1e-3, "size": 40}
+    return Run("synthetic", method, **(settings | {"test_size": 30} | options))
 
 
 class TestPlan:
     def test_default_table(self):
-        runs = synthetic.plan()
-        seeds = sum(METHODS[method].seeds for method in DEFAULT_METHODS)
+        runs = plan(SETTING)
+        seeds = sum(METHODS[method].seeds for method in SETTING.default_methods)
         # BatchNorm cannot train with batch size 1.
-        assert len(runs) == len(synthetic.BATCH_SIZES) * seeds - METHODS["batchnorm"].seeds
-        assert {run.batch_size for run in runs} == set(synthetic.BATCH_SIZES)
+        assert len(runs) == len(SETTING.batch_sizes) * seeds - METHODS["batchnorm"].seeds
+        assert {run.batch_size for run in runs} == set(SETTING.batch_sizes)
         assert [run.seed for run in runs] == sorted(run.seed for run in runs)
         assert len({json.dumps(run.settings()) for run in runs}) == len(runs)
 
     def test_repeated_names_count_once(self):
-        assert len(synthetic.plan(["none", "none"], [20, 20], 1)) == 1
+        assert len(plan(SETTING, ["none", "none"], 1, batch_sizes=[20, 20])) == 1
 
     def test_what_cannot_be_trained_is_left_out(self):
-        assert synthetic.impossible_cells(["none", "batchnorm"], [1, 4]) == [("batchnorm", 1)]
-        runs = synthetic.plan(["none", "batchnorm"], [1, 4], 1)
+        assert impossible_cells(["none", "batchnorm"], [1, 4]) == [("batchnorm", 1)]
+        runs = plan(SETTING, ["none", "batchnorm"], 1, batch_sizes=[1, 4])
         assert ("batchnorm", 1) not in {(run.method, run.batch_size) for run in runs}
         assert len(runs) == 3
         with pytest.raises(ValueError, match="nothing to run"):
-            synthetic.plan(["batchnorm"], [1])
+            plan(SETTING, ["batchnorm"], batch_sizes=[1])
 
     def test_features_are_kept_for_the_first_seed(self, tmp_path):
-        runs = synthetic.plan(["none"], [20], 2, first_seed=5, features_dir=tmp_path)
+        runs = plan(SETTING, ["none"], 2, batch_sizes=[20], first_seed=5, features_dir=tmp_path)
         assert [run.seed for run in runs] == [5, 6]
         assert runs[0].features_file.endswith("none-plain-batch20-seed5.safetensors")
         assert runs[1].features_file is None
         assert "features_file" not in runs[0].settings()
 
     def test_schedule_of_the_nearest_batch_size(self):
-        assert synthetic.schedule(16) == synthetic.schedule(20)
-        assert synthetic.schedule(10_000) == synthetic.schedule(2000)
-        assert synthetic.plan(["none"], [20], 1, epochs=3, learning_rate=0.1)[0].epochs == 3
+        assert SETTING.schedule(16) == SETTING.schedule(20)
+        assert SETTING.schedule(10_000) == SETTING.schedule(2000)
+        assert plan(SETTING, ["none"], 1, batch_sizes=[20], epochs=3, learning_rate=0.1)[0].epochs == 3
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -60,17 +65,24 @@ class TestPlan:
             # Of the settings with confounded images only.
             ({"methods": ["none", "dfr"]}, r"unknown method\(s\) dfr"),
             ({"batch_sizes": [0]}, "batch size must be at least 1"),
-            ({"seeds": 0}, "number of seeds"),
-            ({"epochs": -1}, "number of epochs"),
+            ({"seeds": 0}, "seeds must be at least 1"),
+            ({"epochs": -1}, "epochs must be at least 1"),
             ({"learning_rate": float("nan")}, "learning rate"),
             ({"learning_rate": -1.0}, "learning rate"),
-            ({"group_size": 3}, "at least 4 images"),
+            ({"size": 3}, "group size must be at least 4"),
             ({"variant": "cubic"}, "unknown variant 'cubic': choose from plain, sites, quadratic, variance"),
         ],
     )
     def test_errors(self, arguments, message):
         with pytest.raises(ValueError, match=message):
-            synthetic.plan(**arguments)
+            plan(SETTING, **arguments)
+
+
+def built(method, seed):
+    images = make_synthetic(4)
+    samples = synthetic.samples_of(images, synthetic.metadata_columns(images, "plain", 3))
+    data = ConfoundedData(samples, samples, samples, ("A", "B"), ("A", "B"), {"confounder": (0,)})
+    return build(SETTING, METHODS[method], data, seed)
 
 
 class TestNetworks:
@@ -80,29 +92,34 @@ class TestNetworks:
             ("none", [nn.Identity] * 3),
             ("batchnorm", [nn.BatchNorm2d, nn.BatchNorm2d, nn.BatchNorm1d]),
             ("groupnorm", [nn.GroupNorm] * 3),
-            ("mdn-last-dataset", [nn.Identity, nn.Identity, MetadataNorm]),
-            ("mdn-every-dataset", [MetadataNorm] * 3),
         ],
     )
-    def test_what_sits_where(self, method, kinds):
-        network = build(METHODS[method], 3, 0)
-        assert [type(module) for module in network.normalization.values()] == kinds
+    def test_norms(self, method, kinds):
+        network = built(method, 0)
+        norms = [network.backbone.norm1, network.backbone.norm2, network.hidden_norm]
+        assert [type(module) for module in norms] == kinds
+
+    @pytest.mark.parametrize(
+        ("method", "count"), [("none", 0), ("mdn-last-dataset", 1), ("mdn-every-dataset", 3)]
+    )
+    def test_layers(self, method, count):
+        assert sum(isinstance(module, MetadataNorm) for module in built(method, 0).modules()) == count
 
     def test_all_methods_start_from_the_same_weights(self):
-        weights = [build(method, 3, 0).fc1.weight for method in METHODS.values()]
+        weights = [built(method, 0).head.weight for method in SETTING.methods]
         assert all(torch.equal(weight, weights[0]) for weight in weights)
-        assert not torch.equal(build(METHODS["none"], 3, 1).fc1.weight, weights[0])
+        assert not torch.equal(built("none", 1).head.weight, weights[0])
 
     def test_authors_settings_remove_the_intercept(self):
-        layer = build(METHODS["mdn-last-authors"], 1, 0).normalization["fc1"]
+        (layer,) = (m for m in built("mdn-last-authors", 0).modules() if isinstance(m, MetadataNorm))
         assert (layer.estimator.center, METHODS["mdn-last-authors"].degree) == (True, 1)
 
 
 class TestTraining:
-    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("method", SETTING.methods)
     def test_every_method_trains_with_a_partial_last_batch(self, method):
         epochs = []
-        row = synthetic.train(small(method, batch_size=17), lambda: epochs.append(1))
+        row = train(small(method, batch_size=17), lambda: epochs.append(1))
         assert epochs == [1]
         assert 0 <= row["bacc"] <= 1
         assert row["bacc"] == pytest.approx(np.mean(list(row["accuracy"].values())))
@@ -112,20 +129,20 @@ class TestTraining:
     @pytest.mark.parametrize("batch_size", [1, 4])
     @pytest.mark.parametrize("method", ["groupnorm", "brnet", "mdn-every-running", "mdn-every-batch"])
     def test_the_smallest_batches(self, method, batch_size):
-        run = small(method, batch_size=batch_size, group_size=10)
-        json.dumps(synthetic.train(run, lambda: None), allow_nan=False)
+        run = small(method, batch_size=batch_size, size=10)
+        json.dumps(train(run, lambda: None), allow_nan=False)
 
     @pytest.mark.filterwarnings("ignore:.* was recalibrated on 80 row")
     @pytest.mark.parametrize("variant", ["sites", "quadratic", "variance"])
     def test_every_variant_trains(self, variant):
         for method in ("mdn-last-running", "mdn-last-linear", "mdn-last-scale"):
-            row = synthetic.train(small(method, variant=variant), lambda: None)
+            row = train(small(method, variant=variant), lambda: None)
             json.dumps(row, allow_nan=False)
 
     def test_same_seed_same_row(self):
         def measured():
             with one_thread():
-                row = synthetic.train(small("mdn-every-dataset"), lambda: None)
+                row = train(small("mdn-every-dataset"), lambda: None)
             del row["seconds_per_epoch"]
             return row
 
@@ -136,13 +153,13 @@ class TestTraining:
         tables = []
         for jobs in (1, 2):
             store = ResultStore(tmp_path / f"{jobs}.json")
-            rows = Runner(store, synthetic.train, jobs).run(runs)
+            rows = Runner(store, train, jobs).run(runs)
             tables.append([{k: v for k, v in row.items() if k != "seconds_per_epoch"} for row in rows])
         assert tables[0] == tables[1]
 
     def test_kept_features_are_those_that_were_measured(self, tmp_path):
         path = tmp_path / "features.safetensors"
-        row = synthetic.train(small(features_file=str(path)), lambda: None)
+        row = train(small(features_file=str(path)), lambda: None)
         kept = load_file(path)
         assert kept["features"].shape == (60, 84)
         inside = kept["labels"] == 1
@@ -151,9 +168,9 @@ class TestTraining:
 
     def test_the_effect_shows(self):
         """A short training already separates the two: the network without correction uses the confounder."""
-        options = {"batch_size": 200, "epochs": 5, "learning_rate": 3e-4, "group_size": 1000}
+        options = {"batch_size": 200, "epochs": 5, "learning_rate": 3e-4, "size": 1000}
         rows = {
-            method: synthetic.train(small(method, **options, test_group_size=500), lambda: None)
+            method: train(small(method, **options, test_size=500), lambda: None)
             for method in ("none", "mdn-last-dataset")
         }
         assert rows["none"]["bacc"] > 0.91
@@ -194,17 +211,18 @@ class TestMetadata:
 def test_outputs(tmp_path):
     features = tmp_path / "features"
     features.mkdir()
-    runs = synthetic.plan(
+    runs = plan(
+        SETTING,
         ["none", "mdn-last-dataset"],
-        [64],
         2,
+        batch_sizes=[64],
         epochs=1,
-        group_size=40,
-        test_group_size=30,
+        size=40,
+        test_size=30,
         features_dir=features,
     )
-    rows = Runner(ResultStore(tmp_path / "results.json"), synthetic.train).run(runs)
-    report = synthetic.write_outputs(tmp_path, runs, rows, command="mdnorm-experiments synthetic")
+    rows = Runner(ResultStore(tmp_path / "results.json"), train).run(runs)
+    report = write_outputs(tmp_path, runs, rows, command="mdnorm-experiments synthetic")
     text = report.read_text(encoding="utf-8")
     assert text.count("<img") == 4
     assert "MDN, last layer" in (tmp_path / "table.md").read_text(encoding="utf-8")
@@ -212,20 +230,20 @@ def test_outputs(tmp_path):
     assert names == ["accuracy.png", "dependence.png", "examples.png", "projection.png"]
     for file in features.iterdir():
         file.unlink()
-    assert synthetic.write_outputs(tmp_path, runs, rows, command="").read_text().count("<img") == 3
+    assert write_outputs(tmp_path, runs, rows, command="").read_text().count("<img") == 3
 
 
 def test_a_row_of_another_variant_does_not_count_as_finished(tmp_path):
     store = ResultStore(tmp_path / "results.json")
     runs = [small("none", variant=variant) for variant in ("sites", "plain")]
     store.add(runs[0].settings() | {"bacc": 0.5})
-    assert Runner(store, synthetic.train).pending(runs) == runs[1:]
+    assert Runner(store, train).pending(runs) == runs[1:]
 
 
 def test_outputs_of_a_variant_without_limits_claim_none(tmp_path):
-    runs = synthetic.plan(["none"], [20], 1, epochs=1, group_size=10, test_group_size=10, variant="variance")
-    rows = Runner(ResultStore(tmp_path / "results.json"), synthetic.train).run(runs)
-    text = synthetic.write_outputs(tmp_path, runs, rows, command="").read_text(encoding="utf-8")
+    runs = plan(SETTING, ["none"], 1, batch_sizes=[20], epochs=1, size=10, test_size=10, variant="variance")
+    rows = Runner(ResultStore(tmp_path / "results.json"), train).run(runs)
+    text = write_outputs(tmp_path, runs, rows, command="").read_text(encoding="utf-8")
     assert "No simple analytic limit" in text
     assert "83.3" not in text
     table = (tmp_path / "table.md").read_text(encoding="utf-8")

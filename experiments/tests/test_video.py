@@ -9,11 +9,12 @@ from torch import nn
 
 from mdnorm.layer import MetadataNorm
 from mdnorm_experiments import video
-from mdnorm_experiments.confounded import build, get_setting
 from mdnorm_experiments.data.actions import ACTIONS, make_clips, write_hmdb51
 from mdnorm_experiments.data.problems import DataProblemsError
-from mdnorm_experiments.settings import NORMS
-from mdnorm_experiments.video import SETTING, VideoBackbone, load_videos, make_video_data
+from mdnorm_experiments.networks import NORMS
+from mdnorm_experiments.settings import get_setting
+from mdnorm_experiments.training import build
+from mdnorm_experiments.video import SETTING, VideoBackbone, load_videos, make_video_data, scene_components
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +70,7 @@ def test_the_network(norm):
 
 
 def test_slots_exist(data):
-    network = build(SETTING, "mdn-every-running", data, 0)
+    network = build(SETTING, SETTING.method("mdn-every-running"), data, 0)
     layers = [module for module in network.modules() if isinstance(module, MetadataNorm)]
     assert len(layers) == len(SETTING.slots) + 1
 
@@ -94,3 +95,29 @@ def test_real_data(tmp_path):
     with pytest.raises(DataProblemsError, match="no clip"):
         load_videos(folder, "error")
     assert "no clip" in load_videos(folder, "skip").problems
+
+
+def test_another_name_of_the_column_with_the_clips(tmp_path):
+    folder = write_hmdb51(tmp_path / "hmdb51", make_clips(30, seed=0), make_clips(15, seed=1))
+    table = folder / "scene_scores.csv"
+    table.write_text(table.read_text().replace("clip,", "file,", 1))
+    assert len(load_videos(folder, "error", {"clip": "file"}).samples) == 45
+    with pytest.raises(ValueError, match=r"no column for the clip \(clip\); it has file, beach, forest"):
+        load_videos(folder, "error")
+
+
+def test_components_are_those_of_the_training_clips_and_have_variance_one():
+    train, test = (torch.rand(50, 7) @ torch.rand(7, 7), torch.rand(9, 7))
+    components = scene_components(train, 3)
+    torch.testing.assert_close(components(train).std(0), torch.ones(3), atol=1e-4, rtol=0)
+    centred = train - train.mean(0)
+    directions = torch.linalg.svd(centred.double())[2][:3]
+    expected = ((test - train.mean(0)).double() @ directions.T).abs()
+    found = components(test).double().abs()
+    torch.testing.assert_close(found / found[0], expected / expected[0], atol=1e-3, rtol=1e-3)
+
+
+def test_more_components_than_there_are():
+    scores = torch.rand(20, 1) @ torch.ones(1, 4)
+    with pytest.raises(ValueError, match="must have 2 components or more, got 1"):
+        scene_components(scores, 2)

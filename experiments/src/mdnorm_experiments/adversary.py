@@ -20,23 +20,12 @@ def squared_correlation(first: Tensor, second: Tensor) -> Tensor:
 
 
 class Adversary:
-    """The confounder's predictor, and its term in the encoder's loss.
+    """The confounder's predictor of (N, num_features) features, and its term in the encoder's loss.
 
-    Parameters
-    ----------
-    num_features : int
-        D of the features it sees.
-    total_steps : int
-        Length of the training: its learning rate falls to 0 by a half cosine, as the network's does.
-    strength : float
-        Weight of the squared correlation in the encoder's loss.
-    learning_rate : float
-        Of the predictor's Adam.
-    steps : int
-        Steps of the predictor for each step of the network.
-    memory : int
-        Where a batch has fewer samples of the class than this, the last ones before it fill it up, so that a
-        small batch too has a correlation; those of the batch carry the gradient.
+    Over `total_steps` the learning rate of the predictor's Adam falls to 0 by a half cosine, as the network's
+    does. It makes `steps` steps for each of the network; `strength` is the weight of the squared correlation
+    in the encoder's loss. Where a batch has fewer than `memory` samples of the class, the last ones before it
+    fill it up, so that a small batch too has a correlation; those of the batch carry the gradient.
     """
 
     def __init__(
@@ -59,19 +48,10 @@ class Adversary:
         self._confounder = torch.empty(0)
 
     def step(self, features: Tensor, confounder: Tensor, labels: Tensor) -> Tensor:
-        """Train the predictor on a batch and return the encoder's term.
+        """Train the predictor on a batch and return the encoder's term, without dimensions.
 
-        Parameters
-        ----------
-        features : (N, D) tensor
-            With gradient.
-        confounder, labels : (N,) tensors
-            Only the samples with label 0 are used; with fewer than three (memory included) there is no
-            correlation, and the term is zero.
-
-        Returns
-        -------
-        0-dimensional tensor
+        Features are (N, D), with gradient, confounder and labels (N,). Only the samples with label 0 are
+        used; with fewer than three (memory included) there is no correlation, and the term is zero.
         """
         inside = labels == 0
         current, target = features[inside], confounder[inside]

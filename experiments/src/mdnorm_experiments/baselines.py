@@ -31,21 +31,9 @@ def class_and_group(samples: Samples) -> Tensor:
 class GroupWeights:
     """The loss of group-distributionally robust training: the groups that are worst weigh most.
 
-    Sagawa et al., Distributionally robust neural networks, ICLR 2020 (arXiv:1911.08731), algorithm 1 with
-    the groups' mean losses in a batch; those that a batch lacks have the loss 0.
-
-    Parameters
-    ----------
-    samples : Samples
-        Of the training.
-    step_size : float
-        A weight grows by the factor ``exp(step_size * loss)`` at each step, before all are divided by their
-        sum.
-
-    Attributes
-    ----------
-    weights : (G,) tensor
-        Of the groups; their sum is 1.
+    Sagawa et al., Distributionally robust neural networks, ICLR 2020 (arXiv:1911.08731), algorithm 1 with the
+    groups' mean losses in a batch; those that a batch lacks have the loss 0. A weight grows by the factor
+    ``exp(step_size * loss)`` at each step, before all, ``weights`` (G,), are divided by their sum.
     """
 
     def __init__(self, samples: Samples, *, step_size: float) -> None:
@@ -65,18 +53,9 @@ class GroupWeights:
 def balanced_draw(groups: Tensor, generator: torch.Generator) -> Draw:
     """Draw as many samples of each group as the smallest has, and not fewer than 10.
 
-    A smaller group comes as a whole, with weights above 1 that make up for what it lacks.
-
-    Parameters
-    ----------
-    groups : (N,) int64 tensor
-        Numbers from 0, each of which occurs.
-    generator : torch.Generator
-
-    Returns
-    -------
-    rows, weights : (n,) tensors
-        The weights have the same sum in each group.
+    A smaller group comes as a whole, with weights above 1 that make up for what it lacks. Groups (N,) int64
+    are numbers from 0, each of which occurs. Returns row numbers and weights, (n,) each; the weights have the
+    same sum in each group.
     """
     members = [torch.nonzero(groups == group)[:, 0] for group in range(int(groups.max()) + 1)]
     size = max(min(map(len, members)), _LEAST_OF_GROUP)
@@ -88,15 +67,7 @@ def refit_head(head: nn.Linear, inputs: Tensor, labels: Tensor, draws: Sequence[
     """Replace the weights of a classifier by the mean of those of logistic regressions, one a draw.
 
     The strength of each L2 penalty on standardised inputs is chosen by the log-loss in cross-validation.
-
-    Parameters
-    ----------
-    head : nn.Linear
-        From F values to one logit a class; changed in place.
-    inputs : (N, F) tensor
-    labels : (N,) int64 tensor
-        Every class occurs in every draw.
-    draws : sequence of (rows, weights)
+    Inputs are (N, F), labels (N,) int64; every class occurs in every draw.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV
@@ -131,25 +102,13 @@ def refit(
     draws: int = 1,
     seed: int,
 ) -> None:
-    """Fit the head of a trained network again, all before it frozen.
+    """Fit the head of a trained network again, all before it frozen; the network is changed in place.
 
-    Parameters
-    ----------
-    network : BackboneNetwork
-        Changed in place.
-    features_of : callable
-        Returns the features (N, D) of samples.
-    trained, held_out : Samples
-        What the network was trained on, and as confounded samples that it has not seen.
-    fit : "balanced" or "erased"
-        "balanced": on class-and-group-balanced draws from the held-out samples (DFR: Kirichenko et al., Last
-        layer re-training is sufficient for robustness to spurious correlations, ICLR 2023). "erased": on the
-        training samples, with a LEACE eraser of the metadata within labels before the head, which stays;
-        "the features" are the erased ones then.
-    draws : int
-        Over which the head of "balanced" is averaged.
-    seed : int
-        Of the draws.
+    "balanced": on `draws` class-and-group-balanced draws from samples that are confounded and held out,
+    averaged (DFR: Kirichenko et al., Last layer re-training is sufficient for robustness to spurious
+    correlations, ICLR 2023). "erased": on the training samples, with a LEACE eraser of the metadata within
+    labels before the head, which stays; "the features" are the erased ones then. `features_of` returns the
+    features (N, D) of samples.
     """
     if fit == "balanced":
         generator = torch.Generator().manual_seed(seed)

@@ -55,22 +55,12 @@ _MEASURES = 2
 class ConfoundedSetting(Setting):
     """Labels that go with the metadata in training and test data, and confound-free test data.
 
-    Attributes
-    ----------
-    make_data : callable
-        (number of training samples, seed) → `ConfoundedData`; the same arguments give the same data.
-    backbone : callable
-        A norm of `mdnorm_experiments.networks.NORMS` → an untrained module from (N, C, *spatial) to (N, F),
-        with F as its attribute ``num_features``. Its weights follow from torch's seed.
-    limit : float or None
-        Accuracy on confound-free data of the best rule there is, a fraction, where it is known.
-    examples : callable
-        Draws example samples.
-    load : callable or None
-        (folder of the real data set in its published layout, "error" or "skip", names of columns) →
-        `LoadedData`.
-    columns : tuple of str
-        What names of columns of the real data set's table can be given for.
+    `make_data` leads from the number of training samples and a seed to the same data each time. `backbone`
+    leads from one of `mdnorm_experiments.networks.NORMS` to an untrained module from (N, C, *spatial) to (N,
+    F), with F as its attribute ``num_features``; its weights follow from torch's seed. `limit` is the
+    accuracy, a fraction, of the best rule on confound-free data, where it is known. `examples` draws samples.
+    `load` reads real data from a folder in its published layout, given "error" or "skip" and names for some
+    of the `columns` of its table.
     """
 
     make_data: Callable[[int, int], ConfoundedData]
@@ -265,14 +255,9 @@ def evaluate(
 def load(run: Run) -> LoadedData:
     """Return the real data set of a run; kept until another is asked for.
 
-    Raises
-    ------
-    ValueError
-        The setting has no loader, or the data cannot be used.
-    DataProblemsError
-        Files or rows that cannot be used, all of them listed, unless `on_problem` is "skip".
-    FileNotFoundError
-        No such data; the message says what to get.
+    Raises DataProblemsError for files or rows that cannot be used, all of them listed, unless `on_problem` is
+    "skip"; FileNotFoundError, which says what to get, without such data; ValueError for data that cannot be
+    used, or a setting without a loader.
     """
     assert run.data is not None
     return _loaded(run.setting, run.data, run.on_problem, run.columns)

@@ -92,12 +92,7 @@ def _table(
 def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
     """Return the tables of all methods: outcomes; each variable; as trained; dcor² by class; by group.
 
-    Parameters
-    ----------
-    rows : sequence of dict
-        As from `Setting.train`, at least one.
-    limit : float or None
-        Best accuracy that is possible on generated confound-free data, a fraction.
+    There is at least one row. `limit` is the best accuracy, a fraction, on generated confound-free data.
     """
     methods = by_method(rows)
     variables, groups = list(rows[0]["dcor2"]), list(rows[0]["recall"])

@@ -121,14 +121,10 @@ class ContinualSetting(SyntheticSetting):
 
         The network and its layers keep their weights and state from stage to stage; optimiser and learning
         rate start anew. Estimators that take the Gram matrix of the training set get that of the stage,
-        except where it only scales the columns in which they remember the past: these keep the first.
-
-        Returns
-        -------
-        dict
-            Those of `measures`; for MDN the same under "recalibrated", of copies of the network after
-            `mdnorm.recalibrate` on the stage's training data; "train_loss" of each stage's last epoch (a
-            list) and "seconds_per_epoch".
+        except where it only scales the columns in which they remember the past: these keep the first. Returns
+        what `measures` returns; for MDN the same under "recalibrated", of copies of the network after
+        `mdnorm.recalibrate` on the stage's training data; "train_loss" of each stage's last epoch (a list)
+        and "seconds_per_epoch".
         """
         stages, method = self.stages(run), self.method(run.method)
         if method.dependence is not None:
@@ -237,18 +233,11 @@ class ContinualSetting(SyntheticSetting):
 
 
 def measures(tested: Sequence[Sequence[Row]]) -> Row:
-    """Return what is reported of a network.
+    """Return what is reported of a network, from 5 × 5 results.
 
-    Parameters
-    ----------
-    tested : 5 × 5 dicts
-        ``tested[i][j]`` has "bacc" and "dcor2" (by group) on stage j after training on stage i.
-
-    Returns
-    -------
-    dict
-        "bacc_matrix" and "dcor2_matrix" (by group), as given; "bacc" and "dcor2", the means over each stage's
-        own test data; and those of `transfer`.
+    ``tested[i][j]`` has "bacc" and "dcor2" (by group) on stage j after training on stage i. Returned are
+    "bacc_matrix" and "dcor2_matrix" (by group), as given; "bacc" and "dcor2", the means over each stage's own
+    test data; and those of `transfer`.
     """
     accuracy = [[float(result["bacc"]) for result in results] for results in tested]
     dependence = {
@@ -269,20 +258,11 @@ def transfer(
 ) -> dict[str, float]:
     """Return the distances from the limits, and the classical transfer.
 
-    Parameters
-    ----------
-    accuracy : T × T floats
-        R: accuracy on stage j after training on stage i.
-    limits : T floats
-        L: best accuracy of a confounder-free network on each stage.
-
-    Returns
-    -------
-    dict
-        "accuracy_distance", "backward_distance" and "forward_distance": mean distance of R_ij from L_j over
-        i = j, j < i and j > i (Shah et al. 2025); 0 is right. "backward_transfer", the mean of R_Tj − R_jj
-        over j < T, and "forward_transfer", the mean of R_ij − L_j over i = j − 1, have signs (Lopez-Paz and
-        Ranzato 2017, there with an untrained network in place of L).
+    R, T × T, is the accuracy on stage j after training on stage i, L (T) the best one of a confounder-free
+    network. "accuracy_distance", "backward_distance" and "forward_distance" are the mean distance of R_ij
+    from L_j over i = j, j < i and j > i (Shah et al. 2025); 0 is right. "backward_transfer", the mean of R_Tj
+    − R_jj over j < T, and "forward_transfer", the mean of R_ij − L_j over i = j − 1, have signs (Lopez-Paz
+    and Ranzato 2017, there with an untrained network in place of L).
     """
     last = len(limits) - 1
     distances = [

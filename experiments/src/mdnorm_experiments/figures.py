@@ -79,24 +79,11 @@ def series_figure(
 ) -> Figure:
     """Draw means with deviations, the methods beside each other at each position.
 
-    Parameters
-    ----------
-    parts : mapping
-        Title of an axis → what it shows.
-    panels : mapping
-        Each has a row with all axes, and a legend. Methods without positions are left out.
-    ticks : sequence of str
-        Of the positions 0, 1, ….
-    labels : (str, str)
-        Of the horizontal and the vertical axis.
-    limits : sequence of (height or heights by position, text)
-        Dashed lines, named at their right end.
-    linestyle : str
-        From position to position.
-    spread : float
-        Share of the room of a position over which the methods are spread.
-    height : float
-        Of a panel, in inches.
+    `parts` are titles of axes → what they show; each of the `panels`, stacked, has a row with all axes and a
+    legend. Methods without positions are left out. `ticks` name the positions 0, 1, …; `labels` are those of
+    the horizontal and the vertical axis. `limits` are dashed lines (height, or heights by position) named at
+    their right end. `linestyle` connects positions, the methods are spread over a share of the room of a
+    position, and `height` is that of a panel in inches.
     """
     figure = Figure(figsize=(WIDTH, 0.4 + height * len(panels)), layout="constrained")
     rows = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
@@ -160,14 +147,8 @@ def stage_matrices(
 ) -> Figure:
     """Accuracy minus the limit for each stage trained on (rows) and tested on (columns), a panel a method.
 
-    Parameters
-    ----------
-    matrices : mapping
-        Title → (seeds, T, T) accuracies, fractions; the mean over seeds is shown.
-    limits : (T,) sequence of float
-        Of the true effect alone, by stage tested on.
-    columns : int
-        Panels side by side.
+    `matrices` are title → (seeds, T, T) accuracies, fractions, whose mean is shown; `limits` (T,) those of
+    the true effect alone, by stage tested on. `columns` panels are side by side.
     """
     columns = min(columns, max(len(matrices), 1))
     lines = max(-(-len(matrices) // columns), 1)

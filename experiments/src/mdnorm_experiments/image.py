@@ -30,11 +30,7 @@ _HELD_OUT = 800
 class ImageBackbone(ConvolutionalBackbone):
     """Three convolutions with pooling between them, for (N, 3, H, W) images of 16 to 64 pixels a side.
 
-    Parameters
-    ----------
-    norm : "none", "batch" or "group"
-    channels : tuple of int
-        Of the convolutions; there are 16 features for each channel of the last.
+    There are 16 features for each of the last one's `channels`; `norm` is one of `NORMS`.
     """
 
     def __init__(self, norm: str, channels: tuple[int, int, int] = (16, 32, 32)) -> None:
@@ -87,13 +83,7 @@ def load_faces(folder: Path, on_problem: str, columns: Mapping[str, str] | None 
 
 
 def make_digit_data(size: int, seed: int) -> ConfoundedData:
-    """Return coloured digits; no digit is in the training data and held out.
-
-    Raises
-    ------
-    ValueError
-        Fewer than 200 digits would be held out.
-    """
+    """Return coloured digits; none is trained on and held out. ValueError if fewer than 200 are left."""
     if size > digits.COUNT - 200:
         raise ValueError(f"size must be at most {digits.COUNT - 200}, since there are {digits.COUNT} digits.")
     order = torch.randperm(digits.COUNT, generator=torch.Generator().manual_seed(seed))

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.figure import Figure
@@ -31,16 +32,8 @@ _DECADE = 10.0
 class BrainBackbone(ConvolutionalBackbone):
     """Four 3D convolutions of MONAI, of stride 2 but the last, for (N, 1, D, H, W) volumes of some 32 voxels.
 
-    Parameters
-    ----------
-    norm : "none", "batch" or "group"
-    channels : tuple of int
-        Of the convolutions; multiples of 4. There are 80 features for each channel of the last.
-
-    Raises
-    ------
-    MissingExtraError
-        MONAI is not installed.
+    There are 80 features for each of the last one's `channels`, multiples of 4; `norm` is one of `NORMS`.
+    MissingExtraError without MONAI.
     """
 
     def __init__(self, norm: str, channels: tuple[int, int, int, int] = (8, 16, 32, 32)) -> None:
@@ -127,10 +120,10 @@ def _examples(data: ConfoundedData) -> Figure:
     samples = data.train
     height, depth = samples.inputs.shape[3], samples.inputs.shape[4]
     middle = (round(height * 0.475), depth // 2 - 1)
-    lines: list[tuple[str, list[tuple[Tensor | None, str]]]] = []
+    lines: list[tuple[str, list[tuple[Any, str]]]] = []
     for label, name in enumerate(data.classes):
-        coronal: list[tuple[Tensor | None, str]] = []
-        axial: list[tuple[Tensor | None, str]] = []
+        coronal: list[tuple[Any, str]] = []
+        axial: list[tuple[Any, str]] = []
         for group, site in enumerate(data.groups):
             members = torch.nonzero((samples.labels == label) & (samples.groups == group))[:, 0].tolist()
             if not members:
@@ -140,8 +133,8 @@ def _examples(data: ConfoundedData) -> Figure:
             volume = samples.inputs[members[0], 0]
             age, sex = (float(value) for value in samples.confounders[members[0], :2])
             text = f"{name}, site {site}\n{'male' if sex else 'female'}, {age * _DECADE:.0f} years"
-            coronal.append((volume[:, middle[0]].T, text))
-            axial.append((volume[:, :, middle[1]].T, ""))
+            coronal.append((volume[:, middle[0]].T.numpy(), text))
+            axial.append((volume[:, :, middle[1]].T.numpy(), ""))
         lines += [("", coronal), ("", axial)]
     size = (0.4 + 1.7 * len(data.groups), 1.0 * len(lines) + 0.3)
     return picture_grid(lines, size, cmap="gray", origin="lower", vmin=-3, vmax=2)

@@ -33,20 +33,9 @@ def norm_layer(norm: str, channels: int, spatial_dims: int) -> nn.Module:
 class ConvolutionalBackbone(nn.Module):
     """Convolutions, each with a norm, ReLU and pooling behind it, then flattened.
 
-    The convolutions are the submodules ``conv1``, ``conv2``, …, the norms ``norm1``, ``norm2``, ….
-
-    Parameters
-    ----------
-    convolutions : sequence of nn.Module
-    channels : sequence of int
-        Of each convolution's result.
-    norm : "none", "batch" or "group"
-    spatial_dims : 2 or 3
-    pool : nn.Module
-        Behind each convolution but the last.
-    last_pool : nn.Module
-        Behind the last convolution; leaves `num_positions` positions, whatever the size of the input.
-    num_positions : int
+    The convolutions, with results of `channels`, are the submodules ``conv1``, ``conv2``, …, the norms (one
+    of `NORMS`) ``norm1``, ``norm2``, …. Behind the last one `last_pool` leaves `num_positions` positions,
+    whatever the size of the input.
     """
 
     def __init__(
@@ -79,18 +68,10 @@ class ConvolutionalBackbone(nn.Module):
 
 
 class BackboneNetwork(nn.Module):
-    """Any backbone, a hidden layer, ReLU and a linear classifier.
+    """Any backbone, a hidden layer with a norm (one of `NORMS`), ReLU and a linear classifier.
 
-    Parameters
-    ----------
-    backbone : nn.Module
-        From (N, C, *spatial) to (N, F), with F as its attribute ``num_features``.
-    num_outputs : int
-        Number of classes; 1 for two classes with a single logit, that of the second.
-    num_hidden : int
-        Width of the hidden layer.
-    norm : "none", "batch" or "group"
-        Behind the hidden layer.
+    The backbone leads from (N, C, *spatial) to (N, F), with F as its attribute ``num_features``.
+    `num_outputs` is the number of classes, or 1 for two classes with a single logit, that of the second.
     """
 
     def __init__(

@@ -52,19 +52,8 @@ def by_method(rows: Sequence[Row]) -> dict[str, list[Row]]:
 class ReportTable:
     """A table of text: printed, in ``table.md`` and on the page.
 
-    Attributes
-    ----------
-    headings : sequence of str
-    lines : sequence of sequences of str
-        Cells in the order of `headings`; the first names the line.
-    limits : str
-        The sentence on the analytic limits, below the table everywhere.
-    legend : str
-        What else must be known to read it; on the page only.
-    title : str
-        Heading above the table on the page.
-    section : int or None
-        Number of a cell; where it changes, a rule is printed.
+    The first cell names the line. `limits` is the sentence below the table everywhere, `legend` what else
+    must be known to read it, on the page only. Where the cell number `section` changes, a rule is printed.
     """
 
     headings: Sequence[str]
@@ -106,23 +95,8 @@ def write_page(
 ) -> Path:
     """Write ``table.md``, the figures and ``report.html``: one file, nothing loaded from elsewhere.
 
-    Parameters
-    ----------
-    out : Path
-        An existing folder.
-    title, introduction
-        Heading and paragraphs above the tables.
-    tables : sequence of ReportTable
-    figures : sequence of ReportFigure
-    rows : sequence of dict
-        The finished runs, whose settings are listed at the end; `row_names` as of `Setting`.
-    command : str
-        The command that makes the page.
-
-    Returns
-    -------
-    Path
-        Of the page.
+    `out` exists; the settings of the finished `rows` are listed at the end, by `row_names` (see `Setting`),
+    beside the `command` that makes the page. Returns the path of the page.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

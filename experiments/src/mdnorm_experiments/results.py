@@ -20,20 +20,11 @@ class ResultsError(Exception):
 
 
 class ResultStore:
-    """The list of rows in ``results.json``.
+    """The list of rows in ``results.json``, in a folder that exists.
 
     Each row holds the settings of its run and what was measured. A run counts as finished when a row agrees
-    with all of its settings, so a changed setting is a new run and old rows stay.
-
-    Parameters
-    ----------
-    path : Path
-        The file; its folder must exist. A file that cannot be read is never overwritten.
-
-    Raises
-    ------
-    ResultsError
-        The file is truncated or holds something else than a list of rows.
+    with all of its settings, so a changed setting is a new run and old rows stay. ResultsError for a file
+    that is truncated or holds something else than a list of rows; it is never overwritten.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,10 +41,7 @@ class ResultStore:
     def add(self, row: Row) -> None:
         """Append a row and write the file: complete in its old or its new form at any moment.
 
-        Raises
-        ------
-        ValueError
-            A value is not finite, or no JSON value; nothing is written then.
+        Raises ValueError, and writes nothing, where a value is not finite or no JSON value.
         """
         rows = [*self.rows, row]
         # One row a line: a file of thousands of rows stays readable and diffs well.
@@ -65,13 +53,8 @@ class ResultStore:
 class SharedResultStore(ResultStore):
     """A store to which several processes add rows, each run claimed by one of them.
 
-    Rows of the others are seen after `refresh`. What a process holds is free again when it dies, however it
-    dies: the operating system gives up its locks.
-
-    Parameters
-    ----------
-    path : Path
-        See `ResultStore`. Claims are files in the folder ``.claims`` beside it.
+    Rows of the others are seen after `refresh`. Claims are files in the folder ``.claims`` beside the rows;
+    what a process holds is free again when it dies, however it dies: the operating system gives up its locks.
     """
 
     def __init__(self, path: Path) -> None:

@@ -63,16 +63,9 @@ class _Silent:
 class Runner(Generic[RunT]):
     """Trains what the store does not hold yet and stores each row as soon as it is there.
 
-    Every run has one thread to itself, so a row does not depend on how many run beside it.
-
-    Parameters
-    ----------
-    store : ResultStore
-    train : callable
-        A module-level function (worker processes import it).
-    jobs : int
-        Number of worker processes; 1 trains in this process. With a `SharedResultStore` other processes
-        train beside this one, and it is 1.
+    Every run has one thread to itself, so a row does not depend on how many run beside it. `train` is a
+    module-level function, since the `jobs` worker processes import it; one job trains in this process. With a
+    `SharedResultStore` other processes train beside this one, and `jobs` is 1.
     """
 
     def __init__(self, store: ResultStore, train: Train[RunT], jobs: int = 1) -> None:
@@ -93,12 +86,8 @@ class Runner(Generic[RunT]):
     def run(self, runs: Sequence[RunT], progress: Progress | None = None) -> list[Row]:
         """Train the pending runs and return the rows of all, in the order of `runs`.
 
-        Raises
-        ------
-        RunFailedError
-            Some runs raised or their process died. The others were finished and stored first.
-        KeyboardInterrupt
-            Rows finished before it are stored; the same call goes on from there.
+        RunFailedError: some raised or their process died, and the others were finished and stored first.
+        After KeyboardInterrupt finished rows are stored, and the same call goes on from there.
         """
         progress = progress or _Silent()
         pending = self.pending(runs)

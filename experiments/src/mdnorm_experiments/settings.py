@@ -45,32 +45,14 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: everything that can change its row.
+    """One training: everything that can change its row, and where to keep features, which cannot.
 
-    Attributes
-    ----------
-    setting, method : str
-        Keys of `SETTINGS` and of `METHODS`.
-    batch_size, seed : int
-    epochs : int
-        Of each stage, where a setting has several.
-    learning_rate : float
-        Of Adam at the start; it falls to 0 by a half cosine.
-    size : int
-        Training samples; of the synthetic images those of a group. Real data have as many as they have.
-    test_size : int
-        Held-out images a group, of the synthetic images.
-    warmup_epochs : int
-    variant : str
-        Of the synthetic images.
-    data : str or None
-        Folder of a real data set; None generates data.
-    on_problem : "error" or "skip"
-        What to do with files and rows of the real data set that cannot be used.
-    columns : tuple of (str, str)
-        What the loader looks for in the table of the real data → the name of that column.
-    features_file : str or None
-        Where to keep features of held-out data; it changes no row.
+    `setting` and `method` are keys of `SETTINGS` and `METHODS`. `epochs` are those of each stage, where there
+    are several; the learning rate is Adam's at its height, from which it falls to 0. `size` are training
+    samples, of the synthetic images those of a group, of which `test_size` are held out; real data have as
+    many as they have. `data` is the folder of a real data set (None generates data), `on_problem` ("error" or
+    "skip") what to do with its files and rows that cannot be used, and `columns` what the loader looks for →
+    the name of that column.
     """
 
     setting: str
@@ -97,27 +79,13 @@ class Run:
 class Setting(ABC):
     """Data, network and schedule of a setting.
 
-    Attributes
-    ----------
-    name : str
-        As in ``mdnorm-experiments NAME``.
-    title, introduction : str, tuple of str
-        Of the report: what the samples show, what confounds them, what an honest network reaches.
-    batch_size, epochs, learning_rate, warmup_epochs
-        See `Run` and `schedule`; the learning rate rises during the warm-up.
-    size, test_size : int
-        See `Run`.
-    slots : tuple of str
-        Modules inside the backbone after which "every layer" corrects, by name.
-    base_norm : "none", "batch" or "group"
-        The norm on which Metadata Normalization and BR-Net build.
-    granularity : str
-        Of the layers in the slots; see `mdnorm.MetadataNorm`.
-    quick_methods, quick_seeds, quick_size, quick_epochs
-        Of the quick form; None is what the full one has.
-    tuned : mapping
-        Name of a field of `Method` → options that are other ones for this setting, tuned on the seeds 100 to
-        103 for the accuracy on confound-free data (``benchmarks/settings_tuning.py``).
+    `name` is that of the command, `title` and `introduction` stand on the page: what the samples show, what
+    confounds them, what an honest network reaches. For sizes and epochs see `Run`. "Every layer" corrects
+    after the `slots`, modules inside the backbone, with layers of a `granularity` (see
+    `mdnorm.MetadataNorm`), and builds on `base_norm`. The quick form has its own methods, seeds, size and
+    epochs; None is what the full one has. `tuned` are options of methods, by field of `Method`, that differ
+    for this setting, tuned on the seeds 100 to 103 for the accuracy on confound-free data
+    (``benchmarks/settings_tuning.py``).
     """
 
     name: str
@@ -217,11 +185,8 @@ class Setting(ABC):
     def train(self, run: Run, epoch_done: Callable[[], None]) -> Row:
         """Train one network and measure it on held-out data, and again once it is recalibrated.
 
-        Returns
-        -------
-        dict
-            What `measure` and `mdnorm_experiments.training.fit` return; with Metadata Normalization
-            "recalibrated", what `measure` returns after `mdnorm.recalibrate` on the training data.
+        Returns what `measure` and `mdnorm_experiments.training.fit` return; with Metadata Normalization also
+        "recalibrated", what `measure` returns after `mdnorm.recalibrate` on the training data.
         """
         method, data = self.method(run.method), data_of(run)
         network, samples, trained = train_network(run, method, data, epoch_done)
@@ -272,13 +237,8 @@ def plan(
     """Return the runs of a setting's table, seed by seed: an interrupted one is as complete as can be.
 
     None takes the setting's own values; those of `impossible_cells` are left out. `features_dir` is a folder
-    for the held-out features of the first seed of each cell.
-
-    Raises
-    ------
-    ValueError
-        An unknown method, variant or `on_problem`, a number out of range, the oracle on real data, or nothing
-        left to run.
+    for the held-out features of the first seed of each cell. Raises ValueError for an unknown method, variant
+    or `on_problem`, a number out of range, the oracle on real data, or nothing left to run.
     """
     methods = setting.default_methods if methods is None else methods
     batch_sizes = setting.batch_sizes if batch_sizes is None else batch_sizes
@@ -396,16 +356,9 @@ def train(run: Run, epoch_done: Callable[[], None]) -> Row:
 
 
 def write_outputs(out: Path, runs: Sequence[Run], rows: Sequence[Row], *, command: str) -> Path:
-    """Write table.md, figures, report.html and what else the setting has; return the path of the report.
+    """Write table.md, figures, report.html and what else the setting has into a folder that exists.
 
-    Parameters
-    ----------
-    out : Path
-        An existing folder.
-    runs, rows
-        The plan and its rows.
-    command : str
-        Shown in the report.
+    `runs` and `rows` are the plan and its rows; the page, whose path is returned, shows the command.
     """
     setting = get_setting(runs[0].setting)
     return write_page(

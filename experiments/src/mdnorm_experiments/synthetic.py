@@ -99,16 +99,9 @@ def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
     """Return the metadata columns of a data set, shape (2N, K_m).
 
     A flexible basis is what lets the regression see a non-linear function of the confounder (a step between
-    the groups, say) as metadata; with the plain column the protected label explains it and keeps it.
-
-    Parameters
-    ----------
-    data : SyntheticData
-    variant : str
-        Of the data. "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27
-        without effect), 45 with age as a straight line.
-    degree : int
-        Of the polynomial of the confounder in the other variants.
+    the groups, say) as metadata; with the plain column the protected label explains it and keeps it. The
+    variant "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27 without
+    effect), 45 with age as a straight line; the others have a polynomial of that degree of the confounder.
     """
     if variant == "sites":
         sites = one_hot(data.site, NUM_SITES)

@@ -117,28 +117,11 @@ def fit(
     epoch_done: Callable[[], None],
     warmup_epochs: int = 0,
 ) -> Row:
-    """Train a network by Adam, the learning rate falling to 0 by a half cosine after it has risen.
+    """Train a network from `build` by Adam; the learning rate rises over `warmup_epochs`, then falls to 0.
 
-    The coefficients of the estimator "penalty" have an optimiser of their own (see `Method`).
-
-    Parameters
-    ----------
-    network : BackboneNetwork
-        From `build`; changed in place.
-    method : Method
-    samples : Samples
-    batch_size, epochs, learning_rate
-    seed : int
-        Of the order of the samples.
-    epoch_done : callable
-        Called after each epoch.
-    warmup_epochs : int
-        During these first epochs the learning rate rises to its value, by the same amount at each step.
-
-    Returns
-    -------
-    dict
-        "train_loss" of the last epoch and "seconds_per_epoch".
+    It rises by the same amount at each step and falls by a half cosine. The coefficients of the estimator
+    "penalty" have an optimiser of their own (see `Method`). `seed` is that of the order of the samples;
+    `epoch_done` is called after each epoch. Returns "train_loss" of the last epoch and "seconds_per_epoch".
     """
     steps, warmup_steps = (num_steps(len(samples), batch_size, count) for count in (epochs, warmup_epochs))
     optimizers: list[torch.optim.Optimizer] = []

@@ -31,18 +31,9 @@ _CORRELATION = 0.6
 
 
 class VideoBackbone(nn.Module):
-    """MONAI's 3D ResNet-18 for clips of 8 or more frames.
+    """MONAI's 3D ResNet-18 for clips of 8 or more frames; `norm` is one of `NORMS`.
 
-    Parameters
-    ----------
-    norm : "none", "batch" or "group"
-    width : int
-        Channels of the first stage: 64 in the paper's network.
-
-    Raises
-    ------
-    MissingExtraError
-        MONAI is not installed.
+    `width` are the channels of the first stage, 64 in the paper's network. MissingExtraError without MONAI.
     """
 
     def __init__(self, norm: str, width: int = 8) -> None:

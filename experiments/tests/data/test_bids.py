@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gzip
+import struct
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -83,7 +86,7 @@ def test_every_problem_at_once(folder):
         ("bad age", "sub-old"),
         ("bad sex", "sub-sex"),
         ("bad site", "sub-site"),
-        ("bad diagnosis", "sub-diag"),
+        ("bad label", "sub-diag"),
         ("unreadable image", "sub-cut"),
         ("not finite", "sub-nan"),
         ("empty image", "sub-flat"),
@@ -97,6 +100,83 @@ def test_every_problem_at_once(folder):
     found = load_bids(folder, shape=SHAPE, on_problem="skip")
     assert {(kind, subject) for kind, subject, _ in found.problems.found} == expected
     assert found.subjects == ("sub-a", "sub-b")
+
+
+def changed(position, layout, *values):
+    """Return the function that overwrites a field of a NIfTI header."""
+
+    def change(content):
+        new = bytearray(content)
+        struct.pack_into(layout, new, position, *values)
+        return bytes(new)
+
+    return change
+
+
+DAMAGES = {
+    "cut in the header": lambda content: content[:200],
+    "cut in the voxels": lambda content: content[:-500],
+    "empty": lambda content: b"",
+    "text": lambda content: b"<html>404 Not Found</html>",
+    "noise": lambda content: np.random.default_rng(0).bytes(len(content)),
+    "noise behind the magic": lambda content: np.random.default_rng(1).bytes(344) + content[344:],
+    "wrong magic": changed(344, "4s", b"xyz"),
+    "unknown type of voxel": changed(70, "<h", 999),
+    "negative dimension": changed(42, "<h", -5),
+    "nine dimensions": changed(40, "<h", 9),
+    "enormous": changed(40, "<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1),
+    "voxels far behind the end": changed(108, "<f", 1e30),
+    "quaternion of no rotation": lambda content: changed(252, "<2h", 1, 0)(
+        changed(256, "<3f", 3.0, 3.0, 3.0)(content)
+    ),
+    "voxels as large as a house": changed(280, "<12f", 9e3, 0, 0, 0, 0, 9e3, 0, 0, 0, 0, 9e3, 0),
+    "places that are not finite": changed(280, "<f", float("nan")),
+}
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.filterwarnings("default")
+def test_a_damaged_image_is_one_problem(folder, damage, suffix):
+    table(folder, *GOOD, "sub-c\t70\tF\tx\tcontrol")
+    path = save(folder, "sub-c", name=f"sub-c_T1w{suffix}")
+    packed = suffix == ".nii.gz"
+    content = DAMAGES[damage](gzip.decompress(path.read_bytes()) if packed else path.read_bytes())
+    path.write_bytes(gzip.compress(content) if packed else content)
+    with pytest.raises(DataProblemsError, match=r"1 problem\(s\) in the data") as error:
+        load_bids(folder, shape=SHAPE)
+    assert path.name in str(error.value)
+    found = load_bids(folder, shape=SHAPE, on_problem="skip")
+    assert found.subjects == ("sub-a", "sub-b")
+    ((kind, subject, _),) = found.problems.found
+    assert subject == "sub-c"
+    assert kind in ("unreadable image", "bad affine", "wrong shape")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, 300])
+def test_a_packed_image_that_is_cut_is_one_problem(folder, keep):
+    path = folder / "sub-b" / "anat" / "sub-b_T1w.nii.gz"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(DataProblemsError, match=r"1 × unreadable image.*\n.*sub-b_T1w\.nii\.gz"):
+        load_bids(folder, shape=SHAPE)
+
+
+def test_a_table_as_it_is_in_a_real_folder(folder):
+    """With other names, other columns between them, and subjects without the prefix."""
+    header = "subj\tAge_at_scan\thandedness\tgender\tscanner\tdx"
+    table(folder, "a\t70\tR\tfemale\tx\tcontrol", "b\t71\tL\tmale\ty\tpatient", header=header)
+    columns = {
+        "subject": "subj",
+        "age": "Age_at_scan",
+        "sex": "gender",
+        "site": "scanner",
+        "label": "dx",
+    }
+    found = load_bids(folder, columns=columns, shape=SHAPE)
+    assert found.age.tolist() == [70, 71]
+    assert (found.classes, found.sites) == (("control", "patient"), ("x", "y"))
+    with pytest.raises(ValueError, match=r"no column for the site \(Scanner\); it has subj, Age_at_scan"):
+        load_bids(folder, columns=columns | {"site": "Scanner"}, shape=SHAPE)
 
 
 def test_orientation(folder):
@@ -128,13 +208,15 @@ def test_sessions_other_columns_and_padding(folder):
     (folder / "sub-a" / "ses-1").mkdir()
     (folder / "sub-a" / "anat").rename(folder / "sub-a" / "ses-1" / "anat")
     table(folder, *GOOD, header="participant_id\tage\tsex\tcentre\tdx")
-    names = {"site": "centre", "diagnosis": "dx"}
+    names = {"site": "centre", "label": "dx"}
     found = load_bids(folder, columns=names, shape=(10, 10, 8))
     assert found.volumes.shape == (2, 1, 10, 10, 8)
     assert bool((found.volumes[:, :, [0, -1]] == 0).all())
-    with pytest.raises(ValueError, match="has no column site, diagnosis"):
+    with pytest.raises(
+        ValueError, match=r"no column for the site \(site\); it has participant_id, age, sex, centre, dx"
+    ):
         load_bids(folder)
-    with pytest.raises(ValueError, match="columns may name age, sex, site, diagnosis, got gender"):
+    with pytest.raises(ValueError, match="columns may name subject, age, sex, site, label, got gender"):
         load_bids(folder, columns={"gender": "sex"})
 
 
@@ -148,7 +230,7 @@ def test_absent_and_unusable(tmp_path):
         load_bids(tmp_path)
     table(tmp_path, GOOD[0])
     save(tmp_path, "sub-a")
-    with pytest.raises(ValueError, match="two diagnoses or more"):
+    with pytest.raises(ValueError, match="two labels or more"):
         load_bids(tmp_path, shape=SHAPE)
     with pytest.raises(ValueError, match="spacing must be positive"):
         load_bids(tmp_path, spacing=0)

@@ -8,10 +8,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from sklearn.decomposition import PCA
 
 from mdnorm_experiments.data.actions import ACTIONS, SCENES, encode, make_clips, write_hmdb51
-from mdnorm_experiments.data.hmdb51 import SceneComponents, decode, load_hmdb51
+from mdnorm_experiments.data.hmdb51 import decode, load_hmdb51
 from mdnorm_experiments.data.problems import DataProblemsError
 
 
@@ -118,7 +117,7 @@ def test_absent_parts_say_what_to_get(tmp_path, folder):
 
 def test_bad_tables(folder):
     (folder / "scene_scores.csv").write_text("name,beach,sea\nx,1,0\n")
-    with pytest.raises(ValueError, match="column 'clip'"):
+    with pytest.raises(ValueError, match="no column for the clip"):
         load_hmdb51(folder)
 
 
@@ -172,24 +171,3 @@ class TestDecode:
         (tmp_path / "text.mp4").write_text("no video at all")
         with pytest.raises(ValueError, match="cannot be decoded"):
             decode(tmp_path / "text.mp4", 8, 32)
-
-
-class TestSceneComponents:
-    def test_against_scikit_learn(self):
-        generator = np.random.default_rng(0)
-        train, test = (
-            generator.random((50, 7)).astype(np.float32),
-            generator.random((9, 7)).astype(np.float32),
-        )
-        reference = PCA(3, whiten=True, svd_solver="full").fit(train.astype(float))
-        components = SceneComponents.fit(torch.from_numpy(train), 3)
-        for scores in (train, test):
-            found = components(torch.from_numpy(scores)).numpy()
-            expected = reference.transform(scores.astype(float))
-            signs = np.sign((found * expected).sum(0))
-            np.testing.assert_allclose(found * signs, expected, atol=1e-4)
-
-    def test_more_than_there_are(self):
-        scores = torch.rand(20, 1) @ torch.ones(1, 4)
-        with pytest.raises(ValueError, match="from 1 to 1"):
-            SceneComponents.fit(scores, 2)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mdnorm_experiments.data.tables import given_columns, is_missing, read_text_table
+from mdnorm_experiments.data.tables import column_names, is_missing, read_text_table
 
 
 def rows(path, names, delimiter=","):
@@ -59,6 +59,16 @@ def test_a_column_that_is_there_twice(tmp_path):
 def test_missing_cells_and_given_names():
     assert all(map(is_missing, ("", " ", "N/A", "nan", "None", "null")))
     assert not any(map(is_missing, ("0", "no", "-")))
-    assert given_columns({"age": "years"}, ("age", "sex")) == {"age": "years"}
+
+
+def test_which_column_holds_what(tmp_path):
+    wanted = {"age": ("age", "years"), "sex": ("sex",)}
+    path = tmp_path / "table.csv"
+    assert column_names(path, ["years", "sex"], wanted) == {"age": "years", "sex": "sex"}
+    names = column_names(path, ["age", "Age_at_scan", "sex"], wanted, {"age": "Age_at_scan"})
+    assert names == {"age": "Age_at_scan", "sex": "sex"}
     with pytest.raises(ValueError, match="columns may name age, sex, got shoes"):
-        given_columns({"shoes": "x"}, ("age", "sex"))
+        column_names(path, ["age", "sex"], wanted, {"shoes": "x"})
+    message = r"table\.csv has no column for the age \(Age\); it has age, sex\..*columns: age=NAME"
+    with pytest.raises(ValueError, match=message):
+        column_names(path, ["age", "sex"], wanted, {"age": "Age"})

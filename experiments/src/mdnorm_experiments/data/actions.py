@@ -38,17 +38,10 @@ Pixels = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class Clips:
-    """N clips.
+    """N clips: frames (N, T, size, size, 3), labels and scenes (N,), scores (N, number of scenes).
 
-    Attributes
-    ----------
-    frames : (N, T, size, size, 3) uint8 array
-    labels : (N,) int64 array
-        Index into `ACTIONS`; a share `LABEL_NOISE` of them names another action than the one shown.
-    scenes : (N,) int64 array
-        Index into `SCENES`.
-    scores : (N, number of scenes) float32 array
-        Each row sums to 1.
+    Labels are numbers in `ACTIONS`, a share `LABEL_NOISE` of which names another action than the one shown;
+    scenes are numbers in `SCENES`. Each row of the scores sums to 1.
     """
 
     frames: Pixels
@@ -61,25 +54,11 @@ class Clips:
 
 
 def make_clips(size: int, *, seed: int, correlation: float = 0.8, image_size: int = 32) -> Clips:
-    """Draw clips of 8 frames.
+    """Draw `size` clips of 8 frames of `image_size` pixels a side; the actions take turns.
 
-    Parameters
-    ----------
-    size : int
-        N; the actions take turns.
-    seed : int
-        The same seed gives the same clips.
-    correlation : float
-        From 0 to 1: this share of the clips has one of its label's own two scenes, the others any of the six.
-    image_size : int
-        Pixels of a side.
-
-    Raises
-    ------
-    ValueError
-        A number out of range.
-    MissingExtraError
-        Pillow is not installed.
+    The same seed gives the same clips. A share `correlation`, from 0 to 1, of them has one of its label's own
+    two scenes, the others any of the six. ValueError for a number out of range, MissingExtraError without
+    Pillow.
     """
     if size < 1 or image_size < 16 or image_size % 2:
         raise ValueError(
@@ -206,25 +185,9 @@ def _figure(
 def encode(frames: Pixels, path: Path, *, rate: int = 8) -> Path:
     """Write one clip as a video file: H.264 where the installed ffmpeg has it, else MPEG-4.
 
-    Parameters
-    ----------
-    frames : (T, H, W, 3) uint8 array
-        Of even height and width.
-    path : Path
-        Its suffix says which container, ``.mp4`` or ``.avi``.
-    rate : int
-        Frames a second.
-
-    Returns
-    -------
-    Path
-
-    Raises
-    ------
-    ValueError
-        Another shape or dtype.
-    MissingExtraError
-        PyAV is not installed.
+    Frames are (T, H, W, 3) uint8, of even height and width, `rate` a second; the suffix of the path says
+    which container, ``.mp4`` or ``.avi``. ValueError for another shape or dtype, MissingExtraError without
+    PyAV.
     """
     with requires("video", "mdnorm-experiments"):
         import av
@@ -249,20 +212,9 @@ def encode(frames: Pixels, path: Path, *, rate: int = 8) -> Path:
 
 
 def write_hmdb51(folder: Path, train: Clips | None, test: Clips) -> Path:
-    """Write clips in HMDB51's layout, with scene scores: what `load_hmdb51` reads.
+    """Write clips in HMDB51's layout, with scene scores, into a folder: what `load_hmdb51` reads.
 
-    Parameters
-    ----------
-    folder : Path
-        Made if it does not exist.
-    train : Clips or None
-        None writes test clips only.
-    test : Clips
-
-    Returns
-    -------
-    Path
-        Of the folder.
+    None for `train` writes test clips only. Returns the folder.
     """
     scores, lines = [], {action: list[str]() for action in ACTIONS}
     for part, use, clips in (("train", 1, train), ("test", 2, test)):

@@ -98,21 +98,17 @@ def load_bids(
     spacing: float = SPACING,
     on_problem: str = "error",
 ) -> BidsFolder:
-    """Read T1 volumes and the table of participants.
+    """Read T1 volumes and the table of participants of a BIDS folder.
 
-    Images should be stripped of the skull (0 outside the brain) and aligned; neither is done here.
+    Images should be stripped of the skull (0 outside the brain) and aligned; neither is done here. They are
+    resampled to `spacing` millimetres, smoothed before where that is coarser than theirs, then padded with 0
+    or cropped about the middle to `shape`: voxels from left to right, back to front, bottom to top.
 
     Parameters
     ----------
-    folder : Path
     columns : mapping, optional
-        "subject", "age", "sex", "site" and "label" → its column in participants.tsv; by default `COLUMNS`.
-    shape : tuple of int
-        Voxels from left to right, back to front, bottom to top. Volumes are padded with 0 or cropped about
-        the middle.
-    spacing : float
-        Millimetres from voxel to voxel, to which volumes are resampled, smoothed before where it is coarser
-        than theirs.
+        "subject", "age", "sex", "site" and "label" → its column in participants.tsv; by default
+        `COLUMNS`.
     on_problem : "error" or "skip"
         What to do where there are rows without image, images without row, several rows or images of a
         subject, a missing or invalid age, sex, site or label, images that are truncated or damaged, not
@@ -123,8 +119,8 @@ def load_bids(
     FileNotFoundError
         No such folder or no table: the message says what layout is needed and where such data come from.
     ValueError
-        The table cannot be parsed, a column is missing or there twice, an argument out of range, fewer than
-        two labels.
+        The table cannot be parsed, a column is missing or there twice, an argument out of range, one
+        label only.
     DataProblemsError
         All problems, with on_problem="error".
     MissingExtraError

@@ -70,21 +70,10 @@ _CHUNK = 50
 class Brains:
     """N brains.
 
-    Attributes
-    ----------
-    volumes : (N, 1, 32, 40, 32) float32 tensor
-        Intensities as a scanner gives them, 0 outside the brain; see
-        `mdnorm_experiments.data.bids.standardize`.
-    labels : (N,) int64 tensor
-        Index into `CLASSES`.
-    age : (N,) float32 tensor
-        Years, 40 to 95, to one decimal.
-    sex : (N,) int64 tensor
-        0 female, 1 male.
-    site : (N,) int64 tensor
-        Index into `SITES`.
-    hippocampus : (N,) float32 tensor
-        Volume of the hippocampus, standardised; what tells the label.
+    `volumes` are (N, 1, 32, 40, 32) intensities as a scanner gives them, 0 outside the brain (see
+    `mdnorm_experiments.data.bids.standardize`); labels and sites (N,) int64, numbers in `CLASSES` and
+    `SITES`; age (N,) years, 40 to 95, to one decimal; sex (N,) int64, 0 female and 1 male; `hippocampus` (N,)
+    its volume, standardised, which tells the label.
     """
 
     volumes: Tensor
@@ -99,25 +88,12 @@ class Brains:
 
 
 def make_brains(size: int, *, seed: int, correlation: float = 0.8) -> Brains:
-    """Draw brains.
+    """Draw `size` brains, half of each class; the same seed gives the same ones.
 
-    Parameters
-    ----------
-    size : int
-        N, half of each class.
-    seed : int
-        The same seed gives the same brains.
-    correlation : float
-        From 0 to 1: the share of patients that come from the old cohort (age 74 ± 6, mostly sites C and D)
-        and of controls that come from the young one (62 ± 6, mostly A and B); the others come from either.
-        0 makes diagnosis independent of age and site, which still go together.
-
-    Raises
-    ------
-    ValueError
-        A number out of range.
-    MissingExtraError
-        nilearn is not installed.
+    A share `correlation`, from 0 to 1, of the patients comes from the old cohort (age 74 ± 6, mostly sites C
+    and D) and of the controls from the young one (62 ± 6, mostly A and B), the others from either; 0 makes
+    diagnosis independent of age and site, which still go together. ValueError for a number out of range,
+    MissingExtraError without nilearn.
     """
     if size < 2:
         raise ValueError(f"size must be at least 2, one of each class, got {size}.")
@@ -243,18 +219,8 @@ def _draw(
 def write_bids(folder: Path, brains: Brains) -> None:
     """Write brains as a BIDS folder, which `mdnorm_experiments.data.bids.load_bids` reads.
 
-    Parameters
-    ----------
-    folder : Path
-        Made here; appears only when complete.
-    brains : Brains
-
-    Raises
-    ------
-    FileExistsError
-        There is such a folder.
-    MissingExtraError
-        nibabel is not installed.
+    It appears only when complete. FileExistsError if there is such a folder, MissingExtraError without
+    nibabel.
     """
     with requires("mri", "mdnorm-experiments"):
         import nibabel as nib

@@ -17,24 +17,12 @@ __all__ = ["ConfoundedData", "LoadedData", "Samples", "part_seed", "select", "sp
 class Samples:
     """N samples in memory.
 
-    Attributes
-    ----------
-    inputs : (N, C, *spatial) float32 tensor
-        Images, clips (C, T, H, W) or volumes (C, D, H, W), scaled to about [0, 1] or standardised.
-    labels : (N,) int64 tensor
-        Classes from 0.
-    metadata : (N, K) float32 tensor
-        The design: a flexible basis of every metadata variable, no intercept, columns of similar size.
-    confounders : (N, Q) float32 tensor
-        The metadata variables themselves, against which dependence is measured and which the adversary
-        predicts; categories as one-hot columns.
-    groups : (N,) int64 tensor
-        The metadata group of each sample, for rates by group.
-
-    Raises
-    ------
-    ValueError
-        Numbers of rows that differ, or a value that is not finite.
+    `inputs` are (N, C, *spatial) float32: images, clips (C, T, H, W) or volumes (C, D, H, W), scaled to about
+    [0, 1] or standardised. `labels` (N,) int64 are classes from 0. `metadata` (N, K) is the design: a
+    flexible basis of every metadata variable, no intercept, columns of similar size. `confounders` (N, Q) are
+    the variables themselves, against which dependence is measured and which the adversary predicts;
+    categories as one-hot columns. `groups` (N,) int64 are the metadata groups, for rates by group. ValueError
+    for numbers of rows that differ, or a value that is not finite.
     """
 
     inputs: Tensor
@@ -61,22 +49,11 @@ class Samples:
 class ConfoundedData:
     """The data of one run.
 
-    Attributes
-    ----------
-    train : Samples
-        Confounded: the label goes with the metadata.
-    test : Samples
-        Held out, confounded in the same way.
-    confound_free : Samples
-        Held out, label and metadata independent: what a network has learned of the label itself.
-    classes, groups : tuple of str
-        Names by number.
-    confounders : dict of str to tuple of int
-        Name of a metadata variable → its columns in ``Samples.confounders``.
-    unconfounded : callable or None
-        Makes as many training samples in which label and metadata are independent; real data have none.
-    held_out : callable or None
-        Makes a quarter as many further confounded samples, for a head that is retrained on them.
+    In `train` and the held-out `test` the label goes with the metadata; in the held-out `confound_free` they
+    are independent: what a network has learned of the label itself. `classes` and `groups` are names by
+    number, `confounders` names of metadata variables → their columns in ``Samples.confounders``.
+    `unconfounded` makes as many training samples in which label and metadata are independent, `held_out` a
+    quarter as many further confounded ones, for a head that is retrained on them; real data have neither.
     """
 
     train: Samples
@@ -102,16 +79,9 @@ class ConfoundedData:
 
 @dataclass(frozen=True)
 class LoadedData:
-    """A real data set in memory, not divided yet.
+    """A real data set in memory, not divided yet; see `ConfoundedData`.
 
-    Attributes
-    ----------
-    samples : Samples
-    classes, groups : tuple of str
-    confounders : dict of str to tuple of int
-        As of `ConfoundedData`.
-    problems : str
-        What was left out and why; empty where nothing was.
+    `problems` says what was left out and why; it is empty where nothing was.
     """
 
     samples: Samples
@@ -142,26 +112,11 @@ def select(samples: Samples, rows: Tensor) -> Samples:
 def split(samples: Samples, *, seed: int, test_share: float = 0.3) -> tuple[Samples, Samples, Samples]:
     """Divide real samples into training, test and confound-free test data.
 
-    The confound-free data are those of the test data of which every group has equally many of every class:
-    there the group says nothing about the label. Groups that lack a class are left out of them.
-
-    Parameters
-    ----------
-    samples : Samples
-    seed : int
-        Of the division.
-    test_share : float
-        Of the samples of each class and group, between 0 and 1.
-
-    Returns
-    -------
-    train, test, confound_free : Samples
-
-    Raises
-    ------
-    ValueError
-        A share out of range, fewer than two groups with all classes among the test data, or so few samples in
-        them that dcor² within the classes is not defined.
+    Of each class and group a share `test_share`, between 0 and 1, is held out. The confound-free data are
+    those of the test data of which every group has equally many of every class: there the group says nothing
+    about the label. Groups that lack a class are left out of them. ValueError for a share out of range, fewer
+    than two groups with all classes among the test data, or so few samples in them that dcor² within the
+    classes is not defined.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be between 0 and 1, got {test_share}.")

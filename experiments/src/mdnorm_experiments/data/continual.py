@@ -50,20 +50,7 @@ def ranges(shift: float) -> tuple[Ranges, Ranges]:
 def make_stage(
     stage: int, group_size: int = 1000, *, seed: int = 0, noise: float = 0.01, stratified: bool = False
 ) -> SyntheticData:
-    """Generate the data of a stage.
-
-    Parameters
-    ----------
-    stage : int
-        0 … 4.
-    group_size, seed, noise, stratified
-        See `make_synthetic`.
-
-    Raises
-    ------
-    ValueError
-        No such stage, or what `make_synthetic` refuses.
-    """
+    """Generate the data of stage 0 … 4; for the arguments see `make_synthetic`, whose errors it raises."""
     if not 0 <= stage < NUM_STAGES:
         raise ValueError(f"stage must be 0 … {NUM_STAGES - 1}, got {stage}.")
     effect, confounder = ranges(SHIFTS[stage])

@@ -25,16 +25,9 @@ _SCALE = 2
 
 @dataclass(frozen=True)
 class ColouredDigits:
-    """N digits.
+    """N digits: images (N, 3, 16, 16) from 0 to 1, labels (N,), numbers in `CLASSES`, and colours.
 
-    Attributes
-    ----------
-    images : (N, 3, 16, 16) float32 tensor
-        From 0 to 1.
-    labels : (N,) int64 tensor
-        Index into `CLASSES`; a share `LABEL_NOISE` of them is wrong.
-    colour : (N,) float32 tensor
-        From 0 (red) to 1 (green).
+    A share `LABEL_NOISE` of the labels is wrong; `colour` (N,) is from 0 (red) to 1 (green).
     """
 
     images: Tensor
@@ -43,24 +36,11 @@ class ColouredDigits:
 
 
 def colour_digits(rows: Tensor, *, seed: int, correlation: float = 0.8) -> ColouredDigits:
-    """Colour some of the digits.
+    """Colour some of the digits; `rows` (N,) int64 are numbers below `COUNT`.
 
-    Parameters
-    ----------
-    rows : (N,) int64 tensor
-        Which of the `COUNT` digits.
-    seed : int
-        Of label noise and colours.
-    correlation : float
-        From 0 to 1: this share of the digits has its colour from the label's half of the scale, the others
-        from the whole scale.
-
-    Raises
-    ------
-    ValueError
-        A row or a correlation out of range.
-    MissingExtraError
-        scikit-learn is not installed.
+    A share `correlation`, from 0 to 1, of them has its colour from the label's half of the scale, the others
+    from the whole scale; `seed` is that of label noise and colours. ValueError for a row or a correlation out
+    of range, MissingExtraError without scikit-learn.
     """
     with requires("image", "mdnorm-experiments"):
         from sklearn.datasets import load_digits

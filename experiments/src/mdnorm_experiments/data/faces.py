@@ -46,17 +46,10 @@ _OVERSAMPLING = 8
 
 @dataclass(frozen=True)
 class Faces:
-    """N faces.
+    """N faces: images (N, 3, size, size) uint8, labels (N,), numbers in `CLASSES`, and their metadata.
 
-    Attributes
-    ----------
-    images : (N, 3, size, size) uint8 tensor
-    labels : (N,) int64 tensor
-        Index into `CLASSES`.
-    shade : (N,) float32 tensor
-        Continuous, from 1 (lightest) to 6; rounded it is the Fitzpatrick type.
-    geometry : (N, 5) float32 tensor
-        The measures that hold the label, standardised.
+    `shade` (N,) is continuous, from 1 (lightest) to 6; rounded it is the Fitzpatrick type. `geometry` (N, 5)
+    are the measures that hold the label, standardised.
     """
 
     images: Tensor
@@ -69,27 +62,12 @@ class Faces:
 
 
 def make_faces(size: int, *, seed: int, correlation: float = 0.8, image_size: int = 32) -> Faces:
-    """Draw faces.
+    """Draw `size` faces of `image_size` pixels a side, half of each class.
 
-    Parameters
-    ----------
-    size : int
-        N, half of each class.
-    seed : int
-        The same seed gives the same faces.
-    correlation : float
-        From −1 to 1: a share of |correlation| of the faces has its shade from the darker half of the scale
-        for one class and from the lighter half for the other ("male" darker where it is positive); the rest
-        from the whole scale. 0 makes them independent.
-    image_size : int
-        Pixels of a side.
-
-    Raises
-    ------
-    ValueError
-        A number out of range.
-    MissingExtraError
-        Pillow is not installed.
+    The same seed gives the same faces. Of a share |correlation|, which is from −1 to 1, the shade is from the
+    darker half of the scale for one class and from the lighter half for the other ("male" darker where it is
+    positive); of the rest from the whole scale. ValueError for a number out of range, MissingExtraError
+    without Pillow.
     """
     if size < 2 or image_size < 8:
         raise ValueError(f"size must be at least 2 and image_size at least 8, got {size} and {image_size}.")
@@ -201,18 +179,9 @@ def _colour(values: NDArray[Any]) -> tuple[int, int, int]:
 
 
 def write_image_folder(folder: Path, faces: Faces) -> Path:
-    """Write the faces as PNG files with a table, in the layout that `load_image_folder` reads.
+    """Write faces as PNG files with a table ``labels.csv`` (file, gender, Fitzpatrick type), and return it.
 
-    Parameters
-    ----------
-    folder : Path
-        Made if it does not exist.
-    faces : Faces
-
-    Returns
-    -------
-    Path
-        Of the table, ``labels.csv``: name of the file, gender, Fitzpatrick type.
+    The layout is that which `load_image_folder` reads.
     """
     with requires("image", "mdnorm-experiments"):
         from PIL import Image

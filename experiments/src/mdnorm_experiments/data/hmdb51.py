@@ -56,22 +56,18 @@ def load_hmdb51(
     image_size: int = 32,
     on_problem: str = "error",
 ) -> VideoFolder:
-    """Read the clips of a split and their scene scores.
+    """Read the clips of split 1, 2 or 3 and their scene scores.
+
+    `num_frames` are taken from each clip at equal distances, the last one again where it has fewer; the
+    centre square is resized to `image_size`.
 
     Parameters
     ----------
     folder : Path
         With ``hmdb51_org`` and ``testTrainMulti_7030_splits`` inside.
     scores : Path, optional
-        CSV or Parquet table with a column "clip" and one column a scene; by default ``scene_scores.csv`` or
-        ``.parquet`` in the folder.
-    columns : mapping, optional
-        "clip" → the name of that column of the table.
-    split : 1, 2 or 3
-    num_frames : int
-        Taken from each clip at equal distances; the last one again where it has fewer.
-    image_size : int
-        The centre square is resized to it.
+        CSV or Parquet table with a column "clip", or as `columns` name it, and one column a scene; by
+        default ``scene_scores.csv`` or ``.parquet`` in the folder.
     on_problem : "error" or "skip"
         What to do with clips that are named and not in the folder of their class, not named, named twice,
         cannot be decoded, or have no or bad scores.
@@ -81,7 +77,7 @@ def load_hmdb51(
     FileNotFoundError
         No such folder, or a part of it is not there: the message says what to get.
     ValueError
-        Another split, a table that cannot be parsed or has no column "clip", or fewer than two classes.
+        Another split, a table that cannot be parsed or lacks a column, or fewer than two classes.
     DataProblemsError
         All problems, with on_problem="error".
     MissingExtraError
@@ -184,12 +180,7 @@ def _read_scores(
 def decode(path: Path, num_frames: int, image_size: int) -> NDArray[np.uint8]:
     """Return frames of a clip at equal distances, (T, size, size, 3).
 
-    Raises
-    ------
-    ValueError
-        The file is truncated, empty or no video.
-    MissingExtraError
-        PyAV is not installed.
+    ValueError for a file that is truncated, empty or no video, MissingExtraError without PyAV.
     """
     with requires("video", "mdnorm-experiments"):
         import av

@@ -58,29 +58,24 @@ def load_image_folder(
     image_size: int = 32,
     on_problem: str = "error",
 ) -> ImageFolder:
-    """Read images and their table.
+    """Read images, anywhere below a folder, and their CSV table, by default the only one in it.
+
+    The larger side of an image is cropped about the centre, then it is resized.
 
     Parameters
     ----------
-    folder : Path
-        Images anywhere below it.
-    table : Path, optional
-        CSV file; by default the only one in `folder`.
     columns : mapping, optional
         "file", "label" and "shade" → the name of the column; by default what `COLUMNS` finds.
-    image_size : int
-        The larger side is cropped about the centre, then the image is resized.
     on_problem : "error" or "skip"
-        What to do where there are rows without image, images without row, duplicates, files that cannot be
-        read, shades that are no Fitzpatrick type, missing labels.
+        What to do where there are rows without image, images without row, duplicates, files that cannot
+        be read, shades that are no Fitzpatrick type, missing labels.
 
     Raises
     ------
     FileNotFoundError
         No such folder or no table: the message says what to get.
     ValueError
-        The table cannot be parsed, a column is missing or there twice, several tables, fewer than two
-        classes.
+        The table cannot be parsed, a column is missing or there twice, several tables, or one label only.
     DataProblemsError
         All problems, with on_problem="error".
     MissingExtraError

@@ -41,22 +41,13 @@ ACCURACY_WITH_CONFOUNDER = 1 - 1 / 2 * 1 / 3 * 1 / 3
 
 @dataclass(frozen=True)
 class SyntheticData:
-    """Images with their labels and the two effects, group A first.
+    """2N images (2N, 1, 32, 32) with labels (2N,), 0 in group A, which comes first, and 1 in group B.
 
-    Attributes
-    ----------
-    images : (2N, 1, 32, 32) tensor, float32
-    labels : (2N,) tensor, float32
-        0 in group A, 1 in group B.
-    effect : (2N,) tensor, float32
-        Magnitude of the true effect.
-    confounder : (2N,) tensor, float32
-        What the features must not depend on: the magnitude of the third blob ("plain", "sites") or the one
-        metadata column, −1 to 1 ("quadratic") or 0 to 1 ("variance").
-    site, sex, age : (2N,) tensors
-        Of the variant "sites": 0 … 15 (int64), 0 or 1 (float32), years (float32); empty in the others.
-    nuisance : (2N, 27) tensor, float32
-        Of the variant "sites": columns without effect, the first five correlated with the label.
+    `effect` (2N,) is the magnitude of the true effect. `confounder` (2N,) is what the features must not
+    depend on: the magnitude of the third blob ("plain", "sites") or the one metadata column, −1 to 1
+    ("quadratic") or 0 to 1 ("variance"). Of the variant "sites", empty in the others: `site` (2N,), 0 … 15
+    (int64), `sex` (2N,), 0 or 1, `age` (2N,), years, and `nuisance` (2N, 27), columns without effect, the
+    first five correlated with the label.
     """
 
     images: Tensor
@@ -82,29 +73,14 @@ def make_synthetic(
     confounder_ranges: Ranges = RANGES,
     stratified: bool = False,
 ) -> SyntheticData:
-    """Generate the data set.
+    """Generate N images a group; the same seed gives the same data.
 
-    Parameters
-    ----------
-    group_size : int
-        N, images a group.
-    seed : int
-        The same seed gives the same data.
-    noise : float
-        Standard deviation of the pixel noise; a blob's peak is its magnitude.
-    variant : "plain", "sites", "quadratic" or "variance"
-        See the module.
-    effect_ranges, confounder_ranges : ((low A, high A), (low B, high B))
-        What the magnitudes are drawn from; those of the confounder are fixed in all variants but "plain".
-    stratified : bool
-        Draw each magnitude of a group once from each of N equal parts of its range, in random order. The
-        distributions stay the same, but the share of a group that lies in the overlap hardly varies, and so
-        neither does the accuracy that an ideal rule gets.
-
-    Raises
-    ------
-    ValueError
-        group_size below 1, a negative noise, an unknown variant, or ranges that do not go with it.
+    `noise` is the standard deviation of the pixel noise, where a blob's peak is its magnitude. The ranges,
+    ((low A, high A), (low B, high B)), are what the magnitudes are drawn from; those of the confounder are
+    fixed in all variants but "plain". `stratified` draws each magnitude of a group once from each of N equal
+    parts of its range, in random order: the distributions stay the same, but the share of a group that lies
+    in the overlap hardly varies, and so neither does the accuracy that an ideal rule gets. ValueError for a
+    group size below 1, a negative noise, an unknown variant, or ranges that do not go with it.
     """
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}.")

@@ -23,23 +23,11 @@ def column_names(
     wanted: Mapping[str, Sequence[str]],
     given: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return which column of a table holds what.
+    """Return which column of the table at a path holds what, of those that are `available`.
 
-    Parameters
-    ----------
-    path : Path
-        Of the table, for messages.
-    available : sequence of str
-        Its columns.
-    wanted : mapping
-        What is looked for → what its column may be called, in order of preference.
-    given : mapping, optional
-        What is looked for → the name that its column has here.
-
-    Raises
-    ------
-    ValueError
-        A name is given for something else, or there is no such column: the message lists those of the table.
+    `wanted` is what is looked for → what its column may be called, in order of preference, and `given` the
+    name that it has here instead. ValueError where a name is given for something else, or there is no such
+    column: the message lists those of the table.
     """
     given = given or {}
     unknown = sorted(given.keys() - wanted.keys())
