@@ -633,11 +633,11 @@ class TestCommand:
             return LoadedData(samples, ("ill", "well"), ("first", "second"), {"site": (0,)})
 
         def without_package(folder, on_problem, columns):
-            raise MissingExtraError("the package 'monai' is missing: pip install 'mdnorm[mri]'")
+            raise MissingExtraError("the package 'monai' is missing: pip install 'mdnorm-experiments[mri]'")
 
         for load, message in (
             (without_overlap, "no confound-free test data"),
-            (without_package, "mdnorm[mri]"),
+            (without_package, "mdnorm-experiments[mri]"),
         ):
             monkeypatch.setitem(globals(), "IMAGE", replace(IMAGE, load=load))
             confounded._loaded.cache_clear()
