@@ -30,8 +30,8 @@ from mdnorm_experiments.data.problems import DataProblemsError, Problems
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.results import ResultStore
-from mdnorm_experiments.settings import get_setting, plan, train, write_outputs
-from mdnorm_experiments.training import build, fit, num_steps
+from mdnorm_experiments.settings import build, get_setting, plan, train, write_outputs
+from mdnorm_experiments.training import fit, num_steps
 
 
 def make_samples(size: int, seed: int, share: float) -> Samples:

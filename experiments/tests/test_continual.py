@@ -11,8 +11,8 @@ from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS, NUM_ST
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.runner import Runner, one_thread
-from mdnorm_experiments.settings import Run, plan, train, write_outputs
-from mdnorm_experiments.training import build, prepare, recalibrate_on
+from mdnorm_experiments.settings import Run, build, plan, train, write_outputs
+from mdnorm_experiments.training import prepare, recalibrate_on
 
 SETTING = continual.SETTING
 

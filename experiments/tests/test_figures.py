@@ -28,6 +28,14 @@ def rows(methods=NAMES, sizes=(20, 200), seeds=3):
     ]
 
 
+def accuracy(rows, panels):
+    return synthetic.accuracy_figure(rows, panels, synthetic.batch_axis(rows))
+
+
+def dependence(rows, panels):
+    return synthetic.dependence_figure(rows, panels, synthetic.batch_axis(rows))
+
+
 def means(axis):
     return {
         c.get_label(): tuple(np.asarray(v, float) for v in c[0].get_data()[::-1]) for c in axis.containers
@@ -35,7 +43,7 @@ def means(axis):
 
 
 def test_accuracy_shows_means_deviations_and_both_limits():
-    axis = synthetic.accuracy_figure(rows(), ONE_PANEL).axes[0]
+    axis = accuracy(rows(), ONE_PANEL).axes[0]
     for values, _ in means(axis).values():
         np.testing.assert_allclose(values, [81, 81])
     (bars,) = axis.containers[0].lines[2]
@@ -47,20 +55,20 @@ def test_accuracy_shows_means_deviations_and_both_limits():
 
 
 def test_methods_stand_side_by_side():
-    axis = synthetic.accuracy_figure(rows(), ONE_PANEL).axes[0]
+    axis = accuracy(rows(), ONE_PANEL).axes[0]
     positions = [x[0] for _, x in means(axis).values()]
     assert len({round(x, 3) for x in positions}) == 3
     assert max(positions) - min(positions) < 0.8
 
 
 def test_dependence_has_a_panel_a_group():
-    axes = synthetic.dependence_figure(rows(), ONE_PANEL).axes
+    axes = dependence(rows(), ONE_PANEL).axes
     assert [axis.get_title() for axis in axes] == ["Group A", "Group B"]
     np.testing.assert_allclose(means(axes[0])["BatchNorm"][0], [0.1, 0.1])
     np.testing.assert_allclose(means(axes[1])["BatchNorm"][0], [0.3, 0.3])
 
 
-@pytest.mark.parametrize("draw", [synthetic.accuracy_figure, synthetic.dependence_figure])
+@pytest.mark.parametrize("draw", [accuracy, dependence])
 def test_gaps_single_seeds_and_single_sizes(draw, tmp_path):
     incomplete = [*rows(["none"], (20,), 1), *rows(["mdn-last"], (200,), 2)]
     for table in (incomplete, rows(["mdn-last"], (200,), 1)):
@@ -72,7 +80,7 @@ def test_gaps_single_seeds_and_single_sizes(draw, tmp_path):
 
 def test_a_method_keeps_its_colour_whatever_is_beside_it():
     def colour(methods):
-        axis = synthetic.accuracy_figure(rows(methods), ONE_PANEL).axes[0]
+        axis = accuracy(rows(methods), ONE_PANEL).axes[0]
         return {c.get_label(): c[0].get_color() for c in axis.containers}["MDN, last layer"]
 
     assert colour(["mdn-last"]) == colour(NAMES)
@@ -86,7 +94,7 @@ def test_methods_of_a_panel_have_a_colour_and_a_marker_of_their_own():
     assert len(plotting.PALETTE) == len(set(plotting.MARKERS))
 
 
-@pytest.mark.parametrize("draw", [synthetic.accuracy_figure, synthetic.dependence_figure])
+@pytest.mark.parametrize("draw", [accuracy, dependence])
 def test_panels_are_stacked_and_titled(draw, tmp_path):
     panels = {"Without": {"none": "No normalisation"}, "With": {"mdn-last": "MDN, last layer"}}
     figure = draw(rows(), panels)
@@ -151,7 +159,7 @@ LOWER = (0.75, 0.7, 0.65, 0.6, 0.5)
 
 
 def test_accuracy_by_stage_shows_the_diagonal_and_both_limits():
-    axis = continual.accuracy_figure(stage_rows(), ONE_PANEL).axes[0]
+    axis = synthetic.accuracy_figure(stage_rows(), ONE_PANEL, continual.stage_axis()).axes[0]
     for values, _ in means(axis).values():
         np.testing.assert_allclose(values, [51, 56, 61, 66, 71])
     (bars,) = axis.containers[0].lines[2]
@@ -163,7 +171,7 @@ def test_accuracy_by_stage_shows_the_diagonal_and_both_limits():
 
 
 def test_dependence_by_stage_has_a_panel_a_group():
-    axes = continual.dependence_figure(stage_rows(), ONE_PANEL).axes
+    axes = synthetic.dependence_figure(stage_rows(), ONE_PANEL, continual.stage_axis()).axes
     assert [axis.get_title() for axis in axes] == ["Group A", "Group B"]
     np.testing.assert_allclose(means(axes[0])["BatchNorm"][0], [0, 0.01, 0.02, 0.03, 0.04])
     np.testing.assert_allclose(means(axes[1])["BatchNorm"][0], [0.3, 0.31, 0.32, 0.33, 0.34])
@@ -173,8 +181,8 @@ def test_stage_figures_with_one_seed_a_missing_method_and_panels(tmp_path):
     panels = {"Without": {"none": "No normalisation"}, "With": {"mdn-last": "MDN", "mdn-every": "not run"}}
     rows_of_one = stage_rows(["none", "mdn-last"], seeds=1)
     for figure in (
-        continual.accuracy_figure(rows_of_one, panels),
-        continual.dependence_figure(rows_of_one, panels),
+        synthetic.accuracy_figure(rows_of_one, panels, continual.stage_axis()),
+        synthetic.dependence_figure(rows_of_one, panels, continual.stage_axis()),
     ):
         assert [part.legends[0].get_title().get_text() for part in figure.subfigs] == ["Without", "With"]
         plotting.save_figure(figure, tmp_path / "figure.png")

@@ -4,8 +4,8 @@ import torch
 from mdnorm.layer import MetadataNorm
 from mdnorm_experiments.continual import make_samples
 from mdnorm_experiments.data.confounded import ConfoundedData
-from mdnorm_experiments.settings import get_setting
-from mdnorm_experiments.training import build, outputs
+from mdnorm_experiments.settings import build, get_setting
+from mdnorm_experiments.training import outputs
 
 
 def test_layers_of_the_synthetic_network_sit_before_each_relu():

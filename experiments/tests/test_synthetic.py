@@ -14,8 +14,7 @@ from mdnorm_experiments.data.synthetic import make_synthetic
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.runner import Runner, one_thread
-from mdnorm_experiments.settings import Run, impossible_cells, plan, train, write_outputs
-from mdnorm_experiments.training import build
+from mdnorm_experiments.settings import Run, build, impossible_cells, plan, train, write_outputs
 
 SETTING = synthetic.SETTING
 

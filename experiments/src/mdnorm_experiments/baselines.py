@@ -14,8 +14,6 @@ from mdnorm import erasure
 from mdnorm_experiments.data.confounded import Samples
 from mdnorm_experiments.networks import BackboneNetwork
 
-__all__ = ["GroupWeights", "balanced_draw", "class_and_group", "refit", "refit_head"]
-
 _STRENGTHS = [10.0**exponent for exponent in range(-4, 3)]
 _LEAST_OF_GROUP = 10
 Draw = tuple[Tensor, Tensor]

@@ -41,8 +41,6 @@ if TYPE_CHECKING:
     from mdnorm_experiments.results import Row
     from mdnorm_experiments.settings import Run, Setting
 
-__all__ = ["app", "main"]
-
 app = typer.Typer(
     help="Reproduce the settings of the paper on Metadata Normalization.",
     no_args_is_help=True,
@@ -135,8 +133,8 @@ def _run_setting(
         setting = get_setting(name)
         chosen = _methods(setting, methods, quick, generated=data is None)
         sizes = _numbers(batch_sizes) or ([batch_size] if batch_size is not None else None)
-        if quick or sizes is None:
-            sizes = [setting.batch_size] if quick and batch_size is None else sizes
+        if quick and batch_size is None:
+            sizes = [setting.batch_size]
         images = group_size if size is None else size
         runs = plan(
             setting,
@@ -178,9 +176,9 @@ def _methods(setting: Setting, text: str, quick: bool, *, generated: bool) -> li
 
     if text not in ("default", "all"):
         return [part.strip() for part in text.split(",") if part.strip()]
-    names = setting.all_methods if text == "all" else setting.default_methods
-    if quick and text == "default" and setting.quick_methods is not None:
-        names = setting.quick_methods
+    names = setting.all_methods
+    if text == "default":
+        names = (setting.quick_methods if quick else None) or setting.default_methods or names
     return [name for name in names if generated or not METHODS[name].oracle]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mdnorm.metrics import distance_correlation_sqr, probe
 from mdnorm.metrics.distance_correlation import MIN_SAMPLES
+from mdnorm_experiments import confounded_report
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, select
 from mdnorm_experiments.methods import METHOD_OF_NORM
 from mdnorm_experiments.networks import BackboneNetwork
@@ -21,8 +22,6 @@ from mdnorm_experiments.report import ReportFigure, ReportTable
 from mdnorm_experiments.results import Row
 from mdnorm_experiments.settings import Run, Setting, data_of, get_setting
 from mdnorm_experiments.training import has_metadata_norm, outputs, predictions, save_features
-
-__all__ = ["METHOD_NAMES", "ConfoundedSetting", "evaluate", "load"]
 
 METHOD_NAMES = (
     "none",
@@ -104,31 +103,21 @@ class ConfoundedSetting(Setting):
         return self.make_data(run.size, run.seed)
 
     def measure(
-        self,
-        network: BackboneNetwork,
-        data: ConfoundedData,
-        trained: Samples,
-        features_file: str | None = None,
+        self, network: BackboneNetwork, data: ConfoundedData, trained: Samples, file: str | None = None
     ) -> Row:
         """Return what `evaluate` returns."""
-        return evaluate(network, data, trained, features_file)
+        return evaluate(network, data, trained, file)
 
     def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
         """Return the tables of outcomes; by variable; as trained; by class; by group."""
-        from mdnorm_experiments import confounded_report
-
         return confounded_report.tables(rows, self.limit)
 
     def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
         """Return example samples, accuracy with dcor², and accuracy by group."""
-        from mdnorm_experiments import confounded_report
-
         return confounded_report.figures(self.examples(data_of(runs[0])), rows, self.limit)
 
     def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
         """Audit the best network and its like without correction; say where, or why not."""
-        from mdnorm_experiments import confounded_report
-
         # The same network without Metadata Normalization, or what else there is without it.
         plain = (METHOD_OF_NORM[self.base_norm], *METHOD_OF_NORM.values())
         text = confounded_report.audit(out, data_of(runs[0]), runs, rows, plain)

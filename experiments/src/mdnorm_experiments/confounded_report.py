@@ -18,8 +18,6 @@ from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean
 from mdnorm_experiments.results import Row
 from mdnorm_experiments.settings import Run
 
-__all__ = ["accuracy_figure", "audit", "figures", "groups_figure", "tables"]
-
 LEGEND = (
     "Mean ± standard deviation over seeds. “Confound-free”: balanced accuracy on held-out data in which the "
     "metadata say nothing about the label, the honest measure. “Confounded”: on held-out data like those of "
@@ -77,18 +75,6 @@ def _gains(members: Sequence[Row], plain: Sequence[Row]) -> list[float]:
     return [final["bacc"] - before[row["seed"]] for row, final in pairs if row["seed"] in before]
 
 
-def _table(
-    methods: dict[str, list[Row]],
-    columns: Sequence[tuple[str, Callable[[list[Row]], str]]],
-    limits: str,
-    legend: str,
-    title: str,
-) -> ReportTable:
-    """Return a table with a line for each method, each column a heading and the text of its cells."""
-    lines = [[METHODS[name].title, *(cell(rows) for _, cell in columns)] for name, rows in methods.items()]
-    return ReportTable(["Method", *(heading for heading, _ in columns)], lines, limits, legend, title)
-
-
 def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
     """Return the tables of all methods: outcomes; each variable; as trained; dcor² by class; by group.
 
@@ -97,87 +83,65 @@ def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
     methods = by_method(rows)
     variables, groups = list(rows[0]["dcor2"]), list(rows[0]["recall"])
     classes = list(rows[0]["dcor2"][variables[0]])
+    two = len(classes) == 2
     gains = {name: _gains(members, methods.get("none", [])) for name, members in methods.items()}
     # A difference of few seeds' means may be nothing at all: a share of it says nothing.
     whole = statistics.fmean(gains["oracle"]) if gains.get("oracle") else 0.0
-
-    def seeds(members: list[Row]) -> str:
-        return str(len(members))
-
-    def accuracy(members: list[Row]) -> str:
-        return _percent([row["bacc"] for row in _final(members)])
-
-    def difference(members: list[Row]) -> str:
-        return _percent([row["bacc_confounded"] - row["bacc"] for row in _final(members)], signed=True)
-
-    def shuffled(members: list[Row]) -> str:
-        return _percent([v for row in _final(members) if (v := row["bacc_shuffled"]) is not None])
-
-    def gain(members: list[Row]) -> str:
-        return _percent(gains[members[0]["method"]], signed=True)
-
-    def recovered(members: list[Row]) -> str:
-        shares = [100 * value / whole for value in gains[members[0]["method"]] if whole > 0]
-        return mean_with_deviation(shares, 0)
-
-    def dependences(*measures: str, of: Sequence[str] = variables) -> Callable[[list[Row]], str]:
-        return lambda members: _dependences(_final(members), measures, of)
-
-    def recalibrated(cell: Callable[[list[Row]], str]) -> Callable[[list[Row]], str]:
-        def of_recalibrated(members: list[Row]) -> str:
-            found = [row["recalibrated"] for row in members if "recalibrated" in row]
-            return cell(found) if found else "–"
-
-        return of_recalibrated
-
-    stage: list[tuple[str, Callable[[list[Row]], str]]] = [
-        ("Confound-free (%)", lambda members: _percent([row["bacc"] for row in members])),
-        ("Confounded (%)", lambda members: _percent([row["bacc_confounded"] for row in members])),
-        *((f"dcor² {v}", lambda members, v=v: _dependences(members, ["dcor2"], [v])) for v in variables),
-        ("Gap (points)", lambda members: _percent([row["gap"] for row in members])),
-    ]
-
-    def of_class(variable: str, name: str) -> Callable[[list[Row]], str]:
-        return lambda members: mean_with_deviation([r["dcor2"][variable][name] for r in _final(members)], 3)
-
-    def of_group(group: str) -> Callable[[list[Row]], str]:
-        return lambda members: _percent(_group_accuracy(members, group))
-
-    def positives(group: str) -> Callable[[list[Row]], str]:
-        return lambda members: _percent([recall[classes[-1]] for recall in _recalls(members, group)])
-
-    by_variable = [
-        [
-            METHODS[name].title,
-            variable,
-            dependences("dcor2_logits", "dcor2_logits_train", of=[variable])(members),
-            dependences("dcor2", "dcor2_train", of=[variable])(members),
-            dependences("dcor2_whitened", of=[variable])(members),
-            _probes(_final(members), [variable]),
-        ]
-        for name, members in methods.items()
-        for variable in variables
-    ]
-    two = len(classes) == 2
-    return [
-        _table(
-            methods,
+    overview, by_variable, stages, by_class, by_group = [], [], [], [], []
+    for name, members in methods.items():
+        title, final = METHODS[name].title, _final(members)
+        recalibrated = [row["recalibrated"] for row in members if "recalibrated" in row]
+        overview.append(
             [
-                ("Seeds", seeds),
-                ("Confound-free (%)", accuracy),
-                ("Confounded − confound-free (points)", difference),
-                ("Shuffled (%)", shuffled),
-                ("dcor² logits", dependences("dcor2_logits")),
-                ("dcor² features, new / training", dependences("dcor2", "dcor2_train")),
-                ("Probe", lambda members: _probes(_final(members), variables)),
-                ("Gain (points)", gain),
-                ("Recovered (%)", recovered),
+                title,
+                str(len(members)),
+                _percent([row["bacc"] for row in final]),
+                _percent([row["bacc_confounded"] - row["bacc"] for row in final], signed=True),
+                _percent([row["bacc_shuffled"] for row in final if row["bacc_shuffled"] is not None]),
+                _dependences(final, ["dcor2_logits"], variables),
+                _dependences(final, ["dcor2", "dcor2_train"], variables),
+                _probes(final, variables),
+                _percent(gains[name], signed=True),
+                mean_with_deviation([100 * value / whole for value in gains[name] if whole > 0], 0),
+            ]
+        )
+        for variable in variables:
+            pairs = (["dcor2_logits", "dcor2_logits_train"], ["dcor2", "dcor2_train"], ["dcor2_whitened"])
+            cells = (_dependences(final, measures, [variable]) for measures in pairs)
+            by_variable.append([title, variable, *cells, _probes(final, [variable])])
+        seconds = f"{statistics.fmean(row['seconds_per_epoch'] for row in members):.1f}"
+        stages.append([title, *_stage(members, variables), *_stage(recalibrated, variables), seconds])
+        by_class.append(
+            [title]
+            + [
+                mean_with_deviation([row["dcor2"][variable][label] for row in final], 3)
+                for variable in variables
+                for label in classes
+            ]
+        )
+        accuracy = [_percent(_group_accuracy(members, group)) for group in groups]
+        rates = [_percent([recall[classes[-1]] for recall in _recalls(members, group)]) for group in groups]
+        by_group.append([title, *accuracy, *(rates if two else [])])
+    stage = ["Confound-free (%)", "Confounded (%)", *(f"dcor² {v}" for v in variables), "Gap (points)"]
+    return [
+        ReportTable(
+            [
+                "Method",
+                "Seeds",
+                "Confound-free (%)",
+                "Confounded − confound-free (points)",
+                "Shuffled (%)",
+                "dcor² logits",
+                "dcor² features, new / training",
+                "Probe",
+                "Gain (points)",
+                "Recovered (%)",
             ],
+            overview,
             f"Best possible on confound-free data: {100 * limit:.1f} %; dcor² 0."
-            if _has_limit(rows, limit) and limit is not None
+            if limit is not None and _has_limit(rows, limit)
             else "No analytic limit of accuracy; dcor² 0 without the confounders.",
             LEGEND,
-            "Results",
         ),
         ReportTable(
             ["Method", "Variable", "logits, new / training", "features, new / training", "whitened", "Probe"],
@@ -187,40 +151,40 @@ def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
             + _RECALIBRATED,
             "dcor² and probe by variable",
         ),
-        _table(
-            methods,
-            [
-                *stage,
-                *((f"recal. {heading}", recalibrated(cell)) for heading, cell in stage),
-                (
-                    "s / epoch",
-                    lambda members: f"{statistics.fmean(r['seconds_per_epoch'] for r in members):.1f}",
-                ),
-            ],
+        ReportTable(
+            ["Method", *stage, *(f"recal. {heading}" for heading in stage), "s / epoch"],
+            stages,
             "dcor² of the features, within the classes of the confound-free data.",
             "“Gap”: the largest difference in the recall of a class between groups. “Recal.”: with exact "
             "coefficients from the training data.",
             "As trained, and recalibrated",
         ),
-        _table(
-            methods,
-            [(f"{v}, {c}", of_class(v, c)) for v in variables for c in classes],
+        ReportTable(
+            ["Method", *(f"{variable}, {label}" for variable in variables for label in classes)],
+            by_class,
             "dcor² within each class; 0 is right.",
             "On the confound-free data." + _RECALIBRATED,
             "dcor² of features and metadata by class",
         ),
-        _table(
-            methods,
-            [
-                *((f"{group} (%)", of_group(group)) for group in groups),
-                *((f"TPR, {group} (%)", positives(group)) for group in groups if two),
-            ],
+        ReportTable(
+            ["Method", *(f"{g} (%)" for g in groups), *(f"TPR, {g} (%)" for g in groups if two)],
+            by_group,
             "The nearer to each other the groups are, the fairer the network.",
             (f"TPR: share of “{classes[-1]}” that is found. " if two else "")
             + "Balanced accuracy on the confound-free data."
             + _RECALIBRATED,
             "Accuracy by group",
         ),
+    ]
+
+
+def _stage(members: Sequence[Row], variables: Sequence[str]) -> list[str]:
+    """Return the cells of networks as trained, or recalibrated."""
+    return [
+        _percent([row["bacc"] for row in members]),
+        _percent([row["bacc_confounded"] for row in members]),
+        *(_dependences(members, ["dcor2"], [variable]) for variable in variables),
+        _percent([row["gap"] for row in members]),
     ]
 
 

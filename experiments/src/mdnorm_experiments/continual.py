@@ -8,7 +8,7 @@ come.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import fmean
@@ -16,8 +16,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm import basis
@@ -35,16 +33,21 @@ from mdnorm_experiments.data.synthetic import SyntheticData
 from mdnorm_experiments.methods import METHODS, panels, titles
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
-from mdnorm_experiments.settings import Run
-from mdnorm_experiments.synthetic import GROUPS, SyntheticSetting, example_images, samples_of
-from mdnorm_experiments.training import build, fit, has_metadata_norm, prepare, recalibrate_on
-
-__all__ = ["SETTING", "ContinualSetting", "limits_text", "make_samples", "measures", "transfer"]
+from mdnorm_experiments.settings import Run, Setting, build
+from mdnorm_experiments.synthetic import (
+    GROUPS,
+    ResultAxis,
+    SyntheticSetting,
+    accuracy_figure,
+    dependence_figure,
+    example_images,
+    samples_of,
+)
+from mdnorm_experiments.training import fit, has_metadata_norm, prepare, recalibrate_on
 
 # Given once: the recursion only scales its columns by it. "penalty" would diverge in columns whitened for an
 # earlier stage, and "dataset" sees the stage's metadata through it.
 _ONE_GRAM = ("recursive",)
-_STAGES = [str(stage + 1) for stage in range(NUM_STAGES)]
 _DISTANCES = {
     "accuracy_distance": "ACCd",
     "backward_distance": "BWTd",
@@ -90,20 +93,8 @@ class ContinualSetting(SyntheticSetting):
     seeds: ClassVar = 3
     keeps_features: ClassVar = False
 
-    @property
-    def default_methods(self) -> tuple[str, ...]:
-        """The published methods, the recipe, and what they are compared with."""
-        mdn = ("mdn-last-dataset", "mdn-last-running", "mdn-last-recursive", "mdn-every-running")
-        return ("none", "batchnorm", *mdn)
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """The one of `batch_size`."""
-        return (self.batch_size,)
-
-    def schedule(self, batch_size: int) -> tuple[int, float]:
-        """Return (epochs a stage, learning rate): the same for every batch size."""
-        return self.epochs, self.learning_rate
+    schedule = Setting.schedule
+    more = Setting.more
 
     def stages(self, run: Run) -> list[ConfoundedData]:
         """Return training and held-out data of each stage."""
@@ -136,17 +127,9 @@ class ContinualSetting(SyntheticSetting):
         for number, stage in enumerate(stages):
             if corrected and number and not keeps_gram:
                 prepare(network, stage.train)
+            seed = NUM_STAGES * run.seed + number
             trained.append(
-                fit(
-                    network,
-                    method,
-                    stage.train,
-                    batch_size=run.batch_size,
-                    epochs=run.epochs,
-                    learning_rate=run.learning_rate,
-                    seed=NUM_STAGES * run.seed + number,
-                    epoch_done=epoch_done,
-                )
+                fit(network, method, stage.train, **run.schedule, seed=seed, epoch_done=epoch_done)
             )
             tested.append([self.measure(network, each, each.train) for each in stages])
             if corrected:
@@ -203,14 +186,14 @@ class ContinualSetting(SyntheticSetting):
             ),
             ReportFigure(
                 "accuracy",
-                accuracy_figure(rows, panels(names)),
+                accuracy_figure(rows, panels(names), stage_axis()),
                 "Accuracy on each stage, just after training on it",
                 "Balanced accuracy of every method by stage; differences from the limit are in the table.",
                 "Closest to the lower line is best. What lies above was got from the confounder.",
             ),
             ReportFigure(
                 "dependence",
-                dependence_figure(rows, panels(names)),
+                dependence_figure(rows, panels(names), stage_axis()),
                 "What the features hold of the confounder",
                 "Distance correlation by group, method and stage; the means are in the table.",
                 "Bias-corrected squared distance correlation, on each stage's own test data; 0 is right.",
@@ -226,10 +209,6 @@ class ContinualSetting(SyntheticSetting):
                 "network may forget there what it knew: its last row then falls to 50 %.",
             ),
         ]
-
-    def more(self, out: object, runs: object, rows: object) -> list[str]:
-        """Return the paragraphs of the page."""
-        return list(self.introduction)
 
 
 def measures(tested: Sequence[Sequence[Row]]) -> Row:
@@ -289,44 +268,19 @@ def limits_text() -> str:
     )
 
 
-def accuracy_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
-    """Accuracy on each stage's own test data, mean ± standard deviation over seeds, with both limits."""
+def stage_axis() -> ResultAxis:
+    """Return the axis of stages, each on its own test data, with both limits."""
+
+    def values(row: Row, key: str) -> Iterable[tuple[int, float]]:
+        matrix = row["bacc_matrix"] if key == "bacc" else row["dcor2_matrix"][key]
+        return enumerate(np.diagonal(matrix).tolist())
+
     limits = [
         ([100 * limit for limit in BOTH_LIMITS], "with the\nconfounder"),
         ([100 * limit for limit in EFFECT_LIMITS], "true effect\nonly"),
     ]
-    series = _own_stage(rows, panels, lambda row: 100 * np.diagonal(row["bacc_matrix"]))
-    labels = ("stage", "balanced accuracy on held-out data (%)")
-    return figures.series_figure(
-        {"": series}, panels, _STAGES, labels=labels, limits=limits, linestyle="-", spread=0.3
-    )
-
-
-def dependence_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
-    """Distance correlation by group on each stage's own test data, mean ± standard deviation over seeds."""
-
-    def series(group: str) -> figures.Series:
-        return _own_stage(rows, panels, lambda row: np.diagonal(row["dcor2_matrix"][group]))
-
-    parts = {f"Group {group}": series(group) for group in GROUPS}
-    labels = ("stage", "dcor² (features, confounder)")
-    return figures.series_figure(
-        parts,
-        panels,
-        _STAGES,
-        labels=labels,
-        limits=[(0.0, "")],
-        linestyle="-",
-        spread=0.3,
-        height=3.6,
-    )
-
-
-def _own_stage(
-    rows: Sequence[Row], panels: figures.Panels, values: Callable[[Row], NDArray[np.float64]]
-) -> figures.Series:
-    names = [name for group in panels.values() for name in group]
-    return figures.series_of(rows, names, lambda row: enumerate(values(row).tolist()))
+    stages = [str(stage + 1) for stage in range(NUM_STAGES)]
+    return ResultAxis("stage", stages, values, limits, {"linestyle": "-", "spread": 0.3})
 
 
 def _lines(rows: Sequence[Row], names: Sequence[str] | None = None) -> dict[str, list[Row]]:
@@ -386,4 +340,12 @@ SETTING = ContinualSetting(
     size=1000,
     test_size=500,
     slots=("norm1", "norm2"),
+    default_methods=(
+        "none",
+        "batchnorm",
+        "mdn-last-dataset",
+        "mdn-last-running",
+        "mdn-last-recursive",
+        "mdn-every-running",
+    ),
 )

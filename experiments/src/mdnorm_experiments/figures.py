@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 from mdnorm.plotting import MARKERS, PALETTE
 from mdnorm_experiments.results import Row
 
-__all__ = ["Panels", "Projection", "Series", "picture_grid", "projections", "series_figure", "series_of"]
-
 WIDTH = 7.0
 """Inches; what a page shows."""
 

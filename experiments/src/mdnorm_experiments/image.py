@@ -7,7 +7,6 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -15,12 +14,10 @@ from torch import Tensor, nn
 from mdnorm import basis
 from mdnorm_experiments.confounded import ConfoundedSetting
 from mdnorm_experiments.data import digits, faces, image_folder
-from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
+from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, drawn_data, part_seed
 from mdnorm_experiments.data.faces import Faces, make_faces
 from mdnorm_experiments.figures import WIDTH, picture_grid
 from mdnorm_experiments.networks import ConvolutionalBackbone
-
-__all__ = ["DIGITS", "SETTING", "ImageBackbone", "load_faces", "make_digit_data", "make_face_data"]
 
 GROUPS = ("I–II", "III–IV", "V–VI")
 COLOURS = ("red", "green")
@@ -48,13 +45,8 @@ class ImageBackbone(ConvolutionalBackbone):
 
 def _face_samples(images: Tensor, labels: Tensor, shade: Tensor) -> Samples:
     groups = ((shade.round().clamp(1, 6) - 1) // 2).long()
-    return Samples(
-        images.float() / 255 - 0.5,
-        labels,
-        basis.polynomial(shade, 3, low=1, high=6),
-        shade.unsqueeze(1),
-        groups,
-    )
+    powers = basis.polynomial(shade, 3, low=1, high=6)
+    return Samples(images.float() / 255 - 0.5, labels, powers, shade.unsqueeze(1), groups)
 
 
 def make_face_data(size: int, seed: int) -> ConfoundedData:
@@ -64,15 +56,7 @@ def make_face_data(size: int, seed: int) -> ConfoundedData:
         drawn: Faces = make_faces(count, seed=part_seed(seed, part), correlation=correlation)
         return _face_samples(drawn.images, drawn.labels, drawn.shade)
 
-    parts = (draw(size, 0, 0.6), draw(_HELD_OUT, 1, 0.6), draw(_HELD_OUT, 2, 0.0))
-    return ConfoundedData(
-        *parts,
-        faces.CLASSES,
-        GROUPS,
-        {"shade": (0,)},
-        unconfounded=partial(draw, size, 3, 0.0),
-        held_out=partial(draw, size // 4, 4, 0.6),
-    )
+    return drawn_data(draw, size, _HELD_OUT, 0.6, faces.CLASSES, GROUPS, {"shade": (0,)})
 
 
 def load_faces(folder: Path, on_problem: str, columns: Mapping[str, str] | None = None) -> LoadedData:
@@ -90,13 +74,10 @@ def make_digit_data(size: int, seed: int) -> ConfoundedData:
 
     def colour(rows: Tensor, part: int, correlation: float) -> Samples:
         coloured = digits.colour_digits(rows, seed=part_seed(seed, part), correlation=correlation)
-        return Samples(
-            coloured.images,
-            coloured.labels,
-            basis.polynomial(coloured.colour, 3, low=0, high=1),
-            coloured.colour.unsqueeze(1),
-            (coloured.colour > 0.5).long(),
-        )
+        colour = coloured.colour
+        powers = basis.polynomial(colour, 3, low=0, high=1)
+        groups = (colour > 0.5).long()
+        return Samples(coloured.images, coloured.labels, powers, colour.unsqueeze(1), groups)
 
     parts = (colour(order[:size], 0, 0.6), colour(order[size:], 1, 0.6), colour(order[size:], 2, 0.0))
     # Every digit is taken: none is left for `held_out`.
@@ -109,14 +90,9 @@ def _examples(data: ConfoundedData, offset: float, label: str, count: int = 8) -
     for number, name in enumerate(data.classes):
         rows = torch.nonzero(samples.labels == number)[:count, 0]
         rows = rows[samples.confounders[rows, 0].argsort()]
-        pictures = [
-            (
-                np.clip(samples.inputs[row].permute(1, 2, 0).numpy() + offset, 0, 1),
-                f"{label} {float(samples.confounders[row, 0]):.1f}",
-            )
-            for row in rows.tolist()
-        ]
-        lines.append((name, pictures))
+        images = (samples.inputs[rows].permute(0, 2, 3, 1) + offset).clamp(0, 1).numpy()
+        texts = [f"{label} {value:.1f}" for value in samples.confounders[rows, 0].tolist()]
+        lines.append((name, list(zip(images, texts, strict=True))))
     return picture_grid(lines, (WIDTH, 2.3))
 
 

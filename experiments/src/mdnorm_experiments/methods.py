@@ -8,8 +8,6 @@ from typing import Any
 
 from mdnorm_experiments.results import Row
 
-__all__ = ["METHODS", "METHOD_OF_NORM", "Method", "panels", "titles"]
-
 
 @dataclass(frozen=True)
 class Method:

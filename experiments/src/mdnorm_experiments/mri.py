@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,10 @@ from mdnorm import basis
 from mdnorm.extras import requires
 from mdnorm_experiments.confounded import ConfoundedSetting
 from mdnorm_experiments.data import bids, brains
-from mdnorm_experiments.data.brains import make_brains
-from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
+from mdnorm_experiments.data.brains import Brains, make_brains
+from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, drawn_data, part_seed
 from mdnorm_experiments.figures import picture_grid
 from mdnorm_experiments.networks import ConvolutionalBackbone
-
-__all__ = ["SETTING", "BrainBackbone", "load_brains", "make_brain_data"]
 
 _HELD_OUT = 400
 _AGE_RANGE = (40.0, 95.0)
@@ -57,21 +54,15 @@ class BrainBackbone(ConvolutionalBackbone):
 
 
 def _samples(
-    volumes: Tensor,
-    labels: Tensor,
-    age: Tensor,
-    sex: Tensor,
-    site: Tensor,
-    sites: int,
-    age_range: tuple[float, float],
+    found: Brains | bids.BidsFolder, volumes: Tensor, sites: int, low: float, high: float
 ) -> Samples:
-    low, high = age_range
-    each_site = one_hot(site, sites).float()
-    male = sex.float().unsqueeze(1)
+    """Return standardised volumes as samples, with ages from `low` to `high`."""
+    each_site = one_hot(found.site, sites).float()
+    male = found.sex.float().unsqueeze(1)
     # The first site is the reference: with all of them the columns would add up to the intercept.
-    design = torch.cat([basis.polynomial(age, 3, low=low, high=high), male, each_site[:, 1:]], 1)
-    variables = torch.cat([age.unsqueeze(1) / _DECADE, male, each_site], 1)
-    return Samples(volumes, labels, design, variables, site)
+    design = torch.cat([basis.polynomial(found.age, 3, low=low, high=high), male, each_site[:, 1:]], 1)
+    variables = torch.cat([found.age.unsqueeze(1) / _DECADE, male, each_site], 1)
+    return Samples(volumes, found.labels, design, variables, found.site)
 
 
 def _confounders(sites: int) -> dict[str, tuple[int, ...]]:
@@ -83,20 +74,10 @@ def make_brain_data(size: int, seed: int) -> ConfoundedData:
 
     def draw(count: int, part: int, correlation: float) -> Samples:
         drawn = make_brains(count, seed=part_seed(seed, part), correlation=correlation)
-        volumes = bids.standardize(drawn.volumes)
-        return _samples(
-            volumes, drawn.labels, drawn.age, drawn.sex, drawn.site, len(brains.SITES), _AGE_RANGE
-        )
+        return _samples(drawn, bids.standardize(drawn.volumes), len(brains.SITES), *_AGE_RANGE)
 
-    parts = (draw(size, 0, 0.8), draw(_HELD_OUT, 1, 0.8), draw(_HELD_OUT, 2, 0.0))
-    return ConfoundedData(
-        *parts,
-        brains.CLASSES,
-        brains.SITES,
-        _confounders(len(brains.SITES)),
-        unconfounded=partial(draw, size, 3, 0.0),
-        held_out=partial(draw, size // 4, 4, 0.8),
-    )
+    confounders = _confounders(len(brains.SITES))
+    return drawn_data(draw, size, _HELD_OUT, 0.8, brains.CLASSES, brains.SITES, confounders)
 
 
 def load_brains(folder: Path, on_problem: str, columns: Mapping[str, str] | None = None) -> LoadedData:
@@ -108,9 +89,7 @@ def load_brains(folder: Path, on_problem: str, columns: Mapping[str, str] | None
             f"age and site must differ between subjects: {folder} has ages from {low:g} to {high:g} and the "
             f"site(s) {', '.join(found.sites)}."
         )
-    samples = _samples(
-        found.volumes, found.labels, found.age, found.sex, found.site, len(found.sites), (low, high)
-    )
+    samples = _samples(found, found.volumes, len(found.sites), low, high)
     confounders = _confounders(len(found.sites))
     return LoadedData(samples, found.classes, found.sites, confounders, found.problems.text())
 
@@ -120,22 +99,19 @@ def _examples(data: ConfoundedData) -> Figure:
     samples = data.train
     height, depth = samples.inputs.shape[3], samples.inputs.shape[4]
     middle = (round(height * 0.475), depth // 2 - 1)
-    lines: list[tuple[str, list[tuple[Any, str]]]] = []
+    lines: list[tuple[str, Sequence[tuple[Any, str]]]] = []
     for label, name in enumerate(data.classes):
-        coronal: list[tuple[Any, str]] = []
-        axial: list[tuple[Any, str]] = []
+        pairs = []
         for group, site in enumerate(data.groups):
             members = torch.nonzero((samples.labels == label) & (samples.groups == group))[:, 0].tolist()
             if not members:
-                coronal.append((None, ""))
-                axial.append((None, ""))
+                pairs.append(((None, ""), (None, "")))
                 continue
-            volume = samples.inputs[members[0], 0]
-            age, sex = (float(value) for value in samples.confounders[members[0], :2])
+            volume = samples.inputs[members[0], 0].numpy()
+            age, sex = samples.confounders[members[0], :2].tolist()
             text = f"{name}, site {site}\n{'male' if sex else 'female'}, {age * _DECADE:.0f} years"
-            coronal.append((volume[:, middle[0]].T.numpy(), text))
-            axial.append((volume[:, :, middle[1]].T.numpy(), ""))
-        lines += [("", coronal), ("", axial)]
+            pairs.append(((volume[:, middle[0]].T, text), (volume[:, :, middle[1]].T, "")))
+        lines += [("", line) for line in zip(*pairs, strict=True)]
     size = (0.4 + 1.7 * len(data.groups), 1.0 * len(lines) + 0.3)
     return picture_grid(lines, size, cmap="gray", origin="lower", vmin=-3, vmax=2)
 

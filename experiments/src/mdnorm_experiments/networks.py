@@ -6,8 +6,6 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-__all__ = ["NORMS", "BackboneNetwork", "ConvolutionalBackbone", "check_norm", "norm_layer"]
-
 NORMS = ("none", "batch", "group")
 
 

@@ -20,8 +20,6 @@ from mdnorm_experiments.results import Row
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["ReportFigure", "ReportTable", "by_method", "listed", "mean_with_deviation", "write_page"]
-
 
 def listed(values: Iterable[object]) -> str:
     """Return the different values, ascending where they are numbers, as text."""

@@ -49,6 +49,14 @@ class ResultStore:
         write_text_atomically(self.path, f"[\n{lines}\n]\n")
         self.rows = rows
 
+    def refresh(self) -> None:
+        """Look at the rows that other processes have added; there are none."""
+
+    @contextmanager
+    def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
+        """Hold the run with these settings; False where another process does."""
+        yield True
+
 
 class SharedResultStore(ResultStore):
     """A store to which several processes add rows, each run claimed by one of them.

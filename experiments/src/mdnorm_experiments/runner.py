@@ -21,12 +21,7 @@ _PATIENCE = 0.5  # seconds between looks at what other processes have finished
 
 
 class Run(Protocol):
-    """One training: its settings, and how long it is in epochs."""
-
-    @property
-    def epochs(self) -> int:
-        """Number of epochs, the unit of progress."""
-        ...
+    """One training."""
 
     def settings(self) -> Row:
         """Return all settings, JSON values only."""
@@ -47,17 +42,15 @@ class Progress(Protocol):
 
     def epoch_done(self) -> None:
         """One epoch of some run ended."""
+        return
 
     def run_done(self, row: Row) -> None:
         """A row was stored."""
+        return
 
 
-class _Silent:
-    def epoch_done(self) -> None:
-        pass
-
-    def run_done(self, row: Row) -> None:
-        pass
+class _Silent(Progress):
+    pass
 
 
 class Runner(Generic[RunT]):
@@ -91,10 +84,7 @@ class Runner(Generic[RunT]):
         """
         progress = progress or _Silent()
         pending = self.pending(runs)
-        if isinstance(self.store, SharedResultStore):
-            failures = self._beside_others(self.store, pending, progress)
-        else:
-            failures = (self._in_process if self.jobs == 1 else self._in_workers)(pending, progress)
+        failures = (self._in_process if self.jobs == 1 else self._in_workers)(pending, progress)
         if failures:
             raise RunFailedError("\n".join(failures))
         rows = [self.store.find(run.settings()) for run in runs]
@@ -114,14 +104,8 @@ class Runner(Generic[RunT]):
         return []
 
     def _in_process(self, runs: Sequence[RunT], progress: Progress) -> list[str]:
-        failures = []
-        with one_thread():
-            for run in runs:
-                failures += self._finish(run, partial(self.train, run, progress.epoch_done), progress)
-        return failures
-
-    def _beside_others(self, store: SharedResultStore, runs: Sequence[RunT], progress: Progress) -> list[str]:
         """Train what no other process has claimed until every run has a row or has failed here."""
+        store = self.store
         failures: list[str] = []
         waiting = list(runs)
         with one_thread():

@@ -9,28 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch
+
+from mdnorm.integration import insert
 from mdnorm_experiments.baselines import refit
 from mdnorm_experiments.data.confounded import ConfoundedData, Samples
 from mdnorm_experiments.methods import METHODS, Method
 from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.report import ReportFigure, ReportTable, write_page
 from mdnorm_experiments.results import Row
-from mdnorm_experiments.training import build, fit, has_metadata_norm, outputs, recalibrate_on
-
-__all__ = [
-    "SETTINGS",
-    "Run",
-    "Setting",
-    "data_of",
-    "get_setting",
-    "impossible_cells",
-    "plan",
-    "train",
-    "train_network",
-    "write_outputs",
-]
+from mdnorm_experiments.training import fit, has_metadata_norm, outputs, prepare, recalibrate_on
 
 SETTINGS = {
     "synthetic": ("mdnorm_experiments.synthetic", "SETTING"),
@@ -70,6 +60,12 @@ class Run:
     columns: tuple[tuple[str, str], ...] = ()
     features_file: str | None = None
 
+    @property
+    def schedule(self) -> dict[str, Any]:
+        """What `mdnorm_experiments.training.fit` is to be told."""
+        names = ("batch_size", "epochs", "learning_rate", "warmup_epochs")
+        return {name: getattr(self, name) for name in names}
+
     def settings(self) -> Row:
         """Return the settings as JSON values, those of the method included."""
         return get_setting(self.setting).row(self)
@@ -82,10 +78,10 @@ class Setting(ABC):
     `name` is that of the command, `title` and `introduction` stand on the page: what the samples show, what
     confounds them, what an honest network reaches. For sizes and epochs see `Run`. "Every layer" corrects
     after the `slots`, modules inside the backbone, with layers of a `granularity` (see
-    `mdnorm.MetadataNorm`), and builds on `base_norm`. The quick form has its own methods, seeds, size and
-    epochs; None is what the full one has. `tuned` are options of methods, by field of `Method`, that differ
-    for this setting, tuned on the seeds 100 to 103 for the accuracy on confound-free data
-    (``benchmarks/settings_tuning.py``).
+    `mdnorm.MetadataNorm`), and builds on `base_norm`. Without other wishes the `default_methods` (all of
+    them) and `batch_sizes` (the one) are trained; the quick form has its own methods, seeds, size and epochs.
+    `tuned` are options of methods, by field of `Method`, that differ for this setting, tuned on the seeds 100
+    to 103 for the accuracy on confound-free data (``benchmarks/settings_tuning.py``).
     """
 
     name: str
@@ -105,6 +101,8 @@ class Setting(ABC):
     quick_size: int | None = None
     quick_epochs: int | None = None
     tuned: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    default_methods: tuple[str, ...] | None = None
+    batch_sizes: tuple[int, ...] = ()
 
     row_names: ClassVar[Mapping[str, str]]
     """Attributes of `Run` that matter here, beside those of all settings → their names in rows."""
@@ -127,16 +125,6 @@ class Setting(ABC):
     def all_methods(self) -> tuple[str, ...]:
         """What ``--methods all`` stands for."""
         return self.methods
-
-    @property
-    def default_methods(self) -> tuple[str, ...]:
-        """What is trained if nothing else is asked for."""
-        return self.all_methods
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """What is trained if nothing else is asked for."""
-        return (self.batch_size,)
 
     def schedule(self, batch_size: int) -> tuple[int, float]:
         """Return (epochs, learning rate) for a batch size."""
@@ -166,9 +154,9 @@ class Setting(ABC):
 
     @abstractmethod
     def measure(
-        self, network: BackboneNetwork, data: ConfoundedData, trained: Samples, features_file: str | None
+        self, network: BackboneNetwork, data: ConfoundedData, trained: Samples, file: str | None = None
     ) -> Row:
-        """Return the measures of a network on held-out data and on what it was trained on."""
+        """Return the measures on held-out data, whose features go into a file, and on what was trained on."""
 
     @abstractmethod
     def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
@@ -240,8 +228,8 @@ def plan(
     for the held-out features of the first seed of each cell. Raises ValueError for an unknown method, variant
     or `on_problem`, a number out of range, the oracle on real data, or nothing left to run.
     """
-    methods = setting.default_methods if methods is None else methods
-    batch_sizes = setting.batch_sizes if batch_sizes is None else batch_sizes
+    methods = methods if methods is not None else setting.default_methods or setting.all_methods
+    batch_sizes = batch_sizes if batch_sizes is not None else setting.batch_sizes or [setting.batch_size]
     unknown = [method for method in methods if method not in setting.methods]
     if unknown or not methods:
         names = ", ".join(unknown) or "(none given)"
@@ -315,6 +303,28 @@ def _data(run: Run, degree: int) -> ConfoundedData:
     return get_setting(run.setting).data(run, degree)
 
 
+def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> BackboneNetwork:
+    """Return an untrained network with the method's normalisation; its weights depend on the seed alone.
+
+    Layers with the estimator "dataset" have the Gram matrix of the training data.
+    """
+    torch.manual_seed(seed)
+    network = setting.network(method.norm or setting.base_norm, len(data.classes))
+    if method.layers == "none":
+        return network
+    options: dict[str, Any] = {
+        "num_metadata": data.train.metadata.shape[1],
+        "num_labels": network.head.out_features,
+        "example": data.train.inputs[:2],
+    } | (method.options or {})
+    if method.layers == "every":
+        slots = [f"backbone.{slot}" for slot in setting.slots]
+        insert(network, after=slots, granularity=setting.granularity, **options)
+    insert(network, after="hidden", **options)
+    prepare(network, data.train)
+    return network
+
+
 def train_network(
     run: Run, method: Method, data: ConfoundedData, epoch_done: Callable[[], None]
 ) -> tuple[BackboneNetwork, Samples, Row]:
@@ -336,10 +346,7 @@ def train_network(
         network,
         method,
         samples,
-        batch_size=run.batch_size,
-        epochs=run.epochs,
-        learning_rate=run.learning_rate,
-        warmup_epochs=run.warmup_epochs,
+        **run.schedule,
         seed=run.seed,
         epoch_done=epoch_done,
     )

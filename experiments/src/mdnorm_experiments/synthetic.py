@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -35,8 +35,6 @@ from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean
 from mdnorm_experiments.results import Row
 from mdnorm_experiments.settings import Run, Setting
 from mdnorm_experiments.training import outputs, predictions, save_features
-
-__all__ = ["SETTING", "SyntheticSetting", "example_images", "metadata_columns", "samples_of", "verdict"]
 
 GROUPS = ("A", "B")
 MARGIN = 0.015
@@ -154,16 +152,6 @@ class SyntheticSetting(Setting):
         """Those of the table; the others serve a variant."""
         return tuple(name for name in self.methods if METHODS[name].in_table)
 
-    @property
-    def default_methods(self) -> tuple[str, ...]:
-        """The recipe, and what it is compared with."""
-        return ("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running")
-
-    @property
-    def batch_sizes(self) -> tuple[int, ...]:
-        """All sizes with a schedule."""
-        return tuple(_SCHEDULES)
-
     def schedule(self, batch_size: int) -> tuple[int, float]:
         """Return (epochs, learning rate) for a batch size: those of the nearest tuned one."""
         return _SCHEDULES[min(_SCHEDULES, key=lambda size: abs(math.log(size / max(batch_size, 1))))]
@@ -194,11 +182,7 @@ class SyntheticSetting(Setting):
         return ConfoundedData(train, test, test, GROUPS, GROUPS, {"confounder": (0,)})
 
     def measure(
-        self,
-        network: BackboneNetwork,
-        data: ConfoundedData,
-        trained: Samples,
-        features_file: str | None = None,
+        self, network: BackboneNetwork, data: ConfoundedData, trained: Samples, file: str | None = None
     ) -> Row:
         """Return "bacc", and by group, "accuracy" and "dcor2" (features, confounder); fractions."""
         from sklearn.metrics import balanced_accuracy_score
@@ -212,9 +196,9 @@ class SyntheticSetting(Setting):
             accuracy[group] = float((predicted == test.labels)[inside].double().mean())
             found = distance_correlation_sqr(features[inside], test.confounders[inside, 0])
             dependence[group] = float(found)
-        if features_file is not None:
+        if file is not None:
             confounder = test.confounders[:, 0]
-            save_features(features_file, features, logits, labels=test.labels, confounder=confounder)
+            save_features(file, features, logits, labels=test.labels, confounder=confounder)
         return {
             "bacc": float(balanced_accuracy_score(test.labels.numpy(), predicted.numpy())),
             "accuracy": accuracy,
@@ -261,7 +245,7 @@ class SyntheticSetting(Setting):
             ),
             ReportFigure(
                 "accuracy",
-                accuracy_figure(rows, panels(names)),
+                accuracy_figure(rows, panels(names), batch_axis(rows)),
                 "Accuracy",
                 "Balanced accuracy of every method by batch size; the numbers are in the table.",
                 "Closest to 83.3 % is best. What lies above was got from the confounder."
@@ -270,7 +254,7 @@ class SyntheticSetting(Setting):
             ),
             ReportFigure(
                 "dependence",
-                dependence_figure(rows, panels(names)),
+                dependence_figure(rows, panels(names), batch_axis(rows)),
                 "What the features hold of the confounder",
                 "Distance correlation by group, method and batch size; the numbers are in the table.",
                 "Bias-corrected squared distance correlation; 0 is right.",
@@ -356,9 +340,27 @@ def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = 
     return figure
 
 
-def accuracy_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
-    """Balanced accuracy by batch size, mean ± standard deviation over seeds, with the analytic limits."""
+class ResultAxis(NamedTuple):
+    """Where results stand in a figure: by batch size, or by stage.
+
+    `values` leads from a row and "bacc" or a group, for its dcor², to (position, value); `limits` and
+    `options` are those of `series_figure`.
+    """
+
+    label: str
+    ticks: list[str]
+    values: Callable[[Row, str], Iterable[tuple[int, float]]]
+    limits: Sequence[tuple[float | Sequence[float], str]]
+    options: dict[str, Any]
+
+
+def batch_axis(rows: Sequence[Row]) -> ResultAxis:
+    """Return the axis of batch sizes, with the analytic limits."""
     sizes = sorted({row["batch_size"] for row in rows})
+
+    def values(row: Row, key: str) -> Iterable[tuple[int, float]]:
+        return [(sizes.index(row["batch_size"]), row["bacc"] if key == "bacc" else row["dcor2"][key])]
+
     limits = [
         (100 * limit, f"{100 * limit:.1f} %\n{text}")
         for limit, text in (
@@ -367,26 +369,32 @@ def accuracy_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
         )
         if _has_limits(rows)
     ]
+    return ResultAxis("batch size", list(map(str, sizes)), values, limits, {})
+
+
+def accuracy_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
+    """Balanced accuracy, mean ± standard deviation over seeds, with the analytic limits."""
     names = [name for group in panels.values() for name in group]
-    series = figures.series_of(rows, names, lambda row: [(sizes.index(row["batch_size"]), 100 * row["bacc"])])
-    labels = ("batch size", "balanced accuracy on held-out data (%)")
-    return figures.series_figure({"": series}, panels, list(map(str, sizes)), labels=labels, limits=limits)
+    series = figures.series_of(
+        rows, names, lambda row: [(place, 100 * value) for place, value in axis.values(row, "bacc")]
+    )
+    labels = (axis.label, "balanced accuracy on held-out data (%)")
+    return figures.series_figure(
+        {"": series}, panels, axis.ticks, labels=labels, limits=axis.limits, **axis.options
+    )
 
 
-def dependence_figure(rows: Sequence[Row], panels: figures.Panels) -> Figure:
+def dependence_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
     """Distance correlation of features and confounder by group, mean ± standard deviation over seeds."""
-    sizes = sorted({row["batch_size"] for row in rows})
     names = [name for group in panels.values() for name in group]
 
     def series(group: str) -> figures.Series:
-        return figures.series_of(
-            rows, names, lambda row: [(sizes.index(row["batch_size"]), row["dcor2"][group])]
-        )
+        return figures.series_of(rows, names, lambda row: axis.values(row, group))
 
     parts = {f"Group {group}": series(group) for group in GROUPS}
-    labels = ("batch size", "dcor² (features, confounder)")
+    labels = (axis.label, "dcor² (features, confounder)")
     return figures.series_figure(
-        parts, panels, list(map(str, sizes)), labels=labels, limits=[(0.0, "")], height=3.6
+        parts, panels, axis.ticks, labels=labels, limits=[(0.0, "")], height=3.6, **axis.options
     )
 
 
@@ -419,4 +427,6 @@ SETTING = SyntheticSetting(
     test_size=2000,
     slots=("norm1", "norm2"),
     quick_seeds=2,
+    default_methods=("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running"),
+    batch_sizes=tuple(_SCHEDULES),
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,29 +17,14 @@ from mdnorm import context
 from mdnorm.balance import balancing_weights
 from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.files import atomic_path
-from mdnorm.integration import fit_gram, insert, parameter_groups, penalty_loss, recalibrate
+from mdnorm.integration import fit_gram, parameter_groups, penalty_loss, recalibrate
 from mdnorm.layer import MetadataNorm
 from mdnorm_experiments.adversary import Adversary
 from mdnorm_experiments.baselines import GroupWeights
-from mdnorm_experiments.data.confounded import ConfoundedData, Samples
+from mdnorm_experiments.data.confounded import Samples
 from mdnorm_experiments.methods import Method
 from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.results import Row
-
-if TYPE_CHECKING:
-    from mdnorm_experiments.settings import Setting
-
-__all__ = [
-    "build",
-    "fit",
-    "has_metadata_norm",
-    "num_steps",
-    "outputs",
-    "predictions",
-    "recalibrate_on",
-    "sample_weights",
-    "save_features",
-]
 
 # Twice as fast as 500: the feature maps stay in the cache.
 _EVALUATION_BATCH = 125
@@ -62,28 +48,6 @@ def _metadata(
     if not has_metadata_norm(network):
         return nullcontext()
     return context.metadata(network, metadata, None if labels is None else _labels(network, labels), weights)
-
-
-def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> BackboneNetwork:
-    """Return an untrained network with the method's normalisation; its weights depend on the seed alone.
-
-    Layers with the estimator "dataset" have the Gram matrix of the training data.
-    """
-    torch.manual_seed(seed)
-    network = setting.network(method.norm or setting.base_norm, len(data.classes))
-    if method.layers == "none":
-        return network
-    options: dict[str, Any] = {
-        "num_metadata": data.train.metadata.shape[1],
-        "num_labels": network.head.out_features,
-        "example": data.train.inputs[:2],
-    } | (method.options or {})
-    if method.layers == "every":
-        slots = [f"backbone.{slot}" for slot in setting.slots]
-        insert(network, after=slots, granularity=setting.granularity, **options)
-    insert(network, after="hidden", **options)
-    prepare(network, data.train)
-    return network
 
 
 def prepare(network: BackboneNetwork, samples: Samples) -> None:
@@ -159,13 +123,13 @@ def fit(
 
 def _schedule(
     optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int
-) -> torch.optim.lr_scheduler.LRScheduler:
-    schedulers = torch.optim.lr_scheduler
-    if warmup_steps == 0:
-        return schedulers.CosineAnnealingLR(optimizer, steps)
-    rise = schedulers.LinearLR(optimizer, 1 / (warmup_steps + 1), 1.0, warmup_steps)
-    fall = schedulers.CosineAnnealingLR(optimizer, max(steps - warmup_steps, 1))
-    return schedulers.SequentialLR(optimizer, [rise, fall], [warmup_steps])
+) -> torch.optim.lr_scheduler.LambdaLR:
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1))) / 2
+
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def _losses(

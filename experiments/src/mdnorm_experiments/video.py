@@ -23,8 +23,6 @@ from mdnorm_experiments.data.hmdb51 import VideoFolder, load_hmdb51
 from mdnorm_experiments.figures import WIDTH, picture_grid
 from mdnorm_experiments.networks import check_norm
 
-__all__ = ["SETTING", "VideoBackbone", "load_videos", "make_video_data", "scene_components"]
-
 NUM_COMPONENTS = 5
 _HELD_OUT = 300
 _CORRELATION = 0.6

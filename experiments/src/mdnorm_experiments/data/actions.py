@@ -23,8 +23,6 @@ from mdnorm.files import atomic_path
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
 
-__all__ = ["ACTIONS", "LABEL_NOISE", "SCENES", "Clips", "encode", "make_clips", "write_hmdb51"]
-
 ACTIONS = ("jump", "wave", "squat")
 SCENES = ("beach", "forest", "court", "street", "gym", "snow")
 LABEL_NOISE = 0.1

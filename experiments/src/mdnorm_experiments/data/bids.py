@@ -22,8 +22,6 @@ from mdnorm_experiments.data.brains import SHAPE, SPACING
 from mdnorm_experiments.data.problems import Problems
 from mdnorm_experiments.data.tables import TextTable, column_names, is_missing, read_text_table
 
-__all__ = ["COLUMNS", "BidsFolder", "load_bids", "standardize"]
-
 COLUMNS = {
     "subject": ("participant_id",),
     "age": ("age",),
@@ -102,29 +100,15 @@ def load_bids(
 
     Images should be stripped of the skull (0 outside the brain) and aligned; neither is done here. They are
     resampled to `spacing` millimetres, smoothed before where that is coarser than theirs, then padded with 0
-    or cropped about the middle to `shape`: voxels from left to right, back to front, bottom to top.
+    or cropped about the middle to `shape`: voxels from left to right, back to front, bottom to top. `columns`
+    are names for some of `COLUMNS`.
 
-    Parameters
-    ----------
-    columns : mapping, optional
-        "subject", "age", "sex", "site" and "label" → its column in participants.tsv; by default
-        `COLUMNS`.
-    on_problem : "error" or "skip"
-        What to do where there are rows without image, images without row, several rows or images of a
-        subject, a missing or invalid age, sex, site or label, images that are truncated or damaged, not
-        finite, empty or not three-dimensional.
-
-    Raises
-    ------
-    FileNotFoundError
-        No such folder or no table: the message says what layout is needed and where such data come from.
-    ValueError
-        The table cannot be parsed, a column is missing or there twice, an argument out of range, one
-        label only.
-    DataProblemsError
-        All problems, with on_problem="error".
-    MissingExtraError
-        A package of the extra "mri" is not installed.
+    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: rows without
+    image, images without row, several rows or images of a subject, a missing or invalid age, sex, site or
+    label, images that are truncated or damaged, not finite, empty or not three-dimensional. FileNotFoundError
+    without folder or table says what layout is needed and where such data come from. ValueError: the table
+    cannot be parsed, a column is missing or there twice, an argument is out of range, there is one label
+    only. MissingExtraError: a package of the extra "mri" is not installed.
     """
     folder = Path(folder)
     table = folder / "participants.tsv"

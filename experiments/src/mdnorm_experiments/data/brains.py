@@ -25,21 +25,8 @@ from torch.nn.functional import grid_sample, interpolate
 
 from mdnorm.extras import requires
 
-__all__ = [
-    "CLASSES",
-    "LIMIT",
-    "SEPARATION",
-    "SHAPE",
-    "SITES",
-    "SPACING",
-    "Brains",
-    "make_brains",
-    "write_bids",
-]
-
 CLASSES = ("control", "patient")
 SITES = ("A", "B", "C", "D")
-SEXES = ("female", "male")
 SHAPE = (32, 40, 32)
 """Voxels from left to right, back to front, bottom to top."""
 SPACING = 6.0

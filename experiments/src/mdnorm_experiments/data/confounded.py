@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from mdnorm.metrics.distance_correlation import MIN_SAMPLES
-
-__all__ = ["ConfoundedData", "LoadedData", "Samples", "part_seed", "select", "split"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +93,21 @@ class LoadedData:
         """Return training, test and confound-free data; see `split`."""
         parts = split(self.samples, seed=seed)
         return ConfoundedData(*parts, self.classes, self.groups, self.confounders)
+
+
+def drawn_data(
+    draw: Callable[[int, int, float], Samples],
+    size: int,
+    held_out: int,
+    correlation: float,
+    classes: tuple[str, ...],
+    groups: tuple[str, ...],
+    confounders: dict[str, tuple[int, ...]],
+) -> ConfoundedData:
+    """Return data from a function that draws samples: number, part (see `part_seed`) and correlation."""
+    parts = (draw(size, 0, correlation), draw(held_out, 1, correlation), draw(held_out, 2, 0.0))
+    unconfounded, more = partial(draw, size, 3, 0.0), partial(draw, size // 4, 4, correlation)
+    return ConfoundedData(*parts, classes, groups, confounders, unconfounded, more)
 
 
 def part_seed(seed: int, part: int) -> int:

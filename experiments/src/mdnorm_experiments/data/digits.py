@@ -15,8 +15,6 @@ from torch import Tensor
 
 from mdnorm.extras import requires
 
-__all__ = ["CLASSES", "COUNT", "LABEL_NOISE", "ColouredDigits", "colour_digits"]
-
 CLASSES = ("0 to 4", "5 to 9")
 COUNT = 1797
 LABEL_NOISE = 0.25

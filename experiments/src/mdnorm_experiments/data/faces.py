@@ -25,8 +25,6 @@ from mdnorm.files import atomic_path
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["CLASSES", "LIMIT", "SHADES", "Faces", "make_faces", "write_image_folder"]
-
 CLASSES = ("female", "male")
 SHADES = ("I", "II", "III", "IV", "V", "VI")
 """Fitzpatrick skin types."""

@@ -22,8 +22,6 @@ from mdnorm.extras import requires
 from mdnorm_experiments.data.problems import Problems
 from mdnorm_experiments.data.tables import column_names
 
-__all__ = ["COLUMNS", "VideoFolder", "decode", "load_hmdb51"]
-
 COLUMNS = {"clip": ("clip",)}
 """What the table has beside a column for each scene → how that is called if no other name is given."""
 
@@ -56,32 +54,18 @@ def load_hmdb51(
     image_size: int = 32,
     on_problem: str = "error",
 ) -> VideoFolder:
-    """Read the clips of split 1, 2 or 3 and their scene scores.
+    """Read the clips of split 1, 2 or 3 and their scene scores, from a folder in the published layout.
 
     `num_frames` are taken from each clip at equal distances, the last one again where it has fewer; the
-    centre square is resized to `image_size`.
+    centre square is resized to `image_size`. The scores are a CSV or Parquet table with a column "clip", or
+    as `columns` name it, and one column a scene; by default ``scene_scores.csv`` or ``.parquet`` in the
+    folder.
 
-    Parameters
-    ----------
-    folder : Path
-        With ``hmdb51_org`` and ``testTrainMulti_7030_splits`` inside.
-    scores : Path, optional
-        CSV or Parquet table with a column "clip", or as `columns` name it, and one column a scene; by
-        default ``scene_scores.csv`` or ``.parquet`` in the folder.
-    on_problem : "error" or "skip"
-        What to do with clips that are named and not in the folder of their class, not named, named twice,
-        cannot be decoded, or have no or bad scores.
-
-    Raises
-    ------
-    FileNotFoundError
-        No such folder, or a part of it is not there: the message says what to get.
-    ValueError
-        Another split, a table that cannot be parsed or lacks a column, or fewer than two classes.
-    DataProblemsError
-        All problems, with on_problem="error".
-    MissingExtraError
-        PyAV, pandas or pyarrow is not installed.
+    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: clips that are
+    named and not in the folder of their class, not named, named twice, cannot be decoded, or have no or bad
+    scores. FileNotFoundError says which part of the layout is not there and where to get it. ValueError:
+    another split, a table that cannot be parsed or lacks a column, fewer than two classes. MissingExtraError:
+    PyAV, pandas or pyarrow is not installed.
     """
     if split not in (1, 2, 3):
         raise ValueError(f"split must be 1, 2 or 3, got {split!r}.")

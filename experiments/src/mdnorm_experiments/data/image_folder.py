@@ -21,8 +21,6 @@ from mdnorm_experiments.data.faces import SHADES
 from mdnorm_experiments.data.problems import Problems
 from mdnorm_experiments.data.tables import column_names, is_missing, read_text_table
 
-__all__ = ["COLUMNS", "ImageFolder", "load_image_folder"]
-
 COLUMNS = {
     "file": ("filename", "file", "image"),
     "label": ("bi.gender", "gender", "label"),
@@ -60,26 +58,14 @@ def load_image_folder(
 ) -> ImageFolder:
     """Read images, anywhere below a folder, and their CSV table, by default the only one in it.
 
-    The larger side of an image is cropped about the centre, then it is resized.
+    The larger side of an image is cropped about the centre, then it is resized. `columns` are names for some
+    of `COLUMNS`.
 
-    Parameters
-    ----------
-    columns : mapping, optional
-        "file", "label" and "shade" → the name of the column; by default what `COLUMNS` finds.
-    on_problem : "error" or "skip"
-        What to do where there are rows without image, images without row, duplicates, files that cannot
-        be read, shades that are no Fitzpatrick type, missing labels.
-
-    Raises
-    ------
-    FileNotFoundError
-        No such folder or no table: the message says what to get.
-    ValueError
-        The table cannot be parsed, a column is missing or there twice, several tables, or one label only.
-    DataProblemsError
-        All problems, with on_problem="error".
-    MissingExtraError
-        Pillow is not installed.
+    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: rows without
+    image, images without row, duplicates, files that cannot be read, shades that are no Fitzpatrick type,
+    missing labels. FileNotFoundError without folder or table says what to get. ValueError: the table cannot
+    be parsed, a column is missing or there twice, there are several tables, or one label only.
+    MissingExtraError: Pillow is not installed.
     """
     table = _table(folder, table)
     data = read_text_table(table, csv_delimiter(table))

@@ -6,8 +6,6 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-__all__ = ["DataProblemsError", "Problems"]
-
 
 class DataProblemsError(Exception):
     """Files or rows of a data set cannot be used; the message lists every one of them."""

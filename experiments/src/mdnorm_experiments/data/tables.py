@@ -7,8 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["TextTable", "column_names", "is_missing", "read_text_table"]
-
 _MISSING = frozenset({"", "n/a", "na", "nan", "none", "null"})
 
 
