@@ -10,10 +10,10 @@ help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
 
 demo: $(VENV)/.demo ## See it work: the synthetic experiment in a few minutes, results in results/demo
-	$(BIN)/mdnorm experiment synthetic --quick --out results/demo
+	$(BIN)/mdnorm-experiments synthetic --quick --out results/demo
 
 audit: $(VENV)/.audit ## See what an uncorrected and a corrected network know: results/audit/report.html
-	$(BIN)/mdnorm experiment synthetic --quick --methods none,mdn-last-running --seeds 1 --out results/audit/networks
+	$(BIN)/mdnorm-experiments synthetic --quick --methods none,mdn-last-running --seeds 1 --out results/audit/networks
 	$(BIN)/mdnorm audit results/audit/networks/features/none-plain-batch200-seed0.safetensors \
 		results/audit/networks/metadata.csv --label group --ignore effect --out results/audit \
 		--after results/audit/networks/features/mdn-last-running-plain-batch200-seed0.safetensors \
@@ -44,28 +44,29 @@ bench: $(VENV)/.dev ## Run the benchmarks, tables and JSON in results/bench
 	$(BIN)/python benchmarks/residualize.py --rows 1000000 --csv-rows 100000 --json results/bench/residualize.json
 
 full: $(VENV)/.demo ## Run the whole synthetic table (about two hours on two cores), resumable
-	$(BIN)/mdnorm experiment synthetic --methods all --out results/synthetic
+	$(BIN)/mdnorm-experiments synthetic --methods all --out results/synthetic
 
 variants: $(VENV)/.demo ## Run the harder variants of the synthetic data (an hour), resumable
-	$(BIN)/mdnorm experiment synthetic --variant sites --batch-sizes 4,20 --methods mdn-last-running,mdn-every-running
-	$(BIN)/mdnorm experiment synthetic --variant quadratic --batch-sizes 200 --seeds 3 --methods none,mdn-last-linear,mdn-last-running
-	$(BIN)/mdnorm experiment synthetic --variant variance --batch-sizes 200 --seeds 3 --methods none,mdn-last-running,mdn-last-scale
+	$(BIN)/mdnorm-experiments synthetic --variant sites --batch-sizes 4,20 --methods mdn-last-running,mdn-every-running
+	$(BIN)/mdnorm-experiments synthetic --variant quadratic --batch-sizes 200 --seeds 3 --methods none,mdn-last-linear,mdn-last-running
+	$(BIN)/mdnorm-experiments synthetic --variant variance --batch-sizes 200 --seeds 3 --methods none,mdn-last-running,mdn-last-scale
 
 continual: $(VENV)/.demo ## Run the continual task (an hour), resumable
-	$(BIN)/mdnorm experiment continual --methods all --out results/continual
+	$(BIN)/mdnorm-experiments continual --methods all --out results/continual
 
 settings: $(VENV)/.dev ## Run faces, coloured digits, video and MRI with every method (two hours), resumable
-	$(BIN)/mdnorm experiment image
-	$(BIN)/mdnorm experiment digits
-	$(BIN)/mdnorm experiment video
-	$(BIN)/mdnorm experiment mri
+	$(BIN)/mdnorm-experiments image
+	$(BIN)/mdnorm-experiments digits
+	$(BIN)/mdnorm-experiments video
+	$(BIN)/mdnorm-experiments mri
 
 site: $(VENV)/.dev ## Build the documentation: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-release: $(VENV)/.dev ## Build wheel and source distribution, and list all that tests ran with (SBOM): dist/
+release: $(VENV)/.dev ## Build wheels and source distributions of both packages, and list all that tests ran with (SBOM): dist/
 	rm -rf dist
 	$(BIN)/python -m build --no-isolation
+	$(BIN)/python -m build --no-isolation --outdir dist experiments
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/cyclonedx-py environment --of JSON -o dist/sbom.json $(VENV)
 
@@ -82,14 +83,14 @@ minimum: ## Test with the lowest versions that pyproject.toml allows (Python 3.1
 	$(PYTHON) -m venv build/minimum
 	$(MINIMUM)/python -m pip install --quiet uv
 	$(MINIMUM)/uv pip install --quiet --python $(MINIMUM)/python --resolution lowest-direct \
-		'.[audit,design,experiments,metrics,tables]'
+		'.[audit,design,metrics,tables]' ./experiments
 	$(MINIMUM)/uv pip freeze --python $(MINIMUM)/python --exclude-editable | grep -v '^mdnorm' > build/minimum/lowest.txt
 	$(MINIMUM)/uv pip install --quiet --python $(MINIMUM)/python --constraint build/minimum/lowest.txt \
 		dcor hypothesis 'polars<2' pytest statsmodels
 	$(MINIMUM)/python -m pytest -q -W default tests/test_regression.py tests/test_layer.py tests/test_basis.py \
 		tests/test_context.py tests/design tests/estimators tests/commands \
 		tests/metrics/test_streaming.py tests/metrics/test_group_gaps.py tests/tables/test_streaming_tables.py \
-		tests/auditing --ignore tests/auditing/test_page.py
+		tests/auditing --ignore tests/auditing/test_page.py experiments/tests/test_experiment_command.py
 
 tables: $(VENV)/.dev ## Compare ways to take metadata out of tables (ten minutes)
 	$(BIN)/python benchmarks/table_comparison.py --out results/tables
@@ -102,19 +103,23 @@ format: $(VENV)/.dev ## Format the code
 	$(BIN)/ruff format .
 
 clean: ## Remove the environment and caches (results stay)
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist experiments/build
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.demo: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[experiments]'
+# The package and its experiments: two distributions, installed together.
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt
+PROJECTS := pyproject.toml experiments/pyproject.toml constraints.txt
+
+$(VENV)/.demo: $(PROJECTS) | $(VENV)/bin/python
+	$(INSTALL) --editable . --editable ./experiments
 	@touch $@
 
-$(VENV)/.audit: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[audit,experiments]'
+$(VENV)/.audit: $(PROJECTS) | $(VENV)/bin/python
+	$(INSTALL) --editable '.[audit]' --editable ./experiments
 	@touch $@ $(VENV)/.demo
 
-$(VENV)/.dev: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check --quiet --constraint constraints.txt --editable '.[dev]'
+$(VENV)/.dev: $(PROJECTS) | $(VENV)/bin/python
+	$(INSTALL) --editable '.[dev]' --editable './experiments[image,video,mri]'
 	@touch $@ $(VENV)/.demo $(VENV)/.audit

@@ -22,17 +22,11 @@ from typing import Any
 
 import torch
 
-from mdnorm.experiments.confounded import (
-    METHOD_NAMES,
-    SETTINGS,
-    evaluate,
-    get_setting,
-    method_of,
-    plan,
-    train_network,
-)
 from mdnorm.files import write_text_atomically
+from mdnorm_experiments.confounded import METHOD_NAMES, ConfoundedSetting, evaluate
+from mdnorm_experiments.settings import get_setting, plan, train_network
 
+SETTINGS = ("image", "digits", "video", "mri")
 SEEDS = range(100, 104)
 
 
@@ -55,6 +49,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     setting = get_setting(options.setting)
+    assert isinstance(setting, ConfoundedSetting)
     field, name = options.option[0].split(".") if options.option else ("", "")
     values = [json.loads(text) for text in options.option[1:]] if options.option else [None]
     rows: list[dict[str, Any]] = []
@@ -72,13 +67,13 @@ def main() -> None:
             values,
         ):
             (run,) = plan(setting, [chosen], 1, first_seed=seed, size=size, epochs=epochs, learning_rate=rate)
-            method = method_of(setting, chosen)
+            method = setting.method(chosen)
             if field:
                 method = replace(method, **{field: getattr(method, field) | {name: value}})
             network, samples, trained = train_network(
                 replace(run, warmup_epochs=warmup), method, data, lambda: None
             )
-            row = evaluate(network, data, trained=samples) | trained
+            row = evaluate(network, data, samples) | trained
             rows.append(run.settings() | method.settings() | {"warmup_epochs": warmup} | row)
             cell = f"| {chosen} | {size} | {epochs} | {rate:g} | {warmup} | {value} |"
             means[cell].append(row["bacc"])

@@ -1,6 +1,6 @@
 """What each part of the recipe contributes on the synthetic data at small batches: one change at a time.
 
-The recipe is `mdn-last-running` of ``mdnorm experiment synthetic``: the two-sided running estimator, the
+The recipe is `mdn-last-running` of ``mdnorm-experiments synthetic``: the two-sided running estimator, the
 confounder as a cubic polynomial, the intercept kept, recalibration at the end (its own columns of the table).
 Finished trainings are kept in the folder.
 
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mdnorm.estimators import ESTIMATORS, LeastSquares
-from mdnorm.experiments.methods import METHODS, Method
-from mdnorm.experiments.report import synthetic_table
-from mdnorm.experiments.results import ResultStore
-from mdnorm.experiments.runner import Runner
-from mdnorm.experiments.synthetic import plan, train
+from mdnorm_experiments.methods import METHODS, Method
+from mdnorm_experiments.results import ResultStore
+from mdnorm_experiments.runner import Runner
+from mdnorm_experiments.settings import plan, train
+from mdnorm_experiments.synthetic import SETTING
 
 # Running coefficients as constants: the effect is removed, the incentive to use it stays. And running
 # coefficients whose gradient comes from the batch at hand alone.
@@ -61,13 +61,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    runs = plan(list(VARIANTS), arguments.batch_sizes, arguments.seeds)
+    runs = plan(SETTING, list(VARIANTS), arguments.seeds, batch_sizes=arguments.batch_sizes)
     store = ResultStore(arguments.out / "results.json")
     rows = Runner(store, train, os.cpu_count() or 1).run(runs)
-    names = {name: METHODS[name].title for name in VARIANTS}
-    table = synthetic_table(rows, names).markdown()
-    (arguments.out / "table.md").write_text(table, encoding="utf-8")
-    print(table)
+    (table,) = SETTING.tables(rows)
+    text = table.markdown()
+    (arguments.out / "table.md").write_text(text, encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

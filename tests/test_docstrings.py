@@ -7,11 +7,13 @@ import pkgutil
 import pytest
 
 import mdnorm
+import mdnorm_experiments
 
-# `mdnorm.__main__` runs the command line when imported.
+# `__main__` runs the command line when imported.
 MODULES = [
     module.name
-    for module in pkgutil.walk_packages(mdnorm.__path__, "mdnorm.")
+    for package in (mdnorm, mdnorm_experiments)
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
     if not module.name.endswith("__main__")
 ]
 

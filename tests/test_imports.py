@@ -1,4 +1,4 @@
-"""Imports go one way, in the order of the table in CONTRIBUTING.md, and the package itself stays light."""
+"""Imports go one way, in the order of the tables in CONTRIBUTING.md, and the package itself stays light."""
 
 from __future__ import annotations
 
@@ -13,56 +13,74 @@ import pytest
 
 import mdnorm
 
-PACKAGE = Path(mdnorm.__file__).parent
-CONTRIBUTING = Path(__file__).parents[1] / "CONTRIBUTING.md"
+ROOT = Path(__file__).parents[1]
+FOLDERS = {
+    "mdnorm": Path(mdnorm.__file__).parent,
+    "mdnorm_experiments": ROOT / "experiments" / "src" / "mdnorm_experiments",
+}
 
 
-def rows() -> list[list[str]]:
-    """The modules of each row of the table, from the lowest to the highest."""
-    section = CONTRIBUTING.read_text(encoding="utf-8").split("## Where things are")[1].split("\n## ")[0]
-    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
-    return [[name.removesuffix(".py").rstrip("/") for name in re.findall("`(.+?)`", cell)] for cell in cells]
+def tables() -> list[dict[str, int]]:
+    """Module → row of each table, counted from the lowest; the order of the tables is that of `FOLDERS`."""
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    section = text.split("## Where things are")[1].split("\n## ")[0]
+    found: list[dict[str, int]] = []
+    for table in section.split("| --- | --- |\n")[1:]:
+        cells = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+        names = [re.findall("`(.+?)`", cell) for cell in cells]
+        found.append(
+            {name.removesuffix(".py").rstrip("/"): row for row, line in enumerate(names) for name in line}
+        )
+    return found
 
 
-LAYER_OF = {name: layer for layer, names in enumerate(rows()) for name in names}
-MODULES = sorted(path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py"))
+LAYERS_OF = dict(zip(FOLDERS, tables(), strict=True))
+MODULES = [
+    (package, path.relative_to(folder))
+    for package, folder in FOLDERS.items()
+    for path in sorted(folder.rglob("*.py"))
+]
 
 
-def imported(tree: ast.Module) -> Iterator[tuple[int, str]]:
-    """Line and name, below the package, of what a module imports, in its functions and for its types too."""
+def imported(tree: ast.Module, of: str) -> Iterator[tuple[int, str]]:
+    """Line and name, below a package, of what a module imports of it, in functions and for types too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
-                if alias.name.startswith("mdnorm."):
+                if alias.name.startswith(f"{of}."):
                     yield node.lineno, alias.name.split(".")[1]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"
             package, *below = (node.module or "").split(".")
-            if package == "mdnorm":
+            if package == of:
                 yield from ((node.lineno, name) for name in below[:1] or [a.name for a in node.names])
-        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "mdnorm":
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == of:
             # After ``import mdnorm``.
             yield node.lineno, node.attr
 
 
-@pytest.mark.parametrize("module", MODULES, ids=str)
-def test_no_module_imports_from_a_higher_layer(module: Path) -> None:
+@pytest.mark.parametrize(("package", "module"), MODULES, ids=str)
+def test_no_module_imports_from_a_higher_layer(package: str, module: Path) -> None:
+    tree = ast.parse((FOLDERS[package] / module).read_text(encoding="utf-8"))
+    if package == "mdnorm":
+        assert not list(imported(tree, "mdnorm_experiments")), "the package knows nothing of the experiments"
     if str(module) == "__init__.py":
         return
-    own = module.parts[0].removesuffix(".py")
-    assert own in LAYER_OF, f"{own} is not in the table of CONTRIBUTING.md"
-    tree = ast.parse((PACKAGE / module).read_text(encoding="utf-8"))
+    own, layer_of = module.parts[0].removesuffix(".py"), LAYERS_OF[package]
+    assert own in layer_of, f"{own} is not in the table of CONTRIBUTING.md"
     upward = [
         f"line {line}: {name}"
-        for line, name in imported(tree)
+        for line, name in imported(tree, package)
         # The version is that of the package, whatever has been imported of it.
-        if name != "__version__" and LAYER_OF.get(name, len(MODULES)) > LAYER_OF[own]
+        if name != "__version__" and layer_of.get(name, len(MODULES)) > layer_of[own]
     ]
     assert not upward
 
 
-def test_the_table_has_what_there_is() -> None:
-    assert {path.parts[0].removesuffix(".py") for path in MODULES} - {"__init__"} == set(LAYER_OF)
+@pytest.mark.parametrize("package", FOLDERS)
+def test_the_table_has_what_there_is(package: str) -> None:
+    found = {path.parts[0].removesuffix(".py") for name, path in MODULES if name == package}
+    assert found - {"__init__"} == set(LAYERS_OF[package])
 
 
 def run(code: str) -> str:

@@ -14,6 +14,7 @@ import mdnorm
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "src" / "mdnorm"
+EXPERIMENTS = ROOT / "experiments"
 
 
 def run(*command, **options):
@@ -32,22 +33,50 @@ def built(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def experiments(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dist")
+    run("-m", "build", "--no-isolation", "--wheel", "--outdir", folder, EXPERIMENTS)
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+@pytest.fixture(scope="module")
 def installed(built, tmp_path_factory):
     folder = tmp_path_factory.mktemp("installed")
     run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, built[0])
     return folder
 
 
-def test_the_wheel_has_every_module_template_and_the_type_marker(built):
-    with zipfile.ZipFile(built[0]) as wheel:
-        names = {name for name in wheel.namelist() if name.startswith("mdnorm/")}
-    expected = {
-        path.relative_to(PACKAGE.parent).as_posix()
-        for path in PACKAGE.rglob("*")
-        if path.suffix in (".py", ".html", ".typed") or path.name == "py.typed"
+def contents(wheel, package):
+    with zipfile.ZipFile(wheel) as file:
+        return {name for name in file.namelist() if name.startswith(f"{package}/")}
+
+
+def expected(package):
+    return {
+        path.relative_to(package.parent).as_posix()
+        for path in package.rglob("*")
+        if path.suffix in (".py", ".html") or path.name == "py.typed"
     }
-    assert names == expected
+
+
+def test_the_wheel_has_every_module_template_and_the_type_marker(built):
+    names = contents(built[0], "mdnorm")
+    assert names == expected(PACKAGE)
     assert "mdnorm/py.typed" in names
+
+
+def test_the_experiments_are_a_wheel_of_their_own(experiments):
+    names = contents(experiments, "mdnorm_experiments")
+    assert names == expected(EXPERIMENTS / "src" / "mdnorm_experiments")
+    assert {"mdnorm_experiments/py.typed", "mdnorm_experiments/templates/report.html"} <= names
+    with zipfile.ZipFile(experiments) as wheel:
+        folder = experiments.name.removesuffix("-py3-none-any.whl") + ".dist-info"
+        metadata = Parser().parsestr(wheel.read(f"{folder}/METADATA").decode())
+        entry_points = wheel.read(f"{folder}/entry_points.txt").decode()
+    assert metadata["Version"] == mdnorm.__version__
+    assert {"image", "video", "mri"} == set(metadata.get_all("Provides-Extra"))
+    assert "mdnorm-experiments = mdnorm_experiments.commands:main" in entry_points
 
 
 def test_the_wheel_says_what_it_is(built):
@@ -70,6 +99,15 @@ def test_the_source_distribution_can_be_built_again(built, tmp_path):
         assert sorted(again.namelist()) == sorted(first.namelist())
 
 
+def test_the_installed_experiments_have_their_command(installed, experiments, tmp_path):
+    folder = tmp_path / "experiments"
+    run("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", folder, experiments)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(installed)])}
+    help_text = run("-m", "mdnorm_experiments", "--help", cwd=tmp_path, env=environment)
+    for command in ("synthetic", "continual", "image", "digits", "video", "mri"):
+        assert command in help_text
+
+
 def test_the_installed_wheel_trains_and_has_its_command(installed, tmp_path):
     code = """
 import torch, mdnorm
@@ -82,5 +120,5 @@ print(mdnorm.__file__)
     file = run("-c", code, cwd=tmp_path, env=environment).strip()
     assert Path(file).is_relative_to(installed)
     help_text = run("-m", "mdnorm", "--help", cwd=tmp_path, env=environment)
-    for command in ("audit", "experiment", "residualize"):
+    for command in ("audit", "residualize"):
         assert command in help_text

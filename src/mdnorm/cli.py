@@ -1,4 +1,4 @@
-"""The command line: ``mdnorm experiment …``, ``mdnorm audit``, ``mdnorm residualize``, ``mdnorm info``.
+"""The command line: ``mdnorm audit``, ``mdnorm residualize``, ``mdnorm info``.
 
 Only `main` may be imported without the extras of the commands; it says which one is missing.
 """
@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import sys
 
-_EXTRAS = {"experiment": "experiments", "audit": "audit", "residualize": "tables"}
-# Experiments on images, clips and brains read files of their own kinds.
-_EXPERIMENT_EXTRAS = {"image": "image", "digits": "image", "video": "video", "mri": "mri"}
+_EXTRAS = {"audit": "audit", "residualize": "tables"}
 
 
 def main() -> None:
@@ -24,12 +22,8 @@ def main() -> None:
 
 
 def _advice(arguments: list[str]) -> str:
-    command, setting = (*arguments, "", "")[:2]
-    if command in _EXTRAS:
-        extra = _EXTRAS[command]
-        if command == "experiment":
-            extra = _EXPERIMENT_EXTRAS.get(setting, extra)
-        return f"install it with  pip install 'mdnorm[{extra}]'"
+    if arguments and arguments[0] in _EXTRAS:
+        return f"install it with  pip install 'mdnorm[{_EXTRAS[arguments[0]]}]'"
     return "install it with  " + ", ".join(
         f"pip install 'mdnorm[{extra}]' (mdnorm {name})" for name, extra in _EXTRAS.items()
     )

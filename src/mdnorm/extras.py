@@ -13,13 +13,15 @@ class MissingExtraError(ImportError):
 
 
 @contextmanager
-def requires(extra: str) -> Iterator[None]:
+def requires(extra: str, distribution: str = "mdnorm") -> Iterator[None]:
     """Turn the failure of an import inside the block into an error that names the extra.
 
     Parameters
     ----------
     extra : str
         Name of the extra in ``pip install 'mdnorm[extra]'``.
+    distribution : str
+        What has this extra, if not mdnorm: a package that builds on it.
 
     Raises
     ------
@@ -37,8 +39,8 @@ def requires(extra: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
-        if not package or package == "mdnorm":
+        if not package or package in ("mdnorm", distribution.replace("-", "_")):
             raise
         raise MissingExtraError(
-            f"the package {package!r} is missing: pip install 'mdnorm[{extra}]'", name=error.name
+            f"the package {package!r} is missing: pip install '{distribution}[{extra}]'", name=error.name
         ) from error

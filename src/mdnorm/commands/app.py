@@ -10,7 +10,6 @@ import typer
 
 import mdnorm
 from mdnorm.commands.audit import audit
-from mdnorm.commands.experiment import experiment
 from mdnorm.commands.residualize import residualize
 
 app = typer.Typer(
@@ -19,7 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
-app.add_typer(experiment, name="experiment")
 app.command()(audit)
 app.command()(residualize)
 

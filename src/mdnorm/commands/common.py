@@ -29,9 +29,9 @@ def fail(message: str, code: int) -> NoReturn:
     raise typer.Exit(code)
 
 
-def command_line() -> str:
+def command_line(program: str = "mdnorm") -> str:
     """Return the command as it can be pasted into a shell."""
-    return shlex.join(["mdnorm", *sys.argv[1:]])
+    return shlex.join([program, *sys.argv[1:]])
 
 
 def make_folder(folder: Path) -> None:

@@ -1,0 +1,369 @@
+"""``mdnorm-experiments …``: one command for each setting of the paper."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from mdnorm.commands.common import (
+    BAD_INPUT,
+    INTERRUPTED,
+    command_line,
+    errors,
+    fail,
+    make_folder,
+    only_writer,
+)
+from mdnorm.extras import MissingExtraError
+
+if TYPE_CHECKING:
+    from mdnorm_experiments.report import ReportTable
+    from mdnorm_experiments.results import Row
+    from mdnorm_experiments.settings import Run, Setting
+
+app = typer.Typer(
+    help="Reproduce the settings of the paper on Metadata Normalization.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def main() -> None:
+    """Run the command line (entry point ``mdnorm-experiments``, also ``python -m mdnorm_experiments``)."""
+    app(prog_name="mdnorm-experiments")
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part.strip()]
+    except ValueError as error:
+        raise typer.BadParameter(f"{text!r} is not a list of whole numbers like 20,200.") from error
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Return what "age=Age_at_scan,site=scanner" says."""
+    found: dict[str, str] = {}
+    for part in filter(None, text.split(",")):
+        name, separator, column = (piece.strip() for piece in part.partition("="))
+        if not (name and separator and column) or name in found:
+            raise typer.BadParameter(f"{text!r} does not name each column once, like age=Age,site=scanner.")
+        found[name] = column
+    return found
+
+
+def _run_setting(
+    name: str,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for results, figures and the report. [default: results/SETTING]"),
+    ] = None,
+    methods: Annotated[
+        str, typer.Option(help="Comma-separated methods, 'default' or 'all'; with --quick there are few.")
+    ] = "default",
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated. [default: 1,4,20,200,2000]")] = "",
+    batch_size: Annotated[int | None, typer.Option(help="[default: tuned]")] = None,
+    variant: Annotated[
+        str,
+        typer.Option(
+            help="Of the data: plain, sites (50 metadata columns), quadratic or variance (a confounder that "
+            "a straight line does not see)."
+        ),
+    ] = "plain",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Seeds a method. [default: 3 or 5; fewer with --quick]")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Of each stage, if there are several. [default: tuned]")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="[default: tuned]")] = None,
+    size: Annotated[int | None, typer.Option(help="Training samples. [default: tuned]")] = None,
+    group_size: Annotated[
+        int | None, typer.Option(min=4, help="Training images a group (and stage). [default: 1000]")
+    ] = None,
+    test_group_size: Annotated[
+        int | None, typer.Option(min=4, help="Held-out images a group (and stage). [default: 2000 or 500]")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the real data set in its published layout. [default: none]"),
+    ] = None,
+    columns: Annotated[
+        str,
+        typer.Option(help="What the columns of the real table are called: 'age=Age_at_scan,site=scanner'."),
+    ] = "",
+    on_problem: Annotated[
+        str, typer.Option(help="Files and rows of real data that cannot be used: 'error' or 'skip'.")
+    ] = "error",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer trainings or less data: minutes on two cores.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Networks at a time, one thread each. [default: all cores]")
+    ] = None,
+    json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
+) -> None:
+    from mdnorm_experiments.data.problems import DataProblemsError
+    from mdnorm_experiments.methods import METHODS
+    from mdnorm_experiments.settings import get_setting, impossible_cells, plan
+
+    out = out or Path("results", name if variant == "plain" else f"{name}-{variant}")
+    try:
+        setting = get_setting(name)
+        chosen = _methods(setting, methods, quick, generated=data is None)
+        sizes = _numbers(batch_sizes) or ([batch_size] if batch_size is not None else None)
+        if quick and batch_size is None:
+            sizes = [setting.batch_size]
+        images = group_size if size is None else size
+        runs = plan(
+            setting,
+            chosen,
+            seeds or (setting.quick_seeds if quick else None),
+            first_seed=seed,
+            batch_sizes=sizes,
+            size=setting.quick_size if quick and images is None else images,
+            test_size=test_group_size,
+            epochs=epochs or (setting.quick_epochs if quick else None),
+            learning_rate=learning_rate,
+            variant=variant,
+            data=data,
+            on_problem=on_problem,
+            columns=_columns(columns),
+            features_dir=out / "features",
+        )
+        if data is not None:
+            _look_at_data(runs[0])
+    except (ValueError, DataProblemsError, MissingExtraError, OSError) as error:
+        fail(str(error), BAD_INPUT)
+    for method, impossible in impossible_cells(chosen, sizes or setting.batch_sizes):
+        errors.print(
+            f"left out: {METHODS[method].title} cannot train with batch size {impossible}.", highlight=False
+        )
+    rows, report = _run_all(setting, runs, out, jobs)
+    if json_output:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    for table in setting.tables(rows):
+        typer.echo(f"\n{table.title}")
+        _print_table(table)
+    typer.echo(f"\nReport: {report}\nTable:  {out / 'table.md'}\nRows:   {out / 'results.json'}")
+
+
+def _methods(setting: Setting, text: str, quick: bool, *, generated: bool) -> list[str]:
+    """Return the methods that an option names; real data have no unconfounded ones to be the oracle's."""
+    from mdnorm_experiments.methods import METHODS
+
+    if text not in ("default", "all"):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    names = setting.all_methods
+    if text == "default":
+        names = (setting.quick_methods if quick else None) or setting.default_methods or names
+    return [name for name in names if generated or not METHODS[name].oracle]
+
+
+def _look_at_data(run: Run) -> None:
+    """Tell what is wrong with real data before training starts, not by a worker in the middle of it."""
+    from mdnorm_experiments.confounded import load
+    from mdnorm_experiments.settings import data_of
+
+    problems = load(run).problems
+    if problems:
+        errors.print(f"left out: {problems}", highlight=False, markup=False, soft_wrap=True)
+    data_of(run)
+
+
+_SYNTHETIC = ("batch_sizes", "variant", "group_size", "test_group_size")
+_CONTINUAL = ("batch_size", "group_size", "test_group_size")
+_LOADED = ("batch_size", "size", "data", "columns", "on_problem")
+_OF_SOME = {*_SYNTHETIC, *_CONTINUAL, *_LOADED}
+_GO_ON = (
+    "Finished trainings are kept in OUT/results.json: interrupt with Ctrl-C and repeat the command to go on."
+)
+_COMMANDS = {
+    "synthetic": (
+        _SYNTHETIC,
+        "Two groups of images with a true effect and a confounder, against the analytic limits.",
+        "A classifier that uses the true effect only is right in 83.3 % of all cases, one that cheats with "
+        "the confounder in 94.4 %.",
+    ),
+    "continual": (
+        _CONTINUAL,
+        "One network through five stages in which the true effect fades and the confounder takes over.",
+        "After each stage it is tested on all five. A confounder-free network is right in 75 % of all cases "
+        "in the first stage and in 50 % in the last; the table shows how far a network is from that.",
+    ),
+    "image": (
+        _LOADED,
+        "Drawn faces: the label is in their geometry, the skin's shade goes with the label.",
+        "An honest network is as good on faces whose shade says nothing about the label; the table shows how "
+        "far each method is from that.",
+    ),
+    "digits": (
+        _LOADED[:2],
+        "Real digits, coloured: the colour goes with the label.",
+        "An honest network is as good on digits whose colour says nothing about the label.",
+    ),
+    "video": (
+        _LOADED,
+        "Clips of a figure in action: the scene behind it goes with the action.",
+        "An honest network is as good on clips whose scenes were shuffled.",
+    ),
+    "mri": (
+        _LOADED,
+        "Brains in 3D: diagnosis goes with site and age.",
+        "An honest network is as good on subjects whose site, age and sex say nothing about the diagnosis.",
+    ),
+}
+
+
+def _add_command(name: str, options: Sequence[str], *text: str) -> None:
+    """Add ``mdnorm-experiments NAME``: `_run_setting` with the options of this setting."""
+
+    def command(**given: Any) -> None:
+        _run_setting(name, **given)
+
+    signature = inspect.signature(_run_setting, eval_str=True)
+    kept = [p for key, p in signature.parameters.items() if key not in {"name", *_OF_SOME} or key in options]
+    as_function: Any = command
+    as_function.__signature__ = signature.replace(parameters=kept)
+    as_function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
+    command.__doc__ = "\n\n".join([*text, _GO_ON])
+    app.command(name)(command)
+
+
+for _name, (_options, *_text) in _COMMANDS.items():
+    _add_command(_name, _options, *_text)
+
+
+def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None) -> tuple[list[Row], Path]:
+    """Train what is missing, write the outputs, and return the rows and the path of the report."""
+    from mdnorm_experiments.results import ResultsError, ResultStore, SharedResultStore
+    from mdnorm_experiments.runner import RunFailedError, Runner
+    from mdnorm_experiments.settings import train, write_outputs
+
+    make_folder(out / "features" if setting.keeps_features else out)
+    rank, world_size = _place_in_torchrun()
+    if world_size > 1 and jobs not in (None, 1):
+        fail(f"--jobs {jobs} under torchrun: say --nproc-per-node {jobs} instead.", BAD_INPUT)
+    try:
+        with _sigterm_as_ctrl_c(), only_writer(out) if rank == 0 else nullcontext():
+            runner: Runner[Run]
+            if world_size > 1:
+                runner = Runner(SharedResultStore(out / "results.json"), train)
+            else:
+                runner = Runner(ResultStore(out / "results.json"), train, jobs or os.cpu_count() or 1)
+            pending = runner.pending(runs)
+            if len(pending) < len(runs) and rank == 0:
+                errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")
+            epochs = setting.num_stages * sum(run.epochs for run in pending)
+            with _progress_bar(epochs, len(pending), several=world_size > 1) as progress:
+                rows = runner.run(runs, progress)
+            if rank > 0:
+                raise typer.Exit
+            if isinstance(runner.store, SharedResultStore):
+                runner.store.clear_claims()
+    except ResultsError as error:
+        fail(str(error), BAD_INPUT)
+    except RunFailedError as error:
+        fail(f"some trainings failed, the others are stored:\n{error}", 1)
+    except KeyboardInterrupt:
+        fail("interrupted; finished trainings are stored, repeat the command to go on.", INTERRUPTED)
+    return rows, write_outputs(out, runs, rows, command=command_line("mdnorm-experiments"))
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """Let a scheduler's SIGTERM end the work like Ctrl-C: workers stopped, finished rows kept."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
+
+
+def _place_in_torchrun() -> tuple[int, int]:
+    """Return this process's rank and how many torchrun started; (0, 1) without it."""
+    import torch
+
+    if not torch.distributed.is_available() or not torch.distributed.is_torchelastic_launched():
+        return 0, 1
+    return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+class _Bar:
+    def __init__(self, progress: Progress, epochs: int, runs: int, moves: bool) -> None:
+        self._progress = progress
+        self._moves = moves
+        self._epochs = progress.add_task("epochs", total=epochs)
+        self._runs = progress.add_task("trainings", total=runs)
+
+    def epoch_done(self) -> None:
+        self._progress.advance(self._epochs)
+
+    def run_done(self, row: Row) -> None:
+        self._progress.advance(self._runs)
+        if not self._moves:
+            # Without a terminal (CI, a log file) bars cannot move: one line a training instead.
+            self._progress.console.print(
+                f"{row['method']}, batch size {row['batch_size']}, seed {row['seed']}: "
+                f"accuracy {100 * row['bacc']:.1f} %",
+                highlight=False,
+            )
+
+
+@contextmanager
+def _progress_bar(epochs: int, runs: int, several: bool) -> Iterator[_Bar]:
+    columns = (
+        TextColumn("{task.description:>9}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    # Bars of several processes would overwrite each other: lines from all instead.
+    with Progress(*columns, console=errors, disable=not runs or several) as progress:
+        yield _Bar(progress, epochs, runs, moves=errors.is_terminal and not several)
+
+
+def _print_table(report_table: ReportTable) -> None:
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for index, heading in enumerate(report_table.headings):
+        # Headings in two lines, or they and not the numbers would say how wide the table is.
+        text = heading.replace(" ", "\n", 1)
+        table.add_column(
+            text, justify="right" if index else "left", no_wrap=index > 0, min_width=None if index else 16
+        )
+    previous, section = None, report_table.section
+    for line in report_table.lines:
+        if section is not None:
+            if previous is not None and previous != line[section]:
+                table.add_section()
+            previous = line[section]
+        table.add_row(*map(escape, line))
+    console = Console()
+    if not console.is_terminal:
+        # In a file or a pipe there is no edge to keep to.
+        console.width = 160
+    console.print(table)
+    typer.echo(report_table.limits)

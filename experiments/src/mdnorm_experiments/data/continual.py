@@ -1,0 +1,64 @@
+"""Five stages in which the true effect fades and the confounder takes over (Shah et al., R-MDN, ICML 2025).
+
+The images are those of `mdnorm_experiments.data.synthetic` with other magnitudes. In the first stage both are
+drawn from U(3, 5) in group A and from U(4, 6) in group B. From stage to stage a growing shift s moves the
+groups' true effects towards each other, by s each, and their confounders apart:
+
+========== ================ ================
+magnitude  group A          group B
+========== ================ ================
+effect     U(3 + s, 5 + s)  U(4 − s, 6 − s)
+confounder U(3 − s, 5 − s)  U(4 + s, 6 + s)
+========== ================ ================
+
+The effects overlap on (1 + 2s)/2 of their range, the confounders on (1 − 2s)/2. In the overlap one can only
+guess, so the best accuracy is
+
+- 1 − (1 + 2s)/4 from the true effect alone: 75 % in the first stage, 50 % in the last;
+- 1 − (1 − 2s)/4 from the confounder alone: 75 to 100 %;
+- 1 − (1 − 4s²)/8 from both: 87.5 to 100 %.
+
+A network that follows the confounder gets better from stage to stage where a confounder-free one must get
+worse, and what it learned does not fit the stages before.
+"""
+
+from __future__ import annotations
+
+from mdnorm_experiments.data.synthetic import Ranges, SyntheticData, make_synthetic
+
+SHIFTS = (0.0, 0.125, 0.25, 0.375, 0.5)
+"""s of each stage."""
+NUM_STAGES = len(SHIFTS)
+CONFOUNDER_RANGE = (2.5, 6.5)
+"""Lowest and highest confounder of all stages."""
+
+EFFECT_LIMITS = tuple(1 - (1 + 2 * shift) / 4 for shift in SHIFTS)
+"""Best accuracy from the true effect alone, by stage."""
+CONFOUNDER_LIMITS = tuple(1 - (1 - 2 * shift) / 4 for shift in SHIFTS)
+"""Best accuracy from the confounder alone, by stage."""
+BOTH_LIMITS = tuple(1 - (1 - 4 * shift**2) / 8 for shift in SHIFTS)
+"""Best accuracy from both, by stage."""
+
+
+def ranges(shift: float) -> tuple[Ranges, Ranges]:
+    """Return the ranges of the true effect and of the confounder at a shift s, each by group."""
+    effect = ((3 + shift, 5 + shift), (4 - shift, 6 - shift))
+    confounder = ((3 - shift, 5 - shift), (4 + shift, 6 + shift))
+    return effect, confounder
+
+
+def make_stage(
+    stage: int, group_size: int = 1000, *, seed: int = 0, noise: float = 0.01, stratified: bool = False
+) -> SyntheticData:
+    """Generate the data of stage 0 … 4; for the arguments see `make_synthetic`, whose errors it raises."""
+    if not 0 <= stage < NUM_STAGES:
+        raise ValueError(f"stage must be 0 … {NUM_STAGES - 1}, got {stage}.")
+    effect, confounder = ranges(SHIFTS[stage])
+    return make_synthetic(
+        group_size,
+        seed=seed,
+        noise=noise,
+        effect_ranges=effect,
+        confounder_ranges=confounder,
+        stratified=stratified,
+    )

@@ -1,0 +1,63 @@
+"""Coloured digits: real handwritten digits, the colour of which goes with the label.
+
+The digits are the 1797 that scikit-learn ships (UCI, Alpaydin and Kaynak, 1998); the colouring follows
+Coloured MNIST (Arjovsky et al., arXiv:1907.02893, section 5.2): the label says whether a digit is above 4, a
+share of the labels is wrong, and the colour goes with the label as it stands, wrong ones included. Here the
+colour is continuous.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdnorm.extras import requires
+
+CLASSES = ("0 to 4", "5 to 9")
+COUNT = 1797
+LABEL_NOISE = 0.25
+_SCALE = 2
+
+
+@dataclass(frozen=True)
+class ColouredDigits:
+    """N digits: images (N, 3, 16, 16) from 0 to 1, labels (N,), numbers in `CLASSES`, and colours.
+
+    A share `LABEL_NOISE` of the labels is wrong; `colour` (N,) is from 0 (red) to 1 (green).
+    """
+
+    images: Tensor
+    labels: Tensor
+    colour: Tensor
+
+
+def colour_digits(rows: Tensor, *, seed: int, correlation: float = 0.8) -> ColouredDigits:
+    """Colour some of the digits; `rows` (N,) int64 are numbers below `COUNT`.
+
+    A share `correlation`, from 0 to 1, of them has its colour from the label's half of the scale, the others
+    from the whole scale; `seed` is that of label noise and colours. ValueError for a row or a correlation out
+    of range, MissingExtraError without scikit-learn.
+    """
+    with requires("image", "mdnorm-experiments"):
+        from sklearn.datasets import load_digits
+
+    if not 0 <= correlation <= 1:
+        raise ValueError(f"correlation must be between 0 and 1, got {correlation}.")
+    if len(rows) and not (int(rows.min()) >= 0 and int(rows.max()) < COUNT):
+        raise ValueError(
+            f"rows must be between 0 and {COUNT - 1}, got {int(rows.min())} to {int(rows.max())}."
+        )
+    pixels, digits = load_digits(return_X_y=True)
+    generator = torch.Generator().manual_seed(seed)
+    grey = torch.from_numpy(pixels).float()[rows].reshape(-1, 1, 8, 8) / 16
+    grey = grey.repeat_interleave(_SCALE, 2).repeat_interleave(_SCALE, 3)
+    labels = (torch.from_numpy(digits)[rows] > 4).long()
+    wrong = torch.rand(len(rows), generator=generator) < LABEL_NOISE
+    labels = torch.where(wrong, 1 - labels, labels)
+    decided = torch.rand(len(rows), generator=generator) < correlation
+    uniform = torch.rand(len(rows), generator=generator)
+    colour = torch.where(decided, 0.5 * labels + 0.5 * uniform, uniform)
+    tint = torch.stack([1 - colour, colour, torch.full_like(colour, 0.2)], 1)
+    return ColouredDigits(grey * tint[:, :, None, None], labels, colour)

@@ -1,0 +1,158 @@
+"""Two groups of images with a true effect and a confounder of known size (Lu et al., section 4.1).
+
+Each 32×32 image has three Gaussian blobs, one a quadrant. The two on the diagonal have the magnitude of the
+true effect, the third, off the diagonal, has the magnitude of the confounder. Both magnitudes are drawn from
+U(1, 4) in group A and U(3, 6) in group B, so they overlap on a third of their range, and that overlap is all
+a classifier can get wrong:
+
+- from the true effect alone the best accuracy is 1 − ½·⅓ = 83.3 %: in the overlap one can only guess;
+- from the confounder too it is 1 − ½·⅓·⅓ = 94.4 %: both must fall into the overlap.
+
+A classifier that does not use the confounder is therefore at 83.3 %, and what lies above was got from the
+confounder.
+
+Variants change what is known of the confounder. In the first two a confounder-free classifier still reaches
+83.3 %:
+
+- "sites": the third blob's magnitude is the sum of the offsets of 16 sites, a curve of age and an effect of
+  sex, all of which differ between the groups; 27 more columns explain nothing;
+- "quadratic": the magnitude is a quadratic function of one metadata column, whose negative arm is rare, so
+  that a straight line explains much of it but leaves a curve;
+- "variance": the metadata change the spread of the measured effect and not its mean, as noisier scanners do:
+  normal noise (cut at three standard deviations) on the two blobs of the diagonal, its standard deviation
+  growing with the metadata by a factor of 16 in each group. There is no third blob. A classifier can reach
+  less than 83.3 %; there is no simple limit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+IMAGE_SIZE = 32
+Ranges = tuple[tuple[float, float], tuple[float, float]]
+"""Lowest and highest magnitude in group A and in group B."""
+RANGES: Ranges = ((1.0, 4.0), (3.0, 6.0))
+ACCURACY_WITHOUT_CONFOUNDER = 1 - 1 / 2 * 1 / 3
+ACCURACY_WITH_CONFOUNDER = 1 - 1 / 2 * 1 / 3 * 1 / 3
+
+
+@dataclass(frozen=True)
+class SyntheticData:
+    """2N images (2N, 1, 32, 32) with labels (2N,), 0 in group A, which comes first, and 1 in group B.
+
+    `effect` (2N,) is the magnitude of the true effect. `confounder` (2N,) is what the features must not
+    depend on: the magnitude of the third blob ("plain", "sites") or the one metadata column, −1 to 1
+    ("quadratic") or 0 to 1 ("variance"). Of the variant "sites", empty in the others: `site` (2N,), 0 … 15
+    (int64), `sex` (2N,), 0 or 1, `age` (2N,), years, and `nuisance` (2N, 27), columns without effect, the
+    first five correlated with the label.
+    """
+
+    images: Tensor
+    labels: Tensor
+    effect: Tensor
+    confounder: Tensor
+    site: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    sex: Tensor = field(default_factory=lambda: torch.empty(0))
+    age: Tensor = field(default_factory=lambda: torch.empty(0))
+    nuisance: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+
+def make_synthetic(
+    group_size: int = 1000,
+    *,
+    seed: int = 0,
+    noise: float = 0.01,
+    variant: str = "plain",
+    effect_ranges: Ranges = RANGES,
+    confounder_ranges: Ranges = RANGES,
+    stratified: bool = False,
+) -> SyntheticData:
+    """Generate N images a group; the same seed gives the same data.
+
+    `noise` is the standard deviation of the pixel noise, where a blob's peak is its magnitude. The ranges,
+    ((low A, high A), (low B, high B)), are what the magnitudes are drawn from; those of the confounder are
+    fixed in all variants but "plain". `stratified` draws each magnitude of a group once from each of N equal
+    parts of its range, in random order: the distributions stay the same, but the share of a group that lies
+    in the overlap hardly varies, and so neither does the accuracy that an ideal rule gets. ValueError for a
+    group size below 1, a negative noise, an unknown variant, or ranges that do not go with it.
+    """
+    if group_size < 1:
+        raise ValueError(f"group_size must be at least 1, got {group_size}.")
+    if noise < 0:
+        raise ValueError(f"noise must not be negative, got {noise}.")
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    if variant != "plain" and confounder_ranges != RANGES:
+        raise ValueError(
+            f"the variant {variant!r} has confounder ranges of its own, got {confounder_ranges}."
+        )
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(2).repeat_interleave(group_size)
+    low, high = torch.tensor([effect_ranges, confounder_ranges])[:, labels].unbind(2)
+    uniform = torch.rand(2, len(labels), generator=generator)
+    if stratified:
+        # One row of parts a group and magnitude.
+        parts = [torch.randperm(group_size, generator=generator) for _ in range(4)]
+        uniform = (torch.cat(parts).view(2, -1) + uniform) / group_size
+    effect, magnitude = low + (high - low) * uniform
+    pixel_noise = noise * torch.randn(len(labels), 1, IMAGE_SIZE, IMAGE_SIZE, generator=generator)
+    confounder, extra = magnitude, {}
+    if variant == "sites":
+        extra = _sites(magnitude, labels, generator)
+    elif variant == "quadratic":
+        is_negative = torch.rand(len(labels), generator=generator) < 0.1
+        confounder = torch.where(is_negative, -1.0, 1.0) * ((magnitude - 1) / 5).sqrt()
+    shown = effect
+    if variant == "variance":
+        confounder = 0.3 * labels + 0.7 * uniform[1]
+        spread = 0.1 * torch.exp(4 * confounder)
+        shown = effect + spread * torch.randn(len(labels), generator=generator).clamp(-3, 3)
+        magnitude = torch.zeros_like(magnitude)
+    return SyntheticData(_draw(pixel_noise, shown, magnitude), labels.float(), effect, confounder, **extra)
+
+
+VARIANTS = ("plain", "sites", "quadratic", "variance")
+WITHOUT_LIMITS = frozenset({"variance"})
+"""Variants for which the analytic limits do not hold."""
+NUM_SITES = 16
+_NUM_NUISANCE = 27
+
+
+def _draw(images: Tensor, effect: Tensor, magnitude: Tensor) -> Tensor:
+    half = IMAGE_SIZE // 2
+    blob = _blob(half)
+    images[:, 0, :half, :half] += effect[:, None, None] * blob
+    images[:, 0, half:, half:] += effect[:, None, None] * blob
+    images[:, 0, half:, :half] += magnitude[:, None, None] * blob
+    return images
+
+
+def _sites(magnitude: Tensor, labels: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """Draw metadata that add up to the magnitudes: offset of the site + effect of sex + curve of age."""
+    # The sites' offsets are the same in every data set; sites with a large one see large magnitudes.
+    offsets = torch.linspace(-0.8, 0.8, NUM_SITES)[
+        torch.randperm(NUM_SITES, generator=torch.Generator().manual_seed(0))
+    ]
+    logits = -0.5 * (magnitude.unsqueeze(1) - 3.5 - 2 * offsets) ** 2
+    site = torch.multinomial(logits.softmax(1), 1, generator=generator)[:, 0]
+    sex = (torch.rand(len(labels), generator=generator) < torch.sigmoid(magnitude - 3.5)).float()
+    rest = (magnitude - 3.5 - offsets[site] - 0.6 * (sex - 0.5)) / 4
+    # Strictly increasing, so a curve of age gives `rest` back exactly.
+    age = 50 + 40 * (rest + 0.25 * torch.sin(torch.pi * rest))
+    nuisance = torch.randn(len(labels), _NUM_NUISANCE, generator=generator)
+    nuisance[:, :5] += labels.unsqueeze(1)
+    return {"site": site, "sex": sex, "age": age, "nuisance": nuisance}
+
+
+def _blob(size: int) -> Tensor:
+    """A Gaussian of peak 1 whose ±5 standard deviations fill the square."""
+    axis = torch.linspace(-5, 5, size)
+    profile = torch.exp(-0.5 * axis**2)
+    profile = profile / profile.max()
+    return torch.outer(profile, profile)

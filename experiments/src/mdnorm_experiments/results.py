@@ -1,0 +1,116 @@
+"""The rows of an experiment on disk: one a finished run, never lost and never computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mdnorm.files import write_text_atomically
+
+Row = dict[str, Any]
+
+
+class ResultsError(Exception):
+    """The results file cannot be used; the message says which and what to do."""
+
+
+class ResultStore:
+    """The list of rows in ``results.json``, in a folder that exists.
+
+    Each row holds the settings of its run and what was measured. A run counts as finished when a row agrees
+    with all of its settings, so a changed setting is a new run and old rows stay. ResultsError for a file
+    that is truncated or holds something else than a list of rows; it is never overwritten.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        if path.exists():
+            self.rows = _read(path)
+
+    def find(self, settings: Mapping[str, Any]) -> Row | None:
+        """Return the row of the run with these settings, or None."""
+        wanted = settings.items()
+        return next((row for row in self.rows if all(k in row and row[k] == v for k, v in wanted)), None)
+
+    def add(self, row: Row) -> None:
+        """Append a row and write the file: complete in its old or its new form at any moment.
+
+        Raises ValueError, and writes nothing, where a value is not finite or no JSON value.
+        """
+        rows = [*self.rows, row]
+        # One row a line: a file of thousands of rows stays readable and diffs well.
+        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+        write_text_atomically(self.path, f"[\n{lines}\n]\n")
+        self.rows = rows
+
+    def refresh(self) -> None:
+        """Look at the rows that other processes have added; there are none."""
+
+    @contextmanager
+    def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
+        """Hold the run with these settings; False where another process does."""
+        yield True
+
+
+class SharedResultStore(ResultStore):
+    """A store to which several processes add rows, each run claimed by one of them.
+
+    Rows of the others are seen after `refresh`. Claims are files in the folder ``.claims`` beside the rows;
+    what a process holds is free again when it dies, however it dies: the operating system gives up its locks.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.claims = path.parent / ".claims"
+        self.claims.mkdir(exist_ok=True)
+
+    def refresh(self) -> None:
+        """Read the rows that all processes have added so far."""
+        if self.path.exists():
+            self.rows = _read(self.path)
+
+    def add(self, row: Row) -> None:
+        """Append a row to those of all processes."""
+        from filelock import FileLock
+
+        with FileLock(self.claims / "results.lock"):
+            self.refresh()
+            super().add(row)
+
+    @contextmanager
+    def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
+        """Hold the run with these settings; False where another process does."""
+        from filelock import FileLock, Timeout
+
+        name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
+        lock = FileLock(self.claims / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def clear_claims(self) -> None:
+        """Remove the files of the claims, once every run has its row."""
+        shutil.rmtree(self.claims, ignore_errors=True)
+
+
+def _read(path: Path) -> list[Row]:
+    advice = "move it away to start anew, or repair it; it was not touched."
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ResultsError(f"{path} is not complete JSON ({error}): {advice}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise ResultsError(f"{path} does not hold a list of rows: {advice}")
+    return rows

@@ -1,0 +1,204 @@
+"""Run many independent trainings in worker processes, with progress, interruption and resumption."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
+from functools import partial
+from multiprocessing.queues import Queue
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+
+from mdnorm_experiments.results import ResultStore, Row, SharedResultStore
+
+_PATIENCE = 0.5  # seconds between looks at what other processes have finished
+
+
+class Run(Protocol):
+    """One training."""
+
+    def settings(self) -> Row:
+        """Return all settings, JSON values only."""
+        ...
+
+
+RunT = TypeVar("RunT", bound=Run)
+Train = Callable[[RunT, Callable[[], None]], Row]
+"""Trains one run, calls the second argument after each epoch, and returns the measured values."""
+
+
+class RunFailedError(Exception):
+    """Some runs failed; the rows of the others are stored."""
+
+
+class Progress(Protocol):
+    """What the runner tells while it works."""
+
+    def epoch_done(self) -> None:
+        """One epoch of some run ended."""
+        return
+
+    def run_done(self, row: Row) -> None:
+        """A row was stored."""
+        return
+
+
+class _Silent(Progress):
+    pass
+
+
+class Runner(Generic[RunT]):
+    """Trains what the store does not hold yet and stores each row as soon as it is there.
+
+    Every run has one thread to itself, so a row does not depend on how many run beside it. `train` is a
+    module-level function, since the `jobs` worker processes import it; one job trains in this process. With a
+    `SharedResultStore` other processes train beside this one, and `jobs` is 1.
+    """
+
+    def __init__(self, store: ResultStore, train: Train[RunT], jobs: int = 1) -> None:
+        if jobs < 1:
+            raise ValueError(f"jobs must be at least 1, got {jobs}.")
+        if jobs > 1 and isinstance(store, SharedResultStore):
+            raise ValueError(
+                f"jobs must be 1 where processes share the store, got {jobs}: start more of them."
+            )
+        self.store = store
+        self.train = train
+        self.jobs = jobs
+
+    def pending(self, runs: Sequence[RunT]) -> list[RunT]:
+        """Return the runs without a row."""
+        return [run for run in runs if self.store.find(run.settings()) is None]
+
+    def run(self, runs: Sequence[RunT], progress: Progress | None = None) -> list[Row]:
+        """Train the pending runs and return the rows of all, in the order of `runs`.
+
+        RunFailedError: some raised or their process died, and the others were finished and stored first.
+        After KeyboardInterrupt finished rows are stored, and the same call goes on from there.
+        """
+        progress = progress or _Silent()
+        pending = self.pending(runs)
+        failures = (self._in_process if self.jobs == 1 else self._in_workers)(pending, progress)
+        if failures:
+            raise RunFailedError("\n".join(failures))
+        rows = [self.store.find(run.settings()) for run in runs]
+        return [row for row in rows if row is not None]
+
+    def _finish(self, run: RunT, measure: Callable[[], Row], progress: Progress) -> list[str]:
+        """Store what `measure` returns; a failure becomes a message, so that it costs no other run."""
+        try:
+            row = run.settings() | measure()
+            self.store.add(row)
+        except Exception as error:
+            settings = run.settings()
+            keys = (key for key in ("method", "batch_size", "seed") if key in settings)
+            name = ", ".join(f"{key}={settings[key]}" for key in keys)
+            return [f"{name}: {type(error).__name__}: {error}"]
+        progress.run_done(row)
+        return []
+
+    def _in_process(self, runs: Sequence[RunT], progress: Progress) -> list[str]:
+        """Train what no other process has claimed until every run has a row or has failed here."""
+        store = self.store
+        failures: list[str] = []
+        waiting = list(runs)
+        with one_thread():
+            while waiting:
+                held_by_others = []
+                for run in waiting:
+                    with store.claim(run.settings()) as claimed:
+                        if not claimed:
+                            held_by_others.append(run)
+                            continue
+                        store.refresh()
+                        if store.find(run.settings()) is None:
+                            failures += self._finish(
+                                run, partial(self.train, run, progress.epoch_done), progress
+                            )
+                if len(held_by_others) == len(waiting):
+                    time.sleep(_PATIENCE)
+                store.refresh()
+                # Looked at again: the process that held a run may have died.
+                waiting = [run for run in held_by_others if store.find(run.settings()) is None]
+        return failures
+
+    def _in_workers(self, runs: Sequence[RunT], progress: Progress) -> list[str]:
+        if not runs:
+            return []
+        # Spawned, not forked: a fork of a process with running torch threads can hang.
+        context = multiprocessing.get_context("spawn")
+        epochs: Queue[int] = context.Queue()
+        failures: list[str] = []
+        pool = ProcessPoolExecutor(
+            min(self.jobs, len(runs)), context, initializer=_start_worker, initargs=(epochs,)
+        )
+        try:
+            futures: dict[Future[Row], RunT] = {
+                pool.submit(_train_in_worker, self.train, run): run for run in runs
+            }
+            while futures:
+                done, _ = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
+                for _ in range(_drain(epochs)):
+                    progress.epoch_done()
+                for future in done:
+                    failures += self._finish(futures.pop(future), future.result, progress)
+        except BaseException:
+            # Ctrl-C: nothing that is running can be kept, so don't wait for it.
+            processes = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in processes:
+                process.terminate()
+            raise
+        pool.shutdown()
+        # Workers flush what they have told when they end, so now the count is complete.
+        for _ in range(_drain(epochs)):
+            progress.epoch_done()
+        return failures
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, as the workers do: sums in another order are other numbers."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+_epochs: Queue[int] | None = None
+
+
+def _start_worker(epochs: Queue[int]) -> None:
+    global _epochs
+    _epochs = epochs
+    torch.set_num_threads(1)
+    # Ctrl-C reaches the whole process group; the parent decides what happens.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _train_in_worker(train: Callable[..., Row], run: Any) -> Row:
+    return train(run, _epoch_done)
+
+
+def _epoch_done() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        # Killed outright: nobody would store the row.
+        os._exit(1)
+    if _epochs is not None:
+        _epochs.put(1)
+
+
+def _drain(epochs: Queue[int]) -> int:
+    count = 0
+    while not epochs.empty():
+        count += epochs.get()
+    return count

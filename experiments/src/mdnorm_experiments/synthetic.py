@@ -1,0 +1,432 @@
+"""Setting 1 of the paper: two groups of synthetic images with a known confounder (Lu et al., section 4.1)."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor, nn
+from torch.nn.functional import one_hot
+
+from mdnorm import basis
+from mdnorm.files import atomic_path
+from mdnorm.metrics import distance_correlation_sqr
+from mdnorm_experiments import figures
+from mdnorm_experiments.data.confounded import ConfoundedData, Samples
+from mdnorm_experiments.data.synthetic import (
+    ACCURACY_WITH_CONFOUNDER,
+    ACCURACY_WITHOUT_CONFOUNDER,
+    NUM_SITES,
+    VARIANTS,
+    WITHOUT_LIMITS,
+    SyntheticData,
+    make_synthetic,
+)
+from mdnorm_experiments.methods import METHODS, panels, titles
+from mdnorm_experiments.networks import BackboneNetwork, ConvolutionalBackbone
+from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
+from mdnorm_experiments.results import Row
+from mdnorm_experiments.settings import Run, Setting
+from mdnorm_experiments.training import outputs, predictions, save_features
+
+GROUPS = ("A", "B")
+MARGIN = 0.015
+"""Accuracy this far from the limit of the true effect is not chance."""
+HEADINGS = (
+    "Method",
+    "Batch size",
+    "Seeds",
+    "Accuracy (%)",
+    "Verdict",
+    "dcor² A",
+    "dcor² B",
+    "Recalibrated (%)",
+    "dcor² A / B",
+    "s / epoch",
+)
+LEGEND = (
+    "Mean ± standard deviation over seeds, on held-out data. dcor² is bias-corrected, so it can be slightly "
+    "negative. “Confounded”: more than 1.5 points above what the true effect allows. “Recalibrated”: the "
+    "same networks with exact coefficients from the training data, and their dcor²."
+)
+LIMITS = (
+    f"Analytic limits: {100 * ACCURACY_WITHOUT_CONFOUNDER:.1f} % from the true effect alone, "
+    f"{100 * ACCURACY_WITH_CONFOUNDER:.1f} % with the confounder; dcor² 0 without it."
+)
+NO_LIMITS = "No simple analytic limit of accuracy; dcor² 0 without the confounder."
+# Epochs and learning rate by batch size, tuned for the network without normalisation to reach its plateau.
+_SCHEDULES = {1: (3, 5e-5), 4: (5, 1e-4), 20: (10, 1e-4), 200: (15, 2e-4), 2000: (30, 5e-4)}
+_INTRODUCTION = (
+    "Each image shows blobs whose brightness is the true effect (on the diagonal) and one whose brightness "
+    "is a confounder (lower left). Both differ between the groups A and B and overlap on a third of their "
+    "range.",
+    "A classifier that uses the true effect alone is right in 83.3 % of all cases; with the confounder it "
+    "reaches 94.4 %. Accuracy above 83.3 % is therefore not better but confounded. dcor², the squared "
+    "distance correlation between the network's features and the confounder within a group, shows how much "
+    "of the confounder the features still hold.",
+)
+_VARIANT_TEXTS = {
+    "plain": _INTRODUCTION,
+    "sites": (
+        *_INTRODUCTION,
+        "In this variant the confounder is the sum of the offsets of 16 sites, a curve of age and an effect "
+        "of sex; with columns that explain nothing the layer gets 50 metadata columns.",
+    ),
+    "quadratic": (
+        *_INTRODUCTION,
+        "In this variant the confounder's brightness is a quadratic function of the metadata column, and "
+        "dcor² is measured against that column.",
+    ),
+    "variance": (
+        "Each image shows blobs whose brightness is the true effect plus noise, and one metadata column, "
+        "different in the groups A and B, says how much noise, as a scanner might.",
+        "dcor², the squared distance correlation between the network's features and the metadata column "
+        "within a group, shows how much of it the features still hold. There is no simple limit of accuracy.",
+    ),
+}
+
+
+def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
+    """Return the metadata columns of a data set, shape (2N, K_m).
+
+    A flexible basis is what lets the regression see a non-linear function of the confounder (a step between
+    the groups, say) as metadata; with the plain column the protected label explains it and keeps it. The
+    variant "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27 without
+    effect), 45 with age as a straight line; the others have a polynomial of that degree of the confounder.
+    """
+    if variant == "sites":
+        sites = one_hot(data.site, NUM_SITES)
+        # Knots at fixed ages, so that held-out data get the same columns.
+        age = (
+            (data.age - 50).unsqueeze(1) / 30
+            if degree == 1
+            else basis.spline(data.age, torch.tensor([10.0, 30.0, 50.0, 70.0, 90.0]))
+        )
+        return torch.cat([sites, data.sex.unsqueeze(1), age, data.nuisance], 1)
+    low, high = {"plain": (1, 6), "quadratic": (-1, 1), "variance": (0, 1)}[variant]
+    return basis.polynomial(data.confounder, degree, low=low, high=high)
+
+
+def samples_of(data: SyntheticData, metadata: Tensor) -> Samples:
+    """Return the images as samples, with metadata columns (2N, K_m); the groups are the classes."""
+    labels = data.labels.long()
+    return Samples(data.images, labels, metadata, data.confounder.unsqueeze(1), labels)
+
+
+def verdict(accuracy: float) -> str:
+    """Say what an accuracy (a fraction) means against the limit of the true effect."""
+    if accuracy > ACCURACY_WITHOUT_CONFOUNDER + MARGIN:
+        return "confounded"
+    if accuracy < ACCURACY_WITHOUT_CONFOUNDER - MARGIN:
+        return "below the limit"
+    return "at the limit"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyntheticSetting(Setting):
+    """Synthetic images, the paper's network for them, measures by group and a table by batch size."""
+
+    row_names: ClassVar = {
+        "epochs": "epochs",
+        "size": "group_size",
+        "test_size": "test_group_size",
+        "variant": "variant",
+    }
+    variants: ClassVar[tuple[str, ...]] = VARIANTS
+    keeps_recalibrated: ClassVar = False
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """All that need no other data."""
+        return tuple(name for name, method in METHODS.items() if not method.of_confounded_only)
+
+    @property
+    def all_methods(self) -> tuple[str, ...]:
+        """Those of the table; the others serve a variant."""
+        return tuple(name for name in self.methods if METHODS[name].in_table)
+
+    def schedule(self, batch_size: int) -> tuple[int, float]:
+        """Return (epochs, learning rate) for a batch size: those of the nearest tuned one."""
+        return _SCHEDULES[min(_SCHEDULES, key=lambda size: abs(math.log(size / max(batch_size, 1))))]
+
+    def network(self, norm: str, num_classes: int) -> BackboneNetwork:
+        """Convolution 5×5 (16), convolution 5×5 (32), linear 84, linear 1: the paper's network."""
+        convolutions = [nn.Conv2d(1, 16, 5), nn.Conv2d(16, 32, 5)]
+        no_pool = nn.Identity()
+        backbone = ConvolutionalBackbone(
+            convolutions,
+            (16, 32),
+            norm,
+            spatial_dims=2,
+            pool=no_pool,
+            last_pool=no_pool,
+            num_positions=24 * 24,
+        )
+        return BackboneNetwork(backbone, 1, 84, norm)
+
+    def data(self, run: Run, degree: int) -> ConfoundedData:
+        """Return training and held-out images; none of them are confound-free."""
+
+        def draw(group_size: int, held_out: bool) -> Samples:
+            data = make_synthetic(group_size, seed=2 * run.seed + held_out, variant=run.variant)
+            return samples_of(data, metadata_columns(data, run.variant, degree))
+
+        train, test = draw(run.size, False), draw(run.test_size, True)
+        return ConfoundedData(train, test, test, GROUPS, GROUPS, {"confounder": (0,)})
+
+    def measure(
+        self, network: BackboneNetwork, data: ConfoundedData, trained: Samples, file: str | None = None
+    ) -> Row:
+        """Return "bacc", and by group, "accuracy" and "dcor2" (features, confounder); fractions."""
+        from sklearn.metrics import balanced_accuracy_score
+
+        test = data.test
+        features, logits = outputs(network, test)
+        predicted = predictions(logits)
+        accuracy, dependence = {}, {}
+        for index, group in enumerate(GROUPS):
+            inside = test.labels == index
+            accuracy[group] = float((predicted == test.labels)[inside].double().mean())
+            found = distance_correlation_sqr(features[inside], test.confounders[inside, 0])
+            dependence[group] = float(found)
+        if file is not None:
+            confounder = test.confounders[:, 0]
+            save_features(file, features, logits, labels=test.labels, confounder=confounder)
+        return {
+            "bacc": float(balanced_accuracy_score(test.labels.numpy(), predicted.numpy())),
+            "accuracy": accuracy,
+            "dcor2": dependence,
+        }
+
+    def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
+        """Return the table of accuracy, its verdict and dcor², by batch size and method."""
+        limited = _has_limits(rows)
+        lines = []
+        for size in sorted({row["batch_size"] for row in rows}):
+            for name, members in by_method([row for row in rows if row["batch_size"] == size]).items():
+                accuracy = [row["bacc"] for row in members]
+                recalibrated = [row["recalibrated"] for row in members if "recalibrated" in row]
+                if len(recalibrated) < len(members):  # a mean over fewer seeds than the line says
+                    recalibrated = []
+                means = [_mean(recalibrated, group) for group in GROUPS if recalibrated]
+                seconds = [row["seconds_per_epoch"] for row in members if "seconds_per_epoch" in row]
+                lines.append(
+                    (
+                        METHODS[name].title,
+                        str(size),
+                        str(len(members)),
+                        mean_with_deviation([100 * value for value in accuracy], 1),
+                        verdict(sum(accuracy) / len(accuracy)) if limited else "–",
+                        *(mean_with_deviation([row["dcor2"][g] for row in members], 3) for g in GROUPS),
+                        mean_with_deviation([100 * row["bacc"] for row in recalibrated], 1),
+                        " / ".join(mean_with_deviation([mean], 3) for mean in means) or "–",
+                        mean_with_deviation([sum(seconds) / len(seconds)] if seconds else [], 1),
+                    )
+                )
+        return [ReportTable(HEADINGS, lines, LIMITS if limited else NO_LIMITS, LEGEND, section=1)]
+
+    def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
+        """Return example images, accuracy and dcor² by batch size and, where features were kept, these."""
+        names = titles({row["method"] for row in rows})
+        shown = [
+            ReportFigure(
+                "examples",
+                example_images(make_synthetic(4, seed=0, variant=runs[0].variant)),
+                "The images",
+                "Four example images of each group.",
+                "The classifier sees the images only, never these numbers.",
+            ),
+            ReportFigure(
+                "accuracy",
+                accuracy_figure(rows, panels(names), batch_axis(rows)),
+                "Accuracy",
+                "Balanced accuracy of every method by batch size; the numbers are in the table.",
+                "Closest to 83.3 % is best. What lies above was got from the confounder."
+                if _has_limits(rows)
+                else "Balanced accuracy on held-out data.",
+            ),
+            ReportFigure(
+                "dependence",
+                dependence_figure(rows, panels(names), batch_axis(rows)),
+                "What the features hold of the confounder",
+                "Distance correlation by group, method and batch size; the numbers are in the table.",
+                "Bias-corrected squared distance correlation; 0 is right.",
+            ),
+        ]
+        projected = _projections(runs, rows)
+        if projected:
+            shown.append(
+                ReportFigure(
+                    "projection",
+                    figures.projections(projected),
+                    "The features, before and after",
+                    "Two principal components of each model's features by group, coloured by the confounder.",
+                    "Each point is a held-out image. Without correction the colour runs along the main "
+                    "component: the features follow the confounder. With Metadata Normalization it is mixed "
+                    "there; what order is left sits in a component that holds next to none of the variance.",
+                )
+            )
+        return shown
+
+    def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+        """Write ``metadata.csv``: what `mdnorm.audit` needs, in the order of the kept features.
+
+        It holds the group, the two effects and each kept network's predictions for the held-out images.
+        """
+        columns: dict[str, list[Any]] = {}
+        for run, tensors in _kept(runs):
+            if not columns:
+                images = make_synthetic(run.test_size, seed=2 * run.seed + 1, variant=run.variant)
+                columns["group"] = [GROUPS[int(label)] for label in images.labels.tolist()]
+                columns |= {"effect": images.effect.tolist(), "confounder": images.confounder.tolist()}
+            scores = tensors["scores"].tolist()
+            name = f"{run.method}_batch{run.batch_size}"
+            columns[f"prediction_{name}"] = [GROUPS[score > 0.5] for score in scores]
+            columns[f"score_{name}"] = scores
+        if columns:
+            path = out / "metadata.csv"
+            with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.writer(file)
+                writer.writerow(columns)
+                writer.writerows(zip(*columns.values(), strict=True))
+        return list(_VARIANT_TEXTS[runs[0].variant])
+
+
+def _has_limits(rows: Sequence[Row]) -> bool:
+    return not any(row.get("variant") in WITHOUT_LIMITS for row in rows)
+
+
+def _mean(rows: Sequence[Row], group: str) -> float:
+    return sum(float(row["dcor2"][group]) for row in rows) / len(rows)
+
+
+def _kept(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Tensor]]]:
+    """Return the runs whose features are on disk, with these."""
+    from safetensors.torch import load_file
+
+    files = [(run, run.features_file) for run in runs if run.features_file is not None]
+    return [(run, load_file(file)) for run, file in files if Path(file).exists()]
+
+
+def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = ()) -> Figure:
+    """Show `count` images a group, the quadrants of effect and confounder outlined."""
+    lines = []
+    for index, group in enumerate(GROUPS):
+        pictures: list[tuple[Any, str]] = count * [(None, "")]
+        for column, row in enumerate((data.labels == index).nonzero()[:count, 0].tolist()):
+            separator = ",\n" if titles else ", "
+            text = f"effect {data.effect[row]:.1f}{separator}confounder {data.confounder[row]:.1f}"
+            if titles and index == 0:
+                text = f"{titles[column]}\n\n{text}"
+            pictures[column] = (data.images[row, 0].numpy(), text)
+        lines.append((f"Group {group}", pictures))
+    figure = figures.picture_grid(lines, (figures.WIDTH, 4.1), cmap="gray", vmin=0, vmax=6)
+    shown = [axis for axis in figure.axes if axis.images]
+    for axis in shown:
+        for x, y, colour in ((0, 0, "#56B4E9"), (16, 16, "#56B4E9"), (0, 16, "#E69F00")):
+            place = (x + 0.2, y + 0.2)
+            axis.add_patch(Rectangle(place, 14.6, 14.6, fill=False, edgecolor=colour, linewidth=1.5))
+    figure.colorbar(shown[0].images[0], ax=figure.axes, label="pixel value", shrink=0.8)
+    figure.supxlabel(
+        "outlined: true effect (blue, on the diagonal), confounder (orange, lower left)", fontsize=8
+    )
+    return figure
+
+
+class ResultAxis(NamedTuple):
+    """Where results stand in a figure: by batch size, or by stage.
+
+    `values` leads from a row and "bacc" or a group, for its dcor², to (position, value); `limits` and
+    `options` are those of `series_figure`.
+    """
+
+    label: str
+    ticks: list[str]
+    values: Callable[[Row, str], Iterable[tuple[int, float]]]
+    limits: Sequence[tuple[float | Sequence[float], str]]
+    options: dict[str, Any]
+
+
+def batch_axis(rows: Sequence[Row]) -> ResultAxis:
+    """Return the axis of batch sizes, with the analytic limits."""
+    sizes = sorted({row["batch_size"] for row in rows})
+
+    def values(row: Row, key: str) -> Iterable[tuple[int, float]]:
+        return [(sizes.index(row["batch_size"]), row["bacc"] if key == "bacc" else row["dcor2"][key])]
+
+    limits = [
+        (100 * limit, f"{100 * limit:.1f} %\n{text}")
+        for limit, text in (
+            (ACCURACY_WITH_CONFOUNDER, "with the\nconfounder"),
+            (ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
+        )
+        if _has_limits(rows)
+    ]
+    return ResultAxis("batch size", list(map(str, sizes)), values, limits, {})
+
+
+def accuracy_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
+    """Balanced accuracy, mean ± standard deviation over seeds, with the analytic limits."""
+    names = [name for group in panels.values() for name in group]
+    series = figures.series_of(
+        rows, names, lambda row: [(place, 100 * value) for place, value in axis.values(row, "bacc")]
+    )
+    labels = (axis.label, "balanced accuracy on held-out data (%)")
+    return figures.series_figure(
+        {"": series}, panels, axis.ticks, labels=labels, limits=axis.limits, **axis.options
+    )
+
+
+def dependence_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
+    """Distance correlation of features and confounder by group, mean ± standard deviation over seeds."""
+    names = [name for group in panels.values() for name in group]
+
+    def series(group: str) -> figures.Series:
+        return figures.series_of(rows, names, lambda row: axis.values(row, group))
+
+    parts = {f"Group {group}": series(group) for group in GROUPS}
+    labels = (axis.label, "dcor² (features, confounder)")
+    return figures.series_figure(
+        parts, panels, axis.ticks, labels=labels, limits=[(0.0, "")], height=3.6, **axis.options
+    )
+
+
+def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> list[figures.Projection]:
+    """Panels of the methods whose features were kept, at the batch size nearest to 200."""
+    kept = _kept(runs)
+    if not kept:
+        return []
+    batch_size = min((run.batch_size for run, _ in kept), key=lambda size: abs(math.log(size / 200)))
+    shown = []
+    for method in ("none", "mdn-last-running", "mdn-every-running"):
+        for run, tensors in kept:
+            row = next((row for row in rows if run.settings().items() <= row.items()), None)
+            if (run.method, run.batch_size) == (method, batch_size) and row is not None:
+                dependence = " / ".join(mean_with_deviation([row["dcor2"][group]], 3) for group in GROUPS)
+                title = f"{METHODS[method].title}\ndcor² {dependence}\naccuracy {100 * row['bacc']:.1f} %"
+                arrays = (tensors[name].numpy() for name in ("features", "labels", "confounder"))
+                shown.append(figures.Projection(title, *arrays))
+    return shown
+
+
+SETTING = SyntheticSetting(
+    name="synthetic",
+    title="Metadata Normalization on synthetic images",
+    introduction=_INTRODUCTION,
+    batch_size=200,
+    epochs=15,
+    learning_rate=2e-4,
+    size=1000,
+    test_size=2000,
+    slots=("norm1", "norm2"),
+    quick_seeds=2,
+    default_methods=("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running"),
+    batch_sizes=tuple(_SCHEDULES),
+)
