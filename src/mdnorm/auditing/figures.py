@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdnorm.auditing.columns import Column
-from mdnorm.auditing.plots import CLASS_COLOURS, COLOURS, ellipse, padded
+from mdnorm.auditing.plots import CLASS_COLOURS, COLOURS, class_groups, ellipse, padded
 from mdnorm.auditing.results import ColumnAudit, Measure, Projection
 from mdnorm.extras import requires
+from mdnorm.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,9 +24,6 @@ __all__ = ["all_figures", "overview", "projections"]
 
 _MARKERS = "oDs^v*"
 _WIDTH = 7.0
-
-# Of a name in a figure, and in the name of a file.
-_LONGEST = 40
 
 
 def all_figures(report: Report) -> dict[str, Figure]:
@@ -44,12 +42,12 @@ def all_figures(report: Report) -> dict[str, Figure]:
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)[:_LONGEST].strip("._") or "column"
+    return re.sub(r"[^\w.-]+", "_", name)[:40].strip("._") or "column"
 
 
 def _text(name: str) -> str:
     """Return a name as matplotlib draws it in a legend: what begins with "_" would be left out."""
-    text = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+    text = short(name)
     return f"\u2009{text}" if text.startswith("_") else text
 
 
@@ -93,9 +91,9 @@ def _draw(axis: Axes, columns: Sequence[ColumnAudit], *, probe: bool) -> None:
         shift = 0.0 if len(keys) == 1 else 0.13 - 0.26 * index / (len(keys) - 1)
         heights = [count - 1 - row + shift for row in range(count)]
 
-        def drawn(measure: Measure, value: float | None, *, as_share: bool = probe) -> float:
+        def drawn(measure: Measure, value: float | None) -> float:
             known = measure.value if value is None else value
-            return measure.as_share(known) if as_share else known
+            return measure.as_share(known) if probe else known
 
         colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
         values = [drawn(measure, measure.value) for measure in measures]
@@ -133,18 +131,16 @@ def projections(column: Column, projections: Mapping[str, Projection], titles: M
                     ticks = np.linspace(shown.values[inside].min(), shown.values[inside].max(), 4)
                     bar.set_ticks(list(ticks), labels=[column.text(tick) for tick in ticks])
         else:
-            names, counts = np.unique(shown.values[inside], return_counts=True)
-            named = names[np.argsort(-counts, kind="stable")][: len(CLASS_COLOURS)]
+            groups = class_groups(shown)
             handles = []
-            for name, colour in zip(named, CLASS_COLOURS, strict=False):
-                chosen = points[shown.values == name]
-                handles.append(axis.scatter(*chosen.T, s=8, linewidths=0, alpha=0.7, color=colour))
-                axis.plot(*ellipse(chosen).T, color=colour, linewidth=1)
+            for (_, chosen), colour in zip(groups, CLASS_COLOURS, strict=False):
+                handles.append(axis.scatter(*points[chosen].T, s=8, linewidths=0, alpha=0.7, color=colour))
+                axis.plot(*ellipse(points[chosen])[1:].T, color=colour, linewidth=1)
             if axis is axes[-1]:
                 _legend(
                     axis,
                     handles,
-                    [str(name) for name in named],
+                    [name for name, _ in groups],
                     title=_text(column.name),
                     loc="center left",
                     bbox_to_anchor=(1, 0.5),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mdnorm.metrics import GroupGaps
 
 __all__ = ["ColumnAudit", "FeatureSet", "Finding", "Measure", "Projection", "Representation"]
 
@@ -18,8 +19,11 @@ class FeatureSet:
 
     Attributes
     ----------
+    treatment : str
+        Its name.
+    part : {"", "training rows", "held-out rows"}
     title : str
-        What the reader calls them.
+        What the reader calls the treatment.
     values : (n, p) array
         Standardised unless the raw ones were asked for.
     whitened : (n, p) array or None
@@ -33,12 +37,25 @@ class FeatureSet:
         were fitted where there are others.
     """
 
+    treatment: str
+    part: str
     title: str
     values: NDArray[np.float64] = field(repr=False)
     whitened: NDArray[np.float64] | None = field(repr=False)
     rows: NDArray[np.bool_] = field(repr=False)
     reference: str | None = None
     is_decisive: bool = True
+
+    @property
+    def full_title(self) -> str:
+        """The title with the part: for a table."""
+        return f"{self.title}, {self.part}" if self.part else self.title
+
+    @property
+    def in_a_sentence(self) -> str:
+        """The same within a sentence: a title that does not say that it is a name stands in quotes."""
+        title = self.title if self.title.startswith(("the ", "these ")) else f"“{self.title}”"
+        return f"{title} ({self.part})" if self.part else title
 
 
 @dataclass(frozen=True)
@@ -106,8 +123,8 @@ class Representation:
     association_z : float
         Logarithm of the linear association of features and column, in standard deviations from its mean under
         permutation. Far below 0 it is smaller than chance makes it: the column was removed from these rows.
-    group_gaps : mapping or None
-        Of the predictions that belong to the features, as of `mdnorm.metrics.GroupGaps.to_dict`.
+    group_gaps : mdnorm.metrics.GroupGaps or None
+        Of the predictions that belong to the features.
     prediction_test : Measure or None
         Of predicted numbers: dcor² of prediction and column given the target.
     """
@@ -119,7 +136,7 @@ class Representation:
     probes: Mapping[str, Measure]
     probes_within: Mapping[str, Measure]
     association_z: float
-    group_gaps: Mapping[str, Any] | None = None
+    group_gaps: GroupGaps | None = None
     prediction_test: Measure | None = None
 
     @property
@@ -234,18 +251,3 @@ class Projection:
     shares: Sequence[float]
     rows: NDArray[np.int64] = field(repr=False)
     is_shared: bool = False
-
-
-def as_json(value: Any) -> Any:
-    """Return dataclasses as dictionaries, recursively, and NaN as None."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: as_json(part) for name, part in asdict(value).items()}
-    if isinstance(value, Mapping):
-        return {str(name): as_json(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(part) for part in value]
-    if isinstance(value, np.generic):
-        return as_json(value.item())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

@@ -130,8 +130,8 @@ def audit(
     try:
         from mdnorm import auditing
         from mdnorm.auditing import conditions
-        from mdnorm.auditing.audit import number_of_steps
         from mdnorm.auditing.columns import as_columns
+        from mdnorm.auditing.run import number_of_steps
 
         browser = _browser() if pdf else None
         demanded = [part for text in fail_on or [] for part in conditions.parse(text)]

@@ -401,8 +401,7 @@ def audit_networks(
     """
     from safetensors.torch import load_file
 
-    from mdnorm.auditing import audit
-    from mdnorm.auditing.measuring import Settings
+    from mdnorm.auditing import Settings, audit
 
     tensors, others = load_file(before), load_file(after)
     metadata: dict[str, Any] = {}
