@@ -112,7 +112,11 @@
       if (panel.hidden) return;
       if (drawn.has(element.id)) { Plotly.Plots.resize(element); continue; }
       drawn.add(element.id);
-      Plotly.newPlot(element, ...figureOf(figures.plots[element.id]), config);
+      const values = figures.plots[element.id];
+      // Room for the lines of the legend, of about three names in 400 pixels.
+      const names = values.rows ? [] : figures.columns[values.column].names ?? [];
+      element.style.height = `${parseInt(element.style.height) + 20 * Math.ceil(130 * names.length / element.clientWidth)}px`;
+      Plotly.newPlot(element, ...figureOf(values), config);
       await paint();
     }
   }
