@@ -436,12 +436,12 @@ def _probe(
     notes += result.notes
     left_out = tuple(f"Class {name} of the label: {reason}" for name, reason in result.left_out)
     # With labels the permutations stay within their classes: what they score is what the label tells.
-    explained = None if classes is None else result.scores[0].permutation_mean
-    overall = _as_measure(result.scores[0], result.num_rows, notes, explained)
+    explained = None if classes is None else result.scored.permutation_mean
+    overall = _as_measure(result.scored, result.num_rows, notes, explained)
     if not result.pooled:
         return overall, None
     num_rows = sum(part.num_rows for part in result.within_labels)
-    return overall, _as_measure(result.pooled[0], num_rows, left_out)
+    return overall, _as_measure(result.pooled, num_rows, left_out)
 
 
 def _as_measure(

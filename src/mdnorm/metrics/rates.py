@@ -1,4 +1,4 @@
-"""Rates of counts, means of them where some are not defined, and their intervals."""
+"""Intervals of shares, and of sums of independent estimates."""
 
 from __future__ import annotations
 
@@ -7,21 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["combined", "effective_rows", "mean_of_defined", "ratio", "wilson"]
-
-Floats = NDArray[np.float64]
-
-
-def ratio(values: Floats, totals: Floats) -> Floats:
-    """Return ``values / totals`` of arrays of one shape; NaN where a total is 0."""
-    divided: Floats = np.divide(values, totals, out=np.full(values.shape, np.nan), where=totals > 0)
-    return divided
-
-
-def mean_of_defined(values: Floats, axis: int) -> Floats:
-    """Return the mean over the values that are finite; NaN where none is."""
-    defined = np.isfinite(values)
-    return ratio(np.where(defined, values, 0.0).sum(axis=axis), defined.sum(axis=axis).astype(np.float64))
+__all__ = ["combined", "effective_rows", "wilson"]
 
 
 def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
