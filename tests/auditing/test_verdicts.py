@@ -254,14 +254,14 @@ def test_repeated_subjects_are_suggested():
     assert any("80 rows have 40 values of participant_id. If these are subjects" in n for n in report.notes)
 
 
-@pytest.mark.parametrize("num_columns", [1, 6])
-def test_false_alarms_are_rare_for_all_columns_together(num_columns):
+def test_false_alarms_are_rare_for_all_columns_together():
     """Of pages on features that know nothing, one in twenty has a finding at most."""
     alarms = 0
+    settings = Settings(num_permutations=100, num_bootstrap=0, num_folds=2)
     for seed in range(16):
         rng = np.random.default_rng(seed)
-        table = {f"column {i}": rng.standard_normal(60) for i in range(num_columns)}
-        report = mdnorm.audit(rng.standard_normal((60, 3)), table, settings=FEW)
+        table = {f"column {i}": rng.standard_normal(60) for i in range(6)}
+        report = mdnorm.audit(rng.standard_normal((60, 3)), table, settings=settings)
         alarms += any(finding.level in ("strong", "weak") for finding in report.findings)
     assert alarms <= 3  # 0.8 are expected at most, more than 3 in one of a hundred runs
 

@@ -202,24 +202,6 @@ def test_intervals_equal_those_of_plain_resampling() -> None:
         assert rates[name].high == pytest.approx(high, abs=0.012)
 
 
-def test_intervals_agree_with_the_bootstrap_of_fairlearn() -> None:
-    y, p, g, _ = _data(1500)
-    frame = fairlearn.MetricFrame(
-        metrics={"accuracy": accuracy_score},
-        y_true=y,
-        y_pred=p,
-        sensitive_features=g,
-        n_boot=150,
-        ci_quantiles=[0.1, 0.9],
-        random_state=0,
-    )
-    result = group_gaps(y, p, g, confidence=0.8)
-    for index, group in enumerate("abc"):
-        rate = result.groups[index].rates["accuracy"]
-        assert rate.low == pytest.approx(frame.by_group_ci[0].loc[group, "accuracy"], abs=0.015)
-        assert rate.high == pytest.approx(frame.by_group_ci[1].loc[group, "accuracy"], abs=0.015)
-
-
 def test_subjects_are_resampled_with_all_their_rows() -> None:
     y, p, g, scores = _data(400)
     subjects = np.random.default_rng(1).integers(0, 90, 400)

@@ -342,7 +342,7 @@ class _Measuring:
 def _association_z(
     features: NDArray[np.float64], values: NDArray[np.float64], strata: NDArray[Any] | None, seed: int
 ) -> float:
-    """Return log ‖XᵀY‖² within strata in standard deviations from its mean under permutation."""
+    """Return how far log ‖XᵀY‖² within strata is from its mean under permutation, in standard deviations."""
     codes = np.zeros(len(values), np.int64) if strata is None else np.unique(strata, return_inverse=True)[1]
     counts = np.bincount(codes)
 

@@ -60,7 +60,7 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number with what is needed to judge it.
+    """A number, and what is needed to judge it.
 
     Attributes
     ----------
@@ -68,17 +68,18 @@ class Measure:
         "dcor²", "R²", "balanced accuracy".
     value : float
     chance : float
-        The value where the features know nothing: 0, or 1 / number of classes.
+        The expected value where the features know nothing: 0, or 1 / number of classes.
     num_rows : int
     low, high : float or None
         Limits of the interval, where there is one.
     p_value : float or None
-        With `explained_by_label`: whether the features know more than the label tells.
+        Of the test against chance; with `explained_by_label`, of the test whether the features know more than
+        the label tells.
     explained_by_label : float or None
-        The value that features reach which know of the column only what the label tells.
+        The value of features that know of the column only what the label tells.
     notes : tuple of str
     tail_p_value : float or None
-        The p-value beyond what permutations resolve, for many tests at once.
+        See `mdnorm.metrics.probes.ProbeScore`.
     """
 
     name: str
@@ -114,9 +115,9 @@ class Representation:
         Given the label: mean of dcor² over the label classes, weighted by their rows; of a continuous label,
         dcor² of what smooth functions of the label leave of features and column.
     dependence_by_class : mapping
-        Of label classes.
+        Label classes to dcor² within them.
     whitened : Measure or None
-        As the one that an overview shows, of whitened features: directions count equally.
+        `shown_dependence`, but of whitened features, in which all directions count equally.
     probes, probes_within : mapping
         "linear", "nonlinear" → the cross-validated score, over all rows and given the label (empty where
         that cannot be probed).
@@ -178,9 +179,9 @@ class ColumnAudit:
     num_rows, num_missing : int
         Rows used, and rows without a value, among the rows of the audit.
     role : {"remove", "keep", "label"}
-        What is meant to become of it.
+        What is meant to happen to it.
     association_with_label : float or None
-        dcor² of the column and the label: how far the data themselves are confounded.
+        dcor² of the column and the label: how strongly the data themselves are confounded.
     representations : mapping
         Names of sets of features to what they know.
     """

@@ -82,21 +82,21 @@ def audit(
     ignore : sequence of str
         Metadata columns to leave out: names, and patterns such as "voxel_*".
     keep : sequence of str
-        Metadata columns that are meant to stay in the features, as the label is: their loss is harm.
+        Metadata columns that are meant to stay in the features, like the label: losing them is harm.
     intersect : sequence of sequences of str
-        Columns of classes whose combinations are audited too, such as ``[("gender", "ethnicity")]``.
+        Groups of categorical columns whose combinations are audited too: ``[("gender", "ethnicity")]``.
     held_out : str or (n,) array of bool, optional
         Rows that no treatment was fitted on. They are audited apart from the others, and decide: most
         corrections look perfect on the rows they were fitted on.
     subjects : str or (n,) array, optional
-        Who a row belongs to, where a subject has several: they stay together in the cross-validation and in
-        the intervals of the gaps between groups, and distance correlations are those of one row of each.
+        The subject of each row, where subjects have several rows. These stay together in the cross-validation
+        and in the intervals of gaps between groups; distance correlations use one row of each subject.
     names : pair of str, optional
         What to call the features before and after in the report.
     max_rows : int
-        More rows than this are sampled (seeded), and the report says so.
+        If there are more rows than this, so many are sampled (with the seed), and the report says so.
     settings : Settings, optional
-        How to measure, and the limits from which on something is harm.
+        How to measure, and the limits above which a finding counts as harm.
     project : str, optional
         Name of what is audited, for the head of the page.
     facts : mapping, optional

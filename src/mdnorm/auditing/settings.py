@@ -15,31 +15,32 @@ MIN_ROWS = 20
 
 @dataclass(frozen=True)
 class Settings:
-    """How an audit measures, and from where on it calls what it finds harm.
+    """How an audit measures, and the limits above which a finding counts as harm.
 
     Attributes
     ----------
     num_permutations : int
-        Of each probe's permutation test, at least 20.
+        Permutations of each probe's test, at least 20.
     num_bootstrap : int
-        Of the intervals of calibration errors.
+        Resamples for the intervals of calibration errors; 0 for no such intervals.
     confidence : float
-        Of every interval.
+        Confidence level of every interval, between 0 and 1.
     num_folds : int
-        Of the cross-validation of probes.
+        Folds of the cross-validation of probes, at least 2.
     seed : int
+        Seed of everything that is random.
     standardize : bool
         Whether features are divided by their standard deviations, so that units do not matter.
     min_group_rows : int
         Groups with fewer rows are not compared with others.
     alpha : float
-        Chance that any of all columns is found where features know none of them (Holm's method).
+        Probability that any column at all is found where the features know none of them (Holm's method).
     max_probe : float
-        Harm is a probe that comes further than this on the way from chance (0) to a perfect score (1).
+        A probe whose score is further than this from chance (0) to perfect (1) is harm.
     max_dcor2 : float
-        Harm is a larger dcor².
+        A larger dcor² is harm.
     max_gap : float
-        Harm is a larger difference of a rate between two groups.
+        A larger difference of a rate between two groups is harm.
 
     Raises
     ------

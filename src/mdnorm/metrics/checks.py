@@ -1,4 +1,4 @@
-"""What the measures share in checking their arguments, and in saying what is wrong with them."""
+"""Checks of arguments that several measures share."""
 
 from __future__ import annotations
 

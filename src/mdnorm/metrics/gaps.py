@@ -97,16 +97,16 @@ class Gap:
     Attributes
     ----------
     value : float or None
-        The difference between two groups that is surest to be large: of all pairs the one with the largest
-        lower limit, and of equal ones the largest. None where fewer than two groups can be compared.
+        The difference of the pair of groups whose interval has the largest lower limit (of several pairs,
+        the largest difference). None where fewer than two groups can be compared.
     low, high : float or None
-        Its interval; it holds for all pairs at once.
+        Interval of the difference; it holds for all pairs at once.
     lowest, highest : object
-        These groups.
+        The two groups.
     bound : float or None
         The largest upper limit of all pairs: no two groups differ by more.
     rate : str or None
-        Which rate it is of; a gap of several is that of one of them.
+        Name of the rate; a gap in several rates is the gap in one of them.
     """
 
     value: float | None
@@ -125,12 +125,12 @@ class GroupGaps(PlainResult):
     Attributes
     ----------
     groups : tuple of GroupResult
-        In the order of the group column's values.
+        The groups, in the order of the group column's values.
     gaps : dict of str to Gap
     pairs : dict of str to tuple of Difference
-        Of each rate and each two groups that are large enough.
+        Names of rates to the difference of each pair of groups that are large enough.
     against_rest : dict of str to tuple of Difference
-        Of each rate and group that is large enough: the difference to the rows of all other groups.
+        Names of rates to the difference between each group that is large enough and all other rows.
     classes : tuple
         The label classes.
     positive : object
@@ -184,18 +184,19 @@ def group_gaps(
     positive : object, optional
         The positive one of two classes. The default is 1 or True of 0 and 1 (or −1 and 1), False and True.
     subjects : array-like, (n,), optional
-        Whose sample a row is, where subjects have several: intervals are then wider, since rows of the same
-        subject say less than as many of others.
+        The subject of each row, where subjects have several rows: intervals are then wider, since rows of the
+        same subject carry less information than independent ones.
     confidence : float
-        Of the intervals, between 0 and 1. Those of differences hold for all pairs of groups at once.
+        Confidence level of the intervals, between 0 and 1. Intervals of differences hold for all pairs at
+        once.
     min_group_rows : int
-        Smaller groups have rates but are not compared, so that they neither make a gap nor hide one.
+        Smaller groups get rates but are not compared: they can neither cause a gap nor hide one.
     num_bootstrap : int
         Resamples for the interval of the calibration error; 0 for none.
     num_bins : int
         Bins of equal width for the expected calibration error.
     seed : int
-        Of the resamples: the same seed gives the same result.
+        Seed of the resamples: the same seed gives the same result.
 
     Returns
     -------
@@ -228,13 +229,14 @@ def group_gaps(
     A rate that a group cannot have (a true positive rate without positives) is None with a note, and gaps are
     those of the other groups.
 
-    Intervals of shares are Wilson's; with `subjects`, of as many rows as would be as sure (the design effect
-    of the linearised variance). Those of means of shares and of differences are put together from these
-    (Newcombe's hybrid score interval [2]_, [3]_). Those of differences have the confidence
-    ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once (Bonferroni) and the
-    largest lower limit is a lower limit of the largest difference. The interval of the Brier score is
-    Student's. That of the calibration error, which is larger in resamples than in the rows they come from, is
-    normal with the bootstrap's standard error and moved down by the mean of this difference.
+    Intervals of shares are Wilson's; with `subjects`, of the number of independent rows with the same
+    standard error (the design effect of the linearised variance). Intervals of means of shares and of
+    differences are combined from these (Newcombe's hybrid score interval [2]_, [3]_). Those of differences
+    have the confidence ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once
+    (Bonferroni) and the largest lower limit is a lower limit of the largest difference. The interval of the
+    Brier score is Student's. The interval of the calibration error is normal, with the standard error of the
+    bootstrap; since the error is larger in resamples than in the data, the interval is moved down by the mean
+    difference.
 
     References
     ----------

@@ -1,8 +1,8 @@
-"""The rates of one group of rows, each with what its interval needs.
+"""Rates of a group of rows, and what the interval of each is computed from.
 
-Nearly every rate is a share of rows, or a mean of such shares, so that its interval is Wilson's, which holds
-for ten rows and for shares of 0 and 1 too. With subjects the rows of a group count as many as would be as
-sure. Only the calibration error, which is none of this, is resampled.
+Nearly every rate is a share of rows, or a mean of such shares, so its interval is Wilson's, which is valid
+for as few as ten rows and for shares of 0 and 1. Where subjects have several rows, the interval is that of
+fewer, independent rows. The calibration error is no share: its interval is a bootstrap's.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A rate: the mean of shares of rows, each with the rows it counts as; or a value with its error."""
+    """A rate: a mean of shares with their numbers of independent rows, or a value with its error."""
 
     value: float
     shares: tuple[tuple[float, float], ...] = ()
@@ -66,7 +66,7 @@ class Estimate:
     largest: float = 1.0
 
     def limits(self, confidence: float) -> tuple[float, float]:
-        """Return the interval: all that is possible where the error is not known."""
+        """Return the interval; where the error is not known, the whole range of the rate."""
         from scipy.special import stdtrit
 
         if self.shares:
@@ -93,7 +93,7 @@ def estimates(
     inside: NDArray[np.bool_],
     options: Bootstrap,
 ) -> dict[str, Estimate]:
-    """Return name -> rate of the rows that are `inside`, NaN where one is not defined."""
+    """Return the rates of the rows that are `inside` by name; an undefined one is NaN."""
     true, guessed, positive = problem.true[inside], problem.guessed[inside], problem.positive
     owners = None if clusters is None else np.unique(clusters[inside], return_inverse=True)[1].reshape(-1)
 

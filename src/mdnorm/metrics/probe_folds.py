@@ -23,12 +23,12 @@ LEAST_VARIATION = 1e-12
 # Values of all targets that are in memory at once, in one temporary.
 CHUNK_ELEMENTS = 2**23
 
-# Fewer subjects than this are noted: so few can be exchanged in few ways only.
+# Fewer subjects than this are noted, since there are few ways to exchange them.
 _FEW_GROUPS = 7
 
 
 class UnusableError(ValueError):
-    """These rows cannot be probed; an error for all rows, a reason to leave out one label class."""
+    """These rows cannot be probed: an error, or for a label class the reason to leave it out."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Settings:
 
 
 def _check_classes(codes: Integers, classes: Categories, subjects: Integers | None) -> int:
-    """Return the number of rows, or subjects, of the smallest class; two are the least that can be probed."""
+    """Return the number of rows, or of subjects, of the smallest class, which must be at least two."""
     counts = np.bincount(codes, minlength=len(classes.names))
     present = counts.nonzero()[0]
     if present.size < 2:

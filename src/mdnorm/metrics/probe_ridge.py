@@ -32,16 +32,16 @@ __all__ = ["Basis", "Choice", "decisions", "representations"]
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
-# Strengths of the ridge, relative to the mean eigenvalue: from almost a constant prediction to almost none,
-# which a class that is coded in a component of a small variance needs.
+# Strengths of the ridge, relative to the mean eigenvalue. The strongest predicts almost a constant; the
+# weakest hardly shrinks, which a class that is coded in a component of small variance needs.
 _STRENGTHS = np.logspace(3, -8, 12)
 
-# Only strengths that leave as many degrees of freedom, or half of the rows if those are fewer, are tried: the
-# errors of a fit through nearly every row tell nothing about other rows.
+# Strengths that leave fewer degrees of freedom (or fewer than half of the rows) are not tried: a fit through
+# nearly every row says nothing about other rows.
 _LEAST_FREEDOM = 20
 
-# A weaker ridge is taken only where its left-out errors are smaller than those of a stronger one by more than
-# this number of degrees of freedom explain: the smallest of several noisy errors is too small.
+# A weaker ridge is preferred to a stronger one only if its left-out errors are smaller by more than this many
+# degrees of freedom explain, since the smallest of several noisy errors is too optimistic.
 _CLEARLY = 10
 
 # Widths of the kernels of the non-linear probe: γ times the number of columns.
@@ -137,7 +137,7 @@ def _centred(train: Floats, test: Floats) -> tuple[Floats, Floats]:
 
 
 class _LeftOut:
-    """Residuals of rows that the fit has not seen, one row or one subject at a time, intercept included."""
+    """Residuals of rows left out of the fit, one row or subject at a time; intercept included."""
 
     def __init__(self, components: Floats, subjects: Integers | None) -> None:
         num_rows = components.shape[0]

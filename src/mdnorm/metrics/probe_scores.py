@@ -36,15 +36,17 @@ class ProbeScore(PlainResult):
     chance : float
         The score of predictions that know nothing: 0, or 1 / number of classes.
     low, high : float
-        Interval of what this probe scores, fitted on as many rows. Another probe may find more.
+        Confidence interval of the score of this kind of probe, fitted to as many rows. Another kind of probe
+        may score higher.
     p_value : float or None
         Share of permuted targets that score as well, ``(1 + #) / (1 + num_permutations)``; None without
         permutations.
     permutation_mean, permutation_high : float or None
         Mean and 95 % quantile of the scores of the permuted targets.
     tail_p_value : float or None
-        The p-value beyond what the permutations resolve, for many tests at once: where fewer than a tenth of
-        them, of at least 100, are as good, from an exponential tail through the best tenth.
+        A p-value that can be smaller than ``1 / (1 + num_permutations)``, to correct for many tests: where
+        fewer than a tenth of at least 100 permutations score as well, it is that of an exponential tail
+        fitted to the best tenth. None without permutations.
     """
 
     name: str
@@ -118,7 +120,7 @@ def _tail_p_value(observed: float, permuted: Floats, p_value: float) -> float:
        permutations, more accurate P-values. Bioinformatics, 25(12), i161–i168.
     """
     number = permuted.size // 10
-    # Few different scores are few ways to permute, and have no tail.
+    # Few different scores mean few ways to permute: there is no tail to fit.
     if number < 10 or np.unique(permuted).size < permuted.size // 2:
         return p_value
     best = np.sort(permuted)[-number - 1 :]
@@ -201,9 +203,9 @@ class _RegressionScores:
     def interval(self, owners: Integers, confidence: float, inflation: float) -> tuple[float, float]:
         """Return the interval of ``1 − Σ errors / Σ totals``, a ratio of sums over independent owners.
 
-        A probe that finds nothing predicts the mean, and is sure to be no better. So that it does not seem
-        sure that there is nothing, the upper limit is at least the square of that of the correlation between
-        prediction and target (Fisher's interval), which does not depend on how far a prediction is shrunken.
+        A probe that finds nothing predicts the mean, and its R² hardly varies: the interval would be too
+        narrow. So the upper limit is at least the square of the upper limit of the correlation between
+        prediction and target (Fisher's interval), which does not depend on how far predictions are shrunken.
         """
         from scipy.special import ndtri, stdtrit
 

@@ -55,7 +55,7 @@ class ProbeResult(PlainResult):
     left_out : tuple of (label, reason)
         Label classes that could not be probed.
     notes : tuple of str
-        What was decided for the caller.
+        Decisions that were made for the caller, such as fewer folds.
     """
 
     model: str
@@ -117,20 +117,21 @@ def probe(
     task : {"auto", "classification", "regression"}
         "auto" takes numbers as numbers unless they have two values, or are whole with at most 10 values.
     labels : array-like, (n,), optional
-        Label classes, for the question what the features know *beyond the label*: the target is also probed
-        within each class, and permuted within classes only.
+        Label classes, to ask what the features know *beyond the label*: the target is also probed within each
+        class, and permutations stay within classes.
     groups : array-like, (n,), optional
-        Subjects. Rows of one subject stay in one fold, and the permutations exchange whole subjects.
+        Subject of each row. Rows of one subject stay in one fold, and permutations exchange whole subjects.
     num_folds : int
         At least 2. Reduced, with a note, where a class has fewer rows (or subjects).
     num_permutations : int
         At least 20, since the smallest p-value is ``1 / (1 + num_permutations)``; or 0 for no p-value.
     num_landmarks : int
-        Rows that each kernel of the non-linear probe is approximated from; half the training rows at most.
+        Number of rows from which each kernel of the non-linear probe is approximated; at most half of the
+        training rows are used.
     confidence : float
-        Of the intervals of the scores, between 0 and 1.
+        Confidence level of the intervals of the scores, between 0 and 1.
     seed : int
-        Of folds, permutations and landmarks: the same seed gives the same result.
+        Seed of folds, permutations and landmarks: the same seed gives the same result.
 
     Returns
     -------
@@ -160,10 +161,11 @@ def probe(
     Balanced accuracy weighs classes equally, so thresholds are those for equal priors: a rare class does not
     leave the probe at chance.
 
-    Intervals are of what this probe scores, fitted on as many rows: of R², a ratio of sums over rows or
-    subjects, by its linearised variance, the upper limit at least that of the squared correlation of
-    prediction and target; of balanced accuracy from Wilson's intervals of the classes (Zou & Donner 2008).
-    Both are widened for the training rows that folds share (Nadeau & Bengio 2003).
+    Intervals are for this kind of probe, fitted to as many rows. The interval of R², a ratio of sums over
+    rows or subjects, comes from its linearised variance; its upper limit is at least that of the squared
+    correlation of prediction and target. The interval of balanced accuracy is combined from Wilson's
+    intervals of the classes (Zou & Donner 2008). Both are widened because folds share training rows (Nadeau &
+    Bengio 2003).
 
     Permutations keep the folds, and permute within them, which makes the p-value exact also where folds are
     stratified by the target. With `groups`, each subject gets the values of another subject, repeated or cut

@@ -18,7 +18,7 @@ __all__ = ["QuantileGroups", "quantile_groups"]
 
 @dataclass(frozen=True)
 class QuantileGroups:
-    """A continuous column in groups.
+    """A continuous column divided into groups.
 
     Attributes
     ----------
@@ -118,7 +118,7 @@ def _range_names(limits: list[tuple[float, float]]) -> tuple[str, ...]:
     )
     names = []
     for low, high in limits:
-        # A dash beside a minus sign cannot be read.
+        # A dash next to a minus sign is hard to read.
         dash = "–" if low >= 0 else " to "
         names.append(text(low, digits) if low == high else f"{text(low, digits)}{dash}{text(high, digits)}")
     return tuple(names)

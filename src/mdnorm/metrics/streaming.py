@@ -27,10 +27,10 @@ __all__ = ["DistanceCorrelation", "GroupRates"]
 
 
 def _fingerprint(*settings: object) -> Tensor:
-    """Settings as a state.
+    """Return a state that differs where settings differ.
 
-    A `MetricCollection` keeps one state for metrics whose states are equal after the first batch. Those that
-    would differ later, by their `max_samples` say, must differ then.
+    A `MetricCollection` shares one state among metrics whose states are equal after the first batch, although
+    metrics with another `max_samples`, say, would differ later.
     """
     digest = hashlib.sha256(repr(settings).encode()).digest()[:16]
     return torch.tensor(list(digest), dtype=torch.uint8)
@@ -45,14 +45,13 @@ class DistanceCorrelation(Metric):
     Parameters
     ----------
     within_labels : bool
-        Measure within each class of the labels: what features know of the metadata beyond what the label
-        says.
+        Measure within each class of the labels: what features know of the metadata beyond the label.
     max_samples : int, optional
         Keep at most this many samples, at least 4, drawn uniformly without replacement from the stream (of
         all processes). Memory is then bounded by twice as many rows in each process, and time for `compute`,
         which grows with the square of the samples. 2000 are plenty for one number. None keeps all.
     seed : int
-        Of the sample. It depends on the order of the stream, not on the batches it comes in.
+        Seed of the sample. The sample depends on the order of the stream, not on the batches it comes in.
     per_column : bool
         A value for each metadata column, ``column_0, column_1, …``, and ``joint`` for all together where
         there are several.
@@ -71,12 +70,12 @@ class DistanceCorrelation(Metric):
     -----
     - Rows are kept on the device of the metric, features in float32, metadata in float64. A half precision
       input loses nothing; in a float64 input, differences below 1e-7 of the values are lost.
-    - With `max_samples`, each process draws by its own random keys, and the smallest keys of all are the
-      sample: other rows than one process would draw, as likely.
+    - With `max_samples`, each process draws random keys of its own, and the rows with the smallest keys of
+      all processes are the sample: a different sample than one process would draw, from the same
+      distribution.
     - A `DistributedSampler` repeats a few samples to give each process the same number; they count twice.
     - ``forward`` also computes the value for its batch, which must then have at least 4 samples (in each
       class). Use `update` to only accumulate.
-    - To keep one state in a `MetricCollection`, give metrics the same settings, or different ones: both work.
 
     Examples
     --------
