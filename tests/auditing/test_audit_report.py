@@ -143,7 +143,7 @@ def texts_of(figure):
 
 
 def test_the_page_is_saved_before_the_figures_are_drawn(report, tmp_path, monkeypatch):
-    def broken(report):
+    def broken(*_):
         raise RuntimeError("a figure cannot be drawn")
 
     monkeypatch.setattr("mdnorm.auditing.figures.all_figures", broken)

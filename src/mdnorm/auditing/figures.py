@@ -18,26 +18,43 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from mdnorm.auditing.report import Report
-
 __all__ = ["all_figures", "overview", "projections"]
 
 _MARKERS = "oDs^v*"
 _WIDTH = 7.0
 
 
-def all_figures(report: Report) -> dict[str, Figure]:
-    """Return the figures by the names of their files: the overview, and a projection for each column."""
+def all_figures(
+    columns: Sequence[ColumnAudit],
+    values: Sequence[Column],
+    label: str | None,
+    titles: Mapping[str, str],
+    projected: Mapping[str, tuple[str, Projection]],
+) -> dict[str, Figure]:
+    """Return the figures by the names of their files: the overview, and a projection for each column.
+
+    Parameters
+    ----------
+    columns : sequence of ColumnAudit
+    values : sequence of Column
+        The same columns as they were read.
+    label : str or None
+        Name of the label.
+    titles : mapping
+        What the reader calls the sets of features.
+    projected : mapping
+        Names of treatments to their title and projection.
+    """
     figures = {}
-    first = overview(report)
+    first = overview(columns, label, titles)
     if first is not None:
         figures["overview"] = first
-    by_name = {column.name: column for column in report.values}
-    for column in report.columns:
+    by_name = {column.name: column for column in values}
+    for column in columns:
         name = f"projection-{_file_name(column.name)}"
         while name in figures:
             name += "_"
-        figures[name] = projections(by_name[column.name], report.projections, report.titles_of_projections)
+        figures[name] = projections(by_name[column.name], projected)
     return figures
 
 
@@ -57,27 +74,25 @@ def _legend(where: Axes | Figure, handles: Sequence[Any], names: Sequence[str], 
         text.set_parse_math(False)
 
 
-def overview(report: Report) -> Figure | None:
+def overview(columns: Sequence[ColumnAudit], label: str | None, titles: Mapping[str, str]) -> Figure | None:
     """Dependence with intervals, and the best probe from chance to perfect; None without columns."""
     with requires("audit"):
         from matplotlib.figure import Figure
 
-    columns = [column for column in report.columns if not column.is_label]
+    columns = [column for column in columns if not column.is_label]
     if not columns:
         return None
     figure = Figure(figsize=(_WIDTH, 1.5 + 0.42 * len(columns)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
-    within = f" given {_text(report.label)}" if report.label else ""
+    within = f" given {_text(label)}" if label else ""
     _draw(left, columns, probe=False)
     _draw(right, columns, probe=True)
     left.set_xlabel(f"dcor²{within}", fontsize=8, parse_math=False)
     right.set_xlabel(f"best probe{within}\n(0: chance, 1: perfect)", fontsize=8, parse_math=False)
     names = [_text(column.name) for column in reversed(columns)]
     left.set_yticks(range(len(columns)), names, parse_math=False)
-    if len(report.titles) > 1:
-        _legend(
-            figure, left.get_lines()[1:], list(report.titles.values()), loc="outside upper center", ncols=2
-        )
+    if len(titles) > 1:
+        _legend(figure, left.get_lines()[1:], list(titles.values()), loc="outside upper center", ncols=2)
     return figure
 
 
@@ -109,14 +124,14 @@ def _draw(axis: Axes, columns: Sequence[ColumnAudit], *, probe: bool) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def projections(column: Column, projections: Mapping[str, Projection], titles: Mapping[str, str]) -> Figure:
+def projections(column: Column, projected: Mapping[str, tuple[str, Projection]]) -> Figure:
     """Two principal components of every set of features, coloured by a column."""
     with requires("audit"):
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(projections), squeeze=False)[0]
-    for axis, (key, projection) in zip(axes, projections.items(), strict=True):
+    axes = figure.subplots(1, len(projected), squeeze=False)[0]
+    for axis, (title, projection) in zip(axes, projected.values(), strict=True):
         shown = column.rows(projection.rows)
         inside = shown.present
         points = projection.points
@@ -146,10 +161,10 @@ def projections(column: Column, projections: Mapping[str, Projection], titles: M
                     bbox_to_anchor=(1, 0.5),
                 )
         if projection.is_shared:
-            every = np.concatenate([other.points for other in projections.values()])
+            every = np.concatenate([other.points for _, other in projected.values()])
             for limits, values in ((axis.set_xlim, every[:, 0]), (axis.set_ylim, every[:, 1])):
                 limits(*padded(values))
-        axis.set_title(_text(titles[key]), fontsize=9, parse_math=False)
+        axis.set_title(_text(title), fontsize=9, parse_math=False)
         axis.set_xlabel(f"1st component ({100 * projection.shares[0]:.1f} % of variance)", fontsize=8)
         axis.set_ylabel(f"2nd component ({100 * projection.shares[1]:.1f} %)", fontsize=8)
         axis.set_xticks([])

@@ -203,7 +203,10 @@ class Report:
         write_text_atomically(folder / "report.json", text + "\n")
         page = folder / "report.html"
         write_text_atomically(page, self.to_html())
-        for name, figure in figures.all_figures(self).items():
+        titles = self.titles_of_projections
+        projected = {key: (titles[key], part) for key, part in self.projections.items()}
+        drawn = figures.all_figures(self.columns, self.values, self.label, self.titles, projected)
+        for name, figure in drawn.items():
             save_figure(figure, folder / "figures" / f"{name}.png")
         return page
 
@@ -302,7 +305,7 @@ class Report:
             for title, dependence, _, probe in row.cells
         )
         image = ""
-        overview = figures.overview(self)
+        overview = figures.overview(self.columns, self.label, self.titles)
         if overview is not None:
             image = (
                 '<img alt="Dependence and best probe of every column" style="max-width:100%;background:white"'

@@ -169,16 +169,11 @@ def audit(
         sets=sets,
         settings=settings,
         similarity=None if first == last else float(cka(inputs.features[first], inputs.features[last])),
-        facts={
+        facts=_facts(inputs, audited, settings)
+        | {
             "project": None if project is None else printable(project),
-            "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
             "rows_given": table.num_rows,
-            "rows_used": len(next(iter(inputs.features.values()))),
-            "features": {key: list(values.shape) for key, values in inputs.features.items()},
-            "fingerprint": _fingerprint(inputs.features, audited),
-            "settings": asdict(settings),
             "max_rows": max_rows,
-            "versions": _versions(),
             **(facts or {}),
         },
         projections=projections_of(inputs.features, _PROJECTED_ROWS, settings.seed),
@@ -189,6 +184,18 @@ def audit(
 def number_of_steps(num_columns: int, num_representations: int) -> int:
     """Return how often `audit` reports progress for so many audited columns, the label among them."""
     return num_columns * num_representations * (1 + len(MODELS)) + 1
+
+
+def _facts(inputs: Inputs, audited: Sequence[Column], settings: Settings) -> dict[str, Any]:
+    """Return when, on what and how an audit was made."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "rows_used": len(next(iter(inputs.features.values()))),
+        "features": {key: list(values.shape) for key, values in inputs.features.items()},
+        "fingerprint": _fingerprint(inputs.features, audited),
+        "settings": asdict(settings),
+        "versions": _versions(),
+    }
 
 
 def _fingerprint(used: Mapping[str, NDArray[np.float64]], columns: Sequence[Column]) -> str:
