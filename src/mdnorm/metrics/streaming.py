@@ -161,10 +161,7 @@ class DistanceCorrelation(Metric):
         rows = reservoir.as_rows(features, metadata, labels, self.device)
         if self.per_column:
             reservoir.column_groups(self.column_names, rows.metadata.shape[1])
-        self._check_width("features", self.num_features, rows.features.shape[1])
-        self._check_width("metadata", self.num_metadata, rows.metadata.shape[1])
-        self.num_features = torch.full_like(self.num_features, rows.features.shape[1])
-        self.num_metadata = torch.full_like(self.num_metadata, rows.metadata.shape[1])
+        self._take_widths(rows)
         if self.max_samples is not None:
             keys = reservoir.sample_keys(int(self.num_seen), len(rows), seed=self.seed, rank=_rank())
             rows = Rows(rows.features, rows.metadata, rows.labels, keys.to(self.device))
@@ -235,8 +232,6 @@ class DistanceCorrelation(Metric):
         if not incoming:
             return
         rows = Rows.cat(incoming)
-        self._check_width("features", self.num_features, rows.features.shape[1])
-        self._check_width("metadata", self.num_metadata, rows.metadata.shape[1])
         if self.max_samples is not None:
             keys = torch.cat([piece.keys for piece in [*self._pieces(), rows] if piece.keys is not None])
             if keys.unique().shape[0] < keys.shape[0]:
@@ -244,8 +239,7 @@ class DistanceCorrelation(Metric):
                     f"both metrics drew their samples with seed={self.seed} in the same process, so the "
                     "samples are not independent: give each its own seed."
                 )
-        self.num_features = torch.full_like(self.num_features, rows.features.shape[1])
-        self.num_metadata = torch.full_like(self.num_metadata, rows.metadata.shape[1])
+        self._take_widths(rows)
         self.num_seen = self.num_seen + incoming_state["num_seen"].to(self.num_seen.device)
         self._computed = None
         self._update_count += 1
@@ -267,13 +261,19 @@ class DistanceCorrelation(Metric):
                 setattr(self, name, [torch.empty(0, dtype=dtype, device=self.device)])
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
-    def _check_width(self, name: str, known: Tensor, width: int) -> None:
-        if int(known) not in (0, width):
-            raise ValueError(
-                f"{name} have {width} value(s) a sample, but {int(known)} in what was added before: every "
-                "batch must have the same, after flattening."
-                + (" Average over positions whose number varies." if name == "features" else "")
-            )
+    def _take_widths(self, rows: Rows) -> None:
+        """Keep the numbers of features and metadata, which must be those of what was added before."""
+        widths = {"features": rows.features.shape[1], "metadata": rows.metadata.shape[1]}
+        for name, width in widths.items():
+            known = int(getattr(self, f"num_{name}"))
+            if known not in (0, width):
+                raise ValueError(
+                    f"{name} have {width} value(s) a sample, but {known} in what was added before: every "
+                    "batch must have the same, after flattening."
+                    + (" Average over positions whose number varies." if name == "features" else "")
+                )
+        self.num_features = torch.full_like(self.num_features, widths["features"])
+        self.num_metadata = torch.full_like(self.num_metadata, widths["metadata"])
 
     def _pieces(self, incoming_state: Mapping[str, Any] | None = None) -> list[Rows]:
         """The state as rows; after a synchronisation, that of all processes."""
