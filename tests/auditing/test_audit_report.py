@@ -1,12 +1,14 @@
 import html
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from audit_example import QUICKEST
 
 import mdnorm
+from mdnorm.auditing.columns import printable
 from mdnorm.auditing.findings import LEVELS
 from mdnorm.auditing.results import Measure
 
@@ -103,31 +105,40 @@ HOSTILE = {
 }
 
 
-@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
-def test_any_text_in_names_is_drawn_as_text(name, tmp_path):
+@pytest.fixture(scope="module")
+def hostile_report():
+    """All hostile names at once, of columns, of their levels and of the label."""
     rng = np.random.default_rng(0)
-    level = np.where(rng.random(80) < 0.5, name or "B", "A")
-    report = mdnorm.audit(
-        rng.standard_normal((80, 3)),
-        {name: level, "label": rng.integers(0, 2, 80)},
-        "label",
-        after=rng.standard_normal((80, 3)),
-        names=(name, "after"),
-        project=name,
-        settings=QUICKEST,
-    )
-    page = report.save(tmp_path / "out").read_text(encoding="utf-8")
-    assert len(list((tmp_path / "out" / "figures").iterdir())) == 6
+    names = HOSTILE.values()
+    columns = {name: np.where(rng.random(80) < 0.5, name or "B", "A") for name in names}
+    features, after = rng.standard_normal((2, 80, 3))
+    label = {"the label": np.where(rng.random(80) < 0.5, HOSTILE["script"], "well")}
+    return mdnorm.audit(features, columns | label, "the label", after=after, settings=QUICKEST)
+
+
+def test_any_text_in_names_is_saved(hostile_report, tmp_path):
+    hostile_report.save(tmp_path / "out")
+    assert len(list((tmp_path / "out" / "figures").iterdir())) == 2 * (1 + len(HOSTILE) + 1)
     assert (tmp_path / "out" / "report.json").exists()
-    assert report.columns[0].name in html.unescape(page)
+    assert hostile_report._repr_html_()
+    assert str(hostile_report)
+
+
+@pytest.mark.parametrize("name", HOSTILE.values(), ids=HOSTILE)
+def test_any_text_in_names_is_drawn_as_text(name, hostile_report):
+    """In the names of the project and of the treatments, too."""
+    known = printable(name)
+    sets = {key: replace(part, title=known) for key, part in hostile_report.sets.items()}
+    facts = hostile_report.facts | {"project": known}
+    report = replace(hostile_report, sets=sets, facts=facts)
+    page = report.to_html()
+    assert known in html.unescape(page)
     for evil in ("<script>alert(1)", '<a href="j', "{{7*7}}{{"):
         assert evil not in page.split('<script type="text/plain"')[0]
     for text in texts_of(figures_of(page)):
         assert not re.search(r"<(?!/?b>|br>)", text), text
         assert "%{x}" not in text
-    assert "\n" not in report.markdown().split("|")[7]
-    assert report._repr_html_()
-    assert str(report)
+    assert all(line.startswith("|") for line in report.markdown().splitlines()[:-2])
 
 
 def texts_of(figure):
