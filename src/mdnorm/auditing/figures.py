@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdnorm.auditing.columns import Column
-from mdnorm.auditing.plots import CLASS_COLOURS, COLOURS, class_groups, ellipse, padded
-from mdnorm.auditing.results import ColumnAudit, Measure, Projection
+from mdnorm.auditing.plots import (
+    CLASS_COLOURS,
+    COLOURS,
+    class_groups,
+    ellipse,
+    overview_plots,
+    padded,
+)
+from mdnorm.auditing.results import ColumnAudit, FeatureSet, Projection
 from mdnorm.extras import requires
 from mdnorm.text import short
 
@@ -27,8 +34,8 @@ _WIDTH = 7.0
 def all_figures(
     columns: Sequence[ColumnAudit],
     values: Sequence[Column],
+    sets: Mapping[str, FeatureSet],
     label: str | None,
-    titles: Mapping[str, str],
     projected: Mapping[str, tuple[str, Projection]],
 ) -> dict[str, Figure]:
     """Return the figures by the names of their files: the overview, and a projection for each column.
@@ -38,15 +45,15 @@ def all_figures(
     columns : sequence of ColumnAudit
     values : sequence of Column
         The same columns as they were read.
+    sets : mapping
+        Of the features, by name.
     label : str or None
         Name of the label.
-    titles : mapping
-        What the reader calls the sets of features.
     projected : mapping
         Names of treatments to their title and projection.
     """
     figures = {}
-    first = overview(columns, label, titles)
+    first = overview(columns, sets, label)
     if first is not None:
         figures["overview"] = first
     by_name = {column.name: column for column in values}
@@ -74,52 +81,45 @@ def _legend(where: Axes | Figure, handles: Sequence[Any], names: Sequence[str], 
         text.set_parse_math(False)
 
 
-def overview(columns: Sequence[ColumnAudit], label: str | None, titles: Mapping[str, str]) -> Figure | None:
+def overview(
+    columns: Sequence[ColumnAudit], sets: Mapping[str, FeatureSet], label: str | None
+) -> Figure | None:
     """Dependence with intervals, and the best probe from chance to perfect; None without columns."""
     with requires("audit"):
         from matplotlib.figure import Figure
 
-    columns = [column for column in columns if not column.is_label]
-    if not columns:
+    plots = overview_plots(columns, sets, label)
+    if not plots:
         return None
-    figure = Figure(figsize=(_WIDTH, 1.5 + 0.42 * len(columns)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
+    names = [_text(column.name) for column in columns if not column.is_label]
+    figure = Figure(figsize=(_WIDTH, 1.5 + 0.42 * len(names)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
     within = f" given {_text(label)}" if label else ""
-    _draw(left, columns, probe=False)
-    _draw(right, columns, probe=True)
-    left.set_xlabel(f"dcor²{within}", fontsize=8, parse_math=False)
-    right.set_xlabel(f"best probe{within}\n(0: chance, 1: perfect)", fontsize=8, parse_math=False)
-    names = [_text(column.name) for column in reversed(columns)]
-    left.set_yticks(range(len(columns)), names, parse_math=False)
-    if len(titles) > 1:
-        _legend(figure, left.get_lines()[1:], list(titles.values()), loc="outside upper center", ncols=2)
+    axes[0].set_xlabel(f"dcor²{within}", fontsize=8, parse_math=False)
+    axes[1].set_xlabel(f"best probe{within}\n(0: chance, 1: perfect)", fontsize=8, parse_math=False)
+    for axis, plot in zip(axes, plots, strict=True):
+        _draw(axis, plot.values["series"])
+    axes[0].set_yticks(range(len(names)), names[::-1], parse_math=False)
+    if len(sets) > 1:
+        titles = [part.full_title for part in sets.values()]
+        _legend(figure, axes[0].get_lines()[1:], titles, loc="outside upper center", ncols=2)
     return figure
 
 
-def _draw(axis: Axes, columns: Sequence[ColumnAudit], *, probe: bool) -> None:
+def _draw(axis: Axes, series: Sequence[Mapping[str, Any]]) -> None:
+    """Points with intervals, rows from the top: the series of a `mdnorm.auditing.plots.Plot`."""
     axis.axvline(0, color="0.5", linewidth=1, linestyle="--", zorder=0)
-    keys = list(columns[0].representations)
-    for index, key in enumerate(keys):
-        shown = [column.representations[key] for column in columns]
-        measures = [each.shown_probe if probe else each.shown_dependence for each in shown]
-        count = len(columns)
-        shift = 0.0 if len(keys) == 1 else 0.13 - 0.26 * index / (len(keys) - 1)
-        heights = [count - 1 - row + shift for row in range(count)]
-
-        def drawn(measure: Measure, value: float | None) -> float:
-            known = measure.value if value is None else value
-            return measure.as_share(known) if probe else known
-
+    for index, part in enumerate(series):
+        values = np.array(part["value"])
+        shift = 0.0 if len(series) == 1 else 0.13 - 0.26 * index / (len(series) - 1)
+        heights = np.arange(len(values))[::-1] + shift
         colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
-        values = [drawn(measure, measure.value) for measure in measures]
         axis.plot(values, heights, marker, color=colour, markersize=5, zorder=3)
-        axis.hlines(
-            heights,
-            [drawn(measure, measure.low) for measure in measures],
-            [drawn(measure, measure.high) for measure in measures],
-            color=colour,
-            linewidth=1.5,
+        low, high = (
+            [value if limit is None else limit for value, limit in zip(values, part[side], strict=True)]
+            for side in ("low", "high")
         )
+        axis.hlines(heights, low, high, color=colour, linewidth=1.5)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 

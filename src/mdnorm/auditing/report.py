@@ -205,7 +205,7 @@ class Report:
         write_text_atomically(page, self.to_html())
         titles = self.titles_of_projections
         projected = {key: (titles[key], part) for key, part in self.projections.items()}
-        drawn = figures.all_figures(self.columns, self.values, self.label, self.titles, projected)
+        drawn = figures.all_figures(self.columns, self.values, self.sets, self.label, projected)
         for name, figure in drawn.items():
             save_figure(figure, folder / "figures" / f"{name}.png")
         return page
@@ -305,7 +305,7 @@ class Report:
             for title, dependence, _, probe in row.cells
         )
         image = ""
-        overview = figures.overview(self.columns, self.label, self.titles)
+        overview = figures.overview(self.columns, self.sets, self.label)
         if overview is not None:
             image = (
                 '<img alt="Dependence and best probe of every column" style="max-width:100%;background:white"'
