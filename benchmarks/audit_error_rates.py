@@ -81,7 +81,7 @@ def probe_coverage(effect: float, repeats: int) -> tuple[float, float]:
         for _ in range(repeats):
             x = rng.standard_normal((100, 2))
             y = effect * x[:, 0] + rng.standard_normal(100)
-            scores.append(probe(x, y > 0 if classes else y, num_permutations=0).scores[0])
+            scores.append(probe(x, y > 0 if classes else y, num_permutations=0).scored)
         mean = float(np.mean([score.value for score in scores]))
         inside = [
             score.low <= mean <= score.high

@@ -362,7 +362,7 @@ def probes(
         for name in held_out.metadata
     ]
     overall = max(_share(result.score, result.chance) for result in results)
-    within = max(_share(result.pooled[0].value, result.pooled[0].chance) for result in results)
+    within = max(_share(result.pooled.value, result.pooled.chance) for result in results)
     return [overall, within]
 
 

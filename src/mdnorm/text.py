@@ -1,11 +1,23 @@
-"""Tables as text, for reports that are printed."""
+"""Names and tables as text, for messages and for reports that are printed."""
 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
-__all__ = ["aligned"]
+__all__ = ["aligned", "listed", "short"]
+
+
+def listed(values: Iterable[Any], limit: int = 5) -> str:
+    """Return the first few of `values` for a message: ``'a', 'b', …``."""
+    items = [repr(value) for value in values]
+    return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")
+
+
+def short(text: str, longest: int = 40) -> str:
+    """Return a text, cut to its first letters where it does not fit into a table or a figure."""
+    return text if len(text) <= longest else f"{text[: longest - 1]}…"
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:

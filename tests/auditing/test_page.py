@@ -1,5 +1,6 @@
 """The page in a real browser: it renders, works by mouse and keyboard, narrow and dark, and is accessible."""
 
+import plotly.graph_objects as go
 import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
@@ -59,6 +60,43 @@ def open_tab(page, name):
         "[...document.querySelectorAll('[role=tabpanel]:not([hidden]) .plot')]"
         ".every(plot => plot.querySelector('.main-svg'))",
     )
+
+
+def test_plotly_takes_every_figure(browser, address):
+    """What is drawn says nothing that plotly does not know."""
+    page = browser.new_page()
+    page.goto(address)
+    page.wait_for_selector("#overview-dependence .main-svg")
+    for name in ("Overview", "site", "age", "diagnosis (label)"):
+        open_tab(page, name)
+    drawn = page.evaluate(
+        "[...document.querySelectorAll('.js-plotly-plot')].map(({data, layout}) => ({data, layout}))"
+    )
+    assert len(drawn) == 4 + (5 + 2) + (5 + 2) + (2 + 2)
+    for figure in drawn:
+        go.Figure(figure)
+
+
+def test_a_name_in_the_table_opens_its_tab(browser, address):
+    page = browser.new_page()
+    page.goto(address)
+    page.get_by_role("link", name="age").click()
+    assert page.locator("#panel-1").is_visible()
+    assert page.evaluate("document.activeElement.id") == "tab-1"
+    page.goto(f"{address}#panel-2")
+    page.reload()
+    assert page.locator("#panel-2").is_visible()
+
+
+def test_it_prints_a_table_on_white(browser, address):
+    """At the width of a sheet of paper the table stays a table, and a dark screen prints no dark page."""
+    page = browser.new_context(viewport={"width": 700, "height": 900}, color_scheme="dark").new_page()
+    page.goto(address)
+    page.emulate_media(media="print", color_scheme="dark")
+    assert page.evaluate("getComputedStyle(document.querySelector('.verdicts tr')).display") == "table-row"
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") == "rgb(255, 255, 255)"
+    for part in ("document.documentElement", "document.querySelector('.verdicts').parentElement"):
+        assert page.evaluate(f"{part}.scrollWidth <= {part}.clientWidth")
 
 
 def test_every_tab_renders_and_fits(page):
@@ -143,4 +181,5 @@ def test_without_scripts_sentences_and_tables_are_there(browser, address):
     assert page.locator("table").first.is_visible()
     page.locator("summary").click()
     assert page.locator("ul.findings li").first.is_visible()
-    assert page.locator("noscript").count() == 1
+    assert page.locator("#panel-2").is_visible()
+    assert not page.locator(".plot").first.is_visible()

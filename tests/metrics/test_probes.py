@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from scipy.stats import kstest, t
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import Ridge
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import balanced_accuracy_score
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
 from statsmodels.stats.proportion import proportion_confint
 
-from mdnorm.metrics import probes
+from mdnorm.metrics import probe_folds, probe_ridge, probe_scores
+from mdnorm.metrics.columns import Categories
 from mdnorm.metrics.probes import ProbeResult, ProbeScore, probe
 
 
@@ -50,33 +51,16 @@ def _within_folds(x: np.ndarray, train: np.ndarray, test: np.ndarray) -> tuple[n
 
 @pytest.mark.parametrize(("n", "p"), [(100, 5), (60, 200)])
 def test_r2_equals_ridge_of_scikit_learn(n: int, p: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_STRENGTHS", np.array([0.3]))
+    monkeypatch.setattr(probe_ridge, "_STRENGTHS", np.array([0.3]))
     x, y = _data(n, p)
-    errors, totals, folds = 0.0, 0.0, []
+    errors, totals = 0.0, 0.0
     for train, test in _splits(np.zeros(n)):
         z_train, z_test = _within_folds(x, train, test)
         predicted = Ridge(alpha=0.3 * len(train)).fit(z_train, y[train]).predict(z_test)
         error, total = ((y[test] - predicted) ** 2).sum(), ((y[test] - y[train].mean()) ** 2).sum()
         errors, totals = errors + error, totals + total
-        folds.append(1 - error / total)
     result = probe(x, y, num_permutations=0)
     assert result.score == pytest.approx(1 - errors / totals, abs=1e-9)
-    assert result.scores[0].fold_values == pytest.approx(folds, abs=1e-9)
-    assert result.scores[0].fold_std == pytest.approx(np.std(folds, ddof=1), abs=1e-9)
-
-
-@pytest.mark.parametrize("num_classes", [2, 4])
-def test_auc_equals_scikit_learn(num_classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(probes, "_STRENGTHS", np.array([0.01]))
-    x, y = _data(200, 6, num_classes)
-    areas = []
-    for train, test in _splits(y):
-        z_train, z_test = _within_folds(x, train, test)
-        scores = Ridge(alpha=0.01 * len(train)).fit(z_train, np.eye(num_classes)[y[train]]).predict(z_test)
-        areas.append(np.mean([roc_auc_score(y[test] == c, scores[:, c]) for c in range(num_classes)]))
-    result = probe(x, y, num_permutations=0)
-    assert result.auc == pytest.approx(np.mean(areas), abs=1e-9)
-    assert result.scores[1].fold_values == pytest.approx(areas, abs=1e-9)
 
 
 @pytest.mark.parametrize("num_classes", [2, 3, 5])
@@ -95,14 +79,14 @@ def test_balanced_accuracy_is_the_mean_recall_over_all_folds(monkeypatch: pytest
     x, y = _data(150, 3, 3)
     decided = np.full(150, -1)
     splits = iter(_splits(y))
-    original = probes._decisions
+    original = probe_scores.decisions
 
     def recorded(*args: Any) -> Any:
         out = original(*args)
         decided[next(splits)[1]] = out[:, 0]
         return out
 
-    monkeypatch.setattr(probes, "_decisions", recorded)
+    monkeypatch.setattr(probe_scores, "decisions", recorded)
     result = probe(x, y, num_permutations=0)
     assert result.score == pytest.approx(balanced_accuracy_score(y, decided), abs=1e-12)
 
@@ -116,7 +100,7 @@ def test_left_out_residuals_equal_refits(largest: int) -> None:
     subjects = None if largest == 1 else np.minimum(rng.integers(0, 200, 80) // largest, 80)
     eigenvalues, vectors = np.linalg.eigh(z.T @ z)
     weights = 1 / (eigenvalues + 3.0)
-    left_out = probes._LeftOut(z @ vectors, subjects)
+    left_out = probe_ridge._LeftOut(z @ vectors, subjects)
     residuals = y - Ridge(alpha=3.0).fit(z, y).predict(z)
     result, means = left_out.residuals(residuals, weights), left_out.means(y)
     for block in np.unique(np.arange(80) if subjects is None else subjects):
@@ -132,9 +116,9 @@ def test_the_strength_is_the_strongest_of_nearly_the_best_generalised_cross_vali
 ) -> None:
     x, y = _data(n, p)
     z = StandardScaler().fit_transform(x)
-    basis = probes._Basis(z, z, None)
+    basis = probe_ridge.Basis(z, z, None)
     errors = []
-    for strength in probes._STRENGTHS:
+    for strength in probe_ridge._STRENGTHS:
         inner = np.linalg.solve(z @ z.T + strength * n * np.eye(n), z @ z.T)
         hat = inner.T + 1 / n
         if n - np.trace(hat) >= min(20, n / 2):
@@ -186,9 +170,8 @@ def test_an_encoded_target_is_predicted_perfectly(model: Any, kind: str) -> None
     code = y[:, None] if kind == "number" else np.eye(5)[y.astype(int)]
     x = np.hstack([code, rng.standard_normal((100, 4))]) @ rng.standard_normal((code.shape[1] + 4, 12))
     result = probe(x, y, model=model, num_permutations=20, num_landmarks=20)
-    for score in result.scores:
-        assert score.value == pytest.approx(1, abs=1e-6)
-        assert score.p_value == 1 / 21
+    assert result.score == pytest.approx(1, abs=1e-6)
+    assert result.p_value == 1 / 21
 
 
 @pytest.mark.parametrize(
@@ -196,21 +179,20 @@ def test_an_encoded_target_is_predicted_perfectly(model: Any, kind: str) -> None
     [(False, 0, "linear"), (False, 3, "linear"), (True, 2, "linear"), (False, 2, "nonlinear")],
 )
 def test_p_values_are_uniform_under_independence(labelled: bool, num_classes: int, model: Any) -> None:
-    p_values: list[list[float]] = []
-    values = []
+    p_values, values = [], []
     for seed in range(40):
         rng = np.random.default_rng(seed)
         x = rng.standard_normal((48, 3))
         y = rng.integers(0, num_classes, 48) if num_classes else rng.standard_normal(48)
         labels = np.arange(48) % 2 if labelled else None
         result = probe(x, y, labels=labels, model=model, num_permutations=39, num_landmarks=8, seed=seed)
-        scores = result.pooled if labelled else result.scores
-        p_values.append([score.p_value or 0 for score in scores])
-        values.append([score.value - score.chance for score in scores])
-    for column in np.array(p_values).T:
-        # Uniform on 1/40 … 1; moved to the middle of its steps.
-        assert kstest(column - 1 / 80, "uniform").pvalue > 0.01
-    assert np.abs(np.mean(values, axis=0)).max() < 0.08
+        score = result.pooled if labelled else result.scored
+        assert score is not None
+        p_values.append(score.p_value or 0)
+        values.append(score.value - score.chance)
+    # Uniform on 1/40 … 1; moved to the middle of its steps.
+    assert kstest(np.array(p_values) - 1 / 80, "uniform").pvalue > 0.01
+    assert abs(np.mean(values)) < 0.08
 
 
 @pytest.mark.parametrize("kind", ["quadratic", "product", "radius"])
@@ -262,9 +244,8 @@ def test_many_more_features_than_rows(model: Any) -> None:
 def test_constant_features_are_at_chance(model: Any, num_classes: int) -> None:
     _, y = _data(40, 3, num_classes)
     result = probe(np.full((40, 4), 0.1), y, model=model, num_permutations=20)
-    for score in result.scores:
-        assert score.value == pytest.approx(score.chance, abs=1e-12)
-        assert score.p_value == 1
+    assert result.score == pytest.approx(result.chance, abs=1e-12)
+    assert result.p_value == 1
 
 
 def test_a_column_of_rounding_is_a_constant() -> None:
@@ -296,13 +277,13 @@ def test_labels_show_what_is_left_beyond_the_label() -> None:
     x = rng.standard_normal((300, 4)) + 2 * (label == "patient")[:, None]
     result = probe(x, age, labels=label, num_permutations=99)
     assert result.score > 0.6
-    assert result.scores[0].permutation_mean == pytest.approx(result.score, abs=0.03)
+    assert result.scored.permutation_mean == pytest.approx(result.score, abs=0.03)
     assert (result.p_value or 0) > 0.05
     assert probe(x, age, num_permutations=99).p_value == 0.01
     assert [within.label for within in result.within_labels] == ["control", "patient"]
     assert all(within.score < 0.05 for within in result.within_labels)
-    assert result.pooled[0].value == pytest.approx(np.mean([r.score for r in result.within_labels]))
-    assert (result.pooled[0].p_value or 0) > 0.05
+    assert result.pooled.value == pytest.approx(np.mean([r.score for r in result.within_labels]))
+    assert (result.pooled.p_value or 0) > 0.05
 
 
 def test_within_a_label_class_is_the_probe_of_its_rows() -> None:
@@ -311,8 +292,8 @@ def test_within_a_label_class_is_the_probe_of_its_rows() -> None:
     result = probe(x, y, labels=label, num_permutations=20)
     for code, within in enumerate(result.within_labels):
         alone = probe(x[label == code], y[label == code], num_permutations=20)
-        assert within.scores[0].value == pytest.approx(alone.score, abs=1e-9)
-        assert within.scores[0].p_value == alone.p_value
+        assert within.scored.value == pytest.approx(alone.score, abs=1e-9)
+        assert within.scored.p_value == alone.p_value
         assert within.num_rows == 40
 
 
@@ -358,12 +339,12 @@ def test_folds_and_permutations_keep_their_promises(seed: int, labelled: bool) -
     rng = np.random.default_rng(seed)
     n = int(rng.integers(40, 120))
     y, label = rng.integers(0, 2, n), rng.integers(0, 2, n) if labelled else None
-    setting = probes._Settings("linear", 4, 5, 10, 0.95, seed)
-    classes = probes.Categories(y, (0, 1))
-    fold = probes._folds(y, classes, label, None, setting, [])
+    setting = probe_folds.Settings("linear", 4, 5, 10, 0.95, seed)
+    classes = Categories(y, (0, 1))
+    fold = probe_folds.folds(y, classes, label, None, setting, [])
     counts = np.array([np.bincount(fold[y == code], minlength=4) for code in (0, 1)])
     assert np.ptp(counts, axis=1).max() <= 2
-    orders = probes._permutations(fold, label, None, setting)
+    orders = probe_folds.permutations(fold, label, None, setting)
     assert (orders[:, 0] == np.arange(n)).all()
     for order in orders.T:
         assert (np.sort(order) == np.arange(n)).all()
@@ -371,10 +352,10 @@ def test_folds_and_permutations_keep_their_promises(seed: int, labelled: bool) -
         assert label is None or (label[order] == label).all()
 
     subjects = rng.integers(0, 25, n)
-    fold = probes._folds(y.astype(float), None, None, subjects, setting, [])
+    fold = probe_folds.folds(y.astype(float), None, None, subjects, setting, [])
     for subject in np.unique(subjects):
         assert np.unique(fold[subjects == subject]).size == 1
-    for order in probes._permutations(fold, None, subjects, setting).T:
+    for order in probe_folds.permutations(fold, None, subjects, setting).T:
         donors = subjects[order]
         pairs = {(a, b) for a, b in zip(subjects, donors, strict=True)}
         # Each subject gets the rows of one subject, and no two of the same one.
@@ -391,15 +372,13 @@ def test_folds_and_permutations_keep_their_promises(seed: int, labelled: bool) -
 def test_scores_are_in_range_and_do_not_depend_on_units(n: int, p: int, num_classes: int, seed: int) -> None:
     x, y = _data(n, p, num_classes, seed)
     result = probe(x, y, num_permutations=20, seed=seed)
-    for score in result.scores:
-        assert score.value <= 1
-        assert num_classes == 0 or score.value >= 0
-        assert score.p_value in [pytest.approx(k / 21) for k in range(1, 22)]
+    assert result.score <= 1
+    assert num_classes == 0 or result.score >= 0
+    assert result.p_value in [pytest.approx(k / 21) for k in range(1, 22)]
     scales = 10.0 ** np.random.default_rng(seed).uniform(-3, 3, p)
     target = 3 * y + 7 if num_classes == 0 else np.array(["a", "b", "c"])[y]
     other = probe(scales * x, target, num_permutations=20, seed=seed)
-    for score, expected in zip(other.scores, result.scores, strict=True):
-        assert score.value == pytest.approx(expected.value, abs=1e-6)
+    assert other.score == pytest.approx(result.score, abs=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-300, 1e300])
@@ -438,8 +417,8 @@ def test_kinds_of_input() -> None:
         (np.asfortranarray(x), y[:, None]),
         (x, y.astype(bool)),
     ):
-        assert probe(features, target, num_permutations=20).scores == expected.scores
-    assert probe(x, np.array(["f", "m"])[y], num_permutations=20).scores == expected.scores
+        assert probe(features, target, num_permutations=20).scored == expected.scored
+    assert probe(x, np.array(["f", "m"])[y], num_permutations=20).scored == expected.scored
 
 
 def test_the_task_is_guessed_and_said() -> None:
@@ -449,7 +428,7 @@ def test_the_task_is_guessed_and_said() -> None:
     result = probe(x, grade, num_permutations=0)
     assert result.task == "classification"
     assert "task='regression'" in result.notes[0]
-    assert probe(x, grade, task="regression", num_permutations=0).score_name == "r2"
+    assert probe(x, grade, task="regression", num_permutations=0).scored.name == "r2"
     assert probe(x, np.arange(60), num_permutations=0).task == "regression"
     assert probe(x, grade / 3, num_permutations=0).task == "regression"
     assert probe(x, grade % 2 * 1.5, num_permutations=0).task == "classification"
@@ -469,8 +448,7 @@ def test_to_dict_is_json() -> None:
     x, y = _data(60, 3, 3)
     result = probe(x, y, labels=np.arange(60) % 2, num_permutations=20)
     values = json.loads(json.dumps(result.to_dict(), allow_nan=False))
-    assert values["scores"][0]["value"] == result.score
-    assert values["scores"][1]["value"] == result.auc
+    assert values["scored"]["value"] == result.score
     assert [within["label"] for within in values["within_labels"]] == [0, 1]
     assert json.loads(json.dumps(probe(x, x[:, 0]).to_dict()))["task"] == "regression"
 
@@ -548,7 +526,7 @@ def test_the_interval_of_r2_is_that_of_the_jackknife() -> None:
     for train, test in folds:
         scaler = StandardScaler().fit(x[train])
         z = scaler.transform(x[train])
-        basis = probes._Basis(z, scaler.transform(x[test]), None)
+        basis = probe_ridge.Basis(z, scaler.transform(x[test]), None)
         _, predicted, _ = basis.fit(y[train][:, None, None])
         totals[test] = (y[test] - y[train].mean()) ** 2
         errors[test] = (y[test] - y[train].mean() - predicted[:, 0, 0]) ** 2
@@ -556,16 +534,16 @@ def test_the_interval_of_r2_is_that_of_the_jackknife() -> None:
     left_out = 1 - (errors.sum() - errors) / (totals.sum() - totals)
     spread = np.sqrt(2.25 * 59 / 60 * ((left_out - left_out.mean()) ** 2).sum())
     half = t.ppf(0.95, 59) * spread
-    assert result.scores[0].low == pytest.approx(result.score - half, abs=0.05 * half)
+    assert result.scored.low == pytest.approx(result.score - half, abs=0.05 * half)
     # At least what the correlation of prediction and target allows.
-    assert result.scores[0].high >= result.score + 0.95 * half
+    assert result.scored.high >= result.score + 0.95 * half
 
 
 def test_the_interval_of_balanced_accuracy_is_put_together_from_those_of_the_classes() -> None:
     rng = np.random.default_rng(0)
     y = np.repeat([0, 1], [100, 40])
     x = rng.standard_normal((140, 3)) + y[:, None]
-    score = probe(x, y, num_permutations=0, num_folds=5).scores[0]
+    score = probe(x, y, num_permutations=0, num_folds=5).scored
     # Of two equal halves the mean is off by half of the root of the summed squares of what each is off by.
     width = 0
     for size in (100, 40):
@@ -574,7 +552,7 @@ def test_the_interval_of_balanced_accuracy_is_put_together_from_those_of_the_cla
     assert score.high - score.low == pytest.approx(np.sqrt(width) / 2, rel=0.1)
     # Two rows of each subject that are alike say what one does.
     twice = np.repeat(np.arange(140), 2)
-    again = probe(x[twice], y[twice], groups=twice, num_permutations=0).scores[0]
+    again = probe(x[twice], y[twice], groups=twice, num_permutations=0).scored
     assert again.high - again.low == pytest.approx(score.high - score.low, rel=0.1)
 
 
@@ -585,8 +563,8 @@ def test_intervals_of_a_probe_cover_its_mean_score(effect: float) -> None:
     for _ in range(100):
         x = rng.standard_normal((100, 2))
         y = effect * x[:, 0] + rng.standard_normal(100)
-        scores["number"].append(probe(x, y, num_permutations=0).scores[0])
-        scores["sign"].append(probe(x, y > 0, num_permutations=0).scores[0])
+        scores["number"].append(probe(x, y, num_permutations=0).scored)
+        scores["sign"].append(probe(x, y > 0, num_permutations=0).scored)
     for name, parts in scores.items():
         mean = np.mean([score.value for score in parts])
         assert sum(mean <= score.high for score in parts) >= 90

@@ -156,7 +156,7 @@ def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[st
             pooled = probe(features, target, labels=samples.labels, num_permutations=0).pooled
         except ValueError:  # too few samples, or a variable that does not vary
             return None
-        return (pooled[0].value - pooled[0].chance) / (1 - pooled[0].chance) if pooled else None
+        return (pooled.value - pooled.chance) / (1 - pooled.chance) if pooled else None
 
     found: dict[str, float | None] = {}
     for variable, columns in data.confounders.items():

@@ -3,9 +3,9 @@
 `audit` is the entry point (also `mdnorm.audit`, and ``mdnorm audit`` on the command line).
 """
 
-from mdnorm.auditing.audit import audit
-from mdnorm.auditing.measuring import Settings
 from mdnorm.auditing.reading import InputError, read_features, read_table
 from mdnorm.auditing.report import Report
+from mdnorm.auditing.run import audit
+from mdnorm.auditing.settings import Settings
 
 __all__ = ["InputError", "Report", "Settings", "audit", "read_features", "read_table"]

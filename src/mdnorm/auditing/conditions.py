@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from mdnorm.auditing.findings import comparable
 from mdnorm.auditing.reading import InputError
 from mdnorm.auditing.report import Report
 from mdnorm.auditing.results import ColumnAudit, Representation
@@ -99,7 +100,7 @@ def check(report: Report, conditions: Iterable[Condition]) -> list[Outcome]:
         for column in columns:
             for key, part in column.representations.items():
                 if report.sets[key].is_decisive:
-                    outcomes.append(_outcome(condition, column, report.sets[key].title, part))
+                    outcomes.append(_outcome(condition, column, report.sets[key].full_title, part))
     return outcomes
 
 
@@ -119,13 +120,8 @@ def _outcome(condition: Condition, column: ColumnAudit, title: str, part: Repres
 def _value(measure: str, part: Representation) -> tuple[float | None, float]:
     """Return the value and its upper limit."""
     if measure == "gap":
-        gaps = {} if part.group_gaps is None else part.group_gaps["gaps"]
-        found = [
-            (gap["value"], gap["bound"])
-            for name in ("accuracy", "equalized_odds", "worst_recall")
-            if (gap := gaps.get(name)) is not None and gap["value"] is not None
-        ]
-        return (max(value for value, _ in found), max(bound for _, bound in found)) if found else (None, 1.0)
+        gaps = [] if part.group_gaps is None else list(comparable(part.group_gaps).values())
+        return max((gap.value for gap in gaps), default=None), max((gap.bound for gap in gaps), default=1.0)
     shown = part.shown_dependence if measure == "dcor2" else part.shown_probe
     high = 1.0 if shown.high is None else shown.high
     return (shown.share, shown.as_share(high)) if measure == "share" else (shown.value, high)

@@ -9,47 +9,69 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdnorm.auditing.columns import Column
-from mdnorm.auditing.plots import CLASS_COLOURS, COLOURS, ellipse, padded
-from mdnorm.auditing.results import ColumnAudit, Measure, Projection
+from mdnorm.auditing.plots import (
+    CLASS_COLOURS,
+    COLOURS,
+    class_groups,
+    ellipse,
+    overview_plots,
+    padded,
+)
+from mdnorm.auditing.results import ColumnAudit, FeatureSet, Projection
 from mdnorm.extras import requires
+from mdnorm.text import short
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from mdnorm.auditing.report import Report
 
 __all__ = ["all_figures", "overview", "projections"]
 
 _MARKERS = "oDs^v*"
 _WIDTH = 7.0
 
-# Of a name in a figure, and in the name of a file.
-_LONGEST = 40
 
+def all_figures(
+    columns: Sequence[ColumnAudit],
+    values: Sequence[Column],
+    sets: Mapping[str, FeatureSet],
+    label: str | None,
+    projected: Mapping[str, tuple[str, Projection]],
+) -> dict[str, Figure]:
+    """Return the figures by the names of their files: the overview, and a projection for each column.
 
-def all_figures(report: Report) -> dict[str, Figure]:
-    """Return the figures by the names of their files: the overview, and a projection for each column."""
+    Parameters
+    ----------
+    columns : sequence of ColumnAudit
+    values : sequence of Column
+        The same columns as they were read.
+    sets : mapping
+        Of the features, by name.
+    label : str or None
+        Name of the label.
+    projected : mapping
+        Names of treatments to their title and projection.
+    """
     figures = {}
-    first = overview(report)
+    first = overview(columns, sets, label)
     if first is not None:
         figures["overview"] = first
-    by_name = {column.name: column for column in report.values}
-    for column in report.columns:
+    by_name = {column.name: column for column in values}
+    for column in columns:
         name = f"projection-{_file_name(column.name)}"
         while name in figures:
             name += "_"
-        figures[name] = projections(by_name[column.name], report.projections, report.titles_of_projections)
+        figures[name] = projections(by_name[column.name], projected)
     return figures
 
 
 def _file_name(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", name)[:_LONGEST].strip("._") or "column"
+    return re.sub(r"[^\w.-]+", "_", name)[:40].strip("._") or "column"
 
 
 def _text(name: str) -> str:
     """Return a name as matplotlib draws it in a legend: what begins with "_" would be left out."""
-    text = name if len(name) <= _LONGEST else f"{name[: _LONGEST - 1]}…"
+    text = short(name)
     return f"\u2009{text}" if text.startswith("_") else text
 
 
@@ -59,66 +81,57 @@ def _legend(where: Axes | Figure, handles: Sequence[Any], names: Sequence[str], 
         text.set_parse_math(False)
 
 
-def overview(report: Report) -> Figure | None:
+def overview(
+    columns: Sequence[ColumnAudit], sets: Mapping[str, FeatureSet], label: str | None
+) -> Figure | None:
     """Dependence with intervals, and the best probe from chance to perfect; None without columns."""
     with requires("audit"):
         from matplotlib.figure import Figure
 
-    columns = [column for column in report.columns if not column.is_label]
-    if not columns:
+    plots = overview_plots(columns, sets, label)
+    if not plots:
         return None
-    figure = Figure(figsize=(_WIDTH, 1.5 + 0.42 * len(columns)), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    within = f" given {_text(report.label)}" if report.label else ""
-    _draw(left, columns, probe=False)
-    _draw(right, columns, probe=True)
-    left.set_xlabel(f"dcor²{within}", fontsize=8, parse_math=False)
-    right.set_xlabel(f"best probe{within}\n(0: chance, 1: perfect)", fontsize=8, parse_math=False)
-    names = [_text(column.name) for column in reversed(columns)]
-    left.set_yticks(range(len(columns)), names, parse_math=False)
-    if len(report.titles) > 1:
-        _legend(
-            figure, left.get_lines()[1:], list(report.titles.values()), loc="outside upper center", ncols=2
-        )
+    names = [_text(column.name) for column in columns if not column.is_label]
+    figure = Figure(figsize=(_WIDTH, 1.5 + 0.42 * len(names)), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    within = f" given {_text(label)}" if label else ""
+    axes[0].set_xlabel(f"dcor²{within}", fontsize=8, parse_math=False)
+    axes[1].set_xlabel(f"best probe{within}\n(0: chance, 1: perfect)", fontsize=8, parse_math=False)
+    for axis, plot in zip(axes, plots, strict=True):
+        _draw(axis, plot.values["series"])
+    axes[0].set_yticks(range(len(names)), names[::-1], parse_math=False)
+    if len(sets) > 1:
+        titles = [part.full_title for part in sets.values()]
+        _legend(figure, axes[0].get_lines()[1:], titles, loc="outside upper center", ncols=2)
     return figure
 
 
-def _draw(axis: Axes, columns: Sequence[ColumnAudit], *, probe: bool) -> None:
+def _draw(axis: Axes, series: Sequence[Mapping[str, Any]]) -> None:
+    """Points with intervals, rows from the top: the series of a `mdnorm.auditing.plots.Plot`."""
     axis.axvline(0, color="0.5", linewidth=1, linestyle="--", zorder=0)
-    keys = list(columns[0].representations)
-    for index, key in enumerate(keys):
-        shown = [column.representations[key] for column in columns]
-        measures = [each.shown_probe if probe else each.shown_dependence for each in shown]
-        count = len(columns)
-        shift = 0.0 if len(keys) == 1 else 0.13 - 0.26 * index / (len(keys) - 1)
-        heights = [count - 1 - row + shift for row in range(count)]
-
-        def drawn(measure: Measure, value: float | None, *, as_share: bool = probe) -> float:
-            known = measure.value if value is None else value
-            return measure.as_share(known) if as_share else known
-
+    for index, part in enumerate(series):
+        values = np.array(part["value"])
+        shift = 0.0 if len(series) == 1 else 0.13 - 0.26 * index / (len(series) - 1)
+        heights = np.arange(len(values))[::-1] + shift
         colour, marker = COLOURS[index % len(COLOURS)], _MARKERS[index % len(_MARKERS)]
-        values = [drawn(measure, measure.value) for measure in measures]
         axis.plot(values, heights, marker, color=colour, markersize=5, zorder=3)
-        axis.hlines(
-            heights,
-            [drawn(measure, measure.low) for measure in measures],
-            [drawn(measure, measure.high) for measure in measures],
-            color=colour,
-            linewidth=1.5,
+        low, high = (
+            [value if limit is None else limit for value, limit in zip(values, part[side], strict=True)]
+            for side in ("low", "high")
         )
+        axis.hlines(heights, low, high, color=colour, linewidth=1.5)
     axis.tick_params(labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def projections(column: Column, projections: Mapping[str, Projection], titles: Mapping[str, str]) -> Figure:
+def projections(column: Column, projected: Mapping[str, tuple[str, Projection]]) -> Figure:
     """Two principal components of every set of features, coloured by a column."""
     with requires("audit"):
         from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, 3.4), layout="constrained")
-    axes = figure.subplots(1, len(projections), squeeze=False)[0]
-    for axis, (key, projection) in zip(axes, projections.items(), strict=True):
+    axes = figure.subplots(1, len(projected), squeeze=False)[0]
+    for axis, (title, projection) in zip(axes, projected.values(), strict=True):
         shown = column.rows(projection.rows)
         inside = shown.present
         points = projection.points
@@ -133,27 +146,25 @@ def projections(column: Column, projections: Mapping[str, Projection], titles: M
                     ticks = np.linspace(shown.values[inside].min(), shown.values[inside].max(), 4)
                     bar.set_ticks(list(ticks), labels=[column.text(tick) for tick in ticks])
         else:
-            names, counts = np.unique(shown.values[inside], return_counts=True)
-            named = names[np.argsort(-counts, kind="stable")][: len(CLASS_COLOURS)]
+            groups = class_groups(shown)
             handles = []
-            for name, colour in zip(named, CLASS_COLOURS, strict=False):
-                chosen = points[shown.values == name]
-                handles.append(axis.scatter(*chosen.T, s=8, linewidths=0, alpha=0.7, color=colour))
-                axis.plot(*ellipse(chosen).T, color=colour, linewidth=1)
+            for (_, chosen), colour in zip(groups, CLASS_COLOURS, strict=False):
+                handles.append(axis.scatter(*points[chosen].T, s=8, linewidths=0, alpha=0.7, color=colour))
+                axis.plot(*ellipse(points[chosen])[1:].T, color=colour, linewidth=1)
             if axis is axes[-1]:
                 _legend(
                     axis,
                     handles,
-                    [str(name) for name in named],
+                    [name for name, _ in groups],
                     title=_text(column.name),
                     loc="center left",
                     bbox_to_anchor=(1, 0.5),
                 )
         if projection.is_shared:
-            every = np.concatenate([other.points for other in projections.values()])
+            every = np.concatenate([other.points for _, other in projected.values()])
             for limits, values in ((axis.set_xlim, every[:, 0]), (axis.set_ylim, every[:, 1])):
                 limits(*padded(values))
-        axis.set_title(_text(titles[key]), fontsize=9, parse_math=False)
+        axis.set_title(_text(title), fontsize=9, parse_math=False)
         axis.set_xlabel(f"1st component ({100 * projection.shares[0]:.1f} % of variance)", fontsize=8)
         axis.set_ylabel(f"2nd component ({100 * projection.shares[1]:.1f} %)", fontsize=8)
         axis.set_xticks([])

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from mdnorm.auditing.measuring import Settings
 from mdnorm.auditing.results import ColumnAudit, FeatureSet, Finding, Measure, Representation
+from mdnorm.auditing.settings import Settings
+from mdnorm.metrics import GroupGaps
 
 __all__ = ["LEVELS", "describe", "find", "number", "p_text", "percent", "worst"]
 
@@ -96,6 +97,12 @@ def find(
         ),
     )
     return [finding for column in order for finding in by_column[column.name]]
+
+
+def comparable(result: GroupGaps) -> dict[str, Any]:
+    """Return the gaps that a verdict looks at: in accuracy and in odds, where two groups can be compared."""
+    gaps = {name: result.gaps.get(name) for name in ("accuracy", "equalized_odds", "worst_recall")}
+    return {name: gap for name, gap in gaps.items() if gap is not None and gap.value is not None}
 
 
 def verdict_of(findings: Iterable[Finding]) -> str:
@@ -208,7 +215,7 @@ class _Judge:
     # ----------------------------------------------------------------------------------------------------
 
     def _dependence(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:
-        part, title = column.representations[key], self.sets[key].title
+        part, title = column.representations[key], self.sets[key].in_a_sentence
         where = f"in {title}{self._given(part)}"
         found, before = self.is_found(column, key), self._before(column, key)
         if part.association_z < _BELOW_CHANCE and not found:
@@ -270,7 +277,7 @@ class _Judge:
         )
 
     def _kept(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:
-        part, title = column.representations[key], self.sets[key].title
+        part, title = column.representations[key], self.sets[key].in_a_sentence
         where = f"in {title}{self._given(part)}"
         before = self._before(column, key)
         what = column.name
@@ -299,63 +306,49 @@ class _Judge:
             f"Whether {what}, which is meant to stay, is {where} cannot be decided: {self._undecided(part)}.",
         )
 
-    def _gap(self, column: ColumnAudit, key: str, result: Mapping[str, Any]) -> tuple[str, str, str]:
-        title, limit = self.sets[key].title, self.settings.max_gap
-        small = [
-            f"{group['group']} ({group['num_rows']} rows)" for group in result["groups"] if group["is_small"]
-        ]
+    def _gap(self, column: ColumnAudit, key: str, result: GroupGaps) -> tuple[str, str, str]:
+        title, limit = self.sets[key].in_a_sentence, self.settings.max_gap
+        small = [f"{group.group} ({group.num_rows} rows)" for group in result.groups if group.is_small]
         apart = f" Too small to be compared: {', '.join(small)}." if small else ""
-        gaps = [
-            result["gaps"][name]
-            for name in ("accuracy", "equalized_odds", "worst_recall")
-            if name in result["gaps"]
-        ]
-        gaps = [gap for gap in gaps if gap["value"] is not None]
+        gaps = comparable(result).values()
         if not gaps:
             text = (
                 f"Whether the predictions of {title} differ between groups of {column.name} cannot be decided"
             )
             return "open", "cannot be decided", f"{text}: fewer than two groups have enough rows.{apart}"
-        levels = [
-            "strong"
-            if gap["low"] > 0 and gap["value"] >= limit
-            else "weak"
-            if gap["low"] > 0
-            else "none"
-            if gap["bound"] < limit
-            else "open"
-            for gap in gaps
-        ]
-        level = worst(levels)
-        # Of gaps of the same level the surest, or the one that is least known.
-        gap = max(
-            (gap for gap, each in zip(gaps, levels, strict=True) if each == level),
-            key=lambda gap: (gap["low"], gap["bound"]),
-        )
-        rates = {str(group["group"]): group["rates"][gap["rate"]] for group in result["groups"]}
+        # Of gaps of the worst level the surest, or the one that is least known.
+        judged = [(self._level_of_gap(gap), gap) for gap in gaps]
+        level = worst(each for each, _ in judged)
+        gap = max((gap for each, gap in judged if each == level), key=lambda gap: (gap.low, gap.bound))
+        rates: dict[Any, Any] = {group.group: group.rates[str(gap.rate)] for group in result.groups}
         ends = " and ".join(
-            f"{percent(rates[str(name)]['value'])} [{100 * rates[str(name)]['low']:.0f}, "
-            f"{100 * rates[str(name)]['high']:.0f}] for {column.name} {name}"
-            for name in (gap["highest"], gap["lowest"])
+            f"{percent(rates[name].value)} [{100 * rates[name].low:.0f}, {100 * rates[name].high:.0f}] for "
+            f"{column.name} {name}"
+            for name in (gap.highest, gap.lowest)
         )
         text = (
-            f"The {_RATES.get(gap['rate'], gap['rate'])} of the predictions of {title} is {ends}: a "
-            f"difference of {_points(gap['value'])} ({100 * max(0.0, gap['low']):.0f} to "
-            f"{100 * gap['high']:.0f} at {percent(self.settings.confidence)})"
+            f"The {_RATES.get(str(gap.rate), gap.rate)} of the predictions of {title} is {ends}: a "
+            f"difference of {_points(gap.value)} ({100 * gap.low:.0f} to {100 * gap.high:.0f} at "
+            f"{percent(self.settings.confidence)})"
         )
         badge = {
-            "strong": f"gap of {_points(gap['value'])}",
-            "weak": f"gap of {_points(gap['value'])}",
+            "strong": f"gap of {_points(gap.value)}",
+            "weak": f"gap of {_points(gap.value)}",
             "none": f"no gap above {_points(limit)}",
             "open": "gap cannot be decided",
         }[level]
         if level in ("none", "open"):
-            text += f". No two groups differ by more than {_points(gap['bound'])}"
+            text += f". No two groups differ by more than {_points(gap.bound)}"
             text += f", which is above the limit of {100 * limit:.0f}" if level == "open" else ""
         return level, badge, f"{text}.{apart}"
 
+    def _level_of_gap(self, gap: Any) -> str:
+        if gap.low > 0:
+            return "strong" if gap.value >= self.settings.max_gap else "weak"
+        return "none" if gap.bound < self.settings.max_gap else "open"
+
     def _prediction(self, column: ColumnAudit, key: str, measure: Measure) -> tuple[str, str, str]:
-        title, limit = self.sets[key].title, self.settings.max_dcor2
+        title, limit = self.sets[key].in_a_sentence, self.settings.max_dcor2
         numbers = f"{describe(measure)} ({p_text(measure.p_value)})"
         family = [
             other.representations[key].prediction_test

@@ -2,199 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.auditing.columns import Column
+from mdnorm.auditing.inputs import Inputs, Predictions
 from mdnorm.auditing.reading import InputError
-from mdnorm.auditing.results import ColumnAudit, FeatureSet, Measure, Projection, Representation
+from mdnorm.auditing.results import ColumnAudit, FeatureSet, Measure, Representation
+from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.extras import requires
 from mdnorm.metrics import (
+    GroupGaps,
+    QuantileGroups,
     conditional_independence_test,
     distance_correlation_chi_squared_p_value,
     distance_correlation_interval,
     distance_correlation_permutation_test,
     distance_correlation_sqr,
+    group_gaps,
+    probe,
+    quantile_groups,
 )
-from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations
 from mdnorm.metrics.conditional import residuals_given
-from mdnorm.metrics.group_gaps import QuantileGroups, group_gaps, quantile_groups
 from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES
-from mdnorm.metrics.probes import ProbeScore, probe
+from mdnorm.metrics.probes import ProbeScore
 from mdnorm.metrics.rates import combined
 
-__all__ = [
-    "MIN_ROWS",
-    "MODELS",
-    "Predictions",
-    "Settings",
-    "feature_sets",
-    "measure_column",
-    "projections_of",
-]
+__all__ = ["MODELS", "measure", "measure_column"]
 
 MODELS: tuple[Literal["linear", "nonlinear"], ...] = ("linear", "nonlinear")
 
-# Fewer rows, of all or of a label class, say nothing.
-MIN_ROWS = 20
-_NUM_BINS = 4
+# A continuous column is cut into this many groups for the rates of predictions.
+_NUM_GROUPS = 4
 
-# Whitening needs this many rows for each feature.
-_ROWS_PER_WHITENED = 5
+# Permutations that the linear association is compared with.
+_NUM_ASSOCIATIONS = 100
+
+_SCORE_NAMES = {"r2": "R²", "balanced_accuracy": "balanced accuracy"}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How an audit measures, and from where on it calls what it finds harm.
+def measure(
+    inputs: Inputs,
+    sets: Mapping[str, FeatureSet],
+    keep: Collection[str],
+    settings: Settings,
+    step: Callable[[str], None],
+) -> tuple[list[ColumnAudit], list[Column]]:
+    """Return the measures of every column and of the label, and the columns that cannot be audited.
 
-    Attributes
+    Parameters
     ----------
-    num_permutations : int
-        Of each probe's permutation test, at least 20.
-    num_bootstrap : int
-        Of the intervals of calibration errors.
-    confidence : float
-        Of every interval.
-    num_folds : int
-        Of the cross-validation of probes.
-    seed : int
-    standardize : bool
-        Whether features are divided by their standard deviations, so that units do not matter.
-    min_group_rows : int
-        Groups with fewer rows are not compared with others.
-    alpha : float
-        Chance that any of all columns is found where features know none of them (Holm's method).
-    max_probe : float
-        Harm is a probe that comes further than this on the way from chance (0) to a perfect score (1).
-    max_dcor2 : float
-        Harm is a larger dcor².
-    max_gap : float
-        Harm is a larger difference of a rate between two groups.
+    inputs : Inputs
+        The rows in use.
+    sets : mapping
+        Names to sets of features.
+    keep : collection of str
+        Names of columns that are meant to stay.
+    settings : Settings
+    step : callable
+        Called with what is done next.
 
     Raises
     ------
     InputError
-        A setting is of another type, or out of its range.
+        The label cannot be used, or no column can be audited.
     """
-
-    num_permutations: int = 200
-    num_bootstrap: int = 300
-    confidence: float = 0.95
-    num_folds: int = 5
-    seed: int = 0
-    standardize: bool = True
-    min_group_rows: int = 20
-    alpha: float = 0.05
-    max_probe: float = 0.2
-    max_dcor2: float = 0.05
-    max_gap: float = 0.1
-
-    def __post_init__(self) -> None:
-        least = {"num_bootstrap": 0, "num_folds": 2, "seed": 0, "min_group_rows": 1}
+    label = inputs.label
+    if label is not None:
+        label = _checked(label)
+        if not label.is_auditable:
+            raise InputError(f"the label {label.name!r} cannot be used: {label.note}")
+    columns = [_checked(column) for column in inputs.columns]
+    left_out = [column for column in columns if not column.is_auditable]
+    measured = []
+    for column in [column for column in columns if column.is_auditable] + ([label] if label else []):
+        role = "label" if column is label else "keep" if column.name in keep else "remove"
         try:
-            check_permutations(self.num_permutations)
-            for name, low in least.items():
-                check_integer(name, getattr(self, name), low)
-            check_confidence(self.confidence)
-        except (TypeError, ValueError) as error:
-            raise InputError(str(error)) from error
-        for name in ("alpha", "max_probe", "max_dcor2", "max_gap"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
-                raise InputError(f"{name} must be a number between 0 and 1, got {value!r}.")
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model predicted, for the rows of the audit.
-
-    Attributes
-    ----------
-    classes : (n,) array
-        Predicted classes, as text; predicted numbers where the label is continuous.
-    scores : (n,) array or None
-        Predicted probability of the positive class.
-    positive : str or None
-        Which class is the positive one.
-    """
-
-    classes: NDArray[Any]
-    scores: NDArray[np.float64] | None = None
-    positive: str | None = None
-
-
-def feature_sets(
-    treatments: Mapping[str, tuple[str, NDArray[np.float64]]],
-    held_out: NDArray[np.bool_] | None,
-    *,
-    standardize: bool,
-) -> dict[str, FeatureSet]:
-    """Return sets of features by name: of each treatment, on fitted and on held-out rows if there are such.
-
-    Parameters
-    ----------
-    treatments : mapping
-        Names to title and features (n, p), finite; the first is what the others are compared with.
-    held_out : (n,) array of bool or None
-        Which rows no treatment was fitted on.
-    standardize : bool
-    """
-    first = next(iter(treatments))
-    parts = {"": np.ones(len(treatments[first][1]), dtype=bool)}
-    if held_out is not None:
-        parts = {"training rows": ~held_out, "held-out rows": held_out}
-    sets = {}
-    for name, (title, features) in treatments.items():
-        values = features - features.mean(axis=0)
-        if standardize:
-            spread = values.std(axis=0)
-            # What is left of a constant is rounding.
-            constant = np.ptp(features, axis=0) <= 1e-12 * np.abs(features).max()
-            values = values / np.where(constant, np.inf, spread)
-        whitened = _whitened(values)
-        for part, rows in parts.items():
-            suffix = f", {part}" if part else ""
-            sets[name + suffix] = FeatureSet(
-                title + suffix,
-                values,
-                whitened,
-                rows,
-                reference=None if name == first else first + suffix,
-                is_decisive=(name != first or len(treatments) == 1) and part != "training rows",
+            measured.append(
+                measure_column(column, sets, label, inputs.predictions, inputs.subjects, settings, step, role)
             )
-    return sets
+        except ValueError as error:
+            left_out.append(replace(column, note=f"it cannot be measured: {error}"))
+    if all(column.is_label for column in measured):
+        reasons = " ".join(f"{column.name}: {column.note}" for column in left_out)
+        raise InputError(f"no metadata column can be audited: {reasons}")
+    return measured, left_out
 
 
-def _whitened(values: NDArray[np.float64]) -> NDArray[np.float64] | None:
-    """Return uncorrelated components of equal variance; None where there are too few rows for them."""
-    if len(values) < _ROWS_PER_WHITENED * values.shape[1]:
-        return None
-    left, singular, _ = np.linalg.svd(values, full_matrices=False)
-    whitened: NDArray[np.float64] = left[:, singular > 1e-9 * singular[0]] * np.sqrt(len(values))
-    return whitened
-
-
-def _quarters(column: Column) -> QuantileGroups:
-    """Return a continuous column without missing values in four groups, with names as its values are read."""
-    groups = quantile_groups(column.values, num_groups=_NUM_BINS)
-    if not column.is_date:
-        return groups
-    parts = [column.values[groups.codes == code] for code in range(len(groups.names))]
-    names = tuple(f"{column.text(part.min())} to {column.text(part.max())}" for part in parts)
-    # Dates a few seconds apart.
-    return replace(groups, names=names) if len(set(names)) == len(names) else groups
-
-
-def _one_row_each(subjects: NDArray[Any] | None, num_rows: int, seed: int) -> NDArray[np.int64]:
-    """Return one row of each subject, drawn at random: all rows where there are no subjects."""
-    if subjects is None:
-        return np.arange(num_rows)
-    order = np.random.default_rng(seed).permutation(num_rows)
-    return np.sort(order[np.unique(subjects[order], return_index=True)[1]])
+def _checked(column: Column) -> Column:
+    """Return the column, as a constant if it is one on the rows in use."""
+    if not column.is_auditable:
+        return column
+    distinct, count = np.unique(column.values[column.present]), int(column.present.sum())
+    if len(distinct) < 2:
+        return replace(column, kind="constant", note="every row in use has the same value: not audited.")
+    if count < MIN_ROWS:
+        note = f"only {count} rows have a value, fewer than {MIN_ROWS}: not audited."
+        return replace(column, kind="constant", note=note)
+    return column
 
 
 def measure_column(
@@ -218,7 +127,7 @@ def measure_column(
     label : Column or None
         `column` itself where the label is looked at.
     predictions : mapping
-        Names of sets to what was predicted from them.
+        Names of treatments to what was predicted from them.
     subjects : (n,) array or None
         Rows of the same subject are never in training and test folds at once. Distance correlations, whose
         intervals and tests are for independent rows, are those of one row of each.
@@ -233,7 +142,7 @@ def measure_column(
     ValueError
         The column cannot be measured on these rows; the message says why.
     """
-    given = None if label is None or column.name == label.name else label
+    given = None if label is None or role == "label" else label
     present = column.present if given is None else column.present & given.present
     used = np.logical_or.reduce([part.rows for part in sets.values()])
     notes: list[str] = [column.note]
@@ -253,30 +162,31 @@ def measure_column(
             )
     measured = {}
     for key, part in sets.items():
-        step(f"{column.name}, {part.title}")
+        step(f"{column.name}, {part.full_title}")
         rows = np.flatnonzero(present & part.rows)
         shown = column.rows(rows)
         if len(rows) < MIN_ROWS or len(np.unique(shown.values)) < 2:
-            where = f" of the {key.rpartition(', ')[2]}" if len(sets) > 1 and ", " in key else ""
+            where = f" of the {part.part}" if part.part else ""
             raise ValueError(f"{len(rows)} rows{where} with fewer than two values or fewer than {MIN_ROWS}.")
+        owners = None if subjects is None else subjects[rows]
         measured[key] = _Measuring(
             part.values[rows],
             None if part.whitened is None else part.whitened[rows],
             shown,
             None if given is None else given.rows(rows),
-            None if subjects is None else subjects[rows],
+            owners,
             settings,
             notes,
         ).representation(step)
-        if key in predictions and label is not None and given is not None:
-            there = label.rows(rows)
-            if label.kind == "continuous":
-                test = _prediction_test(there, predictions[key], rows, shown, settings)
-                measured[key] = replace(measured[key], prediction_test=test)
-            else:
-                owners = None if subjects is None else subjects[rows]
-                gaps = _group_gaps(there, predictions[key], rows, shown, owners, settings)
-                measured[key] = replace(measured[key], group_gaps=gaps)
+        if label is None or given is None or part.treatment not in predictions:
+            continue
+        predicted, target = predictions[part.treatment].rows(rows), given.rows(rows)
+        if label.kind == "continuous":
+            test = _prediction_test(target, predicted, shown, settings)
+            measured[key] = replace(measured[key], prediction_test=test)
+        else:
+            gaps = _group_gaps(target, predicted, shown, owners, settings)
+            measured[key] = replace(measured[key], group_gaps=gaps)
     rows = np.flatnonzero(present & used)
     return ColumnAudit(
         name=column.name,
@@ -291,18 +201,22 @@ def measure_column(
     )
 
 
-def _usable_classes(classes: NDArray[np.str_], column: Column) -> tuple[list[str], list[str]]:
-    """Return the label classes with enough rows of more than one value, and why others are left out."""
-    usable, notes = [], []
-    for name in np.unique(classes):
-        inside = column.values[classes == name]
-        if len(inside) < MIN_ROWS:
-            notes.append(f"Class {name} of the label has {len(inside)} rows, too few to look within.")
-        elif len(np.unique(inside)) < 2:
-            notes.append(f"Within class {name} of the label, {column.name} never changes.")
-        else:
-            usable.append(str(name))
-    return usable, notes
+def _one_row_each(subjects: NDArray[Any] | None, num_rows: int, seed: int) -> NDArray[np.int64]:
+    """Return one row of each subject, drawn at random: all rows where there are no subjects."""
+    if subjects is None:
+        return np.arange(num_rows)
+    order = np.random.default_rng(seed).permutation(num_rows)
+    return np.sort(order[np.unique(subjects[order], return_index=True)[1]])
+
+
+@dataclass(frozen=True)
+class _GivenLabel:
+    """What is measured given the label, and the strata (n,) within which rows can be exchanged."""
+
+    dependence: Measure | None = None
+    by_class: Mapping[str, Measure] = field(default_factory=dict)
+    whitened: Measure | None = None
+    strata: NDArray[Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -321,62 +235,76 @@ class _Measuring:
         column, label = self.column, self.label
         single = _one_row_each(self.subjects, len(self.features), self.settings.seed)
         values = column.design_matrix()
-        strata = None
-        by_class: dict[str, Measure] = {}
-        within = whitened = None
-        classes: NDArray[np.str_] | None = None
+        classes = None
+        # What a continuous label leaves of features and column, for the probes.
+        rest: tuple[NDArray[np.float64], Column] | None = None
         if label is None:
-            whitened = self._dependence(self.whitened, values, single, interval=False)
+            given = _GivenLabel(whitened=self._dependence(self.whitened, values, single, interval=False))
         elif label.kind == "categorical":
-            classes = strata = label.values
-            names, left_out = _usable_classes(classes[single], column.rows(single))
-            self.notes.extend(left_out)
-            parts = {name: single[classes[single] == name] for name in names}
-            for name, inside in parts.items():
-                found = self._dependence(self.features, values, inside)
-                assert found is not None
-                by_class[name] = found
-            within = _pooled(by_class)
-            if self.whitened is not None:
-                whitened = _pooled(
-                    {
-                        name: measure
-                        for name, inside in parts.items()
-                        if (measure := self._dependence(self.whitened, values, inside, interval=False))
-                        is not None
-                    }
-                )
+            classes = label.values
+            given = self._given_classes(classes, values, single)
         else:
-            strata = np.argsort(np.argsort(label.values, kind="stable")) * 10 // len(label.values)
-            rest = residuals_given(self.features, label.values)
-            rest_of_column = residuals_given(values, label.values)
-            within = self._dependence(rest, rest_of_column, single, strata=strata)
-            if self.whitened is not None:
-                rest_of_whitened = residuals_given(self.whitened, label.values)
-                whitened = self._dependence(rest_of_whitened, rest_of_column, single, interval=False)
+            left, left_of_column = (residuals_given(part, label.values) for part in (self.features, values))
+            rest = left, column
+            if column.kind == "continuous":
+                rest = left, replace(column, values=left_of_column[:, 0])
+            given = self._given_number(label.values, left, left_of_column, single)
         dependence = self._dependence(self.features, values, single)
         assert dependence is not None
         probes: dict[str, Measure] = {}
         probes_within: dict[str, Measure] = {}
         for model in MODELS:
-            probes[model], pooled = _probe(
+            probes[model], within = _probe(
                 self.features, column, model, classes, self.subjects, self.settings
             )
-            if label is not None and label.kind == "continuous":
-                continuous = column.kind == "continuous"
-                part = replace(column, values=rest_of_column[:, 0]) if continuous else column
-                pooled = _probe(rest, part, model, None, self.subjects, self.settings)[0]
-            if pooled is not None and within is not None:
-                probes_within[model] = pooled
+            if rest is not None:
+                within = _probe(*rest, model, None, self.subjects, self.settings)[0]
+            if within is not None and given.dependence is not None:
+                probes_within[model] = within
             step(f"{column.name}, {model} probe")
         return Representation(
             dependence,
-            within,
-            by_class,
-            whitened,
+            given.dependence,
+            given.by_class,
+            given.whitened,
             probes,
             probes_within,
-            _association_z(self.features, values, strata, self.settings.seed),
+            _association_z(self.features, values, given.strata, self.settings.seed),
+        )
+
+    def _given_classes(
+        self, classes: NDArray[np.str_], values: NDArray[np.float64], single: NDArray[np.int64]
+    ) -> _GivenLabel:
+        """Measure within every class of the label that has enough rows of more than one value."""
+        by_class, whitened = {}, {}
+        for name in map(str, np.unique(classes[single])):
+            inside = single[classes[single] == name]
+            if len(inside) < MIN_ROWS:
+                self.notes.append(
+                    f"Class {name} of the label has {len(inside)} rows, too few to look within."
+                )
+            elif len(np.unique(self.column.values[inside])) < 2:
+                self.notes.append(f"Within class {name} of the label, {self.column.name} never changes.")
+            else:
+                by_class[name] = self._dependence(self.features, values, inside)
+                whitened[name] = self._dependence(self.whitened, values, inside, interval=False)
+        return _GivenLabel(_pooled(by_class), _present(by_class), _pooled(whitened), classes)
+
+    def _given_number(
+        self,
+        label: NDArray[np.float64],
+        rest: NDArray[np.float64],
+        rest_of_column: NDArray[np.float64],
+        single: NDArray[np.int64],
+    ) -> _GivenLabel:
+        """Measure what smooth functions of a continuous label leave."""
+        # Rows are exchanged within tenths of the label.
+        strata = np.argsort(np.argsort(label, kind="stable")) * 10 // len(label)
+        whitened = None if self.whitened is None else residuals_given(self.whitened, label)
+        return _GivenLabel(
+            self._dependence(rest, rest_of_column, single, strata=strata),
+            whitened=self._dependence(whitened, rest_of_column, single, interval=False),
+            strata=strata,
         )
 
     def _dependence(
@@ -411,13 +339,10 @@ class _Measuring:
         return Measure("dcor²", value, 0.0, len(rows), low, high, p_value)
 
 
-_NUM_ASSOCIATIONS = 100
-
-
 def _association_z(
     features: NDArray[np.float64], values: NDArray[np.float64], strata: NDArray[Any] | None, seed: int
 ) -> float:
-    """Return log ‖XᵀY‖² within strata in standard deviations from its mean under permutation."""
+    """Return how far log ‖XᵀY‖² within strata is from its mean under permutation, in standard deviations."""
     codes = np.zeros(len(values), np.int64) if strata is None else np.unique(strata, return_inverse=True)[1]
     counts = np.bincount(codes)
 
@@ -442,14 +367,18 @@ def _association_z(
     return float((np.log(np.square(left.T @ right).sum() + tiny) - permuted.mean()) / spread)
 
 
-def _pooled(by_class: Mapping[str, Measure]) -> Measure | None:
+def _present(parts: Mapping[str, Measure | None]) -> dict[str, Measure]:
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def _pooled(by_class: Mapping[str, Measure | None]) -> Measure | None:
     """Return the mean over classes weighted by rows; classes are independent samples."""
-    if not by_class:
+    measures = list(_present(by_class).values())
+    if not measures:
         return None
     with requires("audit"):
         from scipy.stats import combine_pvalues
 
-    measures = list(by_class.values())
     weights = np.array([measure.num_rows for measure in measures], float)
     weights /= weights.sum()
     values = [measure.value for measure in measures]
@@ -466,9 +395,6 @@ def _pooled(by_class: Mapping[str, Measure]) -> Measure | None:
         high,
         float(combine_pvalues(p_values).pvalue),
     )
-
-
-_SCORE_NAMES = {"r2": "R²", "balanced_accuracy": "balanced accuracy"}
 
 
 def _probe(
@@ -510,12 +436,12 @@ def _probe(
     notes += result.notes
     left_out = tuple(f"Class {name} of the label: {reason}" for name, reason in result.left_out)
     # With labels the permutations stay within their classes: what they score is what the label tells.
-    explained = None if classes is None else result.scores[0].permutation_mean
-    overall = _as_measure(result.scores[0], result.num_rows, notes, explained)
+    explained = None if classes is None else result.scored.permutation_mean
+    overall = _as_measure(result.scored, result.num_rows, notes, explained)
     if not result.pooled:
         return overall, None
     num_rows = sum(part.num_rows for part in result.within_labels)
-    return overall, _as_measure(result.pooled[0], num_rows, left_out)
+    return overall, _as_measure(result.pooled, num_rows, left_out)
 
 
 def _as_measure(
@@ -538,46 +464,50 @@ def _as_measure(
 def _group_gaps(
     label: Column,
     predictions: Predictions,
-    rows: NDArray[Any],
     column: Column,
     subjects: NDArray[Any] | None,
     settings: Settings,
-) -> Mapping[str, Any]:
-    """Return the rates by group of the rows with a label; a continuous column is cut in four."""
-    there = label.present
-    labels = label.values[there]
-    groups: Any = column.values[there]
-    if column.kind == "continuous":
-        groups = _quarters(column.rows(there))
-    classes = np.unique(labels)
+) -> GroupGaps:
+    """Return the rates by group; a continuous column is cut in four."""
+    classes = np.unique(label.values)
     positive = predictions.positive
     if positive is None and len(classes) == 2:
         positive = str(classes[-1])
-    result = group_gaps(
-        labels,
-        predictions.classes[rows][there],
-        groups,
+    is_binary = len(classes) == 2
+    return group_gaps(
+        label.values,
+        predictions.classes,
+        _quarters(column) if column.kind == "continuous" else column.values,
         # With more than two classes calibration needs the probabilities of all.
-        scores=None if predictions.scores is None or len(classes) != 2 else predictions.scores[rows][there],
-        positive=positive if len(classes) == 2 else None,
-        subjects=None if subjects is None else subjects[there],
+        scores=predictions.scores if is_binary else None,
+        positive=positive if is_binary else None,
+        subjects=subjects,
         confidence=settings.confidence,
         min_group_rows=settings.min_group_rows,
         num_bootstrap=settings.num_bootstrap,
         seed=settings.seed,
     )
-    return result.to_dict()
+
+
+def _quarters(column: Column) -> QuantileGroups:
+    """Return a continuous column without missing values in four groups, with names as its values are read."""
+    groups = quantile_groups(column.values, num_groups=_NUM_GROUPS)
+    if not column.is_date:
+        return groups
+    parts = [column.values[groups.codes == code] for code in range(len(groups.names))]
+    names = tuple(f"{column.text(part.min())} to {column.text(part.max())}" for part in parts)
+    # Dates a few seconds apart.
+    return replace(groups, names=names) if len(set(names)) == len(names) else groups
 
 
 def _prediction_test(
-    label: Column, predictions: Predictions, rows: NDArray[Any], column: Column, settings: Settings
+    label: Column, predictions: Predictions, column: Column, settings: Settings
 ) -> Measure | None:
     """Test predicted numbers against a column given the target; None where there are too few rows."""
-    there = label.present
-    if there.sum() < 2 * MIN_ROWS:
+    if len(label.values) < 2 * MIN_ROWS:
         return None
-    target, values = label.values[there], column.rows(there).design_matrix()
-    predicted = np.asarray(predictions.classes[rows][there], np.float64)[:, None]
+    target, values = label.values, column.design_matrix()
+    predicted = np.asarray(predictions.classes, np.float64)[:, None]
     test = conditional_independence_test(
         predicted, values, target, num_permutations=settings.num_permutations, seed=settings.seed
     )
@@ -585,41 +515,3 @@ def _prediction_test(
         residuals_given(predicted, target), residuals_given(values, target), confidence=settings.confidence
     )
     return Measure("dcor²", test.estimate, 0.0, len(target), limits.lower, limits.upper, p_value=test.p_value)
-
-
-def projections_of(
-    treatments: Mapping[str, NDArray[np.float64]], num_points: int, seed: int
-) -> dict[str, Projection]:
-    """Return two principal components of standardised features, for at most `num_points` rows.
-
-    Treatments of as many features are drawn on the same axes: those of all of them together.
-    """
-    with requires("audit"):
-        from sklearn.decomposition import PCA
-        from sklearn.preprocessing import StandardScaler
-
-    def fitted(rows: NDArray[np.float64]) -> tuple[Any, Any]:
-        scaler = StandardScaler().fit(rows)
-        scaled = scaler.transform(rows)
-        solver = "full" if min(scaled.shape) <= 500 else "randomized"
-        return scaler, PCA(min(2, *scaled.shape), svd_solver=solver, random_state=seed).fit(scaled)
-
-    count = len(next(iter(treatments.values())))
-    rows = np.arange(count)
-    if count > num_points:
-        rows = np.sort(np.random.default_rng(seed).choice(count, num_points, replace=False))
-    shared = None
-    if len({values.shape[1] for values in treatments.values()}) == 1:
-        shared = fitted(np.concatenate(list(treatments.values())))
-    projections = {}
-    for key, values in treatments.items():
-        scaler, pca = shared or fitted(values)
-        scaled = scaler.transform(values)
-        points = pca.transform(scaled)
-        total = float(np.square(scaled - scaled.mean(axis=0)).sum()) or 1.0
-        shares = [float(share) for share in np.square(points - points.mean(axis=0)).sum(axis=0) / total]
-        if points.shape[1] < 2:
-            points = np.column_stack([points, np.zeros(count)])
-            shares.append(0.0)
-        projections[key] = Projection(points[rows], shares, rows, shared is not None)
-    return projections

@@ -14,24 +14,19 @@ from typing import TYPE_CHECKING, Any
 
 from mdnorm.auditing.columns import Column
 from mdnorm.auditing.findings import describe, number, percent, verdict_of
-from mdnorm.auditing.measuring import Settings
-from mdnorm.auditing.results import ColumnAudit, FeatureSet, Finding, Projection, as_json
+from mdnorm.auditing.results import ColumnAudit, FeatureSet, Finding, Projection
+from mdnorm.auditing.settings import Settings
 from mdnorm.extras import requires
 from mdnorm.files import write_text_atomically
+from mdnorm.plain import as_plain
+from mdnorm.text import short
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Report", "Row", "short"]
+__all__ = ["Report", "Row"]
 
 SCHEMA_VERSION = 1
-
-_LONGEST_NAME = 40
-
-
-def short(name: str) -> str:
-    """Return a name that fits into a table or figure."""
-    return name if len(name) <= _LONGEST_NAME else f"{name[: _LONGEST_NAME - 1]}…"
 
 
 @dataclass(frozen=True)
@@ -106,7 +101,7 @@ class Report:
     @property
     def titles(self) -> dict[str, str]:
         """What the reader calls the sets of features."""
-        return {key: part.title for key, part in self.sets.items()}
+        return {key: part.full_title for key, part in self.sets.items()}
 
     @property
     def limits(self) -> str:
@@ -165,18 +160,18 @@ class Report:
         """Return everything but the projections as JSON values; undefined numbers are None."""
         return {
             "schema_version": SCHEMA_VERSION,
-            "facts": as_json(dict(self.facts)),
+            "facts": as_plain(dict(self.facts)),
             "label": self.label,
             "titles": dict(self.titles),
             "verdicts": {row.column.name: {"level": row.level, "words": row.words} for row in self.table()},
-            "findings": [as_json(finding) for finding in self.findings],
+            "findings": [as_plain(finding) for finding in self.findings],
             "notes": list(self.notes),
-            "columns": [as_json(column) for column in self.columns],
+            "columns": [as_plain(column) for column in self.columns],
             "left_out": [
                 {"name": column.name, "kind": column.kind, "note": column.note} for column in self.left_out
             ],
-            "similarity": as_json(self.similarity),
-            "explained_variance": {key: as_json(part.shares) for key, part in self.projections.items()},
+            "similarity": as_plain(self.similarity),
+            "explained_variance": {key: as_plain(part.shares) for key, part in self.projections.items()},
         }
 
     def save(self, out: Path | str) -> Path:
@@ -208,7 +203,10 @@ class Report:
         write_text_atomically(folder / "report.json", text + "\n")
         page = folder / "report.html"
         write_text_atomically(page, self.to_html())
-        for name, figure in figures.all_figures(self).items():
+        titles = self.titles_of_projections
+        projected = {key: (titles[key], part) for key, part in self.projections.items()}
+        drawn = figures.all_figures(self.columns, self.values, self.sets, self.label, projected)
+        for name, figure in drawn.items():
             save_figure(figure, folder / "figures" / f"{name}.png")
         return page
 
@@ -235,32 +233,29 @@ class Report:
         )
         environment.filters["short"] = short
         by_name = {column.name: column for column in self.values}
-        label = by_name.get(self.label or "")
-        panels: list[dict[str, Any]] = []
         rows = self.table()
-        for position, row in enumerate(rows):
-            column = row.column
-            panels.append(
-                {
-                    "row": row,
-                    "plots": plots.column_plots(column, position, self.titles, self.label),
-                    "projections": plots.projection_plots(
-                        by_name[column.name],
-                        None if column.is_label else label,
-                        position,
-                        self.projections,
-                        self.titles_of_projections,
-                    ),
-                }
-            )
-        overview = plots.overview_plots(self.columns, self.titles, self.label)
-        gap_plots = plots.gap_plots(self.columns, self.titles)
+        panels: list[dict[str, Any]] = [
+            {
+                "row": row,
+                "plots": plots.column_plots(row.column, position, self.sets, self.label),
+                "projections": plots.projection_plots(
+                    row.column, position, self.projections, self.titles_of_projections
+                ),
+            }
+            for position, row in enumerate(rows)
+        ]
+        overview = plots.overview_plots(self.columns, self.sets, self.label)
+        gap_plots = plots.gap_plots(self.columns, self.sets)
         every = [*overview, *gap_plots]
         for panel in panels:
             every += [*panel["plots"], *panel["projections"]]
-        points = json.dumps(plots.points(self.projections))
-        # "<" cannot end the script element early when it is written as an escape.
-        figures = ",".join(f"{json.dumps(plot.identifier)}:{plot.figure}" for plot in every)
+        figures = {
+            "plots": {plot.identifier: plot.values for plot in every},
+            "columns": [plots.point_values(by_name[row.column.name], self.projections) for row in rows],
+            **plots.shared_values(self.projections, by_name.get(self.label or "")),
+            "colours": plots.COLOURS,
+            "class_colours": plots.CLASS_COLOURS,
+        }
         return environment.get_template("audit.html").render(
             report=self,
             project=self.facts.get("project"),
@@ -268,22 +263,16 @@ class Report:
             overview=overview,
             gap_plots=gap_plots,
             panels=panels,
-            figures=figures.replace("<", "\\u003c"),
-            points=points,
+            colours=plots.COLOURS,
+            # "<" cannot end the script element early when it is written as an escape.
+            figures=json.dumps(figures, separators=(",", ":")).replace("<", "\\u003c"),
             plotly=get_plotlyjs(),
         )
 
     @property
     def titles_of_projections(self) -> dict[str, str]:
         """What the reader calls the treatments."""
-        return {
-            name: next(
-                part.title.removesuffix(f", {key.rpartition(', ')[2]}") if key != name else part.title
-                for key, part in self.sets.items()
-                if key == name or key.startswith(f"{name}, ")
-            )
-            for name in self.projections
-        }
+        return {part.treatment: part.title for part in self.sets.values()}
 
     def _repr_html_(self) -> str:
         """Return findings, table and the overview figure for a notebook, without scripts."""
@@ -316,7 +305,7 @@ class Report:
             for title, dependence, _, probe in row.cells
         )
         image = ""
-        overview = figures.overview(self)
+        overview = figures.overview(self.columns, self.sets, self.label)
         if overview is not None:
             image = (
                 '<img alt="Dependence and best probe of every column" style="max-width:100%;background:white"'

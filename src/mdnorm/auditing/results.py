@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
+
+from mdnorm.metrics import GroupGaps
 
 __all__ = ["ColumnAudit", "FeatureSet", "Finding", "Measure", "Projection", "Representation"]
 
@@ -18,8 +19,11 @@ class FeatureSet:
 
     Attributes
     ----------
+    treatment : str
+        Its name.
+    part : {"", "training rows", "held-out rows"}
     title : str
-        What the reader calls them.
+        What the reader calls the treatment.
     values : (n, p) array
         Standardised unless the raw ones were asked for.
     whitened : (n, p) array or None
@@ -33,6 +37,8 @@ class FeatureSet:
         were fitted where there are others.
     """
 
+    treatment: str
+    part: str
     title: str
     values: NDArray[np.float64] = field(repr=False)
     whitened: NDArray[np.float64] | None = field(repr=False)
@@ -40,10 +46,21 @@ class FeatureSet:
     reference: str | None = None
     is_decisive: bool = True
 
+    @property
+    def full_title(self) -> str:
+        """The title with the part: for a table."""
+        return f"{self.title}, {self.part}" if self.part else self.title
+
+    @property
+    def in_a_sentence(self) -> str:
+        """The same within a sentence: a title that does not say that it is a name stands in quotes."""
+        title = self.title if self.title.startswith(("the ", "these ")) else f"“{self.title}”"
+        return f"{title} ({self.part})" if self.part else title
+
 
 @dataclass(frozen=True)
 class Measure:
-    """A number with what is needed to judge it.
+    """A number, and what is needed to judge it.
 
     Attributes
     ----------
@@ -51,17 +68,18 @@ class Measure:
         "dcor²", "R²", "balanced accuracy".
     value : float
     chance : float
-        The value where the features know nothing: 0, or 1 / number of classes.
+        The expected value where the features know nothing: 0, or 1 / number of classes.
     num_rows : int
     low, high : float or None
         Limits of the interval, where there is one.
     p_value : float or None
-        With `explained_by_label`: whether the features know more than the label tells.
+        Of the test against chance; with `explained_by_label`, of the test whether the features know more than
+        the label tells.
     explained_by_label : float or None
-        The value that features reach which know of the column only what the label tells.
+        The value of features that know of the column only what the label tells.
     notes : tuple of str
     tail_p_value : float or None
-        The p-value beyond what permutations resolve, for many tests at once.
+        See `mdnorm.metrics.probes.ProbeScore`.
     """
 
     name: str
@@ -97,17 +115,17 @@ class Representation:
         Given the label: mean of dcor² over the label classes, weighted by their rows; of a continuous label,
         dcor² of what smooth functions of the label leave of features and column.
     dependence_by_class : mapping
-        Of label classes.
+        Label classes to dcor² within them.
     whitened : Measure or None
-        As the one that an overview shows, of whitened features: directions count equally.
+        `shown_dependence`, but of whitened features, in which all directions count equally.
     probes, probes_within : mapping
         "linear", "nonlinear" → the cross-validated score, over all rows and given the label (empty where
         that cannot be probed).
     association_z : float
         Logarithm of the linear association of features and column, in standard deviations from its mean under
         permutation. Far below 0 it is smaller than chance makes it: the column was removed from these rows.
-    group_gaps : mapping or None
-        Of the predictions that belong to the features, as of `mdnorm.metrics.GroupGaps.to_dict`.
+    group_gaps : mdnorm.metrics.GroupGaps or None
+        Of the predictions that belong to the features.
     prediction_test : Measure or None
         Of predicted numbers: dcor² of prediction and column given the target.
     """
@@ -119,7 +137,7 @@ class Representation:
     probes: Mapping[str, Measure]
     probes_within: Mapping[str, Measure]
     association_z: float
-    group_gaps: Mapping[str, Any] | None = None
+    group_gaps: GroupGaps | None = None
     prediction_test: Measure | None = None
 
     @property
@@ -161,9 +179,9 @@ class ColumnAudit:
     num_rows, num_missing : int
         Rows used, and rows without a value, among the rows of the audit.
     role : {"remove", "keep", "label"}
-        What is meant to become of it.
+        What is meant to happen to it.
     association_with_label : float or None
-        dcor² of the column and the label: how far the data themselves are confounded.
+        dcor² of the column and the label: how strongly the data themselves are confounded.
     representations : mapping
         Names of sets of features to what they know.
     """
@@ -234,18 +252,3 @@ class Projection:
     shares: Sequence[float]
     rows: NDArray[np.int64] = field(repr=False)
     is_shared: bool = False
-
-
-def as_json(value: Any) -> Any:
-    """Return dataclasses as dictionaries, recursively, and NaN as None."""
-    if hasattr(value, "__dataclass_fields__"):
-        return {name: as_json(part) for name, part in asdict(value).items()}
-    if isinstance(value, Mapping):
-        return {str(name): as_json(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [as_json(part) for part in value]
-    if isinstance(value, np.generic):
-        return as_json(value.item())
-    if isinstance(value, float) and not np.isfinite(value):
-        return None
-    return value

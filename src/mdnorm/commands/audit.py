@@ -56,7 +56,7 @@ def audit(
     ] = None,
     predictions: Annotated[
         Path | None,
-        typer.Option(help="Table with the columns of --prediction and --score, where METADATA has them not."),
+        typer.Option(help="Table with the columns of --prediction and --score, if not METADATA."),
     ] = None,
     prediction: Annotated[
         str | None,
@@ -86,27 +86,28 @@ def audit(
     ] = None,
     subject: Annotated[
         str | None,
-        typer.Option(help="Metadata column that says whose sample it is, where subjects have several."),
+        typer.Option(help="Metadata column with the subject of each row, where subjects have several rows."),
     ] = None,
     name: Annotated[
         list[str] | None,
-        typer.Option(help="What to call the features; twice where there are features after."),
+        typer.Option(help="What to call the features; give it twice with --after."),
     ] = None,
     key: Annotated[
         str | None, typer.Option(help="Name of the array in .npz and .safetensors files. [default: features]")
     ] = None,
     columns: Annotated[
-        str, typer.Option(help="Of a table of features: names and patterns, such as 'volume,voxel_*'.")
+        str,
+        typer.Option(help="Columns of a table of features, by names and patterns: 'volume,voxel_*'."),
     ] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Do not standardise the features.")] = False,
-    max_rows: Annotated[int, typer.Option(min=20, help="More rows than this are sampled.")] = 2000,
-    permutations: Annotated[int, typer.Option(min=20, help="Of each probe.")] = 200,
+    max_rows: Annotated[int, typer.Option(min=20, help="Of more rows, so many are sampled.")] = 2000,
+    permutations: Annotated[int, typer.Option(min=20, help="Permutations of each probe's test.")] = 200,
     min_group: Annotated[int, typer.Option(min=1, help="Smaller groups are not compared.")] = 20,
     max_probe: Annotated[
-        float, typer.Option(help="Harm is a probe further than this from chance (0) to perfect (1).")
+        float, typer.Option(help="A probe further than this from chance (0) to perfect (1) is harm.")
     ] = 0.2,
-    max_dcor2: Annotated[float, typer.Option(help="Harm is a larger dcor².")] = 0.05,
-    max_gap: Annotated[float, typer.Option(help="Harm is a larger gap between two groups.")] = 0.1,
+    max_dcor2: Annotated[float, typer.Option(help="A larger dcor² is harm.")] = 0.05,
+    max_gap: Annotated[float, typer.Option(help="A larger gap between two groups is harm.")] = 0.1,
     fail_on: Annotated[
         list[str] | None,
         typer.Option(
@@ -130,8 +131,8 @@ def audit(
     try:
         from mdnorm import auditing
         from mdnorm.auditing import conditions
-        from mdnorm.auditing.audit import number_of_steps
         from mdnorm.auditing.columns import as_columns
+        from mdnorm.auditing.run import number_of_steps
 
         browser = _browser() if pdf else None
         demanded = [part for text in fail_on or [] for part in conditions.parse(text)]

@@ -25,6 +25,7 @@ from mdnorm.integration.insert import put_behind, remove, without_layer
 from mdnorm.integration.places import LAYER_NAME, refuse_wrapped, targets
 from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
+from mdnorm.text import listed
 
 __all__ = ["load", "save"]
 
@@ -261,15 +262,11 @@ def _check_plain(model: nn.Module, state: dict[str, Any], tensors: dict[str, Ten
         # What takes its size from the first batch has none yet.
         if not nn.parameter.is_lazy(own[name]) and tensors[name].shape != own[name].shape
     ]
-    faults = [f"it has no {_listed(missing)}"] if missing else []
-    faults += [f"the model has no {_listed(unknown)}"] if unknown else []
+    faults = [f"it has no {listed(sorted(missing))}"] if missing else []
+    faults += [f"the model has no {listed(sorted(unknown))}"] if unknown else []
     faults += ["; ".join(shapes[:5])] if shapes else []
     if faults:
         raise ValueError("; ".join(faults) + ". Build the model as the one that was saved")
-
-
-def _listed(names: set[str]) -> str:
-    return ", ".join(sorted(names)[:5]) + (f", … ({len(names)} in all)" if len(names) > 5 else "")
 
 
 def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:

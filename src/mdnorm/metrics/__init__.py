@@ -15,7 +15,7 @@ from mdnorm.metrics.distance_correlation import (
     distance_covariance_sqr,
     partial_distance_correlation,
 )
-from mdnorm.metrics.group_gaps import GroupGaps, QuantileGroups, group_gaps, quantile_groups
+from mdnorm.metrics.gaps import GroupGaps, group_gaps
 from mdnorm.metrics.independence import (
     DistanceCorrelationPermutationTest,
     DistanceCorrelationTTest,
@@ -25,6 +25,7 @@ from mdnorm.metrics.independence import (
 )
 from mdnorm.metrics.kernels import cka, hsic
 from mdnorm.metrics.probes import ProbeResult, probe
+from mdnorm.metrics.quantiles import QuantileGroups, quantile_groups
 
 if TYPE_CHECKING:
     from mdnorm.metrics.streaming import DistanceCorrelation, GroupRates

@@ -1,11 +1,12 @@
-"""What the measures share in checking their arguments, and in saying what is wrong with them."""
+"""Checks of arguments that several measures share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from mdnorm.text import listed
 
 __all__ = ["MIN_PERMUTATIONS", "check_confidence", "check_integer", "check_permutations", "listed"]
 
@@ -79,9 +80,3 @@ def check_confidence(value: Any) -> None:
         raise TypeError(f"confidence must be a number, got {value!r}.")
     if not 0 < value < 1:
         raise ValueError(f"confidence must be between 0 and 1, got {value}: for example 0.95.")
-
-
-def listed(values: Iterable[Any], limit: int = 5) -> str:
-    """Return the first few of `values` for an error message."""
-    items = [repr(value) for value in values]
-    return ", ".join(items[:limit]) + (", …" if len(items) > limit else "")

@@ -54,9 +54,9 @@ def conditional_independence_test(
     """Test whether two variables are independent given a **continuous** third one.
 
     The means of `x` and `y` as smooth functions of `given` are taken away, and the distance correlation of
-    what is left is compared with that of rows exchanged among those of about the same `given`. Partial
-    distance correlation is not this: it is not 0 for two variables that share nothing but a function of the
-    third.
+    what is left is compared with its values when rows of similar `given` are exchanged. Partial distance
+    correlation does not answer this question: it is not 0 for two variables that share nothing but a function
+    of the third.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def conditional_independence_test(
     num_permutations : int
         At least 20. No p-value is below ``1 / (1 + num_permutations)``.
     seed : int
-        Of the permutations.
+        Seed of the permutations.
 
     Returns
     -------
@@ -91,7 +91,8 @@ def conditional_independence_test(
     -----
     The means are cubic splines with a knot for every 15 rows, 30 at most, at quantiles of `given`. Rows are
     exchanged within intervals of about 20 rows, so that a spread that depends on `given` stays where it is.
-    The test is approximate: a mean that such a spline cannot follow is left in both variables and found.
+    The test is approximate: where such a spline cannot follow the mean, the rest of it stays in both
+    variables and makes them dependent.
 
     References
     ----------

@@ -20,7 +20,6 @@ from mdnorm.metrics.pairwise import (
     CentredProducts,
     Distances,
     centred_products,
-    checked_tile_size,
     row_products,
 )
 from mdnorm.metrics.samples import Samples, as_codes, as_samples
@@ -211,9 +210,9 @@ def partial_distance_correlation(
 ) -> Tensor | float:
     """Return the bias-corrected partial distance correlation of two samples given a third.
 
-    What is left between the U-centred distances of `x` and of `y` after those of `z` are projected out of
-    both. It is not 0 exactly when `x` and `y` are independent given `z`: for that, compare within the levels
-    of `z` (`conditional_distance_correlation_sqr`).
+    The correlation of the U-centred distances of `x` and of `y` after those of `z` were projected out of
+    both. That it is 0 does not mean that `x` and `y` are independent given `z`, nor the reverse: to test this
+    use `conditional_independence_test`, or for classes `conditional_distance_correlation_sqr`.
 
     Parameters
     ----------
@@ -278,7 +277,7 @@ class ConditionalDistanceCorrelation:
     counts : mapping from label to int
         Samples of each class.
     mean : float
-        Of the values, weighted by the counts.
+        Mean of the values, weighted by the counts.
     """
 
     values: Mapping[Hashable, float]
@@ -291,8 +290,8 @@ def conditional_distance_correlation_sqr(
 ) -> ConditionalDistanceCorrelation:
     """Return the bias-corrected squared distance correlation of two samples within every class of a label.
 
-    Features that predict a label depend on everything that the label depends on. Whether they carry more of
-    the metadata than that shows among samples of one class.
+    Features that predict a label depend on everything that the label depends on. Whether they know more of
+    the metadata than the label does can be seen among samples of one class.
 
     Parameters
     ----------
@@ -364,7 +363,7 @@ class DistanceCorrelationInterval:
     estimate : float
         Of all samples.
     standard_error : float
-        Of the jackknife.
+        Standard error by the jackknife.
     lower, upper : float
         Bounds of the interval, between −1 and 1.
     confidence : float
@@ -390,9 +389,9 @@ def distance_correlation_interval(
 ) -> DistanceCorrelationInterval:
     """Return the bias-corrected squared distance correlation with a confidence interval.
 
-    The interval is that of the jackknife, widened by what the estimate can be wrong close to independence,
-    where it is far from normal and its error small by chance together with it. It covers at least 90 % of the
-    time where 95 % is meant, from 10 rows on. It is no test: use `distance_correlation_permutation_test`.
+    It is the interval of the jackknife, widened for the case near independence, where the estimate is far
+    from normal. A nominal 95 % interval covers the population value at least 90 % of the time, from 10 rows
+    on. It is not a test: use `distance_correlation_permutation_test` for that.
 
     Parameters
     ----------
@@ -408,7 +407,7 @@ def distance_correlation_interval(
     Returns
     -------
     DistanceCorrelationInterval
-        Of Python floats.
+        Its fields are Python floats.
 
     Raises
     ------
@@ -422,9 +421,9 @@ def distance_correlation_interval(
     -----
     With the jackknife's standard error s, the quantile t of Student's distribution of n − 1 degrees of
     freedom and the quantile q of a chi-squared variable of one degree of freedom at `confidence`, the limits
-    of the estimate R are ``R − √((t·s)² + ((q − 1)/n)²)`` and ``R + t·s + 2/n``. The terms of the order 1/n
-    are for the degenerate part of the estimate, which is all there is of it under independence; its quantile
-    is at most ``(q − 1)/n`` [3]_.
+    of the estimate R are ``R − √((t·s)² + ((q − 1)/n)²)`` and ``R + t·s + 2/n``. The terms of order 1/n
+    account for the degenerate part of the estimate, which is all of it under independence; its quantile is at
+    most ``(q − 1)/n`` [3]_.
 
     The estimates without each sample are exact and cost two passes over the pairs: memory is O(n·tile_size),
     arithmetic O(n²·(p + q)), for scalars too.
@@ -455,7 +454,6 @@ def distance_correlation_interval(
         min_samples=MIN_SAMPLES + 1,
         reason="the jackknife leaves one out, and the bias-corrected estimate needs 4",
     )
-    tile_size = checked_tile_size(tile_size)
     num_samples = samples.num_samples
     with torch.no_grad():
         matrices = [Distances(rows) for rows in samples.rows]
@@ -513,7 +511,6 @@ def leave_one_out_products(of_rows: Tensor, num_samples: int) -> Tensor:
 
 
 def _products(samples: Samples, tile_size: int | None) -> CentredProducts:
-    tile_size = checked_tile_size(tile_size)
     with torch.no_grad():
         return centred_products([Distances(rows) for rows in samples.rows], tile_size)
 

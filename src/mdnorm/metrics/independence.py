@@ -13,7 +13,7 @@ from torch import Tensor
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_permutations
 from mdnorm.metrics.distance_correlation import MIN_SAMPLES, UNDEFINED, distance_correlation_sqr
-from mdnorm.metrics.pairwise import Distances, centred_products, checked_tile_size, permuted_products
+from mdnorm.metrics.pairwise import Distances, centred_products, permuted_products
 from mdnorm.metrics.samples import as_codes, as_samples
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ class DistanceCorrelationPermutationTest:
     p_value : float
         ``(1 + k) / (1 + num_permutations)``, where k permutations gave a value at least as large.
     num_permutations : int
-        How many.
+        Number of permutations.
     permuted : array, (num_permutations,) float64
         The values under permutation.
     """
@@ -102,8 +102,8 @@ def distance_correlation_t_test(
     Returns
     -------
     DistanceCorrelationTTest
-        Of Python numbers. Where one variable has no distance variance, a constant, the estimate is 0 and the
-        p-value 0.5.
+        Its fields are Python numbers. Where one variable has no distance variance (a constant), the estimate
+        is 0 and the p-value 0.5.
 
     Raises
     ------
@@ -143,9 +143,9 @@ def distance_correlation_t_test(
 def distance_correlation_chi_squared_p_value(estimate: float, num_samples: int) -> float:
     """Return a p-value for a distance correlation that is already known, for **any number of columns**.
 
-    Under independence ``n·R + 1`` is stochastically below a chi-squared variable of one degree of freedom at
-    the levels that tests are made at (up to 0.05). The test is close to exact for two binary variables, and
-    careful for variables of many columns, where `distance_correlation_t_test` finds more.
+    Under independence the tail of ``n·R + 1`` is no heavier than that of a chi-squared variable with one
+    degree of freedom, at all levels up to 0.05. The test is nearly exact for two binary variables and
+    conservative for variables of many columns, where `distance_correlation_t_test` has more power.
 
     Parameters
     ----------
@@ -209,7 +209,7 @@ def distance_correlation_permutation_test(
     num_permutations : int
         At least 20. No p-value is below ``1 / (1 + num_permutations)``.
     seed : int
-        Of the permutations. The same seed gives the same ones on every device.
+        Seed of the permutations, which are the same on every device.
     strata : tensor or array, (n,), optional
         Stratum of every sample: booleans, numbers or strings.
     tile_size : int, optional
@@ -218,7 +218,7 @@ def distance_correlation_permutation_test(
     Returns
     -------
     DistanceCorrelationPermutationTest
-        Of Python numbers. Where one variable is constant, all values are 0 and the p-value is 1.
+        Its fields are Python numbers. Where one variable is constant, all values are 0 and the p-value is 1.
 
     Raises
     ------
@@ -259,7 +259,6 @@ def distance_correlation_permutation_test(
                 "every sample has a stratum of its own, so that nothing can be permuted: merge strata, for "
                 "example by intervals of a continuous variable."
             )
-    tile_size = checked_tile_size(tile_size)
 
     with torch.no_grad():
         # The statistic is symmetric: permute the variable whose distances cost less.

@@ -7,11 +7,13 @@ criterion, see `mdnorm.metrics.pairwise`.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, overload
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, Protocol, cast, overload
 
 import torch
 from torch import Tensor
 
+from mdnorm.metrics.checks import check_integer
 from mdnorm.metrics.distance_correlation import MIN_SAMPLES, with_exponent
 from mdnorm.metrics.pairwise import (
     CentredProducts,
@@ -20,7 +22,6 @@ from mdnorm.metrics.pairwise import (
     LinearKernel,
     PairwiseMatrix,
     centred_products,
-    checked_tile_size,
 )
 from mdnorm.metrics.samples import Samples, as_samples
 
@@ -41,39 +42,48 @@ _NUM_FOR_MEDIAN = 2000
 _MAX_LOSS = 1e5
 
 
-@overload
-def hsic(
-    x: Tensor,
-    y: Tensor | ArrayLike,
-    *,
-    kernel: Kernel = "rbf",
-    bandwidth: Bandwidth = None,
-    tile_size: int | None = None,
-) -> Tensor: ...
+class _Measure(Protocol):
+    """A tensor where `x` or `y` is one, else a float."""
+
+    @overload
+    def __call__(
+        self,
+        x: Tensor,
+        y: Tensor | ArrayLike,
+        *,
+        kernel: Kernel = ...,
+        bandwidth: Bandwidth = ...,
+        tile_size: int | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        y: Tensor,
+        *,
+        kernel: Kernel = ...,
+        bandwidth: Bandwidth = ...,
+        tile_size: int | None = ...,
+    ) -> Tensor: ...
+
+    @overload
+    def __call__(
+        self,
+        x: ArrayLike,
+        y: ArrayLike,
+        *,
+        kernel: Kernel = ...,
+        bandwidth: Bandwidth = ...,
+        tile_size: int | None = ...,
+    ) -> float: ...
 
 
-@overload
-def hsic(
-    x: ArrayLike,
-    y: Tensor,
-    *,
-    kernel: Kernel = "rbf",
-    bandwidth: Bandwidth = None,
-    tile_size: int | None = None,
-) -> Tensor: ...
+def _typed(function: Callable[..., Tensor | float]) -> _Measure:
+    return cast("_Measure", function)
 
 
-@overload
-def hsic(
-    x: ArrayLike,
-    y: ArrayLike,
-    *,
-    kernel: Kernel = "rbf",
-    bandwidth: Bandwidth = None,
-    tile_size: int | None = None,
-) -> float: ...
-
-
+@_typed
 def hsic(
     x: Tensor | ArrayLike,
     y: Tensor | ArrayLike,
@@ -98,9 +108,9 @@ def hsic(
     kernel : {"rbf", "linear"}
         ``exp(−|x_i − x_j|² / (2σ²))`` or ``x_i·x_j``, for both variables.
     bandwidth : float or pair of float, optional
-        σ > 0 of the Gaussian kernel, one for both variables or one each; None, also in a pair, for the median
-        of the distances between samples (of 2000 samples, drawn with a fixed seed, where there are more; of
-        the distances above 0, where the median is 0).
+        σ > 0 of the Gaussian kernel: one for both variables, or one each. None, also in a pair, stands for
+        the median of the distances between samples (of 2000 of them, drawn with a fixed seed, if there are
+        more; of the distances above 0 if the median is 0).
     tile_size : int, optional
         Rows of the kernel matrices that are in memory at once. The default suits the device.
 
@@ -150,39 +160,7 @@ def hsic(
     return samples.result(with_exponent(value, exponent))
 
 
-@overload
-def cka(
-    x: Tensor,
-    y: Tensor | ArrayLike,
-    *,
-    kernel: Kernel = "linear",
-    bandwidth: Bandwidth = None,
-    tile_size: int | None = None,
-) -> Tensor: ...
-
-
-@overload
-def cka(
-    x: ArrayLike,
-    y: Tensor,
-    *,
-    kernel: Kernel = "linear",
-    bandwidth: Bandwidth = None,
-    tile_size: int | None = None,
-) -> Tensor: ...
-
-
-@overload
-def cka(
-    x: ArrayLike,
-    y: ArrayLike,
-    *,
-    kernel: Kernel = "linear",
-    bandwidth: Bandwidth = None,
-    tile_size: int | None = None,
-) -> float: ...
-
-
+@_typed
 def cka(
     x: Tensor | ArrayLike,
     y: Tensor | ArrayLike,
@@ -249,7 +227,8 @@ def _kernel_products(
         raise ValueError(f"kernel must be 'rbf' or 'linear', got {kernel!r}.")
     if kernel == "linear" and bandwidth is not None:
         raise ValueError(f"the linear kernel has no bandwidth, got bandwidth={bandwidth!r}: leave it out.")
-    tile_size = checked_tile_size(tile_size)
+    if tile_size is not None:
+        check_integer("tile_size", tile_size, 1)
     bandwidths = bandwidth if isinstance(bandwidth, tuple) else (bandwidth, bandwidth)
     if len(bandwidths) != 2 or any(
         sigma is not None and not (sigma > 0 and math.isfinite(sigma)) for sigma in bandwidths

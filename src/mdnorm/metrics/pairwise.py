@@ -40,6 +40,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
+from mdnorm.metrics.checks import check_integer
 from mdnorm.metrics.scalars import SortedScalar, sum_of_products
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ __all__ = [
     "LinearKernel",
     "PairwiseMatrix",
     "centred_products",
-    "checked_tile_size",
     "permuted_products",
     "row_products",
 ]
@@ -246,25 +246,6 @@ def _exact_distances(rows: Tensor, others: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------
 
 
-def checked_tile_size(tile_size: int | None) -> int | None:
-    """Return `tile_size`, the rows of a tile, or None for what suits the device.
-
-    Raises
-    ------
-    TypeError
-        `tile_size` is not an integer.
-    ValueError
-        `tile_size` is below 1.
-    """
-    if tile_size is None:
-        return None
-    if isinstance(tile_size, bool) or not isinstance(tile_size, int):
-        raise TypeError(f"tile_size must be an integer or None, got {tile_size!r}.")
-    if tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, got {tile_size}: pass None for the default.")
-    return tile_size
-
-
 @dataclass(frozen=True)
 class _Tile:
     """Rows ``start … stop − 1`` and columns ``first … last − 1`` of the upper triangle."""
@@ -397,12 +378,15 @@ def centred_products(matrices: Sequence[PairwiseMatrix], tile_size: int | None =
     matrices : sequence of PairwiseMatrix
         Of the same n ≥ 4 samples.
     tile_size : int, optional
-        Rows of a tile.
+        Rows of a tile; the default suits the device.
 
-    Returns
-    -------
-    CentredProducts
+    Raises
+    ------
+    TypeError, ValueError
+        `tile_size` is not an integer, or below 1.
     """
+    if tile_size is not None:
+        check_integer("tile_size", tile_size, 1)
     rows = matrices[0].rows
     num_samples, num_matrices = rows.shape[0], len(matrices)
     effects = rows.new_zeros(num_matrices, num_samples)
@@ -444,12 +428,8 @@ def row_products(
 
     Parameters
     ----------
-    first, second : PairwiseMatrix
-        Of the same n samples.
-    effects : Tensor, (2, n) float64
-        Of `CentredProducts`.
-    tile_size : int, optional
-        Rows of a tile.
+    first, second, effects
+        Of the same n samples, as in and from `centred_products`.
 
     Returns
     -------
@@ -479,14 +459,10 @@ def permuted_products(
 
     Parameters
     ----------
-    first, second : PairwiseMatrix
-        Of the same n samples.
-    effects : Tensor, (2, n) float64
-        Of `CentredProducts`.
+    first, second, effects
+        Of the same n samples, as in and from `centred_products`.
     permutations : Tensor, (m, n) int64
         Orders.
-    tile_size : int, optional
-        Rows of a tile.
 
     Returns
     -------

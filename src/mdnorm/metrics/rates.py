@@ -1,4 +1,4 @@
-"""Rates of counts, means of them where some are not defined, and their intervals."""
+"""Intervals of shares, and of sums of independent estimates."""
 
 from __future__ import annotations
 
@@ -7,25 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["combined", "effective_rows", "mean_of_defined", "ratio", "wilson"]
-
-Floats = NDArray[np.float64]
-
-
-def ratio(values: Floats, totals: Floats) -> Floats:
-    """Return ``values / totals`` of arrays of one shape; NaN where a total is 0."""
-    divided: Floats = np.divide(values, totals, out=np.full(values.shape, np.nan), where=totals > 0)
-    return divided
-
-
-def mean_of_defined(values: Floats, axis: int) -> Floats:
-    """Return the mean over the values that are finite; NaN where none is."""
-    defined = np.isfinite(values)
-    return ratio(np.where(defined, values, 0.0).sum(axis=axis), defined.sum(axis=axis).astype(np.float64))
+__all__ = ["combined", "effective_rows", "wilson"]
 
 
 def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
-    """Return the score interval of a share of `size` rows, which need not be a whole number.
+    """Return Wilson's score interval of a share of `size` rows (`size` need not be a whole number).
 
     References
     ----------
@@ -37,15 +23,16 @@ def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
     squared = float(ndtri((1 + confidence) / 2)) ** 2
     middle = (share + squared / (2 * size)) / (1 + squared / size)
     half = np.sqrt(squared * (share * (1 - share) / size + squared / (4 * size**2))) / (1 + squared / size)
-    # Shares of 0 and 1 are limits of their own, up to rounding.
+    # Rounding must not move a limit to the other side of the share, or beyond 0 and 1.
     return min(max(0.0, float(middle - half)), share), max(min(1.0, float(middle + half)), share)
 
 
 def effective_rows(hits: NDArray[np.bool_], owners: NDArray[np.int64]) -> float:
-    """Return how many independent rows are as sure of a share as rows of subjects who have several.
+    """Return how many independent rows would give a share with the same standard error as these rows.
 
-    That is ``p (1 − p) / v`` with the linearised variance v of a ratio of sums over subjects (Kish's design
-    effect), at most the number of rows. Where all hits are alike, it is the number of subjects.
+    Rows of one subject are alike. The number is ``p (1 − p) / v`` with the linearised variance v of a ratio
+    of sums over subjects (Kish's design effect), at most the number of rows. Where all hits are equal, it is
+    the number of subjects.
 
     Parameters
     ----------
@@ -67,7 +54,7 @@ def effective_rows(hits: NDArray[np.bool_], owners: NDArray[np.int64]) -> float:
 def combined(
     weights: NDArray[np.float64], values: Sequence[float], intervals: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
-    """Return the interval of ``Σ weights · values`` of independent estimates from their own intervals.
+    """Return the interval of ``Σ weights · values`` from the intervals of the independent values.
 
     References
     ----------

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,8 +45,6 @@ ColumnNames = Sequence[str] | Mapping[str, Sequence[int]]
 
 # The value of all columns together; no column may have this name.
 JOINT = "joint"
-
-_MASK_64 = 2**64 - 1
 
 
 class TooFewSamplesError(ValueError):
@@ -294,38 +293,22 @@ def _check_finite(rows: Tensor, name: str, where: str = "") -> None:
 # --------------------------------------------------------------------------------------------------------
 
 
-def _mixed(value: int) -> int:
-    """The output function of SplitMix64 (Steele, Lea & Flood 2014), on 64 bits."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-    return value ^ (value >> 31)
-
-
-def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit integer."""
-    return value - 2**64 if value >= 2**63 else value
-
-
 def sample_keys(start: int, count: int, *, seed: int, rank: int = 0) -> Tensor:
     """Return the random keys of rows ``start … start + count − 1`` of the stream of a process.
 
-    A key depends on the row's place in the stream only, not on the batches in which the stream comes
-    (SplitMix64, a generator that counts). int64 on the CPU, in [0, 2^63).
+    A key depends on the row's place in the stream only, not on the batches in which the stream comes: they
+    are the numbers of Philox, a generator that counts. int64 on the CPU, in [0, 2^63).
 
     References
     ----------
-    .. [1] Steele, G. L., Lea, D., & Flood, C. H. (2014). Fast splittable pseudorandom number generators.
-       ACM SIGPLAN Notices, 49(10), 453–472.
+    .. [1] Salmon, J. K., Moraes, M. A., Dror, R. O., & Shaw, D. E. (2011). Parallel random numbers: as easy
+       as 1, 2, 3. SC '11: International Conference for High Performance Computing, 1–12.
     """
-    golden = 0x9E3779B97F4A7C15
-    # Two rounds, so that neither neighbouring seeds nor neighbouring ranks give shifted copies of a stream.
-    base = _mixed((_mixed((seed + golden) & _MASK_64) + rank * golden + 1) & _MASK_64)
-    # int64 arithmetic wraps around; its right shift is arithmetic and needs the mask.
-    keys = torch.arange(start + 1, start + count + 1, dtype=torch.int64) * _signed(golden) + _signed(base)
-    keys = (keys ^ ((keys >> 30) & (2**34 - 1))) * _signed(0xBF58476D1CE4E5B9)
-    keys = (keys ^ ((keys >> 27) & (2**37 - 1))) * _signed(0x94D049BB133111EB)
-    keys = keys ^ ((keys >> 31) & (2**33 - 1))
-    return (keys >> 1) & (2**63 - 1)
+    generator = np.random.Philox(key=np.array([seed % 2**64, rank], np.uint64))
+    # One step gives four numbers.
+    generator.advance(start // 4)
+    numbers = generator.random_raw(start % 4 + count)[start % 4 :]
+    return torch.from_numpy((numbers >> np.uint64(1)).astype(np.int64))
 
 
 def add_rows(pieces: Sequence[Rows], new: Rows, max_samples: int | None) -> list[Rows]:

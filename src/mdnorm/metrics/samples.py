@@ -1,4 +1,4 @@
-"""What the measures of dependence take: rows of samples, checked, on one device and in float64."""
+"""Checked input of the measures of dependence: rows of samples on one device, in float64."""
 
 from __future__ import annotations
 
@@ -69,9 +69,9 @@ def as_samples(*, min_samples: int, reason: str, **variables: Tensor | ArrayLike
     min_samples : int
         Rows that the measure needs.
     reason : str
-        What fewer rows leave undefined, for the error message.
+        Why fewer rows are not enough, for the error message.
     **variables : tensor or array, (n,) or (n, p)
-        By the name of their arguments. Tensors must be on the same device, arrays go there.
+        By the names of their arguments. Tensors must be on the same device; arrays are moved there.
 
     Raises
     ------

@@ -27,10 +27,10 @@ __all__ = ["DistanceCorrelation", "GroupRates"]
 
 
 def _fingerprint(*settings: object) -> Tensor:
-    """Settings as a state.
+    """Return a state that differs where settings differ.
 
-    A `MetricCollection` keeps one state for metrics whose states are equal after the first batch. Those that
-    would differ later, by their `max_samples` say, must differ then.
+    A `MetricCollection` shares one state among metrics whose states are equal after the first batch, although
+    metrics with another `max_samples`, say, would differ later.
     """
     digest = hashlib.sha256(repr(settings).encode()).digest()[:16]
     return torch.tensor(list(digest), dtype=torch.uint8)
@@ -45,14 +45,13 @@ class DistanceCorrelation(Metric):
     Parameters
     ----------
     within_labels : bool
-        Measure within each class of the labels: what features know of the metadata beyond what the label
-        says.
+        Measure within each class of the labels: what features know of the metadata beyond the label.
     max_samples : int, optional
         Keep at most this many samples, at least 4, drawn uniformly without replacement from the stream (of
         all processes). Memory is then bounded by twice as many rows in each process, and time for `compute`,
         which grows with the square of the samples. 2000 are plenty for one number. None keeps all.
     seed : int
-        Of the sample. It depends on the order of the stream, not on the batches it comes in.
+        Seed of the sample. The sample depends on the order of the stream, not on the batches it comes in.
     per_column : bool
         A value for each metadata column, ``column_0, column_1, …``, and ``joint`` for all together where
         there are several.
@@ -71,12 +70,12 @@ class DistanceCorrelation(Metric):
     -----
     - Rows are kept on the device of the metric, features in float32, metadata in float64. A half precision
       input loses nothing; in a float64 input, differences below 1e-7 of the values are lost.
-    - With `max_samples`, each process draws by its own random keys, and the smallest keys of all are the
-      sample: other rows than one process would draw, as likely.
+    - With `max_samples`, each process draws random keys of its own, and the rows with the smallest keys of
+      all processes are the sample: a different sample than one process would draw, from the same
+      distribution.
     - A `DistributedSampler` repeats a few samples to give each process the same number; they count twice.
     - ``forward`` also computes the value for its batch, which must then have at least 4 samples (in each
       class). Use `update` to only accumulate.
-    - To keep one state in a `MetricCollection`, give metrics the same settings, or different ones: both work.
 
     Examples
     --------
@@ -162,10 +161,7 @@ class DistanceCorrelation(Metric):
         rows = reservoir.as_rows(features, metadata, labels, self.device)
         if self.per_column:
             reservoir.column_groups(self.column_names, rows.metadata.shape[1])
-        self._check_width("features", self.num_features, rows.features.shape[1])
-        self._check_width("metadata", self.num_metadata, rows.metadata.shape[1])
-        self.num_features = torch.full_like(self.num_features, rows.features.shape[1])
-        self.num_metadata = torch.full_like(self.num_metadata, rows.metadata.shape[1])
+        self._take_widths(rows)
         if self.max_samples is not None:
             keys = reservoir.sample_keys(int(self.num_seen), len(rows), seed=self.seed, rank=_rank())
             rows = Rows(rows.features, rows.metadata, rows.labels, keys.to(self.device))
@@ -236,8 +232,6 @@ class DistanceCorrelation(Metric):
         if not incoming:
             return
         rows = Rows.cat(incoming)
-        self._check_width("features", self.num_features, rows.features.shape[1])
-        self._check_width("metadata", self.num_metadata, rows.metadata.shape[1])
         if self.max_samples is not None:
             keys = torch.cat([piece.keys for piece in [*self._pieces(), rows] if piece.keys is not None])
             if keys.unique().shape[0] < keys.shape[0]:
@@ -245,8 +239,7 @@ class DistanceCorrelation(Metric):
                     f"both metrics drew their samples with seed={self.seed} in the same process, so the "
                     "samples are not independent: give each its own seed."
                 )
-        self.num_features = torch.full_like(self.num_features, rows.features.shape[1])
-        self.num_metadata = torch.full_like(self.num_metadata, rows.metadata.shape[1])
+        self._take_widths(rows)
         self.num_seen = self.num_seen + incoming_state["num_seen"].to(self.num_seen.device)
         self._computed = None
         self._update_count += 1
@@ -268,13 +261,19 @@ class DistanceCorrelation(Metric):
                 setattr(self, name, [torch.empty(0, dtype=dtype, device=self.device)])
         super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
 
-    def _check_width(self, name: str, known: Tensor, width: int) -> None:
-        if int(known) not in (0, width):
-            raise ValueError(
-                f"{name} have {width} value(s) a sample, but {int(known)} in what was added before: every "
-                "batch must have the same, after flattening."
-                + (" Average over positions whose number varies." if name == "features" else "")
-            )
+    def _take_widths(self, rows: Rows) -> None:
+        """Keep the numbers of features and metadata, which must be those of what was added before."""
+        widths = {"features": rows.features.shape[1], "metadata": rows.metadata.shape[1]}
+        for name, width in widths.items():
+            known = int(getattr(self, f"num_{name}"))
+            if known not in (0, width):
+                raise ValueError(
+                    f"{name} have {width} value(s) a sample, but {known} in what was added before: every "
+                    "batch must have the same, after flattening."
+                    + (" Average over positions whose number varies." if name == "features" else "")
+                )
+        self.num_features = torch.full_like(self.num_features, widths["features"])
+        self.num_metadata = torch.full_like(self.num_metadata, widths["metadata"])
 
     def _pieces(self, incoming_state: Mapping[str, Any] | None = None) -> list[Rows]:
         """The state as rows; after a synchronisation, that of all processes."""

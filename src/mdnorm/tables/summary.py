@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from mdnorm.extras import requires
 from mdnorm.plotting import PALETTE
 from mdnorm.tables.combat import LocationScale, SiteMoments, site_residuals, total_and_within
-from mdnorm.text import aligned
+from mdnorm.text import aligned, listed
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -348,14 +348,15 @@ def summarise(
     alone = [column for column, is_own in zip(columns, identified, strict=True) if not is_own]
     if alone:
         notes.append(
-            f"No standard error: {_listed(alone)} (constant, or a combination of other columns or of the "
+            f"No standard error: {listed(alone, 10)} (constant, or a combination of other columns or of the "
             "sites). What such columns explain together is shared among them."
         )
     if untested := [name for name, _, count, _ in tests if count == 0]:
-        notes.append(f"No F test: {_listed(untested)} (no direction that other columns do not have).")
+        notes.append(f"No F test: {listed(untested, 10)} (no direction that other columns do not have).")
     if not noisy.all():
         notes.append(
-            f"No tests: feature(s) {_listed(names[~noisy])} have no variance beyond what the columns explain."
+            f"No tests: feature(s) {listed(names[~noisy], 10)} have no variance beyond what the columns "
+            "explain."
         )
     return Summary(rows, rank + num_sites, freedom, tuple(notes), tables)
 
@@ -367,11 +368,6 @@ def _table(
     count = len(next(iter(values.values())))
     repeated = {name: np.repeat(np.fromiter(key, object), len(names)) for name, key in keys.items()}
     return repeated | {"feature": np.tile(names, count)} | {name: v.ravel() for name, v in values.items()}
-
-
-def _listed(names: Sequence[Any] | NDArray[Any]) -> str:
-    shown = ", ".join(repr(name) for name in names[:10])
-    return shown if len(names) <= 10 else f"{shown} and {len(names) - 10} more"
 
 
 def _p_value(f: FloatArray, free: Any, freedom: int) -> FloatArray:

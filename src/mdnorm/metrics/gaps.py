@@ -1,15 +1,13 @@
 """Group gaps: how differently a classifier treats the groups of a metadata column.
 
-Nearly every rate is a share of rows, or a mean of such shares, so that its interval is Wilson's, which holds
-for ten rows and for shares of 0 and 1 too. The interval of a difference is put together from those of the two
-groups (Newcombe 1998; Zou & Donner 2008). With subjects the rows of a group count as many as would be as
-sure. Only the calibration error, which is none of this, is resampled.
+The rates and their intervals are those of `mdnorm.metrics.group_rates`. The interval of a difference is put
+together from those of the two groups (Newcombe 1998; Zou & Donner 2008).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +16,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
-from mdnorm.extras import requires
-from mdnorm.metrics.checks import check_confidence, check_integer, listed
-from mdnorm.metrics.columns import Categories, as_categories, as_column
-from mdnorm.metrics.rates import combined, effective_rows, wilson
+from mdnorm.metrics.checks import check_confidence, check_integer
+from mdnorm.metrics.columns import Categories, as_categories
+from mdnorm.metrics.group_rates import Bootstrap, Estimate, Problem, Rate, estimates
+from mdnorm.metrics.rates import combined
+from mdnorm.plain import PlainResult
+from mdnorm.text import listed
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -31,10 +31,7 @@ __all__ = [
     "Gap",
     "GroupGaps",
     "GroupResult",
-    "QuantileGroups",
-    "Rate",
     "group_gaps",
-    "quantile_groups",
 ]
 
 Floats = NDArray[np.float64]
@@ -43,20 +40,8 @@ Integers = NDArray[np.int64]
 # More groups than this are a continuous column, or identifiers.
 _MAX_GROUPS = 100
 
-# Weights of resamples that are in memory at once.
-_CHUNK_ELEMENTS = 2**22
-
 # Scores that are probabilities sum to 1 up to this.
 _SUM_TOLERANCE = 1e-3
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A rate with its interval; None where it is not defined."""
-
-    value: float | None
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -112,16 +97,16 @@ class Gap:
     Attributes
     ----------
     value : float or None
-        The difference between two groups that is surest to be large: of all pairs the one with the largest
-        lower limit, and of equal ones the largest. None where fewer than two groups can be compared.
+        The difference of the pair of groups whose interval has the largest lower limit (of several pairs,
+        the largest difference). None where fewer than two groups can be compared.
     low, high : float or None
-        Its interval; it holds for all pairs at once.
+        Interval of the difference; it holds for all pairs at once.
     lowest, highest : object
-        These groups.
+        The two groups.
     bound : float or None
         The largest upper limit of all pairs: no two groups differ by more.
     rate : str or None
-        Which rate it is of; a gap of several is that of one of them.
+        Name of the rate; a gap in several rates is the gap in one of them.
     """
 
     value: float | None
@@ -134,18 +119,18 @@ class Gap:
 
 
 @dataclass(frozen=True)
-class GroupGaps:
+class GroupGaps(PlainResult):
     """What `group_gaps` found.
 
     Attributes
     ----------
     groups : tuple of GroupResult
-        In the order of the group column's values.
+        The groups, in the order of the group column's values.
     gaps : dict of str to Gap
     pairs : dict of str to tuple of Difference
-        Of each rate and each two groups that are large enough.
+        Names of rates to the difference of each pair of groups that are large enough.
     against_rest : dict of str to tuple of Difference
-        Of each rate and group that is large enough: the difference to the rows of all other groups.
+        Names of rates to the difference between each group that is large enough and all other rows.
     classes : tuple
         The label classes.
     positive : object
@@ -167,125 +152,6 @@ class GroupGaps:
     confidence: float
     min_group_rows: int
     notes: tuple[str, ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the result as values that JSON can hold."""
-        result = asdict(self)
-        for group in result["groups"]:
-            group["label_counts"] = {str(label): count for label, count in group["label_counts"].items()}
-        return result
-
-
-@dataclass(frozen=True)
-class QuantileGroups:
-    """A continuous column in groups.
-
-    Attributes
-    ----------
-    codes : (n,) int64
-        The group of each row, a position in `names`.
-    names : tuple of str
-        The range of values of each group, in ascending order.
-    counts : tuple of int
-        Rows of each group.
-    """
-
-    codes: Integers
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """The names, so that the groups keep their order where the object is passed as `groups`."""
-        return self.names
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.names, dtype=dtype)[self.codes]
-
-    def __len__(self) -> int:
-        return int(self.codes.size)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return names and counts as values that JSON can hold."""
-        return {"names": list(self.names), "counts": list(self.counts)}
-
-
-def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
-    """Divide a continuous column into groups of about equally many rows, named by their range of values.
-
-    Parameters
-    ----------
-    values : tensor, array, list or Series, (n,)
-        Numbers, finite.
-    num_groups : int
-        At most; equal values stay in one group, so there may be fewer.
-
-    Returns
-    -------
-    QuantileGroups
-        To be passed as `groups` to `group_gaps`, or as an array of names.
-
-    Raises
-    ------
-    TypeError
-        Values that are not numbers; `num_groups` is not an integer.
-    ValueError
-        A wrong shape, NaN or infinite values, no rows; `num_groups` below 1.
-
-    Examples
-    --------
-    >>> quantile_groups([20, 25, 31, 44, 52, 60, 61, 80]).names
-    ('20–25', '31–44', '52–60', '61–80')
-    """
-    with requires("metrics"):
-        import pandas as pd
-    check_integer("num_groups", num_groups, 1)
-    column = as_column(values, "values")
-    if column.dtype.kind not in "biuf":
-        raise TypeError(
-            f"values must be numbers, got {column.dtype} such as {listed(column.tolist(), 1)}: pass a column "
-            "of categories as groups as it is."
-        )
-    numbers = column.astype(np.float64)
-    if np.unique(numbers).size <= num_groups:
-        codes = np.unique(numbers, return_inverse=True)[1].reshape(-1)
-    else:
-        codes = np.asarray(pd.qcut(numbers, num_groups, labels=False, duplicates="drop"))
-        codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
-    codes = codes.astype(np.int64)
-    number = int(codes.max()) + 1
-    limits = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(number)]
-    counts = tuple(int(count) for count in np.bincount(codes, minlength=number))
-    return QuantileGroups(codes, _range_names(limits), counts)
-
-
-def _range_names(limits: list[tuple[float, float]]) -> tuple[str, ...]:
-    """Return "low–high" with as few digits as keep the limits apart; whole numbers in full."""
-    distinct = sorted({limit for pair in limits for limit in pair})
-    whole = all(value == round(value) and abs(value) < 1e15 for value in distinct)
-
-    def text(value: float, digits: int) -> str:
-        if whole:
-            return str(round(value))
-        rounded = float(f"{value:.{digits}g}")
-        if rounded != 0 and not 1e-4 <= abs(rounded) < 1e15:
-            return f"{value:.{digits}g}"
-        return np.format_float_positional(rounded, trim="-")
-
-    digits = next(
-        (
-            digits
-            for digits in range(2, 17)
-            if len({text(value, digits) for value in distinct}) == len(distinct)
-        ),
-        17,
-    )
-    names = []
-    for low, high in limits:
-        # A dash beside a minus sign cannot be read.
-        dash = "–" if low >= 0 else " to "
-        names.append(text(low, digits) if low == high else f"{text(low, digits)}{dash}{text(high, digits)}")
-    return tuple(names)
 
 
 def group_gaps(
@@ -318,18 +184,19 @@ def group_gaps(
     positive : object, optional
         The positive one of two classes. The default is 1 or True of 0 and 1 (or −1 and 1), False and True.
     subjects : array-like, (n,), optional
-        Whose sample a row is, where subjects have several: intervals are then wider, since rows of the same
-        subject say less than as many of others.
+        The subject of each row, where subjects have several rows: intervals are then wider, since rows of the
+        same subject carry less information than independent ones.
     confidence : float
-        Of the intervals, between 0 and 1. Those of differences hold for all pairs of groups at once.
+        Confidence level of the intervals, between 0 and 1. Intervals of differences hold for all pairs at
+        once.
     min_group_rows : int
-        Smaller groups have rates but are not compared, so that they neither make a gap nor hide one.
+        Smaller groups get rates but are not compared: they can neither cause a gap nor hide one.
     num_bootstrap : int
         Resamples for the interval of the calibration error; 0 for none.
     num_bins : int
         Bins of equal width for the expected calibration error.
     seed : int
-        Of the resamples: the same seed gives the same result.
+        Seed of the resamples: the same seed gives the same result.
 
     Returns
     -------
@@ -362,13 +229,14 @@ def group_gaps(
     A rate that a group cannot have (a true positive rate without positives) is None with a note, and gaps are
     those of the other groups.
 
-    Intervals of shares are Wilson's; with `subjects`, of as many rows as would be as sure (the design effect
-    of the linearised variance). Those of means of shares and of differences are put together from these
-    (Newcombe's hybrid score interval [2]_, [3]_). Those of differences have the confidence
-    ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once (Bonferroni) and the
-    largest lower limit is a lower limit of the largest difference. The interval of the Brier score is
-    Student's. That of the calibration error, which is larger in resamples than in the rows they come from, is
-    normal with the bootstrap's standard error and moved down by the mean of this difference.
+    Intervals of shares are Wilson's; with `subjects`, of the number of independent rows with the same
+    standard error (the design effect of the linearised variance). Intervals of means of shares and of
+    differences are combined from these (Newcombe's hybrid score interval [2]_, [3]_). Those of differences
+    have the confidence ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once
+    (Bonferroni) and the largest lower limit is a lower limit of the largest difference. The interval of the
+    Brier score is Student's. The interval of the calibration error is normal, with the standard error of the
+    bootstrap; since the error is larger in resamples than in the data, the interval is moved down by the mean
+    difference.
 
     References
     ----------
@@ -388,7 +256,11 @@ def group_gaps(
     >>> gap.value, gap.lowest, gap.highest, round(gap.low, 2)
     (1.0, 'b', 'a', 0.77)
     """
-    _check_options(confidence, min_group_rows, num_bootstrap, num_bins, seed)
+    check_confidence(confidence)
+    check_integer("min_group_rows", min_group_rows, 1)
+    check_integer("num_bootstrap", num_bootstrap, 0)
+    check_integer("num_bins", num_bins, 1)
+    check_integer("seed", seed, 0)
     true = as_categories(labels, "labels")
     guessed = as_categories(predictions, "predictions")
     members = as_categories(groups, "groups")
@@ -410,10 +282,10 @@ def group_gaps(
     problem = _problem(true, guessed, members, positive, notes)
     probabilities = None if scores is None else _probabilities(scores, problem)
 
-    options = _Options(num_bootstrap, num_bins, seed)
+    options = Bootstrap(num_bootstrap, num_bins, seed)
     sizes = members.counts
     rates = [
-        _estimates(problem, probabilities, clusters, members.codes == code, options)
+        estimates(problem, probabilities, clusters, members.codes == code, options)
         for code in range(len(members.names))
     ]
     _note_undefined(problem, rates, min_group_rows, notes)
@@ -438,7 +310,7 @@ def group_gaps(
         pairs=pairs,
         against_rest=_against_rest(
             groups_of,
-            [_estimates(problem, probabilities, clusters, members.codes != code, options) for code in large],
+            [estimates(problem, probabilities, clusters, members.codes != code, options) for code in large],
             confidence,
         ),
         classes=problem.classes,
@@ -455,31 +327,6 @@ def group_gaps(
 # --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Labels and predictions as codes (n,) into `classes`, groups as codes into `groups`."""
-
-    true: Integers
-    guessed: Integers
-    members: Integers
-    groups: tuple[Any, ...]
-    classes: tuple[Any, ...]
-    positive: int | None
-
-
-def _check_options(
-    confidence: float, min_group_rows: int, num_bootstrap: int, num_bins: int, seed: int
-) -> None:
-    check_confidence(confidence)
-    for name, value, least in (
-        ("min_group_rows", min_group_rows, 1),
-        ("num_bootstrap", num_bootstrap, 0),
-        ("num_bins", num_bins, 1),
-        ("seed", seed, 0),
-    ):
-        check_integer(name, value, least)
-
-
 def _check_groups(members: Categories) -> None:
     if len(members.names) < 2:
         raise ValueError(f"groups must have at least two groups, got {members.names[0]!r} only.")
@@ -492,7 +339,7 @@ def _check_groups(members: Categories) -> None:
 
 def _problem(
     true: Categories, guessed: Categories, members: Categories, positive: Any, notes: list[str]
-) -> _Problem:
+) -> Problem:
     if len(true.names) < 2 and positive is None:
         raise ValueError(
             f"labels must have at least two classes, got {true.names[0]!r} only: there is nothing to tell "
@@ -528,7 +375,7 @@ def _problem(
             raise ValueError(f"positive must name the positive one of the classes {listed(classes)}.")
         code = 1
     order = {name: index for index, name in enumerate(classes)}
-    return _Problem(
+    return Problem(
         np.array([order[name] for name in true.names])[true.codes],
         np.array([order[name] for name in guessed.names])[guessed.codes],
         members.codes,
@@ -538,7 +385,7 @@ def _problem(
     )
 
 
-def _probabilities(scores: Tensor | ArrayLike, problem: _Problem) -> Floats:
+def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
     """Return the probability of the positive class (n,), or of all classes (n, C)."""
     array = as_real_tensor(scores, "scores").detach().cpu().double().numpy()
     num_rows, num_classes = problem.true.size, len(problem.classes)
@@ -568,155 +415,14 @@ def _probabilities(scores: Tensor | ArrayLike, problem: _Problem) -> Floats:
 
 
 # --------------------------------------------------------------------------------------------------------
-# Rates
-# --------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Options:
-    num_bootstrap: int
-    num_bins: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class _Estimate:
-    """A rate: the mean of shares of rows, each with the rows it counts as; or a value with its error."""
-
-    value: float
-    shares: tuple[tuple[float, float], ...] = ()
-    error: float | None = None
-    freedom: float = np.inf
-    bias: float = 0.0
-    largest: float = 1.0
-
-    def limits(self, confidence: float) -> tuple[float, float]:
-        """Return the interval: all that is possible where the error is not known."""
-        from scipy.special import stdtrit
-
-        if self.shares:
-            values = [share for share, _ in self.shares]
-            intervals = [wilson(share, size, confidence) for share, size in self.shares]
-            return combined(np.full(len(values), 1 / len(values)), values, intervals)
-        if self.error is None:
-            return 0.0, self.largest
-        half = float(stdtrit(min(self.freedom, 1e9), (1 + confidence) / 2)) * self.error
-        low, high = self.value - self.bias - half, self.value - self.bias + half
-        return min(max(0.0, low), self.value), min(max(high, self.value), self.largest)
-
-    def rate(self, confidence: float) -> Rate:
-        if not np.isfinite(self.value):
-            return Rate(None)
-        return Rate(float(self.value), *self.limits(confidence))
-
-
-def _estimates(
-    problem: _Problem,
-    probabilities: Floats | None,
-    clusters: Integers | None,
-    inside: NDArray[np.bool_],
-    options: _Options,
-) -> dict[str, _Estimate]:
-    """Return name -> rate of the rows that are `inside`, NaN where one is not defined."""
-    true, guessed, positive = problem.true[inside], problem.guessed[inside], problem.positive
-    owners = None if clusters is None else np.unique(clusters[inside], return_inverse=True)[1].reshape(-1)
-
-    def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> _Estimate:
-        size = int(among.sum())
-        if size == 0:
-            return _Estimate(float("nan"))
-        value = float((hits & among).sum() / size)
-        counted = size if owners is None else effective_rows(hits[among], owners[among])
-        return _Estimate(value, ((value, counted),))
-
-    everyone = np.ones(true.size, dtype=bool)
-    recalls = [share(guessed == code, true == code) for code in range(len(problem.classes))]
-    rates = {
-        "accuracy": share(true == guessed, everyone),
-        "balanced_accuracy": _Estimate(
-            float(np.mean([recall.value for recall in recalls])),
-            tuple(part for recall in recalls for part in recall.shares),
-        ),
-    }
-    if positive is None:
-        rates |= {f"recall[{name}]": recalls[code] for code, name in enumerate(problem.classes)}
-    else:
-        rates["true_positive_rate"] = recalls[positive]
-        rates["false_positive_rate"] = share(guessed == positive, true != positive)
-        rates["positive_rate"] = share(guessed == positive, everyone)
-    if probabilities is not None:
-        within = probabilities[inside]
-        rates["calibration_error"] = _calibration_error(within, true, positive, owners, options)
-        rates["brier_score"] = _brier_score(within, true, positive, owners)
-    return rates
-
-
-def _calibration_error(
-    probabilities: Floats, true: Integers, positive: int | None, owners: Integers | None, options: _Options
-) -> _Estimate:
-    """Return the expected calibration error: ``Σ_bins |Σ rows (confidence − outcome)| / n``."""
-    if positive is not None:
-        confidences, outcomes = probabilities, true == positive
-    else:
-        # Of several classes the likeliest one is right or wrong.
-        confidences, outcomes = probabilities.max(axis=1), probabilities.argmax(axis=1) == true
-    # Bins closed below, and one of its own for 1, as those of torchmetrics.
-    edges = np.linspace(0, 1, options.num_bins + 1)
-    columns = np.zeros((true.size, options.num_bins + 2))
-    rows = np.arange(true.size)
-    columns[rows, np.searchsorted(edges, confidences, side="right") - 1] = confidences - outcomes
-    columns[:, -1] = 1
-    if owners is not None:
-        # Every sum is of rows: those of a subject stand for the subject.
-        totals = np.zeros((int(owners.max()) + 1, columns.shape[1]))
-        np.add.at(totals, owners, columns)
-        columns = totals
-
-    def of_sums(sums: Floats) -> Floats:
-        return np.asarray(np.abs(sums[..., :-1]).sum(axis=-1) / sums[..., -1])
-
-    value = float(of_sums(columns.sum(axis=0)))
-    size = columns.shape[0]
-    if options.num_bootstrap == 0 or size < 2:
-        return _Estimate(value)
-    rng = np.random.default_rng(options.seed)
-    resampled = np.empty(options.num_bootstrap)
-    step = max(1, _CHUNK_ELEMENTS // size)
-    for start in range(0, options.num_bootstrap, step):
-        chunk = slice(start, min(start + step, options.num_bootstrap))
-        weights = rng.multinomial(size, np.full(size, 1 / size), chunk.stop - chunk.start)
-        resampled[chunk] = of_sums(weights @ columns)
-    bias = max(0.0, float(resampled.mean()) - value)
-    return _Estimate(value, error=float(resampled.std()), bias=bias)
-
-
-def _brier_score(
-    probabilities: Floats, true: Integers, positive: int | None, owners: Integers | None
-) -> _Estimate:
-    """Return the mean squared error of the probabilities, summed over classes where there are columns."""
-    if positive is not None:
-        errors: Floats = np.square(probabilities - (true == positive))
-    else:
-        errors = np.square(probabilities - np.eye(probabilities.shape[1])[true]).sum(axis=1)
-    value = float(errors.mean())
-    deviations = errors - value
-    sums = deviations if owners is None else np.bincount(owners, deviations)
-    largest = 1.0 if positive is not None else 2.0
-    if sums.size < 2:
-        return _Estimate(value)
-    error = float(np.sqrt(np.square(sums).sum() * sums.size / (sums.size - 1)) / errors.size)
-    return _Estimate(value, error=error, freedom=sums.size - 1, largest=largest)
-
-
-# --------------------------------------------------------------------------------------------------------
 # Differences
 # --------------------------------------------------------------------------------------------------------
 
-_Groups = list[tuple[Any, dict[str, _Estimate]]]
+_Groups = list[tuple[Any, dict[str, Estimate]]]
 
 
 def _difference(
-    rate: str, first: tuple[Any, _Estimate], second: tuple[Any, _Estimate], confidence: float
+    rate: str, first: tuple[Any, Estimate], second: tuple[Any, Estimate], confidence: float
 ) -> Difference:
     """Return the difference of the higher and the lower rate."""
     (lower, low), (higher, high) = sorted((first, second), key=lambda item: item[1].value)
@@ -735,7 +441,7 @@ def _pairs(rate: str, groups: _Groups, confidence: float, num_rates: int = 1) ->
 
 
 def _gaps(
-    pairs: Mapping[str, tuple[Difference, ...]], groups: _Groups, confidence: float, problem: _Problem
+    pairs: Mapping[str, tuple[Difference, ...]], groups: _Groups, confidence: float, problem: Problem
 ) -> dict[str, Gap]:
     def gap(differences: Iterable[Difference]) -> Gap:
         tried = list(differences)
@@ -765,7 +471,7 @@ def _gaps(
 
 
 def _against_rest(
-    groups: _Groups, rests: list[dict[str, _Estimate]], confidence: float
+    groups: _Groups, rests: list[dict[str, Estimate]], confidence: float
 ) -> dict[str, tuple[Difference, ...]]:
     return {
         rate: tuple(
@@ -778,7 +484,7 @@ def _against_rest(
 
 
 def _note_undefined(
-    problem: _Problem, rates: list[dict[str, _Estimate]], min_group_rows: int, notes: list[str]
+    problem: Problem, rates: list[dict[str, Estimate]], min_group_rows: int, notes: list[str]
 ) -> None:
     for index, group in enumerate(problem.groups):
         inside = problem.members == index

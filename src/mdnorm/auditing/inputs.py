@@ -1,0 +1,401 @@
+"""The arguments of an audit: read into arrays and columns, and cut to the rows in use."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mdnorm.auditing.columns import Column, as_classes, as_column, as_columns, printable
+from mdnorm.auditing.reading import InputError
+from mdnorm.auditing.settings import MIN_ROWS, Settings
+from mdnorm.design.roles import stand_ins
+from mdnorm.text import listed
+
+__all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment"]
+
+# A feature whose spread is more than this many times that of another is measured in another unit.
+_MIXED_UNITS = 100.0
+
+_SUBJECT_NAME = re.compile(
+    r"(^|[_\W])(subjects?|participants?|patients?|persons?|sub|ppt)([_\W]|$)", re.IGNORECASE
+)
+_TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model predicted, for the rows of the audit.
+
+    Attributes
+    ----------
+    classes : (n,) array
+        Predicted classes, as text; predicted numbers where the label is continuous.
+    scores : (n,) array or None
+        Predicted probability of the positive class.
+    positive : str or None
+        Which class is the positive one.
+    """
+
+    classes: NDArray[Any]
+    scores: NDArray[np.float64] | None = None
+    positive: str | None = None
+
+    def rows(self, index: NDArray[Any]) -> Predictions:
+        """Return the predictions for these rows only."""
+        scores = None if self.scores is None else self.scores[index]
+        return replace(self, classes=self.classes[index], scores=scores)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What is audited: all of n rows.
+
+    Attributes
+    ----------
+    features : mapping
+        Names of treatments to features: (n, …) as given, (n, p) float64 once `aligned`.
+    titles : mapping
+        What the reader calls the treatments.
+    columns : sequence of Column
+        The metadata to look at, without the label and the columns that are other arguments.
+    label : Column or None
+    predictions : mapping
+        Names of treatments to what was predicted from them.
+    subjects : (n,) array or None
+    held_out : (n,) array of bool or None
+    """
+
+    features: Mapping[str, NDArray[Any]]
+    titles: Mapping[str, str]
+    columns: Sequence[Column]
+    label: Column | None
+    predictions: Mapping[str, Predictions]
+    subjects: NDArray[Any] | None
+    held_out: NDArray[np.bool_] | None
+
+    def rows(self, index: NDArray[Any]) -> Inputs:
+        """Return these rows only."""
+        return Inputs(
+            {name: values[index] for name, values in self.features.items()},
+            self.titles,
+            [column.rows(index) for column in self.columns],
+            None if self.label is None else self.label.rows(index),
+            {name: part.rows(index) for name, part in self.predictions.items()},
+            None if self.subjects is None else self.subjects[index],
+            None if self.held_out is None else self.held_out[index],
+        )
+
+
+# --------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------
+
+
+def as_treatments(
+    features: Any, after: Any, names: tuple[str, str] | None
+) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+    """Return the features and the title of every treatment, by its name."""
+    if isinstance(features, Mapping):
+        if after is not None or names is not None:
+            raise InputError(
+                "features is a mapping of names to treatments, which leaves nothing for after and names: "
+                "leave them out."
+            )
+        if not features:
+            raise InputError("features is a mapping without treatments: give one at least.")
+        given = {str(name): _as_features(values, f"features[{name!r}]") for name, values in features.items()}
+        return given, {name: printable(name) for name in given}
+    given = {"before": _as_features(features, "features")}
+    titles = ["these features"]
+    if after is not None:
+        given["after"] = _as_features(after, "after")
+        titles = ["the features before", "the features after"]
+    return given, dict(zip(given, map(printable, names or titles), strict=False))
+
+
+def _as_features(values: Any, name: str) -> NDArray[Any]:
+    """Return (n, …) of a real dtype; a memory map stays one."""
+    if isinstance(values, Tensor):
+        # numpy has no bfloat16.
+        values = (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
+    array = values if isinstance(values, np.ndarray) else np.asarray(values)
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"{name} must be real numbers, got dtype {array.dtype}.")
+    if array.ndim == 0 or len(array) == 0 or array.size == 0:
+        raise InputError(f"{name} must have one row for each sample, got shape {array.shape}.")
+    return array
+
+
+def by_treatment(
+    what: str, first: Any, second: Any, treatments: Sequence[str], *, several: bool
+) -> dict[str, Any]:
+    """Return the predictions, or the scores, of every treatment that has some.
+
+    Parameters
+    ----------
+    what : str
+        Name of the argument.
+    first, second : object
+        The argument, and that of the same name with ``_after``.
+    treatments : sequence of str
+        Their names.
+    several : bool
+        Whether the treatments came as a mapping of their names.
+    """
+    if several or isinstance(first, Mapping):
+        if second is not None or not (first is None or isinstance(first, Mapping)):
+            raise InputError(
+                f"{what} must be a mapping of the names of the treatments, as features is, without "
+                f"{what}_after."
+            )
+        unknown = [name for name in first or {} if name not in treatments]
+        if unknown:
+            raise InputError(
+                f"{what} has {unknown[0]!r}, but there are no such features; there are {listed(treatments)}."
+            )
+        return dict(first or {})
+    if second is not None and "after" not in treatments:
+        raise InputError(f"{what}_after needs the features after: give after too.")
+    return {name: part for name, part in (("before", first), ("after", second)) if part is not None}
+
+
+class Metadata:
+    """The metadata columns, and the arguments that may name one of them.
+
+    Parameters
+    ----------
+    metadata, kinds, ignore
+        As for `mdnorm.audit`.
+    features : mapping
+        Names to features, whose number of rows the columns must have.
+    """
+
+    def __init__(
+        self,
+        metadata: Any,
+        kinds: Mapping[str, str] | None,
+        ignore: Sequence[str],
+        features: Mapping[str, NDArray[Any]],
+    ) -> None:
+        self.columns = as_columns(metadata, kinds, ignore)
+        if not self.columns:
+            raise InputError("there are no metadata columns to audit.")
+        self.kinds = dict(kinds or {})
+        self.by_name = {column.name: column for column in self.columns}
+        # Columns that are an argument, and not audited.
+        self.used: set[str] = set()
+        first, *others = features.items()
+        self.num_rows = len(first[1])
+        counts = {"features": self.num_rows, "metadata": len(self.columns[0].values)}
+        counts |= {name: len(values) for name, values in others}
+        if len(set(counts.values())) > 1:
+            raise InputError(
+                "row counts differ: "
+                + ", ".join(f"{count} in {name}" for name, count in counts.items())
+                + ". Each must have one row for each sample, in the same order."
+            )
+
+    def named(self, name: str, where: str) -> Column:
+        """Return a column; `where` says what for, in a message."""
+        column = self.by_name.get(printable(name))
+        if column is None:
+            known = ", ".join(map(repr, self.by_name))
+            raise InputError(f"no metadata column {name!r} for {where}; there are {known}.")
+        return column
+
+    def values(self, argument: Any, name: str) -> NDArray[Any]:
+        """Return a column by its name, or an array as it is, checked for its length."""
+        if isinstance(argument, str):
+            column = self.named(argument, name)
+            self.used.add(column.name)
+            if not column.present.all():
+                raise InputError(
+                    f"the column {argument!r} for {name} has {column.num_missing} missing value(s)."
+                )
+            return column.values
+        values = argument.detach().cpu().numpy() if isinstance(argument, Tensor) else np.asarray(argument)
+        if values.shape != (self.num_rows,):
+            raise InputError(f"{name} must have shape ({self.num_rows},), got {values.shape}.")
+        return values
+
+    def label(self, labels: Any) -> Column | None:
+        """Return the label, from a name or from its values."""
+        if labels is None:
+            return None
+        if isinstance(labels, str):
+            column = self.named(labels, "the labels")
+            self.used.add(column.name)
+        else:
+            name = "label" if "label" not in self.by_name else "label given"
+            column = as_column(name, labels, self.kinds.get(name))
+        if len(column.values) != self.num_rows:
+            raise InputError(f"labels have {len(column.values)} rows, features {self.num_rows}.")
+        return column
+
+    def flags(self, held_out: Any) -> NDArray[np.bool_]:
+        """Return which rows are held out, from booleans, 0 and 1, or their names."""
+        values = as_classes(self.values(held_out, "held_out"), "held_out")
+        strange = sorted({str(value) for value in values if str(value).lower() not in _TRUTH})
+        if strange:
+            raise InputError(f"held_out must say true or false for each row, got {listed(strange)}.")
+        return np.array([_TRUTH[str(value).lower()] for value in values], dtype=bool)
+
+    def predictions(
+        self, classes: Mapping[str, Any], scores: Mapping[str, Any], label: Column | None, positive: Any
+    ) -> dict[str, Predictions]:
+        """Return what was predicted from every treatment, read as the labels are."""
+        for name in scores:
+            if name not in classes:
+                raise InputError(f"scores are used beside predictions: give those of {name!r} too.")
+        return {
+            name: self._predictions(part, scores.get(name), label, positive) for name, part in classes.items()
+        }
+
+    def _predictions(self, classes: Any, scores: Any, label: Column | None, positive: Any) -> Predictions:
+        if label is None:
+            raise InputError("predictions need the labels to compare with.")
+        values = self.values(classes, "predictions")
+        if label.kind == "continuous":
+            if scores is not None or positive is not None:
+                raise InputError("scores and a positive class are for labels of classes, not for numbers.")
+            return Predictions(_finite(values, "predictions"))
+        # Read as the labels are, so that 1, 1.0 and "1" of a table mean the same class.
+        names = as_classes(values, "predictions")
+        known = np.unique(label.values[label.present]).tolist()
+        strange = sorted(set(names.tolist()) - set(known))
+        if strange:
+            raise InputError(
+                f"predictions hold {listed(strange)}, which no label is; there are {listed(known, 10)}."
+            )
+        if scores is not None:
+            scores = _probabilities(self.values(scores, "scores"))
+        if positive is not None:
+            given, positive = positive, str(as_classes([positive], "positive")[0])
+            if positive not in known:
+                raise InputError(f"positive={given!r} is not one of the labels.")
+        return Predictions(names, scores, positive)
+
+
+def _finite(values: NDArray[Any], name: str) -> NDArray[np.float64]:
+    try:
+        numbers = np.asarray(values, np.float64)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name} must be numbers: {error}.") from error
+    if not np.isfinite(numbers).all():
+        raise InputError(f"{name} must be finite numbers, but some are NaN or infinite.")
+    return numbers
+
+
+def _probabilities(values: NDArray[Any]) -> NDArray[np.float64]:
+    scores = _finite(values, "scores")
+    if scores.min() < 0 or scores.max() > 1:
+        raise InputError(
+            f"scores must be probabilities from 0 to 1, got {scores.min():.3g} to {scores.max():.3g}: apply "
+            "the sigmoid or softmax first."
+        )
+    return scores
+
+
+# --------------------------------------------------------------------------------------------------------
+# The rows in use
+# --------------------------------------------------------------------------------------------------------
+
+
+def aligned(inputs: Inputs, max_rows: int, settings: Settings) -> tuple[Inputs, list[str]]:
+    """Return the rows in use, at most `max_rows` and all with finite features, and notes for the reader.
+
+    Raises
+    ------
+    InputError
+        Too few rows are left, or all features are constant.
+    """
+    if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < MIN_ROWS:
+        raise InputError(f"max_rows must be a whole number of at least {MIN_ROWS}, got {max_rows!r}.")
+    notes = []
+    num_rows = len(next(iter(inputs.features.values())))
+    rows = np.arange(num_rows)
+    if num_rows > max_rows:
+        notes.append(
+            f"{max_rows} of {num_rows} rows were sampled (seed {settings.seed}); a larger max_rows takes "
+            "more of them."
+        )
+        rows = np.sort(np.random.default_rng(settings.seed).choice(num_rows, max_rows, replace=False))
+    inputs = inputs.rows(rows)
+    features = {
+        name: np.asarray(values, np.float64).reshape(len(rows), -1)
+        for name, values in inputs.features.items()
+    }
+    finite = np.logical_and.reduce([np.isfinite(values).all(axis=1) for values in features.values()])
+    if not finite.all():
+        notes.append(
+            f"{int((~finite).sum())} of {len(rows)} rows have missing or infinite features and were left out."
+        )
+    inputs = replace(inputs, features=features).rows(finite)
+    counts = {"rows with finite features": int(finite.sum())}
+    if inputs.held_out is not None:
+        counts["held-out rows"] = int(inputs.held_out.sum())
+        counts["rows that are not held out"] = int((~inputs.held_out).sum())
+    for what, count in counts.items():
+        if count < MIN_ROWS:
+            raise InputError(
+                f"only {count} {what} are left of {num_rows}: an audit needs at least {MIN_ROWS}."
+            )
+    for name, values in inputs.features.items():
+        notes += _notes_on_features(name, inputs.titles[name], values, standardize=settings.standardize)
+    return inputs, notes + _notes_on_subjects(inputs, settings.seed)
+
+
+def _notes_on_features(name: str, title: str, values: NDArray[np.float64], *, standardize: bool) -> list[str]:
+    notes = []
+    constant = int((np.ptp(values, axis=0) == 0).sum())
+    if constant == values.shape[1]:
+        raise InputError(f"all features ({name}) are constant: there is nothing to audit.")
+    if constant:
+        notes.append(f"{constant} of {values.shape[1]} features ({title}) are constant.")
+    spread = values.std(axis=0)
+    ratio = spread.max() / spread[spread > 0].min()
+    if ratio > _MIXED_UNITS and not standardize:
+        notes.append(
+            f"The spreads of the features ({title}) differ by a factor of {ratio:.0f}, and they are not "
+            "standardised: dcor² is that of the feature with the largest numbers."
+        )
+    ends = np.abs(np.stack([values.min(axis=0), values.max(axis=0)]))
+    suspects = np.flatnonzero(np.isin(ends, [float("9" * digits) for digits in range(1, 16)]).any(axis=0))
+    codes = {code for index in suspects for code in stand_ins(values[:, index])}
+    if codes:
+        notes.append(
+            f"Features ({title}) hold {', '.join(f'{code:.15g}' for code in sorted(codes))}, which seems to "
+            "stand for missing values: write NaN instead, and these rows are left out."
+        )
+    return notes
+
+
+def _notes_on_subjects(inputs: Inputs, seed: int) -> list[str]:
+    """Say what was done with repeated subjects, or which column seems to name them."""
+    if inputs.subjects is not None:
+        num_rows, num_subjects = len(inputs.subjects), len(np.unique(inputs.subjects))
+        if num_subjects == num_rows:
+            return []
+        return [
+            f"{num_rows} rows are of {num_subjects} subjects. Distance correlations use one row of each "
+            f"subject (seed {seed}), since their intervals and tests are for independent rows."
+        ]
+    notes = []
+    for column in inputs.columns:
+        values = column.values[column.present]
+        if column.kind == "constant" or not _SUBJECT_NAME.search(column.name) or len(values) == 0:
+            continue
+        distinct = len(np.unique(values))
+        if 1 < distinct < len(values):
+            notes.append(
+                f"{len(values)} rows have {distinct} values of {column.name}. If these are subjects, pass "
+                "the column as subjects, since rows of the same subject are not independent."
+            )
+    return notes
