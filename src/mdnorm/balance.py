@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor, columns_of
+from mdnorm.design.reader import check_same_order
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import listed
 from mdnorm.metrics.pairwise import Distances
@@ -306,6 +307,7 @@ def balancing_weights(
     >>> round(result.effective_sample_size, 6)
     60.0
     """
+    check_same_order(labels=labels, metadata=metadata)
     if method not in (None, "propensity", "entropy", "distance"):
         raise ValueError(f'method must be "propensity", "entropy" or "distance", got {method!r}.')
     _check_clip(clip)

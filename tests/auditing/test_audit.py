@@ -385,3 +385,14 @@ def test_a_model_that_always_says_the_same_is_audited():
         site = column_of(report, "site")
         accuracy = site.representations["before"].group_gaps.groups[0].rates["accuracy"].value
         assert accuracy == pytest.approx(label[metadata["site"] == "a"].mean())
+
+
+def test_rows_that_were_shuffled_apart_are_refused() -> None:
+    rng = np.random.default_rng(0)
+    people = [f"sub-{row}" for row in range(60)]
+    age = pd.DataFrame({"age": rng.uniform(20, 80, 60)}, index=people)
+    features = pd.DataFrame(rng.standard_normal((60, 2)), index=people)
+    with pytest.raises(InputError, match="same row labels as metadata, but in another order"):
+        mdnorm.audit(features.sample(frac=1, random_state=0), age)
+    # The features of a model have no labels of rows.
+    mdnorm.audit(features.reset_index(drop=True), age, settings=Settings(num_permutations=20))

@@ -502,3 +502,14 @@ def test_quantile_groups_keep_their_order_as_groups() -> None:
 def test_quantile_groups_errors(values: Any, num: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         quantile_groups(values, num)
+
+
+def test_rows_that_were_shuffled_apart_are_refused() -> None:
+    y, p, groups, _ = _data()
+    y, p, groups = (
+        pd.Series(values, index=[f"sub-{row}" for row in range(len(y))]) for values in (y, p, groups)
+    )
+    group_gaps(y, p, groups, num_bootstrap=0)
+    for arguments in ((y, p.sample(frac=1, random_state=0), groups), (y, p, groups.iloc[::-1])):
+        with pytest.raises(ValueError, match="same row labels as labels, but in another order"):
+            group_gaps(*arguments, num_bootstrap=0)

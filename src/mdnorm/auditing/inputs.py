@@ -15,10 +15,11 @@ from torch import Tensor
 from mdnorm.auditing.columns import Column, as_classes, as_column, as_columns, printable
 from mdnorm.auditing.reading import InputError
 from mdnorm.auditing.settings import MIN_ROWS, Settings
+from mdnorm.design.reader import check_same_order
 from mdnorm.design.roles import stand_ins
 from mdnorm.text import listed
 
-__all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment"]
+__all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment", "check_order"]
 
 # A feature whose spread is more than this many times that of another is measured in another unit.
 _MIXED_UNITS = 100.0
@@ -306,6 +307,15 @@ def _probabilities(values: NDArray[Any]) -> NDArray[np.float64]:
 # --------------------------------------------------------------------------------------------------------
 # The rows in use
 # --------------------------------------------------------------------------------------------------------
+
+
+def check_order(features: Any, **tables: Any) -> None:
+    """Refuse pandas objects of which the same row labels come in another order (InputError)."""
+    treatments = dict(features) if isinstance(features, Mapping) else {"features": features}
+    try:
+        check_same_order(**{**tables, **treatments})
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
 
 def aligned(inputs: Inputs, max_rows: int, settings: Settings) -> tuple[Inputs, list[str]]:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from mdnorm.auditing.columns import Column, intersection, printable
 from mdnorm.auditing.findings import find
-from mdnorm.auditing.inputs import Inputs, Metadata, aligned, as_treatments, by_treatment
+from mdnorm.auditing.inputs import Inputs, Metadata, aligned, as_treatments, by_treatment, check_order
 from mdnorm.auditing.measuring import MODELS, measure
 from mdnorm.auditing.report import Report
 from mdnorm.auditing.sets import feature_sets, projections_of
@@ -129,6 +129,7 @@ def audit(
     step = progress or (lambda text: None)
 
     # Read.
+    check_order(features, after=after, metadata=metadata, labels=labels, subjects=subjects)
     given, titles = as_treatments(features, after, names)
     several = isinstance(features, Mapping)
     classes = by_treatment("predictions", predictions, predictions_after, list(given), several=several)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
+from mdnorm.design.reader import check_same_order
 from mdnorm.metrics.checks import check_confidence, check_integer
 from mdnorm.metrics.columns import Categories, as_categories
 from mdnorm.metrics.group_rates import Bootstrap, Estimate, Problem, Rate, estimates
@@ -261,6 +262,7 @@ def group_gaps(
     check_integer("num_bootstrap", num_bootstrap, 0)
     check_integer("num_bins", num_bins, 1)
     check_integer("seed", seed, 0)
+    check_same_order(labels=labels, predictions=predictions, groups=groups, scores=scores, subjects=subjects)
     true = as_categories(labels, "labels")
     guessed = as_categories(predictions, "predictions")
     members = as_categories(groups, "groups")

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
+from mdnorm.design.reader import check_same_order
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations
 from mdnorm.metrics.columns import as_categories, as_column
@@ -224,6 +225,7 @@ def probe(
     check_integer("seed", seed, 0)
     check_permutations(num_permutations, none_is_allowed=True)
     check_confidence(confidence)
+    check_same_order(features=features, target=target, labels=labels, groups=groups)
     rows = _as_features(features)
     column = as_column(target, "target")
     label_classes = None if labels is None else as_categories(labels, "labels")
