@@ -411,6 +411,38 @@ def test_missing_metadata_by_rule() -> None:
     )
 
 
+def test_missing_features_are_named_or_skipped() -> None:
+    features, frame, label = _table()
+    table = pd.DataFrame(features, columns=list("abcde"))
+    table.loc[[3, 50], "b"] = np.nan
+    table.loc[60, "d"] = np.nan
+    with pytest.raises(ValueError, match=r"column\(s\) 'b', 'd' in rows 3, 50, 60 .*missing_features='skip'"):
+        MetadataResidualizer().fit(table, label, metadata=frame)
+    complete = table.notna().all(axis=1).to_numpy()
+    expected = MetadataResidualizer().fit(table[complete], label[complete], metadata=frame[complete])
+    skipping = MetadataResidualizer(missing_features="skip").fit(table, label, metadata=frame)
+    np.testing.assert_allclose(skipping.coef_, expected.coef_, atol=1e-10)
+    streamed = MetadataResidualizer(missing_features="skip")
+    typed = frame.astype({"sex": "category", "site": "category"})
+    for rows in (slice(0, 40), slice(40, 90)):
+        streamed.partial_fit(table[rows], label[rows], metadata=typed[rows], classes=[0, 1])
+    np.testing.assert_allclose(streamed.coef_, expected.coef_, atol=1e-10)
+    result = skipping.transform(table, metadata=frame)
+    np.testing.assert_array_equal(np.isnan(result), table.isna())
+    filled = expected.transform(table.fillna(0), metadata=frame)
+    present = table.notna().to_numpy()
+    np.testing.assert_allclose(result[present], filled[present], atol=1e-9)
+    np.testing.assert_allclose(
+        skipping.inverse_transform(pd.DataFrame(result, columns=table.columns), metadata=frame)[present],
+        features[present],
+        atol=1e-9,
+    )
+    for value in (np.inf, -np.inf):
+        table.loc[70, "e"] = value
+        with pytest.raises(ValueError, match=r"infinity: column\(s\) 'e'"):
+            skipping.fit(table, label, metadata=frame)
+
+
 def test_the_same_row_labels_in_another_order_are_refused() -> None:
     features, frame, label = _table()
     names = [f"sub-{row}" for row in range(90)]

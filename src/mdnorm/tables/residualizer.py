@@ -18,7 +18,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import _check_feature_names_in, check_array, check_is_fitted, validate_data
 
-from mdnorm.design.reader import Column, check_same_order, read_column
+from mdnorm.design.reader import Column, check_same_order, read_column, shown, shown_rows
 from mdnorm.tables.combat import (
     LocationScale,
     SiteCodes,
@@ -79,6 +79,9 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         What `transform` does with a level or a site that no row of `fit` had: raise, or correct it as the
         average one, so that only the effects of the other metadata are removed, location and scale stay.
         For a site a third way is to call `adapt` first.
+    missing_features : "error" or "skip"
+        What a missing value of a feature does: raise, naming the columns; or its row is left out of the fit,
+        it stays missing, and the other features of the row are corrected.
 
     Attributes
     ----------
@@ -149,6 +152,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         reference_site: Hashable | None = None,
         missing: Literal["error", "mean", "indicator"] = "error",
         unseen: Literal["error", "mean"] = "error",
+        missing_features: Literal["error", "skip"] = "error",
     ) -> None:
         self.formula = formula
         self.metadata_columns = metadata_columns
@@ -161,6 +165,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         self.reference_site = reference_site
         self.missing = missing
         self.unseen = unseen
+        self.missing_features = missing_features
 
     # ----------------------------------------------------------------------------------------------------
     # Fitting
@@ -414,6 +419,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = self.missing_features == "skip"
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
 
@@ -441,7 +447,11 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
                 "protect_target must be 'auto', 'categorical', 'continuous' or False, "
                 f"got {self.protect_target!r}."
             )
-        for name, choices in (("unseen", ("error", "mean")), ("missing", ("error", "mean", "indicator"))):
+        for name, choices in (
+            ("unseen", ("error", "mean")),
+            ("missing", ("error", "mean", "indicator")),
+            ("missing_features", ("error", "skip")),
+        ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
         if self.site is None:
@@ -467,6 +477,9 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             self._start(X, metadata, given, classes)
         features, design, sites, num_rows = self._read(X, metadata, given, training=True)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
+        if np.isnan(features).any():
+            weights = (np.ones(num_rows) if weights is None else weights) * ~np.isnan(features).any(1)
+            features = np.nan_to_num(features)
         moments = self._moments(features, design, sites, weights)
         self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
         counts = np.ones(num_rows, dtype=bool) if weights is None else weights > 0
@@ -575,8 +588,25 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             validate_data(self, X, reset=reset, skip_check_array=True)
             names = [column for column in X.columns if column not in self._names_of_metadata(X)]
             if names:
-                return check_array(X[names], **_FEATURES), False
-        return validate_data(self, X, reset=reset, **_FEATURES), True
+                return self._finite(check_array(X[names], **_FEATURES), names), False
+        checked = validate_data(self, X, reset=reset, **_FEATURES)
+        return self._finite(checked, list(getattr(self, "feature_names_in_", range(checked.shape[1])))), True
+
+    def _finite(self, features: NDArray[Any], names: list[Any]) -> NDArray[Any]:
+        """Return features after a check for missing and infinite values, as scikit-learn words them."""
+        if np.isfinite(features.sum()):
+            return features
+        bad = np.isinf(features)
+        if self.missing_features == "error":
+            bad |= np.isnan(features)
+        if bad.any():
+            columns = [names[place] for place in np.flatnonzero(bad.any(0))]
+            kind = "infinity" if np.isinf(features).any() else "NaN"
+            raise ValueError(
+                f"Input X contains {kind}: column(s) {shown(map(repr, columns))} in {shown_rows(bad.any(1))}. "
+                "Drop or impute these rows, or leave missing values missing with missing_features='skip'."
+            )
+        return features
 
     def _names_of_metadata(self, X: Any) -> list[Any]:  # noqa: N803
         columns = list(X.columns)
@@ -744,6 +774,7 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
     def _read_dropped(self, X: Any, metadata: Any) -> tuple[NDArray[Any], list[Any]]:  # noqa: N803
         """Read what `transform` returned, with the columns that it had left out."""
         features = check_array(X, **_FEATURES)
+        features = self._finite(features, list(range(features.shape[1])))
         if features.shape[1] != len(self._feature_index):
             raise ValueError(
                 f"X has {features.shape[1]} features, but transform returns {len(self._feature_index)}."
@@ -771,7 +802,11 @@ _ESTIMATES = (
     "site_scale_",
 )
 
-_FEATURES: dict[str, Any] = {"dtype": [np.float64, np.float32], "ensure_min_samples": 1}
+_FEATURES: dict[str, Any] = {
+    "dtype": [np.float64, np.float32],
+    "ensure_min_samples": 1,
+    "ensure_all_finite": False,
+}
 
 
 def _target_table(y: Any, is_class: bool) -> dict[str, Column]:
