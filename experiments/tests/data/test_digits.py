@@ -80,5 +80,5 @@ def test_values_out_of_range(rows, correlation, message):
 
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(MissingExtraError, match=r"mdnorm\[image\]"):
+    with pytest.raises(MissingExtraError, match=r"mdnorm-experiments\[image\]"):
         colour_digits(torch.arange(3), seed=0)

@@ -123,5 +123,5 @@ def test_numbers_out_of_range(arguments, message):
 
 def test_without_pillow_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(MissingExtraError, match=r"mdnorm\[image\]"):
+    with pytest.raises(MissingExtraError, match=r"mdnorm-experiments\[image\]"):
         make_faces(2, seed=0)
