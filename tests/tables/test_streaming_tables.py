@@ -19,7 +19,8 @@ from mdnorm.tables import MetadataModel
 from mdnorm.tables.combat import SiteCodes
 from mdnorm.tables.design_sample import DesignSample
 from mdnorm.tables.files import open_features
-from mdnorm.tables.streaming import _KeptDesign, residualize_file
+from mdnorm.tables.rows import KeptDesign
+from mdnorm.tables.streaming import residualize_file
 
 N, D = 700, 5
 NAMES = [f"f{index}" for index in range(D)]
@@ -558,7 +559,7 @@ def test_the_design_is_computed_once(folder, monkeypatch) -> None:
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_a_kept_design_comes_back_in_portions_of_any_size(dtype: Any, with_labels: bool, tmp_path) -> None:
     np.save(tmp_path / "f.npy", np.zeros((2, 9), dtype))
-    kept = _KeptDesign(tmp_path, open_features(tmp_path / "f.npy"), with_labels=with_labels)
+    kept = KeptDesign(tmp_path, open_features(tmp_path / "f.npy"), with_labels=with_labels)
     rng = np.random.default_rng(0)
     metadata, labels = rng.standard_normal((60, 3)) + 1e4, rng.integers(0, 2, (60, 1)).astype(float)
     names = np.array(["york", "oslo", "rome"])[rng.integers(0, 3, 60)]

@@ -603,8 +603,9 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             columns = [names[place] for place in np.flatnonzero(bad.any(0))]
             kind = "infinity" if np.isinf(features).any() else "NaN"
             raise ValueError(
-                f"Input X contains {kind}: column(s) {shown(map(repr, columns))} in {shown_rows(bad.any(1))}. "
-                "Drop or impute these rows, or leave missing values missing with missing_features='skip'."
+                f"Input X contains {kind}: column(s) {shown(map(repr, columns))} in "
+                f"{shown_rows(bad.any(1))}. Drop or impute these rows, or keep missing values missing with "
+                "missing_features='skip'."
             )
         return features
 
