@@ -78,7 +78,7 @@ def test_coefficients_are_saved_and_applied(folder):
     saved = folder / "fit" / "age.safetensors"
     first = call(
         *(folder / "features.npy", "--out", folder / "a.npy", "--metadata", folder / "people.csv"),
-        *("--formula", "bs(age, df=4) + C(site)", "--label", "sick", "--coefficients", saved),
+        *("--formula", "bs(age, df=4) + C(site)", "--label", "sick", "--save-model", saved),
     )
     assert first.exit_code == 0, first.output
     half = np.load(folder / "features.npy")[:80]
@@ -117,7 +117,7 @@ def test_a_confounded_design_is_a_warning(folder):
         (["--formula", "age", "--fit-rows", "2"], "fit_rows must be a share"),
         (["--formula", "age", "--metadata", "nowhere.csv"], "nowhere.csv does not exist"),
         (["--apply", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
-        (["--formula", "age", "--coefficients", "c.json"], "kept in a .safetensors file"),
+        (["--formula", "age", "--save-model", "c.json"], "kept in a .safetensors file"),
     ],
 )
 def test_bad_options_exit_with_2(folder, arguments, text):

@@ -231,7 +231,7 @@ def test_missing_features_are_an_error_that_names_all_of_them_or_skipped(tmp_pat
     table.loc[[3, 50], "vol"] = np.nan
     table.loc[60, "w"] = np.nan
     write(table, tmp_path / "t.parquet")
-    options = {"formula": "age", "coefficients": tmp_path / "c.safetensors"}
+    options = {"formula": "age", "save_model": tmp_path / "c.safetensors"}
     with pytest.raises(TableFileError, match=r"feature\(s\) 'vol', 'w' \(2 of 2\).*missing_features='skip'"):
         residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", **options)
     with pytest.raises(ValueError, match="missing_features must be"):
@@ -244,7 +244,7 @@ def test_missing_features_are_an_error_that_names_all_of_them_or_skipped(tmp_pat
     np.testing.assert_array_equal(result.isna(), table.isna())
     np.testing.assert_allclose(result.loc[complete.index, ["vol", "w"]], expected(complete), atol=1e-10)
     model = MetadataModel.load(tmp_path / "c.safetensors")
-    residualize_file(tmp_path / "t.parquet", tmp_path / "p.parquet", model=model, missing_features="skip")
+    residualize_file(tmp_path / "t.parquet", tmp_path / "p.parquet", apply=model, missing_features="skip")
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "p.parquet"), result)
     table.loc[70, "w"] = np.inf
     write(table, tmp_path / "t.parquet")
@@ -259,16 +259,16 @@ def test_rules_for_new_levels_may_be_given_with_a_fitted_model(tmp_path) -> None
     write(table, tmp_path / "t.parquet")
     saved = tmp_path / "c.safetensors"
     residualize_file(
-        tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age + sex", site="site", coefficients=saved
+        tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age + sex", site="site", save_model=saved
     )
     model = MetadataModel.load(saved)
     for column in ("site", "sex"):
         write(table.assign(**{column: "new"}), tmp_path / "new.parquet")
         with pytest.raises(TableFileError, match="unseen="):
-            residualize_file(tmp_path / "new.parquet", tmp_path / "p.parquet", model=model)
-        residualize_file(tmp_path / "new.parquet", tmp_path / "p.parquet", model=model, unseen="mean")
+            residualize_file(tmp_path / "new.parquet", tmp_path / "p.parquet", apply=model)
+        residualize_file(tmp_path / "new.parquet", tmp_path / "p.parquet", apply=model, unseen="mean")
     with pytest.raises(ValueError, match="missing must be 'error' or 'mean' for a fitted model"):
-        residualize_file(tmp_path / "t.parquet", tmp_path / "p.parquet", model=model, missing="indicator")
+        residualize_file(tmp_path / "t.parquet", tmp_path / "p.parquet", apply=model, missing="indicator")
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "version", "text"])

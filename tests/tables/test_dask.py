@@ -128,7 +128,7 @@ def test_frames_of_the_same_partitions_sites_and_a_fitted_model() -> None:
     wanted = estimator.transform(arrays, metadata=metadata[["age", "site"]], labels=metadata[["sick"]])
     np.testing.assert_allclose(result.compute(), wanted, rtol=1e-6)
     again = residualize_dask(
-        dd.from_pandas(features, npartitions=2), dd.from_pandas(metadata, npartitions=2), model=model
+        dd.from_pandas(features, npartitions=2), dd.from_pandas(metadata, npartitions=2), apply=model
     )
     assert isinstance(again.model, MetadataModel)
     np.testing.assert_allclose(again.features.compute(), result.compute(), rtol=1e-12)
@@ -297,7 +297,7 @@ def test_values_that_cannot_be_used_are_errors() -> None:
         residualize_dask(da.from_array(features, chunks=(100, D)), good)
     model = residualize_dask(da.from_array(values(people()), chunks=(100, D)), good).model
     with pytest.raises(ValueError, match=r"feature\(s\) '1'"):
-        residualize_dask(da.from_array(features, chunks=(100, D)), good, model=model).features.compute()
+        residualize_dask(da.from_array(features, chunks=(100, D)), good, apply=model).features.compute()
     metadata = metadata.copy()
     metadata[5] = np.nan
     with pytest.raises(ValueError, match="metadata are missing: 'm0' in row 5"):

@@ -334,7 +334,7 @@ def test_fit_rows_of_a_column_leak_nothing_from_the_others(folder) -> None:
     summary = residualize_file(
         folder / "changed.npy",
         out,
-        **options("changed.npy", folder, fit_rows="train", coefficients=model, batch_rows=64),
+        **options("changed.npy", folder, fit_rows="train", save_model=model, batch_rows=64),
     )
     assert summary.num_rows_fitted == train.sum()
     residualize_file(
@@ -349,7 +349,7 @@ def test_fit_rows_of_a_column_leak_nothing_from_the_others(folder) -> None:
         folder / "fortran.npy",
         folder / "applied.npy",
         metadata=folder / "people.csv",
-        model=MetadataModel.load(model),
+        apply=MetadataModel.load(model),
     )
     np.testing.assert_allclose(np.load(folder / "applied.npy"), np.load(folder / "other.npy"), rtol=1e-12)
 
@@ -419,13 +419,13 @@ def test_a_share_of_rows_is_the_same_whatever_the_batches(folder) -> None:
 def test_coefficients_of_sites_saved_and_applied_to_new_rows(folder) -> None:
     saved = folder / "combat.safetensors"
     how = {"formula": "age", "labels": ["sick"], "site": "site", "scale": True, "empirical_bayes": True}
-    residualize_file(folder / "table.parquet", folder / "out.parquet", coefficients=saved, **how)
+    residualize_file(folder / "table.parquet", folder / "out.parquet", save_model=saved, **how)
     new = people(40, seed=9)
     features = values(new, seed=1)
     frame = new.assign(**dict(zip(NAMES, features.T, strict=True)))
     frame.to_csv(folder / "new.csv", index=False)
     model = MetadataModel.load(saved)
-    summary = residualize_file(folder / "new.csv", folder / "new_out.csv", model=model)
+    summary = residualize_file(folder / "new.csv", folder / "new_out.csv", apply=model)
     assert summary.num_rows_fitted == 0
     assert summary.sites == ("oslo", "rome", "york")
     wanted = model.remove(features, new)
@@ -442,11 +442,11 @@ def test_apply_needs_no_labels_where_nothing_is_scaled(folder) -> None:
     residualize_file(
         folder / "table.parquet",
         folder / "out.parquet",
-        **options("table.parquet", folder, coefficients=saved),
+        **options("table.parquet", folder, save_model=saved),
     )
     table = pq.read_table(folder / "table.parquet").drop_columns(["sick"])
     pq.write_table(table, folder / "unlabelled.parquet")
-    residualize_file(folder / "unlabelled.parquet", folder / "other.parquet", model=MetadataModel.load(saved))
+    residualize_file(folder / "unlabelled.parquet", folder / "other.parquet", apply=MetadataModel.load(saved))
     np.testing.assert_allclose(
         as_matrix(folder / "other.parquet"), as_matrix(folder / "out.parquet"), rtol=1e-6
     )
@@ -455,7 +455,7 @@ def test_apply_needs_no_labels_where_nothing_is_scaled(folder) -> None:
 def test_damaged_and_foreign_coefficients_are_errors(folder) -> None:
     saved = folder / "model.safetensors"
     residualize_file(
-        folder / "fortran.npy", folder / "out.npy", **options("fortran.npy", folder, coefficients=saved)
+        folder / "fortran.npy", folder / "out.npy", **options("fortran.npy", folder, save_model=saved)
     )
     content = saved.read_bytes()
     for name, data, message in [
@@ -472,9 +472,9 @@ def test_damaged_and_foreign_coefficients_are_errors(folder) -> None:
     model = MetadataModel.load(saved)
     np.save(folder / "wide.npy", np.zeros((N, D + 1)))
     with pytest.raises(TableFileError, match=r"wide\.npy has the features .*\(6\)"):
-        residualize_file(folder / "wide.npy", folder / "o.npy", metadata=folder / "people.csv", model=model)
-    with pytest.raises(ValueError, match="formula, ridge: not with coefficients"):
-        residualize_file(folder / "wide.npy", folder / "o.npy", formula="age", ridge=1.0, model=model)
+        residualize_file(folder / "wide.npy", folder / "o.npy", metadata=folder / "people.csv", apply=model)
+    with pytest.raises(ValueError, match="formula, ridge: not with apply="):
+        residualize_file(folder / "wide.npy", folder / "o.npy", formula="age", ridge=1.0, apply=model)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -662,7 +662,7 @@ def test_paths_are_checked(folder) -> None:
         residualize_file(folder / "table.xlsx", folder / "out.xlsx", formula="age")
     with pytest.raises(TableFileError, match=r"must be|kept in a \.safetensors"):
         residualize_file(
-            folder / "table.parquet", folder / "out.parquet", formula="age", coefficients=folder / "c.json"
+            folder / "table.parquet", folder / "out.parquet", formula="age", save_model=folder / "c.json"
         )
 
 
@@ -705,7 +705,7 @@ def test_numbers_of_rows_must_be_the_same(change: int, metadata: str, batch_rows
         folder / "o.csv",
         formula="age",
         metadata=folder / "good.csv",
-        coefficients=model,
+        save_model=model,
     )
     (folder / "o.csv").unlink()
     with pytest.raises(TableFileError, match=r"people\.csv has (699 rows|more than the 700 rows)"):
@@ -713,7 +713,7 @@ def test_numbers_of_rows_must_be_the_same(change: int, metadata: str, batch_rows
             folder / "only.csv",
             folder / "o.csv",
             metadata=folder / "people.csv",
-            model=MetadataModel.load(model),
+            apply=MetadataModel.load(model),
             batch_rows=batch_rows,
         )
     assert not (folder / "o.csv").exists()
@@ -926,7 +926,7 @@ def test_columns_that_are_no_metadata(column: pa.Array, how: dict[str, Any], tmp
         residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", **how)
     pq.write_table(table.drop_columns("m"), tmp_path / "t.parquet")
     model = tmp_path / "c.safetensors"
-    residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", coefficients=model)
+    residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", save_model=model)
     with pytest.raises(TypeError, match=r"column 'age' has dtype (List|Struct|Binary)"):
         MetadataModel.load(model).remove(np.ones((6, 1)), pa.table({"age": column}))
 
@@ -941,11 +941,11 @@ def test_sites_that_are_dates_are_saved(kind: str, tmp_path) -> None:
     source, out = (tmp_path / f"{name}.{'csv' if kind == 'csv' else 'parquet'}" for name in "to")
     pa.csv.write_csv(table, source) if kind == "csv" else pq.write_table(table, source)
     saved = str(tmp_path / "c.safetensors")
-    summary = residualize_file(source, out, site="day", coefficients=saved)
+    summary = residualize_file(source, out, site="day", save_model=saved)
     assert summary.sites == ("2024-05-01", "2024-05-02")
     wanted = as_matrix(out, ["f"])
     np.testing.assert_allclose(wanted[::2].mean(), wanted[1::2].mean(), rtol=1e-12)
-    residualize_file(source, out, model=MetadataModel.load(saved))
+    residualize_file(source, out, apply=MetadataModel.load(saved))
     np.testing.assert_allclose(as_matrix(out, ["f"]), wanted, rtol=1e-12)
 
 
@@ -960,7 +960,7 @@ def test_sites_and_metadata_of_rare_types_are_numbers(tmp_path) -> None:
     pq.write_table(pa.table({**columns, "f": values + dose + hours}), tmp_path / "t.parquet")
     saved = tmp_path / "c.safetensors"
     summary = residualize_file(
-        tmp_path / "t.parquet", tmp_path / "o.parquet", formula="since", site="dose", coefficients=saved
+        tmp_path / "t.parquet", tmp_path / "o.parquet", formula="since", site="dose", save_model=saved
     )
     assert summary.sites == ("0.5", "1.5")
     assert summary.feature_names == ("f",)
@@ -983,7 +983,7 @@ def test_paths_of_models_may_be_text(tmp_path) -> None:
     table = people(20)
     table.assign(f=np.arange(20.0) / 7).to_parquet(tmp_path / "t.parquet")
     saved = str(tmp_path / "a.safetensors")
-    residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", coefficients=saved)
+    residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", save_model=saved)
     again = str(tmp_path / "b.safetensors")
     MetadataModel.load(saved).save(again)
     assert MetadataModel.load(again).feature_names == MetadataModel.load(saved).feature_names

@@ -339,7 +339,7 @@ def test_a_model_of_a_file_and_saved(tmp_path: Path) -> None:
         tmp_path / "out.csv",
         formula="age + C(scanner)",
         labels=["C(y)", "dose"],
-        coefficients=tmp_path / "fit.safetensors",
+        save_model=tmp_path / "fit.safetensors",
         batch_rows=50,
         **settings,
     )
@@ -376,7 +376,7 @@ def test_a_saved_model_whose_moments_are_damaged(change: str, tmp_path: Path) ->
         formula="age",
         site="site",
         features="x0",
-        coefficients=path,
+        save_model=path,
     )
     model = MetadataModel.load(path)
     assert model.moments is not None

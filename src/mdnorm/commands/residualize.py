@@ -71,11 +71,11 @@ def residualize(
         str | None,
         typer.Option(help="Rows to fit to: a column of booleans, or a share such as 0.1. [default: all]"),
     ] = None,
-    coefficients: Annotated[
+    save_model: Annotated[
         Path | None, typer.Option(help="Save what was fitted to this .safetensors file.")
     ] = None,
     apply: Annotated[
-        Path | None, typer.Option(help="Apply what --coefficients has saved; nothing is fitted.")
+        Path | None, typer.Option(help="Apply what --save-model has saved; nothing is fitted.")
     ] = None,
     batch_rows: Annotated[int | None, typer.Option(min=1, help="Rows in memory at once.")] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
@@ -90,7 +90,7 @@ def residualize(
         from mdnorm.tables.model import MetadataModel
         from mdnorm.tables.streaming import residualize_file
 
-        for path in (out, *([] if coefficients is None else [coefficients])):
+        for path in (out, *([] if save_model is None else [save_model])):
             make_folder(path.parent)
         with _progress_bar() as progress:
             summary = residualize_file(
@@ -111,8 +111,8 @@ def residualize(
                 missing_values=missing_values or [],
                 weights=weights,
                 fit_rows=_share_or_column(fit_rows),
-                model=None if apply is None else MetadataModel.load(apply),
-                coefficients=coefficients,
+                apply=None if apply is None else MetadataModel.load(apply),
+                save_model=save_model,
                 batch_rows=batch_rows,
                 seed=seed,
                 progress=progress,

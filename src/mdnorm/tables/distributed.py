@@ -72,7 +72,7 @@ def residualize_dask(
     unseen: str | None = None,
     missing_features: str = "error",
     weights: str | None = None,
-    model: MetadataModel | None = None,
+    apply: MetadataModel | None = None,
     seed: int = 0,
 ) -> DaskResiduals:
     """Return a Dask collection like another one, in which metadata explain nothing of the features.
@@ -99,12 +99,13 @@ def residualize_dask(
     scale, empirical_bayes, ridge
         As for `mdnorm.tables.fit_location_scale`.
     missing, unseen : str, optional
-        As for `mdnorm.Design`; `unseen` holds for sites as well. None: "error", or the rules of `model`.
+        As for `mdnorm.Design`; `unseen` holds for sites as well. None: "error", or the rules of the model in
+        `apply`.
     missing_features : {"error", "skip"}
         As for `residualize_file`.
     weights : str, optional
         Column with the weights of the rows, as for `mdnorm.tables.residualize_file`.
-    model : MetadataModel, optional
+    apply : MetadataModel, optional
         Coefficients fitted before; nothing is computed.
     seed : int
         Of the rows that a design is fitted to where there are more than 262 144.
@@ -148,9 +149,10 @@ def residualize_dask(
         features = _rows_only(features, "features")
     if isinstance(metadata, da.Array):
         metadata = _rows_only(metadata[:, None] if metadata.ndim == 1 else metadata, "metadata")
-        if formula is None and site is None and model is None:
+        if formula is None and site is None and apply is None:
             formula = [name for name in _array_names(metadata) if name not in (*labels, weights)]
     specification = None
+    model = apply
     if model is None:
         specification = Specification(
             formula,

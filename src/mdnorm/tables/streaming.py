@@ -120,8 +120,8 @@ def residualize_file(
     missing_values: Sequence[str] = (),
     fit_rows: str | float | None = None,
     weights: str | None = None,
-    model: MetadataModel | None = None,
-    coefficients: str | Path | None = None,
+    apply: MetadataModel | None = None,
+    save_model: str | Path | None = None,
     batch_rows: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -156,7 +156,8 @@ def residualize_file(
     scale, empirical_bayes, ridge
         As for `mdnorm.tables.fit_location_scale`.
     missing, unseen : str, optional
-        As for `mdnorm.Design`; `unseen` holds for sites as well. None: "error", or the rules of `model`.
+        As for `mdnorm.Design`; `unseen` holds for sites as well. None: "error", or the rules of the model in
+        `apply`.
     missing_features : {"error", "skip"}
         What a missing value of a feature does. "error" names the columns. "skip": its row is left out of the
         fit, it stays missing, and the other features of the row are corrected.
@@ -168,9 +169,9 @@ def residualize_file(
     weights : str, optional
         Column with the weights of the rows: one of weight 2 counts as two rows in the coefficients, one of
         weight 0 is not fitted to.
-    model : MetadataModel, optional
+    apply : MetadataModel, optional
         Coefficients fitted before; nothing is estimated. Excludes all that says what to fit.
-    coefficients : path, optional
+    save_model : path, optional
         ``.safetensors`` file to save the fitted model to, see `MetadataModel.load`.
     batch_rows : int, optional
         Rows in a block. The result depends on it only by rounding.
@@ -221,13 +222,14 @@ def residualize_file(
         "fit_rows": fit_rows is not None,
         "weights": weights is not None,
         "features": features is not None,
-        "coefficients": coefficients is not None,
+        "save_model": save_model is not None,
     }
+    model, specification = apply, None
     if model is not None:
         given = [name for name, is_given in fits.items() if is_given]
         if given:
-            raise ValueError(f"{', '.join(given)}: not with coefficients that were fitted before.")
-        model, specification = model.with_rules(missing, unseen), None
+            raise ValueError(f"{', '.join(given)}: not with apply=, a model that was fitted before.")
+        model = model.with_rules(missing, unseen)
         reserved = model.variables
         features = model.feature_names
     else:
@@ -245,8 +247,8 @@ def residualize_file(
         reserved = needed_variables(specification.design(), True, site, with_labels=True)
         reserved += [name for name in (fit_rows, weights) if isinstance(name, str)]
     _check_out(source, out, metadata)
-    if coefficients is not None:
-        check_model_path(Path(coefficients))
+    if save_model is not None:
+        check_model_path(Path(save_model))
     if missing_features not in ("error", "skip"):
         raise ValueError(f"missing_features must be 'error' or 'skip', got {missing_features!r}.")
     table = None if metadata is None else open_table(Path(metadata), missing_values)
@@ -285,7 +287,7 @@ def residualize_file(
             fit_rows,
             missing_features == "skip",
             out,
-            coefficients,
+            save_model,
             batch_rows,
             seed,
             progress,
@@ -336,7 +338,7 @@ def _residualize(
     fit_rows: str | float | None,
     skips_missing: bool,
     out: Path,
-    coefficients: str | Path | None,
+    save_model: str | Path | None,
     batch_rows: int,
     seed: int,
     progress: Progress,
@@ -353,8 +355,8 @@ def _residualize(
             model, num_fitted, notes = _fit(
                 rows, specification, fit_rows, skips_missing, kept, batch_rows, seed, progress
             )
-            if coefficients is not None:
-                model.save(Path(coefficients))
+            if save_model is not None:
+                model.save(Path(save_model))
         assert model is not None
         num_rows = _write(rows, model, skips_missing, kept, out, batch_rows, progress)
     design = model.design
