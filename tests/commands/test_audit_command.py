@@ -51,7 +51,7 @@ def test_from_files_to_report(files):
     assert "participant: identifier (120 distinct values in 120 rows" in result.stderr
     assert "site: categorical (" in result.stderr
     assert "age: continuous (" in result.stderr
-    assert "site is found in raw features given diagnosis: " in result.stdout
+    assert "site is found in “raw features” given diagnosis: " in result.stdout
     assert "chance 33 %" in result.stdout
     assert "cannot be decided" in result.stdout
     assert "participant was left out" in result.stdout

@@ -23,7 +23,7 @@ class Condition:
     Attributes
     ----------
     column : str
-        Its name, "*" for every column that is not meant to stay.
+        Name of the column; "*" stands for every column that is not meant to stay.
     measure : {"probe", "share", "dcor2", "gap"}
         The best probe's score (R² or balanced accuracy), its share of the way from chance to a perfect score,
         dcor², all given the label where there is one; or the largest sure difference of accuracy or odds
@@ -38,7 +38,7 @@ class Condition:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a condition for one column and set of features.
+    """The result of a condition for one column and set of features.
 
     Attributes
     ----------

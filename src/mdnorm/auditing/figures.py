@@ -46,7 +46,7 @@ def all_figures(
     values : sequence of Column
         The same columns as they were read.
     sets : mapping
-        Of the features, by name.
+        Names to sets of features.
     label : str or None
         Name of the label.
     projected : mapping

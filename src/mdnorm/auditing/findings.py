@@ -79,11 +79,11 @@ def find(
     ----------
     columns : sequence of ColumnAudit
     sets : mapping
-        Of the features, by name.
+        Names to sets of features.
     label : str or None
         Name of the label.
     settings : Settings
-        Limits from which on something is harm.
+        How it was measured, and the limits of the verdicts.
     """
     judge = _Judge(columns, sets, label, settings)
     by_column = {column.name: list(judge.findings(column)) for column in columns}

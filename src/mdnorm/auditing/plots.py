@@ -52,7 +52,7 @@ class Plot:
     Attributes
     ----------
     identifier : str
-        Of the element that holds it.
+        Identifier of the element that holds it.
     title, description : str
         Heading, and the text for readers who do not see it.
     values : mapping

@@ -73,7 +73,7 @@ class Report:
     left_out : tuple of Column
         Columns that cannot be audited (constants, identifiers); their `note` says why.
     notes : tuple of str
-        What was done to the rows: missing values, sampling.
+        What was done to the rows, such as leaving out missing values or sampling.
     label : str or None
         Name of the label.
     sets : mapping
@@ -108,11 +108,12 @@ class Report:
         """The limits of the verdicts in words."""
         settings = self.settings
         return (
-            f"Harm is a probe {percent(settings.max_probe)} of the way from chance to a perfect score (R² "
-            f"{settings.max_probe:g}, {percent(0.5 + settings.max_probe / 2)} balanced accuracy of two "
-            f"classes), dcor² {settings.max_dcor2:g}, a gap of {100 * settings.max_gap:g} points. Found is "
-            f"what is above chance at {percent(settings.alpha)} for all columns together; not found is what "
-            f"is below the limits at {percent(settings.confidence)}; the rest cannot be decided."
+            f"A column shows harm where a probe comes {percent(settings.max_probe)} of the way from chance "
+            f"to a perfect score (R² {settings.max_probe:g}, {percent(0.5 + settings.max_probe / 2)} "
+            f"balanced accuracy of two classes), dcor² reaches {settings.max_dcor2:g}, or a rate differs by "
+            f"{100 * settings.max_gap:g} points between two groups. “Found” means above chance at the "
+            f"{percent(settings.alpha)} level for all columns together; “not found” means below these limits "
+            f"with {percent(settings.confidence)} confidence; otherwise it cannot be decided."
         )
 
     def __str__(self) -> str:

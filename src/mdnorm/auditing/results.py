@@ -20,7 +20,7 @@ class FeatureSet:
     Attributes
     ----------
     treatment : str
-        Its name.
+        Name of the treatment.
     part : {"", "training rows", "held-out rows"}
     title : str
         What the reader calls the treatment.
@@ -33,8 +33,8 @@ class FeatureSet:
     reference : str or None
         Name of the set to compare with: the first treatment, on the same rows.
     is_decisive : bool
-        Whether a verdict on it is one on the column: not of features before a treatment, nor of rows that
-        were fitted where there are others.
+        Whether its verdict counts as the verdict on a column: not that of features before a treatment, nor of
+        rows a treatment was fitted on where there are others.
     """
 
     treatment: str
@@ -73,8 +73,8 @@ class Measure:
     low, high : float or None
         Limits of the interval, where there is one.
     p_value : float or None
-        Of the test against chance; with `explained_by_label`, of the test whether the features know more than
-        the label tells.
+        p-value of the test against chance; with `explained_by_label`, of the test whether the features know
+        more than the label tells.
     explained_by_label : float or None
         The value of features that know of the column only what the label tells.
     notes : tuple of str
@@ -125,9 +125,9 @@ class Representation:
         Logarithm of the linear association of features and column, in standard deviations from its mean under
         permutation. Far below 0 it is smaller than chance makes it: the column was removed from these rows.
     group_gaps : mdnorm.metrics.GroupGaps or None
-        Of the predictions that belong to the features.
+        Rates by group of the predictions that belong to the features.
     prediction_test : Measure or None
-        Of predicted numbers: dcor² of prediction and column given the target.
+        For predicted numbers: dcor² of prediction and column given the target.
     """
 
     dependence: Measure
@@ -175,7 +175,7 @@ class ColumnAudit:
     Attributes
     ----------
     name, kind, description, note : str
-        As read (see `mdnorm.auditing.columns.Column`).
+        As in `mdnorm.auditing.columns.Column`.
     num_rows, num_missing : int
         Rows used, and rows without a value, among the rows of the audit.
     role : {"remove", "keep", "label"}
@@ -209,10 +209,10 @@ class Finding:
     Attributes
     ----------
     topic : {"dependence", "gap", "prediction", "confounding"}
-        What it is about: what features know, predictions by group, predictions given the target, or label and
+        The subject: what features know, predictions by group, predictions given the target, or a label and a
         column that go together in the data.
     level : {"strong", "weak", "open", "none", "note"}
-        How bad it is: harm, a little, cannot be decided, none; "note" for what the reader should know.
+        Harm, little, cannot be decided, none; or "note", something the reader should know.
     badge : str
         The level in words: "found", "cannot be decided" and so on.
     text : str
@@ -241,7 +241,7 @@ class Projection:
     ----------
     points : (m, 2) array
     shares : (2,) sequence of float
-        Of the features' variance.
+        Shares of the features' variance.
     rows : (m,) array of int
         Which rows of the audit they are.
     is_shared : bool

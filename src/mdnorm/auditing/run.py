@@ -62,9 +62,9 @@ def audit(
         One row a sample; more dimensions are flattened. Or names of treatments to such features of the same
         samples; the first is what the others are compared with.
     metadata : DataFrame, mapping, array or sequence of Column
-        Of pandas, polars or pyarrow; or names to columns; or what `mdnorm.auditing.columns.as_columns` made
-        of these; rows in the order of `features`. Missing values are fine: a column is measured on the rows
-        where it is there.
+        A DataFrame of pandas, polars or pyarrow; or names to columns; or what
+        `mdnorm.auditing.columns.as_columns` made of these; rows in the order of `features`. Missing values
+        are fine: a column is measured on the rows where it is there.
     labels : str or (n,) array, optional
         Name of a metadata column, or the labels themselves: what the features are meant to know.
     after : (n, …) array or tensor, optional

@@ -20,7 +20,7 @@ def check_integer(name: str, value: Any, least: int) -> None:
     Parameters
     ----------
     name : str
-        Of the argument, for the error message.
+        Name of the argument, for the error message.
     value : object
     least : int
         The smallest value allowed.

@@ -361,7 +361,7 @@ class DistanceCorrelationInterval:
     Attributes
     ----------
     estimate : float
-        Of all samples.
+        The estimate from all samples.
     standard_error : float
         Standard error by the jackknife.
     lower, upper : float

@@ -76,9 +76,9 @@ class Difference:
     Attributes
     ----------
     rate : str
-        Its name.
+        Name of the rate.
     value, low, high : float
-        Of the rate of `higher` less that of `lower`.
+        The rate of `higher` minus that of `lower`, and its interval.
     lower, higher : object
         The groups; None for all other rows together.
     """

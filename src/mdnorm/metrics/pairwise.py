@@ -376,7 +376,7 @@ def centred_products(matrices: Sequence[PairwiseMatrix], tile_size: int | None =
     Parameters
     ----------
     matrices : sequence of PairwiseMatrix
-        Of the same n ≥ 4 samples.
+        All of the same n ≥ 4 samples.
     tile_size : int, optional
         Rows of a tile; the default suits the device.
 

@@ -54,7 +54,7 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
     values : tensor, array, list or Series, (n,)
         Numbers, finite.
     num_groups : int
-        At most; equal values stay in one group, so there may be fewer.
+        The largest number of groups; there may be fewer, since equal values stay in one group.
 
     Returns
     -------

@@ -180,7 +180,7 @@ def as_codes(labels: Tensor | ArrayLike, name: str, num_samples: int) -> tuple[T
     labels : tensor or array, (n,)
         Booleans, numbers or strings.
     name : str
-        Of the argument, for error messages.
+        Name of the argument, for error messages.
     num_samples : int
         n.
 
