@@ -127,7 +127,7 @@ def test_attacks_are_errors_in_a_saved_design(attack: str, place: str) -> None:
         state["written_terms"] = [[attack]]
     if place == "both":
         state["factors"][attack] = state["factors"]["log(age)"]
-        state["terms"] = [{"name": attack, "products": [[[attack, False]]]}]
+        state["products"] = [{"term": attack, "factors": [[attack, False]]}]
     with pytest.raises(FormulaError):
         Design.from_json(json.dumps(state))
 
@@ -177,7 +177,7 @@ def test_any_text_is_a_factor_or_an_error(text: str) -> None:
         factor = parse_factor(text)
     except FormulaError:
         return
-    assert factor.kind in ("column", "category", "numeric", "basis")
+    assert factor.kind in ("column", "category", "numeric", "curve")
     assert factor.variables
 
 
