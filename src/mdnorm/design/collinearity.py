@@ -31,6 +31,12 @@ _DEPENDENT = 1e-7
 _WEIGHT = 1e-6
 # A column that varies by less, relative to its size, is constant up to rounding.
 _CONSTANT = 1e-10
+# More columns than this are compared by their inner products, which is faster and has half of the digits:
+# eigenvalues below the second number are rounding.
+_WIDE = 512
+_ROUNDING = 1e-12
+# Of the search for the largest and smallest singular value of many columns.
+_MAX_STEPS = 1000
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,14 @@ def read_relations(
     within = np.empty((0, len(others)))
     for rows, values in chunks():
         left = values - mean - (steps[group[rows]] if codes is not None else 0)
-        within = np.asarray(np.linalg.qr(np.concatenate([within, left]), mode="r"))
+        if len(others) > _WIDE:
+            within = left.T @ left + (within if len(within) else 0)
+        else:
+            within = np.asarray(np.linalg.qr(np.concatenate([within, left]), mode="r"))
+    if len(others) > _WIDE:
+        lengths = np.sqrt(np.diag(within))
+        some = np.where(lengths > 0, lengths, 1)
+        within = _root(within / np.outer(some, some)) * lengths
     between = np.sqrt(sizes)[:, None] * steps[:num_groups]
     norms = np.sqrt((between**2).sum(0) + (within**2).sum(0))
     kept = norms > _CONSTANT * np.maximum(np.sqrt(norms**2 + num_rows * mean**2), 1.0)
@@ -150,9 +163,15 @@ class Collinearity:
         self._width = len(relations.names) + len(relations.block)
         self._is_label = relations.names >= num_metadata
         self._whole = relations.whole
+        self._known: dict[tuple[bytes, bool], tuple[Matrix, Matrix]] = {}
         within = relations.within
-        _, singular, right = np.linalg.svd(within, full_matrices=True)
-        singular = np.concatenate([singular, np.zeros(within.shape[1] - len(singular))])
+        if within.shape[1] > _WIDE:
+            values, vectors = np.linalg.eigh(within.T @ within)
+            singular, right = np.sqrt(np.where(values > _ROUNDING, values, 0))[::-1], vectors.T[::-1]
+        else:
+            _, singular, right = np.linalg.svd(within, full_matrices=True)
+            singular = np.concatenate([singular, np.zeros(within.shape[1] - len(singular))])
+        self._singular = singular
         free = singular > _DEPENDENT
         # Rows with the inner products of the inverse of the correlations, as far as it exists.
         self._inverse: Matrix = right[free] / singular[free, None]
@@ -175,18 +194,24 @@ class Collinearity:
         block = self._relations.block
         return np.isin(self._relations.names, list(given)), bool(len(block)) and int(block[0]) in given
 
-    def _explained(self, columns: Iterable[int]) -> tuple[Matrix, Matrix]:
-        """Return coordinates of the label span and of all others in the span of columns."""
+    def _explained(self, columns: Sequence[int]) -> tuple[Matrix, Matrix]:
+        """Return coordinates of the label span and of the label columns in the span of columns."""
         at, with_block = self._at(columns)
-        labels = np.concatenate([self._label_between, self._label_within])
-        if not with_block:
-            basis = _span(self._whole[:, at])
-            return basis.T @ labels, basis.T @ self._whole
-        basis = _span(self._relations.within[:, at])
-        return (
-            np.concatenate([self._label_between, basis.T @ self._label_within]),
-            np.concatenate([self._relations.between, basis.T @ self._relations.within]),
-        )
+        key = (at.tobytes(), with_block)
+        if key not in self._known:
+            parts = [self._label_between, self._label_within]
+            parts_of_columns = [self._relations.between, self._relations.within]
+            parts_of_columns = [part[:, self._is_label] for part in parts_of_columns]
+            if with_block:
+                basis = _span(self._relations.within[:, at])
+                results = [
+                    np.concatenate([first, basis.T @ second]) for first, second in (parts, parts_of_columns)
+                ]
+            else:
+                basis = _span(self._whole[:, at])
+                results = [basis.T @ np.concatenate(each) for each in (parts, parts_of_columns)]
+            self._known[key] = (results[0], results[1])
+        return self._known[key]
 
     def correlations(self, columns: Sequence[int]) -> Vector:
         """Return the canonical correlations of columns and labels, descending; none without labels."""
@@ -199,7 +224,7 @@ class Collinearity:
     def label_r2(self, columns: Sequence[int]) -> dict[int, float]:
         """Return the R² of the regression of each label column on columns."""
         _, explained = self._explained(columns)
-        r2 = np.clip((explained[:, self._is_label] ** 2).sum(0), 0, 1)
+        r2 = np.clip((explained**2).sum(0), 0, 1)
         return dict(zip(self._relations.names[self._is_label].tolist(), r2.tolist(), strict=True))
 
     def r2_on_labels(self) -> dict[int, float]:
@@ -233,43 +258,48 @@ class Collinearity:
             left = basis[len(self._relations.between) :]
             inside = _span(self._relations.within[:, at])
             left = left - inside @ (inside.T @ left)
-            logarithm = -np.log(np.linalg.svd(left, compute_uv=False)).sum()
+            logarithm = -_log_volume(left)
         else:
-            parts = (self._whole[:, at], self._inverse[:, at])
-            logarithm = sum(np.log(np.linalg.svd(part, compute_uv=False)).sum() for part in parts)
-        return max(1.0, math.exp(2 * float(logarithm) / number))
+            logarithm = _log_volume(self._whole[:, at]) + _log_volume(self._inverse[:, at])
+        return max(1.0, math.exp(2 * logarithm / number))
 
     def condition_number(self) -> float:
         """Return the largest over the smallest singular value; infinite where columns are collinear."""
-        relations, num_groups = self._relations, len(self._relations.block)
         if self.dependent:
             return math.inf
-        if not num_groups:
-            singular = np.linalg.svd(relations.within, compute_uv=False)
-            return float(singular[0] / singular[-1]) if len(singular) else 1.0
-        diagonal = 1 / (1 - relations.share)
-        products = np.sqrt(diagonal)[:, None] * relations.between[:num_groups]
-        bordered = np.column_stack([products, np.sqrt(diagonal * relations.share)])
-        corner = np.zeros((bordered.shape[1],) * 2)
-        corner[:-1, :-1] = self._whole.T @ self._whole
+        if not len(self._relations.block):
+            return float(self._singular[0] / self._singular[-1]) if len(self._singular) else 1.0
+        if self._width <= _WIDE:
+            values = np.linalg.eigvalsh(self._times_correlations(np.eye(self._width)))
+            return math.sqrt(values[-1] / values[0])
+        return math.sqrt(
+            _largest(self._times_correlations, self._width) * _largest(self._solved, self._width)
+        )
 
-        def number_below(value: float) -> int:
-            """Return how many eigenvalues of the correlations are below a value, by Sylvester's law."""
-            shifted = diagonal - value
-            shifted[shifted == 0] = np.finfo(float).tiny
-            small = corner - value * np.eye(len(corner))
-            small[-1, -1] = 1
-            small -= bordered.T @ (bordered / shifted[:, None])
-            return int((shifted < 0).sum() + (np.linalg.eigvalsh(small) < 0).sum())
+    def _times_correlations(self, vectors: Matrix) -> Matrix:
+        """Return the correlations of all columns, those of the block first, times (K, m) vectors."""
+        relations, num_groups = self._relations, len(self._relations.block)
+        block, others = vectors[:num_groups], vectors[num_groups:]
+        diagonal = 1 / (1 - relations.share)[:, None]
+        root = np.sqrt(diagonal * relations.share[:, None])
+        cross = np.sqrt(diagonal) * relations.between[:num_groups]
+        whole = self._whole
+        return np.concatenate(
+            [
+                diagonal * block - root * (root.T @ block) + cross @ others,
+                cross.T @ block + whole.T @ (whole @ others),
+            ]
+        )
 
-        def eigenvalue(index: int) -> float:
-            low, high = 0.0, float(self._width)
-            while high - low > 1e-14 * high and high > 1e-16:
-                middle = (low + high) / 2
-                low, high = (middle, high) if number_below(middle) <= index else (low, middle)
-            return high
-
-        return math.sqrt(eigenvalue(self._width - 1) / eigenvalue(0))
+    def _solved(self, vectors: Matrix) -> Matrix:
+        """Return the inverse of the correlations times (K, m) vectors."""
+        relations, num_groups = self._relations, len(self._relations.block)
+        block, others = vectors[:num_groups], vectors[num_groups:]
+        share = relations.share[:, None]
+        others = self._inverse.T @ (self._inverse @ (others - relations.effects.T @ block))
+        root = np.sqrt(share * (1 - share))
+        alone = (1 - share) * block + root * (root.T @ block) / (1 - share.sum())
+        return np.concatenate([alone - relations.effects @ others, others])
 
     def groups(self) -> list[list[int]]:
         """Return groups of columns in which each is a combination of the others."""
@@ -300,8 +330,36 @@ class Collinearity:
         return sorted(sorted(group) for group in groups)
 
 
+def _largest(times: Callable[[Matrix], Matrix], width: int) -> float:
+    """Return the largest eigenvalue of a matrix that is given by its products, to three digits or so."""
+    vector = np.random.default_rng(0).normal(size=(width, 1))
+    value = 0.0
+    for _ in range(_MAX_STEPS):
+        vector = times(vector / np.linalg.norm(vector))
+        before, value = value, float(np.linalg.norm(vector))
+        if abs(value - before) < 1e-6 * value:
+            break
+    return value
+
+
+def _log_volume(columns: Matrix) -> float:
+    """Return the logarithm of the product of the singular values of independent columns."""
+    return float(np.log(np.abs(np.diag(np.linalg.qr(columns, mode="r")))).sum())
+
+
+def _root(products: Matrix) -> Matrix:
+    """Return a matrix of orthogonal rows that has the given inner products of its columns."""
+    values, vectors = np.linalg.eigh(products)
+    root: Matrix = np.sqrt(np.where(values > _ROUNDING, values, 0))[:, None] * vectors.T
+    return root
+
+
 def _span(columns: Matrix) -> Matrix:
     """Return an orthonormal basis of the space of columns of norm 1."""
+    if columns.shape[1] > _WIDE:
+        values, vectors = np.linalg.eigh(columns.T @ columns)
+        kept = values > _ROUNDING
+        return np.asarray(columns @ (vectors[:, kept] / np.sqrt(values[kept])))
     left, singular, _ = np.linalg.svd(columns, full_matrices=False)
     basis: Matrix = left[:, singular > _DEPENDENT]
     return basis

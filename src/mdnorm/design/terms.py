@@ -34,6 +34,9 @@ Mask = NDArray[np.bool_]
 # Values that are computed at once: 16 MiB of float64.
 _CHUNK_VALUES = 2**21
 _MAX_CHUNK_ROWS = 2**15
+# Columns beside those of the widest category: what is said of a design takes the cube of their number, about
+# half a minute for so many.
+_MAX_OTHERS = 2500
 # A column that varies by less, relative to its size, is constant up to rounding.
 _CONSTANT = 1e-12
 
@@ -148,6 +151,12 @@ class Terms:
             raise FormulaError(
                 f"the design would have {self.width:,} columns, and the limit is {MAX_COLUMNS:,}: merge rare "
                 "levels, or leave out interactions."
+            )
+        one_hot = max((product.width for product in self.products if product.is_one_hot), default=0)
+        if self.width - one_hot > _MAX_OTHERS:
+            raise FormulaError(
+                f"the design would have {self.width - one_hot:,} columns beside those of its widest "
+                f"category, and the limit is {_MAX_OTHERS:,}: merge rare levels, or leave out interactions."
             )
 
     @cached_property
