@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mdnorm.design import ConfoundedDesignWarning
+from mdnorm.design import ConfoundedDesignWarning, Design
 from mdnorm.files import atomic_path
 from mdnorm.tables.combat import SiteCodes, SiteMoments, add_moments, site_moments
 from mdnorm.tables.design_sample import DesignSample
@@ -60,6 +60,8 @@ Progress = Callable[[str, int, "int | None"], None]
 
 # Values of a block of features by default: 16 MiB in float32.
 _BLOCK_VALUES = 2**22
+# Values of the design of a block: 32 MiB in float64, of which a few are alive at once.
+_DESIGN_VALUES = 2**22
 
 
 @dataclass(frozen=True)
@@ -374,7 +376,7 @@ def residualize_file(
     coefficients : path, optional
         ``.safetensors`` file to save the fitted model to, see `MetadataModel.load`.
     batch_rows : int, optional
-        Rows in a block. The result depends on it only by rounding.
+        Rows in a block, fewer where the design has many columns. The result depends on it only by rounding.
     seed : int
         Of the rows in `fit_rows`, and of the 262 144 rows that a design is fitted to where there are more:
         its levels and ranges are those of all rows, its knots and the means that stand for missing values
@@ -610,6 +612,7 @@ def _fit(
                     f"{rows.table.path} has rows beside those of fit_rows={fit_rows!r} (weights={weights!r}) "
                     f"that cannot be corrected (one row of each kind was looked at): {error}"
                 ) from error
+    batch_rows = _rows_of_design(design, batch_rows)
     wanted = [*variables, *([] if specification.site is None else [specification.site]), *chosen]
     chooser = _RowChooser(fit_rows, weights, seed)
     moments: SiteMoments = {}
@@ -636,6 +639,12 @@ def _fit(
     if num_fitted == 0:
         raise TableFileError(no_rows)
     return fitted_model(specification, design, moments, rows.features.feature_names), num_fitted
+
+
+def _rows_of_design(design: Design | None, batch_rows: int) -> int:
+    """Return how many rows a block has at most, so that its design stays small whatever its width."""
+    width = 0 if design is None else design.num_metadata + design.num_labels
+    return min(batch_rows, max(_DESIGN_VALUES // max(width, 1), 256))
 
 
 class _RowChooser:
@@ -684,7 +693,7 @@ def _write(
     batch_rows: int,
     progress: Progress,
 ) -> int:
-    num_rows = 0
+    num_rows, batch_rows = 0, _rows_of_design(model.design, batch_rows)
 
     def designed() -> Iterator[tuple[Block, DesignColumns]]:
         if kept is not None and kept.is_kept:
