@@ -7,19 +7,26 @@ columns of new rows without formulaic and pandas.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from numpy.polynomial import chebyshev
 from numpy.typing import NDArray
+from torch import Tensor
 
+from mdnorm.arrays import as_real_tensor
 from mdnorm.design.formula import FormulaError
 from mdnorm.design.saved import numbers_in, read
 from mdnorm.extras import requires
 
-__all__ = ["Curve", "fit_curve"]
+if TYPE_CHECKING:
+    from numpy.typing import ArrayLike
+
+__all__ = ["Curve", "fit_curve", "polynomial"]
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -233,3 +240,41 @@ def _ends_and_knots(
             f"{what}: the knots must ascend between the ends of the range, got {[low, *inner, high]}."
         )
     return low, high, inner
+
+
+def polynomial(values: Tensor | ArrayLike, degree: int, *, low: float, high: float) -> Tensor:
+    """Return the powers 1 … degree of the values, mapped so that [low, high] becomes [−1, 1].
+
+    For tensors whose range is known, on any device; a `Design` with ``poly(x, degree)`` learns it.
+
+    Parameters
+    ----------
+    values : (N,) or (N, 1)
+    degree : int
+        At least 1.
+    low, high : float
+        Of the training data. The layer's result does not depend on them, rounding does.
+
+    Returns
+    -------
+    (N, degree) tensor, float32 or wider
+
+    Raises
+    ------
+    ValueError
+        A wrong shape, NaN, a degree below 1 or an empty range.
+    """
+    if degree < 1:
+        raise ValueError(f"degree must be at least 1, got {degree}.")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"low must be below high and both finite, got low={low} and high={high}.")
+    tensor = as_real_tensor(values, "values")
+    if tensor.ndim != 1 and (tensor.ndim != 2 or tensor.shape[1] != 1):
+        raise ValueError(f"values must have shape (N,) or (N, 1), got {tuple(tensor.shape)}.")
+    # Integers may be too large for float32: days or seconds since some date.
+    least = torch.float32 if tensor.is_floating_point() else torch.float64
+    tensor = tensor.reshape(-1).to(torch.promote_types(tensor.dtype, least))
+    if not bool(torch.isfinite(tensor).all()):
+        raise ValueError("values has NaN or infinite values: drop or impute these rows first.")
+    scaled = (tensor - (low + high) / 2) / ((high - low) / 2)
+    return torch.stack([scaled**power for power in range(1, degree + 1)], 1)

@@ -5,7 +5,6 @@ The intercept is `MetadataNorm`'s own and never among the columns.
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 import warnings
@@ -17,14 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnorm.design.collinearity import Collinearity, read_relations
-from mdnorm.design.diagnosis import (
-    ConfoundedDesignWarning,
-    DesignDiagnosis,
-    SparseCell,
-    diagnosis_of,
-    sparse_cells,
-)
+from mdnorm.design.checks import check_kinds, check_missing
+from mdnorm.design.diagnosing import diagnose_columns
+from mdnorm.design.diagnosis import ConfoundedDesignWarning, DesignDiagnosis, SparseCell
 from mdnorm.design.factors import FittedFactor, fit_factor
 from mdnorm.design.formula import (
     MAX_COLUMNS,
@@ -34,7 +28,7 @@ from mdnorm.design.formula import (
     parse_formula,
     quoted,
 )
-from mdnorm.design.reader import Column, column_names, read_columns, shown_rows
+from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.serialized import design_from_json, design_to_json
 from mdnorm.design.terms import Terms, TermValues, scoped_products
 
@@ -48,9 +42,6 @@ __all__ = [
 ]
 
 Matrix = NDArray[np.float64]
-
-# Numbers with no more different values than this are counted like categories in the diagnosis of a label.
-_FEW_VALUES = 10
 
 
 class _Matrices(NamedTuple):
@@ -328,7 +319,7 @@ class Design:
             if column.kind == "empty":
                 raise ValueError(f"column {column.name!r} has no values: take it out of the design.")
         self._kinds = {name: column.kind for name, column in columns.items()}
-        self._check_missing(columns)
+        check_missing(self, columns)
         factors = [factor for term in self._written_terms for factor in term] + list(self._label_factors)
         self._factors = {factor.text: fit_factor(factor, columns) for factor in factors}
         for factor in self._label_factors:
@@ -347,7 +338,7 @@ class Design:
         self._check_number_of_labels()
         values = self._evaluate(columns)
         self._fit_moments(values)
-        diagnosis = self._diagnosis(columns, values, min_rows=0)
+        diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         self._is_fitted = True
         if diagnosis.warnings:
             warnings.warn(
@@ -392,8 +383,8 @@ class Design:
             raise TypeError(f"dtype must be a floating-point one, got {dtype}.")
         with_labels = self._with_labels(table, labels)
         columns, num_rows = read_columns(table, self.variables(labels=with_labels))
-        self._check_kinds(columns)
-        self._check_missing(columns)
+        check_kinds(columns, self._kinds)
+        check_missing(self, columns)
         metadata = torch.empty(num_rows, self.num_metadata, dtype=dtype)
         for rows, block in self._evaluate(columns).chunks():
             metadata[rows] = torch.from_numpy(self._finished(block)).to(dtype)
@@ -428,8 +419,8 @@ class Design:
             As `transform`.
         """
         self._check_fitted()
-        self._check_kinds(columns)
-        self._check_missing(columns)
+        check_kinds(columns, self._kinds)
+        check_missing(self, columns)
         num_rows = len(next(iter(columns.values())).missing)
         # By columns: what is done to a column later runs along it, not over the few columns of each row.
         metadata: Matrix = np.empty((self.num_metadata, num_rows)).T
@@ -469,9 +460,9 @@ class Design:
         columns, num_rows = read_columns(table, self.variables(labels=self._with_labels(table, None)))
         if num_rows < 2:
             raise ValueError(f"the table has {num_rows} row(s): a diagnosis needs at least 2.")
-        self._check_kinds(columns)
-        self._check_missing(columns)
-        return self._diagnosis(columns, self._evaluate(columns), min_rows)
+        check_kinds(columns, self._kinds)
+        check_missing(self, columns)
+        return diagnose_columns(self, columns, self._evaluate(columns), min_rows)
 
     # ----------------------------------------------------------------------------------------------------
     # Saving
@@ -532,52 +523,6 @@ class Design:
             raise ValueError(f"the table has no label column {absent[0]!r}: add it, or pass labels=False.")
         return not absent
 
-    def _check_kinds(self, columns: Mapping[str, Column]) -> None:
-        for name, column in columns.items():
-            trained = self._kinds[name]
-            # A category of numbers is compared by value whatever the numeric type; 0/1 stand for booleans.
-            same = {trained, column.kind} <= {"number", "boolean"} or trained == column.kind
-            if not same and column.kind != "empty":
-                example = column.examples(~column.missing)[0]
-                raise TypeError(
-                    f"column {name!r} had values of kind {trained} in training and now has {column.kind}s, "
-                    f"{example!r} for example: convert it."
-                )
-
-    def _check_missing(self, columns: Mapping[str, Column]) -> None:
-        label_variables = {name for factor in self._label_factors for name in factor.variables}
-        incomplete = {name: column for name, column in columns.items() if column.missing.any()}
-        for name, column in incomplete.items():
-            if name in label_variables:
-                otherwise = ", or pass labels=False" if self._is_fitted else ""
-                raise ValueError(
-                    f"label {name!r} is missing in {shown_rows(column.missing)}: drop these rows (and their "
-                    f"samples){otherwise}."
-                )
-        if self.missing == "error" and incomplete:
-            where = "; ".join(
-                f"{name!r} in {shown_rows(column.missing)}" for name, column in incomplete.items()
-            )
-            raise ValueError(
-                f"metadata are missing: {where}. Drop or fill these rows, or build the design with "
-                'missing="mean" (no correction beyond the average) or missing="indicator".'
-            )
-        if self.missing == "indicator" and self._is_fitted:
-            for name, column in incomplete.items():
-                if name not in self._terms.indicators:
-                    raise ValueError(
-                        f"metadata are missing: {name!r} in {shown_rows(column.missing)}. It had no missing "
-                        'values in training, so that there is no indicator for it; missing="mean" needs none.'
-                    )
-        for name, column in columns.items():
-            if column.values.dtype.kind == "f":
-                infinite = np.isinf(column.values) & ~column.missing
-                if infinite.any():
-                    raise ValueError(
-                        f"column {name!r} has infinite values in {shown_rows(infinite)}: correct them, or "
-                        "make them missing."
-                    )
-
     # ----------------------------------------------------------------------------------------------------
     # Computing
     # ----------------------------------------------------------------------------------------------------
@@ -630,73 +575,6 @@ class Design:
                 matrix[:, at : at + part] = values.reshape(num_rows, -1)
             at += part
         return matrix
-
-    # ----------------------------------------------------------------------------------------------------
-    # Diagnosis
-    # ----------------------------------------------------------------------------------------------------
-
-    def _diagnosis(self, columns: Mapping[str, Column], values: TermValues, min_rows: int) -> DesignDiagnosis:
-        num_rows, terms = values.num_rows, self._terms
-        with_labels = bool(self._label_factors) and all(
-            name in columns for factor in self._label_factors for name in factor.variables
-        )
-        labels = self._label_matrix(columns, num_rows) if with_labels else np.empty((num_rows, 0))
-        label_names = self._label_names() if with_labels else ()
-        chosen, codes = values.widest_one_hot()
-        block = np.arange(terms.width)[terms.slice(chosen)] if codes is not None else np.empty(0, np.intp)
-        others = np.setdiff1d(np.arange(terms.width + len(label_names)), block)
-        mean, scale = (np.delete(each, block) for each in (self._mean, self._scale))
-
-        def chunks() -> Iterable[tuple[slice, Matrix]]:
-            for rows, part in values.chunks([chosen] if codes is not None else []):
-                part = np.where(np.isnan(part), 0.0, part - mean)
-                part *= np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
-                yield rows, np.column_stack([part, labels[rows]])
-
-        relations, constant = read_relations(chunks, others, codes, block)
-        names = (*terms.names, *label_names)
-        single = [
-            text
-            for text, fitted in self._factors.items()
-            if fitted.kind == "category" and len(fitted.levels) == 1
-        ]
-        return diagnosis_of(
-            Collinearity(relations, terms.width),
-            num_rows=num_rows,
-            metadata_names=terms.names,
-            label_names=label_names,
-            terms=terms.of_terms(),
-            variables=terms.of_variables(self.variables(labels=False)),
-            constant=[*(names[index] for index in sorted(constant)), *single],
-            sparse_cells=self._sparse_cells(columns, values, min_rows, with_labels) if min_rows else (),
-            min_rows=min_rows,
-        )
-
-    def _sparse_cells(
-        self, columns: Mapping[str, Column], values: TermValues, min_rows: int, with_labels: bool
-    ) -> tuple[SparseCell, ...]:
-        """Return the cells of a category and a label, and of categories that interact, with too few rows."""
-        categories = {
-            text: (evaluated.values, self._factors[text].levels)
-            for text, evaluated in values.values.items()
-            if self._factors[text].kind == "category"
-        }
-        pairs = [
-            pair
-            for written in self._written_terms
-            for pair in itertools.combinations([f.text for f in written if f.text in categories], 2)
-        ]
-        for factor in self._label_factors if with_labels else ():
-            fitted = self._factors[factor.text]
-            label, levels = fitted.evaluate(columns, label=True).values, fitted.levels
-            if fitted.kind != "category":
-                distinct, label = np.unique(label, return_inverse=True)
-                levels = tuple(f"{value:g}" for value in distinct.tolist())
-                if label.ndim > 1 or len(levels) > _FEW_VALUES:
-                    continue
-            pairs += [(text, factor.text) for text in categories if text != factor.text]
-            categories = {**categories, factor.text: (label, levels)}
-        return sparse_cells(categories, list(dict.fromkeys(pairs)), min_rows)
 
 
 def _in_order(name: str, entries: Any) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from statistics import fmean
 import torch
 from torch import Tensor
 
-from mdnorm import basis
+from mdnorm.design import polynomial
 from mdnorm.experiments.data.continual import (
     BOTH_LIMITS,
     CONFOUNDER_RANGE,
@@ -156,7 +156,7 @@ def plan(
 def metadata_columns(data: SyntheticData, degree: int) -> Tensor:
     """Return the powers 1 … degree of the confounder, shape (2N, degree); the same basis in all stages."""
     low, high = CONFOUNDER_RANGE
-    return basis.polynomial(data.confounder, degree, low=low, high=high)
+    return polynomial(data.confounder, degree, low=low, high=high)
 
 
 def _data_seed(run: ContinualRun, stage: int, held_out: bool) -> int:

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from mdnorm import basis
+from mdnorm.design import polynomial
 from mdnorm.experiments.data import digits, faces
 from mdnorm.experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
 from mdnorm.experiments.data.faces import Faces, make_faces
@@ -54,7 +54,7 @@ def _face_samples(images: Tensor, labels: Tensor, shade: Tensor) -> Samples:
     return Samples(
         images.float() / 255 - 0.5,
         labels,
-        basis.polynomial(shade, 3, low=1, high=6),
+        polynomial(shade, 3, low=1, high=6),
         shade.unsqueeze(1),
         groups,
     )
@@ -102,7 +102,7 @@ def make_digit_data(size: int, seed: int) -> ConfoundedData:
         return Samples(
             coloured.images,
             coloured.labels,
-            basis.polynomial(coloured.colour, 3, low=0, high=1),
+            polynomial(coloured.colour, 3, low=0, high=1),
             coloured.colour.unsqueeze(1),
             (coloured.colour > 0.5).long(),
         )

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from mdnorm import basis
+from mdnorm.design import polynomial
 from mdnorm.experiments.data import brains
 from mdnorm.experiments.data.bids import load_bids, standardize
 from mdnorm.experiments.data.brains import make_brains
@@ -75,7 +75,7 @@ def _samples(
     each_site = one_hot(site, sites).float()
     male = sex.float().unsqueeze(1)
     # The first site is the reference: with all of them the columns would add up to the intercept.
-    design = torch.cat([basis.polynomial(age, 3, low=low, high=high), male, each_site[:, 1:]], 1)
+    design = torch.cat([polynomial(age, 3, low=low, high=high), male, each_site[:, 1:]], 1)
     variables = torch.cat([age.unsqueeze(1) / _DECADE, male, each_site], 1)
     return Samples(volumes, labels, design, variables, site)
 
