@@ -3,6 +3,8 @@
 import builtins
 import json
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +165,48 @@ def test_the_formula_in_a_file_is_only_a_text() -> None:
 def test_what_is_too_deep_too_large_or_empty_is_an_error(text: str) -> None:
     with pytest.raises(FormulaError):
         parse_factor(text)
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        (
+            "(a+b+c+d+e+f+g+h+i+j+k+l)**12",
+            r"8,916,100,448,256 products.*limit is 50,000",
+        ),
+        ("*".join("abcdefghijklmnop"), r"65,535 products of columns"),
+        ("a**1000000000", "the power 1000000000: the limit is 20"),
+        ("a**(3**9)", "the limit is 20"),
+    ],
+)
+def test_a_formula_that_expands_without_end_is_an_error_at_once(formula: str, message: str) -> None:
+    start = time.process_time()
+    with pytest.raises(FormulaError, match=message):
+        Design(formula)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        ("poly(x, 200)", "would have 200 columns: degree must be between 1 and 20"),
+        ("bs(x, df=500)", "would have 500 columns: df must be between 3 and 100"),
+        ("cr(x, df=500)", "would have 500 columns: df must be between 1 and 100"),
+        ("C(id):C(other)", r"would have 35,999,999 columns, and the limit is 10,000"),
+        ("C(id) + C(other)", r"would have 11,998 columns, and the limit is 10,000"),
+        ("C(few)*x + C(other)", r"would have 2,999 columns beside those of its widest category"),
+        (":".join(f"C(c{i})" for i in range(14)), r"at least 16,384 columns"),
+    ],
+)
+def test_too_many_columns_are_counted_before_they_are_made(formula: str, message: str) -> None:
+    number = np.arange(6000)
+    table = {"x": number * 1.0, "id": number, "other": -number, "few": number % 1500}
+    table |= {f"c{i}": number // (i + 1) % 3 for i in range(14)}
+    tracemalloc.start()
+    with pytest.raises(FormulaError, match=message):
+        Design(formula).fit(table)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
 
 
 def test_a_tower_of_powers_is_an_error_at_once() -> None:
