@@ -383,8 +383,6 @@ class Design:
             raise TypeError(f"dtype must be a floating-point one, got {dtype}.")
         with_labels = self._with_labels(table, labels)
         columns, num_rows = read_columns(table, self.variables(labels=with_labels))
-        check_kinds(columns, self._kinds)
-        check_missing(self, columns)
         metadata = torch.empty(num_rows, self.num_metadata, dtype=dtype)
         for rows, block in self._evaluate(columns).chunks():
             metadata[rows] = torch.from_numpy(self._finished(block)).to(dtype)
@@ -419,15 +417,13 @@ class Design:
             As `transform`.
         """
         self._check_fitted()
-        check_kinds(columns, self._kinds)
-        check_missing(self, columns)
         num_rows = len(next(iter(columns.values())).missing)
         # By columns: what is done to a column later runs along it, not over the few columns of each row.
         metadata: Matrix = np.empty((self.num_metadata, num_rows)).T
         for rows, block in self._evaluate(columns).chunks():
             part = metadata[rows]
             part[:] = block
-            part[:] = self._finished(part)
+            self._finished(part)
         return metadata, self._label_matrix(columns, num_rows) if labels else None
 
     def fit_transform(self, table: Any, *, dtype: torch.dtype | None = None) -> DesignMatrices:
@@ -460,13 +456,7 @@ class Design:
         columns, num_rows = read_columns(table, self.variables(labels=self._with_labels(table, None)))
         if num_rows < 2:
             raise ValueError(f"the table has {num_rows} row(s): a diagnosis needs at least 2.")
-        check_kinds(columns, self._kinds)
-        check_missing(self, columns)
         return diagnose_columns(self, columns, self._evaluate(columns), min_rows)
-
-    # ----------------------------------------------------------------------------------------------------
-    # Saving
-    # ----------------------------------------------------------------------------------------------------
 
     def to_json(self) -> str:
         """Return the fitted design as JSON, to be read by `from_json`: what it transforms stays the same.
@@ -548,6 +538,8 @@ class Design:
         self._mean, self._scale = mean, deviation
 
     def _evaluate(self, columns: Mapping[str, Column]) -> TermValues:
+        check_kinds(columns, self._kinds)
+        check_missing(self, columns)
         factors = {factor.text: factor for term in self._written_terms for factor in term}
         values = {text: self._factors[text].evaluate(columns, unseen=self.unseen) for text in factors}
         return self._terms.table(values, [columns[name].missing for name in self._terms.indicators])
