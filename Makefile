@@ -74,7 +74,7 @@ release: $(VENV)/.dev ## Build wheels and source distributions of both packages,
 versions: ## Test the layer with another Python: make versions PYTHON=python3.13
 	$(PYTHON) -m venv build/versions
 	build/versions/bin/python -m pip install --quiet . dcor hypothesis pytest safetensors scipy
-	build/versions/bin/python -m pytest -q tests/test_regression.py tests/test_layer.py tests/test_basis.py \
+	build/versions/bin/python -m pytest -q tests/test_regression.py tests/test_layer.py \
 		tests/test_context.py tests/estimators
 
 # pip has no option for the lowest versions, uv has; then the tests may bring their own tools, but change none of them.
@@ -87,7 +87,7 @@ minimum: ## Test with the lowest versions that pyproject.toml allows (Python 3.1
 	$(MINIMUM)/uv pip freeze --python $(MINIMUM)/python --exclude-editable | grep -v '^mdnorm' > build/minimum/lowest.txt
 	$(MINIMUM)/uv pip install --quiet --python $(MINIMUM)/python --constraint build/minimum/lowest.txt \
 		dcor hypothesis 'polars<2' pytest statsmodels
-	$(MINIMUM)/python -m pytest -q -W default tests/test_regression.py tests/test_layer.py tests/test_basis.py \
+	$(MINIMUM)/python -m pytest -q -W default tests/test_regression.py tests/test_layer.py \
 		tests/test_context.py tests/design tests/estimators tests/commands \
 		tests/metrics/test_streaming.py tests/metrics/test_group_gaps.py tests/tables/test_streaming_tables.py \
 		tests/auditing --ignore tests/auditing/test_page.py experiments/tests/test_experiment_command.py

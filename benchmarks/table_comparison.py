@@ -30,7 +30,7 @@ from sklearn.metrics import balanced_accuracy_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
-from mdnorm import basis, erasure
+from mdnorm import Design, erasure
 from mdnorm.files import atomic_path
 from mdnorm.metrics import conditional_distance_correlation_sqr, distance_correlation_sqr, probe
 from mdnorm.plotting import MARKERS, PALETTE, save_figure
@@ -94,13 +94,13 @@ class Columns:
 
     def __init__(self, train: pd.DataFrame, *, flexible: bool = False, all_levels: bool = False) -> None:
         self.flexible, self.skip = flexible, 0 if all_levels else 1
-        self.knots: dict[str, Any] = {}
+        self.curves: dict[str, Design] = {}
         self.levels: dict[str, list[str]] = {}
         for name in train:
             if not _is_number(train[name]):
                 self.levels[name] = sorted(train[name].unique())
             elif flexible:
-                self.knots[name] = basis.spline_knots(train[name].to_numpy(), 5)
+                self.curves[name] = Design([f"bs(`{name}`, df=5)"]).fit(train[[name]])
         raw = self._raw(train)
         self.mean, self.std = raw.mean(axis=0), raw.std(axis=0)
 
@@ -111,7 +111,8 @@ class Columns:
             if name in self.levels:
                 blocks.append(np.stack([values == level for level in self.levels[name][self.skip :]], 1))
             elif self.flexible:
-                blocks.append(basis.spline(values, self.knots[name]).numpy())
+                curve = self.curves[name].transform(metadata[[name]], dtype=torch.float64)
+                blocks.append(curve.metadata.numpy())
             else:
                 blocks.append(values[:, None])
         return np.concatenate(blocks, axis=1).astype(np.float64)

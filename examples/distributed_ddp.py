@@ -54,7 +54,7 @@ def make_data(num_samples: int) -> TensorDataset:
     inputs = torch.randn(num_samples, 32, generator=generator)
     inputs[:, :8] += labels[:, None]
     inputs[:, 8:16] += (age[:, None] - 55) / 8
-    return TensorDataset(inputs, mdnorm.basis.polynomial(age, 3, low=40, high=75), labels)
+    return TensorDataset(inputs, mdnorm.design.polynomial(age, 3, low=40, high=75), labels)
 
 
 def join_the_others() -> None:

@@ -64,7 +64,7 @@ class Classifier(pl.LightningModule):
 
 def age_basis(batch: dict[str, Tensor]) -> Tensor:
     """Return age, age² and age³, so that no step in age passes for an effect of the diagnosis."""
-    return mdnorm.basis.polynomial(batch["age"], 3, low=20, high=90)
+    return mdnorm.design.polynomial(batch["age"], 3, low=20, high=90)
 
 
 def dependence(logged: Any) -> float:

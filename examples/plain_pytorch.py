@@ -36,7 +36,7 @@ def make_model() -> nn.Module:
 
 def metadata_of(age: torch.Tensor) -> torch.Tensor:
     """Return age, age² and age³, so that no step in age passes for an effect of the diagnosis."""
-    return mdnorm.basis.polynomial(age, 3, low=20, high=90)
+    return mdnorm.design.polynomial(age, 3, low=20, high=90)
 
 
 def train(model: nn.Module, with_metadata: bool) -> None:

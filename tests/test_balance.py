@@ -13,8 +13,9 @@ from scipy.optimize import minimize
 from torch import nn
 
 import mdnorm
-from mdnorm import balancing_weights, basis
+from mdnorm import balancing_weights
 from mdnorm.balance import _distance_product
+from mdnorm.design import polynomial
 from mdnorm.metrics import distance_correlation_sqr
 
 matplotlib.use("Agg")
@@ -289,7 +290,7 @@ def test_a_weighted_regression_is_unbiased():
         age = rng.standard_normal(400)
         labels = (rng.random(400) < 1 / (1 + np.exp(-age))).astype(int)
         outcome = labels + age + 0.5 * age**2 + rng.standard_normal(400)
-        metadata = basis.polynomial(torch.from_numpy(age), 2, low=-3, high=3)
+        metadata = polynomial(torch.from_numpy(age), 2, low=-3, high=3)
         for method, values in estimates.items():
             weights = (
                 np.ones(400)

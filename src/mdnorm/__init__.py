@@ -7,7 +7,7 @@ prepares the paper's estimator, `recalibrate` takes the coefficients of a traine
 on what the outputs know of metadata; `erase` takes metadata out where they will not be known; `audit` reports
 what features know of metadata.
 
-`mdnorm.regression` holds the maths, `mdnorm.erasure` erasers, `mdnorm.basis` flexible metadata columns,
+`mdnorm.regression` holds the maths, `mdnorm.erasure` erasers, `mdnorm.design` metadata columns,
 `mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what
 works on whole models, `mdnorm.distributed` what several processes need, `mdnorm.auditing` the parts of
 `audit`. `mdnorm.tables` and `mdnorm.sklearn`, tables without a network, are imported when they are first
@@ -17,7 +17,7 @@ used; the latter needs scikit-learn.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mdnorm import auditing, basis, distributed, erasure, estimators, integration, metrics, regression
+from mdnorm import auditing, design, distributed, erasure, estimators, integration, metrics, regression
 from mdnorm.auditing import audit
 from mdnorm.balance import BalancingWeights, balancing_weights
 from mdnorm.context import metadata
@@ -59,7 +59,7 @@ __all__ = [
     "audit",
     "auditing",
     "balancing_weights",
-    "basis",
+    "design",
     "design_of",
     "distributed",
     "erase",

@@ -230,7 +230,7 @@ def balancing_weights(
         Classes: integers, booleans, strings, any column of two distinct values, or one-hot columns.
         Continuous: floating-point values, of one or several columns.
     metadata : (N,) or (N, K_m)
-        Columns as the layer takes them, of any real dtype: a flexible basis (`mdnorm.basis`) for continuous
+        Columns as the layer takes them, of any real dtype: a polynomial (`mdnorm.design`) for continuous
         variables, one-hot columns for categories, or those of a `mdnorm.Design`.
     method : {"propensity", "entropy", "distance"}, optional
         Default: "propensity" for classes, "entropy" for continuous labels.

@@ -1,18 +1,20 @@
 """The diagnosis of a design equals that of statsmodels and numpy, and finds what was put in."""
 
 import math
+import time
 import warnings
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
 from statsmodels.stats.outliers_influence import variance_inflation_factor
 
-from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis
+from mdnorm.design import ConfoundedDesignWarning, Design, DesignDiagnosis, collinearity
 
 
 def _table(n: int = 200, seed: int = 0) -> pd.DataFrame:
@@ -57,6 +59,88 @@ def test_numbers_equal_statsmodels_numpy_and_scipy(formula: str) -> None:
     assert diagnosis.canonical_correlations == pytest.approx(np.cos(angles), rel=1e-4)
     assert diagnosis.label_r2["ill"] == pytest.approx(1 - 1 / expected[-1], rel=1e-4)
     assert not diagnosis.warnings
+
+
+@pytest.mark.parametrize("missing", ["error", "mean"])
+@pytest.mark.parametrize("wide", [3, 512])
+def test_many_levels_give_the_numbers_of_their_columns(
+    wide: int, missing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The widest category is taken by the means of its groups, very wide designs by their inner products.
+    monkeypatch.setattr(collinearity, "_WIDE", wide)
+    rng = np.random.default_rng(3)
+    table = _table(400)
+    table["site"] = rng.choice([f"s{i}" for i in range(25)], 400)
+    table["age"] += table["site"].str[1:].astype(int)
+    table["region"] = rng.choice(["n", "s", "w"], 400)
+    if missing == "mean":
+        table.loc[rng.random(400) < 0.1, "site"] = None
+        table.loc[rng.random(400) < 0.1, "age"] = None
+    formula = "C(site) + age*region + iq"
+    design = Design(formula, labels="ill", missing=missing).fit(table)
+    diagnosis = design.diagnose(table)
+    metadata, labels = design.transform(table, dtype=torch.float64)
+    assert labels is not None
+    columns = np.column_stack([metadata, labels])
+    unit = (columns - columns.mean(0)) / np.linalg.norm(columns - columns.mean(0), axis=0)
+    inverse = np.linalg.inv(unit.T @ unit)
+    np.testing.assert_allclose(list(diagnosis.variance_inflation.values()), np.diag(inverse), rtol=1e-6)
+    assert diagnosis.condition_number == pytest.approx(np.linalg.cond(unit), rel=0.02 if wide == 3 else 1e-6)
+    assert diagnosis.label_r2["ill"] == pytest.approx(1 - 1 / inverse[-1, -1], rel=1e-6)
+    names = [*diagnosis.metadata_names, *diagnosis.label_names]
+    for term, inside in ((name, [names.index(n) for n in own]) for name, own in design.terms.items()):
+        if term == "ill":
+            continue
+        block = np.ix_(inside, inside)
+        expected = np.linalg.det((unit.T @ unit)[block]) * np.linalg.det(inverse[block])
+        assert diagnosis.term_variance_inflation[term] == pytest.approx(
+            expected ** (1 / len(inside)), rel=1e-6
+        )
+    angles = subspace_angles(unit[:, :-1], unit[:, -1:])
+    assert diagnosis.canonical_correlations == pytest.approx(np.cos(angles), rel=1e-6)
+    for variable in ("site", "age", "region", "iq"):
+        own = unit[:, [i for i, name in enumerate(names) if variable in name]]
+        share = np.linalg.norm(own @ np.linalg.lstsq(own, unit[:, -1], rcond=None)[0]) ** 2
+        assert diagnosis.association[variable] == pytest.approx(share, rel=1e-6)
+
+
+@pytest.mark.parametrize("wide", [3, 512])
+def test_collinear_with_the_levels_of_a_category(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(collinearity, "_WIDE", wide)
+    table = _table(300)
+    table["funding"] = table["site"].map({"a": 1.0, "b": 2.0, "c": 2.0})
+    table["months"] = 12 * table["age"]
+    diagnosis = _diagnosis("site + funding + age + months + sex", table)
+    assert diagnosis.collinear == (("site[T.b]", "site[T.c]", "funding"), ("age", "months"))
+    assert math.isinf(diagnosis.condition_number)
+    for name, inflation in diagnosis.variance_inflation.items():
+        assert math.isinf(inflation) == (name not in ("sex[T.m]", "ill")), name
+    assert math.isfinite(diagnosis.term_variance_inflation["sex"])
+    assert math.isinf(diagnosis.term_variance_inflation["site"])
+
+
+def test_dates_as_levels_take_no_longer_than_their_number() -> None:
+    table = {"visit": [f"2013-{i % 2700}" for i in range(3000)], "y": [i % 2 for i in range(3000)]}
+    start = time.process_time()
+    with pytest.warns(ConfoundedDesignWarning, match="visit determines y exactly"):
+        design = Design("visit", labels="y").fit(table)
+    diagnosis = design.diagnose(table)
+    assert time.process_time() - start < 5  # 90 seconds and more with a regression for each level
+    assert diagnosis.determined_labels == {"y": ("visit",)}
+    assert len(diagnosis.variance_inflation) == 2700
+
+
+def test_the_verdict_comes_first() -> None:
+    table = _table()
+    fine = _diagnosis("age + site", table)
+    assert fine.verdict == "Fine: label and metadata can be told apart in this table."
+    assert str(fine).startswith(fine.verdict)
+    assert fine.verdict in fine._repr_html_()
+    table["scanner"] = np.where(table["ill"] == 1, "s1", "s2")
+    assert str(_diagnosis("age + scanner", table)).startswith(
+        "Confounded: the correction cannot be relied on"
+    )
+    assert _diagnosis("age", table.drop(columns="ill")).verdict.startswith("Fine: nothing stands against it")
 
 
 def test_term_inflation_is_the_generalised_one_of_fox_and_monette() -> None:

@@ -3,6 +3,8 @@
 import builtins
 import json
 import sys
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -127,7 +129,7 @@ def test_attacks_are_errors_in_a_saved_design(attack: str, place: str) -> None:
         state["written_terms"] = [[attack]]
     if place == "both":
         state["factors"][attack] = state["factors"]["log(age)"]
-        state["terms"] = [{"name": attack, "products": [[[attack, False]]]}]
+        state["products"] = [{"term": attack, "factors": [[attack, False]]}]
     with pytest.raises(FormulaError):
         Design.from_json(json.dumps(state))
 
@@ -165,6 +167,48 @@ def test_what_is_too_deep_too_large_or_empty_is_an_error(text: str) -> None:
         parse_factor(text)
 
 
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        (
+            "(a+b+c+d+e+f+g+h+i+j+k+l)**12",
+            r"8,916,100,448,256 products.*limit is 50,000",
+        ),
+        ("*".join("abcdefghijklmnop"), r"65,535 products of columns"),
+        ("a**1000000000", "the power 1000000000: the limit is 20"),
+        ("a**(3**9)", "the limit is 20"),
+    ],
+)
+def test_a_formula_that_expands_without_end_is_an_error_at_once(formula: str, message: str) -> None:
+    start = time.process_time()
+    with pytest.raises(FormulaError, match=message):
+        Design(formula)
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize(
+    ("formula", "message"),
+    [
+        ("poly(x, 200)", "would have 200 columns: degree must be between 1 and 20"),
+        ("bs(x, df=500)", "would have 500 columns: df must be between 3 and 100"),
+        ("cr(x, df=500)", "would have 500 columns: df must be between 1 and 100"),
+        ("C(id):C(other)", r"would have 35,999,999 columns, and the limit is 10,000"),
+        ("C(id) + C(other)", r"would have 11,998 columns, and the limit is 10,000"),
+        ("C(few)*x + C(other)", r"would have 2,999 columns beside those of its widest category"),
+        (":".join(f"C(c{i})" for i in range(14)), r"at least 16,384 columns"),
+    ],
+)
+def test_too_many_columns_are_counted_before_they_are_made(formula: str, message: str) -> None:
+    number = np.arange(6000)
+    table = {"x": number * 1.0, "id": number, "other": -number, "few": number % 1500}
+    table |= {f"c{i}": number // (i + 1) % 3 for i in range(14)}
+    tracemalloc.start()
+    with pytest.raises(FormulaError, match=message):
+        Design(formula).fit(table)
+    assert tracemalloc.get_traced_memory()[1] < 100e6
+    tracemalloc.stop()
+
+
 def test_a_tower_of_powers_is_an_error_at_once() -> None:
     # As integers of Python it would not end.
     with pytest.raises(ValueError, match="not a finite number in row"):
@@ -177,7 +221,7 @@ def test_any_text_is_a_factor_or_an_error(text: str) -> None:
         factor = parse_factor(text)
     except FormulaError:
         return
-    assert factor.kind in ("column", "category", "numeric", "basis")
+    assert factor.kind in ("column", "category", "numeric", "curve")
     assert factor.variables
 
 

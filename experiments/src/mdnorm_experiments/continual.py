@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdnorm import basis
+from mdnorm.design import polynomial
 from mdnorm_experiments import figures
 from mdnorm_experiments.data.confounded import ConfoundedData, Samples
 from mdnorm_experiments.data.continual import (
@@ -76,7 +76,7 @@ def make_samples(stage: int, group_size: int, degree: int, *, seed: int, stratif
     """
     data = make_stage(stage, group_size, seed=seed, stratified=stratified)
     low, high = CONFOUNDER_RANGE
-    return samples_of(data, basis.polynomial(data.confounder, degree, low=low, high=high))
+    return samples_of(data, polynomial(data.confounder, degree, low=low, high=high))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from mdnorm import basis
+from mdnorm.design import polynomial
 from mdnorm_experiments.confounded import ConfoundedSetting
 from mdnorm_experiments.data import digits, faces, image_folder
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, drawn_data, part_seed
@@ -45,7 +45,7 @@ class ImageBackbone(ConvolutionalBackbone):
 
 def _face_samples(images: Tensor, labels: Tensor, shade: Tensor) -> Samples:
     groups = ((shade.round().clamp(1, 6) - 1) // 2).long()
-    powers = basis.polynomial(shade, 3, low=1, high=6)
+    powers = polynomial(shade, 3, low=1, high=6)
     return Samples(images.float() / 255 - 0.5, labels, powers, shade.unsqueeze(1), groups)
 
 
@@ -75,7 +75,7 @@ def make_digit_data(size: int, seed: int) -> ConfoundedData:
     def colour(rows: Tensor, part: int, correlation: float) -> Samples:
         coloured = digits.colour_digits(rows, seed=part_seed(seed, part), correlation=correlation)
         colour = coloured.colour
-        powers = basis.polynomial(colour, 3, low=0, high=1)
+        powers = polynomial(colour, 3, low=0, high=1)
         groups = (colour > 0.5).long()
         return Samples(coloured.images, coloured.labels, powers, colour.unsqueeze(1), groups)
 

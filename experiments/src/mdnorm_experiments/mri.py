@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from mdnorm import basis
+from mdnorm.design import polynomial
 from mdnorm.extras import requires
 from mdnorm_experiments.confounded import ConfoundedSetting
 from mdnorm_experiments.data import bids, brains
@@ -60,7 +60,7 @@ def _samples(
     each_site = one_hot(found.site, sites).float()
     male = found.sex.float().unsqueeze(1)
     # The first site is the reference: with all of them the columns would add up to the intercept.
-    design = torch.cat([basis.polynomial(found.age, 3, low=low, high=high), male, each_site[:, 1:]], 1)
+    design = torch.cat([polynomial(found.age, 3, low=low, high=high), male, each_site[:, 1:]], 1)
     variables = torch.cat([found.age.unsqueeze(1) / _DECADE, male, each_site], 1)
     return Samples(volumes, found.labels, design, variables, found.site)
 

@@ -15,7 +15,7 @@ from matplotlib.patches import Rectangle
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
-from mdnorm import basis
+from mdnorm.design import polynomial
 from mdnorm.files import atomic_path
 from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments import figures
@@ -103,15 +103,14 @@ def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
     """
     if variant == "sites":
         sites = one_hot(data.site, NUM_SITES)
-        # Knots at fixed ages, so that held-out data get the same columns.
-        age = (
-            (data.age - 50).unsqueeze(1) / 30
-            if degree == 1
-            else basis.spline(data.age, torch.tensor([10.0, 30.0, 50.0, 70.0, 90.0]))
-        )
+        age = (data.age - 50).unsqueeze(1) / 30
+        if degree > 1:
+            # A cubic spline with knots at fixed ages, so that held-out data get the same columns.
+            pieces = [(age - knot).relu() ** 3 for knot in (-2 / 3, 0.0, 2 / 3)]
+            age = torch.cat([age, age**2, age**3, *pieces], 1)
         return torch.cat([sites, data.sex.unsqueeze(1), age, data.nuisance], 1)
     low, high = {"plain": (1, 6), "quadratic": (-1, 1), "variance": (0, 1)}[variant]
-    return basis.polynomial(data.confounder, degree, low=low, high=high)
+    return polynomial(data.confounder, degree, low=low, high=high)
 
 
 def samples_of(data: SyntheticData, metadata: Tensor) -> Samples:

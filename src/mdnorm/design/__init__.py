@@ -1,5 +1,6 @@
 """Metadata as people have them, a table with a formula, to the matrices that `MetadataNorm` takes."""
 
+from mdnorm.design.curves import polynomial
 from mdnorm.design.diagnosis import ConfoundedDesignWarning, DesignDiagnosis, SparseCell
 from mdnorm.design.formula import FormulaError
 from mdnorm.design.matrices import Design, DesignMatrices
@@ -11,4 +12,5 @@ __all__ = [
     "DesignMatrices",
     "FormulaError",
     "SparseCell",
+    "polynomial",
 ]

@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = [
-    "ConfoundedDesignWarning",
-    "DesignDiagnosis",
-    "SparseCell",
-    "diagnosis_of_factor",
-    "triangular_factor",
-]
+from mdnorm.design.collinearity import Collinearity
 
-Matrix = NDArray[np.float64]
+__all__ = ["ConfoundedDesignWarning", "DesignDiagnosis", "SparseCell", "diagnosis_of", "sparse_cells"]
 
-# A column whose part outside of the others is smaller than this, relative to it, is a combination of them.
-_DEPENDENT = 1e-7
 # 1 − R² below its square (and rounding) counts as exactly determined.
 _DETERMINED = 1e-8
+# Cells of a pair of categories that are listed.
+_MAX_CELLS = 10_000
 # A label that the metadata explain to this part has a variance inflation of 10.
 _NEARLY_DETERMINED = 0.9
 
@@ -87,7 +82,8 @@ class DesignDiagnosis:
     canonical_correlations : tuple of float
         Between metadata and label columns, descending.
     sparse_cells : tuple of SparseCell
-        Levels of a category and a label, or of an interaction, with fewer rows than asked for; least first.
+        Levels of a category and a label, or of an interaction, with fewer rows than asked for; least first,
+        and no more than 10 000 for each pair.
     warnings, notes : tuple of str
         In words: what makes the correction unreliable, and what is only good to know.
 
@@ -114,6 +110,20 @@ class DesignDiagnosis:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
 
+    @property
+    def verdict(self) -> str:
+        """One sentence that begins with "Fine" or "Confounded": what `warnings` come to."""
+        number = len(self.warnings)
+        if number:
+            return (
+                "Confounded: the correction cannot be relied on, for the reason below."
+                if number == 1
+                else f"Confounded: the correction cannot be relied on, for the {number} reasons below."
+            )
+        if not self.label_names:
+            return "Fine: nothing stands against it; label columns were not looked at."
+        return "Fine: label and metadata can be told apart in this table."
+
     def _summary(self) -> list[tuple[str, str]]:
         rows = [
             ("rows", f"{self.num_rows}"),
@@ -133,7 +143,7 @@ class DesignDiagnosis:
 
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self._summary())
-        lines = [f"{name:<{width}}  {value}" for name, value in self._summary()]
+        lines = [self.verdict, *(f"{name:<{width}}  {value}" for name, value in self._summary())]
         lines += [f"warning: {sentence}" for sentence in self.warnings]
         lines += [f"note: {sentence}" for sentence in self.notes]
         return "\n".join(lines)
@@ -145,30 +155,41 @@ class DesignDiagnosis:
         )
         sentences = "".join(f"<li><b>Warning:</b> {html.escape(text)}</li>" for text in self.warnings)
         sentences += "".join(f"<li>{html.escape(text)}</li>" for text in self.notes)
-        return f"<table>{rows}</table>" + (f"<ul>{sentences}</ul>" if sentences else "")
+        page = f"<p><b>{html.escape(self.verdict)}</b></p><table>{rows}</table>"
+        return page + (f"<ul>{sentences}</ul>" if sentences else "")
 
 
-def triangular_factor(blocks: Iterable[Matrix], num_columns: int) -> Matrix:
-    """Return R of the QR decomposition of a tall matrix that comes in blocks of rows.
+def sparse_cells(
+    categories: Mapping[str, tuple[NDArray[Any], Sequence[Any]]],
+    pairs: Sequence[tuple[str, str]],
+    min_rows: int,
+) -> tuple[SparseCell, ...]:
+    """Return the combinations of two categories' levels that have too few rows, least first.
 
     Parameters
     ----------
-    blocks : iterable of (n_i, num_columns) arrays
-    num_columns : int
-
-    Returns
-    -------
-    (at most num_columns, num_columns) array
-        RᵀR is the Gram matrix, but R keeps the digits that it loses.
+    categories : dict from str to ((n,) array, sequence)
+        Index of the level in each row, negative where there is none; and the levels.
+    pairs : sequence of (str, str)
+    min_rows : int
     """
-    factor = np.empty((0, num_columns))
-    for block in blocks:
-        factor = np.asarray(np.linalg.qr(np.concatenate([factor, block]), mode="r"))
-    return factor
+    cells = []
+    for first, second in pairs:
+        (rows, row_levels), (others, other_levels) = categories[first], categories[second]
+        usable = (rows >= 0) & (others >= 0)
+        found, counts = np.unique(rows[usable] * len(other_levels) + others[usable], return_counts=True)
+        taken, number = set(found.tolist()), len(row_levels) * len(other_levels)
+        first_cells = range(min(number, len(taken) + _MAX_CELLS))
+        few = [(0, cell) for cell in first_cells if cell not in taken]
+        few += sorted(zip(counts[counts < min_rows].tolist(), found[counts < min_rows].tolist(), strict=True))
+        for count, cell in few[:_MAX_CELLS]:
+            i, j = divmod(cell, len(other_levels))
+            cells.append(SparseCell({first: str(row_levels[i]), second: str(other_levels[j])}, count))
+    return tuple(sorted(cells, key=lambda cell: cell.num_rows))
 
 
-def diagnosis_of_factor(
-    factor: Matrix,
+def diagnosis_of(
+    collinearity: Collinearity,
     *,
     num_rows: int,
     metadata_names: Sequence[str],
@@ -179,169 +200,71 @@ def diagnosis_of_factor(
     sparse_cells: Sequence[SparseCell],
     min_rows: int,
 ) -> DesignDiagnosis:
-    """Return the diagnosis of the columns of a triangular factor.
+    """Return the diagnosis of columns, metadata first.
 
     Parameters
     ----------
-    factor : (r, K_m + K_y) array
-        Of the centred columns, metadata first; all regressions among them follow from it.
+    collinearity : Collinearity
     num_rows : int
     metadata_names, label_names : sequences of str
     terms, variables : dict from names to indices of metadata columns
     constant : sequence of str
-        Columns to leave out.
+        Columns that were left out.
     sparse_cells : sequence of SparseCell
     min_rows : int
         What the cells were compared with, for the sentences.
     """
-    names = [*metadata_names, *label_names]
-    kept = [index for index, name in enumerate(names) if name not in set(constant)]
-    norms = np.linalg.norm(factor, axis=0)
-    unit = factor / np.where(norms > 0, norms, 1)
-    num_metadata = len(metadata_names)
-
-    def columns(indices: Iterable[int]) -> Matrix:
-        return unit[:, [index for index in indices if index in kept_set]]
-
-    kept_set = set(kept)
-    labels = range(num_metadata, len(names))
-    inflation = dict.fromkeys(names, math.nan)
-    condition, column_inflation = _condition_and_inflation(unit[:, kept])
-    inflation.update({names[index]: value for index, value in zip(kept, column_inflation, strict=True)})
-    groups = _collinear_groups(unit[:, kept])
-    label_basis, metadata_basis = _span(columns(labels)), _span(columns(range(num_metadata)))
-
-    label_r2 = {names[i]: _r2(unit[:, i], metadata_basis) for i in labels if i in kept_set}
-    has_labels = label_basis.shape[1] > 0
-    canonical = np.linalg.svd(metadata_basis.T @ label_basis, compute_uv=False) if has_labels else np.empty(0)
-    spans = {name: _span(columns(indices)) for name, indices in variables.items()}
-    association = {
-        name: _largest_canonical(span, label_basis)
-        for name, span in spans.items()
-        if has_labels and span.size
-    }
+    names, kept = [*metadata_names, *label_names], set(collinearity.kept)
+    variables = {name: [index for index in indices if index in kept] for name, indices in variables.items()}
+    variables = {name: indices for name, indices in variables.items() if indices}
+    terms = {name: [index for index in indices if index in kept] for name, indices in terms.items()}
+    metadata = [index for index in kept if index < len(metadata_names)]
+    has_labels = len(metadata) < len(kept)
+    r2_of = collinearity.label_r2(metadata)
+    alone = {name: collinearity.label_r2(indices) for name, indices in variables.items()}
     determined_labels = {
-        name: tuple(
-            variable
-            for variable, span in spans.items()
-            if span.size and _r2(unit[:, names.index(name)], span) >= 1 - _DETERMINED
-        )
-        for name, r2 in label_r2.items()
+        names[label]: tuple(name for name, r2s in alone.items() if r2s[label] >= 1 - _DETERMINED)
+        for label, r2 in r2_of.items()
         if r2 >= 1 - _DETERMINED
     }
-    determined = tuple(
-        names[i]
-        for i in range(num_metadata)
-        if has_labels and i in kept_set and _r2(unit[:, i], label_basis) >= 1 - _DETERMINED
-    )
+    r2_on_labels = collinearity.r2_on_labels() if has_labels else {}
+    determined = tuple(names[i] for i in sorted(r2_on_labels) if r2_on_labels[i] >= 1 - _DETERMINED)
+    label_r2 = {names[label]: r2 for label, r2 in r2_of.items()}
     few_rows = num_rows - 1 <= len(kept)
-    warnings = _warnings(
-        num_rows=num_rows,
-        num_columns=len(kept),
-        few_rows=few_rows and has_labels,
-        label_r2=label_r2,
-        determined_labels=determined_labels,
-        determined=determined,
-        variables={name: [names[i] for i in indices if i in kept_set] for name, indices in variables.items()},
-    )
-    collinear = tuple(tuple(names[kept[index]] for index in group) for group in groups)
+    collinear = tuple(tuple(names[index] for index in group) for group in collinearity.groups())
+    inflation = collinearity.inflation()
     return DesignDiagnosis(
         num_rows=num_rows,
         metadata_names=tuple(metadata_names),
         label_names=tuple(label_names),
-        condition_number=condition,
-        variance_inflation=inflation,
+        condition_number=collinearity.condition_number(),
+        variance_inflation={name: inflation.get(index, math.nan) for index, name in enumerate(names)},
         term_variance_inflation={
-            name: _term_inflation(
-                columns(indices), columns(i for i in range(len(names)) if i not in set(indices))
-            )
-            for name, indices in terms.items()
-            if columns(indices).size
+            name: collinearity.term_inflation(indices) for name, indices in terms.items() if indices
         },
         constant=tuple(constant),
         collinear=collinear,
         determined_by_labels=determined,
         determined_labels=determined_labels,
         label_r2=label_r2,
-        association=association,
-        canonical_correlations=tuple(np.clip(canonical, 0, 1).tolist()),
+        association={
+            name: float(collinearity.correlations(indices)[0] ** 2)
+            for name, indices in variables.items()
+            if has_labels
+        },
+        canonical_correlations=tuple(collinearity.correlations(metadata).tolist()),
         sparse_cells=tuple(sparse_cells),
-        warnings=warnings,
+        warnings=_warnings(
+            num_rows=num_rows,
+            num_columns=len(kept),
+            few_rows=few_rows and has_labels,
+            label_r2=label_r2,
+            determined_labels=determined_labels,
+            determined=determined,
+            variables={name: [names[i] for i in indices] for name, indices in variables.items()},
+        ),
         notes=_notes(constant, [] if few_rows else collinear, sparse_cells, min_rows),
     )
-
-
-# --------------------------------------------------------------------------------------------------------
-# Numbers
-# --------------------------------------------------------------------------------------------------------
-
-
-def _span(columns: Matrix) -> Matrix:
-    """Return an orthonormal basis of the space of columns of norm 1."""
-    left, singular, _ = np.linalg.svd(columns, full_matrices=False)
-    basis: Matrix = left[:, singular > _DEPENDENT]
-    return basis
-
-
-def _r2(column: NDArray[np.float64], basis: Matrix) -> float:
-    """Return the R² of a column of norm 1 on an orthonormal basis."""
-    residual = column - basis @ (basis.T @ column)
-    residual -= basis @ (basis.T @ residual)
-    return float(min(1.0, max(0.0, 1 - residual @ residual)))
-
-
-def _largest_canonical(first: Matrix, second: Matrix) -> float:
-    return float(min(1.0, np.linalg.norm(first.T @ second, 2) ** 2))
-
-
-def _condition_and_inflation(columns: Matrix) -> tuple[float, list[float]]:
-    """Return the condition number of columns of norm 1, and the variance inflation of each."""
-    num_columns = columns.shape[1]
-    if num_columns == 0:
-        return 1.0, []
-    _, singular, right = np.linalg.svd(columns, full_matrices=True)
-    singular = np.concatenate([singular, np.zeros(num_columns - len(singular))])
-    independent = singular > _DEPENDENT
-    # The diagonal of the inverse of the Gram matrix; a column that takes part in a dependence has none.
-    inverse = (right[independent] ** 2 / singular[independent, None] ** 2).sum(0)
-    dependent = (right[~independent] ** 2).sum(0) > _DEPENDENT
-    inflation = np.where(dependent, math.inf, np.maximum(inverse, 1.0))
-    condition = float(singular[0] / singular[-1]) if independent.all() else math.inf
-    return condition, inflation.tolist()
-
-
-def _collinear_groups(columns: Matrix) -> list[list[int]]:
-    """Return groups of columns of norm 1 in which each is a combination of the others."""
-    independent: list[int] = []
-    groups: list[set[int]] = []
-    basis = np.empty((columns.shape[0], 0))
-    for index in range(columns.shape[1]):
-        column = columns[:, index]
-        residual = column - basis @ (basis.T @ column)
-        residual -= basis @ (basis.T @ residual)
-        norm = np.linalg.norm(residual)
-        if norm > _DEPENDENT:
-            basis = np.column_stack([basis, residual / norm])
-            independent.append(index)
-            continue
-        weights = np.linalg.lstsq(columns[:, independent], column, rcond=None)[0]
-        group = {index, *(other for other, w in zip(independent, weights, strict=True) if abs(w) > 1e-6)}
-        for other in [known for known in groups if known & group]:
-            groups.remove(other)
-            group |= other
-        groups.append(group)
-    return sorted(sorted(group) for group in groups)
-
-
-def _term_inflation(term: Matrix, others: Matrix) -> float:
-    basis = _span(others)
-    residual = term - basis @ (basis.T @ term)
-    residual -= basis @ (basis.T @ residual)
-    before, after = (np.linalg.svd(part, compute_uv=False) for part in (term, residual))
-    if min(before) <= _DEPENDENT or min(after) <= _DEPENDENT or len(before) < term.shape[1]:
-        return math.inf
-    log_ratio = 2 * float(np.log(before).sum() - np.log(after).sum())
-    return max(1.0, math.exp(log_ratio / term.shape[1]))
 
 
 # --------------------------------------------------------------------------------------------------------

@@ -18,13 +18,18 @@ from typing import Any, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.design.bases import BASES, option_names
 from mdnorm.extras import requires
 
-__all__ = ["Factor", "FormulaError", "parse_factor", "parse_formula", "quoted"]
+__all__ = ["MAX_COLUMNS", "Factor", "FormulaError", "parse_factor", "parse_formula", "quoted"]
+
+# Columns that a design may have. The matrix of their products has the square of this many numbers: 800 MB.
+MAX_COLUMNS = 10_000
 
 _MAX_LENGTH = 1000
 _MAX_DEPTH = 40
+# Products of terms that formulaic may have to form while it expands a formula: about a second.
+_MAX_PRODUCTS = 50_000
+_MAX_POWER = 20
 
 Vector = NDArray[np.float64]
 
@@ -48,7 +53,15 @@ _BINARY: dict[type[ast.operator], Callable[[Vector, Vector], Vector]] = {
     ast.Div: np.divide,
     ast.Pow: np.power,
 }
-_FUNCTIONS = ("C", *BASES, *_ELEMENTWISE, *_STANDARDIZING)
+# The options of each curve, in the order in which they may be given without a name.
+_BOUNDS = ("lower_bound", "upper_bound")
+_CURVES = {
+    "bs": ("df", "knots", "degree", "include_intercept", *_BOUNDS, "extrapolation"),
+    "cr": ("df", "knots", *_BOUNDS, "constraints", "extrapolation"),
+    "cs": ("df", "knots", *_BOUNDS, "constraints", "extrapolation"),
+    "poly": ("degree", "raw"),
+}
+_FUNCTIONS = ("C", *_CURVES, *_ELEMENTWISE, *_STANDARDIZING)
 
 # Strings; and outside of them names in backticks, and other names: Python would normalise those that are not
 # ASCII, and no longer find the column.
@@ -71,13 +84,13 @@ class Factor:
     text : str
         As written; columns are named after it.
     kind : str
-        "column" (numeric or categorical, whichever the column is), "category", "numeric" or "basis".
+        "column" (numeric or categorical, whichever the column is), "category", "numeric" or "curve".
     variables : tuple of str
         Columns of the table that it uses.
     function : str
-        Name of the basis, or "".
+        Name of the function of a curve, or "".
     options : dict
-        Of a basis or category.
+        Of a curve or category.
     """
 
     text: str
@@ -94,7 +107,7 @@ class Factor:
     def evaluate(
         self, columns: Mapping[str, Vector], moments: dict[str, list[float]], *, fit: bool = False
     ) -> Vector:
-        """Return (n,) values of the numeric expression: the argument of a basis, or the factor itself.
+        """Return (n,) values of the numeric expression: the argument of a curve, or the factor itself.
 
         Parameters
         ----------
@@ -179,13 +192,17 @@ def parse_formula(formula: str) -> tuple[tuple[Factor, ...], ...]:
     with requires("design"):
         from formulaic import Formula, SimpleFormula
         from formulaic.errors import FormulaicError
+        from formulaic.parser import DefaultFormulaParser
     if len(formula) > 10 * _MAX_LENGTH:
         raise FormulaError(f"the formula has {len(formula)} characters, more than {10 * _MAX_LENGTH}.")
     code, names = _with_placeholders(formula)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            _check_expansion(formula, DefaultFormulaParser().get_ast(code, context={}))
             parsed = Formula(code)
+    except FormulaError:
+        raise
     except (FormulaicError, SyntaxError, SyntaxWarning, ValueError, RecursionError, MemoryError) as error:
         # formulaic colours the place for a terminal and puts it on a line of its own.
         reason = " ".join(_COLOUR.sub("", str(error)).split())
@@ -217,6 +234,43 @@ def parse_formula(formula: str) -> tuple[tuple[Factor, ...], ...]:
         if factors:
             terms.append(tuple(factors))
     return tuple(terms)
+
+
+def _check_expansion(formula: str, tree: Any) -> None:
+    """Raise where formulaic would have to form very many products of terms, before it does.
+
+    Every node of formulaic's syntax tree gets the most terms that it can expand to.
+    """
+    count: dict[int, int] = {}
+    waiting = [tree]
+    while waiting:
+        node = waiting[-1]
+        inner = [argument for argument in getattr(node, "args", ()) if id(argument) not in count]
+        if inner:
+            waiting += inner
+            continue
+        waiting.pop()
+        sizes = [count[id(argument)] for argument in getattr(node, "args", ())]
+        symbol = getattr(getattr(node, "operator", None), "symbol", "")
+        if symbol in ("**", "^"):
+            power = str(node.args[1])
+            exponent = int(power) if power.isdigit() and len(power) < 10 else _MAX_POWER + 1
+            if exponent > _MAX_POWER:
+                raise FormulaError(
+                    f"{formula[:200]!r} has the power {power}: the limit is {_MAX_POWER}; as arithmetic, "
+                    "write I(x**2)."
+                )
+            products = sizes[0] ** exponent
+        elif symbol in ("*", ":"):
+            products = math.prod(sizes) + (sum(sizes) if symbol == "*" else 0)
+        else:
+            products = sum(sizes) if sizes else 1
+        if products > _MAX_PRODUCTS:
+            raise FormulaError(
+                f"{formula[:200]!r} would expand to {products:,} products of columns, and the limit is "
+                f"{_MAX_PRODUCTS:,}: write out the interactions that you need."
+            )
+        count[id(node)] = products
 
 
 def _with_placeholders(text: str) -> tuple[str, dict[str, str]]:
@@ -257,19 +311,16 @@ def parse_factor(text: str) -> Factor:
     except (SyntaxError, SyntaxWarning, ValueError, RecursionError, MemoryError) as error:
         raise FormulaError(f"{text!r} cannot be read as a factor of a formula: {error}") from error
 
-    def parsed() -> Factor:
-        if isinstance(tree, ast.Name):
-            return Factor(text, "column", (names.get(tree.id, tree.id),), tree=tree, names=names)
-        function = tree.func.id if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) else ""
-        if isinstance(tree, ast.Call) and function == "C":
-            return _category(text, tree, names)
-        if isinstance(tree, ast.Call) and function in BASES:
-            inner = _argument(text, tree, function)
-            options = _options(text, tree, function)
-            return Factor(text, "basis", _variables(text, inner, names), function, options, inner, names)
-        return Factor(text, "numeric", _variables(text, tree, names), tree=tree, names=names)
-
-    return parsed()
+    if isinstance(tree, ast.Name):
+        return Factor(text, "column", (names.get(tree.id, tree.id),), tree=tree, names=names)
+    function = tree.func.id if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) else ""
+    if isinstance(tree, ast.Call) and function == "C":
+        return _category(text, tree, names)
+    if isinstance(tree, ast.Call) and function in _CURVES:
+        inner = _argument(text, tree, function)
+        options = _options(text, tree, function)
+        return Factor(text, "curve", _variables(text, inner, names), function, options, inner, names)
+    return Factor(text, "numeric", _variables(text, tree, names), tree=tree, names=names)
 
 
 def _argument(text: str, call: ast.Call, function: str) -> ast.expr:
@@ -302,7 +353,7 @@ def _checked_names(text: str, node: ast.expr, depth: int) -> list[str]:
         return _checked_names(text, node.left, depth + 1) + _checked_names(text, node.right, depth + 1)
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
         function = node.func.id
-        if function in BASES or function == "C":
+        if function in _CURVES or function == "C":
             raise FormulaError(f"{text!r}: {function}() gives several columns and cannot be computed with.")
         if function in _ELEMENTWISE or function in _STANDARDIZING:
             if len(node.args) != 1 or node.keywords:
@@ -371,8 +422,8 @@ def _arguments(text: str, call: ast.Call, allowed: Iterable[str]) -> dict[str, a
 
 
 def _options(text: str, call: ast.Call, function: str) -> dict[str, Any]:
-    """Return the checked options of a basis."""
-    arguments = _arguments(text, call, option_names(function))
+    """Return the checked options of a curve."""
+    arguments = _arguments(text, call, _CURVES[function])
     options = {name: _literal(text, node) for name, node in arguments.items()}
     for name, value in options.items():
         number = _is_number(value)

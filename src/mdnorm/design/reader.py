@@ -131,7 +131,8 @@ class Column:
         else:
             present = [value for value in self.distinct if not _is_missing(value)]
         if self.order is not None:
-            return tuple(level for level in self.order if level in set(present))
+            there = set(present)
+            return tuple(level for level in self.order if level in there)
         # A number read as float64 because others are missing is still the same level.
         return tuple(
             int(level) if isinstance(level, float) and level.is_integer() else level

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mdnorm.design import ConfoundedDesignWarning
+from mdnorm.design import ConfoundedDesignWarning, Design
 from mdnorm.design.files import check_metadata, open_table
 from mdnorm.design.reader import read_columns
 from mdnorm.design.roles import stand_in_warning
@@ -52,6 +52,8 @@ Progress = Callable[[str, int, "int | None"], None]
 
 # Values of a block of features by default: 16 MiB in float32.
 _BLOCK_VALUES = 2**22
+# Values of the design of a block: 32 MiB in float64, of which a few are alive at once.
+_DESIGN_VALUES = 2**22
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,7 @@ def residualize_file(
     save_model : path, optional
         ``.safetensors`` file to save the fitted model to, see `MetadataModel.load`.
     batch_rows : int, optional
-        Rows in a block. The result depends on it only by rounding.
+        Rows in a block, fewer where the design has many columns. The result depends on it only by rounding.
     seed : int
         Of the rows in `fit_rows`, and of the 262 144 rows that a design is fitted to where there are more:
         its levels and ranges are those of all rows, its knots and the means that stand for missing values
@@ -442,6 +444,7 @@ def _fit(
                     f"{rows.table.path} has rows beside those of fit_rows={fit_rows!r} (weights={weights!r}) "
                     f"that cannot be corrected (one row of each kind was looked at): {error}"
                 ) from error
+    batch_rows = _rows_of_design(design, batch_rows)
     wanted = [*variables, *([] if specification.site is None else [specification.site]), *chosen]
     chooser = _RowChooser(fit_rows, weights, seed)
     moments: SiteMoments = {}
@@ -487,6 +490,12 @@ def _some_rows(columns: DesignColumns, where: NDArray[np.bool_]) -> DesignColumn
         None if labels is None else labels[where],
         None if sites is None else SiteCodes(sites.codes[where], sites.levels),
     )
+
+
+def _rows_of_design(design: Design | None, batch_rows: int) -> int:
+    """Return how many rows a block has at most, so that its design stays small whatever its width."""
+    width = 0 if design is None else design.num_metadata + design.num_labels
+    return min(batch_rows, max(_DESIGN_VALUES // max(width, 1), 256))
 
 
 class _RowChooser:
@@ -536,7 +545,7 @@ def _write(
     batch_rows: int,
     progress: Progress,
 ) -> int:
-    num_rows = 0
+    num_rows, batch_rows = 0, _rows_of_design(model.design, batch_rows)
 
     def designed() -> Iterator[tuple[Block, DesignColumns]]:
         if kept is not None and kept.is_kept:

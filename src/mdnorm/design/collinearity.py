@@ -1,0 +1,365 @@
+"""How far the columns of a design determine each other, in numbers.
+
+Everything follows from the inner products of the centred columns. They are kept as a matrix of few rows with
+the same inner products, which has more digits than the products themselves.
+
+The widest block of 0/1 columns of which each row has at most one 1, such as those of a category, is not
+written out: its columns span the means over its groups of rows. Each other column is split into what these
+means say of it (`between`) and the rest (`within`), and any regression on the block and others is one of the
+rest on the rest. So the cost grows linearly with the number of levels, and with the cube of the number of
+other columns only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Collinearity", "Relations", "read_relations"]
+
+Matrix = NDArray[np.float64]
+Vector = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+# A column whose part outside of the others is smaller than this, relative to it, is a combination of them.
+_DEPENDENT = 1e-7
+# Combinations count the columns with a larger weight than this, all columns having norm 1.
+_WEIGHT = 1e-6
+# A column that varies by less, relative to its size, is constant up to rounding.
+_CONSTANT = 1e-10
+# More columns than this are compared by their inner products, which is faster and has half of the digits:
+# eigenvalues below the second number are rounding.
+_WIDE = 512
+_ROUNDING = 1e-12
+# Of the search for the largest and smallest singular value of many columns.
+_MAX_STEPS = 1000
+
+
+@dataclass(frozen=True)
+class Relations:
+    """Centred columns of norm 1 in few rows with the same inner products.
+
+    Attributes
+    ----------
+    names : (p,) int array
+        Which columns the others are, ascending; constant ones are left out.
+    between, within : (L + 1, p) and (r, p) arrays
+        The parts of the others that the block of groups explains, a row for each group and the last for the
+        rows without a 1, and does not. Without a block `between` has no rows.
+    block : (L,) int array
+        Which columns the block has.
+    share, odds : (L,) arrays
+        Rows in each of its groups, relative to all, and to those without a 1.
+    effects : (L, p) array
+        Coefficients of the block's columns, scaled to norm 1, in the regression of each other column on them.
+    """
+
+    names: NDArray[np.intp]
+    between: Matrix
+    within: Matrix
+    block: NDArray[np.intp]
+    share: Vector
+    odds: Vector
+    effects: Matrix
+
+    @property
+    def whole(self) -> Matrix:
+        """The other columns themselves, (L + 1 + r, p)."""
+        return np.concatenate([self.between, self.within])
+
+
+def read_relations(
+    chunks: Callable[[], Iterable[tuple[slice, Matrix]]],
+    others: NDArray[np.intp],
+    codes: NDArray[np.int64] | None,
+    block: NDArray[np.intp],
+) -> tuple[Relations, list[int]]:
+    """Return the relations among the columns of a table that comes in portions.
+
+    Parameters
+    ----------
+    chunks : callable
+        Each call yields rows and their (m, p) columns, those of the block left out.
+    others : (p,) int array
+        Which columns these are.
+    codes : (n,) array or None
+        Which column of the block has the 1: −1 none, −2 the row cannot be used and is at the mean.
+    block : (L,) int array
+        Which columns the block has.
+
+    Returns
+    -------
+    Relations
+    list of int
+        The columns that are constant.
+    """
+    num_groups = 0 if codes is None else len(block) + 1
+    sizes, sums, rest = np.zeros(num_groups), np.zeros((num_groups, len(others))), np.zeros(len(others))
+    num_rows = 0
+    # Rows without a 1 are the last group, and unusable rows are one more for now.
+    group = np.zeros(0, np.int64) if codes is None else np.where(codes < 0, num_groups - 2 - codes, codes)
+    for rows, values in chunks():
+        num_rows += len(values)
+        if codes is None:
+            rest += values.sum(0)
+            continue
+        here = group[rows]
+        sizes += np.bincount(here, minlength=num_groups + 1)[:num_groups]
+        for index, column in enumerate(values.T):
+            total = np.bincount(here, column, num_groups + 1)
+            sums[:, index] += total[:num_groups]
+            rest[index] += total[num_groups]
+    mean = (sums.sum(0) + rest) / num_rows
+    average = sums.sum(0) / max(sizes.sum(), 1)
+    steps = np.append(sums / np.maximum(sizes, 1)[:, None] - average, np.zeros((1, len(others))), 0)
+    within = np.empty((0, len(others)))
+    for rows, values in chunks():
+        left = values - mean - (steps[group[rows]] if codes is not None else 0)
+        if len(others) > _WIDE:
+            within = left.T @ left + (within if len(within) else 0)
+        else:
+            within = np.asarray(np.linalg.qr(np.concatenate([within, left]), mode="r"))
+    if len(others) > _WIDE:
+        lengths = np.sqrt(np.diag(within))
+        some = np.where(lengths > 0, lengths, 1)
+        within = _root(within / np.outer(some, some)) * lengths
+    between = np.sqrt(sizes)[:, None] * steps[:num_groups]
+    norms = np.sqrt((between**2).sum(0) + (within**2).sum(0))
+    kept = norms > _CONSTANT * np.maximum(np.sqrt(norms**2 + num_rows * mean**2), 1.0)
+    present = sizes[:-1] > 0
+    unit = norms[kept]
+    inside = sizes[:-1][present]
+    share = inside / max(sizes.sum(), 1)
+    block_norms = np.sqrt(inside * (1 - share))
+    effects = (steps[: len(present)][present] - steps[num_groups - 1])[:, kept] / unit * block_norms[:, None]
+    relations = Relations(
+        names=others[kept],
+        between=between[sizes > 0][:, kept] / unit,
+        within=within[:, kept] / unit,
+        block=block[present],
+        share=share,
+        odds=inside / max(float(sizes[-1:].sum()), 1.0),
+        effects=effects,
+    )
+    return relations, [*others[~kept].tolist(), *block[~present].tolist()]
+
+
+class Collinearity:
+    """What the relations among columns say.
+
+    Parameters
+    ----------
+    relations : Relations
+    num_metadata : int
+        The first columns are metadata, the later ones labels.
+    """
+
+    def __init__(self, relations: Relations, num_metadata: int) -> None:
+        self._relations = relations
+        self._width = len(relations.names) + len(relations.block)
+        self._is_label = relations.names >= num_metadata
+        self._whole = relations.whole
+        self._known: dict[tuple[bytes, bool], tuple[Matrix, Matrix]] = {}
+        within = relations.within
+        if within.shape[1] > _WIDE:
+            values, vectors = np.linalg.eigh(within.T @ within)
+            singular, right = np.sqrt(np.where(values > _ROUNDING, values, 0))[::-1], vectors.T[::-1]
+        else:
+            _, singular, right = np.linalg.svd(within, full_matrices=True)
+            singular = np.concatenate([singular, np.zeros(within.shape[1] - len(singular))])
+        self._singular = singular
+        free = singular > _DEPENDENT
+        # Rows with the inner products of the inverse of the correlations, as far as it exists.
+        self._inverse: Matrix = right[free] / singular[free, None]
+        null = right[~free].T
+        null = np.linalg.qr(np.concatenate([null, -relations.effects @ null]))[0] if null.size else null
+        takes_part = (null**2).sum(1) > _DEPENDENT if null.size else np.zeros(self._width, dtype=bool)
+        self.dependent = set(np.append(relations.names, relations.block)[takes_part].tolist())
+        labels = _span(self._whole[:, self._is_label])
+        self._label_between, self._label_within = np.split(labels, [len(relations.between)])
+
+    @property
+    def kept(self) -> list[int]:
+        """The columns that are not constant."""
+        relations = self._relations
+        return sorted([*relations.names.tolist(), *relations.block.tolist()])
+
+    def _at(self, columns: Iterable[int]) -> tuple[Mask, bool]:
+        """Return which of the other columns are given, and whether the block is among them."""
+        given = set(columns)
+        block = self._relations.block
+        return np.isin(self._relations.names, list(given)), bool(len(block)) and int(block[0]) in given
+
+    def _explained(self, columns: Sequence[int]) -> tuple[Matrix, Matrix]:
+        """Return coordinates of the label span and of the label columns in the span of columns."""
+        at, with_block = self._at(columns)
+        key = (at.tobytes(), with_block)
+        if key not in self._known:
+            parts = [self._label_between, self._label_within]
+            parts_of_columns = [self._relations.between, self._relations.within]
+            parts_of_columns = [part[:, self._is_label] for part in parts_of_columns]
+            if with_block:
+                basis = _span(self._relations.within[:, at])
+                results = [
+                    np.concatenate([first, basis.T @ second]) for first, second in (parts, parts_of_columns)
+                ]
+            else:
+                basis = _span(self._whole[:, at])
+                results = [basis.T @ np.concatenate(each) for each in (parts, parts_of_columns)]
+            self._known[key] = (results[0], results[1])
+        return self._known[key]
+
+    def correlations(self, columns: Sequence[int]) -> Vector:
+        """Return the canonical correlations of columns and labels, descending; none without labels."""
+        explained, _ = self._explained(columns)
+        if not explained.size:
+            return np.empty(0)
+        values: Vector = np.clip(np.linalg.svd(explained, compute_uv=False), 0, 1)
+        return values[: min(len(set(columns) & set(self.kept)), explained.shape[1])]
+
+    def label_r2(self, columns: Sequence[int]) -> dict[int, float]:
+        """Return the R² of the regression of each label column on columns."""
+        _, explained = self._explained(columns)
+        r2 = np.clip((explained**2).sum(0), 0, 1)
+        return dict(zip(self._relations.names[self._is_label].tolist(), r2.tolist(), strict=True))
+
+    def r2_on_labels(self) -> dict[int, float]:
+        """Return the R² of the regression of each metadata column on the labels."""
+        relations, num_groups = self._relations, len(self._relations.block)
+        labels = np.concatenate([self._label_between, self._label_within])
+        others = ((labels.T @ self._whole[:, ~self._is_label]) ** 2).sum(0)
+        block = (self._label_between[:num_groups] ** 2).sum(1) / (1 - relations.share)
+        names = [*relations.names[~self._is_label].tolist(), *relations.block.tolist()]
+        return dict(zip(names, np.clip([*others, *block], 0, 1).tolist(), strict=True))
+
+    def inflation(self) -> dict[int, float]:
+        """Return the variance inflation of each column; infinite where the others determine it."""
+        relations = self._relations
+        others = (self._inverse**2).sum(0)
+        # The variance of a difference of two means, and what the other columns add.
+        block = (1 - relations.share) * (1 + relations.odds)
+        block = block + ((self._inverse @ relations.effects.T) ** 2).sum(0)
+        values = zip([*relations.names.tolist(), *relations.block.tolist()], [*others, *block], strict=True)
+        return {name: math.inf if name in self.dependent else max(float(v), 1.0) for name, v in values}
+
+    def term_inflation(self, columns: Sequence[int]) -> float:
+        """Return the generalised variance inflation of columns to the power 1 / (number of columns)."""
+        at, with_block = self._at(columns)
+        number = int(at.sum()) + with_block * len(self._relations.block)
+        if self.dependent & set(columns):
+            return math.inf
+        if with_block:
+            # That of the rest beside these columns, which is the same number.
+            basis = _span(self._whole[:, ~at])
+            left = basis[len(self._relations.between) :]
+            inside = _span(self._relations.within[:, at])
+            left = left - inside @ (inside.T @ left)
+            logarithm = -_log_volume(left)
+        else:
+            logarithm = _log_volume(self._whole[:, at]) + _log_volume(self._inverse[:, at])
+        return max(1.0, math.exp(2 * logarithm / number))
+
+    def condition_number(self) -> float:
+        """Return the largest over the smallest singular value; infinite where columns are collinear."""
+        if self.dependent:
+            return math.inf
+        if not len(self._relations.block):
+            return float(self._singular[0] / self._singular[-1]) if len(self._singular) else 1.0
+        if self._width <= _WIDE:
+            values = np.linalg.eigvalsh(self._times_correlations(np.eye(self._width)))
+            return math.sqrt(values[-1] / values[0])
+        return math.sqrt(
+            _largest(self._times_correlations, self._width) * _largest(self._solved, self._width)
+        )
+
+    def _times_correlations(self, vectors: Matrix) -> Matrix:
+        """Return the correlations of all columns, those of the block first, times (K, m) vectors."""
+        relations, num_groups = self._relations, len(self._relations.block)
+        block, others = vectors[:num_groups], vectors[num_groups:]
+        diagonal = 1 / (1 - relations.share)[:, None]
+        root = np.sqrt(diagonal * relations.share[:, None])
+        cross = np.sqrt(diagonal) * relations.between[:num_groups]
+        whole = self._whole
+        return np.concatenate(
+            [
+                diagonal * block - root * (root.T @ block) + cross @ others,
+                cross.T @ block + whole.T @ (whole @ others),
+            ]
+        )
+
+    def _solved(self, vectors: Matrix) -> Matrix:
+        """Return the inverse of the correlations times (K, m) vectors."""
+        relations, num_groups = self._relations, len(self._relations.block)
+        block, others = vectors[:num_groups], vectors[num_groups:]
+        share = relations.share[:, None]
+        others = self._inverse.T @ (self._inverse @ (others - relations.effects.T @ block))
+        root = np.sqrt(share * (1 - share))
+        alone = (1 - share) * block + root * (root.T @ block) / (1 - share.sum())
+        return np.concatenate([alone - relations.effects @ others, others])
+
+    def groups(self) -> list[list[int]]:
+        """Return groups of columns in which each is a combination of the others."""
+        relations = self._relations
+        independent: list[int] = []
+        groups: list[set[int]] = []
+        basis = np.empty((len(relations.within), 0))
+        for index in np.flatnonzero(np.isin(relations.names, list(self.dependent))):
+            column = relations.within[:, index]
+            left = column - basis @ (basis.T @ column)
+            left -= basis @ (basis.T @ left)
+            norm = np.linalg.norm(left)
+            if norm > _DEPENDENT:
+                basis = np.column_stack([basis, left / norm])
+                independent.append(int(index))
+                continue
+            weights = np.linalg.lstsq(relations.within[:, independent], column, rcond=None)[0]
+            of_block = relations.effects[:, index] - relations.effects[:, independent] @ weights
+            group = {
+                int(relations.names[index]),
+                *relations.names[independent][np.abs(weights) > _WEIGHT].tolist(),
+                *relations.block[np.abs(of_block) > _WEIGHT].tolist(),
+            }
+            for other in [known for known in groups if known & group]:
+                groups.remove(other)
+                group |= other
+            groups.append(group)
+        return sorted(sorted(group) for group in groups)
+
+
+def _largest(times: Callable[[Matrix], Matrix], width: int) -> float:
+    """Return the largest eigenvalue of a matrix that is given by its products, to three digits or so."""
+    vector = np.random.default_rng(0).normal(size=(width, 1))
+    value = 0.0
+    for _ in range(_MAX_STEPS):
+        vector = times(vector / np.linalg.norm(vector))
+        before, value = value, float(np.linalg.norm(vector))
+        if abs(value - before) < 1e-6 * value:
+            break
+    return value
+
+
+def _log_volume(columns: Matrix) -> float:
+    """Return the logarithm of the product of the singular values of independent columns."""
+    return float(np.log(np.abs(np.diag(np.linalg.qr(columns, mode="r")))).sum())
+
+
+def _root(products: Matrix) -> Matrix:
+    """Return a matrix of orthogonal rows that has the given inner products of its columns."""
+    values, vectors = np.linalg.eigh(products)
+    root: Matrix = np.sqrt(np.where(values > _ROUNDING, values, 0))[:, None] * vectors.T
+    return root
+
+
+def _span(columns: Matrix) -> Matrix:
+    """Return an orthonormal basis of the space of columns of norm 1."""
+    if columns.shape[1] > _WIDE:
+        values, vectors = np.linalg.eigh(columns.T @ columns)
+        kept = values > _ROUNDING
+        return np.asarray(columns @ (vectors[:, kept] / np.sqrt(values[kept])))
+    left, singular, _ = np.linalg.svd(columns, full_matrices=False)
+    basis: Matrix = left[:, singular > _DEPENDENT]
+    return basis

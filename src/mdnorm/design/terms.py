@@ -1,0 +1,345 @@
+"""Products of fitted factors: which columns a term has, what they are called, and their values.
+
+A category with L levels has L columns, or L − 1 (all but the reference) where the intercept or another term
+has the rest already: the rule is that of Wilkinson formulas [1]_, and formulaic applies it. Where a product
+is of categories alone, each row has at most one 1 among its columns: such a block is kept as one number a
+row, so that many levels cost no more than few.
+
+References
+----------
+.. [1] Wilkinson, G. N., & Rogers, C. E. (1973). Symbolic description of factorial models for analysis of
+   variance. Applied Statistics, 22(3), 392–399.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mdnorm.design.factors import Evaluated, FittedFactor
+from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, quoted
+from mdnorm.extras import requires
+
+__all__ = ["OneHot", "Product", "TermValues", "Terms", "scoped_products"]
+
+Matrix = NDArray[np.float64]
+Mask = NDArray[np.bool_]
+
+# Values that are computed at once: 16 MiB of float64.
+_CHUNK_VALUES = 2**21
+_MAX_CHUNK_ROWS = 2**15
+# Columns beside those of the widest category: what is said of a design takes the cube of their number, about
+# half a minute for so many.
+_MAX_OTHERS = 2500
+# A column that varies by less, relative to its size, is constant up to rounding.
+_CONSTANT = 1e-12
+
+
+@dataclass(frozen=True)
+class Product:
+    """Factors that are multiplied, and for each whether its category leaves out the reference.
+
+    Attributes
+    ----------
+    term : str
+        The term of the formula that it is part of.
+    factors : tuple of (FittedFactor, bool)
+    """
+
+    term: str
+    factors: tuple[tuple[FittedFactor, bool], ...]
+
+    @cached_property
+    def width(self) -> int:
+        """Number of columns."""
+        return math.prod(fitted.width(reduced) for fitted, reduced in self.factors)
+
+    @property
+    def variables(self) -> list[str]:
+        """Columns of the table that it uses."""
+        return list(dict.fromkeys(name for fitted, _ in self.factors for name in fitted.factor.variables))
+
+    @property
+    def is_one_hot(self) -> bool:
+        """Whether it is of categories alone."""
+        return all(fitted.kind == "category" for fitted, _ in self.factors)
+
+    def names(self) -> list[str]:
+        """Return the names of the columns: the first factor varies fastest, as in other implementations."""
+        parts = [fitted.names(reduced) for fitted, reduced in self.factors]
+        return [":".join(reversed(names)) for names in itertools.product(*reversed(parts))]
+
+    def one_hot(self, values: Mapping[str, Evaluated]) -> OneHot:
+        """Return the codes of a product of categories."""
+        code, step = np.zeros((), dtype=np.int64), 1
+        none, unusable = np.zeros((), dtype=bool), np.zeros((), dtype=bool)
+        for fitted, reduced in self.factors:
+            evaluated = values[fitted.factor.text]
+            unusable = unusable | evaluated.unusable
+            level = evaluated.values - reduced
+            none = none | (level < 0)
+            code = code + step * level
+            step *= fitted.width(reduced)
+        return OneHot(np.where(unusable, -2, np.where(none, -1, code)), self.width)
+
+    def block(self, values: Mapping[str, Evaluated], rows: slice) -> Matrix:
+        """Return the (m, width) columns of some rows, NaN where a factor is unusable."""
+        num_rows = rows.stop - rows.start
+        product, unusable = np.ones((num_rows, 1)), np.zeros(num_rows, dtype=bool)
+        with np.errstate(over="ignore"):
+            for fitted, reduced in reversed(self.factors):
+                evaluated = values[fitted.factor.text]
+                part = evaluated.values.reshape(len(evaluated.unusable), -1)[rows]
+                if fitted.kind == "category":
+                    part = part == np.arange(int(reduced), len(fitted.levels))
+                product = (product[:, :, None] * part[:, None, :]).reshape(num_rows, -1)
+                unusable |= evaluated.unusable[rows]
+        if not np.isfinite(product).all():
+            name = ":".join(fitted.factor.text for fitted, _ in self.factors)
+            raise ValueError(f"the product {name!r} is too large for a number: rescale its variables.")
+        product[unusable] = np.nan
+        return product
+
+
+@dataclass(frozen=True)
+class OneHot:
+    """Columns of which each row has at most one 1.
+
+    Attributes
+    ----------
+    codes : (n,) array
+        The column with the 1; −1 where there is none, −2 where the row cannot be used.
+    width : int
+        Number of columns.
+    """
+
+    codes: NDArray[np.int64]
+    width: int
+
+    def fill(self, block: Matrix, rows: slice) -> None:
+        """Write the columns of some rows, NaN where they cannot be used."""
+        codes = self.codes[rows]
+        block[:] = 0
+        found = np.flatnonzero(codes >= 0)
+        block[found, codes[found]] = 1
+        block[codes == -2] = np.nan
+
+
+class Terms:
+    """The columns of a fitted design: blocks of products, then a 0/1 column for each variable with gaps.
+
+    Parameters
+    ----------
+    products : sequence of Product
+    indicators : sequence of str
+        Variables with a column that says where they are missing.
+    """
+
+    def __init__(self, products: Sequence[Product], indicators: Sequence[str]) -> None:
+        self.products = tuple(products)
+        self.indicators = tuple(indicators)
+        widths = [product.width for product in self.products]
+        self.starts = np.cumsum([0, *widths]).tolist()
+        self.width = sum(widths) + len(self.indicators)
+        if self.width > MAX_COLUMNS:
+            raise FormulaError(
+                f"the design would have {self.width:,} columns, and the limit is {MAX_COLUMNS:,}: merge rare "
+                "levels, or leave out interactions."
+            )
+        one_hot = max((product.width for product in self.products if product.is_one_hot), default=0)
+        if self.width - one_hot > _MAX_OTHERS:
+            raise FormulaError(
+                f"the design would have {self.width - one_hot:,} columns beside those of its widest "
+                f"category, and the limit is {_MAX_OTHERS:,}: merge rare levels, or leave out interactions."
+            )
+
+    @cached_property
+    def names(self) -> tuple[str, ...]:
+        """Names of the columns."""
+        return (
+            *(name for product in self.products for name in product.names()),
+            *(f"{quoted(variable)}[missing]" for variable in self.indicators),
+        )
+
+    def of_terms(self) -> dict[str, list[int]]:
+        """Return the indices of the columns of each term."""
+        columns: dict[str, list[int]] = {}
+        for index, product in enumerate(self.products):
+            columns.setdefault(product.term, []).extend(range(self.starts[index], self.starts[index + 1]))
+        for index, variable in enumerate(self.indicators, self.starts[-1]):
+            columns[f"{quoted(variable)}[missing]"] = [index]
+        return columns
+
+    def of_variables(self, variables: Sequence[str]) -> dict[str, list[int]]:
+        """Return the indices of the columns that use each variable."""
+        columns: dict[str, list[int]] = {name: [] for name in variables}
+        for index, product in enumerate(self.products):
+            for variable in product.variables:
+                columns[variable].extend(range(self.starts[index], self.starts[index + 1]))
+        for index, variable in enumerate(self.indicators, self.starts[-1]):
+            columns[variable].append(index)
+        return columns
+
+    def slice(self, index: int) -> slice:
+        """Return which columns are those of a product."""
+        return slice(self.starts[index], self.starts[index + 1])
+
+    def table(self, values: Mapping[str, Evaluated], missing: Sequence[Mask]) -> TermValues:
+        """Return the values of the columns over a table, to be computed in portions."""
+        codes = {
+            index: product.one_hot(values)
+            for index, product in enumerate(self.products)
+            if product.is_one_hot and product.width
+        }
+        return TermValues(self, values, missing, codes)
+
+
+@dataclass(frozen=True)
+class TermValues:
+    """The columns of a design over a table.
+
+    Attributes
+    ----------
+    terms : Terms
+    values : dict from the text of a factor to Evaluated
+    missing : sequence of (n,) bool arrays
+        For each indicator.
+    one_hot : dict from int to OneHot
+        For each product of categories alone.
+    """
+
+    terms: Terms
+    values: Mapping[str, Evaluated]
+    missing: Sequence[Mask]
+    one_hot: Mapping[int, OneHot]
+
+    @property
+    def num_rows(self) -> int:
+        """Number of rows."""
+        return len(next(iter(self.values.values())).unusable)
+
+    def chunks(self, without: Sequence[int] = ()) -> Iterator[tuple[slice, Matrix]]:
+        """Yield rows and their (m, K) columns, not yet standardised, NaN where unusable.
+
+        Parameters
+        ----------
+        without : sequence of int
+            Products whose columns are left out, and not counted in K.
+        """
+        kept = [index for index in range(len(self.terms.products)) if index not in set(without)]
+        width = sum(self.terms.products[index].width for index in kept) + len(self.missing)
+        step = min(max(_CHUNK_VALUES // max(width, 1), 64), _MAX_CHUNK_ROWS)
+        for start in range(0, self.num_rows, step):
+            rows = slice(start, min(start + step, self.num_rows))
+            block = np.empty((rows.stop - start, width))
+            at = 0
+            for index in kept:
+                product = self.terms.products[index]
+                part = block[:, at : at + product.width]
+                at += product.width
+                if index in self.one_hot:
+                    self.one_hot[index].fill(part, rows)
+                elif product.width:
+                    part[:] = product.block(self.values, rows)
+            for missing in self.missing:
+                block[:, at] = missing[rows]
+                at += 1
+            yield rows, block
+
+    def widest_one_hot(self) -> tuple[int, NDArray[np.int64] | None]:
+        """Return the widest product of categories alone, and its codes; −1 and None where there is none.
+
+        Some row must have no 1 in it, as those of the reference: the columns are independent then.
+        """
+        fit = [index for index, one_hot in self.one_hot.items() if (one_hot.codes == -1).any()]
+        if not fit:
+            return -1, None
+        widest = max(fit, key=lambda index: self.one_hot[index].width)
+        return widest, self.one_hot[widest].codes
+
+    def moments(self) -> tuple[Matrix, Matrix, Matrix]:
+        """Return the usable rows, the mean and the standard deviation of each column, each (K,).
+
+        The deviation is 0 where it is so up to rounding.
+        """
+        width, sparse = self.terms.width, list(self.one_hot)
+        count, mean, squares, largest = (np.zeros(width) for _ in range(4))
+        dense = np.ones(width, dtype=bool)
+        for index in sparse:
+            at, one_hot = self.terms.slice(index), self.one_hot[index]
+            dense[at] = False
+            ones = np.bincount(one_hot.codes[one_hot.codes >= 0], minlength=one_hot.width)
+            count[at] = (one_hot.codes > -2).sum()
+            mean[at] = ones / np.maximum(count[at], 1)
+            squares[at] = count[at] * mean[at] * (1 - mean[at])
+            largest[at] = ones > 0
+        if dense.any():
+            count[dense] = 0
+            total, most = np.zeros((2, int(dense.sum())))
+            for _, block in self.chunks(sparse):
+                usable = ~np.isnan(block)
+                count[dense] += usable.sum(0)
+                with np.errstate(over="ignore"):
+                    total += np.where(usable, block, 0).sum(0)
+                most = np.maximum(most, np.where(usable, np.abs(block), 0).max(0))
+            mean[dense], largest[dense] = total / np.maximum(count[dense], 1), most
+            for _, block in self.chunks(sparse):
+                with np.errstate(over="ignore"):
+                    squares[dense] += (np.where(np.isnan(block), 0.0, block - mean[dense]) ** 2).sum(0)
+        deviation = np.sqrt(squares / np.maximum(count, 1))
+        return count, mean, np.where(deviation <= _CONSTANT * largest, 0.0, deviation)
+
+
+def scoped_products(
+    written: Sequence[Sequence[Factor]], factors: Mapping[str, FittedFactor]
+) -> list[Product]:
+    """Return for the terms of a formula the products that add their columns to those of earlier terms.
+
+    Raises
+    ------
+    FormulaError
+        The terms have too many categories that interact.
+    """
+    terms = list(dict.fromkeys(tuple(factor.text for factor in term) for term in written))
+    if all(len(texts) == 1 for texts in terms):
+        return [Product(text, ((factors[text], factors[text].kind == "category"),)) for (text,) in terms]
+    levels = {text: 2 if factors[text].kind == "category" else 1 for texts in terms for text in texts}
+    expanded = sum(math.prod(levels[text] for text in texts) for texts in terms)
+    if expanded > MAX_COLUMNS:
+        raise FormulaError(
+            f"the formula would have at least {expanded:,} columns, and the limit is {MAX_COLUMNS:,}: leave "
+            "out interactions."
+        )
+    with requires("design"):
+        import pandas as pd
+        from formulaic import Formula
+    # formulaic is asked about a table of two rows that has the same kinds of columns, under other names.
+    names = {text: f"f{index}" for index, text in enumerate(levels)}
+    texts_of = {name: text for text, name in names.items()}
+    table = pd.DataFrame(
+        {
+            name: pd.Categorical(["a", "b"]) if levels[text] == 2 else [0.0, 1.0]
+            for text, name in names.items()
+        }
+    )
+    code = [":".join(names[text] for text in texts) for texts in terms]
+    spec = Formula(["1", *code], _ordering="none").get_model_matrix(table).model_spec
+    products = []
+    for texts, structure in zip(terms, spec.structure[1:], strict=True):
+        for scoped in structure.scoped_terms:
+            pairs = [(texts_of[factor.factor.expr], factor.reduced) for factor in scoped.factors]
+            # Factors keep the order in which they were written.
+            pairs.sort(key=lambda pair: texts.index(pair[0]))
+            products.append(
+                Product(
+                    ":".join(texts),
+                    tuple((factors[text], reduced and levels[text] == 2) for text, reduced in pairs),
+                )
+            )
+    return products
