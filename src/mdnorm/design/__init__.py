@@ -4,6 +4,7 @@ from mdnorm.design.curves import polynomial
 from mdnorm.design.diagnosis import ConfoundedDesignWarning, DesignDiagnosis, SparseCell
 from mdnorm.design.formula import FormulaError
 from mdnorm.design.matrices import Design, DesignMatrices
+from mdnorm.design.roles import TableWarning
 
 __all__ = [
     "ConfoundedDesignWarning",
@@ -12,5 +13,6 @@ __all__ = [
     "DesignMatrices",
     "FormulaError",
     "SparseCell",
+    "TableWarning",
     "polynomial",
 ]

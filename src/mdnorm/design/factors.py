@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from mdnorm.design.curves import Curve, fit_curve
 from mdnorm.design.formula import Factor, quoted
-from mdnorm.design.reader import Column, shown, shown_rows
+from mdnorm.design.reader import Column, odd_cell, shown, shown_rows
 from mdnorm.design.saved import numbers_in, read
 
 __all__ = ["Evaluated", "FittedFactor", "factor_from_state", "fit_factor"]
@@ -145,7 +145,14 @@ def fit_factor(factor: Factor, columns: Mapping[str, Column]) -> FittedFactor:
         )
     kind = factor.kind
     if kind == "column":
-        kind = "category" if columns[factor.variables[0]].categorical else "numeric"
+        column = columns[factor.variables[0]]
+        problem = None if column.declared else odd_cell(column)
+        if problem is not None:
+            raise ValueError(
+                f"{problem}: correct the cell or make it missing, or make the column a category with "
+                f"C({factor.text})."
+            )
+        kind = "category" if column.categorical else "numeric"
     if kind == "category":
         return FittedFactor(factor, kind, levels=_fitted_levels(factor, columns[factor.variables[0]]))
     moments: dict[str, list[float]] = {}

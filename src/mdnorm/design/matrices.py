@@ -29,6 +29,7 @@ from mdnorm.design.formula import (
     quoted,
 )
 from mdnorm.design.reader import Column, column_names, read_columns
+from mdnorm.design.roles import TableWarning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
 from mdnorm.design.terms import Terms, TermValues, scoped_products
 
@@ -308,6 +309,8 @@ class Design:
         -----
         ConfoundedDesignWarning
             Label and metadata can hardly be told apart: see `diagnose`.
+        TableWarning
+            Numbers such as −9999 seem to stand for missing values.
         """
         self._is_fitted = False
         columns, num_rows = read_columns(table, self.variables())
@@ -340,6 +343,8 @@ class Design:
         self._fit_moments(values)
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         self._is_fitted = True
+        for note in filter(None, map(stand_in_warning, columns.values())):
+            warnings.warn(note, TableWarning, stacklevel=2)
         if diagnosis.warnings:
             warnings.warn(
                 " ".join(["The design is confounded:", *diagnosis.warnings, "See Design.diagnose."]),

@@ -243,6 +243,8 @@ def read_table(
         name = str(getattr(table, "name", None) or single or f"{unnamed}0")
         columns = {name: read_column(name, table)}
     else:
+        if hasattr(table, "set_axis"):  # the names of pandas may be numbers
+            table = table.set_axis(list(map(str, table.columns)), axis=1)
         try:
             frame = _frame(table, None)
         except TypeError as error:
@@ -250,10 +252,7 @@ def read_table(
                 f"{what} must be a DataFrame of pandas, polars or pyarrow, a mapping of names to columns, or "
                 f"an array, got {type(table).__name__}."
             ) from error
-        names = list(map(str, frame.columns))
-        if len(set(names)) < len(names):
-            raise ValueError(f"{what} has two columns of one name among {names[:10]}: rename one.")
-        columns = {name: _of_series(name, frame[own]) for name, own in zip(names, frame.columns, strict=True)}
+        columns = {name: _of_series(name, frame[name]) for name in frame.columns}
     lengths = {name: len(column.missing) for name, column in columns.items()}
     if len(set(lengths.values())) > 1:
         counts = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())

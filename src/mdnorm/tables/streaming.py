@@ -23,8 +23,7 @@ from numpy.typing import NDArray
 
 from mdnorm.design import ConfoundedDesignWarning, Design
 from mdnorm.design.files import check_metadata, open_table
-from mdnorm.design.reader import read_columns
-from mdnorm.design.roles import stand_in_warning
+from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
 from mdnorm.files import atomic_path
 from mdnorm.tables.combat import SiteCodes, SiteMoments, add_moments, site_moments
@@ -430,11 +429,10 @@ def _fit(
         if sample.num_rows == 0:
             raise TableFileError(no_rows)
         with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always", ConfoundedDesignWarning)
+            warnings.simplefilter("always")
             design.fit(sample.rows())
-        notes += [str(entry.message) for entry in caught if entry.category is ConfoundedDesignWarning]
-        columns_found = read_columns(sample.rows(), variables)[0].values()
-        notes += [note for note in map(stand_in_warning, columns_found) if note is not None]
+        said = (ConfoundedDesignWarning, TableWarning)
+        notes += [str(entry.message) for entry in caught if issubclass(entry.category, said)]
         if everything is not sample:
             # Now, not after an hour: a level or a gap that only other rows have.
             try:
