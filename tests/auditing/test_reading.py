@@ -2,6 +2,7 @@ import contextlib
 import zipfile
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -198,3 +199,28 @@ def test_damaged_arrays_are_one_sentence(tmp_path):
         archive.writestr("features", b"hello")
     with pytest.raises(InputError, match="holds a file 'features' that is no array"):
         read_features(tmp_path / "member.npz")
+
+
+def test_the_index_of_a_frame_is_no_feature_and_metadata_only_with_a_name(tmp_path):
+    table = pd.DataFrame({"age": [40.5, 50.5, 61.5], "volume": [1.5, 2.5, 3.5]}, index=[3, 7, 9])
+    for path, write_table in (("t.parquet", table.to_parquet), ("t.csv", table.to_csv)):
+        write_table(tmp_path / path)
+        assert read_table(tmp_path / path).column_names == ["age", "volume"]
+        with pytest.warns(TableWarning, match="the index of a DataFrame"):
+            assert read_features(tmp_path / path).shape == (3, 2)
+    table.rename_axis("subject").to_parquet(tmp_path / "named.parquet")
+    assert read_table(tmp_path / "named.parquet").column_names == ["age", "volume", "subject"]
+    with pytest.warns(TableWarning, match=r"subject \(the index of a DataFrame\)"):
+        assert read_features(tmp_path / "named.parquet").shape == (3, 2)
+
+
+def test_texts_that_stand_for_missing_values_are_an_error_or_an_option(tmp_path):
+    rows = [f"{row + 0.5},{row * 1.5 + 0.25}" for row in range(20)]
+    (tmp_path / "t.csv").write_text("\n".join(["age,volume", *rows[:7], "?,?", *rows[7:]]))
+    for read in (read_table, read_features):
+        with pytest.raises(InputError, match=r"'(age|volume)' has numbers, but '\?' in row 7 .*--missing-"):
+            read(tmp_path / "t.csv")
+    assert read_table(tmp_path / "t.csv", ["?"]).column("age").null_count == 1
+    values = read_features(tmp_path / "t.csv", missing_values=["?"])
+    assert np.isnan(values[7]).all()
+    assert np.isfinite(np.delete(values, 7, axis=0)).all()

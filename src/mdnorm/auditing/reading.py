@@ -32,7 +32,9 @@ class InputError(ValueError):
     """What was given to audit cannot be audited; the message says what is wrong and what to do."""
 
 
-def read_features(path: str | Path, key: str | None = None, columns: Sequence[str] = ()) -> NDArray[Any]:
+def read_features(
+    path: str | Path, key: str | None = None, columns: Sequence[str] = (), missing_values: Sequence[str] = ()
+) -> NDArray[Any]:
     """Return the features in a file, one row for each sample.
 
     Parameters
@@ -45,6 +47,8 @@ def read_features(path: str | Path, key: str | None = None, columns: Sequence[st
     columns : sequence of str
         Of a table: names and patterns such as "voxel_*" of the columns that are features. By default all
         numbers but the index of a DataFrame, identifiers and codes; a warning says which are left out.
+    missing_values : sequence of str
+        Of a table: further texts that stand for a missing value, such as ``"?"``.
 
     Returns
     -------
@@ -75,13 +79,13 @@ def read_features(path: str | Path, key: str | None = None, columns: Sequence[st
         values = _read_safetensors(path, key)
     else:
         with _as_input_error():
-            values = _read_columns(path, columns)
+            values = _read_columns(path, columns, missing_values)
     if values.dtype.kind not in "biuf":
         raise InputError(f"{path} holds values of dtype {values.dtype}: features must be real numbers.")
     return values
 
 
-def read_table(path: str | Path) -> pyarrow.Table:
+def read_table(path: str | Path, missing_values: Sequence[str] = ()) -> pyarrow.Table:
     """Return a table of metadata without the index of a DataFrame, its types found from all values.
 
     Parameters
@@ -89,6 +93,8 @@ def read_table(path: str | Path) -> pyarrow.Table:
     path : str or Path
         ``.csv`` with a header (separated by commas, semicolons or tabs), ``.tsv`` or ``.parquet``. Empty
         cells and NA, NaN, n/a, null are missing.
+    missing_values : sequence of str
+        Further texts that stand for a missing value.
 
     Raises
     ------
@@ -97,7 +103,7 @@ def read_table(path: str | Path) -> pyarrow.Table:
         column of numbers has an odd cell or decimal commas, which would make it a category.
     """
     with _as_input_error():
-        return read_table_file(Path(path))
+        return read_table_file(Path(path), missing_values)
 
 
 @contextmanager
@@ -183,8 +189,8 @@ def matching(names: Sequence[str], patterns: Sequence[str], where: str) -> list[
     ]
 
 
-def _read_columns(path: Path, columns: Sequence[str]) -> NDArray[Any]:
-    table = open_table(path)
+def _read_columns(path: Path, columns: Sequence[str], missing_values: Sequence[str]) -> NDArray[Any]:
+    table = open_table(path, missing_values)
     names, left_alone = chosen_features(table, columns or None)
     if left_alone:
         reasons = [f"{name or '(no name)'} ({reason})" for name, reason in left_alone.items()]

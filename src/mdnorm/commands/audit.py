@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,6 +71,10 @@ def audit(
     ] = None,
     score_after: Annotated[str | None, typer.Option(help="The same after the treatment.")] = None,
     positive: Annotated[str | None, typer.Option(help="The positive class. [default: the larger]")] = None,
+    missing_values: Annotated[
+        list[str] | None,
+        typer.Option(help='Text that stands for a missing value in a table, such as "?"; may be repeated.'),
+    ] = None,
     kind: Annotated[
         list[str] | None,
         typer.Option(help="COLUMN=continuous or COLUMN=categorical, where the inferred kind is wrong."),
@@ -140,8 +145,9 @@ def audit(
         named = bool(treatments)
         if named and (prediction_after or score_after):
             fail("--prediction-after and --score-after belong to --after, not to --features.", BAD_INPUT)
-        read_files = _read_features(files, key, _listed(columns))
-        table = auditing.read_table(metadata)
+        missing = missing_values or []
+        read_files = _read_features(files, key, _listed(columns), missing)
+        table = auditing.read_table(metadata, missing)
         names = _names(name or [], 1 if after is None else 2)
         read = as_columns(table, _kinds(kind or []), ignore or [])
         foretold = _predicted(
@@ -284,10 +290,13 @@ def _predicted(path: Path | None, names: dict[str, str | None]) -> dict[str, Any
     }
 
 
-def _read_features(files: dict[str, Path], key: str | None, columns: list[str]) -> dict[str, Any]:
+def _read_features(
+    files: dict[str, Path], key: str | None, columns: list[str], missing_values: list[str]
+) -> dict[str, Any]:
     """Return all sets of features; an option is for whichever files it can be meant for."""
     from mdnorm.auditing.reading import ARCHIVE_FORMATS, read_features
     from mdnorm.design.files import TABLE_FORMATS
+    from mdnorm.design.roles import TableWarning
 
     paths = list(files.values())
 
@@ -295,14 +304,20 @@ def _read_features(files: dict[str, Path], key: str | None, columns: list[str]) 
         # Where it is for none of the files, the reader says so.
         return path.suffix.lower() in formats or not any(p.suffix.lower() in formats for p in paths)
 
-    return {
-        name: read_features(
-            path,
-            key if is_for(path, ARCHIVE_FORMATS) else None,
-            columns if is_for(path, TABLE_FORMATS) else (),
-        )
-        for name, path in files.items()
-    }
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TableWarning)
+        read = {
+            name: read_features(
+                path,
+                key if is_for(path, ARCHIVE_FORMATS) else None,
+                columns if is_for(path, TABLE_FORMATS) else (),
+                missing_values,
+            )
+            for name, path in files.items()
+        }
+    for entry in caught:
+        errors.print(f"[yellow]warning:[/] {escape(str(entry.message))}", highlight=False, soft_wrap=True)
+    return read
 
 
 def _kinds(texts: Sequence[str]) -> dict[str, str]:

@@ -49,6 +49,9 @@ _SAMPLE_VALUES = 2**24
 
 _READ_BUFFER_BYTES = 2**18
 
+# What pandas calls a level of an index that has no name.
+_LEVEL = re.compile(r"__index_level_\d+__")
+
 
 def open_table(path: Path, missing_values: Sequence[str] = ()) -> TableFile:
     """Open a table for reading.
@@ -75,7 +78,7 @@ def open_table(path: Path, missing_values: Sequence[str] = ()) -> TableFile:
 
 
 def read_table_file(path: Path, missing_values: Sequence[str] = ()) -> pyarrow.Table:
-    """Return the whole table in a file, without the index of a DataFrame; as `open_table`.
+    """Return the whole table in a file, as `open_table`; without the index of a DataFrame that has no name.
 
     Raises
     ------
@@ -84,7 +87,8 @@ def read_table_file(path: Path, missing_values: Sequence[str] = ()) -> pyarrow.T
     """
     table = open_table(path, missing_values)
     check_columns(table, table.repeated)
-    names = [name for name in table.names if name not in table.index_names]
+    nameless = {name for name in table.index_names if not name or _LEVEL.fullmatch(name)}
+    names = [name for name in table.names if name not in nameless]
     import pyarrow
 
     with reading(path, path.suffix[1:].upper()):
@@ -141,9 +145,7 @@ class ParquetFile:
         if self.num_rows == 0:
             raise TableFileError(f"{path} has no rows.")
         index = (self.schema.pandas_metadata or {}).get("index_columns", [])
-        self.index_names = tuple(
-            name for name in self.names if name in index or re.fullmatch(r"__index_level_\d+__", name)
-        )
+        self.index_names = tuple(name for name in self.names if name in index or _LEVEL.fullmatch(name))
 
     def numeric(self) -> list[str]:
         """Return the names of the columns that hold integers or floating-point numbers."""
