@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import statsmodels.api as sm
 import torch
@@ -450,3 +451,20 @@ def test_zero_weights_and_empty_blocks_count_as_nothing() -> None:
     _assert_close(moments, _moments(features[1:], design[1:]))
     assert Moments.empty(2, 1).update(features[:0], design[:0]).weight == 0
     assert Moments.empty(2, 1).update(features, design, np.zeros(10)).weight == 0
+
+
+def test_columns_of_frames_are_those_of_before() -> None:
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame(rng.normal(size=(20, 3)), columns=["age", "left", "right"])
+    moments = Moments.empty(2, 1).update(table[["left", "right"]], table[["age"]])
+    other = Moments.empty(2, 1).update(table[["right", "left"]], table[["age"]])
+    for fails in (
+        lambda: moments.update(table[["right", "left"]], table[["age"]]),
+        lambda: moments.merge(other),
+    ):
+        with pytest.raises(ValueError, match=r"features has the columns \['right', 'left'\], before it had"):
+            fails()
+    assert moments.num_rows == 20
+    # Arrays have no names, and names are not saved.
+    assert moments.update(table[["right", "left"]].to_numpy(), table[["age"]]).num_rows == 40
+    assert Moments.from_arrays(moments.to_arrays()).merge(other).num_rows == 60

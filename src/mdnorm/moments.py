@@ -319,6 +319,7 @@ class Moments:
         return {
             name: value.numpy(force=True) if isinstance(value, Tensor) else np.asarray(value)
             for name, value in vars(self).items()
+            if name != "_names"
         }
 
     @classmethod

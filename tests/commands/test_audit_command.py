@@ -128,7 +128,7 @@ def test_bad_files_exit_with_2(files):
     empty = damaged(files, "empty.csv", b"")
     short = damaged(files, "short.csv", b"age\n1\n2\n")
     for arguments, message in [
-        ((half, table), "half.npy cannot be read"),
+        ((half, table), "half.npy is truncated"),
         ((good, empty), "empty.csv is empty"),
         ((good, short), "120 in features, 2 in metadata"),
         ((files / "none.npy", table), "none.npy does not exist"),

@@ -21,6 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.datasets import load_breast_cancer, load_diabetes, load_digits
+from sklearn.ensemble import RandomForestClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.model_selection import GridSearchCV, KFold, cross_val_score, cross_validate
@@ -31,6 +32,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 import mdnorm.tables
 import reference
 from mdnorm import metadata_norm
+from mdnorm.design import LeakageWarning
 from mdnorm.sklearn import MetadataResidualizer
 
 with warnings.catch_warnings():
@@ -79,6 +81,7 @@ def _indicators(frame: pd.DataFrame) -> np.ndarray:
 
 
 @pytest.mark.filterwarnings("ignore:no metadata. X is returned unchanged:UserWarning")
+@pytest.mark.filterwarnings("ignore::mdnorm.design.LeakageWarning")
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
 @parametrize_with_checks(
     [
@@ -441,6 +444,34 @@ def test_missing_features_are_named_or_skipped() -> None:
         table.loc[70, "e"] = value
         with pytest.raises(ValueError, match=r"infinity: column\(s\) 'e'"):
             skipping.fit(table, label, metadata=frame)
+
+
+@pytest.mark.parametrize("kind", ["counts", "tails", "normal"])
+def test_features_into_which_a_subtraction_writes_the_metadata_are_named(kind: str) -> None:
+    """A forest reads the label in the residuals of features that know nothing; see docs/leakage.md."""
+    rng = np.random.default_rng(0)
+    label = rng.integers(0, 2, 300)
+    confounder = label + rng.normal(0, 0.7, 300)
+    features = {
+        "counts": rng.poisson(1.0, (300, 8)).astype(float),
+        "tails": np.exp(2 * rng.normal(size=(300, 8))),
+        "normal": rng.normal(size=(300, 8)),
+    }[kind]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fitted = MetadataResidualizer().fit(features[:200], label[:200], metadata=confounder[:200])
+    leaks = kind != "normal"
+    assert [entry.category for entry in caught] == [LeakageWarning] * leaks
+    # How heavy a tail is, 200 rows do not say of every feature.
+    assert not leaks or int(str(caught[0].message).split()[0]) >= 5
+    train, test = (
+        fitted.transform(features[rows], metadata=confounder[rows]) for rows in (slice(200), slice(200, 300))
+    )
+    forest = RandomForestClassifier(100, random_state=0)
+    before = forest.fit(features[:200], label[:200]).score(features[200:], label[200:])
+    after = forest.fit(train, label[:200]).score(test, label[200:])
+    assert before < 0.62
+    assert after > 0.68 if leaks else after < 0.62
 
 
 def test_the_same_row_labels_in_another_order_are_refused() -> None:
@@ -861,6 +892,7 @@ def test_diabetes_blood_values_without_age_and_sex() -> None:
 
 @routed_scores
 @pytest.mark.usefixtures("_routing")
+@pytest.mark.filterwarnings("ignore::mdnorm.design.LeakageWarning")
 def test_breast_cancer_texture_without_size() -> None:
     data = load_breast_cancer(as_frame=True)
     size = ["mean radius", "mean area", "mean perimeter"]  # nearly collinear

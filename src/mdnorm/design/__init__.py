@@ -3,6 +3,7 @@
 from mdnorm.design.curves import polynomial
 from mdnorm.design.diagnosis import ConfoundedDesignWarning, DesignDiagnosis, SparseCell
 from mdnorm.design.formula import FormulaError
+from mdnorm.design.leakage import LeakageWarning
 from mdnorm.design.matrices import Design, DesignMatrices
 from mdnorm.design.roles import TableWarning
 
@@ -12,6 +13,7 @@ __all__ = [
     "DesignDiagnosis",
     "DesignMatrices",
     "FormulaError",
+    "LeakageWarning",
     "SparseCell",
     "TableWarning",
     "polynomial",

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from mdnorm.design.csv_file import CsvFile
 from mdnorm.design.feature_columns import chosen_features
 from mdnorm.design.files import TABLE_FORMATS, ArrayFile, ParquetFile, checked_suffix, open_table
+from mdnorm.design.leakage import leaking_features
 from mdnorm.design.roles import stand_in_warning
 from mdnorm.design.table_file import TableFile, TableFileError
 
@@ -64,7 +65,7 @@ class FeatureFile(Protocol):
     """Of the features in a block."""
 
     def warnings(self) -> list[str]:
-        """Return sentences on numbers among the first rows that seem to stand for missing values."""
+        """Return sentences on what the first rows show: stand-ins for missing values, features that leak."""
 
     def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
         """Yield the rows in order, with other columns; None: with all that `writer` needs."""
@@ -163,9 +164,13 @@ class FeatureTable:
         self.dtype = np.result_type(*{kind.to_pandas_dtype() for kind in self._types.values()})
 
     def warnings(self) -> list[str]:
-        """Return sentences on numbers among the first rows that seem to stand for missing values."""
-        columns = self.table.sample(self.feature_names).values()
-        return [note for note in map(stand_in_warning, columns) if note is not None]
+        """Return sentences on what the first rows show: stand-ins for missing values, features that leak."""
+        columns = list(self.table.sample(self.feature_names).values())
+        notes = [stand_in_warning(column) for column in columns]
+        notes.append(
+            leaking_features(np.stack([column.as_float() for column in columns], 1), self.feature_names)
+        )
+        return [note for note in notes if note is not None]
 
     def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
         """Yield the rows in order."""

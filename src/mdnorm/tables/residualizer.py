@@ -18,6 +18,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import _check_feature_names_in, check_array, check_is_fitted, validate_data
 
+from mdnorm.design.leakage import LeakageWarning, leaking_features
 from mdnorm.design.reader import Column, check_same_order, read_column, shown, shown_rows
 from mdnorm.tables.combat import (
     LocationScale,
@@ -205,6 +206,12 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         TypeError, ValueError
             Tables that cannot be used (see `mdnorm.Design`), metadata given twice, too
             few rows, sites that cannot be estimated (see `mdnorm.tables.fit_location_scale`).
+
+        Warns
+        -----
+        LeakageWarning
+            Features are discrete or have heavy tails, so that non-linear models can read the metadata in what
+            is left of them.
         """
         self._check_parameters()
         if sample_weight is not None and not np.any(np.asarray(sample_weight)):
@@ -397,10 +404,14 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             self.moments_,
             self._fitted_model(),
             variables,
-            _check_feature_names_in(self, None)[self._feature_index],
+            self._feature_names(),
             site=None if self._metadata_table is None else self._metadata_table.site_name,
             num_known=self._num_metadata + (0 if labels is None else len(labels.names)),
         )
+
+    def _feature_names(self) -> list[Any]:
+        names: list[Any] = _check_feature_names_in(self, None)[self._feature_index].tolist()
+        return names
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Return the names of the columns that `transform` returns.
@@ -476,6 +487,9 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
         if reset:
             self._start(X, metadata, given, classes)
         features, design, sites, num_rows = self._read(X, metadata, given, training=True)
+        note = leaking_features(features, self._feature_names()) if reset and self._num_metadata else None
+        if note is not None:
+            warnings.warn(note, LeakageWarning, stacklevel=3)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
         if np.isnan(features).any():
             weights = (np.ones(num_rows) if weights is None else weights) * ~np.isnan(features).any(1)
