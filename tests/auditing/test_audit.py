@@ -396,3 +396,15 @@ def test_rows_that_were_shuffled_apart_are_refused() -> None:
         mdnorm.audit(features.sample(frac=1, random_state=0), age)
     # The features of a model have no labels of rows.
     mdnorm.audit(features.reset_index(drop=True), age, settings=Settings(num_permutations=20))
+
+
+def test_a_treatment_that_makes_many_values_of_few_is_noted() -> None:
+    rng = np.random.default_rng(0)
+    age = rng.uniform(20, 80, 90)
+    counts = np.column_stack([rng.poisson(1.0, 90), rng.standard_normal(90)]).astype(float)
+    slope = np.polyfit(age, counts, 1)[0]
+    after = counts - np.outer(age - age.mean(), slope)
+    notes = mdnorm.audit(counts, {"age": age}, after=after, settings=QUICKEST).notes
+    assert any(note.startswith("1 of 2 features had few different values and have many") for note in notes)
+    notes = mdnorm.audit(counts, {"age": age}, after=counts * 2, settings=QUICKEST).notes
+    assert not any("few different values" in note for note in notes)

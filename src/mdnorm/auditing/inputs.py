@@ -15,6 +15,7 @@ from torch import Tensor
 from mdnorm.auditing.columns import Column, as_classes, as_column, as_columns, printable
 from mdnorm.auditing.reading import InputError
 from mdnorm.auditing.settings import MIN_ROWS, Settings
+from mdnorm.design.leakage import is_discrete
 from mdnorm.design.reader import check_same_order
 from mdnorm.design.roles import stand_ins
 from mdnorm.text import listed
@@ -359,7 +360,26 @@ def aligned(inputs: Inputs, max_rows: int, settings: Settings) -> tuple[Inputs, 
             )
     for name, values in inputs.features.items():
         notes += _notes_on_features(name, inputs.titles[name], values, standardize=settings.standardize)
+    notes += _notes_on_leakage(inputs)
     return inputs, notes + _notes_on_subjects(inputs, settings.seed)
+
+
+def _notes_on_leakage(inputs: Inputs) -> list[str]:
+    """Say where features were discrete and a treatment gave nearly every row a value of its own."""
+    (_, first), *others = inputs.features.items()
+    discrete = [index for index, column in enumerate(first.T) if np.ptp(column) and is_discrete(column)]
+    notes = []
+    for name, values in others:
+        if values.shape[1] != first.shape[1]:
+            continue
+        changed = sum(not is_discrete(values[:, index]) for index in discrete)
+        if changed:
+            notes.append(
+                f"{changed} of {first.shape[1]} features had few different values and have many "
+                f"({inputs.titles[name]}): what was subtracted differs from row to row, so that a non-linear "
+                "model may read the metadata in the digits of the result, however little the measures here show."
+            )
+    return notes
 
 
 def _notes_on_features(name: str, title: str, values: NDArray[np.float64], *, standardize: bool) -> list[str]:

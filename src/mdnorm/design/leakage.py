@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mdnorm.design.reader import shown
 
-__all__ = ["LeakageWarning", "leaking_features"]
+__all__ = ["LeakageWarning", "is_discrete", "leaking_features"]
 
 # Discrete: no more different values than this, and several rows for each.
 _MAX_DISTINCT = 20
@@ -24,6 +24,14 @@ _ROWS = 10_000
 
 class LeakageWarning(UserWarning):
     """Residuals of these features let a non-linear reader find the metadata that were subtracted."""
+
+
+def is_discrete(values: NDArray[np.float64]) -> bool:
+    """Whether numbers (n,), all finite, have few different values, each several times."""
+    # Most features show in their first rows that they have more.
+    if len(np.unique(values[: 4 * _MAX_DISTINCT])) > _MAX_DISTINCT:
+        return False
+    return len(np.unique(values)) <= min(_MAX_DISTINCT, len(values) // _ROWS_OF_A_VALUE)
 
 
 def leaking_features(features: NDArray[Any], names: Sequence[Any]) -> str | None:
@@ -49,9 +57,7 @@ def leaking_features(features: NDArray[Any], names: Sequence[Any]) -> str | None
         values = column[np.isfinite(column)].astype(np.float64)
         if len(values) < 2 * _ROWS_OF_A_VALUE or values.min() == values.max():
             continue
-        # Most features show in their first rows that they have more different values.
-        few = len(np.unique(values[: 4 * _MAX_DISTINCT])) <= _MAX_DISTINCT
-        if few and len(np.unique(values)) <= min(_MAX_DISTINCT, len(values) // _ROWS_OF_A_VALUE):
+        if is_discrete(values):
             discrete.append(name)
         elif np.mean(((values - values.mean()) / values.std()) ** 4) - 3 > _HEAVY:
             heavy.append(name)
