@@ -377,7 +377,7 @@ def _notes_on_leakage(inputs: Inputs) -> list[str]:
             notes.append(
                 f"{changed} of {first.shape[1]} features had few different values and have many "
                 f"({inputs.titles[name]}): what was subtracted differs from row to row, so that a non-linear "
-                "model may read the metadata in the digits of the result, however little the measures here show."
+                "model may read the metadata in the digits of the result, whatever the measures here show."
             )
     return notes
 
