@@ -56,7 +56,7 @@ def expected(package):
     return {
         path.relative_to(package.parent).as_posix()
         for path in package.rglob("*")
-        if path.suffix in (".py", ".html") or path.name == "py.typed"
+        if path.suffix in (".py", ".html", ".js") or path.name == "py.typed"
     }
 
 
