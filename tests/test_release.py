@@ -9,6 +9,7 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 import mdnorm
 
@@ -23,10 +24,17 @@ def run(*command, **options):
     return done.stdout
 
 
+def build(tmp_path_factory, source, *options):
+    """Build in a new folder; one process at a time, since builds leave files in the source tree meanwhile."""
+    folder = tmp_path_factory.mktemp("dist")
+    with FileLock(tmp_path_factory.getbasetemp().parent / "build.lock"):
+        run("-m", "build", "--no-isolation", *options, "--outdir", folder, source)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dist")
-    run("-m", "build", "--no-isolation", "--outdir", folder, ROOT)
+    folder = build(tmp_path_factory, ROOT)
     (wheel,) = folder.glob("*.whl")
     (source,) = folder.glob("*.tar.gz")
     return wheel, source
@@ -34,8 +42,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def experiments(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("dist")
-    run("-m", "build", "--no-isolation", "--wheel", "--outdir", folder, EXPERIMENTS)
+    folder = build(tmp_path_factory, EXPERIMENTS, "--wheel")
     (wheel,) = folder.glob("*.whl")
     return wheel
 

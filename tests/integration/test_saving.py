@@ -343,7 +343,9 @@ class TestErrors:
         path = self.saved(tmp_path)
         self.refused(path, r"encoder\.0\.bias is \(8,\) and not \(9,\)", Network(9))
         self.refused(
-            path, r"it has no '0\.bias', '0\.weight'; the model has no 'encoder", nn.Sequential(nn.Linear(3, 2))
+            path,
+            r"it has no '0\.bias', '0\.weight'; the model has no 'encoder",
+            nn.Sequential(nn.Linear(3, 2)),
         )
         self.refused(path, "device meta", Network().to("meta"))
         model = Network()
