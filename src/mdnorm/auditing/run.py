@@ -210,12 +210,12 @@ def _fingerprint(used: Mapping[str, NDArray[np.float64]], columns: Sequence[Colu
 
 
 def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
     import sklearn
 
-    import mdnorm
-
     return {
-        "mdnorm": mdnorm.__version__,
+        "mdnorm": version("mdnorm"),
         "torch": torch.__version__,
         "numpy": np.__version__,
         "scikit-learn": sklearn.__version__,

@@ -14,7 +14,7 @@ from torch import nn
 
 import mdnorm
 from mdnorm import balancing_weights
-from mdnorm.balance import _distance_product
+from mdnorm.balance.problem import _distance_product
 from mdnorm.design import polynomial
 from mdnorm.metrics import distance_correlation_sqr
 
