@@ -41,6 +41,7 @@ from mdnorm.integration import (
 )
 from mdnorm.layer import MetadataNorm, metadata_norm
 from mdnorm.moments import Moments
+from mdnorm.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from mdnorm import sklearn as sklearn
@@ -81,8 +82,6 @@ __all__ = [
     "remove",
     "save",
 ]
-
-__version__ = "0.1.0"
 
 # Not in `__all__`: a star would import them.
 _LAZY = ("sklearn", "tables")

@@ -20,6 +20,7 @@ from mdnorm.auditing.report import Report
 from mdnorm.auditing.sets import feature_sets, projections_of
 from mdnorm.auditing.settings import Settings
 from mdnorm.metrics import cka
+from mdnorm.version import __version__
 
 __all__ = ["audit", "number_of_steps"]
 
@@ -210,12 +211,10 @@ def _fingerprint(used: Mapping[str, NDArray[np.float64]], columns: Sequence[Colu
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
     import sklearn
 
     return {
-        "mdnorm": version("mdnorm"),
+        "mdnorm": __version__,
         "torch": torch.__version__,
         "numpy": np.__version__,
         "scikit-learn": sklearn.__version__,
