@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from mdnorm.design import Design, TableWarning
-from mdnorm.design.reader import check_same_order, odd_cell, read_column, read_columns, read_table
+from mdnorm.design.reader import odd_cell, read_column, read_columns, read_table
 from mdnorm.design.roles import why_no_feature
+from mdnorm.design.row_order import check_same_order
 
 N = 40
 

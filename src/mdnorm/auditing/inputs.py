@@ -16,8 +16,8 @@ from mdnorm.auditing.columns import Column, as_classes, as_column, as_columns, p
 from mdnorm.auditing.reading import InputError
 from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.design.leakage import is_discrete
-from mdnorm.design.reader import check_same_order
 from mdnorm.design.roles import stand_ins
+from mdnorm.design.row_order import check_same_order
 from mdnorm.text import listed
 
 __all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment", "check_order"]

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor, columns_of
 from mdnorm.balance.problem import Problem, distance, effective_size, entropy, propensity
-from mdnorm.design.reader import check_same_order
+from mdnorm.design.row_order import check_same_order
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import listed
 from mdnorm.metrics.samples import as_codes, as_samples

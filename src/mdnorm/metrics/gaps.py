@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
-from mdnorm.design.reader import check_same_order
+from mdnorm.design.row_order import check_same_order
 from mdnorm.metrics.checks import check_confidence, check_integer
 from mdnorm.metrics.columns import Categories, as_categories
 from mdnorm.metrics.group_rates import Bootstrap, Estimate, Problem, Rate, estimates

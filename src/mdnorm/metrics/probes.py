@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
-from mdnorm.design.reader import check_same_order
+from mdnorm.design.row_order import check_same_order
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations
 from mdnorm.metrics.columns import as_categories, as_column

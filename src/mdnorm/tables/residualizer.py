@@ -13,13 +13,12 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from sklearn.base import BaseEstimator, TransformerMixin
+from sklearn.base import TransformerMixin
 from sklearn.exceptions import NotFittedError
-from sklearn.utils._set_output import _get_output_config
-from sklearn.utils.validation import _check_feature_names_in, check_array, check_is_fitted, validate_data
+from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from mdnorm.design.leakage import LeakageWarning, leaking_features
-from mdnorm.design.reader import Column, check_same_order, read_column, shown, shown_rows
+from mdnorm.design.row_order import check_same_order
 from mdnorm.tables.combat import (
     LocationScale,
     SiteCodes,
@@ -29,14 +28,14 @@ from mdnorm.tables.combat import (
     site_moments,
 )
 from mdnorm.tables.summary import Summary, Variable, summarise
-from mdnorm.tables.table_design import TableDesign
+from mdnorm.tables.table_reader import TableReader
 
 __all__ = ["MetadataResidualizer"]
 
 FloatArray = NDArray[np.float64]
 
 
-class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
     """Remove from the columns of a table what metadata explain.
 
     The table form of Metadata Normalization: features are regressed on metadata, protected columns and an
@@ -441,10 +440,6 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             return vars(self)[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
-    # ----------------------------------------------------------------------------------------------------
-    # Reading tables
-    # ----------------------------------------------------------------------------------------------------
-
     def _check_parameters(self) -> None:
         if isinstance(self.metadata_columns, (str, int)):
             raise TypeError(
@@ -512,182 +507,6 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
     ) -> SiteMoments:
         k = self._num_metadata
         return site_moments(features, design[:, :k], design[:, k:], sites, weights)
-
-    def _start(self, X: Any, metadata: Any, given: dict[str, Any], classes: Any) -> None:  # noqa: N803
-        """Fix what the first rows fix: columns, levels, classes."""
-        if metadata is not None and self.metadata_columns is not None:
-            raise ValueError(
-                "metadata= and metadata_columns= were both given: metadata come from one of them."
-            )
-        self._model = None
-        num_rows = self._select(X)
-        if metadata is None and self.metadata_columns is None:
-            warnings.warn(
-                "no metadata: X is returned unchanged. Pass metadata= to fit and transform (in a pipeline: "
-                "by metadata routing) or name metadata_columns=; metadata_columns=() says that it is meant.",
-                UserWarning,
-                stacklevel=4,
-            )
-        table = self._metadata_part(X) if self.metadata_columns is not None else metadata
-        self._metadata_table = None
-        if table is not None:
-            self._metadata_table = TableDesign(
-                "metadata", self.formula, self.site, missing=self.missing, unseen=self.unseen
-            )
-            self._metadata_table.fit(table, num_rows, declared=self._is_partial)
-        elif self.site is not None or self.formula is not None:
-            name = "site" if self.site is not None else "formula"
-            raise ValueError(f"{name}={getattr(self, name)!r} needs metadata with that column.")
-        self.metadata_names_ = [] if self._metadata_table is None else list(self._metadata_table.names)
-        self._num_metadata = len(self.metadata_names_)
-        self._protected: dict[str, TableDesign] = {}
-        if given["labels"] is not None:
-            self._protected["labels"] = TableDesign("labels", protected=True)
-            self._protected["labels"].fit(given["labels"], num_rows, declared=self._is_partial)
-        if given["y"] is not None and (self._num_metadata or self.site is not None):
-            self._protect_target(given["y"] if classes is None else classes, classes)
-        self.protected_names_ = [name for table in self._protected.values() for name in table.names]
-        if len(self._feature_index) == 0:
-            raise ValueError(
-                f"X has n_features={self.n_features_in_}, all of them metadata_columns: no feature is left."
-            )
-
-    def _protect_target(self, y: Any, classes: Any) -> None:
-        self._y_is_class = self._is_class(y, classes)
-        table = _target_table(y, self._y_is_class)
-        target = next(iter(table.values()))
-        if self._y_is_class and len(target.levels()) == 1 and not target.missing.any():
-            if self._is_partial:
-                raise ValueError("y has a single class in the first call of partial_fit: pass classes=.")
-            return
-        self._protected["y"] = TableDesign("y", protected=True)
-        self._protected["y"].fit(table, len(target.missing))
-
-    def _is_class(self, y: Any, classes: Any) -> bool:
-        if self.protect_target != "auto":
-            return self.protect_target == "categorical"
-        values = np.asarray(y)
-        # More than one column of integers is an indicator or a multi-output table already.
-        several = values.ndim > 1 and values.shape[1] > 1 and values.dtype.kind in "biuf"
-        return not several and (values.dtype.kind != "f" or classes is not None)
-
-    def _select(self, X: Any) -> int:  # noqa: N803
-        """Record the columns of X and which of them are features; return the number of rows."""
-        num_rows = len(self._checked(X, reset=True)[0])
-        chosen = [] if self.metadata_columns is None else list(self.metadata_columns)
-        names = list(getattr(self, "feature_names_in_", []))
-        index = []
-        for column in chosen:
-            if isinstance(column, str):
-                if column not in names:
-                    raise ValueError(
-                        f"metadata_columns has {column!r}, the columns of X are {names or 'without names'}."
-                    )
-                index.append(names.index(column))
-            else:
-                if not -self.n_features_in_ <= column < self.n_features_in_:
-                    raise ValueError(
-                        f"metadata_columns has {column}, but X has n_features={self.n_features_in_} "
-                        f"({self.n_features_in_} feature(s))."
-                    )
-                index.append(int(column) % self.n_features_in_)
-        self._metadata_index = np.array(index, dtype=np.intp)
-        self._feature_index = np.setdiff1d(np.arange(self.n_features_in_), self._metadata_index)
-        return num_rows
-
-    def _checked(self, X: Any, *, reset: bool) -> tuple[NDArray[Any], bool]:  # noqa: N803
-        """Return the checked features, and whether they are all of X or what is left without metadata."""
-        if self.metadata_columns is not None and hasattr(X, "columns") and hasattr(X, "dtypes"):
-            # A DataFrame may hold metadata that are no numbers: only the features must be.
-            validate_data(self, X, reset=reset, skip_check_array=True)
-            names = [column for column in X.columns if column not in self._names_of_metadata(X)]
-            if names:
-                return self._finite(check_array(X[names], **_FEATURES), names), False
-        checked = validate_data(self, X, reset=reset, **_FEATURES)
-        return self._finite(checked, list(getattr(self, "feature_names_in_", range(checked.shape[1])))), True
-
-    def _finite(self, features: NDArray[Any], names: list[Any]) -> NDArray[Any]:
-        """Return features after a check for missing and infinite values, as scikit-learn words them."""
-        if np.isfinite(features.sum()):
-            return features
-        bad = np.isinf(features)
-        if self.missing_features == "error":
-            bad |= np.isnan(features)
-        if bad.any():
-            columns = [names[place] for place in np.flatnonzero(bad.any(0))]
-            kind = "infinity" if np.isinf(features).any() else "NaN"
-            raise ValueError(
-                f"Input X contains {kind}: column(s) {shown(map(repr, columns))} in "
-                f"{shown_rows(bad.any(1))}. Drop or impute these rows, or keep missing values missing with "
-                "missing_features='skip'."
-            )
-        return features
-
-    def _names_of_metadata(self, X: Any) -> list[Any]:  # noqa: N803
-        columns = list(X.columns)
-        return [
-            column if isinstance(column, str) else columns[column]
-            for column in self.metadata_columns or ()
-            if isinstance(column, str) or -len(columns) <= column < len(columns)
-        ]
-
-    def _metadata_part(self, X: Any) -> Any:  # noqa: N803
-        names = list(self.metadata_columns or ())
-        if not names:
-            return None
-        if hasattr(X, "columns") and hasattr(X, "dtypes"):
-            columns = [X[name] for name in self._names_of_metadata(X)]
-        else:
-            columns = list(np.asarray(X)[:, self._metadata_index].T)
-        return dict(zip(map(str, names), columns, strict=True))
-
-    def _read(
-        self,
-        X: Any,  # noqa: N803
-        metadata: Any,
-        given: dict[str, Any],
-        *,
-        training: bool = False,
-    ) -> tuple[NDArray[Any], FloatArray, SiteCodes | None, int]:
-        """Return features, design columns and sites of rows; unknown protected columns at their mean."""
-        checked, whole = self._checked(X, reset=False)
-        if self.metadata_columns is not None and metadata is not None:
-            raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
-        table = metadata if self.metadata_columns is None else self._metadata_part(X)
-        features = checked[:, self._feature_index] if whole and len(self._metadata_index) else checked
-        design, sites = self._design(table, given, len(features), training)
-        return features, design, sites, len(features)
-
-    def _design(
-        self, table: Any, given: dict[str, Any], num_rows: int, training: bool
-    ) -> tuple[FloatArray, SiteCodes | None]:
-        if table is None and self._metadata_table is not None:
-            raise ValueError(
-                "metadata=None, but fit had metadata: pass those of these rows. In a pipeline, "
-                "set_transform_request(metadata=True) routes them here; with a scorer that passes them to no "
-                "one (scores by name, and all before scikit-learn 1.8), let them be columns of X "
-                "(metadata_columns=)."
-            )
-        if table is not None and self._metadata_table is None:
-            raise ValueError("metadata= was given, but fit had none: nothing is known about their effects.")
-        if given.get("labels") is not None and "labels" not in self._protected:
-            raise ValueError("labels= was given, but fit had none.")
-        blocks, sites = [np.empty((num_rows, 0))], None
-        if self._metadata_table is not None:
-            block, sites = self._metadata_table.transform(table, num_rows, training=training)
-            blocks.append(block)
-        for name, protected in self._protected.items():
-            rows = given.get(name)
-            if rows is not None:
-                rows = _target_table(rows, self._y_is_class) if name == "y" else rows
-                blocks.append(protected.transform(rows, num_rows, training=training)[0])
-            elif training or (self.scale and name == "labels"):
-                raise ValueError(f"{name}=None, but fit had {name}, needed here as well: pass {name}=.")
-            else:
-                start = sum(block.shape[1] for block in blocks)
-                mean = self._fitted_model().design_mean[start : start + len(protected.names)]
-                blocks.append(np.broadcast_to(mean, (num_rows, len(mean))))
-        return np.concatenate(blocks, axis=1), sites
 
     # ----------------------------------------------------------------------------------------------------
     # The model
@@ -758,54 +577,6 @@ class MetadataResidualizer(TransformerMixin, BaseEstimator):  # type: ignore[mis
             dropped = [X[name] if is_frame else np.asarray(X)[:, name] for name in names]
         return out if dropped is None else self._together(out, dropped)
 
-    def _together(self, features: NDArray[Any], metadata: list[Any]) -> Any:
-        """Return features and metadata in the places of their columns, every column as exact as it was."""
-        columns: list[Any] = [None] * self.n_features_in_
-        for place, column in zip(self._feature_index, features.T, strict=True):
-            columns[place] = column
-        for place, column in zip(self._metadata_index, metadata, strict=True):
-            columns[place] = column
-        kind = _get_output_config("transform", self)["dense"]
-        if kind != "default":
-            import importlib
-
-            names = _check_feature_names_in(self, None)
-            return importlib.import_module(kind).DataFrame(
-                {
-                    name: column.to_numpy() if hasattr(column, "to_numpy") and kind == "polars" else column
-                    for name, column in zip(names, columns, strict=True)
-                }
-            )
-        arrays = [np.asarray(column) for column in columns]
-        dtype = np.result_type(*(array.dtype for array in arrays if array.dtype.kind in "biuf"))
-        exact = all(
-            array.dtype.kind in "biuf" and bool((array.astype(dtype) == array).all()) for array in arrays
-        )
-        whole: NDArray[Any] = np.empty((len(features), len(columns)), dtype if exact else object)
-        for place, array in enumerate(arrays):
-            whole[:, place] = array
-        return whole
-
-    def _read_dropped(self, X: Any, metadata: Any) -> tuple[NDArray[Any], list[Any]]:  # noqa: N803
-        """Read what `transform` returned, with the columns that it had left out."""
-        features = check_array(X, **_FEATURES)
-        features = self._finite(features, list(range(features.shape[1])))
-        if features.shape[1] != len(self._feature_index):
-            raise ValueError(
-                f"X has {features.shape[1]} features, but transform returns {len(self._feature_index)}."
-            )
-        names = list(self.metadata_columns or ())
-        if metadata is None:
-            raise ValueError(f"metadata=None, but transform left out the columns {names}: pass them.")
-        if hasattr(metadata, "columns"):
-            columns = [metadata[name] for name in names]
-        else:
-            array = np.asarray(metadata)
-            columns = list((array[:, None] if array.ndim == 1 else array).T)
-        if len(columns) != len(names):
-            raise ValueError(f"metadata has {len(columns)} column(s), metadata_columns has {len(names)}.")
-        return features, columns
-
 
 _ESTIMATES = (
     "coef_",
@@ -816,33 +587,6 @@ _ESTIMATES = (
     "site_location_",
     "site_scale_",
 )
-
-_FEATURES: dict[str, Any] = {
-    "dtype": [np.float64, np.float32],
-    "ensure_min_samples": 1,
-    "ensure_all_finite": False,
-}
-
-
-def _target_table(y: Any, is_class: bool) -> dict[str, Column]:
-    """Return the columns of a target: "y", or "y0", "y1", … where there are several."""
-    values = np.asarray(y)
-    matrix = values.reshape(len(values), -1)
-    if matrix.shape[1] > 1 and is_class:
-        raise TypeError(
-            f"y has {matrix.shape[1]} columns of dtype {values.dtype}: categories can be protected as one "
-            "column, more of them as labels=."
-        )
-    if not is_class and values.dtype.kind not in "biuf":
-        try:
-            matrix = matrix.astype(np.float64)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"y must be numeric to be protected as continuous, got {values.dtype}."
-            ) from error
-    names = ["y"] if matrix.shape[1] == 1 else [f"y{index}" for index in range(matrix.shape[1])]
-    columns = {name: read_column(name, values) for name, values in zip(names, matrix.T, strict=True)}
-    return {name: column.as_category() for name, column in columns.items()} if is_class else columns
 
 
 def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
