@@ -6,15 +6,13 @@ features `f` (D values). The model is ``f = m·β_m + y·β_y + β_0 + r``; only
     out = f − (m − m̄)·β_m                       (the mean of the features stays)
     out = f − m·β_m − β_0                        (``center=True``, the authors' form)
 
-The labels are in the regression so that an effect which label and metadata share is not removed with the
-metadata.
+The labels are in the regression so that what they share with the metadata is not removed with these.
 
 **Moments.** A row of the design is ``z = [y, 1, m]``, labels and metadata about a fixed origin in units of a
 fixed scale (`Standardisation`). So the moments that least squares needs are plain weighted averages of
 ``z zᵀ`` and ``z fᵀ``: batches and processes add up by one sum, and a sample weight is one factor.
 
-**Coefficients.** β_m is a matrix that depends on the design alone, times ``E[z fᵀ]``
-(`coefficient_operator`).
+**Coefficients.** β_m is a matrix of the design alone (`coefficient_operator`), times ``E[z fᵀ]``.
 
 **Gradient.** The map from features to output is linear, ``out = (I − B P) f`` with B and P made of the design
 alone, so the backward pass needs no features: `regress` saves N numbers a column. To it comes the decay of

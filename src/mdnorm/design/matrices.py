@@ -20,14 +20,7 @@ from mdnorm.design.checks import check_kinds, check_missing
 from mdnorm.design.diagnosing import diagnose_columns
 from mdnorm.design.diagnosis import ConfoundedDesignWarning, DesignDiagnosis, SparseCell
 from mdnorm.design.factors import FittedFactor, fit_factor
-from mdnorm.design.formula import (
-    MAX_COLUMNS,
-    Factor,
-    FormulaError,
-    parse_factor,
-    parse_formula,
-    quoted,
-)
+from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, parse_factor, parse_formula, quoted
 from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.roles import TableWarning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json

@@ -1,8 +1,4 @@
-"""THE reader of tables: columns of anything that holds them, as numbers, categories or dates.
-
-What the values of a column are is decided here and nowhere else, so that a design, a residualizer, a file, an
-audit and a metric take the same column for the same thing.
-"""
+"""The reader of tables: what the values of a column are is decided here, for all that take columns."""
 
 from __future__ import annotations
 
