@@ -97,18 +97,19 @@ def make(folder: Path, kind: str, rows: int, features: int) -> None:
 
 
 def copy(source: Path, out: Path, way: str) -> None:
+    from mdnorm.design.files import open_table
     from mdnorm.files import atomic_path
-    from mdnorm.tables.files import ArrayFile, CsvFile, ParquetFile, prefetched
+    from mdnorm.tables.files import batch_writer, open_features, prefetched
 
     with atomic_path(out) as temporary:
         if source.suffix == ".npy":
-            array = ArrayFile(source)
+            array = open_features(source)
             target = array.writer(temporary)
             for block in prefetched(array.blocks(2**16, ())):
                 target.write(block, block.features)
             target.close()
             return
-        table = ParquetFile(source) if source.suffix == ".parquet" else CsvFile(source)
+        table = open_table(source)
         features = [name for name in table.numeric() if name != "age"]
         if way == "as pyarrow":
             copy_parquet_as_pyarrow(table, temporary)
@@ -116,7 +117,7 @@ def copy(source: Path, out: Path, way: str) -> None:
         import pyarrow as pa
 
         kind = pa.float32() if source.suffix == ".parquet" else pa.float64()
-        writer = table.writer(temporary, table.names, dict.fromkeys(features, kind))
+        writer = batch_writer(table, temporary, dict.fromkeys(features, kind))
         for batch in prefetched(table.batches(table.names, 2**16, features)):
             writer.write(batch)
         writer.close()

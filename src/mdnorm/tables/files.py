@@ -26,7 +26,15 @@ from mdnorm.design.table_file import TableFile, TableFileError
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["Block", "FeatureFile", "FeatureTable", "FeatureWriter", "open_features", "prefetched"]
+__all__ = [
+    "Block",
+    "FeatureFile",
+    "FeatureTable",
+    "FeatureWriter",
+    "batch_writer",
+    "open_features",
+    "prefetched",
+]
 
 T = TypeVar("T")
 
@@ -190,7 +198,7 @@ class FeatureTable:
 
     def writer(self, path: Path) -> FeatureWriter:
         """Return a writer; columns keep their places."""
-        return _FeatureTableWriter(_batch_writer(self.table, path, self._types), self)
+        return _FeatureTableWriter(batch_writer(self.table, path, self._types), self)
 
 
 class _FeatureTableWriter:
@@ -313,7 +321,7 @@ class _BatchWriter(Protocol):
     def close(self) -> None: ...
 
 
-def _batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]) -> _BatchWriter:
+def batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]) -> _BatchWriter:
     """Return a writer of a file of the same format and columns; `types` are those of the features."""
     import pyarrow
 
