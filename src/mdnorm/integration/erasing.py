@@ -12,8 +12,8 @@ from mdnorm.context import columns_by_design
 from mdnorm.erasure import Eraser, EraserFitter
 from mdnorm.integration import places
 from mdnorm.integration.applied import call_on, find_features, is_in, replaced, warn_of_output
+from mdnorm.integration.batches import split_batch
 from mdnorm.integration.dependence import Selector
-from mdnorm.integration.recalibrate import split_batch
 from mdnorm.moments import NoSamplesError
 
 __all__ = ["erase", "insert_eraser"]
