@@ -59,21 +59,21 @@ def make_model():
 
 
 def arguments(tmp_path, **options):
-    return TrainingArguments(
-        output_dir=str(tmp_path),
-        num_train_epochs=2,
-        per_device_train_batch_size=16,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        **options,
-    )
+    defaults = {
+        "output_dir": str(tmp_path),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 16,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "use_cpu": True,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+    }
+    return TrainingArguments(**defaults | options)
 
 
 class InOrder(MetadataTrainer):

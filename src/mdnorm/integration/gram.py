@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from mdnorm import context
 from mdnorm.arrays import check_finite_columns, columns_of, label_columns, statistics_dtype
 from mdnorm.distributed import gather_or_raise, group_of
+from mdnorm.integration.batches import Keys, checked_keys, metadata_at
+from mdnorm.integration.dependence import select
 from mdnorm.integration.design import AttachedDesign
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import Moments, NoSamplesError
@@ -33,6 +35,7 @@ def fit_gram(
     labels: Tensor | ArrayLike | None = None,
     weights: Tensor | ArrayLike | None = None,
     *,
+    keys: Keys | None = None,
     process_group: ProcessGroupSetting = "auto",
 ) -> Moments:
     """Compute the Gram matrix of the training metadata and store it in every layer that needs it.
@@ -53,6 +56,9 @@ def fit_gram(
         Labels where metadata is one table; class indices become one-hot as in the layer.
     weights : (N,), optional
         Of the samples, where metadata is one table.
+    keys : mapping, optional
+        Where the parts of other batches are, as of `mdnorm.recalibrate`: ``{"metadata": ["age", "site"],
+        "labels": "diagnosis"}``; "inputs" and "mask" are not needed, and no error.
     process_group : ProcessGroup, "world", "auto" or "local"
         The processes of which each gives its share of the training set (none of it, too); the matrix is the
         same on all. "auto": those of a `DistributedDataParallel`, where the model is one; else this process
@@ -67,9 +73,11 @@ def fit_gram(
     ------
     TypeError
         `model` is not a module.
+    KeyError, IndexError
+        A batch has no such key or index as `keys` says.
     ValueError
-        No `MetadataNorm` in the model, layers of different sizes, no samples, or what
-        the layer refuses.
+        No `MetadataNorm` in the model, layers of different sizes, no samples, `keys` with another name, or
+        what the layer refuses.
     RuntimeError
         Another process of the group failed.
     """
@@ -82,6 +90,10 @@ def fit_gram(
     has_design = any(isinstance(module, AttachedDesign) for module in model.modules())
     designed = model if has_design else None
     batches = functools.partial(_batches, metadata, labels, weights, num_metadata, num_labels, designed)
+    if (places := checked_keys(keys)) is not None:
+        if labels is not None or weights is not None:
+            raise ValueError("labels and weights come with each batch, where keys say what is where.")
+        batches = functools.partial(_batches_at, model, metadata, places)
     work = functools.partial(_moments, batches, num_metadata, num_labels)
     moments = work() if group is None else _shared_moments(work, group)
     for layer in layers.values():
@@ -179,6 +191,14 @@ def _batches(
     _refuse_rows(metadata, num_metadata)
     for batch in metadata:
         yield _parts_of(batch, model)
+
+
+def _batches_at(model: nn.Module, metadata: Any, keys: dict[str, Any]) -> Iterable[_Parts]:
+    """Yield the batches whose parts are at these keys."""
+    for batch in [metadata] if isinstance(metadata, Mapping) else metadata:
+        found = metadata_at(model, batch, keys.get("metadata"), keys.get("labels"))
+        weights = select(batch, keys["weights"], "the batch") if "weights" in keys else None
+        yield *context.columns_by_design(model, *found), weights
 
 
 def _is_table(values: Any) -> bool:

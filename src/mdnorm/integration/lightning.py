@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from mdnorm.integration.insert import InsertionReport, insert, insertions
 from mdnorm.integration.lightning_dependence import DependenceCallback, InsertedDependence
 from mdnorm.integration.places import Target
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
+from mdnorm.integration.recalibrated import recalibrated
 from mdnorm.integration.recalibration import Recalibration
 from mdnorm.metrics.reservoir import ColumnNames
 
@@ -72,9 +73,15 @@ class MetadataNormCallback(Callback):
     recalibrate : bool
         Take the coefficients of the whole training loader at the end of a fit (`mdnorm.recalibrate`), of
         several processes on the shares of all. Not after a ``fast_dev_run``.
+    validate_recalibrated : bool, optional
+        Validate during a fit with the coefficients of the whole training loader (`mdnorm.recalibrated`), so
+        that what is logged, early stopping and best checkpoints go by the model as it will be used; training
+        goes on as without it, bit for bit. It costs a forward pass over the training loader for each layer
+        and validation, and one batch. By default as `recalibrate`. Not in the sanity check, and not in a
+        ``fast_dev_run``.
     held_out : bool
-        Let the recalibration compare with the (first) validation loader, and take its word where the network
-        memorised. An accuracy on the same rows is then no longer that on new ones.
+        Let the recalibration at the end compare with the (first) validation loader, and take its word where
+        the network memorised. An accuracy on the same rows is then no longer that on new ones.
     log_dependence : bool
         Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does. Within each
         class (``dcor2/<column>/label_<class>``), if `labels` gives class indices or one-hot columns in all
@@ -105,8 +112,9 @@ class MetadataNormCallback(Callback):
 
     Notes
     -----
-    - Checkpoints that were saved during the fit have the running coefficients:
-      ``trainer.save_checkpoint(path)`` after it has those of the recalibration.
+    - Checkpoints that were saved during the fit have the running coefficients, so that a fit can go on from
+      them: recalibrate the best one once it is loaded (`mdnorm.recalibrate`). After the fit
+      ``trainer.save_checkpoint(path)`` has the coefficients of the recalibration.
     - Strategies that start their processes within `fit` ("ddp_spawn") bring back the state of the model only:
       `mdnorm.insert` the layers before, with the same options.
 
@@ -130,6 +138,7 @@ class MetadataNormCallback(Callback):
         inputs: Selector | None = None,
         forward: Callable[[LightningModule, Any], Any] | None = None,
         recalibrate: bool = True,
+        validate_recalibrated: bool | None = None,
         held_out: bool = False,
         log_dependence: bool = True,
         column_names: ColumnNames | None = None,
@@ -152,6 +161,7 @@ class MetadataNormCallback(Callback):
         self.inputs = inputs
         self.forward = forward
         self.recalibrate = recalibrate
+        self.validate_recalibrated = recalibrate if validate_recalibrated is None else validate_recalibrated
         self.held_out = held_out
         self.log_dependence = log_dependence
         self.column_names = column_names
@@ -161,6 +171,8 @@ class MetadataNormCallback(Callback):
         self.report: InsertionReport | None = None
         self.recalibration: Recalibration | None = None
         self._open = ExitStack()
+        # What is open for the length of a validation.
+        self._validation = ExitStack()
         self._measures: list[DependenceCallback] = []
 
     # -- start and end ----------------------------------------------------------------------------------
@@ -189,7 +201,15 @@ class MetadataNormCallback(Callback):
         self._close()
         if not self.recalibrate or getattr(trainer, "fast_dev_run", False):
             return
+        held_out: Any = trainer.val_dataloaders if self.held_out else None
+        self.recalibration = _recalibrate(
+            pl_module,
+            cast("Any", trainer.train_dataloader),
+            held_out=held_out[0] if isinstance(held_out, list) else held_out,
+            **self._recalibration_options(trainer, pl_module),
+        )
 
+    def _recalibration_options(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         def forward(_: torch.nn.Module, batch: Any) -> None:
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
             with trainer.precision_plugin.forward_context():
@@ -202,17 +222,11 @@ class MetadataNormCallback(Callback):
                 finally:
                     self._close()
 
-        loader: Any = trainer.train_dataloader
-        held_out: Any = trainer.val_dataloaders if self.held_out else None
-        group: Literal["world", "local"] = "world" if trainer.world_size > 1 else "local"
-        self.recalibration = _recalibrate(
-            pl_module,
-            loader,
-            held_out=held_out[0] if isinstance(held_out, list) else held_out,
-            forward=forward,
-            progress=trainer.is_global_zero,
-            process_group=group,
-        )
+        return {
+            "forward": forward,
+            "progress": trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            "process_group": "world" if trainer.world_size > 1 else "local",
+        }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take metadata and hooks away."""
@@ -221,6 +235,7 @@ class MetadataNormCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take metadata and hooks away; the layers stay."""
         self._close()
+        self._validation.close()
         for measure in self._measures:
             measure.close()
 
@@ -230,7 +245,7 @@ class MetadataNormCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Give the layers the metadata and labels of the batch."""
-        if self.recalibrate and self.forward is None and batch_idx == 0:
+        if (self.recalibrate or self.validate_recalibrated) and self.forward is None and batch_idx == 0:
             # Before training, not after it.
             self._input_of(batch)
         self._enter(pl_module, batch, with_labels=True)
@@ -240,7 +255,14 @@ class MetadataNormCallback(Callback):
         self._close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to measure the dependence."""
+        """Take the coefficients of the training data for this validation, and begin to measure."""
+        self._validation.close()
+        loader: Any = trainer.train_dataloader
+        is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        is_wanted = self.validate_recalibrated and not getattr(trainer, "fast_dev_run", False)
+        if is_wanted and is_training and loader is not None:
+            options = self._recalibration_options(trainer, pl_module)
+            self._validation.enter_context(recalibrated(pl_module, loader, **options))
         if not self.log_dependence:
             return
         if not self._measures:
@@ -274,6 +296,10 @@ class MetadataNormCallback(Callback):
         """Log the dependence."""
         for measure in self._measures:
             measure.on_validation_epoch_end(trainer, pl_module)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the state of the training back, before a checkpoint is saved."""
+        self._validation.close()
 
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
@@ -314,7 +340,7 @@ class MetadataNormCallback(Callback):
             return batch[0]
         raise TypeError(
             f"the batch is {described(batch)}: give inputs= the key of the model's input, or forward= a "
-            "function of the module and the batch, for the recalibration at the end (or recalibrate=False)."
+            "function of the module and the batch, for the recalibration (or recalibrate=False)."
         )
 
     def _make_measures(self, pl_module: LightningModule) -> list[DependenceCallback]:
