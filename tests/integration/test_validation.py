@@ -178,7 +178,6 @@ def test_the_trainer_of_transformers_evaluates_exactly_and_trains_as_without_it(
             assert torch.equal(value, other[name]), name
     for name, value in runs[0][0].state_dict().items():
         assert torch.equal(value, runs[1][0].state_dict()[name]), name
-    assert runs[0][3].accelerator.gradient_state.active_dataloader is None
 
 
 def test_the_best_model_of_transformers_is_that_of_the_exact_measure(tmp_path):

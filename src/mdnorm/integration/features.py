@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
+from mdnorm.arrays import plain_tensor
 from mdnorm.distributed import group_of
 from mdnorm.integration.bars import with_bar
 from mdnorm.integration.batches import Forward, Keys, runner
@@ -131,9 +132,11 @@ def _rows(value: Any, name: str) -> Tensor:
         )
     if value.ndim == 0:
         raise ValueError(f"the output of {name!r} is a single number, it must have one row per sample.")
-    value = value.detach().as_subclass(Tensor)
+    # A plain one: MONAI's tensors carry the history of their image.
+    value = plain_tensor(value.detach())
     is_half = value.is_floating_point() and torch.finfo(value.dtype).bits < 32
-    return value.to("cpu", torch.float32 if is_half else value.dtype, copy=True)
+    rows: Tensor = value.to("cpu", torch.float32 if is_half else value.dtype, copy=True)
+    return rows
 
 
 def _warn_of_order(loader: Iterable[Any]) -> None:

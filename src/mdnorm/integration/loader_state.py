@@ -81,8 +81,8 @@ def _states_of(value: Any) -> Iterator[Callable[[], Any]]:
         own = vars(value)
         counters = {name: own[name] for name in _COUNTERS if isinstance(own.get(name), int)}
         yield lambda: own.update(counters)
-        if getattr(value, "persistent_workers", False) and value.num_workers > 0:
-            iterator, value._iterator = value._iterator, None
+        if own.get("persistent_workers") and (iterator := own.get("_iterator")) is not None:
+            own["_iterator"] = None
             yield lambda: own.update(_iterator=iterator)
 
 

@@ -128,7 +128,7 @@ class _LayerState:
     def __init__(self, layer: MetadataNorm) -> None:
         self._attributes = [(module, dict(vars(module))) for module in layer.modules()]
         # By module the tensors and the modules that it has, since those of open sizes are made later.
-        self._entries = [
+        self._entries: list[tuple[Any, dict[str, Any]]] = [
             (entries, dict(entries))
             for module in layer.modules()
             for entries in (module._buffers, module._parameters, module._modules)
