@@ -142,7 +142,7 @@ class TestKeys:
         models = [make_model() for _ in range(2)]
         batch = {"image": image, "metadata": age, "labels": diagnosis, "weights": diagnosis + 1.0}
         recalibrate(models[0], [batch])
-        keys = {"inputs": 2, "metadata": 0, "labels": 1, "weights": lambda entries: entries[1] + 1.0}
+        keys = {"inputs": [2], "metadata": 0, "labels": [1], "weights": lambda entries: entries[1] + 1.0}
         recalibrate(models[1], [[age, diagnosis, image]], keys=keys)
         same_coefficients(*models)
 
@@ -165,7 +165,7 @@ class TestKeys:
 
         full, bare = list(batches("site", "dx")), list(batches("site"))
         recalibrate(models[1], full, keys={"metadata": ["age", "site"], "labels": "dx"})
-        recalibrate(models[2], full, keys={"metadata": ["age", "site"]})
+        recalibrate(models[2], full, keys={"metadata": ["age", "site"], "labels": ["dx"]})
         # The columns and the label of the design, without a word.
         recalibrate(models[3], [{k: v for k, v in batch.items() if k != "label"} for batch in full])
         # Labels beside the table, as numbers.

@@ -276,7 +276,7 @@ def test_a_saved_folder_takes_the_layers_along(tmp_path):
 def test_without_protection_and_recalibration(tmp_path):
     model, data = make_model(), Patients()
     mdnorm.insert(model, "vit.layernorm", num_labels=0)
-    options = {"train_dataset": data, "protect": None, "recalibrate": False}
+    options = {"train_dataset": data, "labels": None, "recalibrate": False}
     trainer = MetadataTrainer(model, arguments(tmp_path), **options)
     trainer.train()
     before = model.vit.layernorm.metadata_norm.estimator.coefficients.clone()
@@ -306,7 +306,7 @@ def test_errors(tmp_path):
         trainer.train()
     mdnorm.remove(model)
     mdnorm.insert(model, "vit.layernorm")
-    with pytest.raises(ValueError, match=r"protect='labels', but every MetadataNorm .* num_labels=0"):
+    with pytest.raises(ValueError, match=r"labels='labels', but every MetadataNorm .* num_labels=0"):
         MetadataTrainer(model, arguments(tmp_path), train_dataset=Patients())
 
 

@@ -212,7 +212,7 @@ def split_batch(batch: Any, names: Collection[str]) -> tuple[tuple[Any, ...], di
 
 
 def metadata_at(
-    model: nn.Module, batch: Any, metadata: Any, labels: Selector | None = None
+    model: nn.Module, batch: Any, metadata: Any, labels: Selector | list[Selector] | None = None
 ) -> tuple[Any, Any]:
     """Return metadata and labels of a batch: columns, or a table where the model has a design.
 
@@ -222,8 +222,8 @@ def metadata_at(
     batch : object
     metadata : selector, list of selectors, or None
         None: the columns of the design.
-    labels : selector, optional
-        The name of a label of the design: then it is a column of the table, of any kind.
+    labels : selector or list of selectors, optional
+        The names of all labels of the design: then they are columns of the table, of any kind.
 
     Raises
     ------
@@ -242,26 +242,29 @@ def metadata_at(
                 "they could be: give keys={'metadata': …}, a key of the batch or a list of them."
             )
         metadata = columns
-    if design is None and not attached:
-        own = None if labels is None else select(batch, labels, _BATCH)
-        return _columns_on(model, batch, metadata), own
+    if not attached and isinstance(metadata, (list, tuple)):
+        return _columns_on(model, batch, metadata), _labels_at(model, batch, labels)
     if not isinstance(metadata, (list, tuple)):
         found = select(batch, metadata, _BATCH)
-        if not context.is_table(found) and metadata in columns:
-            found = {metadata: found}
         if not context.is_table(found):
-            return _columns_on(model, batch, metadata), None if labels is None else select(
-                batch, labels, _BATCH
-            )
+            is_column = metadata in columns
+            found = {metadata: found} if is_column else _columns_on(model, batch, metadata)
         # A table has its own labels, unless others are named.
-        return found, None if labels is None else select(batch, labels, _BATCH)
+        return found, _labels_at(model, batch, labels)
     table = {str(key): select(batch, key, _BATCH) for key in metadata}
     ours = [] if design is None else [name for name in design.variables() if name not in columns]
     if labels is None and isinstance(batch, Mapping) and all(name in batch for name in ours):
         return table | {name: batch[name] for name in ours}, None
-    if isinstance(labels, str) and ours == [labels]:
-        return table | {labels: select(batch, labels, _BATCH)}, None
-    return table, None if labels is None else select(batch, labels, _BATCH)
+    named = labels if isinstance(labels, (list, tuple)) else [labels]
+    if ours and set(ours) == set(named):
+        return table | {name: select(batch, name, _BATCH) for name in ours}, None
+    return table, _labels_at(model, batch, labels)
+
+
+def _labels_at(model: nn.Module, batch: Any, labels: Selector | list[Selector] | None) -> Any:
+    if isinstance(labels, (list, tuple)):
+        return _columns_on(model, batch, labels)
+    return None if labels is None else select(batch, labels, _BATCH)
 
 
 def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Tensor:

@@ -42,7 +42,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Key of the metadata in a batch, (n,) or (n, K_m) or a table; the data set and the collator must
         provide it. A list of keys gives one column each, or the table of the model's design.
         `remove_unused_columns` spares them.
-    protect : str or None
+    labels : str or None
         Key of the labels whose effect is protected in training, the same that the model learns from as a
         rule; None for none. They stay in the batch.
     weights : str or None
@@ -67,7 +67,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     Raises
     ------
     ValueError
-        The model has no `MetadataNorm`, or none with label columns for `protect`; `held_out` without an
+        The model has no `MetadataNorm`, or none with label columns for `labels`; `held_out` without an
         `eval_dataset`.
     KeyError
         At the first batch: it has no such key.
@@ -87,7 +87,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         self,
         *args: Any,
         metadata: str | list[str] = "metadata",
-        protect: str | None = "labels",
+        labels: str | None = "labels",
         weights: str | None = None,
         mask: str | None = "attention_mask",
         recalibrate: bool = True,
@@ -97,7 +97,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     ) -> None:
         super().__init__(*args, **kwargs)
         self.metadata_key = metadata
-        self.protected_key = protect
+        self.labels_key = labels
         self.weights_key = weights
         self.mask_key = mask
         self.batch_weights: Any = None
@@ -116,16 +116,16 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 f"{type(self._network).__name__} has no MetadataNorm: mdnorm.insert(model, after=…) before "
                 "the Trainer is made."
             )
-        if protect is not None and all(layer.num_labels == 0 for layer in layers):
+        if labels is not None and all(layer.num_labels == 0 for layer in layers):
             raise ValueError(
-                f"protect={protect!r}, but every MetadataNorm of the model has num_labels=0: give "
-                "mdnorm.insert the number of label columns, or protect=None for none."
+                f"labels={labels!r}, but every MetadataNorm of the model has num_labels=0: give "
+                "mdnorm.insert the number of label columns, or labels=None for none."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        own = (*self._metadata_keys(), self.protected_key, self.weights_key)
+        own = (*self._metadata_keys(), self.labels_key, self.weights_key)
         wanted = [key for key in own if key is not None and key not in columns]
         vars(self)["_signature_columns"] = [*columns, *wanted]
 
@@ -136,8 +136,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def _given(self, model: nn.Module, inputs: dict[str, Any], with_labels: bool) -> Iterator[dict[str, Any]]:
         """Give the layers what is theirs in a batch; yield the model's part of it."""
         inputs = dict(self._prepare_inputs(inputs))
-        has_labels = self.protected_key is not None and (with_labels or self.protected_key in inputs)
-        labels_key = self.protected_key if has_labels else None
+        has_labels = self.labels_key is not None and (with_labels or self.labels_key in inputs)
+        labels_key = self.labels_key if has_labels else None
         metadata, labels = metadata_at(self._network, inputs, self.metadata_key, labels_key)
         for key in self._metadata_keys():
             del inputs[key]

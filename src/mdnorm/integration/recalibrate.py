@@ -85,8 +85,9 @@ def recalibrate(
     keys : mapping, optional
         Instead of `forward`, where the parts of a batch are: ``{"inputs": "image", "metadata": ["age",
         "site"], "labels": "diagnosis"}``, and "weights" and "mask". Each is a key, an index or a function of
-        the batch; "inputs" and "metadata" also a list of them. With a design in the model, "metadata" are
-        columns of its table, by default all of them, and "labels" may be its label as it stands in the table.
+        the batch; "inputs", "metadata" and "labels" also a list of them. With a design in the model,
+        "metadata" are columns of its table, by default all of them, and "labels" may be its labels as they
+        stand in the table.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
     process_group : ProcessGroup, "world", "auto" or "local"
