@@ -16,6 +16,9 @@ from torch import nn
 import mdnorm
 from mdnorm.metrics import distance_correlation_sqr
 
+# Where the parts of a batch are.
+KEYS = {"inputs": "image", "metadata": "scanner", "labels": "label"}
+
 
 def make_data(num_samples: int, seed: int) -> list[dict[str, torch.Tensor]]:
     """Volumes 8×8×8: the diagnosis shows in one half, the scanner in the other.
@@ -62,29 +65,17 @@ def train(model: nn.Module) -> None:
     trainer.logger.setLevel(logging.WARNING)
     trainer.run()
     if has_layers:
-
-        def forward(network: nn.Module, batch: dict[str, torch.Tensor]) -> None:
-            network(batch["image"], metadata=batch["scanner"], labels=batch["label"])
-
-        mdnorm.recalibrate(network, loader, forward=forward)
+        mdnorm.recalibrate(network, loader, keys=KEYS)
 
 
 def dependence(model: DenseNet) -> float:
     """Return dcor² of the features of new volumes with the scanner, the mean over the two classes."""
     loader = DataLoader(Dataset(make_data(400, seed=1)), batch_size=400)
     batch = next(iter(loader))
-    features: list[torch.Tensor] = []
-    handle = model.class_layers.flatten.register_forward_hook(lambda _, __, output: features.append(output))
-    model.eval()
-    with torch.no_grad():
-        if mdnorm.integration.insertions(model):
-            mdnorm.WithMetadata(model)(batch["image"], metadata=batch["scanner"])
-        else:
-            model(batch["image"])
-    handle.remove()
+    features = mdnorm.features(model, "class_layers.flatten", [batch], keys=KEYS)
     parts = [batch["label"] == label for label in (0, 1)]
     scanner = batch["scanner"]
-    return sum(float(distance_correlation_sqr(features[0][part], scanner[part])) for part in parts) / 2
+    return sum(float(distance_correlation_sqr(features[part], scanner[part])) for part in parts) / 2
 
 
 def main() -> dict[str, float]:

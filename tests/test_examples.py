@@ -18,6 +18,25 @@ pytestmark = [
 ]
 
 
+def test_from_files_to_service(capsys, monkeypatch, tmp_path):
+    """On files in the layout of BIDS that are there already; nothing is left beside them."""
+    monkeypatch.chdir(tmp_path)
+    names = runpy.run_path(str(FOLDER / "nifti_to_service.py"))
+    names["make_files"](tmp_path / "study")
+    # A participant without a volume is passed over.
+    next((tmp_path / "study" / "sub-048").rglob("*.nii.gz")).unlink()
+    files = sorted(tmp_path.rglob("*"))
+    results = names["main"](tmp_path / "study")
+    assert sorted(tmp_path.rglob("*")) == files
+    assert 0 < results["probability"] < 1
+    assert results["features"].shape == (47, 16)
+    assert list(results["design"].label_levels.values()) == [{"CN": 0, "AD": 1}]
+    assert {column.name for column in results["report"].columns} >= {"age", "site"}
+    printed = capsys.readouterr().out
+    for part in ("CN = 0, AD = 1", "class_layers.flatten.metadata_norm", "epoch 1:", "probability of AD"):
+        assert part in printed
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_the_dependence_is_gone(name, capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)

@@ -14,6 +14,7 @@ PACKAGES = {
     "audit": ("formulaic", "jinja2", "plotly", "sklearn"),
     "huggingface": ("accelerate", "transformers"),
     "mri": ("formulaic", "monai", "nibabel", "nilearn", "pandas"),
+    "nifti": ("formulaic", "jinja2", "monai", "nibabel", "pandas", "plotly", "sklearn"),
     "synthetic": (),
 }
 """What a notebook needs beside matplotlib."""

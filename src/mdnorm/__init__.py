@@ -1,8 +1,9 @@
 """Metadata Normalization: remove what metadata explain from a network's features, and measure what is left.
 
 The layer is `MetadataNorm`; `insert` puts it into a model of others, and `insertions` says where; `fit_gram`
-prepares the paper's estimator, `recalibrate` takes the coefficients of a trained network from all data;
-`save` and `load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
+prepares the paper's estimator, `recalibrate` takes the coefficients of a trained network from all data, and
+`recalibrated` those for one evaluation in between; `features` collects what a module puts out; `save` and
+`load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
 `balancing_weights` weighs samples so that labels and metadata are independent; `DependenceLoss` is a penalty
 on what the outputs know of metadata; `erase` takes metadata out where they will not be known; `audit` reports
 what features know of metadata.
@@ -28,6 +29,7 @@ from mdnorm.integration import (
     attach_design,
     design_of,
     erase,
+    features,
     fit_gram,
     insert,
     insert_eraser,
@@ -36,6 +38,7 @@ from mdnorm.integration import (
     parameter_groups,
     penalty_loss,
     recalibrate,
+    recalibrated,
     remove,
     save,
 )
@@ -66,6 +69,7 @@ __all__ = [
     "erase",
     "erasure",
     "estimators",
+    "features",
     "fit_gram",
     "insert",
     "insert_eraser",
@@ -78,6 +82,7 @@ __all__ = [
     "parameter_groups",
     "penalty_loss",
     "recalibrate",
+    "recalibrated",
     "regression",
     "remove",
     "save",

@@ -1,4 +1,4 @@
-"""The command line: ``mdnorm audit``, ``mdnorm residualize``, ``mdnorm info``.
+"""The command line: ``mdnorm audit``, ``mdnorm residualize``, ``mdnorm info``, ``mdnorm --version``.
 
 Only `main` may be imported without the extras of the commands; it says which one is missing.
 """
@@ -12,6 +12,12 @@ _EXTRAS = {"audit": "audit", "residualize": "tables"}
 
 def main() -> None:
     """Run the command line (entry point ``mdnorm``, also ``python -m mdnorm``)."""
+    if sys.argv[1:] == ["--version"]:
+        # Needs no extra.
+        from mdnorm import __version__
+
+        print(__version__)
+        return
     try:
         from mdnorm.commands import app
     except ModuleNotFoundError as error:

@@ -60,6 +60,16 @@ def test_info():
     assert "estimators    batch, dataset, penalty, recursive, running" in call("info").stdout
 
 
+@pytest.mark.parametrize("block", ["", "sys.modules['typer'] = None; "])
+def test_version(block):
+    code = f"import sys; {block}import mdnorm.cli; sys.argv[1:] = ['--version']; mdnorm.cli.main()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout, result.stderr) == (0, f"{mdnorm.__version__}\n", "")
+    result = CliRunner().invoke(app, ["--version"])
+    assert (result.exit_code, result.stdout) == (0, f"{mdnorm.__version__}\n")
+    assert "--version" in CliRunner().invoke(app, ["--help"]).stdout
+
+
 def test_import_is_light():
     result = subprocess.run(
         [

@@ -472,6 +472,60 @@ def test_missing_rows_are_exactly_zero_and_the_mean_is_kept(table: pd.DataFrame)
 
 
 # --------------------------------------------------------------------------------------------------------
+# Which level of a label is 1
+# --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("label", "levels"),
+    [
+        ("dx", ["AD", "CN"]),
+        ("C(dx, levels=['CN', 'AD'])", ["CN", "AD"]),
+        ("C(dx, reference='CN')", ["CN", "AD"]),
+        ("C(dx, Treatment('CN'))", ["CN", "AD"]),
+    ],
+)
+def test_the_level_of_a_label_that_is_1(label: str, levels: list[str]) -> None:
+    table = {"age": [60, 70, 65, 75, 62, 58], "dx": ["AD", "CN", "CN", "AD", "AD", "CN"]}
+    design = Design("age", labels=label)
+    with pytest.raises(RuntimeError, match="not fitted"):
+        _ = design.label_levels
+    assert "label" not in repr(design).removeprefix("Design('age', labels=")
+    design.fit(table)
+    for one in (design, Design.from_json(design.to_json())):
+        assert one.label_levels == {label: {levels[0]: 0, levels[1]: 1}}
+        assert repr(one).endswith(f": 1 columns; label {label}: {levels[0]} = 0, {levels[1]} = 1")
+        labels = one.transform(table).labels
+        assert labels is not None
+        assert labels[:, 0].tolist() == [float(value == levels[1]) for value in table["dx"]]
+    diagnosis = design.diagnose(table)
+    assert diagnosis.label_levels == design.label_levels
+    assert f"{levels[0]} = 0, {levels[1]} = 1" in str(diagnosis)
+    assert f"{levels[0]} = 0, {levels[1]} = 1" in diagnosis._repr_html_()
+    assert not design.diagnose({"age": table["age"]}).label_levels
+    with pytest.raises(ValueError, match="MCI"):
+        design.transform({"age": 60, "dx": "MCI"})
+
+
+def test_a_reference_of_a_label_that_is_not_there() -> None:
+    table = {"age": [60, 70, 65, 75], "dx": ["AD", "CN", "CN", "AD"]}
+    with pytest.raises(ValueError, match="the reference 'HC' is not a level in the training data"):
+        Design("age", labels="C(dx, reference='HC')").fit(table)
+    with pytest.raises(ValueError, match="levels= does not list"):
+        Design("age", labels="C(dx, levels=['CN', 'MCI'])").fit(table)
+
+
+def test_levels_of_labels_of_other_kinds() -> None:
+    table = {"age": np.arange(40.0), "score": np.arange(40) % 3, "sex": ["f", "m"] * 20}
+    table["kind"] = [chr(97 + i % 8) for i in range(40)]
+    design = Design("age", labels=["score", "C(kind)", "sex"]).fit(table)
+    assert list(design.label_levels) == ["C(kind)", "sex"]
+    assert design.label_levels["C(kind)"]["h"] == 7
+    text = "label C(kind): a = 0, b = 1, c = 2, d = 3, e = 4, f = 5, … (8 levels); label sex: f = 0, m = 1"
+    assert text in repr(design)
+
+
+# --------------------------------------------------------------------------------------------------------
 # Saving
 # --------------------------------------------------------------------------------------------------------
 

@@ -59,21 +59,21 @@ def make_model():
 
 
 def arguments(tmp_path, **options):
-    return TrainingArguments(
-        output_dir=str(tmp_path),
-        num_train_epochs=2,
-        per_device_train_batch_size=16,
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        logging_strategy="no",
-        use_cpu=True,
-        optim="sgd",
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        **options,
-    )
+    defaults = {
+        "output_dir": str(tmp_path),
+        "num_train_epochs": 2,
+        "per_device_train_batch_size": 16,
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "logging_strategy": "no",
+        "use_cpu": True,
+        "optim": "sgd",
+        "learning_rate": 0.1,
+        "lr_scheduler_type": "constant",
+        "max_grad_norm": 0.0,
+    }
+    return TrainingArguments(**defaults | options)
 
 
 class InOrder(MetadataTrainer):
@@ -276,7 +276,7 @@ def test_a_saved_folder_takes_the_layers_along(tmp_path):
 def test_without_protection_and_recalibration(tmp_path):
     model, data = make_model(), Patients()
     mdnorm.insert(model, "vit.layernorm", num_labels=0)
-    options = {"train_dataset": data, "protect": None, "recalibrate": False}
+    options = {"train_dataset": data, "labels": None, "recalibrate": False}
     trainer = MetadataTrainer(model, arguments(tmp_path), **options)
     trainer.train()
     before = model.vit.layernorm.metadata_norm.estimator.coefficients.clone()
@@ -306,7 +306,7 @@ def test_errors(tmp_path):
         trainer.train()
     mdnorm.remove(model)
     mdnorm.insert(model, "vit.layernorm")
-    with pytest.raises(ValueError, match=r"protect='labels', but every MetadataNorm .* num_labels=0"):
+    with pytest.raises(ValueError, match=r"labels='labels', but every MetadataNorm .* num_labels=0"):
         MetadataTrainer(model, arguments(tmp_path), train_dataset=Patients())
 
 

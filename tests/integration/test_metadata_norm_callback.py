@@ -181,8 +181,8 @@ def test_a_model_with_layers_of_its_own_and_a_function_that_runs_it(tmp_path):
     callback = MetadataNormCallback("both", "label", forward=forward, log_dependence=False)
     fit = trainer([callback], tmp_path)
     fit.fit(model, *loaders())
-    # Once for the order of the layers, then the whole loader.
-    assert seen == [16, 16, 16, 16, 2]
+    # Once for the order of the layers, then the whole loader; before two validations, and at the end.
+    assert seen == 3 * [16, 16, 16, 16, 2]
     assert not any(name.startswith("dcor2") for name in fit.callback_metrics)
 
 
@@ -275,7 +275,8 @@ def test_two_processes_recalibrate_on_the_data_of_both(tmp_path):
     # 48 samples: a DistributedSampler repeats none.
     loader = DataLoader(Data("dict", stop=48), batch_size=8)
     fit = trainer([callback], tmp_path, devices=2, strategy="ddp_spawn", num_sanity_val_steps=0)
-    fit.fit(model, loader)
+    # Validation recalibrates on the data of both, too, and leaves no trace.
+    fit.fit(model, loader, loader)
     twin = copy.deepcopy(model)
     data = make_data()
     rows = (data[name][:48] for name in ("images", "both", "label"))

@@ -13,11 +13,30 @@ from mdnorm.commands.audit import audit
 from mdnorm.commands.residualize import residualize
 
 app = typer.Typer(
-    help="Metadata Normalization: remove what metadata explain from a network's features, and measure it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _print_version(is_wanted: bool) -> None:
+    if is_wanted:
+        typer.echo(mdnorm.__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
+        ),
+    ] = False,
+) -> None:
+    """Metadata Normalization: remove what metadata explain from a network's features, and measure it."""
+
+
 app.command()(audit)
 app.command()(residualize)
 

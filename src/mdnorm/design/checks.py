@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mdnorm.design.reader import Column, shown_rows
 
 if TYPE_CHECKING:
     from mdnorm.design.matrices import Design
 
-__all__ = ["check_kinds", "check_missing"]
+__all__ = ["check_fits", "check_kinds", "check_missing"]
 
 
 def check_kinds(columns: Mapping[str, Column], kinds: Mapping[str, str]) -> None:
@@ -61,3 +63,14 @@ def check_missing(design: Design, columns: Mapping[str, Column]) -> None:
                     f"column {name!r} has infinite values in {shown_rows(infinite)}: correct them, or "
                     "make them missing."
                 )
+
+
+def check_fits(matrix: Tensor, names: Sequence[str]) -> None:
+    """Raise ValueError where a value is too large for the dtype of the result."""
+    bad = ~torch.isfinite(matrix)
+    if bool(bad.any()):
+        row, column = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"column {names[column]!r} is too large for {matrix.dtype} in row {row}: correct the value, or "
+            "pass dtype=torch.float64."
+        )

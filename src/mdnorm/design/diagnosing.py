@@ -72,6 +72,7 @@ def diagnose_columns(
         constant=[*(names[index] for index in sorted(constant)), *single],
         sparse_cells=_cells(design, columns, values, min_rows, with_labels) if min_rows else (),
         min_rows=min_rows,
+        label_levels=design._label_levels() if with_labels else {},
     )
 
 

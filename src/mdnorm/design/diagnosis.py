@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -13,12 +13,21 @@ from numpy.typing import NDArray
 
 from mdnorm.design.collinearity import Collinearity
 
-__all__ = ["ConfoundedDesignWarning", "DesignDiagnosis", "SparseCell", "diagnosis_of", "sparse_cells"]
+__all__ = [
+    "ConfoundedDesignWarning",
+    "DesignDiagnosis",
+    "SparseCell",
+    "diagnosis_of",
+    "levels_in_words",
+    "sparse_cells",
+]
 
 # 1 − R² below its square (and rounding) counts as exactly determined.
 _DETERMINED = 1e-8
 # Cells of a pair of categories that are listed.
 _MAX_CELLS = 10_000
+# Levels of a label that are named.
+_SHOWN_LEVELS = 6
 # A label that the metadata explain to this part has a variance inflation of 10.
 _NEARLY_DETERMINED = 0.9
 
@@ -86,6 +95,8 @@ class DesignDiagnosis:
         and no more than 10 000 for each pair.
     warnings, notes : tuple of str
         In words: what makes the correction unreliable, and what is only good to know.
+    label_levels : dict
+        As `mdnorm.Design.label_levels`: which level of a label is 1.
 
     References
     ----------
@@ -109,6 +120,7 @@ class DesignDiagnosis:
     sparse_cells: tuple[SparseCell, ...]
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
+    label_levels: Mapping[str, Mapping[Any, int]] = field(default_factory=dict)
 
     @property
     def verdict(self) -> str:
@@ -129,6 +141,7 @@ class DesignDiagnosis:
             ("rows", f"{self.num_rows}"),
             ("metadata columns", f"{len(self.metadata_names)}"),
             ("label columns", f"{len(self.label_names)}"),
+            *levels_in_words(self.label_levels),
             ("condition number", _number(self.condition_number)),
         ]
         rows += [(f"R² of {name} on the metadata", _number(r2)) for name, r2 in self.label_r2.items()]
@@ -157,6 +170,16 @@ class DesignDiagnosis:
         sentences += "".join(f"<li>{html.escape(text)}</li>" for text in self.notes)
         page = f"<p><b>{html.escape(self.verdict)}</b></p><table>{rows}</table>"
         return page + (f"<ul>{sentences}</ul>" if sentences else "")
+
+
+def levels_in_words(label_levels: Mapping[str, Mapping[Any, int]]) -> list[tuple[str, str]]:
+    """Return, for each label, its name and which level is which number."""
+    words = []
+    for name, levels in label_levels.items():
+        shown = [f"{level} = {index}" for level, index in levels.items()][:_SHOWN_LEVELS]
+        rest = f", … ({len(levels)} levels)" if len(levels) > _SHOWN_LEVELS else ""
+        words.append((f"label {name}", ", ".join(shown) + rest))
+    return words
 
 
 def sparse_cells(
@@ -199,6 +222,7 @@ def diagnosis_of(
     constant: Sequence[str],
     sparse_cells: Sequence[SparseCell],
     min_rows: int,
+    label_levels: Mapping[str, Mapping[Any, int]],
 ) -> DesignDiagnosis:
     """Return the diagnosis of columns, metadata first.
 
@@ -213,6 +237,7 @@ def diagnosis_of(
     sparse_cells : sequence of SparseCell
     min_rows : int
         What the cells were compared with, for the sentences.
+    label_levels : dict
     """
     names, kept = [*metadata_names, *label_names], set(collinearity.kept)
     variables = {name: [index for index in indices if index in kept] for name, indices in variables.items()}
@@ -254,6 +279,7 @@ def diagnosis_of(
         },
         canonical_correlations=tuple(collinearity.correlations(metadata).tolist()),
         sparse_cells=tuple(sparse_cells),
+        label_levels=label_levels,
         warnings=_warnings(
             num_rows=num_rows,
             num_columns=len(kept),

@@ -6,9 +6,8 @@ The intercept is `MetadataNorm`'s own and never among the columns.
 from __future__ import annotations
 
 import math
-import re
 import warnings
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,11 +15,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnorm.design.checks import check_kinds, check_missing
+from mdnorm.design.checks import check_fits, check_kinds, check_missing
 from mdnorm.design.diagnosing import diagnose_columns
-from mdnorm.design.diagnosis import ConfoundedDesignWarning, DesignDiagnosis, SparseCell
+from mdnorm.design.diagnosis import (
+    ConfoundedDesignWarning,
+    DesignDiagnosis,
+    SparseCell,
+    levels_in_words,
+)
+from mdnorm.design.entries import column_or_factor, in_order
 from mdnorm.design.factors import FittedFactor, fit_factor
-from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, parse_factor, parse_formula, quoted
+from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, parse_formula
 from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.roles import TableWarning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
@@ -88,7 +93,9 @@ class Design:
         arithmetic. Nothing else is possible, so that a design from a file cannot run code.
     labels : str or sequence of str, optional
         Columns (or factors) of the label, protected in the regression. Numbers are taken as they are;
-        categories get one 0/1 column for each level but the first.
+        categories get one 0/1 column for each level but the first, in alphabetical order or in that of a
+        categorical type: of "AD" and "CN", CN is 1. ``"C(dx, reference='CN')"`` or ``"C(dx, levels=['CN',
+        'AD'])"`` says it otherwise; `label_levels` and ``print(design)`` say what is what.
     missing : {"error", "mean", "indicator"}
         What a missing value of the metadata does. "error" names rows and columns. "mean": every column
         derived from that variable, interactions included, is at its training mean in that row: no correction
@@ -152,10 +159,10 @@ class Design:
         standardize: bool = True,
     ) -> None:
         self.formula: str | tuple[str, ...] = (
-            formula if isinstance(formula, str) else _in_order("formula", formula)
+            formula if isinstance(formula, str) else in_order("formula", formula)
         )
         labels = () if labels is None else labels
-        self.labels = (labels,) if isinstance(labels, str) else _in_order("labels", labels)
+        self.labels = (labels,) if isinstance(labels, str) else in_order("labels", labels)
         self.missing = missing
         self.unseen = unseen
         self._check_choices()
@@ -163,11 +170,11 @@ class Design:
         self._written_terms = (
             parse_formula(self.formula)
             if isinstance(self.formula, str)
-            else tuple((_column_or_factor(entry),) for entry in dict.fromkeys(self.formula))
+            else tuple((column_or_factor(entry),) for entry in dict.fromkeys(self.formula))
         )
         if not self._written_terms:
             raise ValueError(f"formula must have at least one metadata column, got {formula!r}.")
-        self._label_factors = tuple(_column_or_factor(label) for label in dict.fromkeys(self.labels))
+        self._label_factors = tuple(column_or_factor(label) for label in dict.fromkeys(self.labels))
         self._check_overlap()
         self._factors: dict[str, FittedFactor] = {}
         self._kinds: dict[str, str] = {}
@@ -195,9 +202,11 @@ class Design:
         formula = self.formula if isinstance(self.formula, str) else list(self.formula)
         state = f"{self.num_metadata} columns" if self._is_fitted else "not fitted"
         labels = f", labels={list(self.labels)}" if self.labels else ""
+        words = levels_in_words(self.label_levels) if self._is_fitted else []
+        coded = "".join(f"; {name}: {levels}" for name, levels in words)
         return (
             f"Design({formula!r}{labels}, missing={self.missing!r}, unseen={self.unseen!r}, "
-            f"standardize={self.standardize}): {state}"
+            f"standardize={self.standardize}): {state}{coded}"
         )
 
     # ----------------------------------------------------------------------------------------------------
@@ -251,6 +260,24 @@ class Design:
         """Levels of each category, the reference first."""
         self._check_fitted()
         return {text: fitted.levels for text, fitted in self._factors.items() if fitted.kind == "category"}
+
+    @property
+    def label_levels(self) -> dict[str, dict[Any, int]]:
+        """For each label that is a category its levels, and the class index that each stands for.
+
+        Index 0 is the reference, which has no column. So of two levels this is the number in the label's
+        column: ``{"dx": {"CN": 0, "AD": 1}}``; of more, the index k is a 1 in its k-th column.
+        """
+        self._check_fitted()
+        return self._label_levels()
+
+    def _label_levels(self) -> dict[str, dict[Any, int]]:
+        fitted = {factor.text: self._factors[factor.text] for factor in self._label_factors}
+        return {
+            text: {level: index for index, level in enumerate(one.levels)}
+            for text, one in fitted.items()
+            if one.kind == "category"
+        }
 
     def variables(self, *, labels: bool = True) -> list[str]:
         """Return the columns of a table that the design, fitted or not, uses.
@@ -384,11 +411,11 @@ class Design:
         metadata = torch.empty(num_rows, self.num_metadata, dtype=dtype)
         for rows, block in self._evaluate(columns).chunks():
             metadata[rows] = torch.from_numpy(self._finished(block)).to(dtype)
-        _check_fits(metadata, self.metadata_names)
+        check_fits(metadata, self.metadata_names)
         label_matrix = None
         if with_labels:
             label_matrix = torch.from_numpy(self._label_matrix(columns, num_rows)).to(dtype)
-            _check_fits(label_matrix, self.label_names)
+            check_fits(label_matrix, self.label_names)
         return DesignMatrices(metadata, label_matrix, self.metadata_names, self.label_names)
 
     def transform_columns(
@@ -565,32 +592,3 @@ class Design:
                 matrix[:, at : at + part] = values.reshape(num_rows, -1)
             at += part
         return matrix
-
-
-def _in_order(name: str, entries: Any) -> tuple[str, ...]:
-    if isinstance(entries, (Set, Mapping)):
-        raise TypeError(
-            f"{name} is a {type(entries).__name__}, whose order is not part of its meaning, but columns need "
-            "one: give a list."
-        )
-    if not isinstance(entries, Iterable):
-        raise TypeError(f"{name} must be a string or a list of column names, got {entries!r}.")
-    return tuple(entries)
-
-
-def _column_or_factor(entry: str) -> Factor:
-    """Return what an entry of a list means: a call such as ``C(site)``, otherwise the name of a column."""
-    if not isinstance(entry, str):
-        raise TypeError(f"columns must be given by name, got {entry!r} of type {type(entry).__name__}.")
-    is_call = re.fullmatch(r"\w+\(.*\)", entry.strip(), re.DOTALL)
-    return parse_factor(entry.strip() if is_call else quoted(entry))
-
-
-def _check_fits(matrix: Tensor, names: Sequence[str]) -> None:
-    bad = ~torch.isfinite(matrix)
-    if bool(bad.any()):
-        row, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"column {names[column]!r} is too large for {matrix.dtype} in row {row}: correct the value, or "
-            "pass dtype=torch.float64."
-        )

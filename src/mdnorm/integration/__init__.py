@@ -9,10 +9,12 @@ from mdnorm.integration.applied import Insertion
 from mdnorm.integration.dependence import DependenceRecorder
 from mdnorm.integration.design import AttachedDesign, attach_design, design_of
 from mdnorm.integration.erasing import erase, insert_eraser
+from mdnorm.integration.features import features
 from mdnorm.integration.gram import fit_gram
 from mdnorm.integration.insert import InsertionReport, insert, insertions, remove
 from mdnorm.integration.penalty import parameter_groups, penalty_loss
 from mdnorm.integration.recalibrate import recalibrate
+from mdnorm.integration.recalibrated import recalibrated
 from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration
 from mdnorm.integration.saving import load, save
 from mdnorm.integration.wrapper import WithMetadata
@@ -35,6 +37,7 @@ __all__ = [
     "attach_design",
     "design_of",
     "erase",
+    "features",
     "fit_gram",
     "insert",
     "insert_eraser",
@@ -43,6 +46,7 @@ __all__ = [
     "parameter_groups",
     "penalty_loss",
     "recalibrate",
+    "recalibrated",
     "remove",
     "save",
 ]

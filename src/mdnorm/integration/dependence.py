@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -104,7 +105,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
     TypeError
         `layer` is neither a string nor a module.
     ValueError
-        The model has no such module; the message lists those that it has.
+        The model has no such module; the message lists those that it has, and those that are near.
     """
     modules = dict(model.named_modules())
     if isinstance(layer, str):
@@ -112,7 +113,9 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
             return layer, modules[layer]
         names = [name for name in modules if name]
         listing = ", ".join(names[:30]) + (f", … ({len(names)} in all)" if len(names) > 30 else "")
-        raise ValueError(f"{type(model).__name__} has no module {layer!r}: its modules are {listing}.")
+        near = difflib.get_close_matches(layer, names, n=3)
+        meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"{type(model).__name__} has no module {layer!r}: its modules are {listing}.{meant}")
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be the name of a module or a module, got {layer!r}.")
     for name, module in modules.items():

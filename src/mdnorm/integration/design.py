@@ -71,6 +71,15 @@ class AttachedDesign(nn.Module):
         except UnicodeDecodeError as error:
             raise ValueError(f"the design in this model is damaged: {error}") from error
 
+    def parsed(self) -> Design:
+        """Return the design as `design` does, read only once: not to be changed."""
+        parsed = self._parsed
+        version = 0 if self.json.is_inference() else self.json._version
+        # Read again where a checkpoint brought another one, in place or as another tensor.
+        if parsed is None or parsed[0] is not self.json or parsed[1] != version:
+            parsed = self._parsed = (self.json, version, self.design())
+        return parsed[2]
+
     def columns_of_table(self, table: Any, *, with_labels: bool) -> tuple[Tensor, Tensor | None]:
         """Return the metadata and label columns of a table, on the device of the model.
 
@@ -86,12 +95,8 @@ class AttachedDesign(nn.Module):
         RuntimeError, TypeError, ValueError
             There is no design, or what `Design.transform` refuses.
         """
-        parsed, device = self._parsed, self.json.device
-        version = 0 if self.json.is_inference() else self.json._version
-        # Read again where a checkpoint brought another one, in place or as another tensor.
-        if parsed is None or parsed[0] is not self.json or parsed[1] != version:
-            parsed = self._parsed = (self.json, version, self.design())
-        matrices = parsed[2].transform(
+        device = self.json.device
+        matrices = self.parsed().transform(
             table, labels=None if with_labels else False, dtype=statistics_dtype(device)
         )
         labels = matrices.labels

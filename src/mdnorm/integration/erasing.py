@@ -12,8 +12,9 @@ from mdnorm.context import columns_by_design
 from mdnorm.erasure import Eraser, EraserFitter
 from mdnorm.integration import places
 from mdnorm.integration.applied import call_on, find_features, is_in, replaced, warn_of_output
+from mdnorm.integration.bars import with_bar
+from mdnorm.integration.batches import split_batch
 from mdnorm.integration.dependence import Selector
-from mdnorm.integration.recalibrate import split_batch
 from mdnorm.moments import NoSamplesError
 
 __all__ = ["erase", "insert_eraser"]
@@ -32,6 +33,7 @@ def erase(
     channel_dim: int = 1,
     within_labels: bool = True,
     preserve_labels: bool = False,
+    progress: bool = True,
 ) -> Eraser:
     """Fit an eraser on the output of a module, and put it behind the module, in place.
 
@@ -54,6 +56,8 @@ def erase(
         Which part of the module's output is erased, as in `mdnorm.insert`; by default its first tensor.
     num_labels, channel_dim, within_labels, preserve_labels
         As of `mdnorm.erasure.EraserFitter`. For tokens (N, T, D) ``channel_dim=-1``.
+    progress : bool
+        Show a progress bar (on a terminal, where tqdm is installed).
 
     Returns
     -------
@@ -107,7 +111,7 @@ def erase(
     model.eval()
     try:
         with torch.no_grad():
-            for batch in loader:
+            for batch in with_bar(loader, f"erase after {name or 'the model'}", progress):
                 inputs, keywords, given = split_batch(batch, _GIVEN)
                 columns = columns_by_design(model, given["metadata"], given.get("labels"))
                 given |= dict(zip(("metadata", "labels"), columns, strict=True))

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from mdnorm import context
 from mdnorm.arrays import check_finite_columns, columns_of, label_columns, statistics_dtype
 from mdnorm.distributed import gather_or_raise, group_of
+from mdnorm.integration.bars import with_bar
+from mdnorm.integration.batches import Keys, checked_keys, metadata_at
+from mdnorm.integration.dependence import select
 from mdnorm.integration.design import AttachedDesign
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import Moments, NoSamplesError
@@ -24,6 +27,7 @@ if TYPE_CHECKING:
 
 __all__ = ["fit_gram"]
 
+_WHAT = "Gram matrix"
 _Parts = tuple[Any, Any, Any]
 
 
@@ -33,6 +37,8 @@ def fit_gram(
     labels: Tensor | ArrayLike | None = None,
     weights: Tensor | ArrayLike | None = None,
     *,
+    keys: Keys | None = None,
+    progress: bool = True,
     process_group: ProcessGroupSetting = "auto",
 ) -> Moments:
     """Compute the Gram matrix of the training metadata and store it in every layer that needs it.
@@ -53,6 +59,11 @@ def fit_gram(
         Labels where metadata is one table; class indices become one-hot as in the layer.
     weights : (N,), optional
         Of the samples, where metadata is one table.
+    keys : mapping, optional
+        Where the parts of other batches are, as of `mdnorm.recalibrate`: ``{"metadata": ["age", "site"],
+        "labels": "diagnosis"}``; "inputs" and "mask" are not needed, and no error.
+    progress : bool
+        Show a progress bar for an iterable of batches (on a terminal, where tqdm is installed).
     process_group : ProcessGroup, "world", "auto" or "local"
         The processes of which each gives its share of the training set (none of it, too); the matrix is the
         same on all. "auto": those of a `DistributedDataParallel`, where the model is one; else this process
@@ -67,9 +78,11 @@ def fit_gram(
     ------
     TypeError
         `model` is not a module.
+    KeyError, IndexError
+        A batch has no such key or index as `keys` says.
     ValueError
-        No `MetadataNorm` in the model, layers of different sizes, no samples, or what
-        the layer refuses.
+        No `MetadataNorm` in the model, layers of different sizes, no samples, `keys` with another name, or
+        what the layer refuses.
     RuntimeError
         Another process of the group failed.
     """
@@ -81,8 +94,13 @@ def fit_gram(
     num_labels = _common("num_labels", {name: layer.num_labels for name, layer in layers.items()})
     has_design = any(isinstance(module, AttachedDesign) for module in model.modules())
     designed = model if has_design else None
-    batches = functools.partial(_batches, metadata, labels, weights, num_metadata, num_labels, designed)
-    work = functools.partial(_moments, batches, num_metadata, num_labels)
+    numbers = num_metadata, num_labels
+    batches = functools.partial(_batches, metadata, labels, weights, *numbers, designed, progress)
+    if (places := checked_keys(keys)) is not None:
+        if labels is not None or weights is not None:
+            raise ValueError("labels and weights come with each batch, where keys say what is where.")
+        batches = functools.partial(_batches_at, model, metadata, places, progress)
+    work = functools.partial(_moments, batches, *numbers)
     moments = work() if group is None else _shared_moments(work, group)
     for layer in layers.values():
         layer.set_gram(moments)
@@ -158,6 +176,7 @@ def _batches(
     num_metadata: int | None,
     num_labels: int | None,
     model: nn.Module | None,
+    progress: bool,
 ) -> Iterable[_Parts]:
     """Yield the batches; `model` is one with a design, which turns tables into columns."""
     if model is not None and _is_table(metadata):
@@ -177,8 +196,17 @@ def _batches(
         yield _parts_of(metadata, model)
         return
     _refuse_rows(metadata, num_metadata)
-    for batch in metadata:
+    for batch in with_bar(metadata, _WHAT, progress):
         yield _parts_of(batch, model)
+
+
+def _batches_at(model: nn.Module, metadata: Any, keys: dict[str, Any], progress: bool) -> Iterable[_Parts]:
+    """Yield the batches whose parts are at these keys."""
+    loader = [metadata] if isinstance(metadata, Mapping) else metadata
+    for batch in with_bar(loader, _WHAT, progress):
+        found = metadata_at(model, batch, keys.get("metadata"), keys.get("labels"))
+        weights = select(batch, keys["weights"], "the batch") if "weights" in keys else None
+        yield *context.columns_by_design(model, *found), weights
 
 
 def _is_table(values: Any) -> bool:

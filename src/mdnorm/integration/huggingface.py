@@ -7,14 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 from torch import nn
 
 from mdnorm import context
 from mdnorm.extras import requires
+from mdnorm.integration.batches import metadata_at
 from mdnorm.integration.dependence import select
+from mdnorm.integration.loader_state import unchanged_loaders
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
+from mdnorm.integration.recalibrated import recalibrated
 from mdnorm.integration.recalibration import Recalibration
 
 with requires("huggingface"):
@@ -35,10 +38,11 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     ----------
     *args, **kwargs
         Of `Trainer`. The model must have its layers already.
-    metadata : str
+    metadata : str or list of str
         Key of the metadata in a batch, (n,) or (n, K_m) or a table; the data set and the collator must
-        provide it. `remove_unused_columns` spares it.
-    protect : str or None
+        provide it. A list of keys gives one column each, or the table of the model's design.
+        `remove_unused_columns` spares them.
+    labels : str or None
         Key of the labels whose effect is protected in training, the same that the model learns from as a
         rule; None for none. They stay in the batch.
     weights : str or None
@@ -51,21 +55,28 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     recalibrate : bool
         Whether to recalibrate at the end of `train`, on the training data, of several processes on the shares
         of all.
+    evaluate_recalibrated : bool, optional
+        Whether an evaluation during `train` takes the coefficients of the whole training data
+        (`mdnorm.recalibrated`), so that early stopping and the best checkpoint go by the model as it will be
+        used; training goes on as without it, bit for bit. It costs a forward pass over the training data for
+        each layer and evaluation, and one batch. By default as `recalibrate`.
     held_out : bool
-        Whether the recalibration compares with the evaluation data set and takes its word where the network
-        memorised. An accuracy on the same rows is then no longer that on new ones.
+        Whether the recalibration after training compares with the evaluation data set and takes its word
+        where the network memorised. An accuracy on the same rows is then no longer that on new ones.
 
     Raises
     ------
     ValueError
-        The model has no `MetadataNorm`, or none with label columns for `protect`; `held_out` without an
+        The model has no `MetadataNorm`, or none with label columns for `labels`; `held_out` without an
         `eval_dataset`.
     KeyError
         At the first batch: it has no such key.
 
     Notes
     -----
-    - `Trainer` saves its checkpoints before the recalibration: call ``trainer.save_model()`` after `train`.
+    - `Trainer` saves its checkpoints before the recalibration, with the state of the training: call
+      ``trainer.save_model()`` after `train`. With ``load_best_model_at_end=True`` it is the best model that
+      is recalibrated.
     - ``from_pretrained`` fills what the constructor of a class made: let a subclass insert there, with
       `num_metadata`, `num_labels` and `num_features`. The original class loads the folder without the layers.
     - Several GPUs in one process (`nn.DataParallel`) would split the batch and not the metadata: start one
@@ -75,21 +86,26 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def __init__(
         self,
         *args: Any,
-        metadata: str = "metadata",
-        protect: str | None = "labels",
+        metadata: str | list[str] = "metadata",
+        labels: str | None = "labels",
         weights: str | None = None,
         mask: str | None = "attention_mask",
         recalibrate: bool = True,
+        evaluate_recalibrated: bool | None = None,
         held_out: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.metadata_key = metadata
-        self.protected_key = protect
+        self.labels_key = labels
         self.weights_key = weights
         self.mask_key = mask
         self.batch_weights: Any = None
         self.recalibrates = recalibrate
+        self.evaluates_recalibrated = recalibrate if evaluate_recalibrated is None else evaluate_recalibrated
+        # The loader of these passes, and whether one is under way.
+        self._pass_loader: tuple[Any, Any] = (None, None)
+        self._is_recalibrated = False
         self.held_out = held_out
         if held_out and self.eval_dataset is None:
             raise ValueError("held_out=True takes the rows of eval_dataset: give one.")
@@ -100,28 +116,32 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
                 f"{type(self._network).__name__} has no MetadataNorm: mdnorm.insert(model, after=…) before "
                 "the Trainer is made."
             )
-        if protect is not None and all(layer.num_labels == 0 for layer in layers):
+        if labels is not None and all(layer.num_labels == 0 for layer in layers):
             raise ValueError(
-                f"protect={protect!r}, but every MetadataNorm of the model has num_labels=0: give "
-                "mdnorm.insert the number of label columns, or protect=None for none."
+                f"labels={labels!r}, but every MetadataNorm of the model has num_labels=0: give "
+                "mdnorm.insert the number of label columns, or labels=None for none."
             )
 
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        own = (self.metadata_key, self.protected_key, self.weights_key)
+        own = (*self._metadata_keys(), self.labels_key, self.weights_key)
         wanted = [key for key in own if key is not None and key not in columns]
         vars(self)["_signature_columns"] = [*columns, *wanted]
+
+    def _metadata_keys(self) -> list[str]:
+        return [self.metadata_key] if isinstance(self.metadata_key, str) else list(self.metadata_key)
 
     @contextmanager
     def _given(self, model: nn.Module, inputs: dict[str, Any], with_labels: bool) -> Iterator[dict[str, Any]]:
         """Give the layers what is theirs in a batch; yield the model's part of it."""
         inputs = dict(self._prepare_inputs(inputs))
-        metadata = select(inputs, self.metadata_key, "the batch")
-        del inputs[self.metadata_key]
-        labels = weights = None
-        if self.protected_key is not None and (with_labels or self.protected_key in inputs):
-            labels = select(inputs, self.protected_key, "the batch")
+        has_labels = self.labels_key is not None and (with_labels or self.labels_key in inputs)
+        labels_key = self.labels_key if has_labels else None
+        metadata, labels = metadata_at(self._network, inputs, self.metadata_key, labels_key)
+        for key in self._metadata_keys():
+            del inputs[key]
+        weights = None
         if self.weights_key is not None and (with_labels or self.weights_key in inputs):
             weights = select(inputs, self.weights_key, "the batch")
             del inputs[self.weights_key]
@@ -153,6 +173,23 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self.recalibrate()
         return result
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate, during training with the coefficients of the whole training data."""
+        # Of several data sets it calls itself for each.
+        if not (self.evaluates_recalibrated and self.is_in_train) or self._is_recalibrated:
+            return super().evaluate(*args, **kwargs)
+        with unchanged_loaders():
+            # Made once: accelerate remembers every loader that it prepares.
+            if self._pass_loader[0] is not self.train_dataset or self._pass_loader[1] is None:
+                self._pass_loader = (self.train_dataset, self.get_train_dataloader())
+        loader = self._pass_loader[1]
+        try:
+            with recalibrated(self._network, loader, **self._recalibration_options()):
+                self._is_recalibrated = True
+                return super().evaluate(*args, **kwargs)
+        finally:
+            self._is_recalibrated = False
+
     def recalibrate(self) -> Recalibration:
         """Take the coefficients of the whole training data; see `mdnorm.recalibrate`.
 
@@ -161,16 +198,19 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Recalibration
             ``print`` shows what was found.
         """
+        # accelerate would think that a loader which was left in between is still gone through.
+        with unchanged_loaders():
+            return _recalibrate(
+                self._network,
+                self.get_train_dataloader(),
+                held_out=self.get_eval_dataloader() if self.held_out else None,
+                **self._recalibration_options(),
+            )
 
+    def _recalibration_options(self) -> dict[str, Any]:
         def forward(model: nn.Module, batch: dict[str, Any]) -> Any:
             with self.compute_loss_context_manager(), self._given(model, batch, True) as inputs:
                 return model(**inputs)
 
-        group: Literal["world", "local"] = "world" if self.args.world_size > 1 else "local"
-        return _recalibrate(
-            self._network,
-            self.get_train_dataloader(),
-            held_out=self.get_eval_dataloader() if self.held_out else None,
-            forward=forward,
-            process_group=group,
-        )
+        group = "world" if self.args.world_size > 1 else "local"
+        return {"forward": forward, "process_group": group, "progress": not self.args.disable_tqdm}

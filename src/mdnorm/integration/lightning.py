@@ -6,30 +6,28 @@ Importing this module needs Lightning (``pip install 'mdnorm[lightning]'``); the
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from mdnorm import context
-from mdnorm.arrays import as_real_tensor, statistics_dtype
 from mdnorm.extras import requires
 from mdnorm.integration.applied import find_features, samples_first
-from mdnorm.integration.dependence import LayerOutputs, Selector, described, select
+from mdnorm.integration.batches import metadata_at
+from mdnorm.integration.dependence import Selector, described, select
 from mdnorm.integration.design import AttachedDesign, design_of
 from mdnorm.integration.insert import InsertionReport, insert, insertions
+from mdnorm.integration.lightning_dependence import DependenceCallback, InsertedDependence
 from mdnorm.integration.places import Target
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
+from mdnorm.integration.recalibrated import recalibrated
 from mdnorm.integration.recalibration import Recalibration
-from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames
 
 with requires("lightning"):
-    from mdnorm.metrics.streaming import DistanceCorrelation
-
     try:
         from lightning.pytorch import Callback
     except ModuleNotFoundError as error:
@@ -42,269 +40,6 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 __all__ = ["DependenceCallback", "MetadataNormCallback"]
-
-
-class DependenceCallback(Callback):
-    """Log, after each validation, the distance correlation of a layer's output with the metadata.
-
-    Logs ``dcor2/<column>`` for each metadata column, and ``dcor2/joint`` for all columns together where there
-    are several, with ``pl_module.log``: loggers and the progress bar show them, and `EarlyStopping` and
-    `ModelCheckpoint` can monitor them. The value is the bias-corrected squared distance correlation of
-    `mdnorm.metrics.DistanceCorrelation`, over the samples of all processes.
-
-    Parameters
-    ----------
-    layer : str or nn.Module
-        A module of the LightningModule, by its name in ``named_modules()`` or itself.
-    metadata : str, int, callable, or list of them
-        Where the metadata are in a validation batch: a key (or the name of an attribute), an index, or a
-        function of the batch, that gives (n,) or (n, K). A list of them gives one column each, named by its
-        keys.
-    labels : str, int or callable, optional
-        Where class indices are in the batch. If given, the dependence is measured within each class, and
-        logged as ``dcor2/<column>/label_<class>``.
-    column_names : sequence of str, or mapping from str to sequence of int, optional
-        Names of the columns; default: the key of a single column or the keys in a list, ``key_0, key_1, …``
-        for the columns of one key, else ``column_0, column_1, …``. A mapping gives a name to several columns
-        that belong together.
-    output : str, int or callable, optional
-        Where the layer does not return a tensor; see `mdnorm.integration.DependenceRecorder`.
-    every_n_epochs : int
-        Measure in epochs 0, n, 2n, … of a fit. Monitoring callbacks see the last value in between.
-        ``trainer.validate`` always measures.
-    max_samples : int or None
-        Size of the sample that is measured, drawn uniformly from all; None for all. Time for each value grows
-        with its square.
-    seed : int
-        Of the sample.
-    dataloader_idx : int
-        Which validation loader, where there are several: pooled, differences between the loaders would pass
-        for dependence.
-    prefix : str
-        Of the logged names. Give one for each layer if you measure several.
-    prog_bar : bool
-        Show the values in the progress bar.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A wrong setting; at the start of a fit, no such layer; at the first batch, another number of rows in
-        the layer's output than in the metadata.
-    KeyError, IndexError
-        At the first batch: it has no such key or index. The message lists the keys that there are.
-
-    Notes
-    -----
-    - The sanity check before a fit is not measured.
-    - Too few samples (fewer than 4, in all or of a class; a ``fast_dev_run``, say): a warning, and nothing is
-      logged.
-    - A model compiled by `torch.compile` runs uncompiled while it is measured.
-
-    Examples
-    --------
-    >>> callback = DependenceCallback("encoder", metadata=["age", "sex"], labels="diagnosis")
-    >>> callback.column_names
-    ['age', 'sex']
-
-    Then ``Trainer(callbacks=[callback, EarlyStopping("dcor2/age/label_0")])``.
-    """
-
-    def __init__(
-        self,
-        layer: str | torch.nn.Module,
-        metadata: Selector | list[Selector],
-        labels: Selector | None = None,
-        *,
-        column_names: ColumnNames | None = None,
-        output: Selector | None = None,
-        every_n_epochs: int = 1,
-        max_samples: int | None = 2000,
-        seed: int = 0,
-        dataloader_idx: int = 0,
-        prefix: str = "dcor2",
-        prog_bar: bool = False,
-    ) -> None:
-        super().__init__()
-        reservoir.check_settings(max_samples, seed)
-        if type(every_n_epochs) is not int or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be an integer of at least 1, got {every_n_epochs!r}.")
-        if isinstance(metadata, (list, tuple)):
-            if not metadata:
-                raise ValueError("metadata is an empty list: give at least one key of the batch.")
-            if column_names is None and all(isinstance(part, str) for part in metadata):
-                column_names = [str(part) for part in metadata]
-        reservoir.check_column_names(column_names)
-        self.layer = layer
-        self.metadata = metadata
-        self.labels = labels
-        self.column_names = column_names
-        self.output = output
-        self.every_n_epochs = every_n_epochs
-        self.max_samples = max_samples
-        self.seed = seed
-        self.dataloader_idx = dataloader_idx
-        self.prefix = prefix
-        self.prog_bar = prog_bar
-        self._outputs: LayerOutputs | None = None
-        self._metric: DistanceCorrelation | None = None
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look for the layer, so that a wrong name fails before training."""
-        LayerOutputs(pl_module, self.layer, self.output)
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to record, unless this is the sanity check or an epoch in between."""
-        is_due = trainer.state.fn != "fit" or pl_module.current_epoch % self.every_n_epochs == 0
-        if trainer.sanity_checking or not is_due:
-            return
-        self._metric = DistanceCorrelation(
-            within_labels=self.labels is not None,
-            max_samples=self.max_samples,
-            seed=self.seed,
-            per_column=True,
-            column_names=self.column_names,
-        ).to(pl_module.device)
-        self._outputs = LayerOutputs(pl_module, self.layer, self.output)
-        self._outputs.open()
-
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Forget what the layer did outside of the validation step."""
-        if self._outputs is not None:
-            self._outputs.clear()
-
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        """Add the batch."""
-        if self._outputs is None or self._metric is None:
-            return
-        if dataloader_idx != self.dataloader_idx:
-            self._outputs.clear()
-            return
-        metadata = _metadata_of(batch, self.metadata)
-        labels = None if self.labels is None else self._classes(select(batch, self.labels, "the batch"))
-        self._metric.update(self._outputs.take(metadata.shape[0]), metadata, labels)
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log the values."""
-        if self._metric is None:
-            return
-        metric, self._metric = self._metric, None
-        self.close()
-        with warnings.catch_warnings():
-            # A process whose loader is empty takes part with no samples of its own.
-            warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
-            try:
-                values: Any = metric.compute()
-            except reservoir.TooFewSamplesError as error:
-                # All processes have the same samples by now, and so come here together.
-                too_few: str | None = str(error)
-            else:
-                too_few = None
-        if too_few is not None:
-            if trainer.is_global_zero:
-                warnings.warn(f"{self.prefix} of {self.layer!r} is not logged: {too_few}", stacklevel=2)
-            return
-        for name, value in values.items():
-            # The same value everywhere; sync_dist says so to Lightning.
-            pl_module.log(self._logged(name, values), value, prog_bar=self.prog_bar, sync_dist=True)
-
-    def _classes(self, labels: Any) -> Any:
-        """Return the class index of each sample."""
-        return labels
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hook off the layer."""
-        self.close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the hook off the layer."""
-        self.close()
-
-    def close(self) -> None:
-        """Stop recording and take the hook off the layer."""
-        if self._outputs is not None:
-            self._outputs.close()
-            self._outputs = None
-
-    def _logged(self, name: str, names: Iterable[str]) -> str:
-        if isinstance(self.metadata, str) and self.column_names is None:
-            is_single = all(other.split("/")[0] == "column_0" for other in names)
-            name = name.replace("column_0" if is_single else "column", self.metadata, 1)
-        return f"{self.prefix}/{name}"
-
-
-def _metadata_of(batch: Any, selector: Selector | list[Selector]) -> Tensor:
-    if not isinstance(selector, (list, tuple)):
-        metadata = as_real_tensor(select(batch, selector, "the batch"), "metadata")
-        if metadata.ndim == 0:
-            raise ValueError("metadata must have one row per sample, got a single number.")
-        return metadata
-    columns = []
-    for part in selector:
-        column = as_real_tensor(select(batch, part, "the batch"), f"metadata {part!r}")
-        if column.ndim not in (1, 2) or column.shape[1:].numel() != 1:
-            raise ValueError(
-                f"metadata {part!r} must be one column, of shape (n,) or (n, 1), got "
-                f"{tuple(column.shape)}: give a function of the batch that concatenates the columns."
-            )
-        # Columns of a batch may be tensors and lists, of different types.
-        columns.append(column.flatten().cpu().double())
-    lengths = {str(part): len(column) for part, column in zip(selector, columns, strict=True)}
-    if len(set(lengths.values())) > 1:
-        raise ValueError(f"the metadata differ in their number of rows: {lengths}.")
-    return torch.stack(columns, dim=1)
-
-
-class _InsertedDependence(DependenceCallback):
-    """Measures within the classes of labels that need not be class indices: they are those of a layer.
-
-    Whether they are is known when all were seen: a continuous label may well be 0 in a whole batch.
-    """
-
-    _are_classes = True
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._are_classes = True
-        super().on_validation_start(trainer, pl_module)
-
-    def _classes(self, labels: Any) -> Tensor:
-        labels = as_real_tensor(labels, "labels")
-        classes = _class_indices(labels)
-        if classes is None:
-            self._are_classes = False
-            return torch.zeros(len(labels), dtype=torch.int64)
-        return classes
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._metric is not None and self.labels is not None:
-            self._metric.within_labels = trainer.strategy.reduce_boolean_decision(self._are_classes)
-        super().on_validation_epoch_end(trainer, pl_module)
-
-
-def _class_indices(labels: Tensor) -> Tensor | None:
-    """Return the classes, (n,), of class indices or one-hot columns; None for other labels."""
-    if labels.ndim == 2 and labels.shape[1] > 1:
-        is_one_hot = bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all())
-        return labels.to(torch.int64).argmax(1) if is_one_hot else None
-    if labels.ndim not in (1, 2):
-        return None
-    labels = labels.reshape(-1)
-    indices = labels.to(torch.int64)
-    return indices if bool((indices == labels).all()) else None
 
 
 class MetadataNormCallback(Callback):
@@ -338,9 +73,15 @@ class MetadataNormCallback(Callback):
     recalibrate : bool
         Take the coefficients of the whole training loader at the end of a fit (`mdnorm.recalibrate`), of
         several processes on the shares of all. Not after a ``fast_dev_run``.
+    validate_recalibrated : bool, optional
+        Validate during a fit with the coefficients of the whole training loader (`mdnorm.recalibrated`), so
+        that what is logged, early stopping and best checkpoints go by the model as it will be used; training
+        goes on as without it, bit for bit. It costs a forward pass over the training loader for each layer
+        and validation, and one batch. By default as `recalibrate`. Not in the sanity check, and not in a
+        ``fast_dev_run``.
     held_out : bool
-        Let the recalibration compare with the (first) validation loader, and take its word where the network
-        memorised. An accuracy on the same rows is then no longer that on new ones.
+        Let the recalibration at the end compare with the (first) validation loader, and take its word where
+        the network memorised. An accuracy on the same rows is then no longer that on new ones.
     log_dependence : bool
         Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does. Within each
         class (``dcor2/<column>/label_<class>``), if `labels` gives class indices or one-hot columns in all
@@ -371,8 +112,11 @@ class MetadataNormCallback(Callback):
 
     Notes
     -----
-    - Checkpoints that were saved during the fit have the running coefficients:
-      ``trainer.save_checkpoint(path)`` after it has those of the recalibration.
+    - Checkpoints that were saved during the fit have the running coefficients, so that a fit can go on from
+      them: recalibrate the best one once it is loaded (`mdnorm.recalibrate`). After the fit
+      ``trainer.save_checkpoint(path)`` has the coefficients of the recalibration.
+    - A training loader without an end, or one that cannot be gone through again, is none to recalibrate on:
+      ``recalibrate=False``, with the validation as well.
     - Strategies that start their processes within `fit` ("ddp_spawn") bring back the state of the model only:
       `mdnorm.insert` the layers before, with the same options.
 
@@ -396,6 +140,7 @@ class MetadataNormCallback(Callback):
         inputs: Selector | None = None,
         forward: Callable[[LightningModule, Any], Any] | None = None,
         recalibrate: bool = True,
+        validate_recalibrated: bool | None = None,
         held_out: bool = False,
         log_dependence: bool = True,
         column_names: ColumnNames | None = None,
@@ -418,6 +163,7 @@ class MetadataNormCallback(Callback):
         self.inputs = inputs
         self.forward = forward
         self.recalibrate = recalibrate
+        self.validate_recalibrated = recalibrate if validate_recalibrated is None else validate_recalibrated
         self.held_out = held_out
         self.log_dependence = log_dependence
         self.column_names = column_names
@@ -427,6 +173,8 @@ class MetadataNormCallback(Callback):
         self.report: InsertionReport | None = None
         self.recalibration: Recalibration | None = None
         self._open = ExitStack()
+        # What is open for the length of a validation.
+        self._validation = ExitStack()
         self._measures: list[DependenceCallback] = []
 
     # -- start and end ----------------------------------------------------------------------------------
@@ -455,7 +203,15 @@ class MetadataNormCallback(Callback):
         self._close()
         if not self.recalibrate or getattr(trainer, "fast_dev_run", False):
             return
+        held_out: Any = trainer.val_dataloaders if self.held_out else None
+        self.recalibration = _recalibrate(
+            pl_module,
+            cast("Any", trainer.train_dataloader),
+            held_out=held_out[0] if isinstance(held_out, list) else held_out,
+            **self._recalibration_options(trainer, pl_module),
+        )
 
+    def _recalibration_options(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         def forward(_: torch.nn.Module, batch: Any) -> None:
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
             with trainer.precision_plugin.forward_context():
@@ -468,17 +224,11 @@ class MetadataNormCallback(Callback):
                 finally:
                     self._close()
 
-        loader: Any = trainer.train_dataloader
-        held_out: Any = trainer.val_dataloaders if self.held_out else None
-        group: Literal["world", "local"] = "world" if trainer.world_size > 1 else "local"
-        self.recalibration = _recalibrate(
-            pl_module,
-            loader,
-            held_out=held_out[0] if isinstance(held_out, list) else held_out,
-            forward=forward,
-            progress=trainer.is_global_zero,
-            process_group=group,
-        )
+        return {
+            "forward": forward,
+            "progress": trainer.is_global_zero and trainer.progress_bar_callback is not None,
+            "process_group": "world" if trainer.world_size > 1 else "local",
+        }
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Take metadata and hooks away."""
@@ -487,6 +237,7 @@ class MetadataNormCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Take metadata and hooks away; the layers stay."""
         self._close()
+        self._validation.close()
         for measure in self._measures:
             measure.close()
 
@@ -496,7 +247,7 @@ class MetadataNormCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Give the layers the metadata and labels of the batch."""
-        if self.recalibrate and self.forward is None and batch_idx == 0:
+        if (self.recalibrate or self.validate_recalibrated) and self.forward is None and batch_idx == 0:
             # Before training, not after it.
             self._input_of(batch)
         self._enter(pl_module, batch, with_labels=True)
@@ -506,7 +257,14 @@ class MetadataNormCallback(Callback):
         self._close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to measure the dependence."""
+        """Take the coefficients of the training data for this validation, and begin to measure."""
+        self._validation.close()
+        loader: Any = trainer.train_dataloader
+        is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        is_wanted = self.validate_recalibrated and not getattr(trainer, "fast_dev_run", False)
+        if is_wanted and is_training and loader is not None:
+            options = self._recalibration_options(trainer, pl_module)
+            self._validation.enter_context(recalibrated(pl_module, loader, **options))
         if not self.log_dependence:
             return
         if not self._measures:
@@ -541,6 +299,10 @@ class MetadataNormCallback(Callback):
         for measure in self._measures:
             measure.on_validation_epoch_end(trainer, pl_module)
 
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Put the state of the training back, before a checkpoint is saved."""
+        self._validation.close()
+
     def on_test_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
     ) -> None:
@@ -565,23 +327,10 @@ class MetadataNormCallback(Callback):
 
     def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
         self._close()
-        metadata = self._metadata_of(pl_module, batch)
-        selectors = (self.labels if with_labels else None, self.weights if with_labels else None, self.mask)
+        metadata, labels = metadata_at(pl_module, batch, self.metadata, self.labels if with_labels else None)
+        selectors = (self.weights if with_labels else None, self.mask)
         rest = [part if part is None else select(batch, part, "the batch") for part in selectors]
-        self._open.enter_context(context.metadata(pl_module, metadata, *rest))
-
-    def _metadata_of(self, pl_module: LightningModule, batch: Any) -> Any:
-        """Return the metadata of a batch on the device of the module: columns, or a table for its design."""
-        has_design = any(isinstance(module, AttachedDesign) for module in pl_module.modules())
-        if has_design and isinstance(self.metadata, (list, tuple)):
-            return {str(key): select(batch, key, "the batch") for key in self.metadata}
-        if has_design and context.is_table(table := select(batch, self.metadata, "the batch")):  # type: ignore[arg-type]
-            return table
-        metadata = _metadata_of(batch, self.metadata)
-        if isinstance(self.metadata, (list, tuple)):
-            # Columns that were put together in float64, which not every device has.
-            metadata = metadata.to(statistics_dtype(pl_module.device))
-        return metadata.to(pl_module.device)
+        self._open.enter_context(context.metadata(pl_module, metadata, labels, *rest))
 
     def _close(self) -> None:
         self._open.close()
@@ -593,7 +342,7 @@ class MetadataNormCallback(Callback):
             return batch[0]
         raise TypeError(
             f"the batch is {described(batch)}: give inputs= the key of the model's input, or forward= a "
-            "function of the module and the batch, for the recalibration at the end (or recalibrate=False)."
+            "function of the module and the batch, for the recalibration (or recalibrate=False)."
         )
 
     def _make_measures(self, pl_module: LightningModule) -> list[DependenceCallback]:
@@ -603,9 +352,8 @@ class MetadataNormCallback(Callback):
             column_names = column_names or design_of(pl_module).metadata_names
 
             def metadata(batch: Any) -> Any:
-                return context.columns_by_design(
-                    pl_module, self._metadata_of(pl_module, batch), with_labels=False
-                )[0]
+                own = metadata_at(pl_module, batch, self.metadata)[0]
+                return context.columns_by_design(pl_module, own, with_labels=False)[0]
 
         def features(name: str) -> Callable[[Any], Tensor]:
             return lambda output: samples_first(
@@ -613,7 +361,7 @@ class MetadataNormCallback(Callback):
             )
 
         return [
-            _InsertedDependence(
+            InsertedDependence(
                 name,
                 metadata,
                 self.labels,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,11 +14,11 @@ from torch import nn
 
 from mdnorm import context
 from mdnorm.distributed import gather_or_raise, group_of
-from mdnorm.integration.dependence import described
+from mdnorm.integration.bars import with_bar
+from mdnorm.integration.batches import Forward, Keys, runner
 from mdnorm.integration.layer_moments import NUM_GROUPS, LayerMoments
 from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration, probability_below
 from mdnorm.integration.uncompiled import uncompiled
-from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import NoSamplesError
 from mdnorm.shrinkage import combine, found_again, with_change
@@ -31,8 +30,6 @@ if TYPE_CHECKING:
 
 __all__ = ["recalibrate"]
 
-Forward = Callable[[nn.Module, Any], Any]
-
 
 def recalibrate(
     model: nn.Module,
@@ -41,6 +38,7 @@ def recalibrate(
     held_out: Iterable[Any] | None = None,
     shrink: bool = True,
     forward: Forward | None = None,
+    keys: Keys | None = None,
     progress: bool = True,
     process_group: ProcessGroupSetting = "auto",
 ) -> Recalibration:
@@ -79,8 +77,17 @@ def recalibrate(
         has them as "metadata" and "labels", and may have "weights" and "mask"; the rest of it goes to the
         model, and so do "weights" and "mask" where its forward has an argument of that name. Metadata may be
         a table where the model has a design. Whether the forward of a model of your own takes metadata is
-        read off its signature: an argument of that name, or as many arguments as the batch has. For other
-        batches give a function that enters `mdnorm.metadata`.
+        read off its signature: an argument of that name, or as many arguments as the batch has. Of a mapping
+        with "image", as MONAI has them, and a model that knows no such argument, "image" is the input,
+        "label" (or "labels") the labels, and "metadata", or else the columns of the model's design, the
+        metadata. Tensors are moved to the device of the model. For other batches give `keys`, or a function
+        that enters `mdnorm.metadata`.
+    keys : mapping, optional
+        Instead of `forward`, where the parts of a batch are: ``{"inputs": "image", "metadata": ["age",
+        "site"], "labels": "diagnosis"}``, and "weights" and "mask". Each is a key, an index or a function of
+        the batch; "inputs", "metadata" and "labels" also a list of them. With a design in the model,
+        "metadata" are columns of its table, by default all of them, and "labels" may be its labels as they
+        stand in the table.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
     process_group : ProcessGroup, "world", "auto" or "local"
@@ -104,8 +111,11 @@ def recalibrate(
     ------
     TypeError
         `model` is not a module.
+    KeyError, IndexError
+        A batch has no such key or index as `keys` says.
     ValueError
-        No layer, none that runs, no samples, an iterator, metadata or labels missing.
+        No layer, none that runs, no samples, an iterator, metadata or labels missing; `keys` with another
+        name, or beside `forward`.
     RuntimeError
         Another process of the group failed.
 
@@ -133,7 +143,7 @@ def recalibrate(
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
-    run = forward or _call
+    run = runner(forward, keys)
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -153,7 +163,7 @@ def recalibrate(
                         continue
                     trained = sources[0].regression() if sources else None
                     source = LayerMoments(name, layers[name], trained)
-                    bar = _bar(rows, what + (", held out" if sources else ""), progress)
+                    bar = with_bar(rows, what + (", held out" if sources else ""), progress)
                     work = functools.partial(_accumulate, model, source, bar, run)
                     names = _agreeing(work, order, group)
                     source.finish(group, "held_out is empty" if sources else "the loader is empty")
@@ -185,111 +195,6 @@ def _agreeing(work: Callable[[], None], order: list[str], group: ProcessGroup | 
     for names, _ in answers:
         merged += [name for name in names if name not in merged]
     return merged
-
-
-def _call(model: nn.Module, batch: Any) -> Any:
-    takes_metadata = any(isinstance(module, WithMetadata) for module in model.modules())
-    is_inserted = any(getattr(module, "inserted_after", None) is not None for module in model.modules())
-    if takes_metadata or is_inserted or not _takes_batch(model, batch):
-        return _call_with_context(model, batch, takes_metadata)
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    if isinstance(batch, (tuple, list)):
-        return model(*batch)
-    return model(batch)
-
-
-def _signature(model: nn.Module) -> inspect.Signature:
-    # What torch.compile returns has a forward of any arguments.
-    return inspect.signature(getattr(model, "_orig_mod", model).forward)
-
-
-def _takes_batch(model: nn.Module, batch: Any) -> bool:
-    """Whether the forward pass takes a whole batch, metadata and labels included."""
-    signature = _signature(model)
-    if "metadata" in signature.parameters:
-        return True
-    if isinstance(batch, Mapping):
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        return takes_any or all(key in signature.parameters for key in batch)
-    try:
-        signature.bind(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
-    except TypeError:
-        return False
-    return True
-
-
-def split_batch(batch: Any, names: Collection[str]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """Return what a model is called with, positional and by name, and what a batch has beside that.
-
-    Parameters
-    ----------
-    batch : tuple, list or mapping
-        (input, metadata) or (input, metadata, labels); or a mapping, of which everything else is input.
-    names : collection of str
-        Keys of a mapping that are not the model's.
-
-    Raises
-    ------
-    ValueError
-        A batch of another form, or without metadata.
-    """
-    given: dict[str, Any] = {}
-    inputs: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        given = {name: batch[name] for name in names if name in batch}
-        keywords = {name: value for name, value in batch.items() if name not in names}
-    elif isinstance(batch, (tuple, list)) and 2 <= len(batch) <= 3:
-        inputs, given = (batch[0],), dict(zip(("metadata", "labels"), batch[1:], strict=False))
-    if given.get("metadata") is None:
-        missing = ", without 'metadata'" if isinstance(batch, Mapping) and "metadata" not in batch else ""
-        raise ValueError(
-            f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, "
-            "labels) or a dict with the key 'metadata'"
-        )
-    return inputs, keywords, given
-
-
-def _call_with_context(model: nn.Module, batch: Any, takes_metadata: bool) -> Any:
-    names = {"metadata", "labels"} | ({"weights", "mask"} - _signature(model).parameters.keys())
-    names |= {"weights", "mask"} if takes_metadata else set()
-    try:
-        inputs, keywords, given = split_batch(batch, names)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} for a model whose layers take metadata from a context: give forward= a function of "
-            "model and batch that enters mdnorm.metadata."
-        ) from error
-    if takes_metadata:
-        return model(*inputs, **given, **keywords)
-    with context.metadata(model, **given):
-        return model(*inputs, **keywords)
-
-
-def _bar(loader: Iterable[Any], description: str, progress: bool) -> Iterable[Any]:
-    if not progress:
-        return loader
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        return loader
-    return _counted(loader, tqdm(total=_length(loader), desc=description, disable=None, leave=False))
-
-
-def _counted(loader: Iterable[Any], bar: Any) -> Iterable[Any]:
-    # Not tqdm(loader): that calls iter() twice, which starts the workers of a DataLoader twice.
-    with bar:
-        for batch in loader:
-            yield batch
-            bar.update()
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None
 
 
 @contextmanager

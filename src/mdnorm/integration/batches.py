@@ -1,0 +1,361 @@
+"""What the batches of a loader are made of, and how a model is run on one."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mdnorm import context
+from mdnorm.arrays import as_real_tensor, statistics_dtype
+from mdnorm.integration.dependence import Selector, described, select
+from mdnorm.integration.design import AttachedDesign
+from mdnorm.integration.wrapper import WithMetadata
+
+__all__ = [
+    "Forward",
+    "Keys",
+    "checked_keys",
+    "columns_at",
+    "metadata_at",
+    "on_device_of",
+    "run_on",
+    "runner",
+    "split_batch",
+]
+
+Forward = Callable[[nn.Module, Any], Any]
+Keys = Mapping[str, Selector | list[Selector] | None]
+
+_GIVEN = ("metadata", "labels", "weights", "mask")
+_NAMES = ("inputs", *_GIVEN)
+_BATCH = "the batch"
+
+
+def checked_keys(keys: Keys | None) -> dict[str, Any] | None:
+    """Return keys without those that are None.
+
+    Raises
+    ------
+    TypeError
+        They are no mapping.
+    ValueError
+        A name that is none of "inputs", "metadata", "labels", "weights" and "mask".
+    """
+    if keys is None:
+        return None
+    if not isinstance(keys, Mapping):
+        raise TypeError(
+            f"keys must be a dict such as {{'inputs': 'image', 'metadata': ['age', 'site'], 'labels': "
+            f"'label'}}, got {described(keys)}."
+        )
+    unknown = [name for name in keys if name not in _NAMES]
+    if unknown:
+        raise ValueError(f"keys has {unknown[0]!r}, but its names are {', '.join(map(repr, _NAMES))}.")
+    return {name: key for name, key in keys.items() if key is not None}
+
+
+def runner(forward: Forward | None, keys: Keys | None) -> Forward:
+    """Return what runs a model on a batch: the function of the user, or the one that looks for keys.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Both are given, or what `checked_keys` refuses.
+    """
+    if forward is not None and keys is not None:
+        raise ValueError("keys and forward both say how to run the model: give one of them.")
+    return forward or functools.partial(run_on, keys=checked_keys(keys))
+
+
+def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = None) -> Any:
+    """Run a model on a batch, on its device; its layers get the metadata where it has any.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batch : tuple, list, mapping or tensor
+    keys : mapping, optional
+        What `checked_keys` returned.
+
+    Raises
+    ------
+    KeyError, IndexError
+        No such key or index in the batch.
+    ValueError
+        A batch without metadata for a model that takes them from a context.
+    """
+    batch = on_device_of(model, batch)
+    wraps = any(isinstance(module, WithMetadata) for module in model.modules())
+    is_inserted = any(getattr(module, "inserted_after", None) is not None for module in model.modules())
+    if keys is None:
+        keys = _usual_keys(model, batch)
+    if keys is not None:
+        inputs, keywords, given = _parts_at(model, batch, keys)
+    elif wraps or is_inserted or not _takes_batch(model, batch):
+        inputs, keywords, given = _parts_of(model, batch, wraps)
+    elif isinstance(batch, Mapping):
+        return model(**batch)
+    else:
+        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    if wraps:
+        return model(*inputs, **given, **keywords)
+    parameters = _signature(model).parameters
+    if keys is not None and not is_inserted and "metadata" in parameters:
+        # A forward of one's own that hands the metadata on.
+        columns = context.columns_by_design(model, given.get("metadata"), given.get("labels"))
+        given |= dict(zip(("metadata", "labels"), columns, strict=True))
+        handed = {name: value for name, value in given.items() if name in parameters}
+        return model(*inputs, **handed, **keywords)
+    if not context.slots_of(model):
+        return model(*inputs, **keywords)
+    with context.metadata(model, **given):
+        return model(*inputs, **keywords)
+
+
+# -- parts of a batch -----------------------------------------------------------------------------------
+
+
+def _usual_keys(model: nn.Module, batch: Any) -> dict[str, Any] | None:
+    """Return the keys of a dictionary as MONAI has them, where the model does not take it as it is."""
+    if not isinstance(batch, Mapping) or "image" not in batch:
+        return None
+    parameters = _signature(model.model if isinstance(model, WithMetadata) else model).parameters
+    if "image" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
+        return None
+    keys: dict[str, Any] = {"inputs": "image"}
+    for name, others in (("labels", ("labels", "label")), ("weights", ("weights",)), ("mask", ("mask",))):
+        found = [other for other in others if other in batch]
+        keys |= {name: found[0]} if found else {}
+    if "metadata" in batch:
+        keys["metadata"] = "metadata"
+    return keys
+
+
+def _parts_at(
+    model: nn.Module, batch: Any, keys: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    keywords: dict[str, Any] = {}
+    if (wanted := keys.get("inputs")) is not None:
+        several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        inputs = tuple(select(batch, key, _BATCH) for key in several)
+    elif isinstance(batch, Mapping) and "image" not in batch:
+        lists = (key if isinstance(key, (list, tuple)) else [key] for key in keys.values())
+        named = {key for part in lists for key in part if not callable(key)}
+        inputs, keywords = (), {name: value for name, value in batch.items() if name not in named}
+    else:
+        inputs = (select(batch, "image" if isinstance(batch, Mapping) else 0, _BATCH),)
+    given: dict[str, Any] = {}
+    if context.slots_of(model):
+        metadata, labels = metadata_at(model, batch, keys.get("metadata"), keys.get("labels"))
+        given = {"metadata": metadata} | ({} if labels is None else {"labels": labels})
+        given |= {key: select(batch, keys[key], _BATCH) for key in ("weights", "mask") if key in keys}
+    return inputs, keywords, given
+
+
+def _parts_of(
+    model: nn.Module, batch: Any, wraps: bool
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    names = {"metadata", "labels"} | ({"weights", "mask"} - _signature(model).parameters.keys())
+    names |= {"weights", "mask"} if wraps else set()
+    if not context.slots_of(model):
+        # Nothing takes metadata: the input is all that counts.
+        if isinstance(batch, Mapping):
+            return (), {name: value for name, value in batch.items() if name not in names}, {}
+        return (batch[0],) if isinstance(batch, (tuple, list)) else (batch,), {}, {}
+    try:
+        return split_batch(batch, names)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} for a model whose layers take metadata from a context: give keys=, the names of its "
+            "parts, or forward= a function of model and batch that enters mdnorm.metadata."
+        ) from error
+
+
+def split_batch(batch: Any, names: Collection[str]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Return what a model is called with, positional and by name, and what a batch has beside that.
+
+    Parameters
+    ----------
+    batch : tuple, list or mapping
+        (input, metadata) or (input, metadata, labels); or a mapping, of which everything else is input.
+    names : collection of str
+        Keys of a mapping that are not the model's.
+
+    Raises
+    ------
+    ValueError
+        A batch of another form, or without metadata.
+    """
+    given: dict[str, Any] = {}
+    inputs: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
+    if isinstance(batch, Mapping):
+        given = {name: batch[name] for name in names if name in batch}
+        keywords = {name: value for name, value in batch.items() if name not in names}
+    elif isinstance(batch, (tuple, list)) and 2 <= len(batch) <= 3:
+        inputs, given = (batch[0],), dict(zip(("metadata", "labels"), batch[1:], strict=False))
+    if given.get("metadata") is None:
+        missing = ", without 'metadata'" if isinstance(batch, Mapping) and "metadata" not in batch else ""
+        raise ValueError(
+            f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, "
+            "labels) or a dict with the key 'metadata'"
+        )
+    return inputs, keywords, given
+
+
+# -- metadata of a batch --------------------------------------------------------------------------------
+
+
+def metadata_at(
+    model: nn.Module, batch: Any, metadata: Any, labels: Selector | list[Selector] | None = None
+) -> tuple[Any, Any]:
+    """Return metadata and labels of a batch: columns, or a table where the model has a design.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batch : object
+    metadata : selector, list of selectors, or None
+        None: the columns of the design.
+    labels : selector or list of selectors, optional
+        The names of all labels of the design: then they are columns of the table, of any kind.
+
+    Raises
+    ------
+    KeyError, IndexError, TypeError
+        What `select` raises.
+    ValueError
+        No metadata are named and the model has no design, or what `columns_at` refuses.
+    """
+    attached = [module for module in model.modules() if isinstance(module, AttachedDesign)]
+    design = attached[0].parsed() if len(attached) == 1 else None
+    columns: list[str] = [] if design is None else design.variables(labels=False)
+    if metadata is None:
+        if design is None:
+            raise ValueError(
+                "nothing says where the metadata of a batch are, and the model has no design whose columns "
+                "they could be: give keys={'metadata': …}, a key of the batch or a list of them."
+            )
+        metadata = columns
+    if not attached and isinstance(metadata, (list, tuple)):
+        return _columns_on(model, batch, metadata), _labels_at(model, batch, labels)
+    if not isinstance(metadata, (list, tuple)):
+        found = select(batch, metadata, _BATCH)
+        if not context.is_table(found):
+            is_column = metadata in columns
+            found = {metadata: found} if is_column else _columns_on(model, batch, metadata)
+        # A table has its own labels, unless others are named.
+        return found, _labels_at(model, batch, labels)
+    table = {str(key): select(batch, key, _BATCH) for key in metadata}
+    ours = [] if design is None else [name for name in design.variables() if name not in columns]
+    if labels is None and isinstance(batch, Mapping) and all(name in batch for name in ours):
+        return table | {name: batch[name] for name in ours}, None
+    named = labels if isinstance(labels, (list, tuple)) else [labels]
+    if ours and set(ours) == set(named):
+        return table | {name: select(batch, name, _BATCH) for name in ours}, None
+    return table, _labels_at(model, batch, labels)
+
+
+def _labels_at(model: nn.Module, batch: Any, labels: Selector | list[Selector] | None) -> Any:
+    if isinstance(labels, (list, tuple)):
+        return _columns_on(model, batch, labels)
+    return None if labels is None else select(batch, labels, _BATCH)
+
+
+def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Tensor:
+    metadata = columns_at(batch, selector)
+    device = _device_of(model) or getattr(model, "device", None) or metadata.device
+    if isinstance(selector, (list, tuple)):
+        # Columns that were put together in float64, which not every device has.
+        metadata = metadata.to(statistics_dtype(device))
+    return metadata.to(device)
+
+
+def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:
+    """Return the metadata columns of a batch: (n,) or (n, K) at one selector, (n, K) float64 of a list.
+
+    Raises
+    ------
+    KeyError, IndexError, TypeError
+        What `select` raises, or values that are not numbers.
+    ValueError
+        A single number; in a list, more than one column at a selector, or different numbers of rows.
+    """
+    if not isinstance(selector, (list, tuple)):
+        metadata = as_real_tensor(select(batch, selector, _BATCH), "metadata")
+        if metadata.ndim == 0:
+            raise ValueError("metadata must have one row per sample, got a single number.")
+        return metadata
+    columns = []
+    for part in selector:
+        column = as_real_tensor(select(batch, part, _BATCH), f"metadata {part!r}")
+        if column.ndim not in (1, 2) or column.shape[1:].numel() != 1:
+            raise ValueError(
+                f"metadata {part!r} must be one column, of shape (n,) or (n, 1), got "
+                f"{tuple(column.shape)}: give a function of the batch that concatenates the columns."
+            )
+        # Columns of a batch may be tensors and lists, of different types.
+        columns.append(column.flatten().cpu().double())
+    lengths = {str(part): len(column) for part, column in zip(selector, columns, strict=True)}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"the metadata differ in their number of rows: {lengths}.")
+    return torch.stack(columns, dim=1)
+
+
+# -- the model ------------------------------------------------------------------------------------------
+
+
+def _device_of(model: nn.Module) -> torch.device | None:
+    """Return the device that all of a model is on; None where it is on several, or has no tensors."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return devices.pop() if len(devices) == 1 else None
+
+
+def on_device_of(model: nn.Module, batch: Any) -> Any:
+    """Return a batch with its tensors on the device of the model; itself where they are there already."""
+    device = _device_of(model)
+    return batch if device is None or device.type == "meta" else _moved(batch, device)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        if value.device == device:
+            return value
+        is_double = value.dtype == torch.float64
+        return value.to(device, statistics_dtype(device) if is_double else value.dtype)
+    if isinstance(value, Mapping):
+        moved = {key: _moved(entry, device) for key, entry in value.items()}
+        return moved if any(moved[key] is not entry for key, entry in value.items()) else value
+    if type(value) in (tuple, list):
+        entries = [_moved(entry, device) for entry in value]
+        changed = any(new is not entry for new, entry in zip(entries, value, strict=True))
+        return type(value)(entries) if changed else value
+    return value
+
+
+def _signature(model: nn.Module) -> inspect.Signature:
+    # What torch.compile returns has a forward of any arguments.
+    return inspect.signature(getattr(model, "_orig_mod", model).forward)
+
+
+def _takes_batch(model: nn.Module, batch: Any) -> bool:
+    """Whether the forward pass takes a whole batch, metadata and labels included."""
+    signature = _signature(model)
+    if "metadata" in signature.parameters:
+        return True
+    if not context.slots_of(model):
+        # Further arguments are no metadata then, and what comes behind the input is for others.
+        return False
+    if isinstance(batch, Mapping):
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
+        return takes_any or all(key in signature.parameters for key in batch)
+    try:
+        signature.bind(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
+    except TypeError:
+        return False
+    return True

@@ -1,0 +1,156 @@
+"""What a module puts out over a whole loader."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, RandomSampler
+
+from mdnorm.arrays import plain_tensor
+from mdnorm.distributed import group_of
+from mdnorm.integration.bars import with_bar
+from mdnorm.integration.batches import Forward, Keys, runner
+from mdnorm.integration.dependence import Selector, described, find_layer, select
+from mdnorm.integration.uncompiled import uncompiled
+from mdnorm.moments import NoSamplesError
+
+__all__ = ["features"]
+
+
+def features(
+    model: nn.Module,
+    layer: str | nn.Module,
+    loader: Iterable[Any],
+    *,
+    output: Selector | None = None,
+    forward: Forward | None = None,
+    keys: Keys | None = None,
+    progress: bool = True,
+) -> Tensor:
+    """Return what a module of a model puts out for all rows of a loader, in evaluation and in their order.
+
+    For an audit, a probe or a picture. Behind a module with an inserted `MetadataNorm` they are the corrected
+    features.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With `MetadataNorm` or without; left in the modes (train or eval) that it came in.
+    layer : str or nn.Module
+        A module of the model, by its name in ``model.named_modules()`` or itself; it must run once in a
+        forward pass.
+    loader : iterable of batches
+        As of `mdnorm.recalibrate`; a generator will do. A model without `MetadataNorm` gets the inputs only,
+        so the same loader serves it, and of a tuple the first entry is the input.
+    output : str, int or callable, optional
+        Where the module returns no tensor: a key, an index, or a function that returns the features, (n, …).
+    forward, keys
+        As of `mdnorm.recalibrate`.
+    progress : bool
+        Show a progress bar (on a terminal, where tqdm is installed).
+
+    Returns
+    -------
+    (N, …) tensor
+        On the CPU, in the order of the loader, the last partial batch included; float32 where the module
+        computes in less.
+
+    Warns
+    -----
+    UserWarning
+        The loader shuffles, so that rows do not follow those of a table; or leaves out the last samples
+        (``drop_last=True``).
+
+    Raises
+    ------
+    TypeError
+        `model` is not a module, `layer` neither a name nor a module, or its output no tensor.
+    ValueError
+        No such module (the message has names that are near); it does not run, or several times in a forward
+        pass; samples of different shapes; no samples; what `mdnorm.recalibrate` says of batches.
+
+    Examples
+    --------
+    >>> import mdnorm
+    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
+    >>> report = mdnorm.insert(model, after="0", num_metadata=1)
+    >>> loader = [(torch.randn(rows, 8), torch.rand(rows)) for rows in (20, 20, 3)]
+    >>> mdnorm.features(model, "0", loader).shape
+    torch.Size([43, 4])
+    """
+    model, _ = group_of(model, "local")
+    run = runner(forward, keys)
+    name, module = find_layer(model, layer)
+    _warn_of_order(loader)
+    outputs: list[Tensor] = []
+
+    def collect(_: nn.Module, __: tuple[Any, ...], value: Any) -> None:
+        outputs.append(
+            _rows(value if output is None else select(value, output, f"the output of {name!r}"), name)
+        )
+
+    parts: list[Tensor] = []
+    modes = {part: part.training for part in model.modules()}
+    handle = module.register_forward_hook(collect)
+    model.eval()
+    try:
+        with torch.no_grad(), uncompiled():
+            for batch in with_bar(loader, f"features of {name or 'the model'}", progress):
+                run(model, batch)
+                if len(outputs) != 1:
+                    raise ValueError(
+                        f"{name!r} ran {len(outputs)} times in a forward pass, but must run once: name a "
+                        "module that the forward pass calls once (as a module, not by its weights)."
+                    )
+                parts.append(outputs.pop())
+    finally:
+        handle.remove()
+        for part, mode in modes.items():
+            part.training = mode
+    if not parts:
+        raise NoSamplesError("no samples: the loader is empty.")
+    shapes = sorted({tuple(part.shape[1:]) for part in parts})
+    if len(shapes) > 1:
+        raise ValueError(
+            f"{name!r} puts out samples of different shapes, {' and '.join(map(str, shapes))}: give output= "
+            "a function that averages over the positions whose number varies."
+        )
+    return torch.cat(parts)
+
+
+def _rows(value: Any, name: str) -> Tensor:
+    """Return a copy on the CPU, since the layer behind may work in place."""
+    if not isinstance(value, Tensor) or value.is_nested:
+        what = "a nested tensor" if isinstance(value, Tensor) else described(value)
+        raise TypeError(
+            f"the output of {name!r} is {what}, not a tensor of one row per sample: give output= a key, an "
+            "index or a function that returns the features."
+        )
+    if value.ndim == 0:
+        raise ValueError(f"the output of {name!r} is a single number, it must have one row per sample.")
+    # A plain one: MONAI's tensors carry the history of their image.
+    value = plain_tensor(value.detach())
+    is_half = value.is_floating_point() and torch.finfo(value.dtype).bits < 32
+    rows: Tensor = value.to("cpu", torch.float32 if is_half else value.dtype, copy=True)
+    return rows
+
+
+def _warn_of_order(loader: Iterable[Any]) -> None:
+    if not isinstance(loader, DataLoader):
+        return
+    if isinstance(loader.sampler, RandomSampler):
+        warnings.warn(
+            "the loader shuffles: the features come in an order of their own, not in that of a table. Give a "
+            "DataLoader with shuffle=False.",
+            stacklevel=3,
+        )
+    if loader.drop_last:
+        warnings.warn(
+            "the loader leaves out what fills no batch (drop_last=True): give one with drop_last=False for "
+            "features of all samples.",
+            stacklevel=3,
+        )

@@ -1,0 +1,276 @@
+"""Lightning callback: what a layer knows about the metadata, logged after each validation."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mdnorm.arrays import as_real_tensor
+from mdnorm.extras import requires
+from mdnorm.integration.batches import columns_at
+from mdnorm.integration.dependence import LayerOutputs, Selector, select
+from mdnorm.metrics import reservoir
+from mdnorm.metrics.reservoir import ColumnNames
+
+with requires("lightning"):
+    from mdnorm.metrics.streaming import DistanceCorrelation
+
+    try:
+        from lightning.pytorch import Callback
+    except ModuleNotFoundError as error:
+        try:
+            from pytorch_lightning import Callback  # type: ignore[assignment]
+        except ModuleNotFoundError:
+            raise error from None
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
+__all__ = ["DependenceCallback", "InsertedDependence"]
+
+
+class DependenceCallback(Callback):
+    """Log, after each validation, the distance correlation of a layer's output with the metadata.
+
+    Logs ``dcor2/<column>`` for each metadata column, and ``dcor2/joint`` for all columns together where there
+    are several, with ``pl_module.log``: loggers and the progress bar show them, and `EarlyStopping` and
+    `ModelCheckpoint` can monitor them. The value is the bias-corrected squared distance correlation of
+    `mdnorm.metrics.DistanceCorrelation`, over the samples of all processes.
+
+    Parameters
+    ----------
+    layer : str or nn.Module
+        A module of the LightningModule, by its name in ``named_modules()`` or itself.
+    metadata : str, int, callable, or list of them
+        Where the metadata are in a validation batch: a key (or the name of an attribute), an index, or a
+        function of the batch, that gives (n,) or (n, K). A list of them gives one column each, named by its
+        keys.
+    labels : str, int or callable, optional
+        Where class indices are in the batch. If given, the dependence is measured within each class, and
+        logged as ``dcor2/<column>/label_<class>``.
+    column_names : sequence of str, or mapping from str to sequence of int, optional
+        Names of the columns; default: the key of a single column or the keys in a list, ``key_0, key_1, …``
+        for the columns of one key, else ``column_0, column_1, …``. A mapping gives a name to several columns
+        that belong together.
+    output : str, int or callable, optional
+        Where the layer does not return a tensor; see `mdnorm.integration.DependenceRecorder`.
+    every_n_epochs : int
+        Measure in epochs 0, n, 2n, … of a fit. Monitoring callbacks see the last value in between.
+        ``trainer.validate`` always measures.
+    max_samples : int or None
+        Size of the sample that is measured, drawn uniformly from all; None for all. Time for each value grows
+        with its square.
+    seed : int
+        Of the sample.
+    dataloader_idx : int
+        Which validation loader, where there are several: pooled, differences between the loaders would pass
+        for dependence.
+    prefix : str
+        Of the logged names. Give one for each layer if you measure several.
+    prog_bar : bool
+        Show the values in the progress bar.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A wrong setting; at the start of a fit, no such layer; at the first batch, another number of rows in
+        the layer's output than in the metadata.
+    KeyError, IndexError
+        At the first batch: it has no such key or index. The message lists the keys that there are.
+
+    Notes
+    -----
+    - The sanity check before a fit is not measured.
+    - Too few samples (fewer than 4, in all or of a class; a ``fast_dev_run``, say): a warning, and nothing is
+      logged.
+    - A model compiled by `torch.compile` runs uncompiled while it is measured.
+
+    Examples
+    --------
+    >>> callback = DependenceCallback("encoder", metadata=["age", "sex"], labels="diagnosis")
+    >>> callback.column_names
+    ['age', 'sex']
+
+    Then ``Trainer(callbacks=[callback, EarlyStopping("dcor2/age/label_0")])``.
+    """
+
+    def __init__(
+        self,
+        layer: str | torch.nn.Module,
+        metadata: Selector | list[Selector],
+        labels: Selector | None = None,
+        *,
+        column_names: ColumnNames | None = None,
+        output: Selector | None = None,
+        every_n_epochs: int = 1,
+        max_samples: int | None = 2000,
+        seed: int = 0,
+        dataloader_idx: int = 0,
+        prefix: str = "dcor2",
+        prog_bar: bool = False,
+    ) -> None:
+        super().__init__()
+        reservoir.check_settings(max_samples, seed)
+        if type(every_n_epochs) is not int or every_n_epochs < 1:
+            raise ValueError(f"every_n_epochs must be an integer of at least 1, got {every_n_epochs!r}.")
+        if isinstance(metadata, (list, tuple)):
+            if not metadata:
+                raise ValueError("metadata is an empty list: give at least one key of the batch.")
+            if column_names is None and all(isinstance(part, str) for part in metadata):
+                column_names = [str(part) for part in metadata]
+        reservoir.check_column_names(column_names)
+        self.layer = layer
+        self.metadata = metadata
+        self.labels = labels
+        self.column_names = column_names
+        self.output = output
+        self.every_n_epochs = every_n_epochs
+        self.max_samples = max_samples
+        self.seed = seed
+        self.dataloader_idx = dataloader_idx
+        self.prefix = prefix
+        self.prog_bar = prog_bar
+        self._outputs: LayerOutputs | None = None
+        self._metric: DistanceCorrelation | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Look for the layer, so that a wrong name fails before training."""
+        LayerOutputs(pl_module, self.layer, self.output)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to record, unless this is the sanity check or an epoch in between."""
+        is_due = trainer.state.fn != "fit" or pl_module.current_epoch % self.every_n_epochs == 0
+        if trainer.sanity_checking or not is_due:
+            return
+        self._metric = DistanceCorrelation(
+            within_labels=self.labels is not None,
+            max_samples=self.max_samples,
+            seed=self.seed,
+            per_column=True,
+            column_names=self.column_names,
+        ).to(pl_module.device)
+        self._outputs = LayerOutputs(pl_module, self.layer, self.output)
+        self._outputs.open()
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Forget what the layer did outside of the validation step."""
+        if self._outputs is not None:
+            self._outputs.clear()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Add the batch."""
+        if self._outputs is None or self._metric is None:
+            return
+        if dataloader_idx != self.dataloader_idx:
+            self._outputs.clear()
+            return
+        metadata = columns_at(batch, self.metadata)
+        labels = None if self.labels is None else self._classes(select(batch, self.labels, "the batch"))
+        self._metric.update(self._outputs.take(metadata.shape[0]), metadata, labels)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the values."""
+        if self._metric is None:
+            return
+        metric, self._metric = self._metric, None
+        self.close()
+        with warnings.catch_warnings():
+            # A process whose loader is empty takes part with no samples of its own.
+            warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
+            try:
+                values: Any = metric.compute()
+            except reservoir.TooFewSamplesError as error:
+                # All processes have the same samples by now, and so come here together.
+                too_few: str | None = str(error)
+            else:
+                too_few = None
+        if too_few is not None:
+            if trainer.is_global_zero:
+                warnings.warn(f"{self.prefix} of {self.layer!r} is not logged: {too_few}", stacklevel=2)
+            return
+        for name, value in values.items():
+            # The same value everywhere; sync_dist says so to Lightning.
+            pl_module.log(self._logged(name, values), value, prog_bar=self.prog_bar, sync_dist=True)
+
+    def _classes(self, labels: Any) -> Any:
+        """Return the class index of each sample."""
+        return labels
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Take the hook off the layer."""
+        self.close()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the hook off the layer."""
+        self.close()
+
+    def close(self) -> None:
+        """Stop recording and take the hook off the layer."""
+        if self._outputs is not None:
+            self._outputs.close()
+            self._outputs = None
+
+    def _logged(self, name: str, names: Iterable[str]) -> str:
+        if isinstance(self.metadata, str) and self.column_names is None:
+            is_single = all(other.split("/")[0] == "column_0" for other in names)
+            name = name.replace("column_0" if is_single else "column", self.metadata, 1)
+        return f"{self.prefix}/{name}"
+
+
+class InsertedDependence(DependenceCallback):
+    """Measures within the classes of labels that need not be class indices: they are those of a layer.
+
+    Whether they are is known when all were seen: a continuous label may well be 0 in a whole batch.
+    """
+
+    _are_classes = True
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begin to record."""
+        self._are_classes = True
+        super().on_validation_start(trainer, pl_module)
+
+    def _classes(self, labels: Any) -> Tensor:
+        labels = as_real_tensor(labels, "labels")
+        classes = _class_indices(labels)
+        if classes is None:
+            self._are_classes = False
+            return torch.zeros(len(labels), dtype=torch.int64)
+        return classes
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the values, within classes if the labels were some on all processes."""
+        if self._metric is not None and self.labels is not None:
+            self._metric.within_labels = trainer.strategy.reduce_boolean_decision(self._are_classes)
+        super().on_validation_epoch_end(trainer, pl_module)
+
+
+def _class_indices(labels: Tensor) -> Tensor | None:
+    """Return the classes, (n,), of class indices or one-hot columns; None for other labels."""
+    if labels.ndim == 2 and labels.shape[1] > 1:
+        is_one_hot = bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all())
+        return labels.to(torch.int64).argmax(1) if is_one_hot else None
+    if labels.ndim not in (1, 2):
+        return None
+    labels = labels.reshape(-1)
+    indices = labels.to(torch.int64)
+    return indices if bool((indices == labels).all()) else None
