@@ -41,9 +41,7 @@ PROTECTED = np.tile([1.0, 2.0], 5)
 # Matlab's iteration stops at another step, and is rounded to 14 decimals in the file.
 STOPS_ELSEWHERE = ("matlab",)
 
-NOT_COVERED = {
-    "nonparametric": "priors that are no normal and inverse gamma distribution: only the parametric form is here"
-}
+NOT_COVERED = {"nonparametric": "priors of another form than normal and inverse gamma"}
 
 
 class DataError(Exception):

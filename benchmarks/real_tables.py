@@ -21,14 +21,16 @@ and that is said:
 
 Three schemes. **within**: five folds, stratified by site (and class), repeated; every method is fitted on
 four and applied to the fifth. **left-out**: all rows of one site are held out, and no method knows it.
-**networks**: halves instead of fifths, since probes inside a held-out part need rows. The reader is ridge
-regression, its penalty chosen by leaving one training row out, for all methods alike.
+**networks**: halves instead of fifths, since probes inside a held-out part need rows. Two readers predict the
+task, the same for all methods: ridge regression, its penalty chosen by leaving one training row out, and a
+support vector machine with a Gaussian kernel (`svm`; C = 1). The age is predicted, and protected, as its
+logarithm: errors grow with it.
 
 The task is measured by the mean absolute error in years, or balanced accuracy in %; the difference to
 "nothing done" has a 95 % bootstrap interval over rows (models fixed). What is left of the site: balanced
-accuracy of probes that are trained and tested on held-out rows, by cross-validation, in %, and dcor², overall
-and within labels (within quarters of the age). Methods with a * are given the labels of held-out rows, which
-nobody has where they are to be predicted; with a +, the features of the held-out site, together.
+accuracy of a linear and a non-linear probe that are trained and tested on held-out rows, by cross-validation,
+in %, and dcor² within labels (within quarters of the age). Methods with a * are given the labels of held-out
+rows, which nobody has where they are to be predicted; with a +, the features of the held-out site, together.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ from numpy.typing import NDArray
 from sklearn.linear_model import RidgeCV
 from sklearn.model_selection import StratifiedKFold
 from sklearn.preprocessing import StandardScaler
+from sklearn.svm import SVC, SVR
 
 import mdnorm
 from mdnorm import erasure
@@ -87,7 +90,7 @@ class Table:
 
     features: Floats
     site: NDArray[np.str_]
-    target: NDArray[Any]  # floats: a number; integers 0 and 1: a class
+    target: NDArray[Any]  # floats: the logarithm of a number; integers 0 and 1: a class
     age: Floats | None = None  # where it is known of all rows and no feature
     notes: tuple[str, ...] = ()
 
@@ -153,7 +156,7 @@ def abide(folder: Path, target: str) -> Table:
     autism = (frame["DX_GROUP"] == 1).to_numpy(np.int64)
     thick = sum(name.endswith("_thickness") for name in features)
     notes.append(f"{thick} features in mm, {features.shape[1] - thick} in mm³ and counts")
-    chosen = age if target == "age" else autism
+    chosen = np.log(age) if target == "age" else autism
     return Table(features.to_numpy(), frame["SITE_ID"].to_numpy(str), chosen, age, tuple(notes))
 
 
@@ -214,7 +217,8 @@ def captk(folder: Path) -> Table:
     path, clinical_path = folder / "captk_radiomics.csv", folder / "captk_clinical.csv"
     frame = read_frame(path, ["SubjectID"], missing_values=["#NAME?"])
     people = read_frame(clinical_path, ["age", "egfr-mut"], missing_values=["no data"])
-    people = people.rename(columns={people.columns[0]: "SubjectID"})
+    # The column of the people has no name, as that of an index of a DataFrame, which is none of the data.
+    people["SubjectID"] = pd.read_csv(clinical_path, usecols=[0], dtype=str).iloc[:, 0].to_numpy()
     for name, table in (("radiomics", frame), ("clinical", people)):
         if table["SubjectID"].duplicated().any():
             raise DataError(f"captk_{name}.csv has the same person twice.")
@@ -251,9 +255,7 @@ CASES = {
         "ABIDE I: diagnosis", ("abide_freesurfer.csv",), lambda folder: abide(folder, "diagnosis")
     ),
     "heart": Case("Heart disease: ill or not", ("heart_all.csv",), heart),
-    "captk": Case(
-        "Lung radiomics: EGFR mutation", ("captk_radiomics.csv", "captk_clinical.csv"), captk
-    ),
+    "captk": Case("Lung radiomics: EGFR mutation", ("captk_radiomics.csv", "captk_clinical.csv"), captk),
 }
 
 
@@ -280,9 +282,7 @@ def nothing(train: Table) -> Transform:
     return lambda table: table.features
 
 
-def residualizer(
-    train: Table, *, scale: bool = True, protect: bool = True, adapt: bool = False
-) -> Transform:
+def residualizer(train: Table, *, scale: bool = True, protect: bool = True, adapt: bool = False) -> Transform:
     """`adapt`: location and scale of a site that training rows do not have are taken from its own rows."""
     model = MetadataResidualizer(
         site="site",
@@ -302,10 +302,18 @@ def residualizer(
 
 
 def _label(train: Table, table: Table, label: str) -> Floats:
-    """Return the label as a covariate: as it is in training rows or where given, else at its mean."""
-    if label == "given" or table is train:
+    """Return the label as a covariate of rows to harmonise: as it is where given, or at its mean.
+
+    The mean stands in the training rows, too, once the model is fitted: a reader that is trained on rows that
+    were harmonised with their labels does worse on rows that were not.
+    """
+    if label in ("fit", "given"):
         return table.target.astype(np.float64)
     return np.full(len(table.target), train.target.mean())
+
+
+def _fitting(label: str) -> str:
+    return "none" if label == "none" else "fit"
 
 
 def _refuse_unseen(train: Table, table: Table) -> None:
@@ -317,13 +325,13 @@ def _refuse_unseen(train: Table, table: Table) -> None:
 def neuroharmonize(train: Table, *, label: str = "none") -> Transform:
     from neuroHarmonize import harmonizationApply, harmonizationLearn
 
-    def covariates(table: Table) -> pd.DataFrame:
+    def covariates(table: Table, label: str = label) -> pd.DataFrame:
         columns: dict[str, Any] = {"SITE": table.site}
         if label != "none":
             columns["label"] = _label(train, table, label)
         return pd.DataFrame(columns)
 
-    model, _ = harmonizationLearn(train.features, covariates(train), seed=0)
+    model, _ = harmonizationLearn(train.features, covariates(train, _fitting(label)), seed=0)
 
     def transform(table: Table) -> Floats:
         _refuse_unseen(train, table)
@@ -341,7 +349,7 @@ def neurocombat(train: Table) -> Transform:
 
     def transform(table: Table) -> Floats:
         _refuse_unseen(train, table)
-        # neuroCombatFromTraining fails with NumPy 2.4, which makes no number of an array of one: its arithmetic.
+        # The arithmetic of neuroCombatFromTraining, which itself fails with NumPy 2.4.
         estimates = fitted["estimates"]
         sites = [list(np.asarray(estimates["batches"], dtype=str)).index(site) for site in table.site]
         mean = estimates["stand.mean"][:, 0] + estimates["mod.mean"].mean(axis=1)
@@ -360,7 +368,7 @@ def combatlearn(
 
     model = ComBatModel(method=method)
 
-    def covariates(table: Table) -> dict[str, Any]:
+    def covariates(table: Table, label: str = label) -> dict[str, Any]:
         known = {"batch": pd.Series(table.site)}
         if smooth_age:
             known["continuous_covariates"] = pd.DataFrame({"age": table.age})
@@ -370,7 +378,7 @@ def combatlearn(
 
     if smooth_age and train.age is None:
         raise CannotError("the ages are not known, or are a feature")
-    model.fit(pd.DataFrame(train.features), **covariates(train))
+    model.fit(pd.DataFrame(train.features), **covariates(train, _fitting(label)))
 
     def transform(table: Table) -> Floats:
         _refuse_unseen(train, table)
@@ -415,7 +423,7 @@ class Method:
 def _combatlearn(title: str, **options: Any) -> Method:
     given = options.get("label") == "given"
     return Method(
-        f"combatlearn {title}",
+        title,
         combatlearn,
         options,
         "combatlearn",
@@ -432,19 +440,19 @@ METHODS = {
     "mdnorm-adapt": Method("mdnorm, site adapted", residualizer, {"adapt": True}, given_site=True),
     "neuroharmonize": Method("neuroHarmonize, no label", neuroharmonize, {}, "neuroHarmonize"),
     "neuroharmonize-mean": Method(
-        "neuroHarmonize, label at its mean", neuroharmonize, {"label": "mean"}, "neuroHarmonize"
+        "neuroHarmonize, label at mean", neuroharmonize, {"label": "mean"}, "neuroHarmonize"
     ),
     "neuroharmonize-given": Method(
         "neuroHarmonize, label", neuroharmonize, {"label": "given"}, "neuroHarmonize", given_labels=True
     ),
-    "neurocombat": Method("neuroCombat, label at its mean", neurocombat, {}, "neuroCombat"),
-    "combatlearn": _combatlearn("ComBat, no label"),
-    "combatlearn-mean": _combatlearn("ComBat, label at mean", method="fortin", label="mean"),
-    "combatlearn-given": _combatlearn("ComBat, label", method="fortin", label="given"),
+    "neurocombat": Method("neuroCombat, label at mean", neurocombat, {}, "neuroCombat"),
+    "combatlearn": _combatlearn("combatlearn, no label"),
+    "combatlearn-mean": _combatlearn("combatlearn, label at mean", method="fortin", label="mean"),
+    "combatlearn-given": _combatlearn("combatlearn, label", method="fortin", label="given"),
     "covbat": _combatlearn("CovBat, no label", method="chen"),
     "covbat-mean": _combatlearn("CovBat, label at mean", method="chen", label="mean"),
     "covbat-given": _combatlearn("CovBat, label", method="chen", label="given"),
-    "gam": _combatlearn("GAM, age kept", method="gam", smooth_age=True),
+    "gam": _combatlearn("ComBat-GAM, age kept", method="gam", smooth_age=True),
     "leace": Method("LEACE", leace, {}, "concept-erasure"),
     "leace-within": Method("LEACE within labels", eraser),
     "splince": Method("SPLINCE", eraser, {"within_labels": False, "preserve_labels": True}),
@@ -454,7 +462,7 @@ METHODS = {
 NETWORKS = {
     "network": "network, nothing done",
     "network-layer": "network with mdnorm's layer",
-    "network-leace": "network, then LEACE within labels",
+    "network-leace": "network, LEACE within labels",
 }
 
 
@@ -499,23 +507,25 @@ def class_weights(target: NDArray[Any]) -> Floats:
 _PENALTIES = np.geomspace(0.1, 1e5, 25)
 
 
-def read_task(
-    train: Table, features: Floats, held_out: Floats, weights: Floats | None = None
-) -> Floats:
-    """Return what ridge regression predicts of held-out rows: numbers, or scores of which the sign counts."""
+def read_task(train: Table, features: Floats, held_out: Floats, weights: Floats | None = None) -> Floats:
+    """Return what both readers predict of held-out rows (2, n): numbers, or scores whose sign counts."""
     scaler = StandardScaler().fit(features)
     used = scaler.var_ > 0
     total = class_weights(train.target) * (1 if weights is None else weights)
     target = train.target if train.is_regression else 2.0 * train.target - 1
     model = RidgeCV(alphas=_PENALTIES)
-    model.fit(scaler.transform(features)[:, used], target, sample_weight=total)
-    return np.asarray(model.predict(scaler.transform(held_out)[:, used]), dtype=np.float64)
+    known, asked = (scaler.transform(rows)[:, used] for rows in (features, held_out))
+    model.fit(known, target, sample_weight=total)
+    machine = SVR(C=1.0, epsilon=0.05) if train.is_regression else SVC(C=1.0)
+    machine.fit(known, target, sample_weight=total)
+    scores = machine.predict(asked) if train.is_regression else machine.decision_function(asked)
+    return np.stack([model.predict(asked), scores])
 
 
 def losses(predicted: Floats, target: NDArray[Any]) -> Floats:
     """Return for each row the error in years, or 1 where the class is right and 0 where it is not."""
     if target.dtype.kind == "f":
-        return np.abs(predicted - target)
+        return np.abs(np.exp(predicted) - np.exp(target))
     return ((predicted > 0) == (target == 1)).astype(np.float64)
 
 
@@ -576,9 +586,7 @@ def left_of_site(features: Floats, table: Table, seed: int) -> dict[str, float]:
         features, columns, label_groups(table.target)
     ).mean
     for model in ("linear", "nonlinear"):
-        result = probe(
-            features, table.site, model=model, num_permutations=0, num_landmarks=100, seed=seed
-        )
+        result = probe(features, table.site, model=model, num_permutations=0, num_landmarks=100, seed=seed)
         found[model] = result.score
     return {name: round(float(value), 5) for name, value in found.items()}
 
@@ -638,7 +646,7 @@ def run_tables(
     repeats = 1 if scheme == "left-out" else repeats
     raw: Floats | None = None
     for key in methods:
-        method, total = METHODS[key], np.zeros(len(table.site))
+        method, total = METHODS[key], np.zeros((2, len(table.site)))
         if method.given_site and scheme != "left-out":
             continue
         row: dict[str, Any] = {"case": name, "scheme": scheme, "method": key, "package": _version(method)}
@@ -650,14 +658,28 @@ def run_tables(
             continue
         for repeat, (loss, measured) in enumerate(found):
             total += loss / repeats
-            rows.append(row | {"repeat": repeat, "task": round(grouped_mean(loss, groups), 5)} | measured)
+            rows.append(row | {"repeat": repeat} | _task(loss, groups) | measured)
             if scheme == "left-out":
-                sites = {site: _site_score(loss, table, site) for site in sorted(set(table.site))}
+                sites = {site: _site_score(loss[0], table, site) for site in sorted(set(table.site))}
                 rows[-1]["sites"] = sites
         raw = total if key == "raw" else raw
         if raw is not None and key != "raw":
-            rows.append(row | {"difference": bootstrap_interval(total - raw, groups, seed)})
+            rows.append(row | _differences(total - raw, groups, seed))
     return rows
+
+
+def _task(loss: Floats, groups: Integers) -> dict[str, float]:
+    return {
+        name: round(grouped_mean(part, groups), 5)
+        for name, part in zip(("task", "task_svm"), loss, strict=False)
+    }
+
+
+def _differences(difference: Floats, groups: Integers, seed: int) -> dict[str, list[float]]:
+    names = ("difference", "difference_svm")
+    return {
+        name: bootstrap_interval(part, groups, seed) for name, part in zip(names, difference, strict=False)
+    }
 
 
 def _version(method: Method) -> str:
@@ -673,10 +695,10 @@ def _repeat(
     table: Table, scheme: str, method: Method, repeat: int, seed: int
 ) -> tuple[Floats, dict[str, float]]:
     """Return the loss of every row, each held out once, and what the held-out features tell of the site."""
-    loss, parts = np.zeros(len(table.site)), []
+    loss, parts = np.zeros((2, len(table.site))), []
     for train_rows, rows in folds(table, scheme, repeat, seed):
         train, held_out = prepared(table.rows(train_rows), table.rows(rows))
-        features, loss[rows] = apply(method, train, held_out)
+        features, loss[:, rows] = apply(method, train, held_out)
         parts.append((rows, features))
     if scheme == "left-out" or min(part.shape[1] for _, part in parts) < max(p.shape[1] for _, p in parts):
         return loss, {}
@@ -702,9 +724,7 @@ def train_network(train: Table, layer: bool, seed: int) -> tuple[torch.nn.Sequen
     model = torch.nn.Sequential(
         torch.nn.Linear(width, _WIDTH), torch.nn.ReLU(), torch.nn.Dropout(0.2), torch.nn.Linear(_WIDTH, 1)
     )
-    center, scale = (
-        (train.target.mean(), train.target.std()) if train.is_regression else (0.0, 1.0)
-    )
+    center, scale = (train.target.mean(), train.target.std()) if train.is_regression else (0.0, 1.0)
     x = torch.from_numpy(train.features).float()
     y = torch.from_numpy((train.target - center) / scale).float()[:, None]
     weights = torch.from_numpy(class_weights(train.target)).float()[:, None]
@@ -781,7 +801,8 @@ def run_networks(name: str, table: Table, repeats: int, seed: int) -> list[dict[
         for part, (train_rows, held_rows) in enumerate(folds(table, "networks", repeat, seed)):
             train, held_out = prepared(table.rows(train_rows), table.rows(held_rows))
             features: dict[str, Floats] = {}
-            features["raw"], loss["raw"][held_rows] = apply(METHODS["raw"], train, held_out)
+            features["raw"], found = apply(METHODS["raw"], train, held_out)
+            loss["raw"][held_rows] = found[0]
             with quiet():
                 fitted = {
                     key: train_network(train, layer, 1000 * seed + 2 * repeat + part)[1]
@@ -795,7 +816,8 @@ def run_networks(name: str, table: Table, repeats: int, seed: int) -> list[dict[
                 before = transform(hidden)
                 after = transform(Table(features["network"], held_out.site, held_out.target))
             features["network-leace"] = after
-            loss["network-leace"][held_rows] = losses(read_task(train, before, after), held_out.target)
+            predicted = read_task(train, before, after)[0]
+            loss["network-leace"][held_rows] = losses(predicted, held_out.target)
             for key in keys:
                 measured[key].append(left_of_site(features[key], held_out, seed))
         for key in keys:
@@ -804,12 +826,8 @@ def run_networks(name: str, table: Table, repeats: int, seed: int) -> list[dict[
                 what: round(float(np.mean([part[what] for part in measured[key]])), 5)
                 for what in measured[key][0]
             }
-            task = {"task": round(grouped_mean(loss[key], groups), 5)}
-            rows.append(
-                {"case": name, "scheme": "networks", "method": key, "package": "mdnorm", "repeat": repeat}
-                | task
-                | mean
-            )
+            row = {"case": name, "scheme": "networks", "method": key, "package": "mdnorm", "repeat": repeat}
+            rows.append(row | _task(loss[key][None], groups) | mean)
     for key in keys[1:]:
         interval = bootstrap_interval(total[key] - total["raw"], groups, seed)
         rows.append({"case": name, "scheme": "networks", "method": key, "difference": interval})
@@ -832,49 +850,52 @@ def printed(rows: list[dict[str, Any]], case: str, scheme: str) -> str:
     """Return a table of at most 100 columns: means and deviations over repeats (left-out: over sites)."""
     is_age = case == "abide-age"
     factor, digits = (1.0, 2) if is_age else (100.0, 1)
-    lines = [
-        f"| {'method':<34} | {'error' if is_age else 'right':>11} | "
-        f"{'against nothing done':>21} | {'lin.':>4} | {'non.':>4} | dcor² |  wthn |",
-        "| :" + "-" * 33 + " | " + " | ".join("-" * (size - 1) + ":" for size in (11, 21, 4, 4, 5, 5)) + " |",
-    ]
+    sizes = (29, 11, 20, 4, 3, 3, 6)
+    names = ("method", "error" if is_age else "right", "against nothing done", "svm", "lin", "non", "within")
+    rule = [("-" * (size - 1) + ":") if place else "-" * size for place, size in enumerate(sizes)]
+    lines = [_line(names, sizes), _line(rule, sizes)]
     for key in _ALL:
         mine = [
-            row
-            for row in rows
-            if (row["case"], row.get("scheme"), row.get("method")) == (case, scheme, key)
+            row for row in rows if (row["case"], row.get("scheme"), row.get("method")) == (case, scheme, key)
         ]
-        if not mine:
-            continue
         title = METHODS[key].title_for(is_age) if key in METHODS else NETWORKS[key]
-        if any("cannot" in row for row in mine):
-            lines.append(f"| {title:<34} | {'–':>11} | {'–':>21} | {'–':>4} | {'–':>4} | {'–':>5} | {'–':>5} |")
-            continue
         repeats = [row for row in mine if "task" in row]
+        if not mine or not repeats:
+            continue
         over = list(repeats[0]["sites"].values()) if scheme == "left-out" else [r["task"] for r in repeats]
         difference = next((row["difference"] for row in mine if "difference" in row), None)
         against = ""
         if difference:
             mean, low, high = (factor * value for value in difference)
-            against = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]".replace("-", "−")
-        cells = []
+            against = f"{mean:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
+        cells = [title, _mean_and_deviation(over, factor, digits), against]
         for name, times, places in (
-            ("linear", 100, 0), ("nonlinear", 100, 0), ("dcor2", 1, 3), ("dcor2_within", 1, 3)
+            ("task_svm", factor, digits), ("linear", 100, 0), ("nonlinear", 100, 0), ("dcor2_within", 1, 3)
         ):  # fmt: skip
             found = [row[name] for row in repeats if name in row]
-            cells.append(f"{times * np.mean(found):.{places}f}".replace("-", "−") if found else "")
-        lines.append(
-            f"| {title:<34} | {_mean_and_deviation(over, factor, digits):>11} | {against:>21} | "
-            f"{cells[0]:>4} | {cells[1]:>4} | {cells[2]:>5} | {cells[3]:>5} |"
-        )
+            cells.append(f"{times * np.mean(found):.{places}f}" if found else "")
+        lines.append(_line([cells[0], *(cell.replace("-", "−") for cell in cells[1:])], sizes))
     return "\n".join(lines)
 
 
+def _line(cells: Sequence[str], sizes: Sequence[int]) -> str:
+    padded = [
+        f"{cell:<{size}}" if not place else f"{cell:>{size}}"
+        for place, (cell, size) in enumerate(zip(cells, sizes, strict=True))
+    ]
+    return "| " + " | ".join(padded) + " |"
+
+
 def reasons(rows: list[dict[str, Any]]) -> list[str]:
-    """Return why methods could not be used, a line each."""
+    """Return why methods could not be used, a line for each reason."""
+    methods: dict[tuple[str, str, str], list[str]] = {}
+    for row in rows:
+        if "cannot" in row:
+            reason = row["cannot"].split(":")[0 if "Error" not in row["cannot"] else 1].strip()
+            methods.setdefault((row["case"], row["scheme"], reason), []).append(METHODS[row["method"]].title)
     return [
-        f"{row['case']}, {row['scheme']}: {METHODS[row['method']].title}: {row['cannot']}"
-        for row in rows
-        if "cannot" in row
+        f"{case}, {scheme}: cannot be used ({reason}): {'; '.join(titles)}"
+        for (case, scheme, reason), titles in methods.items()
     ]
 
 
@@ -901,8 +922,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES))
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=list(SCHEMES))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
-    parser.add_argument("--repeats", type=int, default=10, help="default: 10")
-    parser.add_argument("--network-repeats", type=int, default=5, help="default: 5")
+    parser.add_argument("--repeats", type=int, default=5, help="default: 5")
+    parser.add_argument("--network-repeats", type=int, default=3, help="default: 3")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stored", action="store_true", help="print the tables of --out again")
     options = parser.parse_args(arguments)
@@ -941,7 +962,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rows = [row for row in rows if (row["case"], row.get("about") is not None) != (case, True)]
         rows.append({"case": case, "about": f"{CASES[case].title}: {size}; " + "; ".join(table.notes)})
         for scheme in options.schemes:
-            replaced = {key for key in (*NETWORKS, "raw")} if scheme == "networks" else set(methods)
+            replaced = {*NETWORKS, "raw"} if scheme == "networks" else set(methods)
             rows = [
                 row
                 for row in rows
