@@ -270,7 +270,13 @@ class CannotError(Exception):
     """A method cannot be used here; the message says why."""
 
 
+# They raise where a row is of a site that was not in the fit.
+_KNOWN_SITES_ONLY = ("neuroHarmonize", "neuroCombat", "combatlearn")
+
+
 def one_hot(site: NDArray[np.str_], levels: Sequence[str], first: int = 0) -> Floats:
+    if len(levels) <= first:
+        raise CannotError("the training rows are of one site")
     return np.stack([site == level for level in levels[first:]], axis=1).astype(np.float64)
 
 
@@ -316,12 +322,6 @@ def _fitting(label: str) -> str:
     return "none" if label == "none" else "fit"
 
 
-def _refuse_unseen(train: Table, table: Table) -> None:
-    unseen = set(table.site) - set(train.site)
-    if unseen:
-        raise CannotError("knows no rows of a site that it was not fitted on")
-
-
 def neuroharmonize(train: Table, *, label: str = "none") -> Transform:
     from neuroHarmonize import harmonizationApply, harmonizationLearn
 
@@ -334,7 +334,6 @@ def neuroharmonize(train: Table, *, label: str = "none") -> Transform:
     model, _ = harmonizationLearn(train.features, covariates(train, _fitting(label)), seed=0)
 
     def transform(table: Table) -> Floats:
-        _refuse_unseen(train, table)
         return np.asarray(harmonizationApply(table.features, covariates(table), model))
 
     return transform
@@ -348,7 +347,6 @@ def neurocombat(train: Table) -> Transform:
     fitted = neuroCombat(train.features.T.copy(), people, "site", continuous_cols=["label"])
 
     def transform(table: Table) -> Floats:
-        _refuse_unseen(train, table)
         # The arithmetic of neuroCombatFromTraining, which itself fails with NumPy 2.4.
         estimates = fitted["estimates"]
         sites = [list(np.asarray(estimates["batches"], dtype=str)).index(site) for site in table.site]
@@ -366,7 +364,8 @@ def combatlearn(
 ) -> Transform:
     from combatlearn.core import ComBatModel
 
-    model = ComBatModel(method=method)
+    kind: Any = method
+    model = ComBatModel(method=kind)
 
     def covariates(table: Table, label: str = label) -> dict[str, Any]:
         known = {"batch": pd.Series(table.site)}
@@ -381,7 +380,6 @@ def combatlearn(
     model.fit(pd.DataFrame(train.features), **covariates(train, _fitting(label)))
 
     def transform(table: Table) -> Floats:
-        _refuse_unseen(train, table)
         return np.asarray(model.transform(pd.DataFrame(table.features), **covariates(table)))
 
     return transform
@@ -501,7 +499,8 @@ def class_weights(target: NDArray[Any]) -> Floats:
     if target.dtype.kind == "f":
         return np.ones(len(target))
     share = target.mean()
-    return np.where(target == 1, 0.5 / share, 0.5 / (1 - share))
+    weights: Floats = np.where(target == 1, 0.5 / share, 0.5 / (1 - share))
+    return weights
 
 
 _PENALTIES = np.geomspace(0.1, 1e5, 25)
@@ -525,8 +524,10 @@ def read_task(train: Table, features: Floats, held_out: Floats, weights: Floats 
 def losses(predicted: Floats, target: NDArray[Any]) -> Floats:
     """Return for each row the error in years, or 1 where the class is right and 0 where it is not."""
     if target.dtype.kind == "f":
-        return np.abs(np.exp(predicted) - np.exp(target))
-    return ((predicted > 0) == (target == 1)).astype(np.float64)
+        error: Floats = np.abs(np.exp(predicted) - np.exp(target))
+        return error
+    right: Floats = ((predicted > 0) == (target == 1)).astype(np.float64)
+    return right
 
 
 def site_weights(train: Table) -> Floats:
@@ -550,6 +551,8 @@ def apply(method: Method, train: Table, held_out: Table) -> tuple[Floats, Floats
     CannotError
         The method cannot do this: what it raised is in the message.
     """
+    if method.package in _KNOWN_SITES_ONLY and set(held_out.site) - set(train.site):
+        raise CannotError("takes no rows of a site that it was not fitted on")
     try:
         with quiet():
             weights = site_weights(train) if method.weighted else None
@@ -745,7 +748,8 @@ def train_network(train: Table, layer: bool, seed: int) -> tuple[torch.nn.Sequen
     def loss_of(rows: Any) -> torch.Tensor:
         out = model(x[rows])
         if train.is_regression:
-            return (weights[rows] * (out - y[rows]) ** 2).mean()
+            squares: torch.Tensor = (weights[rows] * (out - y[rows]) ** 2).mean()
+            return squares
         return torch.nn.functional.binary_cross_entropy_with_logits(out, y[rows], weights[rows])
 
     order = rng.permutation(len(x))
