@@ -903,6 +903,21 @@ def reasons(rows: list[dict[str, Any]]) -> list[str]:
     ]
 
 
+def as_json(rows: list[dict[str, Any]]) -> str:
+    """Return the rows as JSON, a line each, in the order of cases, schemes and methods."""
+    place = {name: index for index, name in enumerate([*CASES, *SCHEMES, *_ALL])}
+    rows.sort(
+        key=lambda row: [
+            place[row["case"]],
+            place.get(row.get("scheme", ""), -1),
+            place.get(row.get("method", ""), -1),
+            row.get("repeat", np.inf),
+        ]
+    )
+    text = ",\n".join(json.dumps(row) for row in rows)
+    return f"[\n{text}\n]\n"
+
+
 def show(rows: list[dict[str, Any]]) -> None:
     for case in CASES:
         for scheme in SCHEMES:
@@ -978,8 +993,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 rows += run_tables(case, table, scheme, methods, options.repeats, options.seed)
             if options.out:
                 options.out.parent.mkdir(parents=True, exist_ok=True)
-                text = ",\n".join(json.dumps(row) for row in rows)
-                write_text_atomically(options.out, f"[\n{text}\n]\n")
+                write_text_atomically(options.out, as_json(rows))
     if not done:
         print("error: no table of any case is in the folder (see --help).", file=sys.stderr)
         return 2

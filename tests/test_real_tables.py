@@ -315,3 +315,18 @@ def test_a_stored_result_that_differs_is_an_error(tmp_path, capsys):
 def test_without_the_test_table_there_is_nothing_to_check(tmp_path, capsys):
     assert combat.main(["--data", str(tmp_path)]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+# --------------------------------------------------------------------------------------------------------
+# The page
+# --------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_the_stored_rows():
+    rows = json.loads((ROOT / "docs/results/real-tables.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs/real-tables.md").read_text(encoding="utf-8")
+    shown = {(row["case"], row["scheme"]) for row in rows if "scheme" in row}
+    assert shown == {(case, scheme) for case in real.CASES for scheme in real.SCHEMES}
+    for case, scheme in shown:
+        assert real.printed(rows, case, scheme) in page, (case, scheme)
+    assert real.as_json(list(rows)) == (ROOT / "docs/results/real-tables.json").read_text(encoding="utf-8")
