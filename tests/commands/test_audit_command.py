@@ -132,12 +132,17 @@ def test_bad_files_exit_with_2(files):
         ((good, empty), "empty.csv is empty"),
         ((good, short), "120 in features, 2 in metadata"),
         ((files / "none.npy", table), "none.npy does not exist"),
-        ((table, table), "columns that are not numbers"),
-        ((good, good), "a table can be read from .csv, .tsv, .parquet"),
+        ((good, good), "tables can be read from .parquet, .csv, .tsv"),
     ]:
         result = call(*arguments, "--out", files / "out")
         assert result.exit_code == 2, message
         assert message in " ".join(result.stderr.split())
+
+
+def test_columns_that_are_no_features_are_said(files):
+    result = call(files / "metadata.csv", files / "metadata.csv", "--out", files / "out")
+    assert result.exit_code == 0, result.stderr
+    assert re.search(r"taken for no features: .*\(text\)", " ".join(result.stderr.split()))
 
 
 def test_outputs_that_cannot_be_written_exit_with_2(files):
