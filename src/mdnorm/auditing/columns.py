@@ -325,7 +325,8 @@ def _class_names(values: NDArray[np.float64]) -> NDArray[np.str_]:
             return ""
         return str(int(value)) if value == round(value) else f"{value:g}"
 
-    return np.array([class_name(value) for value in values.tolist()], dtype=np.str_)
+    distinct, index = np.unique(values, return_inverse=True)
+    return np.array([class_name(value) for value in distinct.tolist()], dtype=np.str_)[index]
 
 
 def _counts_rows(name: str, distinct: NDArray[np.float64], num_present: int) -> bool:
