@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mdnorm.design.reader import FEW_NUMBERS, NUMBER, Column, odd_cell, read_column
+from mdnorm.design.odd_cells import FEW_NUMBERS, NUMBER, odd_cell, odd_cell_text
+from mdnorm.design.reader import Column, read_column
 from mdnorm.design.table_file import TableFileError, different_names, is_number_type, reading, without_missing
 from mdnorm.extras import requires
 
@@ -211,11 +212,10 @@ class CsvFile:
         if kind.odd is None or 2 * kind.num_odd >= kind.num_present or len(kind.numbers) <= FEW_NUMBERS:
             return
         row, value = kind.odd
-        where = f"row {row} (counted from 0; {kind.num_odd} of {kind.num_present} values are no numbers)"
+        problem = odd_cell_text(name, value, row, kind.num_odd, kind.num_present)
         raise TableFileError(
-            f"{self.path}: column {name!r} has numbers, but {value!r} in {where}: "
-            f"correct the cell, or say that it is a missing value with missing_values=[{value!r}] "
-            f"(--missing-values {value!r}){otherwise}."
+            f"{self.path}: {problem}: correct the cell, or say that it is a missing value with "
+            f"missing_values=[{value!r}] (--missing-values {value!r}){otherwise}."
         )
 
 

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from mdnorm.design.curves import Curve, fit_curve
 from mdnorm.design.formula import Factor, quoted
-from mdnorm.design.reader import Column, odd_cell, shown, shown_rows
+from mdnorm.design.odd_cells import odd_cell
+from mdnorm.design.reader import Column, shown, shown_rows
 from mdnorm.design.saved import numbers_in, read
 
 __all__ = ["Evaluated", "FittedFactor", "factor_from_state", "fit_factor"]

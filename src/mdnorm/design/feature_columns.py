@@ -39,10 +39,11 @@ def chosen_features(
 def _default_features(table: TableFile, reserved: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the columns that are features, and why others are not."""
     left_alone = dict.fromkeys(table.index_names, "the index of a DataFrame")
-    others = [name for name in table.names if name not in {*reserved, *left_alone}]
-    repeated = [name for name in others if name.split("\x1f")[0] in table.repeated]
-    left_alone |= {name.split("\x1f")[0]: "more than one column of this name" for name in repeated}
-    others = [name for name in others if name not in set(repeated)]
+    taken = {*reserved, *left_alone}
+    others = [name for name in table.names if name not in taken and name not in table.repeated]
+    left_alone |= {
+        name: "more than one column of this name" for name in table.repeated.values() if name not in taken
+    }
     columns = table.sample(others)
     numeric = set(table.numeric())
     for name in others:

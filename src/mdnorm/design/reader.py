@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import difflib
 import math
-import re
 import uuid
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -24,7 +23,6 @@ __all__ = [
     "KINDS",
     "Column",
     "column_names",
-    "odd_cell",
     "read_column",
     "read_columns",
     "read_table",
@@ -36,12 +34,6 @@ __all__ = [
 KINDS = ("number", "date", "string", "boolean")
 
 _MICROSECONDS_PER_DAY = 86_400_000_000
-
-NUMBER = re.compile(r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
-"""A text that is a number."""
-
-FEW_NUMBERS = 10
-"""A column of text with more different numbers than this is one of numbers, whatever else is in it."""
 
 
 @dataclass(frozen=True)
@@ -272,28 +264,6 @@ def read_column(name: str, values: Any) -> Column:
         Another shape.
     """
     return _of_values(name, values)
-
-
-def odd_cell(column: Column) -> str | None:
-    """Return what is wrong with a column of text most of whose values are numbers; None for all others.
-
-    One odd cell ("?", "58,2") among numbers makes texts of all of them, and the column would silently become
-    a category. Few different numbers may be names, such as the stages 1, 2, 3a and 3b.
-    """
-    if column.kind != "string" or column.distinct is None:
-        return None
-    counts = np.bincount(column.values[~column.missing], minlength=len(column.distinct))
-    found = {index: str(value) for index, value in enumerate(column.distinct) if counts[index]}
-    odd = [index for index, text in found.items() if not NUMBER.match(text)]
-    numbers = [text for index, text in found.items() if index not in set(odd)]
-    num_odd = int(counts[odd].sum())
-    if not odd or len(numbers) <= FEW_NUMBERS or 2 * num_odd >= counts.sum():
-        return None
-    if counts.max() == 1 and len(found) >= 20 and not any("." in text for text in numbers):
-        return None  # Names of the rows, such as 17 and S18.
-    row = int(np.flatnonzero((column.values == odd[0]) & ~column.missing)[0])
-    where = f"row {row} (counted from 0; {num_odd} of {int(counts.sum())} values are no numbers)"
-    return f"column {column.name!r} has numbers, but {found[odd[0]]!r} in {where}"
 
 
 def _as_array(values: Any) -> NDArray[Any]:

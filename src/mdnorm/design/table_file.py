@@ -40,8 +40,8 @@ class TableFile(Protocol):
     """Names of the columns as the file has them."""
     names: tuple[str, ...]
     """The same, all different: a further column of a name has another one, by which nobody asks for it."""
-    repeated: frozenset[str]
-    """Names that more than one column has."""
+    repeated: dict[str, str]
+    """Of `names` those of columns that share a name in the file, with that name."""
     num_rows: int | None
     index_names: tuple[str, ...]
     """Columns that are the index of a DataFrame."""
@@ -76,8 +76,8 @@ def check_columns(table: TableFile, columns: Iterable[str]) -> None:
             raise TableFileError(f"{table.path} has more than one column of the name {name!r}.")
 
 
-def different_names(header: Sequence[str]) -> tuple[tuple[str, ...], frozenset[str]]:
-    """Return names that are all different for the columns of a file, and those that are there twice."""
+def different_names(header: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
+    """Return names that are all different for the columns of a file, and which of them share one in it."""
     counts = Counter(header)
     seen: Counter[str] = Counter()
     names = []
@@ -85,7 +85,7 @@ def different_names(header: Sequence[str]) -> tuple[tuple[str, ...], frozenset[s
         # A control character no header has.
         names.append(f"{name}\x1f{seen[name]}" if seen[name] else name)
         seen[name] += 1
-    return tuple(names), frozenset(name for name, count in counts.items() if count > 1)
+    return tuple(names), {own: name for own, name in zip(names, header, strict=True) if counts[name] > 1}
 
 
 def quoted(names: Sequence[str]) -> str:

@@ -14,27 +14,17 @@ import torch
 from torch import Tensor
 
 from mdnorm import context
-from mdnorm.extras import requires
 from mdnorm.integration.applied import find_features, samples_first
 from mdnorm.integration.batches import metadata_at
 from mdnorm.integration.dependence import Selector, described, select
 from mdnorm.integration.design import AttachedDesign, design_of
 from mdnorm.integration.insert import InsertionReport, insert, insertions
-from mdnorm.integration.lightning_dependence import DependenceCallback, InsertedDependence
+from mdnorm.integration.lightning_dependence import Callback, DependenceCallback, InsertedDependence
 from mdnorm.integration.places import Target
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
 from mdnorm.integration.recalibrated import recalibrated
 from mdnorm.integration.recalibration import Recalibration
 from mdnorm.metrics.reservoir import ColumnNames
-
-with requires("lightning"):
-    try:
-        from lightning.pytorch import Callback
-    except ModuleNotFoundError as error:
-        try:
-            from pytorch_lightning import Callback  # type: ignore[assignment]
-        except ModuleNotFoundError:
-            raise error from None
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer

@@ -30,7 +30,7 @@ with requires("lightning"):
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["DependenceCallback", "InsertedDependence"]
+__all__ = ["Callback", "DependenceCallback", "InsertedDependence"]
 
 
 class DependenceCallback(Callback):

@@ -28,8 +28,8 @@ from mdnorm.tables.model import (
     check_finite,
     design_columns,
     fitted_model,
-    needed_variables,
     row_weights,
+    skips_missing_features,
 )
 
 __all__ = ["DaskResiduals", "residualize_dask"]
@@ -165,15 +165,12 @@ def residualize_dask(
             unseen or "error",
             weights,
         )
-        variables = needed_variables(specification.design(), True, site, with_labels=True)
-        variables += filter(None, [weights])
+        variables = specification.variables
     else:
         model = model.with_rules(missing, unseen)
         variables = model.variables
     _check_variables(metadata if metadata is not None else features, variables)
-    if missing_features not in ("error", "skip"):
-        raise ValueError(f"missing_features must be 'error' or 'skip', got {missing_features!r}.")
-    skips = missing_features == "skip"
+    skips = skips_missing_features(missing_features)
     names = _feature_names(
         features, model.feature_names if model is not None else feature_names, variables, metadata is None
     )

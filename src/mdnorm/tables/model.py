@@ -89,6 +89,12 @@ class Specification:
                 f"{self.site!r} is the site and in formula or labels as well: take it out of one of them."
             )
 
+    @property
+    def variables(self) -> list[str]:
+        """Columns of the table that the fit needs."""
+        needed = needed_variables(self.design(), True, self.site, with_labels=True)
+        return needed if self.weights is None else [*needed, self.weights]
+
     def design(self) -> Design | None:
         """Return the design, not fitted; None where there is only a site."""
         formula = self.formula if self.formula is not None else self.labels
@@ -523,6 +529,13 @@ def fitted_model(
         unseen=specification.unseen,
         moments=None if specification.ridge else moments,
     )
+
+
+def skips_missing_features(rule: str) -> bool:
+    """Return whether rows with missing features are left out; ValueError where there is no such rule."""
+    if rule not in ("error", "skip"):
+        raise ValueError(f"missing_features must be 'error' or 'skip', got {rule!r}.")
+    return rule == "skip"
 
 
 def check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:

@@ -37,8 +37,8 @@ from mdnorm.tables.model import (
     check_model_path,
     design_columns,
     fitted_model,
-    needed_variables,
     row_weights,
+    skips_missing_features,
 )
 from mdnorm.tables.rows import KeptDesign, Rows
 
@@ -245,13 +245,11 @@ def residualize_file(
             unseen or "error",
             weights,
         )
-        reserved = needed_variables(specification.design(), True, site, with_labels=True)
-        reserved += [name for name in (fit_rows, weights) if isinstance(name, str)]
+        reserved = [*specification.variables, *([fit_rows] if isinstance(fit_rows, str) else [])]
     _check_out(source, out, metadata)
     if save_model is not None:
         check_model_path(Path(save_model))
-    if missing_features not in ("error", "skip"):
-        raise ValueError(f"missing_features must be 'error' or 'skip', got {missing_features!r}.")
+    skips_missing = skips_missing_features(missing_features)
     table = None if metadata is None else open_table(Path(metadata), missing_values)
     taken = reserved if table is None else []
     if key is not None:
@@ -286,7 +284,7 @@ def residualize_file(
             specification,
             model,
             fit_rows,
-            missing_features == "skip",
+            skips_missing,
             out,
             save_model,
             batch_rows,

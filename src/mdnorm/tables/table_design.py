@@ -213,12 +213,6 @@ def site_codes(column: Column) -> SiteCodes:
         )
     levels = sorted(column.levels(), key=lambda level: (str(type(level)), level))
     codes = column.codes(levels).astype(np.intp)
-    used = np.bincount(codes, minlength=len(levels)) > 0
-    if not used.all():
-        codes, levels = (
-            (np.cumsum(used) - 1)[codes],
-            [level for level, is_used in zip(levels, used, strict=True) if is_used],
-        )
     if column.kind == "date":
         start = datetime.date(1970, 1, 1)
         levels = [
