@@ -1,7 +1,8 @@
-"""Draw the figures that explain what confounding is: python docs/site/pictures.py."""
+"""Draw what confounding is, and the results on synthetic images: python docs/site/pictures.py."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from matplotlib.patches import FancyArrowPatch
 
 from mdnorm import metadata_norm
 from mdnorm.plotting import PALETTE
+from mdnorm_experiments.methods import panels, titles
+from mdnorm_experiments.synthetic import accuracy_figure, batch_axis, dependence_figure
 
 FIGURES = Path(__file__).parents[1] / "figures"
+ROWS = Path(__file__).parents[1] / "results" / "synthetic.json"
 BLUE, ORANGE, GREY = PALETTE[4], PALETTE[1], "#555555"
 
 
@@ -97,10 +101,23 @@ def confounding() -> Figure:
     return figure
 
 
+def results() -> dict[str, Figure]:
+    """Return the stored results by batch size: of a few methods for the first page, and of all of them."""
+    rows = [r for r in json.loads(ROWS.read_text(encoding="utf-8")) if r["batch_size"] in (1, 4, 20, 200, 2000)]
+    few = ("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running")
+    axis, names = batch_axis(rows), titles({row["method"] for row in rows})
+    return {
+        "overview": accuracy_figure(rows, panels({name: names[name] for name in few}), axis),
+        "accuracy": accuracy_figure(rows, panels(names), axis),
+        "dependence": dependence_figure(rows, panels(names), axis),
+    }
+
+
 def main() -> None:
     mpl.rcParams["font.family"] = "DejaVu Sans"
-    for name, draw in (("causes", causes), ("confounding", confounding)):
-        draw().savefig(FIGURES / f"{name}.png", dpi=150)
+    figures = {"causes": causes(), "confounding": confounding(), **results()}
+    for name, figure in figures.items():
+        figure.savefig(FIGURES / f"{name}.png", dpi=150)
 
 
 if __name__ == "__main__":
