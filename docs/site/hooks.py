@@ -15,6 +15,9 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md"}
 _LINK = re.compile(r"\]\((?P<path>\.\./[^)#\s]+)(?P<anchor>#[^)]*)?\)")
 _NOTEBOOK_LINK = re.compile(r'href="(?!https?:)([^"#]+)\.(?:md|ipynb)(#[^"]*)?"')
+_PRE = re.compile(r"<pre>(.*?)</pre>", re.DOTALL)
+_LONGEST = 115
+"""Letters of a line that code and printed tables keep to; longer lines are sentences, which may be broken."""
 _MATHS = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 
 
@@ -63,13 +66,18 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(html: str, page: Any, config: Any, files: Any) -> str:
-    """Turn TeX into MathML, which browsers show without a script; point a notebook's links to pages."""
+    """Turn TeX into MathML, which needs no script; point a notebook's links to pages; let sentences break."""
 
     def replaced(match: re.Match[str]) -> str:
         source = unescape(match[2]).strip()
         display = source.startswith(r"\[")
         return convert(source[2:-2].strip(), display="block" if display else "inline")
 
+    def broken(match: re.Match[str]) -> str:
+        longest = max(map(len, unescape(re.sub("<[^>]*>", "", match[1])).split("\n")))
+        return f'<pre class="sentences">{match[1]}</pre>' if longest > _LONGEST else match[0]
+
+    html = _PRE.sub(broken, html)
     if page.file.src_uri.endswith(".ipynb"):
         html = _NOTEBOOK_LINK.sub(r'href="\1.html\2"', html)
     return _MATHS.sub(replaced, html)
