@@ -103,7 +103,9 @@ def confounding() -> Figure:
 
 def results() -> dict[str, Figure]:
     """Return the stored results by batch size: of a few methods for the first page, and of all of them."""
-    rows = [r for r in json.loads(ROWS.read_text(encoding="utf-8")) if r["batch_size"] in (1, 4, 20, 200, 2000)]
+    rows = [
+        r for r in json.loads(ROWS.read_text(encoding="utf-8")) if r["batch_size"] in (1, 4, 20, 200, 2000)
+    ]
     few = ("none", "batchnorm", "groupnorm", "mdn-last-running", "mdn-every-running")
     axis, names = batch_axis(rows), titles({row["method"] for row in rows})
     return {

@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import typer
@@ -12,7 +13,9 @@ from typer.testing import CliRunner
 from mdnorm_experiments import commands
 from mdnorm_experiments.commands import app
 from mdnorm_experiments.data.faces import make_faces, write_image_folder
-from mdnorm_experiments.settings import SETTINGS, data_of
+from mdnorm_experiments.settings import SETTINGS, data_of, get_setting
+
+RESULTS = Path(__file__).parents[2] / "docs" / "results"
 
 SMALL = [
     "--methods",
@@ -272,3 +275,19 @@ def test_names_of_columns_reach_the_loader_and_the_rows(tmp_path, planned):
     ((runs, _),) = planned
     assert runs[0].settings()["columns"] == {"file": "photo", "label": "who", "shade": "skin"}
     assert len(data_of(runs[0]).train) > 60
+
+
+@pytest.mark.parametrize("name", ["synthetic", "continual", "digits", "mri"])
+def test_printed_tables_are_complete_at_eighty_columns(name, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    rows = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    for table in get_setting(name).tables(rows):
+        commands._print_table(table)
+        printed = capsys.readouterr().out
+        assert max(map(len, printed.splitlines())) <= 80
+        for heading in table.headings:
+            assert all(word in printed for word in heading.split()), heading
+        # No number is cut or broken.
+        for line in table.lines:
+            for cell in line[1:]:
+                assert cell in printed, cell

@@ -64,6 +64,19 @@ def test_from_files_to_report(files):
     assert (files / "out" / "figures" / "overview.png").exists()
 
 
+def test_the_verdicts_are_complete_at_eighty_columns(files, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    table = (files / "metadata.csv").read_text().replace("site", "manufacturer_of_the_scanner", 1)
+    (files / "metadata.csv").write_text(table)
+    result = quick(files, "--label", "diagnosis", "--after", files / "after.npy")
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.split("\n\n")[0].splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "…" not in result.stdout
+    starts = "".join(line.split("  ")[0] for line in lines)
+    assert "manufacturer_of_the_scanner" in starts
+
+
 def test_the_table_is_read_once(files, monkeypatch):
     read = []
     original = columns.as_column

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.cells import cell_len
 from rich.markup import escape
 from rich.progress import (
     BarColumn,
@@ -33,6 +33,7 @@ from mdnorm.commands.common import (
     fail,
     make_folder,
     only_writer,
+    output,
 )
 from mdnorm.extras import MissingExtraError
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
     from mdnorm_experiments.report import ReportTable
     from mdnorm_experiments.results import Row
     from mdnorm_experiments.settings import Run, Setting
+
+_GAP = 2
+"""Columns between two columns of a printed table."""
 
 app = typer.Typer(
     help="Reproduce the settings of the paper on Metadata Normalization.",
@@ -347,23 +351,31 @@ def _progress_bar(epochs: int, runs: int, several: bool) -> Iterator[_Bar]:
 
 
 def _print_table(report_table: ReportTable) -> None:
-    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-    for index, heading in enumerate(report_table.headings):
-        # Headings in two lines, or they and not the numbers would say how wide the table is.
-        text = heading.replace(" ", "\n", 1)
-        table.add_column(
-            text, justify="right" if index else "left", no_wrap=index > 0, min_width=None if index else 16
-        )
-    previous, section = None, report_table.section
-    for line in report_table.lines:
-        if section is not None:
-            if previous is not None and previous != line[section]:
+    """Print all columns; those that do not fit beside the others stand below, with the line's name again."""
+    console = output()
+    headings, lines, section = report_table.headings, report_table.lines, report_table.section
+    # The cells that tell the lines apart: a method, or a method and its batch size or a variable.
+    num_keys = next((n for n in (1, 2) if len({tuple(line[:n]) for line in lines}) == len(lines)), 1)
+    # Headings are broken at spaces, or they and not the numbers would say how wide the table is.
+    words = [[*heading.split(), *cells] for heading, *cells in zip(headings, *lines, strict=True)]
+    widths = [max(map(cell_len, column)) for column in words]
+    widths[0] = min(widths[0], console.width // 3)
+    parts: list[list[int]] = [[]]
+    for index in range(num_keys, len(headings)):
+        shown = [*range(num_keys), *parts[-1], index]
+        if parts[-1] and sum(widths[i] + _GAP for i in shown) > console.width:
+            parts.append([])
+        parts[-1].append(index)
+    for part in parts:
+        shown = [*range(num_keys), *part]
+        table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+        for index in shown:
+            table.add_column(headings[index], justify="right" if index else "left", width=widths[index])
+        previous = None
+        for line in lines:
+            if section is not None and previous not in (None, line[section]):
                 table.add_section()
-            previous = line[section]
-        table.add_row(*map(escape, line))
-    console = Console()
-    if not console.is_terminal:
-        # In a file or a pipe there is no edge to keep to.
-        console.width = 160
-    console.print(table)
-    typer.echo(report_table.limits)
+            previous = None if section is None else line[section]
+            table.add_row(*(escape(line[index]) for index in shown))
+        console.print(table)
+    console.print(report_table.limits, highlight=False, markup=False)

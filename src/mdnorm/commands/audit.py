@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from mdnorm.commands.common import BAD_INPUT, command_line, errors, fail, make_folder, only_writer
+from mdnorm.commands.common import BAD_INPUT, command_line, errors, fail, make_folder, only_writer, output
 from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
@@ -356,13 +356,12 @@ def _print_kinds(columns: Sequence[Column]) -> None:
 
 
 def _print_verdicts(report: Report) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
-    if not console.is_terminal:
-        console.width = 160
-    table = Table("column", "verdict", "features", "dcor²", "best probe", box=None, pad_edge=False)
+    console = output()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("column", "verdict", "features", "dcor²", "best probe"):
+        table.add_column(heading, overflow="fold")
     for row in report.table():
         for index, (title, dependence, _, probe) in enumerate(row.cells):
             name = escape(row.column.name) if index == 0 else ""

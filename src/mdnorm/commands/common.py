@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterator
@@ -14,12 +15,29 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
 
-__all__ = ["BAD_INPUT", "INTERRUPTED", "command_line", "errors", "fail", "make_folder", "only_writer"]
+__all__ = [
+    "BAD_INPUT",
+    "INTERRUPTED",
+    "command_line",
+    "errors",
+    "fail",
+    "make_folder",
+    "only_writer",
+    "output",
+]
 
 errors = Console(stderr=True)
 
 BAD_INPUT = 2
 INTERRUPTED = 130
+
+
+def output() -> Console:
+    """Return what results are printed on: as wide as the terminal, or 160 columns in a file or a pipe."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = 160
+    return console
 
 
 def fail(message: str, code: int) -> NoReturn:
