@@ -509,6 +509,38 @@ def test_batches_of_names_and_of_several_inputs():
     assert expected.rank == 2
 
 
+def test_keys_say_where_the_parts_of_a_batch_are():
+    loader = batches()
+    torch.manual_seed(0)
+    model = Net()
+    expected = mdnorm.erase(copy.deepcopy(model), "encoder", loader).state_dict()
+    named = [
+        {"scan": x, "age": m[:, 0], "site": m[:, 1].tolist(), "dx": y, "path": ["a.nii"]}
+        for x, m, y in loader
+    ]
+    keys = {"inputs": "scan", "metadata": ["age", "site"], "labels": "dx"}
+    found = mdnorm.erase(copy.deepcopy(model), "encoder", named, keys=keys)
+    torch.testing.assert_close(found.state_dict(), expected)
+    placed = [(m, "a.nii", x, y) for x, m, y in loader]
+    found = mdnorm.erase(
+        copy.deepcopy(model), "encoder", placed, keys={"inputs": 2, "metadata": 0, "labels": 3}
+    )
+    torch.testing.assert_close(found.state_dict(), expected)
+    monai = [{"image": x, "metadata": m, "label": y} for x, m, y in loader]
+    torch.testing.assert_close(mdnorm.erase(copy.deepcopy(model), "encoder", monai).state_dict(), expected)
+    doubled = [batch | {"weight": torch.full((len(batch["dx"]),), 2.0)} for batch in named]
+    found = mdnorm.erase(copy.deepcopy(model), "encoder", doubled, keys=keys | {"weights": "weight"})
+    torch.testing.assert_close(found.state_dict(), expected)
+    for wrong, error, message in (
+        ({"mask": "m"}, ValueError, "give padding the weight 0"),
+        ({"input": "scan"}, ValueError, "its names are 'inputs', 'metadata'"),
+        (keys | {"metadata": "years"}, KeyError, "years"),
+    ):
+        with pytest.raises(error, match=message):
+            mdnorm.erase(model, "encoder", named, keys=wrong)
+        assert not hasattr(model.encoder, "eraser")
+
+
 def test_a_design_in_the_model_turns_tables_into_columns():
     features, metadata, labels = confounded()
     table = {"age": metadata[:, 0].numpy(), "site": np.where(metadata[:, 1] > 0, "a", "b")}

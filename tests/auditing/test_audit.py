@@ -1,5 +1,6 @@
 import json
 import re
+import sys
 
 import numpy as np
 import pandas as pd
@@ -109,6 +110,16 @@ def test_the_same_seed_gives_the_same_report(report):
     first, second = report.to_dict(), again.to_dict()
     first.pop("facts"), second.pop("facts")
     assert json.dumps(first) == json.dumps(second)
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_a_bar_counts_the_steps_on_a_terminal(progress, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    before, _, metadata = example()
+    mdnorm.audit(before, {"age": metadata["age"]}, settings=QUICK, progress=progress)
+    shown = capsys.readouterr().err
+    assert (f"0/{number_of_steps(1, 1)}" in shown) is progress
+    assert progress or shown == ""
 
 
 def test_without_labels_and_without_after():

@@ -19,6 +19,7 @@ from mdnorm.auditing.measuring import MODELS, measure
 from mdnorm.auditing.report import Report
 from mdnorm.auditing.sets import feature_sets, projections_of
 from mdnorm.auditing.settings import Settings
+from mdnorm.integration.bars import step_bar
 from mdnorm.metrics import cka
 from mdnorm.version import __version__
 
@@ -49,7 +50,7 @@ def audit(
     settings: Settings | None = None,
     project: str | None = None,
     facts: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: bool | Callable[[str], None] = True,
 ) -> Report:
     """Measure what features know of metadata, and give a verdict on every column.
 
@@ -102,8 +103,9 @@ def audit(
         Name of what is audited, for the head of the page.
     facts : mapping, optional
         Shown under "How it was made" on the page.
-    progress : callable, optional
-        Called with a text before each of the steps that `number_of_steps` counts.
+    progress : bool or callable
+        Show a progress bar (on a terminal, where tqdm is installed); or a function that is called with a text
+        before each of the steps that `number_of_steps` counts.
 
     Returns
     -------
@@ -127,7 +129,6 @@ def audit(
     'strong'
     """
     settings = settings or Settings()
-    step = progress or (lambda text: None)
 
     # Read.
     check_order(features, after=after, metadata=metadata, labels=labels, subjects=subjects)
@@ -150,10 +151,13 @@ def audit(
 
     # Measure.
     sets = feature_sets(inputs.features, titles, inputs.held_out, standardize=settings.standardize)
-    measured, left_out = measure(inputs, sets, kept, settings, step)
+    count = sum(column.is_auditable for column in (*inputs.columns, inputs.label) if column)
+    with step_bar(number_of_steps(count, len(sets)), "audit", progress) as step:
+        measured, left_out = measure(inputs, sets, kept, settings, step)
+        step("projection and similarity")
+        projections = projections_of(inputs.features, _PROJECTED_ROWS, settings.seed)
 
     # Report.
-    step("projection and similarity")
     notes += [f"{column.name} was left out: {column.note}" for column in left_out]
     label_name = None if inputs.label is None else inputs.label.name
     findings = find(measured, sets, label_name, settings)
@@ -178,7 +182,7 @@ def audit(
             "max_rows": max_rows,
             **(facts or {}),
         },
-        projections=projections_of(inputs.features, _PROJECTED_ROWS, settings.seed),
+        projections=projections,
         values=tuple(audited),
     )
 

@@ -2,21 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["with_bar"]
+__all__ = ["step_bar", "with_bar"]
 
 
 def with_bar(loader: Iterable[Any], description: str, progress: bool) -> Iterable[Any]:
     """Return the batches of a loader, with a progress bar where there is a terminal to show it."""
-    if not progress:
-        return loader
+    bar = _bar(_length(loader), description) if progress else None
+    return loader if bar is None else _counted(loader, bar)
+
+
+@contextmanager
+def step_bar(
+    total: int, description: str, progress: bool | Callable[[str], None]
+) -> Iterator[Callable[[str], None]]:
+    """Give what is called with the name of each step: the function of the user, or what moves a bar."""
+    if callable(progress):
+        yield progress
+        return
+    bar = _bar(total, description) if progress else None
+    if bar is None:
+        yield lambda text: None
+        return
+    with bar:
+
+        def step(text: str) -> None:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update()
+
+        yield step
+
+
+def _bar(total: int | None, description: str) -> Any:
+    """Return a bar that shows itself on a terminal only; None where tqdm is not installed."""
     try:
         from tqdm.auto import tqdm
     except ImportError:
-        return loader
-    return _counted(loader, tqdm(total=_length(loader), desc=description, disable=None, leave=False))
+        return None
+    return tqdm(total=total, desc=description, disable=None, leave=False)
 
 
 def _counted(loader: Iterable[Any], bar: Any) -> Iterable[Any]:

@@ -21,11 +21,14 @@ __all__ = [
     "Keys",
     "checked_keys",
     "columns_at",
+    "given_at",
+    "inputs_at",
     "metadata_at",
     "on_device_of",
     "run_on",
     "runner",
     "split_batch",
+    "usual_keys",
 ]
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -93,9 +96,10 @@ def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = Non
     wraps = any(isinstance(module, WithMetadata) for module in model.modules())
     is_inserted = any(getattr(module, "inserted_after", None) is not None for module in model.modules())
     if keys is None:
-        keys = _usual_keys(model, batch)
+        keys = usual_keys(model, batch)
     if keys is not None:
-        inputs, keywords, given = _parts_at(model, batch, keys)
+        inputs, keywords = inputs_at(batch, keys)
+        given = given_at(model, batch, keys) if context.slots_of(model) else {}
     elif wraps or is_inserted or not _takes_batch(model, batch):
         inputs, keywords, given = _parts_of(model, batch, wraps)
     elif isinstance(batch, Mapping):
@@ -120,7 +124,7 @@ def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = Non
 # -- parts of a batch -----------------------------------------------------------------------------------
 
 
-def _usual_keys(model: nn.Module, batch: Any) -> dict[str, Any] | None:
+def usual_keys(model: nn.Module, batch: Any) -> dict[str, Any] | None:
     """Return the keys of a dictionary as MONAI has them, where the model does not take it as it is."""
     if not isinstance(batch, Mapping) or "image" not in batch:
         return None
@@ -136,25 +140,38 @@ def _usual_keys(model: nn.Module, batch: Any) -> dict[str, Any] | None:
     return keys
 
 
-def _parts_at(
-    model: nn.Module, batch: Any, keys: Mapping[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    keywords: dict[str, Any] = {}
+def inputs_at(batch: Any, keys: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return what a model is called with, positional and by name.
+
+    Parameters
+    ----------
+    batch : tuple, list or mapping
+    keys : mapping
+        What `checked_keys` returned.
+
+    Raises
+    ------
+    KeyError, IndexError
+        No such key or index in the batch.
+    """
     if (wanted := keys.get("inputs")) is not None:
         several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
-        inputs = tuple(select(batch, key, _BATCH) for key in several)
-    elif isinstance(batch, Mapping) and "image" not in batch:
+        return tuple(select(batch, key, _BATCH) for key in several), {}
+    if isinstance(batch, Mapping) and "image" not in batch:
         lists = (key if isinstance(key, (list, tuple)) else [key] for key in keys.values())
         named = {key for part in lists for key in part if not callable(key)}
-        inputs, keywords = (), {name: value for name, value in batch.items() if name not in named}
-    else:
-        inputs = (select(batch, "image" if isinstance(batch, Mapping) else 0, _BATCH),)
-    given: dict[str, Any] = {}
-    if context.slots_of(model):
-        metadata, labels = metadata_at(model, batch, keys.get("metadata"), keys.get("labels"))
-        given = {"metadata": metadata} | ({} if labels is None else {"labels": labels})
-        given |= {key: select(batch, keys[key], _BATCH) for key in ("weights", "mask") if key in keys}
-    return inputs, keywords, given
+        return (), {name: value for name, value in batch.items() if name not in named}
+    return (select(batch, "image" if isinstance(batch, Mapping) else 0, _BATCH),), {}
+
+
+def given_at(model: nn.Module, batch: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return "metadata" of a batch, and "labels", "weights" and "mask" where `keys` names them.
+
+    Raises what `metadata_at` raises.
+    """
+    metadata, labels = metadata_at(model, batch, keys.get("metadata"), keys.get("labels"))
+    given = {"metadata": metadata} | ({} if labels is None else {"labels": labels})
+    return given | {key: select(batch, keys[key], _BATCH) for key in ("weights", "mask") if key in keys}
 
 
 def _parts_of(

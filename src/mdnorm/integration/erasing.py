@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,7 +13,15 @@ from mdnorm.erasure import Eraser, EraserFitter
 from mdnorm.integration import places
 from mdnorm.integration.applied import call_on, find_features, is_in, replaced, warn_of_output
 from mdnorm.integration.bars import with_bar
-from mdnorm.integration.batches import split_batch
+from mdnorm.integration.batches import (
+    Keys,
+    checked_keys,
+    given_at,
+    inputs_at,
+    on_device_of,
+    split_batch,
+    usual_keys,
+)
 from mdnorm.integration.dependence import Selector
 from mdnorm.moments import NoSamplesError
 
@@ -33,6 +41,7 @@ def erase(
     channel_dim: int = 1,
     within_labels: bool = True,
     preserve_labels: bool = False,
+    keys: Keys | None = None,
     progress: bool = True,
 ) -> Eraser:
     """Fit an eraser on the output of a module, and put it behind the module, in place.
@@ -48,14 +57,16 @@ def erase(
         Behind which module, as in `mdnorm.insert`; one. Behind the last hidden layer as a rule.
     loader : iterable of batches
         Iterated once: a `DataLoader` of the training data, a generator. A batch is ``(input, metadata)``,
-        ``(input, metadata, labels)``, or a dict with "metadata" and perhaps "labels" and "weights", the rest
-        of which goes to the model. An input that is a tuple or a dict is given as several arguments. The
-        input must be on the model's device. Metadata may be a table where the model has a design
+        ``(input, metadata, labels)``, or a mapping with "metadata" and perhaps "labels" and "weights", the
+        rest of which goes to the model; MONAI's as of `mdnorm.recalibrate`. An input that is a tuple or a
+        dict is given as several arguments. Metadata may be a table where the model has a design
         (`mdnorm.attach_design`).
     output : str, int or callable, optional
         Which part of the module's output is erased, as in `mdnorm.insert`; by default its first tensor.
     num_labels, channel_dim, within_labels, preserve_labels
         As of `mdnorm.erasure.EraserFitter`. For tokens (N, T, D) ``channel_dim=-1``.
+    keys : mapping, optional
+        Where the parts of a batch are, as of `mdnorm.recalibrate`; without "mask": give padding the weight 0.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
 
@@ -67,10 +78,12 @@ def erase(
     Raises
     ------
     TypeError
-        `model` is not a module, or the output has no tensor.
+        `model` is not a module, `keys` no mapping, or the output has no tensor.
+    KeyError, IndexError
+        A batch has no such key or index as `keys` says.
     ValueError
-        `after` names no module or several, one that does not run, or has an eraser; no samples; what
-        `EraserFitter` refuses. The model is then as it was.
+        `after` names no module or several, one that does not run, or has an eraser; `keys` with another name;
+        no samples; what `EraserFitter` refuses. The model is then as it was.
 
     Warns
     -----
@@ -90,6 +103,11 @@ def erase(
     >>> model(torch.randn(3, 8)).shape
     torch.Size([3, 1])
     """
+    parts = checked_keys(keys)
+    if parts is not None and "mask" in parts:
+        raise ValueError(
+            "keys has 'mask', which an eraser does not take: give padding the weight 0, 'weights'."
+        )
     name, module = _target(model, after, output)
     fitter = EraserFitter(
         num_labels=num_labels,
@@ -112,7 +130,7 @@ def erase(
     try:
         with torch.no_grad():
             for batch in with_bar(loader, f"erase after {name or 'the model'}", progress):
-                inputs, keywords, given = split_batch(batch, _GIVEN)
+                inputs, keywords, given = _parts_of(model, on_device_of(model, batch), parts)
                 columns = columns_by_design(model, given["metadata"], given.get("labels"))
                 given |= dict(zip(("metadata", "labels"), columns, strict=True))
                 result = call_on(model, inputs[0]) if inputs else model(**keywords)
@@ -134,6 +152,15 @@ def erase(
     if is_output and name:
         warn_of_output(model, name)
     return insert_eraser(model, module, fitter.eraser(), output=output)
+
+
+def _parts_of(
+    model: nn.Module, batch: Any, keys: Mapping[str, Any] | None
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    keys = usual_keys(model, batch) if keys is None else keys
+    if keys is None:
+        return split_batch(batch, _GIVEN)
+    return *inputs_at(batch, keys), given_at(model, batch, keys)
 
 
 def insert_eraser(
