@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
-STACKS = ["accelerate_loop", "huggingface_trainer", "lightning_example", "monai_engine", "plain_pytorch"]
+STACKS = ["accelerate_loop", "lightning_example", "monai_engine", "plain_pytorch"]
 
 # What other packages say about themselves.
 pytestmark = [
@@ -34,6 +34,30 @@ def test_from_files_to_service(capsys, monkeypatch, tmp_path):
     assert {column.name for column in results["report"].columns} >= {"age", "site"}
     printed = capsys.readouterr().out
     for part in ("CN = 0, AD = 1", "class_layers.flatten.metadata_norm", "epoch 1:", "probability of AD"):
+        assert part in printed
+
+
+@pytest.mark.parametrize(("name", "rows", "width"), [("text", 300, 32), ("images", 400, 32)])
+def test_from_a_table_with_gaps_to_service_with_hugging_face(
+    name, rows, width, capsys, monkeypatch, tmp_path
+):
+    monkeypatch.chdir(tmp_path)
+    results = runpy.run_path(str(FOLDER / f"huggingface_{name}.py"))["main"]()
+    assert list(tmp_path.iterdir()) == []
+    assert 0 < results["probability"] < 1
+    assert results["features"].shape == (rows, width)
+    columns = {column.name: column.representations["before"] for column in results["report"].columns}
+    # Without the layer dcor² with the site is above 0.1.
+    for metadata in ("age", "site"):
+        assert columns[metadata].dependence_within.value < 0.03
+    assert columns["dx"].dependence.value > 0.2
+    printed = capsys.readouterr().out
+    for part in (
+        "healthy = 0, ill = 1",
+        "metadata_norm",
+        "of unknown age, from Bern: probability",
+        "within_sites",
+    ):
         assert part in printed
 
 
