@@ -108,3 +108,25 @@ def test_pages_work_in_a_browser_from_the_disk(built, width, scheme):
         page.wait_for_selector(".md-search-result__item a", state="attached", timeout=60_000)
         assert problems == []
         browser.close()
+
+
+# What would have to be scrolled to be read.
+CUT = """() => [...document.querySelectorAll(".md-content :is(pre, pre code, .md-typeset__scrollwrap)")]
+    .filter(part => part.clientWidth > 0 && part.scrollWidth > part.clientWidth + 2)
+    .map(part => part.innerText.slice(0, 60))"""
+
+
+@needs_chromium
+def test_no_code_and_no_table_is_cut_at_1280_pixels(built):
+    pages = [page for page in built.rglob("*.html") if "source" not in page.relative_to(built).parts]
+    assert len(pages) > 40
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=list(OPTIONS))
+        page = browser.new_page(viewport={"width": 1280, "height": 900})
+        cut = {}
+        for path in pages:
+            page.goto(path.as_uri())
+            page.wait_for_selector("h1")
+            cut |= {path.name: found} if (found := page.evaluate(CUT)) else {}
+        browser.close()
+    assert cut == {}
