@@ -272,16 +272,19 @@ class LeastSquares(Estimator):
         (gram, cross), p = moments, self.num_labels + 1
         if self.rise and not batch.repeated:
             self.seen += count.clamp_max(_COUNTED) if isinstance(count, Tensor) else min(count, _COUNTED)
-        risen = (self.seen / self.rise).clamp_max(1) if self.rise else torch.ones_like(self.seen)
+        seen = self.seen.item() if batch.eager else self.seen
+        risen: Any = 1.0 if not self.rise else _at_most_one(seen / self.rise)
         if self.num_labels:
             # What the features tell of the labels, beside what is removed.
             beta = coefficients[: self.num_metadata]
             centred = torch.addr(gram, gram[p - 1], gram[p - 1], alpha=-1).to(beta.dtype)
             told = torch.addr(cross[: p - 1], gram[p - 1, : p - 1].to(cross.dtype), cross[p - 1], alpha=-1)
-            told = told - centred[: p - 1, p:] @ beta
+            told = torch.linalg.vector_norm(told.to(beta.dtype).addmm(centred[: p - 1, p:], beta, alpha=-1))
             removed = (centred[p:, p:] @ beta).mul_(beta).sum()
-            risen = risen * (told.square().sum() / removed.clamp_min(1e-30)).sqrt().clamp_max(1)
-        return decay * risen.item() if batch.eager else decay * risen
+            if batch.eager:
+                return decay * risen * _at_most_one(told.item() / math.sqrt(max(removed.item(), 1e-30)))
+            risen = risen * _at_most_one(told / removed.clamp_min(1e-30).sqrt())
+        return decay * risen
 
     def _remember(
         self, kept: Any, count: Any, coefficients: Tensor, mean: Tensor, used: bool | Tensor, eager: bool
@@ -314,6 +317,10 @@ class LeastSquares(Estimator):
         text = f"gram={self.gram_source!r}, adjoint={self.adjoint_source!r}, window={self.window:g}"
         text += f", prior={self.prior:g}, center={self.center}"
         return text if self.reduction == "mean" else f"{text}, reduction={self.reduction!r}"
+
+
+def _at_most_one(value: Any) -> Any:
+    return value.clamp_max(1) if isinstance(value, Tensor) else min(value, 1.0)
 
 
 def _refuse_far_columns(columns: Tensor, left: Tensor) -> None:
