@@ -282,9 +282,10 @@ class LeastSquares(Estimator):
             told = torch.linalg.vector_norm(told.to(beta.dtype).addmm(centred[: p - 1, p:], beta, alpha=-1))
             removed = (centred[p:, p:] @ beta).mul_(beta).sum()
             if batch.eager:
-                return decay * risen * _at_most_one(told.item() / math.sqrt(max(removed.item(), 1e-30)))
-            risen = risen * _at_most_one(told / removed.clamp_min(1e-30).sqrt())
-        return decay * risen
+                risen = risen * _at_most_one(told.item() / math.sqrt(max(removed.item(), 1e-30)))
+            else:
+                risen = risen * _at_most_one(told / removed.clamp_min(1e-30).sqrt())
+        return cast("float | Tensor", decay * risen)
 
     def _remember(
         self, kept: Any, count: Any, coefficients: Tensor, mean: Tensor, used: bool | Tensor, eager: bool
