@@ -149,7 +149,8 @@ class _Problem:
         self._crosses = np.stack([self._columns[at].T @ self._means[at] for at in groups])
         self._between = np.stack([np.square(self._means[at]).sum(0) for at in groups])
         flat = len(codes) * (_FLAT_DEVIATION * center) ** 2 + _FLAT_SHARE * np.square(deviations).sum(0)
-        self.varies_within = self._squares > flat
+        beyond = right - left @ np.linalg.lstsq(left, right, rcond=_COLLINEAR)[0]
+        self.varies_within = np.square(beyond).sum(0) > flat
         self.varies = np.square(residual).sum(0) > flat
         self._check(len(rows))
 
@@ -202,6 +203,7 @@ class _Problem:
         inverse = np.linalg.inv(gram)
         coefficients = np.einsum("dij,dj->di", inverse, cross)
         squares = self._squares[part] + (weight * between).sum(1) - (coefficients * cross).sum(1)
+        squares = np.maximum(squares, np.finfo(np.float64).tiny)
         left = (
             between
             - 2 * np.einsum("di,gid->dg", coefficients, crosses)

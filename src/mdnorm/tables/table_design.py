@@ -103,7 +103,7 @@ class TableDesign:
             elif isinstance(column, int) and 0 <= column < len(self._columns):
                 names.append(self._columns[column])
             else:
-                raise ValueError(f"{what}={key!r} is not a column of {self.what}; it has {self._columns}.")
+                raise ValueError(f"{what}={column!r} is not a column of {self.what}; it has {self._columns}.")
         return names
 
     @property
