@@ -230,10 +230,26 @@ def test_features_without_variance_and_other_tables() -> None:
         without.transform(np.delete(features, 3, 0), metadata=metadata.drop(index=3)),
         atol=1e-9,
     )
+    np.testing.assert_array_equal(
+        skipping.transform(features, metadata=metadata),
+        MetadataResidualizer(**_COMBAT)
+        .fit(features, metadata=metadata, sample_weight=np.arange(len(frame)) != 3)
+        .transform(features, metadata=metadata),
+    )
     without_sites = MetadataResidualizer(subject="who").fit(features, metadata=frame[["age", "who"]])
     design = np.column_stack([np.ones(len(frame)), frame["age"]])
     beta = _dense(features[:, 4], design, pd.get_dummies(frame["who"]).to_numpy(float))["beta"]
     np.testing.assert_allclose(without_sites.coef_[0, 4], beta[1], rtol=1e-8)
+
+
+def test_many_features_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, frame, label = _table()
+    arguments = (label[:, None], _codes(frame["site"]), _codes(frame["who"]))
+    whole = fit_random_intercepts(features, *arguments)
+    monkeypatch.setattr("mdnorm.tables.subjects._STEP_VALUES", 70)
+    parts = fit_random_intercepts(features, *arguments)
+    for name in ("effects", "variance", "residual_scale"):
+        np.testing.assert_allclose(getattr(parts, name), getattr(whole, name), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -275,5 +291,8 @@ def test_what_is_not_there_for_subjects_says_so() -> None:
         MetadataResidualizer(subject="who", metadata_columns=()).fit(features)
     with pytest.raises(ValueError, match="subject='who': a summary is of one least-squares regression"):
         residualizer.fit(features, metadata=frame).summary()
+    with pytest.raises(ValueError, match="fit had subject=, which needs all rows at once"):
+        residualizer.set_params(subject=None).partial_fit(features, metadata=frame)
+    residualizer.set_params(subject="who")
     with pytest.raises(ValueError, match="metadata has the columns"):
         residualizer.transform(features, metadata=frame[["site", "age"]])

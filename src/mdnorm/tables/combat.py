@@ -173,7 +173,7 @@ class LocationScale:
     def restore(self, features: NDArray[Any], design: FloatArray, site_index: NDArray[np.intp]) -> FloatArray:
         """Return features with the effects put back: the inverse of `remove`, same arguments."""
         location = self._padded(self.location, 0.0)
-        corrected = self.residual(features, self._without_metadata(design))
+        corrected = self.residual(features, self.without_metadata(design))
         residual = corrected * self.scale_of(site_index) + location[site_index]
         return features + self._metadata_part(design) + (residual - corrected)
 
@@ -182,7 +182,7 @@ class LocationScale:
         scale: FloatArray = self._padded(self.scale, 1.0)[site_index]
         return scale
 
-    def _without_metadata(self, design: FloatArray) -> FloatArray:
+    def without_metadata(self, design: FloatArray) -> FloatArray:
         """Return the design of rows from which the metadata's effect is gone."""
         known: FloatArray = design.copy()
         known[:, : self.num_metadata] = self.design_mean[: self.num_metadata]

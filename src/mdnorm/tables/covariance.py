@@ -67,7 +67,7 @@ class CovarianceModel(LocationScale):
     def _scores(self, corrected: FloatArray, design: FloatArray) -> FloatArray:
         """Return the scores (n, K) of rows that ComBat has corrected."""
         inverse_unit = np.divide(1, self.unit, out=np.zeros_like(self.unit), where=self.unit > 0)
-        residual = self.residual(corrected, self._without_metadata(design)) - self.center
+        residual = self.residual(corrected, self.without_metadata(design)) - self.center
         scores: FloatArray = residual @ (self.directions * inverse_unit).T
         return scores
 
@@ -115,7 +115,7 @@ def fit_covariance(
     """
     weights = np.ones(len(features)) if weights is None else weights
     corrected = model.remove(features, design, model.index_of(sites)[0])
-    residual = model.residual(corrected, model._without_metadata(design))
+    residual = model.residual(corrected, model.without_metadata(design))
     center = weights @ residual / weights.sum()
     deviations = np.sqrt(weights)[:, None] * (residual - center)
     unit = np.sqrt(np.square(deviations).sum(0) / weights.sum()) * (model.pooled_scale > 0)

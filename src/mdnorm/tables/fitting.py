@@ -23,9 +23,9 @@ from mdnorm.tables.combat import (
 )
 from mdnorm.tables.covariance import CovarianceModel, fit_covariance
 from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
-from mdnorm.tables.table_reader import Rows, TableReader
+from mdnorm.tables.table_reader import TableReader, TableRows
 
-__all__ = ["TableFitter"]
+__all__ = ["ESTIMATES", "TableFitter"]
 
 FloatArray = NDArray[np.float64]
 
@@ -47,7 +47,7 @@ class TableFitter(TableReader):
 
     def __getattr__(self, name: str) -> Any:
         # After partial_fit the estimates are made when they are asked for.
-        if name in _ESTIMATES and "moments_" in vars(self) and vars(self).get("_model") is None:
+        if name in ESTIMATES and "moments_" in vars(self) and vars(self).get("_model") is None:
             self._fitted_model()
             return vars(self)[name]
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -72,10 +72,10 @@ class TableFitter(TableReader):
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        for name, lowest in (("strength", 0), ("covariance", None)):
+        for name in ("strength", "covariance"):
             value = getattr(self, name)
-            inside = isinstance(value, (int, float, np.number)) and 0 <= value <= 1
-            if not inside or (isinstance(value, bool) and lowest is not None):
+            is_share = isinstance(value, (int, float, np.number)) and 0 <= value <= 1
+            if not is_share or (name == "strength" and isinstance(value, bool)):
                 raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
         self._check_combinations()
 
@@ -112,7 +112,7 @@ class TableFitter(TableReader):
         sample_weight: ArrayLike | None,
         classes: ArrayLike | None,
         reset: bool,
-    ) -> tuple[Rows, FloatArray | None]:
+    ) -> tuple[TableRows, FloatArray | None]:
         """Add rows to the moments; return them, without the intercepts of subjects, and their weights."""
         check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
         given = {"labels": labels, "y": None if self.protect_target is False else y}
@@ -139,11 +139,11 @@ class TableFitter(TableReader):
             self._protected["labels"].count(labels, counts)
         return rows, weights
 
-    def _moments(self, rows: Rows, weights: FloatArray | None = None) -> SiteMoments:
+    def _moments(self, rows: TableRows, weights: FloatArray | None = None) -> SiteMoments:
         metadata, labels = np.split(rows.design, [self._num_metadata], axis=1)
         return site_moments(rows.features, metadata, labels, rows.sites, weights)
 
-    def _fitted_intercepts(self, rows: Rows, weights: FloatArray | None) -> RandomIntercepts | None:
+    def _fitted_intercepts(self, rows: TableRows, weights: FloatArray | None) -> RandomIntercepts | None:
         if rows.subjects is None:
             return None
         used = np.ones(len(rows.features), bool) if weights is None else weights > 0
@@ -180,7 +180,7 @@ class TableFitter(TableReader):
         assert self._model is not None
         return self._model
 
-    def _solve(self, rows: Rows | None = None, weights: FloatArray | None = None) -> None:
+    def _solve(self, rows: TableRows | None = None, weights: FloatArray | None = None) -> None:
         """Fit the model to the moments, and its covariances to the rows."""
         names = list(self.metadata_names_)
         for what, table in self._protected.items():
@@ -243,7 +243,7 @@ class TableFitter(TableReader):
         if inverse and len(self._metadata_index) and not self.keep_metadata:
             features, dropped = self._read_dropped(X, metadata)
             table = dict(zip(map(str, self.metadata_columns or ()), dropped, strict=True))
-            rows = Rows(features, *self._design(table, given, len(features), training=False))
+            rows = TableRows(features, *self._design(table, given, len(features), training=False))
         else:
             rows = self._read(X, metadata, given)
         index = self._site_index(rows.sites, len(rows.features))
@@ -279,7 +279,7 @@ class TableFitter(TableReader):
 # The share of the variance whose components are harmonised, as Chen et al. (2022) have it.
 _PUBLISHED_SHARE = 0.95
 
-_ESTIMATES = (
+ESTIMATES = (
     "coef_",
     "protected_coef_",
     "metadata_mean_",

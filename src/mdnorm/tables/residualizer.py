@@ -18,9 +18,9 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 from mdnorm.design.row_order import check_same_order
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.covariance import CovarianceModel
-from mdnorm.tables.fitting import _ESTIMATES, TableFitter
+from mdnorm.tables.fitting import ESTIMATES, TableFitter
 from mdnorm.tables.summary import Summary, Variable, summarise
-from mdnorm.tables.table_reader import Rows
+from mdnorm.tables.table_reader import TableRows
 
 __all__ = ["MetadataResidualizer"]
 
@@ -276,13 +276,17 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} needs all rows at once: use fit instead of partial_fit."
                 )
+        if getattr(self, "_intercepts", None) is not None:
+            raise ValueError(
+                "fit had subject=, which needs all rows at once: call fit again before partial_fit."
+            )
         first = not hasattr(self, "moments_")
         if first:
             self._check_parameters()
             self._is_partial = True
         self._update(X, y, metadata, labels, sample_weight, classes, reset=first)
         self._model: LocationScale | None = None
-        for name in _ESTIMATES:
+        for name in ESTIMATES:
             self.__dict__.pop(name, None)
         return self
 
@@ -338,7 +342,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
             raise ValueError(f"all rows are of sites that are known already, {list(model.sites)}.")
         features = self._without_intercepts(rows.features, rows.subjects)[new]
         codes, design = SiteCodes(rows.sites.codes[new], rows.sites.levels), rows.design[new]
-        model = model.with_sites(self._moments(Rows(features, design, codes, None)))
+        model = model.with_sites(self._moments(TableRows(features, design, codes, None)))
         if isinstance(model, CovarianceModel):
             model = model.with_rows(features, design, codes)
         self._set_model(model)

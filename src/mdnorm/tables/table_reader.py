@@ -28,7 +28,7 @@ _FEATURES: dict[str, Any] = {
 }
 
 
-class Rows(NamedTuple):
+class TableRows(NamedTuple):
     """Rows of a table: features (n, D), design columns (n, K), and whose they are where that is asked for."""
 
     features: NDArray[Any]
@@ -197,14 +197,14 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         given: dict[str, Any],
         *,
         training: bool = False,
-    ) -> Rows:
+    ) -> TableRows:
         """Return rows as they are in the regression; unknown protected columns at their mean."""
         checked, whole = self._checked(X, reset=False)
         if self.metadata_columns is not None and metadata is not None:
             raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
         table = metadata if self.metadata_columns is None else self._metadata_part(X)
         features = checked[:, self._feature_index] if whole and len(self._metadata_index) else checked
-        return Rows(features, *self._design(table, given, len(features), training))
+        return TableRows(features, *self._design(table, given, len(features), training))
 
     def _design(
         self, table: Any, given: dict[str, Any], num_rows: int, training: bool
