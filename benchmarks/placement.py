@@ -31,7 +31,10 @@ from mdnorm_experiments.training import fit, recalibrate_on
 
 
 class VisionTransformer(nn.Module):
-    """Patches of 8 × 8 pixels and a class token through pre-norm blocks; it returns the class token's."""
+    """Patches of 8 × 8 pixels and a class token through pre-norm blocks; it returns the class token's.
+
+    As usual, what follows is linear: no non-linearity between the last features and the logits.
+    """
 
     def __init__(self, width: int = 64, depth: int = 3, patches: int = 16) -> None:
         super().__init__()
@@ -61,6 +64,8 @@ class Architecture:
     """A backbone, its schedule, and the places of layers: title → modules → options of the layer behind."""
 
     backbone: Any
+    activation: type[nn.Module]
+    size: int
     epochs: int
     learning_rate: float
     warmup_epochs: int
@@ -73,10 +78,22 @@ HIDDEN: dict[str, dict[str, Any]] = {"hidden": {}}
 BLOCKS = [f"backbone.blocks.{block}" for block in range(3)]
 CONVOLUTIONS = [f"backbone.conv{number}" for number in (1, 2, 3)]
 
+# Beside a layer, or without one: what else keeps the shade out of the outputs.
+METHOD_OF_PLACE = {
+    "no layer, balancing weights": "weights",
+    "last features, balancing weights": "mdn-last-running+weights",
+    "last features, balancing weights and dependence loss": "mdn-last-running+weights+loss",
+}
+MORE: dict[str, dict[str, dict[str, Any]]] = {
+    name: HIDDEN if name.startswith("last") else {} for name in METHOD_OF_PLACE
+}
+
 NETWORKS = {
     "vit": Architecture(
         VisionTransformer,
-        epochs=25,
+        activation=nn.Identity,
+        size=12_000,
+        epochs=10,
         learning_rate=1e-3,
         warmup_epochs=2,
         places={
@@ -84,15 +101,16 @@ NETWORKS = {
             "embedding, each token": {"backbone.embedding": {}},
             "every block, each channel": dict.fromkeys(BLOCKS, TOKENS),
             "every block, each token": {block: {} for block in BLOCKS},
-            "class token behind the last norm": {"backbone.norm": {}},
-            "last hidden layer": HIDDEN,
-            "embedding (each token) and last hidden layer": {"backbone.embedding": {}} | HIDDEN,
-            "every block (each channel) and last hidden layer": dict.fromkeys(BLOCKS, TOKENS) | HIDDEN,
-            "logits": {"head": {}},
-        },
+            "last features": HIDDEN,
+            "embedding (each token) and last features": {"backbone.embedding": {}} | HIDDEN,
+            "every block (each channel) and last features": dict.fromkeys(BLOCKS, TOKENS) | HIDDEN,
+        }
+        | MORE,
     ),
     "cnn": Architecture(
         lambda: SETTING.backbone("group"),
+        activation=nn.ReLU,
+        size=SETTING.size,
         epochs=SETTING.epochs,
         learning_rate=SETTING.learning_rate,
         warmup_epochs=SETTING.warmup_epochs,
@@ -101,23 +119,26 @@ NETWORKS = {
             "first convolution, each value": {"backbone.conv1": {}},
             "last convolution, each channel": {"backbone.conv3": CHANNELS},
             "every convolution, each channel": dict.fromkeys(CONVOLUTIONS, CHANNELS),
-            "last hidden layer": HIDDEN,
-            "every convolution (each channel) and last hidden layer": dict.fromkeys(CONVOLUTIONS, CHANNELS)
+            "last features": HIDDEN,
+            "every convolution (each channel) and last features": dict.fromkeys(CONVOLUTIONS, CHANNELS)
             | HIDDEN,
-            "logits": {"head": {}},
-        },
+        }
+        | MORE,
     ),
 }
 
 
 def train(architecture: Architecture, place: str, seed: int) -> dict[str, Any]:
     """Return the measures of one network."""
-    data = SETTING.make_data(SETTING.size, seed)
+    data = SETTING.make_data(architecture.size, seed)
     assert data.unconfounded is not None
     samples = data.unconfounded() if place == "oracle" else data.train
     torch.manual_seed(seed)
     network = BackboneNetwork(architecture.backbone(), len(data.classes))
-    method = METHODS["none"]
+    network.activation = architecture.activation()
+    method = METHODS[METHOD_OF_PLACE.get(place, "none")]
+    if method.dependence is not None:
+        method = replace(method, dependence=method.dependence | {"variables": data.confounders})
     for module, options in architecture.places.get(place, {}).items():
         insert(
             network,
@@ -138,7 +159,7 @@ def train(architecture: Architecture, place: str, seed: int) -> dict[str, Any]:
         seed=seed,
         epoch_done=lambda: None,
     )
-    if place in architecture.places:
+    if architecture.places.get(place):
         recalibrate_on(network, samples, method)
     return evaluate(network, data, samples) | trained
 
@@ -188,6 +209,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=list(NETWORKS))
     parser.add_argument("--places", nargs="+", help="default: all, and none and the oracle")
     parser.add_argument("--seeds", nargs="+", type=int, default=list(range(5)))
+    parser.add_argument("--size", type=int, help="faces; default: the network's")
     parser.add_argument("--epochs", type=int, help="default: the network's")
     parser.add_argument("--learning-rate", type=float, help="default: the network's")
     parser.add_argument("--threads", type=int, default=1)
@@ -203,12 +225,13 @@ def main() -> None:
         architecture = NETWORKS[name]
         architecture = replace(
             architecture,
+            size=options.size or architecture.size,
             epochs=options.epochs or architecture.epochs,
             learning_rate=options.learning_rate or architecture.learning_rate,
         )
         for place in options.places or ["none", "oracle", *architecture.places]:
-            key = {"network": name, "place": place, "seed": seed, "epochs": architecture.epochs}
-            key["learning_rate"] = architecture.learning_rate
+            key = {"network": name, "place": place, "seed": seed}
+            key |= {field: getattr(architecture, field) for field in ("size", "epochs", "learning_rate")}
             if any(key.items() <= row.items() for row in rows):
                 continue
             row = key | train(architecture, place, seed)
