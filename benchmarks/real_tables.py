@@ -290,12 +290,20 @@ def nothing(train: Table) -> Transform:
     return lambda table: table.features
 
 
-def residualizer(train: Table, *, scale: bool = True, protect: bool = True, adapt: bool = False) -> Transform:
+def residualizer(
+    train: Table,
+    *,
+    scale: bool = True,
+    protect: bool = True,
+    adapt: bool = False,
+    covariance: bool = False,
+) -> Transform:
     """`adapt`: location and scale of a site that training rows do not have are taken from its own rows."""
     model = MetadataResidualizer(
         site="site",
         scale=scale,
         empirical_bayes=scale,
+        covariance=covariance,
         unseen="mean",
         protect_target="auto" if protect else False,
     ).fit(train.features, train.target, metadata=_sites(train))
@@ -436,6 +444,7 @@ METHODS = {
     "raw": Method("nothing done", nothing),
     "mdnorm": Method("mdnorm, shifts", residualizer, {"scale": False}),
     "mdnorm-scale": Method("mdnorm, shifts and scale", residualizer),
+    "mdnorm-covbat": Method("mdnorm, CovBat", residualizer, {"covariance": True}),
     "mdnorm-unprotected": Method("mdnorm, label not protected", residualizer, {"protect": False}),
     "mdnorm-adapt": Method("mdnorm, site adapted", residualizer, {"adapt": True}, given_site=True),
     "neuroharmonize": Method("neuroHarmonize, no label", neuroharmonize, {}, "neuroHarmonize"),

@@ -82,9 +82,9 @@ class MetadataNorm(nn.Module):
         labels of a few samples nearly determine their metadata.
     decay : float, optional
         How strongly the gradient holds down the effect that is removed, in shares of its own size (default,
-        after a slow rise: 0.5 for features (N, D), 0 for maps and tokens). 0: the published gradient, by
-        which a network that memorises its training samples uses the metadata as an input on new ones. See
-        `mdnorm.estimators.LeastSquares`.
+        after a slow rise: 0.5 for vectors of features, 0 for maps and tokens). 0: the published gradient,
+        by which a network that memorises its training samples uses the metadata as an input on new ones.
+        See `mdnorm.estimators.LeastSquares`.
     center : bool
         Remove the intercept as well, as the authors' code does. The default keeps the mean of the features,
         so that the layers behind need not follow its moving estimate.

@@ -491,7 +491,13 @@ class _Regress(torch.autograd.Function):
                 held = basis if held is None else held
                 with torch.no_grad():
                     removed = (held.mT @ held @ coefficients).mul_(coefficients).sum()
-                    sizes = torch.stack([torch.linalg.vector_norm(matrix).square(), removed])
+                size = torch.linalg.vector_norm(matrix)
+                if isinstance(decay, float) and group is None and not torch.is_grad_enabled():
+                    # Numbers take a fraction of the time of tensors.
+                    strength = decay * size.item() / math.sqrt(max(removed.item(), _TINY))
+                    terms.append((held * -strength, coefficients))
+                else:
+                    sizes = torch.stack([size.square(), removed])
             if rows is not None:
                 total, left = matrix, rows.mT
                 if dims:
@@ -523,7 +529,9 @@ class _Regress(torch.autograd.Function):
                 strength = decay * (sizes[0] / sizes[1].clamp_min(_TINY**0.5))
                 terms.append((held * -strength.to(held.dtype), coefficients))
             if terms:
-                grad = _subtract(grad, matrix, *_side_by_side(terms), dims, mask)
+                sides = zip(zip(*terms, strict=True), (1, 0), strict=True)
+                left, right = (torch.cat(side, dim) if len(side) > 1 else side[0] for side, dim in sides)
+                grad = _subtract(grad, matrix, left, right, dims, mask)
             return (grad, *(None,) * 14)
 
 
@@ -533,14 +541,6 @@ def _reduced(batch: Tensor, sizes: Tensor | None, group: ProcessGroup) -> tuple[
         return all_reduce_sum(batch, group), None
     sums = all_reduce_sum(torch.cat([batch.flatten(), sizes]), group)
     return sums[:-2].view_as(batch), sums[-2:].detach()
-
-
-def _side_by_side(products: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return the one product that is the sum of all."""
-    if len(products) == 1:
-        return products[0]
-    lefts, rights = zip(*products, strict=True)
-    return torch.cat(lefts, 1), torch.cat(rights)
 
 
 # What `Function.apply` itself calls in the end. Before that it binds the arguments to the signature of

@@ -120,6 +120,22 @@ def test_maps_and_tokens_have_none_by_default():
         assert not torch.allclose(results[0], results[2])
 
 
+@pytest.mark.parametrize("shape", [(18, 1, 1), (1, 18), (18, 1)])
+@pytest.mark.parametrize("options", [{}, {"granularity": "channel"}], ids=str)
+def test_pooled_maps_are_vectors(shape, options):
+    """As behind the average pooling of a ResNet: what one gets is what the flat features get."""
+    if options:
+        options = options | {"channel_dim": 1 + shape.index(18)}
+    gradients = []
+    for number, more in ((shape, options), ((18,), {})):
+        layer = MetadataNorm(number if not more else 18, 2, 1, rise=0, dtype=torch.float64, **more)
+        features, metadata, labels = data(d=18)
+        leaf = features.view(40, *number).requires_grad_()
+        layer(leaf, metadata, labels).square().sum().backward()
+        gradients.append(leaf.grad.flatten(1))
+    torch.testing.assert_close(*gradients)
+
+
 def test_wrong_settings_are_errors():
     for name, value in (("decay", -1), ("decay", float("inf")), ("rise", -1)):
         with pytest.raises(ValueError, match=f"{name}={value}"):

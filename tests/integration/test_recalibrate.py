@@ -221,6 +221,112 @@ def test_a_layer_that_runs_twice_gets_the_fit_over_both_inputs():
     np.testing.assert_allclose(net.norm.coefficients, beta[:1], atol=1e-12)
 
 
+class Branches(nn.Module):
+    """A stem, three branches beside each other, a layer behind two of them; and one that feeds on itself."""
+
+    NAMES = ("stem", "left", "middle", "right", "behind", "recurrent")
+
+    def __init__(self):
+        super().__init__()
+        for name in self.NAMES:
+            setattr(self, name, MetadataNorm(3, 2, estimator="batch", prior=0, dtype=torch.float64))
+            setattr(self, f"{name}_map", nn.Linear(3, 3, dtype=torch.float64))
+
+    def through(self, name, x, metadata):
+        return getattr(self, name)(torch.tanh(getattr(self, f"{name}_map")(x)), metadata)
+
+    def forward(self, x, metadata):
+        stem = self.through("stem", x, metadata)
+        left, middle, right = (self.through(name, stem, metadata) for name in ("left", "middle", "right"))
+        behind = self.through("behind", left * right, metadata)
+        once = self.through("recurrent", x, metadata)
+        return middle, behind, self.through("recurrent", once, metadata)
+
+
+class Counted(list):
+    passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        return super().__iter__()
+
+
+def branches_data(rows=200):
+    generator = torch.Generator().manual_seed(5)
+    metadata = torch.randn(rows, 2, generator=generator, dtype=torch.float64)
+    x = torch.randn(rows, 3, generator=generator, dtype=torch.float64) + metadata @ torch.ones(2, 3).double()
+    return x, metadata
+
+
+def test_layers_beside_each_other_share_a_pass():
+    torch.manual_seed(3)
+    net, (x, metadata) = Branches(), branches_data()
+    net(x, metadata)
+    loader = Counted(zip(x.split(50), metadata.split(50), strict=True))
+    assert set(recalibrate(net, loader, shrink=False).names) == set(net.NAMES)
+    # A first batch; the stem; its three branches; what is behind two of them, and what depends on itself.
+    assert loader.passes <= 5
+    seen = {name: [] for name in net.NAMES}
+    for name in net.NAMES:
+        getattr(net, name).register_forward_pre_hook(lambda _, given, name=name: seen[name].append(given[0]))
+    with torch.no_grad():
+        net.eval()(x, metadata)
+    for name in set(net.NAMES) - {"recurrent"}:
+        beta = np.linalg.lstsq(design_matrix(metadata), seen[name][0].numpy(), rcond=None)[0]
+        np.testing.assert_allclose(getattr(net, name).coefficients, beta[:2], atol=1e-10, err_msg=name)
+
+
+@pytest.mark.parametrize("rows", [None, 60])
+def test_many_heads_take_two_passes(rows):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList(MetadataNorm(3, 2, estimator="batch") for _ in range(100))
+
+        def forward(self, x, metadata):
+            return sum(norm(x.float() * number, metadata) for number, norm in enumerate(self.norms, 1))
+
+    net, (x, metadata) = Heads(), branches_data()
+    net(x, metadata)
+    loader, held_out = (
+        Counted([(x, metadata)]),
+        None if rows is None else Counted([(x[:rows], metadata[:rows])]),
+    )
+    assert len(recalibrate(net, loader, held_out=held_out).names) == 100
+    assert loader.passes == 2
+    assert held_out is None or held_out.passes == 1
+
+
+def test_a_model_that_refuses_other_values_than_its_own():
+    """Then nothing tells what depends on what, and each layer comes behind those that run before it."""
+
+    class Picky(Branches):
+        def forward(self, x, metadata):
+            if any(getattr(self, name)._forward_hooks for name in self.NAMES):
+                raise ValueError("out of range")  # as on values that no layer of the model puts out
+            return super().forward(x, metadata)
+
+    net, (x, metadata) = Picky(), branches_data()
+    net(x, metadata)
+    loader = Counted([(x, metadata)])
+    assert len(recalibrate(net, loader, shrink=False).names) == 6
+    assert loader.passes == 7
+
+
+def test_a_forward_that_takes_things_out_of_the_batch():
+    net, (x, metadata) = Branches(), branches_data()
+    net(x, metadata)
+
+    class Batches:
+        def __iter__(self):
+            return iter([{"x": x, "metadata": metadata}])
+
+    def forward(model, batch):
+        model(batch.pop("x"), batch.pop("metadata"))
+
+    assert len(recalibrate(net, Batches(), forward=forward).names) == 6
+
+
 def test_behind_a_scale():
     """The running scale stays, and the fit is made behind it."""
     images, metadata, labels = data(dtype=torch.float64)

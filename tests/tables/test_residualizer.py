@@ -88,6 +88,7 @@ def _indicators(frame: pd.DataFrame) -> np.ndarray:
         MetadataResidualizer(),
         MetadataResidualizer(metadata_columns=(0,)),
         MetadataResidualizer(metadata_columns=(0,), keep_metadata=True, ridge=0.1, protect_target=False),
+        MetadataResidualizer(metadata_columns=(0,), strength=0.5),
     ]
 )
 def test_scikit_learn_checks(estimator: Any, check: Any) -> None:

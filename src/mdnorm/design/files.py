@@ -135,6 +135,7 @@ class ParquetFile:
         self.path = path
         self.categories: set[str] = set()
         self._missing_values = list(missing_values)
+        self._sampled: dict[str, Column] = {}
         with reading(path, "Parquet"):
             # Without pre-buffering and with small buffers: whole row groups would be read ahead.
             self.file = pyarrow.parquet.ParquetFile(path, buffer_size=_READ_BUFFER_BYTES, pre_buffer=False)
@@ -154,11 +155,14 @@ class ParquetFile:
 
     def sample(self, columns: Sequence[str]) -> dict[str, Column]:
         """Return the first rows of columns of types that metadata may have."""
-        fields = dict(zip(self.names, self.schema, strict=True))
-        usable = [name for name in columns if _is_readable(fields[name])]
-        rows = max(1000, min(_SAMPLE_ROWS, _SAMPLE_VALUES // max(len(usable), 1)))
-        first = next(self.batches(usable, rows))
-        return read_columns(self.typed(first, usable), usable)[0]
+        types = dict(zip(self.names, self.schema.types, strict=True))
+        readable = {each: _is_readable(each) for each in set(types.values())}
+        usable = [name for name in columns if readable[types[name]]]
+        if unread := [name for name in usable if name not in self._sampled]:
+            rows = max(1000, min(_SAMPLE_ROWS, _SAMPLE_VALUES // len(unread)))
+            first = next(self.batches(unread, rows))
+            self._sampled |= read_columns(self.typed(first, unread), unread)[0]
+        return {name: self._sampled[name] for name in usable}
 
     def batches(
         self, columns: Sequence[str], batch_rows: int, numbers: Sequence[str] = ()
@@ -193,11 +197,11 @@ class ParquetFile:
         return pyarrow.RecordBatch.from_arrays(arrays, names=list(columns))
 
 
-def _is_readable(field: pyarrow.Field) -> bool:
+def _is_readable(type_: pyarrow.DataType) -> bool:
     import pyarrow
 
     try:
-        read_columns(pyarrow.schema([field]).empty_table(), [field.name])
+        read_columns(pyarrow.table({"column": pyarrow.array([], type_)}), ["column"])
     except TypeError:
         return False
     return True

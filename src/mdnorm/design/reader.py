@@ -176,7 +176,7 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
     """
     names = list(dict.fromkeys(names))
     frame = None if isinstance(table, Mapping) else _frame(table, names)
-    present = list(table if frame is None else frame.columns)
+    present = dict.fromkeys(table if frame is None else frame.columns)
     for name in names:
         if name not in present:
             texts = [each for each in present if isinstance(each, str)]

@@ -16,7 +16,7 @@ from mdnorm.regression import Memory, advance, apply_operator, prior_share, regr
 
 __all__ = ["LeastSquares"]
 
-# Decay of features (N, D), chosen on seeds 100 to 107 of four settings and of a toy (docs/maths.md).
+# Decay of vectors of features, chosen on seeds 100 to 107 of four settings and of a toy (docs/maths.md).
 _DECAY = 0.5
 # Samples of a batch that count for the rise of the decay.
 _COUNTED = 50.0
@@ -55,8 +55,8 @@ class LeastSquares(Estimator):
         samples, and is smaller as long as the features tell less of the labels than of the metadata, since a
         network that has learned nothing yet would be held where it is. 0: the published gradient, by which a
         network that memorises its training samples comes to use the metadata on new ones. By default 0.5 for
-        features (N, D), and 0 for maps and tokens, in which the metadata show everywhere: to hold that down
-        would leave the network nothing.
+        vectors of features, (N, D) or pooled maps as (N, D, 1, 1), and 0 for maps and tokens, in which the
+        metadata show everywhere: to hold that down would leave the network nothing.
     rise : float
         In samples; of a batch no more than 50 count, since it takes steps for a network to learn anything.
         In a compiled model the decay is ahead by one batch.
@@ -230,7 +230,7 @@ class LeastSquares(Estimator):
             elif isinstance(used, Tensor):
                 share = used.to(self.weight.dtype)
                 entered, kept = share * count, 1 - share * (1 - kept)
-            decay = _DECAY * (features.ndim == 2) if self.decay is None else self.decay
+            decay = _DECAY * _are_vectors(features) if self.decay is None else self.decay
             held, strength = cast("Tensor | None", None), cast("float | Tensor", 0.0)
             if decay:
                 if batch.weights is not None:
@@ -272,16 +272,20 @@ class LeastSquares(Estimator):
         (gram, cross), p = moments, self.num_labels + 1
         if self.rise and not batch.repeated:
             self.seen += count.clamp_max(_COUNTED) if isinstance(count, Tensor) else min(count, _COUNTED)
-        risen = (self.seen / self.rise).clamp_max(1) if self.rise else torch.ones_like(self.seen)
+        seen = self.seen.item() if batch.eager else self.seen
+        risen: Any = 1.0 if not self.rise else _at_most_one(seen / self.rise)
         if self.num_labels:
             # What the features tell of the labels, beside what is removed.
             beta = coefficients[: self.num_metadata]
             centred = torch.addr(gram, gram[p - 1], gram[p - 1], alpha=-1).to(beta.dtype)
             told = torch.addr(cross[: p - 1], gram[p - 1, : p - 1].to(cross.dtype), cross[p - 1], alpha=-1)
-            told = told - centred[: p - 1, p:] @ beta
+            told = torch.linalg.vector_norm(told.to(beta.dtype).addmm(centred[: p - 1, p:], beta, alpha=-1))
             removed = (centred[p:, p:] @ beta).mul_(beta).sum()
-            risen = risen * (told.square().sum() / removed.clamp_min(1e-30)).sqrt().clamp_max(1)
-        return decay * risen.item() if batch.eager else decay * risen
+            if batch.eager:
+                risen = risen * _at_most_one(told.item() / math.sqrt(max(removed.item(), 1e-30)))
+            else:
+                risen = risen * _at_most_one(told / removed.clamp_min(1e-30).sqrt())
+        return cast("float | Tensor", decay * risen)
 
     def _remember(
         self, kept: Any, count: Any, coefficients: Tensor, mean: Tensor, used: bool | Tensor, eager: bool
@@ -314,6 +318,14 @@ class LeastSquares(Estimator):
         text = f"gram={self.gram_source!r}, adjoint={self.adjoint_source!r}, window={self.window:g}"
         text += f", prior={self.prior:g}, center={self.center}"
         return text if self.reduction == "mean" else f"{text}, reduction={self.reduction!r}"
+
+
+def _are_vectors(features: Tensor) -> bool:
+    return features.ndim == 2 or sum(size > 1 for size in features.shape[1:]) <= 1
+
+
+def _at_most_one(value: Any) -> Any:
+    return value.clamp_max(1) if isinstance(value, Tensor) else min(value, 1.0)
 
 
 def _refuse_far_columns(columns: Tensor, left: Tensor) -> None:

@@ -66,9 +66,8 @@ class MetadataNormCallback(Callback):
     validate_recalibrated : bool, optional
         Validate during a fit with the coefficients of the whole training loader (`mdnorm.recalibrated`), so
         that what is logged, early stopping and best checkpoints go by the model as it will be used; training
-        goes on as without it, bit for bit. It costs a forward pass over the training loader for each layer
-        and validation, and one batch. By default as `recalibrate`. Not in the sanity check, and not in a
-        ``fast_dev_run``.
+        goes on as without it, bit for bit. It costs what `mdnorm.recalibrate` costs, at each validation. By
+        default as `recalibrate`. Not in the sanity check, and not in a ``fast_dev_run``.
     held_out : bool
         Let the recalibration at the end compare with the (first) validation loader, and take its word where
         the network memorised. An accuracy on the same rows is then no longer that on new ones.

@@ -1,18 +1,21 @@
-"""Coefficients of a whole data set for a trained network, layer after layer, without their noise."""
+"""Coefficients of a whole data set for a trained network, without their noise."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mdnorm import context
+from mdnorm.arrays import plain_features, statistics_dtype
 from mdnorm.distributed import gather_or_raise, group_of
 from mdnorm.integration.bars import with_bar
 from mdnorm.integration.batches import Forward, Keys, runner
@@ -29,6 +32,8 @@ if TYPE_CHECKING:
     from mdnorm.distributed import ProcessGroupSetting
 
 __all__ = ["recalibrate"]
+
+T = TypeVar("T")
 
 
 def recalibrate(
@@ -52,8 +57,9 @@ def recalibrate(
     far as the features of a layer together show that they are noise. A network that memorised its training
     rows has an effect of the metadata there that new rows do not have: `held_out` shows it, and then decides.
 
-    One pass over the data a layer, in the order in which the layers run, since a layer's input changes with
-    the correction of those before it; moments are accumulated in float64, so memory does not depend on the
+    A layer's input changes with the correction of the layers that it depends on, so those come before it.
+    Layers that do not depend on each other share a pass over the data: as many passes are made as the longest
+    chain of dependent layers has layers. Moments are accumulated in float64, so memory does not depend on the
     size of the data set.
 
     Parameters
@@ -61,9 +67,9 @@ def recalibrate(
     model : nn.Module
         With `MetadataNorm` layers; left in the mode (train or eval) it came in.
     loader : iterable of batches
-        The training rows; others where there are no training rows any more. Iterated once for each layer and
-        once more to find their order, so it must not be exhausted after one pass (a `DataLoader`, a list; not
-        a generator). Labels must reach the layers that have label columns.
+        The training rows; others where there are no training rows any more. Iterated once for each pass, and
+        for a first batch, so it must not be exhausted after one pass (a `DataLoader`, a list; not a
+        generator). Labels must reach the layers that have label columns.
     held_out : iterable of batches, optional
         Rows that the network was not trained on, in the same form; some hundred are enough to tell whether it
         memorised. Do not measure its accuracy on the same rows afterwards.
@@ -124,6 +130,8 @@ def recalibrate(
     - The metadata at which nothing is removed stay the mean of `loader`.
     - A layer that runs several times in a forward pass gets the fit over all its inputs.
     - A layer with ``scale=True`` keeps its running scale, and the fit is made behind it.
+    - Which layers depend on each other is seen on the first batch: there a layer depends on the others if its
+      input changes when what they put out changes. Layers that run in later batches only have a pass each.
     - With a mask, and where `nn.TransformerEncoder` makes a nested tensor of padded tokens, every position
       that is no padding counts the same, whatever the batches are padded to.
     - Errors take the rows to be independent, and weights to say how much a row counts, not how often it was
@@ -137,8 +145,7 @@ def recalibrate(
     for name, rows in (("loader", loader), ("held_out", held_out)):
         if isinstance(rows, Iterator):
             raise ValueError(
-                f"{name} is exhausted after one pass, but one is needed for each layer: give a DataLoader or "
-                "a list."
+                f"{name} is exhausted after one pass, but more are needed: give a DataLoader or a list."
             )
     layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
     if not layers:
@@ -149,52 +156,61 @@ def recalibrate(
     try:
         # A compiled graph would pass by the hooks that see a layer's input.
         with torch.no_grad(), uncompiled(), context.labels_of_tables(), _noting_order(layers) as order:
-            names = _agreeing(functools.partial(_run_one_batch, model, loader, run), order, group)
-            if not names:
+            agreeing = _Agreeing(order, group)
+            waiting = _passes(model, loader, run, layers, agreeing)
+            if not waiting:
                 raise ValueError("no MetadataNorm layer ran in the forward pass.")
             done: dict[str, RecalibratedLayer] = {}
-            # A layer that runs in later batches only joins the order while this goes on.
-            while len(done) < len(names):
-                name = next(name for name in names if name not in done)
-                what = f"recalibrate {name or 'layer'} ({len(done) + 1}/{len(names)})"
-                sources: list[LayerMoments] = []
+            for names in waiting:
+                what = f"recalibrate {_listing(names, len(done) + 1, len(order))}"
+                found: list[list[LayerMoments]] = []
                 for rows in (loader, held_out):
                     if rows is None:
                         continue
-                    trained = sources[0].regression() if sources else None
-                    source = LayerMoments(name, layers[name], trained)
-                    bar = with_bar(rows, what + (", held out" if sources else ""), progress)
-                    work = functools.partial(_accumulate, model, source, bar, run)
-                    names = _agreeing(work, order, group)
-                    source.finish(group, "held_out is empty" if sources else "the loader is empty")
-                    sources.append(source)
-                done[name] = _finish(sources, shrink)
+                    sources = [LayerMoments(name, layers[name]) for name in names]
+                    if found:
+                        for source, training in zip(sources, found[0], strict=True):
+                            source.trained = training.regression()
+                    bar = with_bar(rows, what + (", held out" if found else ""), progress)
+                    agreeing(functools.partial(_accumulate, model, sources, bar, run))
+                    for source in sources:
+                        source.finish(group, "held_out is empty" if found else "the loader is empty")
+                    found.append(sources)
+                done |= {each[0].name: _finish(each, shrink) for each in zip(*found, strict=True)}
+                # Layers that run in later batches only join the order while this goes on.
+                known = {name for each in waiting for name in each}
+                waiting += [[name] for name in order if name not in known]
     finally:
         for module, mode in modes.items():
             module.training = mode
     return Recalibration(tuple(done.values()))
 
 
-def _agreeing(work: Callable[[], None], order: list[str], group: ProcessGroup | None) -> list[str]:
-    """Do the work of this process; return the layers that ran on any, in an order that all have."""
-    if group is None:
-        work()
-        return order
-    failure: Exception | None = None
-    has_samples = True
-    try:
-        work()
-    except NoSamplesError:
-        has_samples = False
-    except Exception as error:
-        failure = error
-    answers = gather_or_raise((list(order), has_samples), failure, group)
-    if not any(has_samples for _, has_samples in answers):
-        raise NoSamplesError("no samples: the loader is empty on every process.")
-    merged: list[str] = []
-    for names, _ in answers:
-        merged += [name for name in names if name not in merged]
-    return merged
+class _Agreeing:
+    """Does the work of this process; all processes then have the same order of the layers that ran on any."""
+
+    def __init__(self, order: list[str], group: ProcessGroup | None) -> None:
+        self.order = order
+        self.group = group
+
+    def __call__(self, work: Callable[[], T]) -> list[T]:
+        """Return what the work gave on each process that has samples."""
+        if self.group is None:
+            return [work()]
+        failure: Exception | None = None
+        given: list[T] = []
+        try:
+            given.append(work())
+        except NoSamplesError:
+            pass
+        except Exception as error:
+            failure = error
+        answers = gather_or_raise((list(self.order), given), failure, self.group)
+        if not any(results for _, results in answers):
+            raise NoSamplesError("no samples: the loader is empty on every process.")
+        names = dict.fromkeys(name for names, _ in answers for name in names)
+        self.order[:] = names
+        return [result for _, results in answers for result in results]
 
 
 @contextmanager
@@ -202,41 +218,116 @@ def _noting_order(layers: dict[str, MetadataNorm]) -> Iterator[list[str]]:
     """Names of the layers in the order in which they first run; it grows as they do."""
     order: list[str] = []
 
-    def noting(name: str) -> Callable[..., None]:
-        def note(*_: Any) -> None:
-            if name not in order:
-                order.append(name)
+    def note(name: str, *_: Any) -> None:
+        if name not in order:
+            order.append(name)
 
-        return note
-
-    handles = [layer.register_forward_pre_hook(noting(name)) for name, layer in layers.items()]
-    try:
+    with _hooked(layers, note):
         yield order
+
+
+@contextmanager
+def _hooked(layers: Mapping[str, MetadataNorm], before: Callable[..., None]) -> Iterator[None]:
+    """Call ``before(name, arguments, keywords)`` whenever a layer runs."""
+
+    def hook(name: str, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        before(name, arguments, keywords)
+
+    handles = [
+        layer.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _run_one_batch(model: nn.Module, loader: Iterable[Any], run: Forward) -> None:
-    for batch in loader:
-        run(model, batch)
-        return
-    raise NoSamplesError("no samples: the loader is empty.")
+def _passes(
+    model: nn.Module,
+    loader: Iterable[Any],
+    run: Forward,
+    layers: dict[str, MetadataNorm],
+    agreeing: _Agreeing,
+) -> list[list[str]]:
+    """Return the layers that run on the first batch, in groups that depend on those before them alone."""
+    batches: list[Any] = []
+    plain: dict[str, list[Any]] = {}
+
+    def first_run() -> None:
+        batches.extend(itertools.islice(loader, 1))
+        if not batches:
+            raise NoSamplesError("no samples: the loader is empty.")
+        plain.update(_inputs(model, batches[0], run, layers, ()))
+
+    def depending(names: list[str]) -> set[str]:
+        if not batches:
+            raise NoSamplesError("no samples: the loader is empty.")
+        try:
+            changed = _inputs(model, batches[0], run, layers, names)
+        except Exception:  # The model refuses such values: nothing is known.
+            return set(names)
+        return {name for name in names if name in plain and changed.get(name) != plain[name]}
+
+    agreeing(first_run)
+    groups: list[list[str]] = []
+    waiting = list(agreeing.order)
+    while waiting:
+        dependent: set[str] = set()
+        if len(waiting) > 1:
+            dependent = set().union(*agreeing(functools.partial(depending, waiting)))
+        # Where each seems to depend on others, the order decides.
+        groups.append([name for name in waiting if name not in dependent] or waiting[:1])
+        waiting = [name for name in waiting if name not in groups[-1]]
+    return groups
 
 
-def _accumulate(model: nn.Module, accumulator: LayerMoments, loader: Iterable[Any], run: Forward) -> None:
-    def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        accumulator.add(*arguments, **keywords)
+def _inputs(
+    model: nn.Module, batch: Any, run: Forward, layers: Mapping[str, MetadataNorm], changed: Sequence[str]
+) -> dict[str, list[Any]]:
+    """Return what tells the inputs of each layer from others, where some layers put out something else."""
+    seen: dict[str, list[Any]] = {name: [] for name in layers}
 
-    handle = accumulator.layer.register_forward_pre_hook(hook, with_kwargs=True)
+    def note(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        features = plain_features(arguments[0] if arguments else keywords["features"])
+        values = (features.values() if features.is_nested else features).to(statistics_dtype(features.device))
+        seen[name].append((values.shape, values.sum().item(), values.square().sum().item()))
+
+    def change(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output * -2 if output.is_nested else output * -2 + 1
+
+    handles = [layers[name].register_forward_hook(change) for name in changed]
     try:
+        with _hooked(layers, note):
+            # A forward of the user's may take things out of the batch.
+            run(model, copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def _accumulate(
+    model: nn.Module, sources: Sequence[LayerMoments], loader: Iterable[Any], run: Forward
+) -> None:
+    by_name = {source.name: source for source in sources}
+
+    def add(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        by_name[name].add(*arguments, **keywords)
+
+    with _hooked({source.name: source.layer for source in sources}, add):
         for batch in loader:
             run(model, batch)
-    finally:
-        handle.remove()
 
 
-def _finish(sources: list[LayerMoments], shrink: bool) -> RecalibratedLayer:
+def _listing(names: list[str], first: int, total: int) -> str:
+    if len(names) > 1:
+        return f"{len(names)} layers ({first}–{first + len(names) - 1}/{total})"
+    return f"{names[0] or 'layer'} ({first}/{total})"
+
+
+def _finish(sources: Sequence[LayerMoments], shrink: bool) -> RecalibratedLayer:
     """Give a layer its coefficients, and return what there is to say about them."""
     source, estimator = sources[0], sources[0].layer.estimator
     assert estimator is not None

@@ -41,7 +41,8 @@ def recalibrated(
     training stopped, is that of the model as it will be used, without the lag and the noise of running
     coefficients.
 
-    It costs what `recalibrate` costs: a forward pass over `loader` for each layer, and one batch more.
+    It costs what `recalibrate` costs: a forward pass over `loader`, or as many as there are layers of which
+    each depends on the one before it.
 
     Parameters
     ----------

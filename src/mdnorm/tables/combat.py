@@ -162,22 +162,31 @@ class LocationScale:
             over the sites: location 0, scale 1.
         """
         plain = features - self._metadata_part(design)
-        location, scale = self._padded(self.location, 0.0), self._padded(self.scale, 1.0)
+        location = self._padded(self.location, 0.0)
         if not self.has_scale:
             return plain - location[site_index] if len(self.sites) > 1 else plain
         residual = self.residual(features, design)
-        corrected = (residual - location[site_index]) / scale[site_index]
+        corrected = (residual - location[site_index]) / self.scale_of(site_index)
         # The residual is added back as a difference: where nothing changes, the features come back exactly.
         return plain + (corrected - residual)
 
     def restore(self, features: NDArray[Any], design: FloatArray, site_index: NDArray[np.intp]) -> FloatArray:
         """Return features with the effects put back: the inverse of `remove`, same arguments."""
-        location, scale = self._padded(self.location, 0.0), self._padded(self.scale, 1.0)
-        known = design.copy()
-        known[:, : self.num_metadata] = self.design_mean[: self.num_metadata]
-        corrected = self.residual(features, known)
-        residual = corrected * scale[site_index] + location[site_index]
+        location = self._padded(self.location, 0.0)
+        corrected = self.residual(features, self.without_metadata(design))
+        residual = corrected * self.scale_of(site_index) + location[site_index]
         return features + self._metadata_part(design) + (residual - corrected)
+
+    def scale_of(self, site_index: NDArray[np.intp]) -> FloatArray:
+        """Return the (n, D) scales of rows, 1 for a site that is not there (see `remove`)."""
+        scale: FloatArray = self._padded(self.scale, 1.0)[site_index]
+        return scale
+
+    def without_metadata(self, design: FloatArray) -> FloatArray:
+        """Return the design of rows from which the metadata's effect is gone."""
+        known: FloatArray = design.copy()
+        known[:, : self.num_metadata] = self.design_mean[: self.num_metadata]
+        return known
 
     def _metadata_part(self, design: FloatArray) -> FloatArray:
         metadata = slice(0, self.num_metadata)
@@ -227,6 +236,7 @@ def fit_location_scale(
     scale: bool = False,
     empirical_bayes: bool = False,
     reference_site: Hashable | None = None,
+    pooled_scale: FloatArray | None = None,
     tolerance: float = 1e-4,
     column_names: Sequence[str] | None = None,
 ) -> LocationScale:
@@ -247,6 +257,8 @@ def fit_location_scale(
     reference_site : optional
         Site that all others are brought to; its rows keep their location and scale. None: the average over
         rows.
+    pooled_scale : (D,) array, optional
+        σ, where it is known better than from the residuals: see `mdnorm.tables.subjects`.
     tolerance : float
         The iteration stops when no relative change is above this. The default is that of the published code
         and its ports; a smaller number is closer to the posterior mode and further from them (by about
@@ -296,7 +308,8 @@ def fit_location_scale(
     }
     pooled = list(residuals.values()) if reference_site is None else [residuals[reference_site]]
     squares, flat = (np.sum([getattr(part, name) for part in pooled], axis=0) for name in ("squares", "flat"))
-    pooled_scale = np.sqrt(np.where(squares > flat, squares, 0) / sum(part.weight for part in pooled))
+    if pooled_scale is None:
+        pooled_scale = np.sqrt(np.where(squares > flat, squares, 0) / sum(part.weight for part in pooled))
     location, site_scale = np.zeros((len(moments), len(mean))), np.ones((len(moments), len(mean)))
     if len(moments) > 1:
         location, site_scale = _site_effects(residuals, pooled_scale, scale, empirical_bayes, tolerance)

@@ -7,35 +7,27 @@ rows.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import TransformerMixin
-from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
-from mdnorm.design.leakage import LeakageWarning, leaking_features
 from mdnorm.design.row_order import check_same_order
-from mdnorm.tables.combat import (
-    LocationScale,
-    SiteCodes,
-    SiteMoments,
-    add_moments,
-    fit_location_scale,
-    site_moments,
-)
+from mdnorm.tables.combat import LocationScale, SiteCodes
+from mdnorm.tables.covariance import CovarianceModel
+from mdnorm.tables.fitting import ESTIMATES, TableFitter
 from mdnorm.tables.summary import Summary, Variable, summarise
-from mdnorm.tables.table_reader import TableReader
+from mdnorm.tables.table_reader import TableRows
 
 __all__ = ["MetadataResidualizer"]
 
 FloatArray = NDArray[np.float64]
 
 
-class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
+class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
     """Remove from the columns of a table what metadata explain.
 
     The table form of Metadata Normalization: features are regressed on metadata, protected columns and an
@@ -63,11 +55,24 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
     protect_target : "auto", "categorical", "continuous" or False
         Whether and how `y` is protected: part of the regression in `fit`, never removed. "auto": floats are
         continuous, anything else categories.
-    site : int or str, optional
+    strength : float
+        From 0, features as they are, to 1, all is removed: what is returned is
+        ``(1 − strength) · x + strength · out``.
+    site : int, str or a sequence of them, optional
         The metadata column that says which site (scanner, batch) a row comes from: a column name, the
-        position in `metadata`, or what `metadata_columns` calls it.
+        position in `metadata`, or what `metadata_columns` calls it. Of several columns, as
+        ``["site", "scanner"]``, each combination that rows have is a site, named by a tuple.
+    subject : int or str, optional
+        The metadata column that says whom a row is from, where there are several rows of a subject. Each has
+        a random intercept in each feature then, which stays: a mixed model, fitted by REML, and with `site`,
+        `scale` and `empirical_bayes` longitudinal ComBat (Beer et al. 2020). Subjects that were not in `fit`
+        have the intercept 0.
     scale : bool
         Remove effects of the site on the scale of the features, too.
+    covariance : bool or float
+        Remove effects of the site on the covariances of the features, too (CovBat, Chen et al. 2022): on
+        location and scale of as many principal components as have more than this share of the variance.
+        True: 0.95, as published. Needs ``scale=True``.
     empirical_bayes : bool
         Shrink site effects towards their distribution over features (see
         `mdnorm.tables.fit_location_scale`).
@@ -99,6 +104,10 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
         Sites known, those of `adapt` last.
     site_location_, site_scale_ : (S, D) float64 arrays
         What is subtracted from, and then divides, the rows of each site around the mean.
+    components_ : (K, D) float64 array
+        With `covariance`: the principal components that are harmonised.
+    subject_variance_ : (D,) float64 array
+        With `subject`: the variance of the intercepts.
     moments_ : dict from site to Moments
         All that is kept of the data; ``{None: ...}`` without `site`.
     n_features_in_ : int
@@ -113,13 +122,17 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
 
     **Data types.** float32 tables come back as float32; sums and coefficients are float64.
 
+    **All rows at once.** `covariance` and `subject` need the rows themselves: there is no `partial_fit` with
+    them, nor a `summary`.
+
     **Rows.** Fitting needs more rows than there are linearly independent columns, site columns and
     intercept included, or a ridge; otherwise the metadata would explain everything.
 
     References
     ----------
     Lu et al., Metadata Normalization, CVPR 2021 (arXiv:2104.09052). Johnson, Li & Rabinovic, Biostatistics
-    8 (2007), 118–127.
+    8 (2007), 118–127. Beer et al., NeuroImage 220 (2020), 117129. Chen et al., Human Brain Mapping 43 (2022),
+    1179–1195.
 
     Examples
     --------
@@ -146,9 +159,12 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
         keep_metadata: bool = False,
         ridge: float = 0.0,
         protect_target: Literal["auto", "categorical", "continuous", False] = "auto",
-        site: int | str | None = None,
+        strength: float = 1.0,
+        site: int | str | Sequence[int | str] | None = None,
+        subject: int | str | None = None,
         scale: bool = False,
         empirical_bayes: bool = False,
+        covariance: bool | float = False,
         reference_site: Hashable | None = None,
         missing: Literal["error", "mean", "indicator"] = "error",
         unseen: Literal["error", "mean"] = "error",
@@ -159,9 +175,12 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
         self.keep_metadata = keep_metadata
         self.ridge = ridge
         self.protect_target = protect_target
+        self.strength = strength
         self.site = site
+        self.subject = subject
         self.scale = scale
         self.empirical_bayes = empirical_bayes
+        self.covariance = covariance
         self.reference_site = reference_site
         self.missing = missing
         self.unseen = unseen
@@ -216,8 +235,7 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
         if sample_weight is not None and not np.any(np.asarray(sample_weight)):
             raise ValueError("Sample weights must contain at least one non-zero number: all are zero.")
         self._is_partial = False
-        self._update(X, y, metadata, labels, sample_weight, None, reset=True)
-        self._solve()
+        self._solve(*self._update(X, y, metadata, labels, sample_weight, None, reset=True))
         return self
 
     def partial_fit(
@@ -247,14 +265,28 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
         -------
         MetadataResidualizer
             Coefficients are computed when first needed, and errors about too few rows come then.
+
+        Raises
+        ------
+        ValueError
+            As in `fit`; with `covariance` or `subject`, which need all rows at once.
         """
+        for name in ("covariance", "subject"):
+            if getattr(self, name) not in (False, None):
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} needs all rows at once: use fit instead of partial_fit."
+                )
+        if getattr(self, "_intercepts", None) is not None:
+            raise ValueError(
+                "fit had subject=, which needs all rows at once: call fit again before partial_fit."
+            )
         first = not hasattr(self, "moments_")
         if first:
             self._check_parameters()
             self._is_partial = True
         self._update(X, y, metadata, labels, sample_weight, classes, reset=first)
         self._model: LocationScale | None = None
-        for name in _ESTIMATES:
+        for name in ESTIMATES:
             self.__dict__.pop(name, None)
         return self
 
@@ -303,13 +335,17 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
         model = self._fitted_model()
         check_same_order(X=X, y=y, metadata=metadata, labels=labels)
         given = {"labels": labels, "y": None if self.protect_target is False else y}
-        features, design, sites, _ = self._read(X, metadata, given)
-        assert sites is not None
-        new = model.index_of(sites)[0] < 0
+        rows = self._read(X, metadata, given)
+        assert rows.sites is not None
+        new = model.index_of(rows.sites)[0] < 0
         if not new.any():
             raise ValueError(f"all rows are of sites that are known already, {list(model.sites)}.")
-        codes = SiteCodes(sites.codes[new], sites.levels)
-        self._set_model(model.with_sites(self._moments(features[new], design[new], codes)))
+        features = self._without_intercepts(rows.features, rows.subjects)[new]
+        codes, design = SiteCodes(rows.sites.codes[new], rows.sites.levels), rows.design[new]
+        model = model.with_sites(self._moments(TableRows(features, design, codes, None)))
+        if isinstance(model, CovarianceModel):
+            model = model.with_rows(features, design, codes)
+        self._set_model(model)
         return self
 
     # ----------------------------------------------------------------------------------------------------
@@ -379,7 +415,8 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
         ------
         ValueError
             There is a ridge, under which coefficients are biased and have no such errors; rows are no more
-            than independent columns.
+            than independent columns; `covariance`, `subject` or a `strength` below 1, which it knows nothing
+            of.
 
         References
         ----------
@@ -391,6 +428,12 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
                 f"ridge={self.ridge:g}: coefficients that are shrunk have no standard errors and F tests. "
                 "Fit with ridge=0 for a summary."
             )
+        for name, plain in (("covariance", False), ("subject", None), ("strength", 1)):
+            if getattr(self, name) != plain:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r}: a summary is of one least-squares regression, and of "
+                    f"sites whose location and scale are removed as a whole. Fit with {name}={plain!r}."
+                )
         tables = [self._metadata_table, *self._protected.values()]
         variables = [
             Variable(name, columns)
@@ -407,10 +450,6 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
             site=None if self._metadata_table is None else self._metadata_table.site_name,
             num_known=self._num_metadata + (0 if labels is None else len(labels.names)),
         )
-
-    def _feature_names(self) -> list[Any]:
-        names: list[Any] = _check_feature_names_in(self, None)[self._feature_index].tolist()
-        return names
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
         """Return the names of the columns that `transform` returns.
@@ -432,165 +471,3 @@ class MetadataResidualizer(TransformerMixin, TableReader):  # type: ignore[misc]
         tags.input_tags.allow_nan = self.missing_features == "skip"
         tags.transformer_tags.preserves_dtype = ["float64", "float32"]
         return tags
-
-    def __getattr__(self, name: str) -> Any:
-        # After partial_fit the estimates are made when they are asked for.
-        if name in _ESTIMATES and "moments_" in vars(self) and vars(self).get("_model") is None:
-            self._fitted_model()
-            return vars(self)[name]
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-
-    def _check_parameters(self) -> None:
-        if isinstance(self.metadata_columns, (str, int)):
-            raise TypeError(
-                f"metadata_columns must be a sequence of columns, got {self.metadata_columns!r}: write "
-                f"metadata_columns=[{self.metadata_columns!r}]."
-            )
-        if not (isinstance(self.ridge, (int, float, np.number)) and 0 <= self.ridge < np.inf):
-            raise ValueError(f"ridge must be a finite number, at least 0, got {self.ridge!r}.")
-        if self.protect_target not in ("auto", "categorical", "continuous", False):
-            raise ValueError(
-                "protect_target must be 'auto', 'categorical', 'continuous' or False, "
-                f"got {self.protect_target!r}."
-            )
-        for name, choices in (
-            ("unseen", ("error", "mean")),
-            ("missing", ("error", "mean", "indicator")),
-            ("missing_features", ("error", "skip")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        if self.site is None:
-            for name in ("scale", "empirical_bayes", "reference_site"):
-                if getattr(self, name) not in (False, None):
-                    raise ValueError(
-                        f"{name}={getattr(self, name)!r} needs site=, the column that names the site."
-                    )
-
-    def _update(
-        self,
-        X: Any,  # noqa: N803
-        y: Any,
-        metadata: Any,
-        labels: Any,
-        sample_weight: ArrayLike | None,
-        classes: ArrayLike | None,
-        reset: bool,
-    ) -> None:
-        check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
-        given = {"labels": labels, "y": None if self.protect_target is False else y}
-        if reset:
-            self._start(X, metadata, given, classes)
-        features, design, sites, num_rows = self._read(X, metadata, given, training=True)
-        note = leaking_features(features, self._feature_names()) if reset and self._num_metadata else None
-        if note is not None:
-            warnings.warn(note, LeakageWarning, stacklevel=3)
-        weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
-        if np.isnan(features).any():
-            weights = (np.ones(num_rows) if weights is None else weights) * ~np.isnan(features).any(1)
-            features = np.nan_to_num(features)
-        moments = self._moments(features, design, sites, weights)
-        self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
-        counts = np.ones(num_rows, dtype=bool) if weights is None else weights > 0
-        table = metadata if self.metadata_columns is None else self._metadata_part(X)
-        if self._metadata_table is not None:
-            self._metadata_table.count(table, counts)
-        if "labels" in self._protected:
-            self._protected["labels"].count(labels, counts)
-
-    def _moments(
-        self,
-        features: NDArray[Any],
-        design: FloatArray,
-        sites: SiteCodes | None,
-        weights: FloatArray | None = None,
-    ) -> SiteMoments:
-        k = self._num_metadata
-        return site_moments(features, design[:, :k], design[:, k:], sites, weights)
-
-    # ----------------------------------------------------------------------------------------------------
-    # The model
-    # ----------------------------------------------------------------------------------------------------
-
-    def _fitted_model(self) -> LocationScale:
-        if not hasattr(self, "moments_"):
-            raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet: call fit first.")
-        if self._model is None:
-            self._solve()
-        assert self._model is not None
-        return self._model
-
-    def _solve(self) -> None:
-        names = list(self.metadata_names_)
-        for what, table in self._protected.items():
-            names += [name if what == "y" else f"labels column {name!r}" for name in table.names]
-        self._set_model(
-            fit_location_scale(
-                self.moments_,
-                ridge=self.ridge,
-                scale=self.scale,
-                empirical_bayes=self.empirical_bayes,
-                reference_site=self.reference_site,
-                column_names=names,
-            )
-        )
-
-    def _set_model(self, model: LocationScale) -> None:
-        self._model = model
-        self.coef_ = model.coefficients[: self._num_metadata]
-        self.protected_coef_ = model.coefficients[self._num_metadata :]
-        self.metadata_mean_ = model.design_mean[: self._num_metadata]
-        self.mean_ = model.mean
-        self.sites_ = list(model.sites) if self.site is not None else []
-        self.site_location_, self.site_scale_ = model.location, model.scale
-
-    def _site_index(self, sites: SiteCodes | None, num_rows: int) -> NDArray[np.intp]:
-        if sites is None:
-            return np.zeros(num_rows, dtype=np.intp)
-        model = self._fitted_model()
-        index, unknown = model.index_of(sites)
-        if unknown and self.unseen == "error":
-            raise ValueError(
-                f"site(s) {unknown[:5]} were not in fit ({[str(s) for s in model.sites][:10]}). Call adapt "
-                "with rows of theirs, or set unseen='mean' to correct them as the average site."
-            )
-        return index
-
-    def _apply(self, X: Any, metadata: Any, labels: Any, *, inverse: bool) -> Any:  # noqa: N803
-        check_is_fitted(self, "moments_")
-        check_same_order(X=X, metadata=metadata, labels=labels)
-        model = self._fitted_model()
-        given = {"labels": labels}
-        dropped: list[Any] | None = None
-        if inverse and len(self._metadata_index) and not self.keep_metadata:
-            features, dropped = self._read_dropped(X, metadata)
-            table = dict(zip(map(str, self.metadata_columns or ()), dropped, strict=True))
-            design, sites = self._design(table, given, len(features), training=False)
-        else:
-            features, design, sites, _ = self._read(X, metadata, given)
-        index = self._site_index(sites, len(features))
-        changed = (model.restore if inverse else model.remove)(features, design, index)
-        out: NDArray[Any] = changed.astype(features.dtype)
-        if dropped is None and self.keep_metadata and len(self._metadata_index):
-            is_frame = hasattr(X, "columns") and hasattr(X, "dtypes")
-            names = self._names_of_metadata(X) if is_frame else self._metadata_index
-            dropped = [X[name] if is_frame else np.asarray(X)[:, name] for name in names]
-        return out if dropped is None else self._together(out, dropped)
-
-
-_ESTIMATES = (
-    "coef_",
-    "protected_coef_",
-    "metadata_mean_",
-    "mean_",
-    "sites_",
-    "site_location_",
-    "site_scale_",
-)
-
-
-def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
-    weights = np.asarray(sample_weight, dtype=np.float64)
-    if weights.shape != (num_rows,):
-        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(num_rows,)}!")
-    return weights

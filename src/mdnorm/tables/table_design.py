@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,16 +20,17 @@ FloatArray = NDArray[np.float64]
 
 
 class TableDesign:
-    """Turns the tables that one argument gets into design columns and sites, always alike.
+    """Turns the tables that one argument gets into design columns, sites and subjects, always alike.
 
     Parameters
     ----------
     what : str
         The argument that the tables come from, for messages.
     formula : str or sequence of str, optional
-        As for `mdnorm.Design`. None: every column of the table but the site.
-    site : str or int, optional
-        Name (or position) of the column that names the site of each row.
+        As for `mdnorm.Design`. None: every column of the table but those of `keys`.
+    keys : mapping, optional
+        What names the "site" and the "subject" of each row: the name (or position) of a column, or for
+        combinations of several columns a sequence of such.
     missing, unseen : str
         As for `mdnorm.Design`.
     protected : bool
@@ -40,12 +41,13 @@ class TableDesign:
         self,
         what: str,
         formula: str | Sequence[str] | None = None,
-        site: str | int | None = None,
+        keys: Mapping[str, Any] | None = None,
         missing: str = "error",
         unseen: str = "error",
         protected: bool = False,
     ) -> None:
-        self.what, self.site, self._is_protected = what, site, protected
+        self.what, self._is_protected = what, protected
+        self._given_keys, self._keys = dict(keys or {}), dict[str, list[str]]()
         self._formula, self._missing, self._unseen = formula, missing, unseen
         self.design: Design | None = None
         self._columns: list[str] = []
@@ -66,38 +68,48 @@ class TableDesign:
         Raises
         ------
         TypeError, ValueError
-            As for `mdnorm.Design`; the site is no column of the table; another number of rows.
+            As for `mdnorm.Design`; site or subject are no columns of the table; another number of rows.
         """
         columns = self._read(table, num_rows)
         self._columns = list(columns)
-        self.site = self._site_name()
+        self._keys = {what: self._key_columns(what, key) for what, key in self._given_keys.items()}
+        of_keys = [name for names in self._keys.values() for name in names]
+        if len(set(of_keys)) < len(of_keys):
+            raise ValueError(f"site and subject must be different columns, got {self._given_keys}.")
         if declared:
             columns = {name: column.with_declared() for name, column in columns.items()}
         formula = self._formula
         if formula is None:
-            formula = [name for name in columns if name != self.site]
+            formula = [name for name in columns if name not in of_keys]
             if not any(_has_columns(columns[name]) for name in formula):
                 return
         design = Design(formula, missing=self._missing, unseen=self._unseen, standardize=False)
-        if self.site in design.variables():
-            raise ValueError(f"{self.site!r} is the site and in formula as well: take it out of one of them.")
+        for what, names in self._keys.items():
+            for name in set(names) & set(design.variables()):
+                raise ValueError(
+                    f"{name!r} is the {what} and in formula as well: take it out of one of them."
+                )
         if num_rows == 1:  # A design is fitted to two rows at least.
             columns = {name: column.rows(np.zeros(2, np.intp)) for name, column in columns.items()}
         self.design = design.fit(columns)
         if declared:
             self._counts = {name: {} for name in design.variables() if columns[name].declared}
 
-    def _site_name(self) -> str | None:
-        if self.site is None or str(self.site) in self._columns:
-            return self.site_name
-        if isinstance(self.site, int) and 0 <= self.site < len(self._columns):
-            return self._columns[self.site]
-        raise ValueError(f"site={self.site!r} is not a column of {self.what}; it has {self._columns}.")
+    def _key_columns(self, what: str, key: Any) -> list[str]:
+        names = []
+        for column in key if isinstance(key, (list, tuple)) else [key]:
+            if str(column) in self._columns:
+                names.append(str(column))
+            elif isinstance(column, int) and 0 <= column < len(self._columns):
+                names.append(self._columns[column])
+            else:
+                raise ValueError(f"{what}={column!r} is not a column of {self.what}; it has {self._columns}.")
+        return names
 
     @property
     def site_name(self) -> str | None:
-        """Name of the column of the site."""
-        return None if self.site is None else str(self.site)
+        """Name of the column of the site, or of all of them."""
+        return " × ".join(self._keys["site"]) if "site" in self._keys else None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,33 +133,36 @@ class TableDesign:
 
     def transform(
         self, table: Any, num_rows: int, *, training: bool = False
-    ) -> tuple[FloatArray, SiteCodes | None]:
-        """Return the design columns (n, K), float64, and the sites where a column is the site.
+    ) -> tuple[FloatArray, dict[str, SiteCodes]]:
+        """Return the design columns (n, K), float64, and what the `keys` say of the rows.
 
         Raises
         ------
         TypeError, ValueError
             Another number of rows than `num_rows`, columns of `fit` that are not there, values that the
-            design cannot use (see `mdnorm.Design`), a missing site.
+            design cannot use (see `mdnorm.Design`), a missing site or subject.
         """
         columns = self._read(table, num_rows)
         variables = [] if self.design is None else self.design.variables()
-        needed = [*variables, *([] if self.site is None else [self.site])]
+        needed = [*variables, *(name for names in self._keys.values() for name in names)]
         unnamed = all(name.startswith("m") and name[1:].isdigit() for name in columns)
         if any(name not in columns for name in needed) or (unnamed and list(columns) != self._columns):
             raise ValueError(
                 f"{self.what} has the columns {list(columns)}, but {self._columns} were there in fit."
             )
-        sites = None if self.site is None else site_codes(columns[str(self.site)])
+        keys = {
+            what: _combined([site_codes(columns[name], what) for name in names])
+            for what, names in self._keys.items()
+        }
         if self.design is None:
-            return np.empty((num_rows, 0)), sites
+            return np.empty((num_rows, 0)), keys
         if self._is_protected:
             self._check_levels(columns)
         used = {name: columns[name] for name in variables}
         if not training:
             for name, counts in self._counts.items():
                 used[name] = _without(used[name], counts)
-        return self.design.transform_columns(used, labels=False)[0], sites
+        return self.design.transform_columns(used, labels=False)[0], keys
 
     def _check_levels(self, columns: Mapping[str, Column]) -> None:
         for name, levels in ({} if self.design is None else self.design.levels).items():
@@ -198,7 +213,16 @@ def _without(column: Column, counts: Mapping[Any, int]) -> Column:
     return replace(column, distinct=tuple(distinct))
 
 
-def site_codes(column: Column) -> SiteCodes:
+def _combined(parts: Sequence[SiteCodes]) -> SiteCodes:
+    """Return the combinations of several columns that rows have: tuples where there is more than one."""
+    if len(parts) == 1:
+        return parts[0]
+    found, codes = np.unique(np.stack([part.codes for part in parts], 1), axis=0, return_inverse=True)
+    levels = [tuple(part.levels[i] for part, i in zip(parts, row, strict=True)) for row in found.tolist()]
+    return SiteCodes(codes.reshape(-1).astype(np.intp), list[Hashable](levels))
+
+
+def site_codes(column: Column, what: str = "site") -> SiteCodes:
     """Return the sites that a column names: texts, numbers and booleans as they are, dates as ISO texts.
 
     Raises
@@ -208,7 +232,7 @@ def site_codes(column: Column) -> SiteCodes:
     """
     if column.missing.any():
         raise ValueError(
-            f"column {column.name!r}, the site, is missing in {shown_rows(column.missing)}: drop or fill "
+            f"column {column.name!r}, the {what}, is missing in {shown_rows(column.missing)}: drop or fill "
             "these rows."
         )
     levels = sorted(column.levels(), key=lambda level: (str(type(level)), level))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,13 +28,23 @@ _FEATURES: dict[str, Any] = {
 }
 
 
+class TableRows(NamedTuple):
+    """Rows of a table: features (n, D), design columns (n, K), and whose they are where that is asked for."""
+
+    features: NDArray[Any]
+    design: FloatArray
+    sites: SiteCodes | None
+    subjects: SiteCodes | None
+
+
 class TableReader(BaseEstimator):  # type: ignore[misc]
     """What an estimator of tables reads, and what it learns of their columns in the first call of fit."""
 
     formula: str | Sequence[str] | None
     metadata_columns: Sequence[int | str] | None
     protect_target: str | bool
-    site: int | str | None
+    site: int | str | Sequence[int | str] | None
+    subject: int | str | None
     scale: bool
     missing: str
     unseen: str
@@ -64,13 +74,19 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         table = self._metadata_part(X) if self.metadata_columns is not None else metadata
         self._metadata_table = None
         if table is not None:
+            keys = {"site": self.site, "subject": self.subject}
             self._metadata_table = TableDesign(
-                "metadata", self.formula, self.site, missing=self.missing, unseen=self.unseen
+                "metadata",
+                self.formula,
+                {what: key for what, key in keys.items() if key is not None},
+                missing=self.missing,
+                unseen=self.unseen,
             )
             self._metadata_table.fit(table, num_rows, declared=self._is_partial)
-        elif self.site is not None or self.formula is not None:
-            name = "site" if self.site is not None else "formula"
-            raise ValueError(f"{name}={getattr(self, name)!r} needs metadata with that column.")
+        else:
+            for name in ("site", "subject", "formula"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name}={getattr(self, name)!r} needs metadata with that column.")
         self.metadata_names_ = [] if self._metadata_table is None else list(self._metadata_table.names)
         self._num_metadata = len(self.metadata_names_)
         self._protected: dict[str, TableDesign] = {}
@@ -181,19 +197,18 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         given: dict[str, Any],
         *,
         training: bool = False,
-    ) -> tuple[NDArray[Any], FloatArray, SiteCodes | None, int]:
-        """Return features, design columns and sites of rows; unknown protected columns at their mean."""
+    ) -> TableRows:
+        """Return rows as they are in the regression; unknown protected columns at their mean."""
         checked, whole = self._checked(X, reset=False)
         if self.metadata_columns is not None and metadata is not None:
             raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
         table = metadata if self.metadata_columns is None else self._metadata_part(X)
         features = checked[:, self._feature_index] if whole and len(self._metadata_index) else checked
-        design, sites = self._design(table, given, len(features), training)
-        return features, design, sites, len(features)
+        return TableRows(features, *self._design(table, given, len(features), training))
 
     def _design(
         self, table: Any, given: dict[str, Any], num_rows: int, training: bool
-    ) -> tuple[FloatArray, SiteCodes | None]:
+    ) -> tuple[FloatArray, SiteCodes | None, SiteCodes | None]:
         if table is None and self._metadata_table is not None:
             raise ValueError(
                 "metadata=None, but fit had metadata: pass those of these rows. In a pipeline, "
@@ -205,9 +220,9 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
             raise ValueError("metadata= was given, but fit had none: nothing is known about their effects.")
         if given.get("labels") is not None and "labels" not in self._protected:
             raise ValueError("labels= was given, but fit had none.")
-        blocks, sites = [np.empty((num_rows, 0))], None
+        blocks, keys = [np.empty((num_rows, 0))], dict[str, SiteCodes]()
         if self._metadata_table is not None:
-            block, sites = self._metadata_table.transform(table, num_rows, training=training)
+            block, keys = self._metadata_table.transform(table, num_rows, training=training)
             blocks.append(block)
         for name, protected in self._protected.items():
             rows = given.get(name)
@@ -220,7 +235,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 start = sum(block.shape[1] for block in blocks)
                 mean = self._fitted_model().design_mean[start : start + len(protected.names)]
                 blocks.append(np.broadcast_to(mean, (num_rows, len(mean))))
-        return np.concatenate(blocks, axis=1), sites
+        return np.concatenate(blocks, axis=1), keys.get("site"), keys.get("subject")
 
     def _together(self, features: NDArray[Any], metadata: list[Any]) -> Any:
         """Return features and metadata in the places of their columns, every column as exact as it was."""

@@ -1,0 +1,297 @@
+"""What an estimator of tables learns from its rows, and how it is applied to others."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Hashable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
+
+from mdnorm.design.leakage import LeakageWarning, leaking_features
+from mdnorm.design.row_order import check_same_order
+from mdnorm.tables.combat import (
+    LocationScale,
+    SiteCodes,
+    SiteMoments,
+    add_moments,
+    fit_location_scale,
+    site_moments,
+)
+from mdnorm.tables.covariance import CovarianceModel, fit_covariance
+from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
+from mdnorm.tables.table_reader import TableReader, TableRows
+
+__all__ = ["ESTIMATES", "TableFitter"]
+
+FloatArray = NDArray[np.float64]
+
+
+class TableFitter(TableReader):
+    """Estimates of an estimator of tables: from rows to `Moments` to a model, and the model on rows."""
+
+    keep_metadata: bool
+    ridge: float
+    strength: float
+    empirical_bayes: bool
+    covariance: bool | float
+    reference_site: Hashable | None
+    _intercepts: RandomIntercepts | None
+
+    def _feature_names(self) -> list[Any]:
+        names: list[Any] = _check_feature_names_in(self, None)[self._feature_index].tolist()
+        return names
+
+    def __getattr__(self, name: str) -> Any:
+        # After partial_fit the estimates are made when they are asked for.
+        if name in ESTIMATES and "moments_" in vars(self) and vars(self).get("_model") is None:
+            self._fitted_model()
+            return vars(self)[name]
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+    def _check_parameters(self) -> None:
+        if isinstance(self.metadata_columns, (str, int)):
+            raise TypeError(
+                f"metadata_columns must be a sequence of columns, got {self.metadata_columns!r}: write "
+                f"metadata_columns=[{self.metadata_columns!r}]."
+            )
+        if not (isinstance(self.ridge, (int, float, np.number)) and 0 <= self.ridge < np.inf):
+            raise ValueError(f"ridge must be a finite number, at least 0, got {self.ridge!r}.")
+        if self.protect_target not in ("auto", "categorical", "continuous", False):
+            raise ValueError(
+                "protect_target must be 'auto', 'categorical', 'continuous' or False, "
+                f"got {self.protect_target!r}."
+            )
+        for name, choices in (
+            ("unseen", ("error", "mean")),
+            ("missing", ("error", "mean", "indicator")),
+            ("missing_features", ("error", "skip")),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
+        for name in ("strength", "covariance"):
+            value = getattr(self, name)
+            is_share = isinstance(value, (int, float, np.number)) and 0 <= value <= 1
+            if not is_share or (name == "strength" and isinstance(value, bool)):
+                raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
+        self._check_combinations()
+
+    def _check_combinations(self) -> None:
+        if self.site is None:
+            for name in ("scale", "empirical_bayes", "covariance", "reference_site"):
+                if getattr(self, name) not in (False, None):
+                    raise ValueError(
+                        f"{name}={getattr(self, name)!r} needs site=, the column that names the site."
+                    )
+        elif isinstance(self.site, (list, tuple)) and not self.site:
+            raise ValueError(f"site={self.site!r} names no column: name one or more, or say site=None.")
+        if self.covariance and not self.scale:
+            raise ValueError(
+                f"covariance={self.covariance!r} needs scale=True: variances come before covariances."
+            )
+        if self.covariance and self.missing_features == "skip":
+            raise ValueError(
+                f"covariance={self.covariance!r} needs all features of a row, so missing_features='skip' "
+                "cannot keep single ones missing: impute them first."
+            )
+        if self.subject is not None and self.ridge > 0:
+            raise ValueError(
+                f"subject={self.subject!r} fits a mixed model, which has no penalty: set ridge=0 (it is "
+                f"{self.ridge:g})."
+            )
+
+    def _update(
+        self,
+        X: Any,  # noqa: N803
+        y: Any,
+        metadata: Any,
+        labels: Any,
+        sample_weight: ArrayLike | None,
+        classes: ArrayLike | None,
+        reset: bool,
+    ) -> tuple[TableRows, FloatArray | None]:
+        """Add rows to the moments; return them, without the intercepts of subjects, and their weights."""
+        check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
+        given = {"labels": labels, "y": None if self.protect_target is False else y}
+        if reset:
+            self._start(X, metadata, given, classes)
+        rows = self._read(X, metadata, given, training=True)
+        features, num_rows = rows.features, len(rows.features)
+        note = leaking_features(features, self._feature_names()) if reset and self._num_metadata else None
+        if note is not None:
+            warnings.warn(note, LeakageWarning, stacklevel=3)
+        weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
+        if np.isnan(features).any():
+            weights = (np.ones(num_rows) if weights is None else weights) * ~np.isnan(features).any(1)
+            features = np.nan_to_num(features)
+        self._intercepts = self._fitted_intercepts(rows._replace(features=features), weights)
+        rows = rows._replace(features=self._without_intercepts(features, rows.subjects))
+        moments = self._moments(rows, weights)
+        self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
+        counts = np.ones(num_rows, dtype=bool) if weights is None else weights > 0
+        table = metadata if self.metadata_columns is None else self._metadata_part(X)
+        if self._metadata_table is not None:
+            self._metadata_table.count(table, counts)
+        if "labels" in self._protected:
+            self._protected["labels"].count(labels, counts)
+        return rows, weights
+
+    def _moments(self, rows: TableRows, weights: FloatArray | None = None) -> SiteMoments:
+        metadata, labels = np.split(rows.design, [self._num_metadata], axis=1)
+        return site_moments(rows.features, metadata, labels, rows.sites, weights)
+
+    def _fitted_intercepts(self, rows: TableRows, weights: FloatArray | None) -> RandomIntercepts | None:
+        if rows.subjects is None:
+            return None
+        used = np.ones(len(rows.features), bool) if weights is None else weights > 0
+        if weights is not None and (weights[used] != 1).any():
+            raise ValueError(
+                f"subject={self.subject!r} fits a mixed model, in which rows have no weights: leave "
+                "sample_weight out, or give weights of 0 and 1."
+            )
+        sites, subjects = (
+            None if part is None else SiteCodes(part.codes[used], part.levels)
+            for part in (rows.sites, rows.subjects)
+        )
+        assert subjects is not None
+        return fit_random_intercepts(rows.features[used], rows.design[used], sites, subjects)
+
+    def _without_intercepts(
+        self, features: NDArray[Any], subjects: SiteCodes | None, sign: float = -1.0
+    ) -> NDArray[Any]:
+        """Return features less what is known of their subjects, or with it again (sign 1)."""
+        if self._intercepts is None or subjects is None:
+            return features
+        changed: NDArray[Any] = features + sign * self._intercepts.of(subjects)
+        return changed
+
+    # ----------------------------------------------------------------------------------------------------
+    # The model
+    # ----------------------------------------------------------------------------------------------------
+
+    def _fitted_model(self) -> LocationScale:
+        if not hasattr(self, "moments_"):
+            raise NotFittedError(f"This {type(self).__name__} instance is not fitted yet: call fit first.")
+        if self._model is None:
+            self._solve()
+        assert self._model is not None
+        return self._model
+
+    def _solve(self, rows: TableRows | None = None, weights: FloatArray | None = None) -> None:
+        """Fit the model to the moments, and its covariances to the rows."""
+        names = list(self.metadata_names_)
+        for what, table in self._protected.items():
+            names += [name if what == "y" else f"labels column {name!r}" for name in table.names]
+        reference = self.reference_site
+        reference = tuple(reference) if isinstance(reference, list) else reference
+        model = fit_location_scale(
+            self.moments_,
+            ridge=self.ridge,
+            scale=self.scale,
+            empirical_bayes=self.empirical_bayes,
+            reference_site=reference,
+            pooled_scale=None if self._intercepts is None else self._intercepts.residual_scale,
+            column_names=names,
+        )
+        if self.covariance and rows is not None and rows.sites is not None:
+            share = _PUBLISHED_SHARE if self.covariance is True else float(self.covariance)
+            model = fit_covariance(
+                model,
+                *(rows.features, rows.design, rows.sites),
+                share=share,
+                weights=weights,
+                reference_site=reference,
+            )
+        self._set_model(model)
+
+    def _set_model(self, model: LocationScale) -> None:
+        self._model = model
+        self.coef_ = model.coefficients[: self._num_metadata]
+        self.protected_coef_ = model.coefficients[self._num_metadata :]
+        self.metadata_mean_ = model.design_mean[: self._num_metadata]
+        self.mean_ = model.mean
+        self.sites_ = list(model.sites) if self.site is not None else []
+        self.site_location_, self.site_scale_ = model.location, model.scale
+        for name in ("components_", "subject_variance_"):
+            self.__dict__.pop(name, None)
+        if isinstance(model, CovarianceModel):
+            self.components_ = model.directions
+        if self._intercepts is not None:
+            self.subject_variance_ = self._intercepts.variance
+
+    def _site_index(self, sites: SiteCodes | None, num_rows: int) -> NDArray[np.intp]:
+        if sites is None:
+            return np.zeros(num_rows, dtype=np.intp)
+        model = self._fitted_model()
+        index, unknown = model.index_of(sites)
+        if unknown and self.unseen == "error":
+            raise ValueError(
+                f"site(s) {unknown[:5]} were not in fit ({[str(s) for s in model.sites][:10]}). Call adapt "
+                "with rows of theirs, or set unseen='mean' to correct them as the average site."
+            )
+        return index
+
+    def _apply(self, X: Any, metadata: Any, labels: Any, *, inverse: bool) -> Any:  # noqa: N803
+        check_is_fitted(self, "moments_")
+        check_same_order(X=X, metadata=metadata, labels=labels)
+        model = self._fitted_model()
+        given = {"labels": labels}
+        dropped: list[Any] | None = None
+        if inverse and len(self._metadata_index) and not self.keep_metadata:
+            features, dropped = self._read_dropped(X, metadata)
+            table = dict(zip(map(str, self.metadata_columns or ()), dropped, strict=True))
+            rows = TableRows(features, *self._design(table, given, len(features), training=False))
+        else:
+            rows = self._read(X, metadata, given)
+        index = self._site_index(rows.sites, len(rows.features))
+        plain = self._without_intercepts(rows.features, rows.subjects)
+        changed = (model.restore if inverse else model.remove)(plain, rows.design, index)
+        if self.strength != 1:
+            changed = self._in_part(plain, changed, index, inverse)
+        out: NDArray[Any] = self._without_intercepts(changed, rows.subjects, 1.0).astype(rows.features.dtype)
+        if dropped is None and self.keep_metadata and len(self._metadata_index):
+            is_frame = hasattr(X, "columns") and hasattr(X, "dtypes")
+            names = self._names_of_metadata(X) if is_frame else self._metadata_index
+            dropped = [X[name] if is_frame else np.asarray(X)[:, name] for name in names]
+        return out if dropped is None else self._together(out, dropped)
+
+    def _in_part(
+        self, given: NDArray[Any], changed: NDArray[Any], index: NDArray[np.intp], inverse: bool
+    ) -> NDArray[Any]:
+        """Return what lies between the given features and the changed ones, as `strength` says."""
+        rest: Any = 1.0 - self.strength
+        if inverse:
+            model = self._fitted_model()
+            if isinstance(model, CovarianceModel) and self.strength > 0:
+                raise ValueError(
+                    f"inverse_transform cannot undo a part of the covariances: strength={self.strength:g} "
+                    f"with covariance={self.covariance!r}."
+                )
+            # x·rest + strength·(x / scale + …) is what there is: this solves it for x.
+            rest = rest * model.scale_of(index)
+        partly: NDArray[Any] = (rest * given + self.strength * changed) / (rest + self.strength)
+        return partly
+
+
+# The share of the variance whose components are harmonised, as Chen et al. (2022) have it.
+_PUBLISHED_SHARE = 0.95
+
+ESTIMATES = (
+    "coef_",
+    "protected_coef_",
+    "metadata_mean_",
+    "mean_",
+    "sites_",
+    "site_location_",
+    "site_scale_",
+)
+
+
+def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
+    weights = np.asarray(sample_weight, dtype=np.float64)
+    if weights.shape != (num_rows,):
+        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(num_rows,)}!")
+    return weights
