@@ -1,6 +1,8 @@
 """Layers inserted into the models of MONAI and transformers, built from small configurations."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -280,3 +282,65 @@ def test_gradient_checkpointing_of_transformers(reentrant):
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         results.append((loss.detach(), gradients, dict(model.state_dict())))
     torch.testing.assert_close(results[1], results[0])
+
+
+PLACES = re.findall(
+    r"^\| (?:MONAI|transformers) `(\w+)`.*?\| `([\w.]+)`(.*?)\| (.*?) \|$",
+    (Path(__file__).parents[2] / "docs" / "where-to-put-it.md").read_text(encoding="utf-8"),
+    re.MULTILINE,
+)
+
+
+def model_of(name):
+    """A small model of a class that the page on places names, and an input."""
+    import monai.networks.nets as monai
+    import transformers
+
+    volumes = torch.randn(2, 1, 32, 32, 32)
+    if name == "resnet10":
+        return monai_resnet()[0], volumes
+    if name == "BasicUNet":
+        return monai.BasicUNet(3, 1, 2, features=(4, 4, 8, 8, 16, 4)), volumes
+    if name == "DenseNet121":
+        return monai.DenseNet121(3, 1, 2, init_features=4, growth_rate=2), volumes
+    if name == "EfficientNetBN":
+        return monai.EfficientNetBN("efficientnet-b0", False, spatial_dims=3, in_channels=1), volumes
+    text = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    sizes = {
+        "DistilBert": {"vocab_size": 50, "dim": 16, "n_layers": 1, "n_heads": 2, "hidden_dim": 16},
+        "ViT": {"image_size": 16, "patch_size": 8} | text,
+        "Swin": {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [1], "num_heads": [2]},
+        "ConvNext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+        "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]},
+    }
+    family, task = re.fullmatch(r"(\w+)For(\w+)", name).groups()
+    config = getattr(transformers, f"{family}Config")(**sizes.get(family, text))
+    model = getattr(transformers, name)(config)
+    if task == "SequenceClassification":
+        return model, {"input_ids": torch.randint(1, 49, (2, 7))}
+    size = getattr(config, "image_size", 32)
+    return model, {"pixel_values": torch.randn(2, 3, size, size)}
+
+
+def test_the_page_on_places_is_read():
+    assert len(PLACES) == 12
+
+
+@pytest.mark.parametrize(("name", "after", "more", "output"), PLACES, ids=[place[0] for place in PLACES])
+def test_the_places_that_the_page_names(name, after, more, output):
+    model, inputs = model_of(name)
+    if "identity" in more:
+        model.classifier = nn.Sequential(nn.Identity(), model.classifier)
+    options = CHANNELS if "granularity" in more else {}
+    (row,) = mdnorm.insert(model, after, num_metadata=2, num_labels=2, example=inputs, **options)
+    if output.startswith("maps"):
+        assert len(row.output_shape) == 5
+    else:
+        assert len(row.output_shape) == output.count(",") + 1
+        assert set(row.output_shape[2:]) <= {1}
