@@ -84,9 +84,8 @@ class Application:
             self.handles.append(layer.register_forward_pre_hook(self._note))
         else:
             self.handles.append(module.register_forward_hook(self))
-        # The public method for it is younger than the oldest torch that is supported.
-        register: Any = layer._register_load_state_dict_pre_hook
-        self.handles.append(register(_accept_earlier_checkpoints, with_module=True))
+        register: Any = layer.register_load_state_dict_pre_hook
+        self.handles.append(register(_accept_earlier_checkpoints))
         layer.insertion = self
 
     def detach(self, module: nn.Module) -> None:

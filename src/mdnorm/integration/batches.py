@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from mdnorm import context
 from mdnorm.arrays import as_real_tensor, statistics_dtype
 from mdnorm.integration.dependence import Selector, described, select
-from mdnorm.integration.design import AttachedDesign
+from mdnorm.integration.design import designs_in
 from mdnorm.integration.wrapper import WithMetadata
 
 __all__ = [
@@ -232,7 +232,7 @@ def metadata_at(
     ValueError
         No metadata are named and the model has no design, or what `columns_at` refuses.
     """
-    attached = [module for module in model.modules() if isinstance(module, AttachedDesign)]
+    attached = designs_in(model)
     design = attached[0].parsed() if len(attached) == 1 else None
     columns: list[str] = [] if design is None else design.variables(labels=False)
     if metadata is None:

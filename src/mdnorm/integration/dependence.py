@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm.arrays import as_real_tensor
+from mdnorm.integration.places import near_names
 from mdnorm.integration.uncompiled import uncompiled
-from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames, Rows
 
@@ -111,11 +109,7 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
     if isinstance(layer, str):
         if layer in modules:
             return layer, modules[layer]
-        names = [name for name in modules if name]
-        listing = ", ".join(names[:30]) + (f", … ({len(names)} in all)" if len(names) > 30 else "")
-        near = difflib.get_close_matches(layer, names, n=3)
-        meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"{type(model).__name__} has no module {layer!r}: its modules are {listing}.{meant}")
+        raise ValueError(f"{type(model).__name__} has no module {layer!r}: {near_names(layer, modules)}.")
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be the name of a module or a module, got {layer!r}.")
     for name, module in modules.items():
@@ -145,7 +139,6 @@ class LayerOutputs:
         self._output = output
         self._open: ExitStack | None = None
         self._outputs: list[Tensor] = []
-        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     @property
     def is_open(self) -> bool:
@@ -165,7 +158,7 @@ class LayerOutputs:
         # A compiled graph would pass by the hook. What was not imported has compiled nothing.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(uncompiled())
-        handle = self.module.register_forward_hook(self._collect, with_kwargs=True)
+        handle = self.module.register_forward_hook(self._collect)
         stack.callback(handle.remove)
         self._open = stack
 
@@ -178,11 +171,8 @@ class LayerOutputs:
     def clear(self) -> None:
         """Forget what was collected."""
         self._outputs.clear()
-        self._arguments.clear()
 
-    def _collect(
-        self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
-    ) -> None:
+    def _collect(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         what = f"the output of the layer {self.name!r}"
         if self._output is not None:
             output = select(output, self._output, what)
@@ -200,7 +190,6 @@ class LayerOutputs:
         # A copy, since the layer behind may work in place (a ReLU often does).
         rows = output.detach().to(torch.float32, copy=True)
         self._outputs.append(rows.reshape(rows.shape[0], rows.shape[1:].numel()))
-        self._arguments.append((arguments, keywords))
 
     def take(self, num_rows: int) -> Tensor:
         """Return what was collected since the last call, as (num_rows, D) float32.
@@ -234,16 +223,6 @@ class LayerOutputs:
             )
         return torch.cat(outputs)
 
-    def take_arguments(self) -> tuple[Tensor, Tensor | None]:
-        """Return metadata and labels that a `MetadataNorm` was given since the last call."""
-        metadata, labels = [], []
-        for arguments, keywords in self._arguments:
-            bound = inspect.signature(self.module.forward).bind(*arguments, **keywords).arguments
-            metadata.append(as_real_tensor(bound["metadata"], "metadata"))
-            labels.append(bound.get("labels"))
-        given = [as_real_tensor(values, "labels") for values in labels if values is not None]
-        return torch.cat(metadata), torch.cat(given) if len(given) == len(labels) else None
-
 
 class DependenceRecorder:
     """Measure, in an evaluation pass, what the output of a layer knows about the metadata.
@@ -271,10 +250,6 @@ class DependenceRecorder:
         of the samples, memory is at most twice as many rows.
     seed : int
         Of the sample.
-    layer_metadata : bool
-        Take metadata (and labels, where it gets them) from the arguments of the layer, which must be a
-        `MetadataNorm`; `update` is not called then. Note that these are the columns as the layer sees them,
-        a basis of the age and not the age, say.
 
     Raises
     ------
@@ -317,24 +292,16 @@ class DependenceRecorder:
         column_names: ColumnNames | None = None,
         max_samples: int | None = 2000,
         seed: int = 0,
-        layer_metadata: bool = False,
     ) -> None:
         reservoir.check_settings(max_samples, seed)
         reservoir.check_column_names(column_names)
         self._outputs = LayerOutputs(model, layer, output)
-        if layer_metadata and not isinstance(self._outputs.module, MetadataNorm):
-            raise ValueError(
-                f"layer_metadata=True needs a MetadataNorm, but the layer {self._outputs.name!r} is a "
-                f"{type(self._outputs.module).__name__}: hand over the metadata with update."
-            )
         self.within_labels = within_labels
         self.column_names = column_names
         self.max_samples = max_samples
         self.seed = seed
-        self.layer_metadata = layer_metadata
         self._pieces: list[Rows] = []
         self._num_seen = 0
-        self._handle: Any = None
 
     @property
     def num_samples(self) -> int:
@@ -346,9 +313,6 @@ class DependenceRecorder:
             raise RuntimeError("the recorder is recording already: leave its block before you enter another.")
         self.reset()
         self._outputs.open()
-        if self.layer_metadata:
-            # Registered behind the hook that collects, so it finds the output.
-            self._handle = self._outputs.module.register_forward_hook(lambda *_: self._update_from_layer())
         return self
 
     def __exit__(
@@ -358,9 +322,6 @@ class DependenceRecorder:
         traceback: TracebackType | None,
     ) -> None:
         self._outputs.close()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
         pending = self._outputs.num_pending
         self._outputs.clear()
         if pending and exception_type is None:
@@ -392,32 +353,14 @@ class DependenceRecorder:
         ValueError
             Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing.
         RuntimeError
-            Outside the ``with`` block, the layer did not run, or metadata are taken from the layer.
+            Outside the ``with`` block, or the layer did not run.
         """
         if not self._outputs.is_open:
             raise RuntimeError("update outside of the recorder's block: `with recorder:` around the pass.")
-        if self.layer_metadata:
-            raise RuntimeError("with layer_metadata=True the metadata come from the layer: leave update out.")
-        self._add(metadata, labels)
-
-    def _update_from_layer(self) -> None:
-        try:
-            metadata, labels = self._outputs.take_arguments()
-        except (KeyError, TypeError) as error:
-            raise RuntimeError(
-                f"the layer {self._outputs.name!r} was not given its metadata as an argument: hand them over "
-                "with update instead."
-            ) from error
-        self._add(metadata, labels)
-
-    def _add(self, metadata: Tensor | ArrayLike, labels: Tensor | ArrayLike | None) -> None:
         if not self.within_labels:
             labels = None
         elif labels is None:
-            raise ValueError(
-                "labels are needed with within_labels=True"
-                + (", but the layer got none." if self.layer_metadata else ": update(metadata, labels).")
-            )
+            raise ValueError("labels are needed with within_labels=True: update(metadata, labels).")
         metadata = as_real_tensor(metadata, "metadata")
         if metadata.ndim == 0:
             raise ValueError("metadata must have one row per sample, got a single number.")

@@ -154,20 +154,19 @@ def attach_design(model: nn.Module, design: Design | None = None) -> None:
     >>> design_of(fresh).transform({"age": 70}).metadata
     tensor([[0.]])
     """
-    present = _attached(model)
-    if len(present) == 1:
-        owner = next(module for module in model.modules() if present[0] in module.children())
-        name = next(name for name, child in owner.named_children() if child is present[0])
-        setattr(owner, name, AttachedDesign(design).to(present[0].json.device))
+    if present := _only_design(model):
+        path = next(name for name, module in model.named_modules() if module is present)
+        model.set_submodule(path, AttachedDesign(design).to(present.json.device))
         return
     if hasattr(model, DESIGN_NAME):
         raise ValueError(f"the model has something else of the name {DESIGN_NAME!r}: rename it.")
-    attached = AttachedDesign(design)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            attached.to(tensor.device)
-            break
-    model.add_module(DESIGN_NAME, attached)
+    model.add_module(DESIGN_NAME, AttachedDesign(design).to(device_for_design(model)))
+
+
+def device_for_design(model: nn.Module) -> torch.device:
+    """Return the device of a model's first tensor with memory, the default one without any."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.get_default_device())
 
 
 def design_of(model: nn.Module) -> Design:
@@ -185,19 +184,24 @@ def design_of(model: nn.Module) -> Design:
     ValueError
         It has several, or what it has is damaged.
     """
-    attached = _attached(model)
-    if not attached:
+    attached = _only_design(model)
+    if attached is None:
         raise RuntimeError(
             "the model has no design: attach_design(model, design) before it is saved, attach_design(model) "
             "before a checkpoint with one is loaded."
         )
-    return attached[0].design()
+    return attached.design()
 
 
-def _attached(model: nn.Module) -> list[AttachedDesign]:
-    attached = [module for module in model.modules() if isinstance(module, AttachedDesign)]
+def designs_in(model: nn.Module) -> list[AttachedDesign]:
+    """Return the designs that a model holds."""
+    return [module for module in model.modules() if isinstance(module, AttachedDesign)]
+
+
+def _only_design(model: nn.Module) -> AttachedDesign | None:
+    attached = designs_in(model)
     if len(attached) > 1:
         raise ValueError(
             f"the model has {len(attached)} designs: call it with the part of the model that you mean."
         )
-    return attached
+    return attached[0] if attached else None

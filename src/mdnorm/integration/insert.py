@@ -27,7 +27,7 @@ from mdnorm.integration.applied import (
     warn_of_output,
 )
 from mdnorm.integration.dependence import Selector
-from mdnorm.integration.design import DESIGN_NAME, AttachedDesign, attach_design
+from mdnorm.integration.design import DESIGN_NAME, AttachedDesign, attach_design, designs_in
 from mdnorm.integration.places import Target
 from mdnorm.layer import MetadataNorm
 from mdnorm.text import aligned
@@ -181,9 +181,9 @@ def insert(
     for name, module in fresh.items():
         if places.ends_sequentials(model, module):
             warn_of_output(model, name)
-    if design is not None and not any(attached.json.numel() for attached in _attached(model)):
+    if design is not None and not any(attached.json.numel() for attached in designs_in(model)):
         attach_design(model, design)
-        _attached(model)[0].is_inserted = True
+        designs_in(model)[0].is_inserted = True
     if example is None and any(fresh):
         FirstPass.watch(model)
     return InsertionReport(model, frozenset(map(id, layers)))
@@ -362,10 +362,6 @@ def _shapes_of_example(
     return shapes
 
 
-def _attached(model: nn.Module) -> list[AttachedDesign]:
-    return [module for module in model.modules() if isinstance(module, AttachedDesign)]
-
-
 def _sizes_of_design(
     model: nn.Module, design: Design, num_metadata: int | None, num_labels: int | None
 ) -> tuple[int, int]:
@@ -378,13 +374,13 @@ def _sizes_of_design(
     ):
         if given is not None and given != own:
             raise ValueError(f"{name}={given}, but the design has {own} column(s): leave {name} out.")
-    for attached in _attached(model):
+    for attached in designs_in(model):
         if attached.json.numel() and attached.design().to_json() != design.to_json():
             raise ValueError(
                 "the model has another design already, for the layers that it has: give that one, or "
                 "mdnorm.remove(model) or mdnorm.attach_design(model, design) first."
             )
-    if hasattr(model, DESIGN_NAME) and not _attached(model):
+    if hasattr(model, DESIGN_NAME) and not designs_in(model):
         raise ValueError(f"the model has something else of the name {DESIGN_NAME!r}: rename it.")
     return design.num_metadata, design.num_labels
 

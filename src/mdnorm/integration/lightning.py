@@ -17,7 +17,7 @@ from mdnorm import context
 from mdnorm.integration.applied import find_features, samples_first
 from mdnorm.integration.batches import metadata_at
 from mdnorm.integration.dependence import Selector, described, select
-from mdnorm.integration.design import AttachedDesign, design_of
+from mdnorm.integration.design import design_of, designs_in
 from mdnorm.integration.insert import InsertionReport, insert, insertions
 from mdnorm.integration.lightning_dependence import Callback, DependenceCallback, InsertedDependence
 from mdnorm.integration.places import Target
@@ -337,7 +337,7 @@ class MetadataNormCallback(Callback):
     def _make_measures(self, pl_module: LightningModule) -> list[DependenceCallback]:
         names = [row.name for row in insertions(pl_module)]
         metadata, column_names = self.metadata, self.column_names
-        if any(isinstance(module, AttachedDesign) for module in pl_module.modules()):
+        if designs_in(pl_module):
             column_names = column_names or design_of(pl_module).metadata_names
 
             def metadata(batch: Any) -> Any:

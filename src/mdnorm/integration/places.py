@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,7 +71,6 @@ def _matching(model: nn.Module, names: dict[int, tuple[nn.Module, list[str]]], p
     exact = {key for key, (_, all_names) in names.items() if part in all_names}
     if exact:
         return exact
-    known = [name for _, all_names in names.values() for name in all_names if name]
     if "*" in part or "?" in part:
         pattern = _compiled(part)
         found = {
@@ -78,7 +78,8 @@ def _matching(model: nn.Module, names: dict[int, tuple[nn.Module, list[str]]], p
         }
         if found:
             return _without_lenders(model, found, f"the pattern {part!r}")
-    raise ValueError(f"{type(model).__name__} has no module {part!r}: {_near(part, known)}.")
+    known = (name for _, all_names in names.values() for name in all_names)
+    raise ValueError(f"{type(model).__name__} has no module {part!r}: {near_names(part, known)}.")
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -87,7 +88,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(text.replace(r"\*\*", ".*").replace(r"\*", "[^.]*").replace(r"\?", "[^.]"))
 
 
-def _near(part: str, known: list[str]) -> str:
+def near_names(part: str, names: Iterable[str]) -> str:
+    """Return for an error message which of the names are near to one that is not there."""
+    known = [name for name in names if name]
     if not known:
         return "it has no modules inside"
     near = difflib.get_close_matches(part, known, n=5, cutoff=0.5)

@@ -20,7 +20,7 @@ from mdnorm.estimators import ESTIMATORS
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.integration.applied import inserted
-from mdnorm.integration.design import AttachedDesign
+from mdnorm.integration.design import AttachedDesign, device_for_design
 from mdnorm.integration.insert import put_behind, remove, without_layer
 from mdnorm.integration.places import LAYER_NAME, refuse_wrapped, targets
 from mdnorm.integration.wrapper import WithMetadata
@@ -274,11 +274,10 @@ def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
     design = None if entry["design"] is None else Design.from_json(json.dumps(entry["design"]))
     attached = AttachedDesign(design)
     attached.is_inserted = bool(entry["is_inserted"])
-    tensor = next((t for t in (*model.parameters(), *model.buffers()) if not t.is_meta), attached.json)
     place = model.get_submodule(owner)
     if not isinstance(getattr(place, own, attached), AttachedDesign):
         raise ValueError(f"it has a design as {name!r}, where the model has something else")
-    place.add_module(own, attached.to(tensor.device))
+    place.add_module(own, attached.to(device_for_design(model)))
 
 
 # -- options ----------------------------------------------------------------------------------------------
