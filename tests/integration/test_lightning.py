@@ -201,7 +201,12 @@ def test_too_few_samples_are_warned_of(tmp_path: Path) -> None:
         ),
         ("dict", {"metadata": lambda batch: 3.0}, ValueError, "one row per sample, got a single number"),
         ("dict", {"metadata": "age", "layer": "unused"}, RuntimeError, "the layer 'unused' did not run"),
-        ("dict", {"metadata": "age", "layer": "head.0"}, ValueError, "no module 'head.0': did you mean 'head'"),
+        (
+            "dict",
+            {"metadata": "age", "layer": "head.0"},
+            ValueError,
+            "no module 'head.0': did you mean 'head'",
+        ),
         ("dict", {"metadata": "both", "column_names": ["a"]}, ValueError, r"1 name\(s\) \(a\)"),
     ],
 )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "Keys",
     "checked_keys",
     "columns_at",
+    "evaluating",
     "metadata_at",
     "on_device_of",
     "run_on",
@@ -314,6 +316,18 @@ def _device_of(model: nn.Module) -> torch.device | None:
     """Return the device that all of a model is on; None where it is on several, or has no tensors."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     return devices.pop() if len(devices) == 1 else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode inside the block, and all its modules in their own mode behind it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def on_device_of(model: nn.Module, batch: Any) -> Any:

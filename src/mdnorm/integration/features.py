@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, RandomSampler
 from mdnorm.arrays import plain_tensor
 from mdnorm.distributed import group_of
 from mdnorm.integration.bars import with_bar
-from mdnorm.integration.batches import Forward, Keys, runner
+from mdnorm.integration.batches import Forward, Keys, evaluating, runner
 from mdnorm.integration.dependence import Selector, described, find_layer, select
 from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.moments import NoSamplesError
@@ -94,11 +94,9 @@ def features(
         )
 
     parts: list[Tensor] = []
-    modes = {part: part.training for part in model.modules()}
     handle = module.register_forward_hook(collect)
-    model.eval()
     try:
-        with torch.no_grad(), uncompiled():
+        with evaluating(model), torch.no_grad(), uncompiled():
             for batch in with_bar(loader, f"features of {name or 'the model'}", progress):
                 run(model, batch)
                 if len(outputs) != 1:
@@ -109,8 +107,6 @@ def features(
                 parts.append(outputs.pop())
     finally:
         handle.remove()
-        for part, mode in modes.items():
-            part.training = mode
     if not parts:
         raise NoSamplesError("no samples: the loader is empty.")
     shapes = sorted({tuple(part.shape[1:]) for part in parts})

@@ -26,6 +26,7 @@ from mdnorm.integration.applied import (
     samples_first,
     warn_of_output,
 )
+from mdnorm.integration.batches import evaluating
 from mdnorm.integration.dependence import Selector
 from mdnorm.integration.design import DESIGN_NAME, AttachedDesign, attach_design, designs_in
 from mdnorm.integration.places import Target
@@ -332,15 +333,13 @@ def _shapes_of_example(
 
         return note
 
-    modes = {module: module.training for module in model.modules()}
     handles = [module.register_forward_hook(noting(name)) for name, module in modules.items()]
     # Layers inserted before have no metadata now, and their output has the shape of their input.
     aside = [(module, found) for module in model.modules() if (found := layer_of(module)) is not None]
     for module, (_, application) in aside:
         application.detach(module)
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             result = call_on(model, example)
     finally:
         for module, (layer, application) in aside:
@@ -348,8 +347,6 @@ def _shapes_of_example(
             application.attach(module, layer)
         for handle in handles:
             handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
     idle = [name for name in modules if name not in shapes]
     if idle:
         raise ValueError(

@@ -18,7 +18,7 @@ from mdnorm import context
 from mdnorm.arrays import plain_features, statistics_dtype
 from mdnorm.distributed import gather_results, group_of
 from mdnorm.integration.bars import with_bar
-from mdnorm.integration.batches import Forward, Keys, runner
+from mdnorm.integration.batches import Forward, Keys, evaluating, runner
 from mdnorm.integration.layer_moments import NUM_GROUPS, LayerMoments
 from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration, probability_below
 from mdnorm.integration.uncompiled import uncompiled
@@ -158,38 +158,32 @@ def recalibrate(
         if name not in order:
             order.append(name)
 
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # A compiled graph would pass by the hooks that see a layer's input.
-        with torch.no_grad(), uncompiled(), context.labels_of_tables(), _hooked(layers, note):
-            agreeing = functools.partial(_agree, order, group)
-            waiting = _passes(model, loader, run, layers, order, agreeing)
-            if not waiting:
-                raise ValueError("no MetadataNorm layer ran in the forward pass.")
-            done: dict[str, RecalibratedLayer] = {}
-            for names in waiting:
-                what = f"recalibrate {_listing(names, len(done) + 1, len(order))}"
-                found: list[list[LayerMoments]] = []
-                for rows in (loader, held_out):
-                    if rows is None:
-                        continue
-                    sources = [LayerMoments(name, layers[name]) for name in names]
-                    if found:
-                        for source, training in zip(sources, found[0], strict=True):
-                            source.trained = training.regression()
-                    bar = with_bar(rows, what + (", held out" if found else ""), progress)
-                    agreeing(functools.partial(_accumulate, model, sources, bar, run))
-                    for source in sources:
-                        source.finish(group, "held_out is empty" if found else "the loader is empty")
-                    found.append(sources)
-                done |= {each[0].name: _finish(each, shrink) for each in zip(*found, strict=True)}
-                # Layers that run in later batches only join the order while this goes on.
-                known = {name for each in waiting for name in each}
-                waiting += [[name] for name in order if name not in known]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    # A compiled graph would pass by the hooks that see a layer's input.
+    with evaluating(model), torch.no_grad(), uncompiled(), context.labels_of_tables(), _hooked(layers, note):
+        agreeing = functools.partial(_agree, order, group)
+        waiting = _passes(model, loader, run, layers, order, agreeing)
+        if not waiting:
+            raise ValueError("no MetadataNorm layer ran in the forward pass.")
+        done: dict[str, RecalibratedLayer] = {}
+        for names in waiting:
+            what = f"recalibrate {_listing(names, len(done) + 1, len(order))}"
+            found: list[list[LayerMoments]] = []
+            for rows in (loader, held_out):
+                if rows is None:
+                    continue
+                sources = [LayerMoments(name, layers[name]) for name in names]
+                if found:
+                    for source, training in zip(sources, found[0], strict=True):
+                        source.trained = training.regression()
+                bar = with_bar(rows, what + (", held out" if found else ""), progress)
+                agreeing(functools.partial(_accumulate, model, sources, bar, run))
+                for source in sources:
+                    source.finish(group, "held_out is empty" if found else "the loader is empty")
+                found.append(sources)
+            done |= {each[0].name: _finish(each, shrink) for each in zip(*found, strict=True)}
+            # Layers that run in later batches only join the order while this goes on.
+            known = {name for each in waiting for name in each}
+            waiting += [[name] for name in order if name not in known]
     return Recalibration(tuple(done.values()))
 
 
