@@ -26,24 +26,9 @@ Selector = str | int | Callable[[Any], Any]
 
 
 def select(value: Any, selector: Selector, what: str) -> Any:
-    """Return a part of a batch or of an output.
+    """Return a part of a batch or of an output: at a key or an attribute, an index, or what a function gives.
 
-    Parameters
-    ----------
-    value : object
-    selector : str, int or callable
-        A key (or the name of an attribute), an index, or a function of the value.
-    what : str
-        What `value` is, for the error message: "the batch".
-
-    Raises
-    ------
-    KeyError
-        No such key; the message lists those that there are.
-    IndexError
-        No such index.
-    TypeError
-        A key or an index into something that has none.
+    `what` says what it is a part of, for the KeyError, IndexError or TypeError where there is no such part.
     """
     if callable(selector):
         return selector(value)
@@ -96,15 +81,7 @@ def described(value: Any) -> str:
 
 
 def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
-    """Return name and module of a layer of a model.
-
-    Raises
-    ------
-    TypeError
-        `layer` is neither a string nor a module.
-    ValueError
-        The model has no such module; the message lists those that it has, and those that are near.
-    """
+    """Return name and module of a layer of a model; a ValueError lists the names that are near."""
     modules = dict(model.named_modules())
     if isinstance(layer, str):
         if layer in modules:
@@ -119,36 +96,18 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
 
 
 class LayerOutputs:
-    """Collects what a module puts out, between `open` and `close`.
-
-    Parameters
-    ----------
-    model : nn.Module
-    layer : str or nn.Module
-    output : selector, optional
-        Which part of the module's output; see `select`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        What `find_layer` raises.
-    """
+    """Collects what a module puts out, or the part `output` of it, between `open` and `close`."""
 
     def __init__(self, model: nn.Module, layer: str | nn.Module, output: Selector | None = None) -> None:
         self.name, self.module = find_layer(model, layer)
         self._output = output
         self._open: ExitStack | None = None
-        self._outputs: list[Tensor] = []
+        self.outputs: list[Tensor] = []
 
     @property
     def is_open(self) -> bool:
         """Whether outputs are collected."""
         return self._open is not None
-
-    @property
-    def num_pending(self) -> int:
-        """Number of outputs that were not taken yet."""
-        return len(self._outputs)
 
     def open(self) -> None:
         """Begin to collect."""
@@ -170,7 +129,7 @@ class LayerOutputs:
 
     def clear(self) -> None:
         """Forget what was collected."""
-        self._outputs.clear()
+        self.outputs.clear()
 
     def _collect(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         what = f"the output of the layer {self.name!r}"
@@ -189,19 +148,11 @@ class LayerOutputs:
             output = torch.stack([part.mean(0) for part in output.detach().float().unbind()])
         # A copy, since the layer behind may work in place (a ReLU often does).
         rows = output.detach().to(torch.float32, copy=True)
-        self._outputs.append(rows.reshape(rows.shape[0], rows.shape[1:].numel()))
+        self.outputs.append(rows.reshape(rows.shape[0], rows.shape[1:].numel()))
 
     def take(self, num_rows: int) -> Tensor:
-        """Return what was collected since the last call, as (num_rows, D) float32.
-
-        Raises
-        ------
-        RuntimeError
-            The module did not run.
-        ValueError
-            It put out another number of rows, or runs with different numbers of values.
-        """
-        outputs = list(self._outputs)
+        """Return what was collected since the last call, as (num_rows, D) float32."""
+        outputs = list(self.outputs)
         self.clear()
         if not outputs:
             raise RuntimeError(
@@ -322,7 +273,7 @@ class DependenceRecorder:
         traceback: TracebackType | None,
     ) -> None:
         self._outputs.close()
-        pending = self._outputs.num_pending
+        pending = len(self._outputs.outputs)
         self._outputs.clear()
         if pending and exception_type is None:
             raise RuntimeError(

@@ -81,20 +81,7 @@ class AttachedDesign(nn.Module):
         return parsed[2]
 
     def columns_of_table(self, table: Any, *, with_labels: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the metadata and label columns of a table, on the device of the model.
-
-        Parameters
-        ----------
-        table : table
-            As for `Design.transform`.
-        with_labels : bool
-            Whether to return label columns, where the design and the table have them.
-
-        Raises
-        ------
-        RuntimeError, TypeError, ValueError
-            There is no design, or what `Design.transform` refuses.
-        """
+        """Return the metadata columns of a table and, if wanted and there, its labels, on the device."""
         device = self.json.device
         matrices = self.parsed().transform(
             table, labels=None if with_labels else False, dtype=statistics_dtype(device)

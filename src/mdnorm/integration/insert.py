@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdnorm.design import Design
-from mdnorm.estimators import ESTIMATORS
 from mdnorm.integration import places
 from mdnorm.integration.applied import (
     Application,
@@ -44,20 +43,16 @@ class InsertionReport(Sequence[Insertion]):
     """
 
     model: nn.Module
-    new: frozenset[int] = frozenset()
-
-    def _rows(self) -> list[Insertion]:
-        return [dataclasses.replace(row, is_new=id(layer) in self.new) for row, layer in inserted(self.model)]
 
     def __len__(self) -> int:
-        return len(self._rows())
+        return len(list(inserted(self.model)))
 
     def __getitem__(self, index: Any) -> Any:
-        return self._rows()[index]
+        return [row for row, _ in inserted(self.model)][index]
 
     def __str__(self) -> str:
         rows = [("after", "type", "layer", "output", "values", "coefficients")]
-        for row in self._rows():
+        for row, _ in inserted(self.model):
             shape = None if row.output_shape is None else ("N", *row.output_shape[1:])
             rows.append(
                 (
@@ -153,8 +148,7 @@ def insert(
       something of a layer must it have all. One from after it has ``<name>.metadata_norm.…``.
     - **Calls.** A module that is called several times in a forward pass, or has several places, has one
       layer with one state: each call is corrected, and its batch counts.
-    - Inserting again with the same options changes nothing. An option that is left out is the same as its
-      default.
+    - Inserting again with the same options changes nothing.
     - A module whose ``forward`` is called directly, or whose weights alone are used, bypasses its layer; the
       report shows no output shape then. Patterns and classes leave such parts of `nn.MultiheadAttention` out.
     - An LSTM's hidden state is not corrected, only its output.
@@ -178,16 +172,13 @@ def insert(
     shapes: dict[str, torch.Size] = {}
     if example is not None:
         shapes = _shapes_of_example(model, fresh, output, sample_dim, example)
-    layers = put_behind(model, fresh, settings, shapes)
-    for name, module in fresh.items():
-        if places.ends_sequentials(model, module):
-            warn_of_output(model, name)
+    put_behind(model, fresh, settings, shapes)
     if design is not None and not any(attached.json.numel() for attached in designs_in(model)):
         attach_design(model, design)
         designs_in(model)[0].is_inserted = True
     if example is None and any(fresh):
-        FirstPass.watch(model)
-    return InsertionReport(model, frozenset(map(id, layers)))
+        FirstPass(model)
+    return InsertionReport(model)
 
 
 def insertions(model: nn.Module) -> InsertionReport:
@@ -277,7 +268,7 @@ def put_behind(
     modules: dict[str, nn.Module],
     settings: dict[str, Any],
     shapes: Mapping[str, torch.Size],
-) -> list[MetadataNorm]:
+) -> None:
     """Put a layer behind each of the modules; wrong settings leave the model as it was."""
     layers = [
         _make_layer(name, module, model, shapes.get(name), settings) for name, module in modules.items()
@@ -285,10 +276,9 @@ def put_behind(
     for (name, module), layer in zip(modules.items(), layers, strict=True):
         layer.train(module.training)
         layer.inserted_after = name
-        application = Application(settings["output"], settings["sample_dim"], settings)
+        application = Application(settings)
         application.shape = tuple(shapes[name]) if name in shapes else None
         application.attach(module, layer)
-    return layers
 
 
 def _make_layer(
@@ -297,7 +287,8 @@ def _make_layer(
     options = {key: value for key, value in settings.items() if key not in ("output", "sample_dim")}
     num_metadata, num_labels = options.pop("num_metadata"), options.pop("num_labels")
     num_features: Any = options.pop("num_features", None)
-    tensor = next((t for part in (module, model) for t in _tensors(part)), None)
+    tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in (module, model)))
+    tensor = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if tensor is not None:
         options = {"device": tensor.device, "dtype": tensor.dtype} | options
     if shape is not None and num_features is None:
@@ -313,27 +304,19 @@ def _make_layer(
         raise type(error)(f"after {name!r}: {error}") from error
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            yield tensor
-
-
 def _shapes_of_example(
     model: nn.Module, modules: dict[str, nn.Module], output: Selector | None, sample_dim: int, example: Any
 ) -> dict[str, torch.Size]:
+    outputs: dict[str, Tensor] = {}
     shapes: dict[str, torch.Size] = {}
 
-    outputs: dict[str, Tensor] = {}
+    def note(name: str, _: nn.Module, __: tuple[Any, ...], value: Any) -> None:
+        outputs[name] = find_features(value, output, name)
+        shapes[name] = samples_first(outputs[name], sample_dim, name).shape
 
-    def noting(name: str) -> Any:
-        def note(_: nn.Module, __: tuple[Any, ...], value: Any) -> None:
-            outputs[name] = find_features(value, output, name)
-            shapes[name] = samples_first(outputs[name], sample_dim, name).shape
-
-        return note
-
-    handles = [module.register_forward_hook(noting(name)) for name, module in modules.items()]
+    handles = [
+        module.register_forward_hook(functools.partial(note, name)) for name, module in modules.items()
+    ]
     # Layers inserted before have no metadata now, and their output has the shape of their input.
     aside = [(module, found) for module in model.modules() if (found := layer_of(module)) is not None]
     for module, (_, application) in aside:
@@ -354,7 +337,7 @@ def _shapes_of_example(
             "Insert after a module that the forward pass calls."
         )
     for name, features in outputs.items():
-        if is_in(features, result) and not places.ends_sequentials(model, modules[name]):
+        if name and is_in(features, result):
             warn_of_output(model, name)
     return shapes
 
@@ -382,38 +365,10 @@ def _sizes_of_design(
     return design.num_metadata, design.num_labels
 
 
-# -- options ------------------------------------------------------------------------------------------------
-
-
-def _resolved(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with their defaults, so that a default given is the same as one left out."""
-    given = {key: value for key, value in settings.items() if value is not None}
-    parameters = inspect.signature(MetadataNorm.__init__).parameters.values()
-    layer = {p.name: p.default for p in parameters if p.default not in (None, p.empty)}
-    estimator: Any = given.get("estimator", layer["estimator"])
-    partial = {}
-    if isinstance(estimator, functools.partial):
-        partial = dict(estimator.keywords) | ({"arguments": estimator.args} if estimator.args else {})
-        estimator = estimator.func
-    # The name, where this is the class behind one.
-    estimator = next((name for name, preset in ESTIMATORS.items() if preset is estimator), estimator)
-    preset = ESTIMATORS.get(estimator, estimator)
-    own = inspect.signature(preset).parameters.values() if callable(preset) else ()
-    defaults = {p.name: p.default for p in own if p.default is not p.empty}
-    if given.get("scale"):
-        # The part for the scale has a window of its own.
-        defaults.pop("window", None)
-    return {**defaults, **layer, **partial, **given, "estimator": estimator}
-
-
 def _differences(have: dict[str, Any], want: dict[str, Any]) -> str:
     """Return for a message in what settings differ; "" where they do not."""
-    have, want = _resolved(have), _resolved(want)
-    names = [key for key in {**have, **want} if have.get(key) != want.get(key)]
-    # Other defaults follow from another estimator.
-    names = ["estimator"] if "estimator" in names else names
-    return ", ".join(f"{key}={_shown(have.get(key))} instead of {_shown(want.get(key))}" for key in names)
-
-
-def _shown(value: Any) -> str:
-    return value.__name__ if isinstance(value, type) else repr(value)
+    return ", ".join(
+        f"{key}={have.get(key)!r} instead of {want.get(key)!r}"
+        for key in {**have, **want}
+        if have.get(key) != want.get(key)
+    )

@@ -219,16 +219,14 @@ class MetadataNormCallback(Callback):
             "process_group": "world" if trainer.world_size > 1 else "local",
         }
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take metadata and hooks away."""
-        self.teardown(trainer, pl_module, "")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         """Take metadata and hooks away; the layers stay."""
         self._close()
         self._validation.close()
         for measure in self._measures:
             measure.close()
+
+    on_exception = teardown
 
     # -- steps ------------------------------------------------------------------------------------------
 
@@ -240,10 +238,6 @@ class MetadataNormCallback(Callback):
             # Before training, not after it.
             self._input_of(batch)
         self._enter(pl_module, batch, with_labels=True)
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """Take them away: the backward pass is over."""
-        self._close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the coefficients of the training data for this validation, and begin to measure."""
@@ -262,26 +256,20 @@ class MetadataNormCallback(Callback):
             measure.on_validation_start(trainer, pl_module)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
     ) -> None:
         """Give the layers the metadata of the batch."""
         for measure in self._measures:
-            measure.on_validation_batch_start(trainer, pl_module, batch, *args, **kwargs)
+            measure.on_validation_batch_start()
         self._enter(pl_module, batch)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Take them away, and measure."""
         self._close()
         for measure in self._measures:
-            measure.on_validation_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+            measure.on_validation_batch_end(*args, **kwargs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the dependence."""
@@ -292,26 +280,6 @@ class MetadataNormCallback(Callback):
         """Put the state of the training back, before a checkpoint is saved."""
         self._validation.close()
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
-    ) -> None:
-        """Give the layers the metadata of the batch."""
-        self._enter(pl_module, batch)
-
-    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
-        """Take them away."""
-        self._close()
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
-    ) -> None:
-        """Give the layers the metadata of the batch."""
-        self._enter(pl_module, batch)
-
-    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
-        """Take them away."""
-        self._close()
-
     # -- parts ------------------------------------------------------------------------------------------
 
     def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
@@ -321,8 +289,11 @@ class MetadataNormCallback(Callback):
         rest = [part if part is None else select(batch, part, "the batch") for part in selectors]
         self._open.enter_context(context.metadata(pl_module, metadata, labels, *rest))
 
-    def _close(self) -> None:
+    def _close(self, *_: Any, **__: Any) -> None:
         self._open.close()
+
+    # The backward pass is over then.
+    on_train_batch_end = on_test_batch_end = on_predict_batch_end = _close
 
     def _input_of(self, batch: Any) -> Any:
         if self.inputs is not None:

@@ -35,11 +35,6 @@ def unchanged_loaders(*loaders: Any) -> Iterator[None]:
     loader, its samplers, its data set and the transforms in it hold; the epochs that samplers of accelerate
     count; and the workers that a `DataLoader` keeps (``persistent_workers=True``), which another pass over it
     may be using at that time: the passes inside the block have workers of their own.
-
-    Parameters
-    ----------
-    *loaders : object
-        Each an iterable of batches, or None.
     """
     with ExitStack() as stack:
         for put_back in _global_states():
