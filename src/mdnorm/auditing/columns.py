@@ -123,23 +123,10 @@ def printable(name: Any) -> str:
 def as_columns(
     metadata: Any, kinds: Mapping[str, str] | None = None, ignore: Sequence[str] = ()
 ) -> list[Column]:
-    """Return the columns of a table.
+    """Return the columns of a table, of a tensor or array without names, or columns that were read before.
 
-    Parameters
-    ----------
-    metadata : DataFrame, Series, mapping, tensor, array or sequence of Column
-        Of pandas, polars or pyarrow; or names to columns of length n; or (n,) or (n, K) without names; or
-        columns that were read before.
-    kinds : mapping, optional
-        Names to "continuous" or "categorical", where the inferred kind is not what is meant.
-    ignore : sequence of str
-        Names, and patterns such as "voxel_*", to leave out.
-
-    Raises
-    ------
-    InputError
-        A name in `kinds` or `ignore` does not exist, a kind is unknown or given for columns that were read
-        before, columns differ in length, or a column cannot be read as its kind.
+    `kinds` says where the inferred kind is not what is meant, `ignore` has names and patterns ("voxel_*") to
+    leave out. What does not fit is an InputError.
     """
     kinds = dict(kinds or {})
     if isinstance(metadata, (list, tuple)) and all(isinstance(column, Column) for column in metadata):
@@ -162,17 +149,6 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
     Whole numbers of at most ten distinct values are classes, other numbers continuous; strings and booleans
     are classes. Strings that are nearly all different, and whole numbers that count the rows or are called an
     id, are identifiers. Of dates, the seconds count.
-
-    Parameters
-    ----------
-    name : str
-    values : (n,) array or tensor
-    kind : {"continuous", "categorical"}, optional
-
-    Raises
-    ------
-    InputError
-        The kind is unknown, or the values cannot be read as it.
     """
     name = printable(name)
     if kind is not None and kind not in ("continuous", "categorical"):
@@ -202,23 +178,9 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
 
 
 def as_classes(values: Any, name: str) -> NDArray[np.str_]:
-    """Return the classes of rows by the names that `as_column` gives them: 1 and 1.0 are the class "1".
+    """Return the classes of rows, "" where missing, by the names that `as_column` gives them.
 
-    Parameters
-    ----------
-    values : (n,) array or tensor
-    name : str
-        For the error message.
-
-    Returns
-    -------
-    (n,) array of str
-        "" where missing.
-
-    Raises
-    ------
-    InputError
-        Another shape.
+    1 and 1.0 are the class "1". `name` is for the InputError where values are not of shape (n,).
     """
     column = _read(name, values, name)
     if column.kind == "date":
@@ -260,13 +222,7 @@ def _texts(column: TableColumn) -> NDArray[np.str_]:
 
 
 def intersection(columns: Sequence[Column]) -> Column:
-    """Return the column of all combinations of several: "gender × ethnicity".
-
-    Raises
-    ------
-    InputError
-        A column is continuous; fewer than two are given.
-    """
+    """Return the column of all combinations of several categorical ones: "gender × ethnicity"."""
     name = " × ".join(column.name for column in columns)
     if len(columns) < 2:
         raise InputError(f"an intersection needs two columns at least, got {name!r}.")

@@ -73,18 +73,7 @@ def worst(levels: Iterable[str]) -> str:
 def find(
     columns: Sequence[ColumnAudit], sets: Mapping[str, FeatureSet], label: str | None, settings: Settings
 ) -> list[Finding]:
-    """Return a verdict on every column and set of features, from harm to none.
-
-    Parameters
-    ----------
-    columns : sequence of ColumnAudit
-    sets : mapping
-        Names to sets of features.
-    label : str or None
-        Name of the label.
-    settings : Settings
-        How it was measured, and the limits of the verdicts.
-    """
+    """Return a verdict on every column and set of features, from harm to none."""
     judge = _Judge(columns, sets, label, settings)
     by_column = {column.name: list(judge.findings(column)) for column in columns}
     # Sorting keeps the order of equal ones: the label, and what is meant to stay, come last.

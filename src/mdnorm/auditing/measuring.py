@@ -54,22 +54,7 @@ def measure(
 ) -> tuple[list[ColumnAudit], list[Column]]:
     """Return the measures of every column and of the label, and the columns that cannot be audited.
 
-    Parameters
-    ----------
-    inputs : Inputs
-        The rows in use.
-    sets : mapping
-        Names to sets of features.
-    keep : collection of str
-        Names of columns that are meant to stay.
-    settings : Settings
-    step : callable
-        Called with what is done next.
-
-    Raises
-    ------
-    InputError
-        The label cannot be used, or no column can be audited.
+    `keep` are names of columns that are meant to stay; `step` is called with what is done next.
     """
     label = inputs.label
     if label is not None:
@@ -116,31 +101,11 @@ def measure_column(
     step: Callable[[str], None],
     role: str = "remove",
 ) -> ColumnAudit:
-    """Measure one column against every set of features, on the rows where it is there.
+    """Measure one column, or the label, against every set of features, on the rows where it is there.
 
-    Parameters
-    ----------
-    column : Column
-        Continuous or categorical.
-    sets : mapping
-        Names to sets of features.
-    label : Column or None
-        `column` itself where the label is looked at.
-    predictions : mapping
-        Names of treatments to what was predicted from them.
-    subjects : (n,) array or None
-        Rows of the same subject are never in training and test folds at once. Distance correlations, whose
-        intervals and tests are for independent rows, are those of one row of each.
-    settings : Settings
-    step : callable
-        Called with what is done next.
-    role : str
-        See `ColumnAudit`.
-
-    Raises
-    ------
-    ValueError
-        The column cannot be measured on these rows; the message says why.
+    Rows of the same subject are never in training and test folds at once. Distance correlations, whose
+    intervals and tests are for independent rows, are those of one row of each. A ValueError says why the
+    column cannot be measured on these rows.
     """
     given = None if label is None or role == "label" else label
     present = column.present if given is None else column.present & given.present

@@ -47,25 +47,13 @@ _RATES = {
 
 @dataclass(frozen=True)
 class Plot:
-    """An interactive figure.
-
-    Attributes
-    ----------
-    identifier : str
-        Identifier of the element that holds it.
-    title, description : str
-        Heading, and the text for readers who do not see it.
-    values : mapping
-        What it shows, as JSON takes it; all texts are escaped for plotly.
-    height : int
-        In pixels.
-    caption : str
-        Below the title.
-    """
+    """An interactive figure: the element that holds it, its texts, and what it shows, as JSON takes it."""
 
     identifier: str
     title: str
+    # For readers who do not see it.
     description: str
+    # All texts in it are escaped for plotly.
     values: Mapping[str, Any]
     height: int
     caption: str = ""

@@ -31,25 +31,15 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One column in the table of verdicts.
-
-    Attributes
-    ----------
-    column : ColumnAudit
-    level : str
-        The worst of its decisive findings.
-    verdicts : tuple of Finding
-        The decisive findings that are verdicts.
-    findings : tuple of Finding
-        All of them.
-    cells : tuple of (title, dcor², whitened dcor², probe)
-        For each set of features, as text.
-    """
+    """One column in the table of verdicts."""
 
     column: ColumnAudit
+    # The worst of its decisive findings.
     level: str
+    # The decisive findings that are verdicts, and all of them.
     verdicts: tuple[Finding, ...]
     findings: tuple[Finding, ...]
+    # Of each set of features title, dcor², whitened dcor² and probe, as text.
     cells: tuple[tuple[str, str, str, str], ...]
 
     @property

@@ -15,35 +15,23 @@ __all__ = ["ColumnAudit", "FeatureSet", "Finding", "Measure", "Projection", "Rep
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of the rows of an audit: one treatment, on all rows or on those of one part.
-
-    Attributes
-    ----------
-    treatment : str
-        Name of the treatment.
-    part : {"", "training rows", "held-out rows"}
-    title : str
-        What the reader calls the treatment.
-    values : (n, p) array
-        Standardised unless the raw ones were asked for.
-    whitened : (n, p) array or None
-        Uncorrelated components of equal variance; None where there are too few rows for them.
-    rows : (n,) array of bool
-        Which rows count.
-    reference : str or None
-        Name of the set to compare with: the first treatment, on the same rows.
-    is_decisive : bool
-        Whether its verdict counts as the verdict on a column: not that of features before a treatment, nor of
-        rows a treatment was fitted on where there are others.
-    """
+    """Features of the rows of an audit: one treatment, on all rows or on those of one part."""
 
     treatment: str
+    # "", "training rows" or "held-out rows".
     part: str
+    # What the reader calls the treatment.
     title: str
+    # (n, p), standardised unless the raw ones were asked for.
     values: NDArray[np.float64] = field(repr=False)
+    # Uncorrelated components of equal variance; None where there are too few rows for them.
     whitened: NDArray[np.float64] | None = field(repr=False)
+    # Which of the n rows count.
     rows: NDArray[np.bool_] = field(repr=False)
+    # The set to compare with: the first treatment, on the same rows.
     reference: str | None = None
+    # Whether its verdict counts: not that of features before a treatment, nor of rows a treatment was fitted
+    # on where there are others.
     is_decisive: bool = True
 
     @property
@@ -235,20 +223,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Projection:
-    """Two principal components of a set of features.
+    """Two principal components of a set of features."""
 
-    Attributes
-    ----------
-    points : (m, 2) array
-    shares : (2,) sequence of float
-        Shares of the features' variance.
-    rows : (m,) array of int
-        Which rows of the audit they are.
-    is_shared : bool
-        Whether the components are those of all treatments together, so that their axes are the same.
-    """
-
+    # (m, 2), and the shares of the features' variance.
     points: NDArray[np.float64]
     shares: Sequence[float]
+    # (m,), which rows of the audit they are.
     rows: NDArray[np.int64] = field(repr=False)
+    # Whether the axes are those of all treatments together.
     is_shared: bool = False

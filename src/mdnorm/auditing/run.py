@@ -34,9 +34,7 @@ def audit(
     *,
     after: Any = None,
     predictions: Any = None,
-    predictions_after: Any = None,
     scores: Any = None,
-    scores_after: Any = None,
     positive: Any = None,
     kinds: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
@@ -44,7 +42,6 @@ def audit(
     intersect: Sequence[Sequence[str]] = (),
     held_out: Any = None,
     subjects: Any = None,
-    names: tuple[str, str] | None = None,
     max_rows: int = 2000,
     settings: Settings | None = None,
     project: str | None = None,
@@ -70,12 +67,12 @@ def audit(
         Name of a metadata column, or the labels themselves: what the features are meant to know.
     after : (n, …) array or tensor, optional
         Features of the same samples after a treatment, or from another model: two treatments.
-    predictions, predictions_after : str or (n,) array, optional
-        What is predicted from `features` and `after` (the name of a metadata column, or the values): classes
-        where the label is of classes, numbers where it is continuous. Of several treatments `predictions` is
-        a mapping of their names.
-    scores, scores_after : str or (n,) array, optional
-        Predicted probabilities of the positive class, for calibration; a mapping as above.
+    predictions : str or (n,) array, or mapping, optional
+        What is predicted from the first features (the name of a metadata column, or the values): classes
+        where the label is of classes, numbers where it is continuous. Or a mapping of the names of treatments
+        to such; those of `features` and `after` are "before" and "after".
+    scores : str or (n,) array, or mapping, optional
+        Predicted probabilities of the positive class, for calibration, in the same form.
     positive : optional
         Which label is the positive one. The larger of two by default.
     kinds : mapping, optional
@@ -92,8 +89,6 @@ def audit(
     subjects : str or (n,) array, optional
         The subject of each row, where subjects have several rows. These stay together in the cross-validation
         and in the intervals of gaps between groups; distance correlations use one row of each subject.
-    names : pair of str, optional
-        What to call the features before and after in the report.
     max_rows : int
         If there are more rows than this, so many are sampled (with the seed), and the report says so.
     settings : Settings, optional
@@ -131,10 +126,9 @@ def audit(
 
     # Read.
     check_order(features, after=after, metadata=metadata, labels=labels, subjects=subjects)
-    given, titles = as_treatments(features, after, names)
-    several = isinstance(features, Mapping)
-    classes = by_treatment("predictions", predictions, predictions_after, list(given), several=several)
-    probabilities = by_treatment("scores", scores, scores_after, list(given), several=several)
+    given, titles = as_treatments(features, after)
+    classes = by_treatment("predictions", predictions, list(given))
+    probabilities = by_treatment("scores", scores, list(given))
     table = Metadata(metadata, kinds, ignore, given)
     crossed = [intersection([table.named(name, "an intersection") for name in group]) for group in intersect]
     kept = {table.named(name, "what is meant to stay").name for name in keep}
