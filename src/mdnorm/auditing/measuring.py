@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -204,7 +204,7 @@ class _Measuring:
         # What a continuous label leaves of features and column, for the probes.
         rest: tuple[NDArray[np.float64], Column] | None = None
         if label is None:
-            given = _GivenLabel(whitened=self._dependence(self.whitened, values, single, interval=False))
+            given = _GivenLabel(whitened=self._whitened(values, single))
         elif label.kind == "categorical":
             classes = label.values
             given = self._given_classes(classes, values, single)
@@ -214,8 +214,6 @@ class _Measuring:
             if column.kind == "continuous":
                 rest = left, replace(column, values=left_of_column[:, 0])
             given = self._given_number(label.values, left, left_of_column, single)
-        dependence = self._dependence(self.features, values, single)
-        assert dependence is not None
         probes: dict[str, Measure] = {}
         probes_within: dict[str, Measure] = {}
         for model in MODELS:
@@ -228,7 +226,7 @@ class _Measuring:
                 probes_within[model] = within
             step(f"{column.name}, {model} probe")
         return Representation(
-            dependence,
+            self._dependence(self.features, values, single),
             given.dependence,
             given.by_class,
             given.whitened,
@@ -241,7 +239,8 @@ class _Measuring:
         self, classes: NDArray[np.str_], values: NDArray[np.float64], single: NDArray[np.int64]
     ) -> _GivenLabel:
         """Measure within every class of the label that has enough rows of more than one value."""
-        by_class, whitened = {}, {}
+        by_class: dict[str, Measure] = {}
+        whitened = []
         for name in map(str, np.unique(classes[single])):
             inside = single[classes[single] == name]
             if len(inside) < MIN_ROWS:
@@ -252,8 +251,8 @@ class _Measuring:
                 self.notes.append(f"Within class {name} of the label, {self.column.name} never changes.")
             else:
                 by_class[name] = self._dependence(self.features, values, inside)
-                whitened[name] = self._dependence(self.whitened, values, inside, interval=False)
-        return _GivenLabel(_pooled(by_class), _present(by_class), _pooled(whitened), classes)
+                whitened.append(self._whitened(values, inside))
+        return _GivenLabel(_pooled(by_class.values()), by_class, _pooled(whitened), classes)
 
     def _given_number(
         self,
@@ -268,22 +267,27 @@ class _Measuring:
         whitened = None if self.whitened is None else residuals_given(self.whitened, label)
         return _GivenLabel(
             self._dependence(rest, rest_of_column, single, strata=strata),
-            whitened=self._dependence(whitened, rest_of_column, single, interval=False),
+            whitened=None
+            if whitened is None
+            else self._dependence(whitened, rest_of_column, single, interval=False),
             strata=strata,
         )
 
+    def _whitened(self, values: NDArray[np.float64], rows: NDArray[np.int64]) -> Measure | None:
+        if self.whitened is None:
+            return None
+        return self._dependence(self.whitened, values, rows, interval=False)
+
     def _dependence(
         self,
-        features: NDArray[np.float64] | None,
+        features: NDArray[np.float64],
         values: NDArray[np.float64],
         rows: NDArray[np.int64],
         *,
         strata: NDArray[Any] | None = None,
         interval: bool = True,
-    ) -> Measure | None:
-        """Return dcor² of `rows` of features and values; None without features."""
-        if features is None:
-            return None
+    ) -> Measure:
+        """Return dcor² of `rows` of features and values."""
         features, values, settings = features[rows], values[rows], self.settings
         low = high = None
         if interval:
@@ -332,13 +336,9 @@ def _association_z(
     return float((np.log(np.square(left.T @ right).sum() + tiny) - permuted.mean()) / spread)
 
 
-def _present(parts: Mapping[str, Measure | None]) -> dict[str, Measure]:
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def _pooled(by_class: Mapping[str, Measure | None]) -> Measure | None:
+def _pooled(by_class: Iterable[Measure | None]) -> Measure | None:
     """Return the mean over classes weighted by rows; classes are independent samples."""
-    measures = list(_present(by_class).values())
+    measures = [part for part in by_class if part is not None]
     if not measures:
         return None
     with requires("audit"):

@@ -350,12 +350,10 @@ def _print_verdicts(report: Report) -> None:
         console.width = 160
     table = Table("column", "verdict", "features", "dcor²", "best probe", box=None, pad_edge=False)
     for row in report.table():
-        for index, (title, dependence, _, probe) in enumerate(row.cells):
-            name = escape(row.column.name) if index == 0 else ""
-            words = f"[{_COLOURS[row.level]}]{escape(row.words)}[/]" if index == 0 else ""
-            table.add_row(
-                name, words, escape(title), escape(dependence.removeprefix("dcor² ")), escape(probe)
-            )
+        name, words = escape(row.column.name), f"[{_COLOURS[row.level]}]{escape(row.words)}[/]"
+        for title, dependence, _, probe in row.cells:
+            table.add_row(name, words, *map(escape, (title, dependence.removeprefix("dcor² "), probe)))
+            name = words = ""
     console.print(table)
     console.print()
     for finding in report.findings:

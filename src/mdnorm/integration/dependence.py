@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, plain_tensor
 from mdnorm.integration.places import near_names
 from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.metrics import reservoir
@@ -143,16 +143,13 @@ class LayerOutputs:
             )
         if output.ndim == 0:
             raise ValueError(f"{what} is a single number, it must have one row per sample.")
-        if output.is_nested:
-            # Sequences of several lengths, as nn.TransformerEncoder makes of padded tokens.
-            output = torch.stack([part.mean(0) for part in output.detach().float().unbind()])
-        # A copy, since the layer behind may work in place (a ReLU often does).
-        rows = output.detach().to(torch.float32, copy=True)
-        self.outputs.append(rows.reshape(rows.shape[0], rows.shape[1:].numel()))
+        # A copy, since the layer behind may work in place (a ReLU often does); and a plain tensor: those of
+        # MONAI carry the history of their image.
+        self.outputs.append(plain_tensor(output.detach()).clone())
 
     def take(self, num_rows: int) -> Tensor:
         """Return what was collected since the last call, as (num_rows, D) float32."""
-        outputs = list(self.outputs)
+        outputs = [_as_rows(output) for output in self.outputs]
         self.clear()
         if not outputs:
             raise RuntimeError(
@@ -173,6 +170,13 @@ class LayerOutputs:
                 "same. Give output= a function that averages over positions whose number varies."
             )
         return torch.cat(outputs)
+
+
+def _as_rows(output: Tensor) -> Tensor:
+    if output.is_nested:
+        # Sequences of several lengths, as nn.TransformerEncoder makes of padded tokens.
+        output = torch.stack([part.mean(0) for part in output.float().unbind()])
+    return output.float().reshape(output.shape[0], output.shape[1:].numel())
 
 
 class DependenceRecorder:

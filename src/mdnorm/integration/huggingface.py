@@ -56,10 +56,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Whether to recalibrate at the end of `train`, on the training data, of several processes on the shares
         of all.
     evaluate_recalibrated : bool, optional
-        Whether an evaluation during `train` takes the coefficients of the whole training data
-        (`mdnorm.recalibrated`), so that early stopping and the best checkpoint go by the model as it will be
-        used; training goes on as without it, bit for bit. It costs what `mdnorm.recalibrate` costs, at each
-        evaluation. By default as `recalibrate`.
+        Whether an evaluation during `train` is made inside `mdnorm.recalibrated`, so that early stopping and
+        the best checkpoint go by the model as it will be used. By default as `recalibrate`.
     held_out : bool
         Whether the recalibration after training compares with the evaluation data set and takes its word
         where the network memorised. An accuracy on the same rows is then no longer that on new ones.

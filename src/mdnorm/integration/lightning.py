@@ -51,10 +51,11 @@ class MetadataNormCallback(Callback):
         Where weights of the samples in the fit and a mask of the positions that count are; see
         `mdnorm.metadata`.
     after : str, type, or list of them, optional
-        Behind which modules, as in `mdnorm.insert`. Without it, the layers are those that the module has (a
-        model that is built in ``configure_model`` inserts them there).
-    output, sample_dim
-        As in `mdnorm.insert`.
+        As of `mdnorm.insert`. Without it, the layers are those that the module has (a model that is built in
+        ``configure_model`` inserts them there).
+    output, sample_dim, **options
+        As of `mdnorm.insert`. With `labels` and without a design, `num_labels` is by default that of the
+        first batch.
     inputs : str, int or callable, optional
         Where the model's input is in a batch, for the recalibration, which calls
         ``pl_module(input)``. By default the first entry of a tuple.
@@ -64,10 +65,9 @@ class MetadataNormCallback(Callback):
         Take the coefficients of the whole training loader at the end of a fit (`mdnorm.recalibrate`), of
         several processes on the shares of all. Not after a ``fast_dev_run``.
     validate_recalibrated : bool, optional
-        Validate during a fit with the coefficients of the whole training loader (`mdnorm.recalibrated`), so
-        that what is logged, early stopping and best checkpoints go by the model as it will be used; training
-        goes on as without it, bit for bit. It costs what `mdnorm.recalibrate` costs, at each validation. By
-        default as `recalibrate`. Not in the sanity check, and not in a ``fast_dev_run``.
+        Validate during a fit inside `mdnorm.recalibrated`, so that what is logged, early stopping and best
+        checkpoints go by the model as it will be used. By default as `recalibrate`. Not in the sanity check,
+        and not in a ``fast_dev_run``.
     held_out : bool
         Let the recalibration at the end compare with the (first) validation loader, and take its word where
         the network memorised. An accuracy on the same rows is then no longer that on new ones.
@@ -76,11 +76,8 @@ class MetadataNormCallback(Callback):
         class (``dcor2/<column>/label_<class>``), if `labels` gives class indices or one-hot columns in all
         of the validation data; over all samples for other labels (continuous, several columns). With several
         layers ``dcor2/<name>/<column>``.
-    column_names : sequence of str, or mapping from str to sequence of int, optional
-        Of `DependenceCallback`.
-    **options
-        `design` and options of `MetadataNorm`, for `mdnorm.insert`. With `labels` and without a design,
-        `num_labels` is by default that of the first batch.
+    column_names
+        As of `DependenceCallback`.
 
     Attributes
     ----------

@@ -43,8 +43,8 @@ class DependenceCallback(Callback):
 
     Parameters
     ----------
-    layer : str or nn.Module
-        A module of the LightningModule, by its name in ``named_modules()`` or itself.
+    layer, output, max_samples, seed
+        As of `mdnorm.integration.DependenceRecorder`.
     metadata : str, int, callable, or list of them
         Where the metadata are in a validation batch: a key (or the name of an attribute), an index, or a
         function of the batch, that gives (n,) or (n, K). A list of them gives one column each, named by its
@@ -56,13 +56,6 @@ class DependenceCallback(Callback):
         Names of the columns; default: the key of a single column or the keys in a list, ``key_0, key_1, …``
         for the columns of one key, else ``column_0, column_1, …``. A mapping gives a name to several columns
         that belong together.
-    output : str, int or callable, optional
-        Where the layer does not return a tensor; see `mdnorm.integration.DependenceRecorder`.
-    max_samples : int or None
-        Size of the sample that is measured, drawn uniformly from all; None for all. Time for each value grows
-        with its square.
-    seed : int
-        Of the sample.
     prefix : str
         Of the logged names. Give one for each layer if you measure several.
 
