@@ -19,7 +19,6 @@ from mdnorm.design.roles import stand_ins
 __all__ = [
     "Column",
     "Kind",
-    "as_classes",
     "as_column",
     "as_columns",
     "intersection",
@@ -155,7 +154,15 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
         raise InputError(
             f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
         )
-    column = _read(name, values, f"metadata column {name!r}")
+    what = f"metadata column {name!r} must have shape (n,)"
+    if isinstance(values, (list, tuple)) and np.ndim(np.asarray(values, dtype=object)) != 1:
+        raise InputError(f"{what}, got {np.shape(values)}.")
+    try:
+        column = read_column(name, values)
+    except TypeError as error:
+        raise InputError(str(error)) from error
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
     if column.kind == "date" and not column.categorical:
         seconds = np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY)
         numeric = _numeric(name, seconds, kind)
@@ -175,30 +182,6 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
                 f"{problem}: correct it or make it missing, or give the kind of the column, categorical."
             )
     return _categorical(name, _texts(column), forced=kind is not None)
-
-
-def as_classes(values: Any, name: str) -> NDArray[np.str_]:
-    """Return the classes of rows, "" where missing, by the names that `as_column` gives them.
-
-    1 and 1.0 are the class "1". `name` is for the InputError where values are not of shape (n,).
-    """
-    column = _read(name, values, name)
-    if column.kind == "date":
-        return _class_names(np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY))
-    if column.distinct is None and not _is_too_long(column):
-        return _class_names(column.as_float())
-    return _texts(column)
-
-
-def _read(name: str, values: Any, what: str) -> TableColumn:
-    if isinstance(values, (list, tuple)) and np.ndim(np.asarray(values, dtype=object)) != 1:
-        raise InputError(f"{what} must have shape (n,), got {np.shape(values)}.")
-    try:
-        return read_column(name, values)
-    except TypeError as error:
-        raise InputError(str(error)) from error
-    except ValueError as error:
-        raise InputError(f"{what} must have shape (n,): {error}") from error
 
 
 def _is_too_long(column: TableColumn) -> bool:
@@ -260,7 +243,8 @@ def _numeric(name: str, values: NDArray[np.float64], kind: str | None) -> Column
     values = np.where(present, values, np.nan)
     distinct = np.unique(values[present])
     if len(distinct) < 2:
-        return Column(name, "constant", values, present, _constant_note(distinct))
+        shown = _class_names(values) if kind == "categorical" else values
+        return Column(name, "constant", shown, present, _constant_note(distinct))
     whole = bool(np.all(distinct == np.round(distinct)))
     if kind is None and whole and _counts_rows(name, distinct, int(present.sum())):
         note = "every row has a number of its own, like a row number or an id: not audited."

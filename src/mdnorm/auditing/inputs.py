@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnorm.auditing.columns import Column, as_classes, as_column, as_columns, printable
+from mdnorm.auditing.columns import Column, as_column, as_columns, printable
 from mdnorm.auditing.reading import InputError
 from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.design.leakage import is_discrete
@@ -190,7 +190,7 @@ class Metadata:
 
     def flags(self, held_out: Any) -> NDArray[np.bool_]:
         """Return which rows are held out, from booleans, 0 and 1, or their names."""
-        values = as_classes(self.values(held_out, "held_out"), "held_out")
+        values = _classes(self.values(held_out, "held_out"), "held_out")
         strange = sorted({str(value) for value in values if str(value).lower() not in _TRUTH})
         if strange:
             raise InputError(f"held_out must say true or false for each row, got {listed(strange)}.")
@@ -216,7 +216,7 @@ class Metadata:
                 raise InputError("scores and a positive class are for labels of classes, not for numbers.")
             return Predictions(_finite(values, "predictions"))
         # Read as the labels are, so that 1, 1.0 and "1" of a table mean the same class.
-        names = as_classes(values, "predictions")
+        names = _classes(values, "predictions")
         known = np.unique(label.values[label.present]).tolist()
         strange = sorted(set(names.tolist()) - set(known))
         if strange:
@@ -226,10 +226,14 @@ class Metadata:
         if scores is not None:
             scores = _probabilities(self.values(scores, "scores"))
         if positive is not None:
-            given, positive = positive, str(as_classes([positive], "positive")[0])
+            given, positive = positive, str(_classes([positive], "positive")[0])
             if positive not in known:
                 raise InputError(f"positive={given!r} is not one of the labels.")
         return Predictions(names, scores, positive)
+
+
+def _classes(values: Any, name: str) -> NDArray[np.str_]:
+    return as_column(name, values, "categorical").values
 
 
 def _finite(values: NDArray[Any], name: str) -> NDArray[np.float64]:
