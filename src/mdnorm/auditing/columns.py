@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.auditing.reading import InputError, matching
+from mdnorm.auditing.reading import InputError, as_input_error, matching
 from mdnorm.design.odd_cells import odd_cell
 from mdnorm.design.reader import Column as TableColumn
 from mdnorm.design.reader import read_column, read_table
@@ -133,10 +133,8 @@ def as_columns(
             raise InputError("these metadata columns were read before: give their kinds there.")
         ignored = matching([column.name for column in metadata], ignore, "metadata column")
         return [column for column in metadata if column.name not in ignored]
-    try:
+    with as_input_error():
         table = read_table(metadata, unnamed="metadata ", single="metadata")
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
     matching(list(table), list(kinds), "metadata column")
     ignored = matching(list(table), ignore, "metadata column")
     return [as_column(name, values, kinds.get(name)) for name, values in table.items() if name not in ignored]
@@ -168,10 +166,8 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
         numeric = _numeric(name, seconds, kind)
         return replace(numeric, is_date=numeric.kind == "continuous")
     if kind == "continuous" and column.kind in ("string", "boolean"):
-        try:
+        with as_input_error(f"metadata column {name!r} cannot be read as continuous: "):
             numbers = [float(text) if text else np.nan for text in _texts(column).tolist()]
-        except ValueError as error:
-            raise InputError(f"metadata column {name!r} cannot be read as continuous: {error}.") from error
         return _numeric(name, np.array(numbers), kind)
     if column.kind in ("number", "empty") and not (column.categorical or _is_too_long(column)):
         return _numeric(name, column.as_float(), kind)

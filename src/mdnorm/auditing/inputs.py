@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.auditing.columns import Column, as_column, as_columns, printable
-from mdnorm.auditing.reading import InputError
+from mdnorm.auditing.reading import InputError, as_input_error
 from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.design.leakage import is_discrete
 from mdnorm.design.roles import stand_ins
-from mdnorm.design.row_order import check_same_order
+from mdnorm.metrics.checks import check_integer
 from mdnorm.text import listed
 
-__all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment", "check_order"]
+__all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment"]
 
 # A feature whose spread is more than this many times that of another is measured in another unit.
 _MIXED_UNITS = 100.0
@@ -237,10 +237,8 @@ def _classes(values: Any, name: str) -> NDArray[np.str_]:
 
 
 def _finite(values: NDArray[Any], name: str) -> NDArray[np.float64]:
-    try:
+    with as_input_error(f"{name} must be numbers: "):
         numbers = np.asarray(values, np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} must be numbers: {error}.") from error
     if not np.isfinite(numbers).all():
         raise InputError(f"{name} must be finite numbers, but some are NaN or infinite.")
     return numbers
@@ -261,19 +259,10 @@ def _probabilities(values: NDArray[Any]) -> NDArray[np.float64]:
 # --------------------------------------------------------------------------------------------------------
 
 
-def check_order(features: Any, **tables: Any) -> None:
-    """Refuse pandas objects of which the same row labels come in another order (InputError)."""
-    treatments = dict(features) if isinstance(features, Mapping) else {"features": features}
-    try:
-        check_same_order(**{**tables, **treatments})
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
 def aligned(inputs: Inputs, max_rows: int, settings: Settings) -> tuple[Inputs, list[str]]:
     """Return the rows in use, at most `max_rows` and all with finite features, and notes for the reader."""
-    if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < MIN_ROWS:
-        raise InputError(f"max_rows must be a whole number of at least {MIN_ROWS}, got {max_rows!r}.")
+    with as_input_error():
+        check_integer("max_rows", max_rows, MIN_ROWS)
     notes = []
     num_rows = len(next(iter(inputs.features.values())))
     rows = np.arange(num_rows)

@@ -129,18 +129,6 @@ class Representation:
     prediction_test: Measure | None = None
 
     @property
-    def best_probe(self) -> tuple[str, Measure]:
-        """The model and score of the probe that finds most."""
-        return max(self.probes.items(), key=lambda item: item[1].value)
-
-    @property
-    def best_probe_within(self) -> tuple[str, Measure] | None:
-        """As `best_probe`, given the label."""
-        if not self.probes_within:
-            return None
-        return max(self.probes_within.items(), key=lambda item: item[1].value)
-
-    @property
     def shown_dependence(self) -> Measure:
         """The dependence that an overview shows: given the label where there is one."""
         return self.dependence_within or self.dependence
@@ -153,7 +141,7 @@ class Representation:
     @property
     def shown_probe(self) -> Measure:
         """The best of `shown_probes`."""
-        return (self.best_probe_within or self.best_probe)[1]
+        return max(self.shown_probes.values(), key=lambda measure: measure.value)
 
 
 @dataclass(frozen=True)

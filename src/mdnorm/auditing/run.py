@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 
 from mdnorm.auditing.columns import Column, intersection, printable
 from mdnorm.auditing.findings import find
-from mdnorm.auditing.inputs import Inputs, Metadata, aligned, as_treatments, by_treatment, check_order
+from mdnorm.auditing.inputs import Inputs, Metadata, aligned, as_treatments, by_treatment
 from mdnorm.auditing.measuring import MODELS, measure
+from mdnorm.auditing.reading import as_input_error
 from mdnorm.auditing.report import Report
 from mdnorm.auditing.sets import feature_sets, projections_of
 from mdnorm.auditing.settings import Settings
+from mdnorm.design.row_order import check_same_order
 from mdnorm.metrics import cka
 from mdnorm.version import __version__
 
@@ -125,7 +127,11 @@ def audit(
     step = progress or (lambda text: None)
 
     # Read.
-    check_order(features, after=after, metadata=metadata, labels=labels, subjects=subjects)
+    treatments = dict(features) if isinstance(features, Mapping) else {"features": features}
+    with as_input_error():
+        check_same_order(
+            **{"after": after, "metadata": metadata, "labels": labels, "subjects": subjects} | treatments
+        )
     given, titles = as_treatments(features, after)
     classes = by_treatment("predictions", predictions, list(given))
     probabilities = by_treatment("scores", scores, list(given))
