@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
@@ -24,7 +25,7 @@ from mdnorm.design.row_order import check_same_order
 from mdnorm.metrics import cka
 from mdnorm.version import __version__
 
-__all__ = ["audit", "number_of_steps"]
+__all__ = ["audit"]
 
 _PROJECTED_ROWS = 1000
 
@@ -48,7 +49,7 @@ def audit(
     settings: Settings | None = None,
     project: str | None = None,
     facts: Mapping[str, Any] | None = None,
-    progress: Callable[[str], None] | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Report:
     """Measure what features know of metadata, and give a verdict on every column.
 
@@ -100,7 +101,7 @@ def audit(
     facts : mapping, optional
         Shown under "How it was made" on the page.
     progress : callable, optional
-        Called with a text before each of the steps that `number_of_steps` counts.
+        Called before each step with what is done next, the number of steps so far, and that of all.
 
     Returns
     -------
@@ -124,7 +125,6 @@ def audit(
     'strong'
     """
     settings = settings or Settings()
-    step = progress or (lambda text: None)
 
     # Read.
     treatments = dict(features) if isinstance(features, Mapping) else {"features": features}
@@ -150,6 +150,14 @@ def audit(
 
     # Measure.
     sets = feature_sets(inputs.features, titles, inputs.held_out, standardize=settings.standardize)
+    audited = [column for column in (*inputs.columns, inputs.label) if column and column.is_auditable]
+    total = len(audited) * len(sets) * (1 + len(MODELS)) + 1
+    done = itertools.count()
+
+    def step(text: str) -> None:
+        if progress is not None:
+            progress(text, next(done), total)
+
     measured, left_out = measure(inputs, sets, kept, settings, step)
 
     # Report.
@@ -159,8 +167,8 @@ def audit(
     findings = find(measured, sets, label_name, settings)
     order = {name: place for place, name in enumerate(dict.fromkeys(part.column for part in findings))}
     first, *_, last = *given, next(reversed(given))
-    done = {column.name for column in measured}
-    audited = [column for column in (*inputs.columns, inputs.label) if column and column.name in done]
+    names = {column.name for column in measured}
+    audited = [column for column in audited if column.name in names]
     return Report(
         findings=tuple(findings),
         # In the order of their verdicts, the label last.
@@ -183,20 +191,22 @@ def audit(
     )
 
 
-def number_of_steps(num_columns: int, num_representations: int) -> int:
-    """Return how often `audit` reports progress for so many audited columns, the label among them."""
-    return num_columns * num_representations * (1 + len(MODELS)) + 1
-
-
 def _facts(inputs: Inputs, audited: Sequence[Column], settings: Settings) -> dict[str, Any]:
     """Return when, on what and how an audit was made."""
+    import sklearn
+
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "rows_used": len(next(iter(inputs.features.values()))),
         "features": {key: list(values.shape) for key, values in inputs.features.items()},
         "fingerprint": _fingerprint(inputs.features, audited),
         "settings": asdict(settings),
-        "versions": _versions(),
+        "versions": {
+            "mdnorm": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+        },
     }
 
 
@@ -208,14 +218,3 @@ def _fingerprint(used: Mapping[str, NDArray[np.float64]], columns: Sequence[Colu
     for column in columns:
         digest.update(repr((column.name, column.values.tolist())).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:12]
-
-
-def _versions() -> dict[str, str]:
-    import sklearn
-
-    return {
-        "mdnorm": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
-    }

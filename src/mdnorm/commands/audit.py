@@ -13,9 +13,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
-from mdnorm.commands.common import BAD_INPUT, command_line, errors, fail, make_folder, only_writer
+from mdnorm.commands.common import (
+    BAD_INPUT,
+    command_line,
+    errors,
+    fail,
+    make_folder,
+    only_writer,
+    progress_bar,
+)
 from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
@@ -133,7 +141,6 @@ def audit(
         from mdnorm import auditing
         from mdnorm.auditing import conditions
         from mdnorm.auditing.columns import as_columns
-        from mdnorm.auditing.run import number_of_steps
 
         browser = _browser() if pdf else None
         demanded = [part for text in fail_on or [] for part in conditions.parse(text)]
@@ -147,17 +154,13 @@ def audit(
         if not json_output:
             _print_kinds(read)
         make_folder(out)
-        columns_used = [column for part in foretold.values() for column in part.values()]
-        used = [part for part in (*columns_used, subject, held_out) if isinstance(part, str)]
-        crossed = [_listed(text) for text in intersect or []]
-        count = sum(column.is_auditable and column.name not in used for column in read) + len(crossed)
         with only_writer(out):
-            total = number_of_steps(count, len(files) * (1 if held_out is None else 2))
-            with _progress_bar() as progress:
-                task = progress.add_task("", total=total)
+            text_column = TextColumn("{task.description}", markup=False)
+            with progress_bar(BarColumn(), TimeElapsedColumn(), text_column) as progress:
+                task = progress.add_task("", total=None)
 
-                def step(text: str) -> None:
-                    progress.update(task, advance=1, description=text)
+                def step(text: str, done: int, total: int) -> None:
+                    progress.update(task, completed=done, total=total, description=text)
 
                 report = auditing.audit(
                     read_files if named else read_files["before"],
@@ -167,7 +170,7 @@ def audit(
                     **foretold,
                     positive=positive,
                     keep=_listed(keep),
-                    intersect=crossed,
+                    intersect=[_listed(text) for text in intersect or []],
                     held_out=held_out,
                     subjects=subject,
                     max_rows=max_rows,
@@ -188,7 +191,6 @@ def audit(
                     },
                     progress=step,
                 )
-                progress.update(task, completed=total, description="done")
             page = report.save(out)
             if browser is not None:
                 _print_to_pdf(browser, page)
@@ -322,17 +324,6 @@ def _kinds(texts: Sequence[str]) -> dict[str, str]:
             fail(f"--kind {text!r}: give COLUMN=continuous or COLUMN=categorical.", BAD_INPUT)
         kinds[column] = kind
     return kinds
-
-
-def _progress_bar() -> Progress:
-    bar: Any = BarColumn()
-    return Progress(
-        bar,
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=errors,
-        disable=not errors.is_terminal,
-    )
 
 
 def _print_kinds(columns: Sequence[Column]) -> None:

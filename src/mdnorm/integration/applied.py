@@ -174,43 +174,30 @@ def _entries(output: Any) -> list[tuple[Any, Any]]:
         return list(output.items())
     if isinstance(output, (tuple, list)):
         return list(enumerate(output))
-    if dataclasses.is_dataclass(output):
-        return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
-    return []
+    return list(vars(output).items()) if hasattr(output, "__dict__") else []
 
 
 def replaced(output: Any, selector: Selector | None, corrected: Tensor, name: str) -> Any:
-    """Return a copy of the output with one entry replaced; the output itself may be shared."""
+    """Return a copy of the output with another tensor in the place of the selected one."""
+    found = find_features(output, selector, name)
     entries = _entries(output)
-    if selector is None:
-        key = next(key for key, value in entries if isinstance(value, Tensor))
-    elif callable(selector):
-        wanted = selector(output)
-        keys = [key for key, value in entries if value is wanted]
-        if not keys:
-            raise TypeError(
-                f"output= must return one of the entries of the output of {name!r} ({described(output)}), "
-                "not a new tensor or one further inside: the corrected one goes back in its place."
-            )
-        key = keys[0]
-    elif isinstance(selector, int) and not (isinstance(output, Mapping) and selector in output):
-        # The entries of a ModelOutput that are None have no index.
-        present = [key for key, value in entries if value is not None or isinstance(output, (tuple, list))]
-        key = present[selector]
-    else:
-        key = selector
+    new = {key: corrected for key, value in entries if value is found}
+    if not new:
+        raise TypeError(
+            f"output= must return one of the entries of the output of {name!r} ({described(output)}), "
+            "not a new tensor or one further inside: the corrected one goes back in its place."
+        )
     if isinstance(output, tuple):
-        if not isinstance(key, int):
-            return output._replace(**{key: corrected})  # type: ignore[attr-defined]
-        values = [corrected if index == key % len(output) else value for index, value in entries]
+        values = [new.get(key, value) for key, value in entries]
         return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return dataclasses.replace(output, **{key: corrected})
+        return dataclasses.replace(output, **new)
     changed = copy.copy(output)
-    if isinstance(output, (Mapping, list)):
-        changed[key] = corrected
-    else:
-        setattr(changed, key, corrected)
+    for key in new:
+        if isinstance(output, (Mapping, list)):
+            changed[key] = corrected
+        else:
+            setattr(changed, key, corrected)
     return changed
 
 

@@ -76,18 +76,14 @@ def recalibrate(
     shrink : bool
         False: the exact least-squares fit of `loader`; `held_out` is then only compared with it.
     forward : callable, optional
-        ``forward(model, batch)`` runs the model. Default: ``model(**batch)`` for a dict or another mapping,
-        ``model(*batch)`` for a tuple or list, else ``model(batch)``. Where metadata come from a context
-        (`mdnorm.insert`, `mdnorm.WithMetadata`, a model whose forward takes no metadata and calls its layer
-        as ``norm(features)``): a tuple is ``(input, metadata)`` or ``(input, metadata, labels)``, a mapping
-        has them as "metadata" and "labels", and may have "weights" and "mask"; the rest of it goes to the
-        model, and so do "weights" and "mask" where its forward has an argument of that name. Metadata may be
-        a table where the model has a design. Whether the forward of a model of your own takes metadata is
-        read off its signature: an argument of that name, or as many arguments as the batch has. Of a mapping
-        with "image", as MONAI has them, and a model that knows no such argument, "image" is the input,
-        "label" (or "labels") the labels, and "metadata", or else the columns of the model's design, the
-        metadata. Tensors are moved to the device of the model. For other batches give `keys`, or a function
-        that enters `mdnorm.metadata`.
+        ``forward(model, batch)`` runs the model; it enters `mdnorm.metadata` where metadata come from a
+        context. Default: a batch is what the forward of a model of your own takes, metadata included, which
+        is read off its signature. Otherwise (`mdnorm.insert`, `mdnorm.WithMetadata`, a layer called as
+        ``norm(features)``) it is ``(input, metadata)``, ``(input, metadata, labels)``, or a mapping with
+        "metadata" and perhaps "labels", "weights" and "mask", the rest of which goes to the model; "weights"
+        and "mask" do so, too, where its forward has an argument of that name. Of MONAI's mappings "image" is
+        the input, "label" the labels, and "metadata", or else the columns of the design, the metadata.
+        Metadata may be a table where the model has a design. Tensors are moved to the device of the model.
     keys : mapping, optional
         Instead of `forward`, where the parts of a batch are: ``{"inputs": "image", "metadata": ["age",
         "site"], "labels": "diagnosis"}``, and "weights" and "mask". Each is a key, an index or a function of

@@ -68,7 +68,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     layers = []
     for row, layer in inserted(model):
         settings = layer.insertion.settings  # type: ignore[attr-defined]
-        layers.append({"after": row.name, "options": _writable(row.name, settings)})
+        options = {
+            key: _as_json(row.name, key, value)
+            for key, value in settings.items()
+            # Where the layers are is asked of the model that they go into.
+            if value is not None and key != "device"
+        }
+        layers.append({"after": row.name, "options": options})
     tensors, same_as = _tensors(model, {f"{name}.json" for name in designs})
     state = {
         "format": _FORMAT,
@@ -283,23 +289,13 @@ def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
 # -- options ----------------------------------------------------------------------------------------------
 
 
-def _writable(after: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a layer as JSON has them."""
-    # Where the layers are is asked of the model that they go into.
-    return {
-        key: _as_json(after, key, value)
-        for key, value in settings.items()
-        if value is not None and key not in ("device", "example")
-    }
-
-
 def _as_json(after: str, key: str, value: Any) -> Any:
     if key == "process_group" and not isinstance(value, str):
         return "auto"  # A group means nothing in another process.
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, (list, tuple)):
-        return {"tuple": [_as_json(after, key, entry) for entry in value]}
+        return [_as_json(after, key, entry) for entry in value]
     if isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Integral):
@@ -330,8 +326,6 @@ def _from_json(value: Any) -> Any:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"it has an unknown dtype {content!r}")
         return dtype
-    if kind == "tuple":
-        return tuple(map(_from_json, content))
     if kind == "float":
         return float(content)
     raise ValueError(f"it has an option of an unknown kind {kind!r}")
