@@ -185,7 +185,7 @@ def metadata_at(
     Without `metadata` they are the columns of the design. Where `labels` are the names of all labels of the
     design, they are columns of the table, of any kind.
     """
-    attached = designs_in(model)
+    attached = list(designs_in(model).values())
     design = attached[0].parsed() if len(attached) == 1 else None
     columns: list[str] = [] if design is None else design.variables(labels=False)
     if metadata is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -142,8 +142,8 @@ def attach_design(model: nn.Module, design: Design | None = None) -> None:
     tensor([[0.]])
     """
     if present := _only_design(model):
-        path = next(name for name, module in model.named_modules() if module is present)
-        model.set_submodule(path, AttachedDesign(design).to(present.json.device))
+        name, attached = present
+        model.set_submodule(name, AttachedDesign(design).to(attached.json.device))
         return
     if hasattr(model, DESIGN_NAME):
         raise ValueError(f"the model has something else of the name {DESIGN_NAME!r}: rename it.")
@@ -177,18 +177,25 @@ def design_of(model: nn.Module) -> Design:
             "the model has no design: attach_design(model, design) before it is saved, attach_design(model) "
             "before a checkpoint with one is loaded."
         )
-    return attached.design()
+    return attached[1].design()
 
 
-def designs_in(model: nn.Module) -> list[AttachedDesign]:
-    """Return the designs that a model holds."""
-    return [module for module in model.modules() if isinstance(module, AttachedDesign)]
+def designs_in(model: nn.Module) -> dict[str, AttachedDesign]:
+    """Return the designs that a model holds, by their names in it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttachedDesign)}
 
 
-def _only_design(model: nn.Module) -> AttachedDesign | None:
+def _only_design(model: nn.Module) -> tuple[str, AttachedDesign] | None:
     attached = designs_in(model)
     if len(attached) > 1:
         raise ValueError(
             f"the model has {len(attached)} designs: call it with the part of the model that you mean."
         )
-    return attached[0] if attached else None
+    return next(iter(attached.items()), None)
+
+
+def remove_designs(model: nn.Module, names: Iterable[str]) -> None:
+    """Take designs out of a model."""
+    for name in list(names):
+        owner, _, own = name.rpartition(".")
+        delattr(model.get_submodule(owner), own)

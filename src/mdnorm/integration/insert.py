@@ -27,7 +27,7 @@ from mdnorm.integration.applied import (
 )
 from mdnorm.integration.batches import evaluating
 from mdnorm.integration.dependence import Selector
-from mdnorm.integration.design import DESIGN_NAME, AttachedDesign, attach_design, designs_in
+from mdnorm.integration.design import DESIGN_NAME, attach_design, designs_in, remove_designs
 from mdnorm.integration.places import Target
 from mdnorm.layer import MetadataNorm
 from mdnorm.text import aligned
@@ -173,9 +173,9 @@ def insert(
     if example is not None:
         shapes = _shapes_of_example(model, fresh, output, sample_dim, example)
     put_behind(model, fresh, settings, shapes)
-    if design is not None and not any(attached.json.numel() for attached in designs_in(model)):
+    if design is not None and not any(attached.json.numel() for attached in designs_in(model).values()):
         attach_design(model, design)
-        designs_in(model)[0].is_inserted = True
+        next(iter(designs_in(model).values())).is_inserted = True
     if example is None and any(fresh):
         FirstPass(model)
     return InsertionReport(model)
@@ -233,10 +233,7 @@ def remove(model: nn.Module, after: Target | Sequence[Target] | None = None) -> 
             removed.append(name)
     if next(inserted(model), None) is None:
         FirstPass.unwatch(model)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, AttachedDesign) and module.is_inserted:
-                owner, _, own = name.rpartition(".")
-                delattr(model.get_submodule(owner), own)
+        remove_designs(model, (name for name, design in designs_in(model).items() if design.is_inserted))
     return removed
 
 
@@ -354,7 +351,7 @@ def _sizes_of_design(
     ):
         if given is not None and given != own:
             raise ValueError(f"{name}={given}, but the design has {own} column(s): leave {name} out.")
-    for attached in designs_in(model):
+    for attached in designs_in(model).values():
         if attached.json.numel() and attached.design().to_json() != design.to_json():
             raise ValueError(
                 "the model has another design already, for the layers that it has: give that one, or "

@@ -20,7 +20,7 @@ from mdnorm.estimators import ESTIMATORS
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.integration.applied import inserted
-from mdnorm.integration.design import AttachedDesign, device_for_design
+from mdnorm.integration.design import AttachedDesign, designs_in, device_for_design, remove_designs
 from mdnorm.integration.insert import put_behind, remove, without_layer
 from mdnorm.integration.places import LAYER_NAME, refuse_wrapped, targets
 from mdnorm.integration.wrapper import WithMetadata
@@ -64,7 +64,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
-    designs = _designs(model)
+    designs = designs_in(model)
     layers = []
     for row, layer in inserted(model):
         settings = layer.insertion.settings  # type: ignore[attr-defined]
@@ -137,7 +137,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     path = Path(path)
     state, tensors = _read(path)
     layers_before = {row.name for row, _ in inserted(plain)}
-    designs_before = _designs(plain).keys()
+    designs_before = designs_in(plain).keys()
     try:
         tensors |= {name: tensors[other] for name, other in state["same_as"].items()}
         _check_plain(plain, state, tensors)
@@ -147,21 +147,15 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
             put_behind(plain, without_layer(plain, targets(plain, layer["after"]), settings), settings, {})
         for name, entry in state["designs"].items():
             _attach(plain, name, entry)
-            tensors[f"{name}.json"] = _designs(plain)[name].json
+            tensors[f"{name}.json"] = designs_in(plain)[name].json
         plain.load_state_dict(tensors, strict=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         added = [row.name for row, _ in inserted(plain) if row.name not in layers_before]
         if added:
             remove(plain, added)
-        for name in _designs(plain).keys() - designs_before:
-            owner, _, own = name.rpartition(".")
-            delattr(plain.get_submodule(owner), own)
+        remove_designs(plain, designs_in(plain).keys() - designs_before)
         raise ValueError(f"{path} does not fit the {type(plain).__name__}: {error}") from error
     return model
-
-
-def _designs(model: nn.Module) -> dict[str, AttachedDesign]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, AttachedDesign)}
 
 
 def _inside(model: nn.Module) -> nn.Module:
