@@ -140,10 +140,9 @@ def insert(
     Notes
     -----
     - **How.** The layer becomes a child of the module, named ``metadata_norm``, and a forward hook of the
-      module applies it. (An `nn.Sequential` gets it as its last module, without a hook.) A container in the
-      module's place would change every name below it; with a child the names in the ``state_dict`` stay, the
-      module keeps its class and its attributes (transformers and `nn.MultiheadAttention` read
-      ``module.weight``), and part of a model taken out, copied, pickled or replicated takes its layer along.
+      module applies it. (An `nn.Sequential` gets it as its last module, without a hook.) So names in the
+      ``state_dict``, classes and attributes stay, and a part of a model that is taken out, copied or pickled
+      takes its layer along.
     - **Checkpoints.** One from before the insertion loads as it is, ``strict`` included: only if it has
       something of a layer must it have all. One from after it has ``<name>.metadata_norm.…``.
     - **Calls.** A module that is called several times in a forward pass, or has several places, has one
