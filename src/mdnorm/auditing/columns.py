@@ -42,28 +42,16 @@ _LARGEST_EXACT = 2**53
 
 @dataclass(frozen=True)
 class Column:
-    """A column of metadata.
-
-    Attributes
-    ----------
-    name : str
-    kind : {"continuous", "categorical", "constant", "identifier"}
-        The latter two cannot be audited.
-    values : (n,) array
-        float64, NaN where missing, if continuous; otherwise str, "" where missing.
-    present : (n,) array of bool
-        False where the value is missing.
-    note : str
-        What the reader should know about how it was read; may be empty.
-    is_date : bool
-        Whether the values are the seconds since 1970 of dates.
-    """
+    """A column of metadata; one that is constant or an identifier cannot be audited."""
 
     name: str
     kind: Kind
+    # float64, NaN where missing, if continuous; otherwise str, "" where missing.
     values: NDArray[Any]
     present: NDArray[np.bool_]
+    # What the reader should know about how it was read; may be empty.
     note: str = ""
+    # Whether the values are the seconds since 1970 of dates.
     is_date: bool = False
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -86,25 +87,22 @@ def features(
     name, parts = collected.name, []
     _warn_of_order(loader)
     collected.open()
-    try:
-        with evaluating(model), torch.no_grad():
-            for batch in with_bar(loader, f"features of {name or 'the model'}", progress):
-                run(model, batch)
-                if len(collected.outputs) != 1:
-                    raise ValueError(
-                        f"{name!r} ran {len(collected.outputs)} times in a forward pass, but must run once: "
-                        "name a module that the forward pass calls once (as a module, not by its weights)."
-                    )
-                rows = collected.outputs.pop()
-                if rows.is_nested:
-                    raise TypeError(
-                        f"the output of {name!r} is a nested tensor, not one of one row per sample: give "
-                        "output= a function that returns the features."
-                    )
-                is_half = rows.is_floating_point() and torch.finfo(rows.dtype).bits < 32
-                parts.append((rows.float() if is_half else rows).cpu())
-    finally:
-        collected.close()
+    with closing(collected), evaluating(model), torch.no_grad():
+        for batch in with_bar(loader, f"features of {name or 'the model'}", progress):
+            run(model, batch)
+            if len(collected.outputs) != 1:
+                raise ValueError(
+                    f"{name!r} ran {len(collected.outputs)} times in a forward pass, but must run once: name "
+                    "a module that the forward pass calls once (as a module, not by its weights)."
+                )
+            rows = collected.outputs.pop()
+            if rows.is_nested:
+                raise TypeError(
+                    f"the output of {name!r} is a nested tensor, not one of one row per sample: give output= "
+                    "a function that returns the features."
+                )
+            is_half = rows.is_floating_point() and torch.finfo(rows.dtype).bits < 32
+            parts.append((rows.float() if is_half else rows).cpu())
     if not parts:
         raise NoSamplesError("no samples: the loader is empty.")
     shapes = sorted({tuple(part.shape[1:]) for part in parts})

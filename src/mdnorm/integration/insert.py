@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -310,22 +311,14 @@ def _shapes_of_example(
         outputs[name] = find_features(value, output, name)
         shapes[name] = samples_first(outputs[name], sample_dim, name).shape
 
-    handles = [
-        module.register_forward_hook(functools.partial(note, name)) for name, module in modules.items()
-    ]
-    # Layers inserted before have no metadata now, and their output has the shape of their input.
-    aside = [(module, found) for module in model.modules() if (found := layer_of(module)) is not None]
-    for module, (_, application) in aside:
-        application.detach(module)
-    try:
-        with evaluating(model), torch.no_grad():
-            result = call_on(model, example)
-    finally:
-        for module, (layer, application) in aside:
-            application.handles = []
-            application.attach(module, layer)
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(functools.partial(note, name)).remove)
+        # Layers inserted before have no metadata now, and their output has the shape of their input.
+        for _, layer in inserted(model):
+            layer.forward = lambda features: features  # type: ignore[method-assign, misc, assignment]
+            stack.callback(delattr, layer, "forward")
+        result = call_on(model, example)
     idle = [name for name in modules if name not in shapes]
     if idle:
         raise ValueError(
