@@ -32,7 +32,7 @@ from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES
 from mdnorm.metrics.probes import ProbeScore
 from mdnorm.metrics.rates import combined
 
-__all__ = ["MODELS", "measure", "measure_column"]
+__all__ = ["MODELS", "measure"]
 
 MODELS: tuple[Literal["linear", "nonlinear"], ...] = ("linear", "nonlinear")
 
@@ -67,9 +67,7 @@ def measure(
     for column in [column for column in columns if column.is_auditable] + ([label] if label else []):
         role = "label" if column is label else "keep" if column.name in keep else "remove"
         try:
-            measured.append(
-                measure_column(column, sets, label, inputs.predictions, inputs.subjects, settings, step, role)
-            )
+            measured.append(_measure_column(column, sets, label, inputs, settings, step, role))
         except ValueError as error:
             left_out.append(replace(column, note=f"it cannot be measured: {error}"))
     if all(column.is_label for column in measured):
@@ -91,15 +89,14 @@ def _checked(column: Column) -> Column:
     return column
 
 
-def measure_column(
+def _measure_column(
     column: Column,
     sets: Mapping[str, FeatureSet],
     label: Column | None,
-    predictions: Mapping[str, Predictions],
-    subjects: NDArray[Any] | None,
+    inputs: Inputs,
     settings: Settings,
     step: Callable[[str], None],
-    role: str = "remove",
+    role: str,
 ) -> ColumnAudit:
     """Measure one column, or the label, against every set of features, on the rows where it is there.
 
@@ -107,6 +104,7 @@ def measure_column(
     intervals and tests are for independent rows, are those of one row of each. A ValueError says why the
     column cannot be measured on these rows.
     """
+    subjects = inputs.subjects
     given = None if label is None or role == "label" else label
     present = column.present if given is None else column.present & given.present
     used = np.logical_or.reduce([part.rows for part in sets.values()])
@@ -143,9 +141,9 @@ def measure_column(
             settings,
             notes,
         ).representation(step)
-        if label is None or given is None or part.treatment not in predictions:
+        if label is None or given is None or part.treatment not in inputs.predictions:
             continue
-        predicted, target = predictions[part.treatment].rows(rows), given.rows(rows)
+        predicted, target = inputs.predictions[part.treatment].rows(rows), given.rows(rows)
         if label.kind == "continuous":
             test = _prediction_test(target, predicted, shown, settings)
             measured[key] = replace(measured[key], prediction_test=test)

@@ -136,12 +136,6 @@ def _shared_moments(work: Callable[[], Moments], group: ProcessGroup) -> Moments
         raise NoSamplesError(
             "no samples on any process: the Gram matrix needs the metadata of the training set."
         )
-    widths = sorted({(share.num_metadata, share.num_protected - 1) for share in shares})
-    if len(widths) > 1:
-        raise ValueError(
-            "the processes have different numbers of (metadata, label) columns: "
-            f"{', '.join(map(str, widths))}."
-        )
     return functools.reduce(Moments.merge, shares)
 
 
