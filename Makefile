@@ -14,12 +14,11 @@ demo: $(VENV)/.demo ## See it work: the synthetic experiment in a few minutes, r
 
 audit: $(VENV)/.audit ## See what an uncorrected and a corrected network know: results/audit/report.html
 	$(BIN)/mdnorm-experiments synthetic --quick --methods none,mdn-last-running --seeds 1 --out results/audit/networks
-	$(BIN)/mdnorm audit results/audit/networks/features/none-plain-batch200-seed0.safetensors \
-		results/audit/networks/metadata.csv --label group --ignore effect --out results/audit \
-		--after results/audit/networks/features/mdn-last-running-plain-batch200-seed0.safetensors \
+	$(BIN)/mdnorm audit results/audit/networks/metadata.csv --label group --ignore effect --out results/audit \
+		--features uncorrected=results/audit/networks/features/none-plain-batch200-seed0.safetensors \
+		--features corrected=results/audit/networks/features/mdn-last-running-plain-batch200-seed0.safetensors \
 		--prediction prediction_none_batch200 --score score_none_batch200 \
-		--prediction-after prediction_mdn-last-running_batch200 --score-after score_mdn-last-running_batch200 \
-		--name "the uncorrected network" --name "the network with Metadata Normalization"
+		--prediction prediction_mdn-last-running_batch200 --score score_mdn-last-running_batch200
 
 test: lint types unit ## Run everything that CI runs
 

@@ -321,8 +321,10 @@ def gather_objects(item: T, group: ProcessGroup) -> list[T]:
     return items
 
 
-def gather_or_raise(item: T, error: Exception | None, group: ProcessGroup) -> list[T]:
-    """Gather objects; where some process failed, raise on all, so that none waits for it.
+def gather_results(work: Callable[[], T], group: ProcessGroup, empty: type[Exception]) -> list[T | None]:
+    """Return what the work gives on each process, None where it raises `empty`.
+
+    Where it fails on some process, raise on all, so that none waits for it.
 
     Raises
     ------
@@ -331,9 +333,17 @@ def gather_or_raise(item: T, error: Exception | None, group: ProcessGroup) -> li
     RuntimeError
         The error of another process.
     """
-    answers = gather_objects((item, None if error is None else f"{type(error).__name__}: {error}"), group)
-    if error is not None:
-        raise error
+    result: T | None = None
+    failure: Exception | None = None
+    try:
+        result = work()
+    except empty:
+        pass
+    except Exception as error:
+        failure = error
+    answers = gather_objects((result, failure and f"{type(failure).__name__}: {failure}"), group)
+    if failure is not None:
+        raise failure
     for rank, (_, message) in enumerate(answers):
         if message is not None:
             raise RuntimeError(f"process {rank} of the group failed: {message}")

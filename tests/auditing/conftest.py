@@ -10,13 +10,10 @@ import mdnorm
 def report():
     before, after, metadata = example()
     return mdnorm.audit(
-        before,
+        {"the old network": before, "the new network": after},
         metadata,
         "diagnosis",
-        after=after,
-        predictions="predicted",
-        predictions_after="predicted later",
+        predictions={"the old network": "predicted", "the new network": "predicted later"},
         positive="ill",
-        names=("the old network", "the new network"),
         settings=QUICK,
     )

@@ -10,8 +10,9 @@ from audit_example import QUICK, QUICKEST, example
 
 import mdnorm
 from mdnorm.auditing import InputError, Settings
-from mdnorm.auditing.run import number_of_steps
 from mdnorm.metrics import cka, distance_correlation_sqr
+
+OLD, NEW = "the old network", "the new network"
 
 
 def column_of(report, name):
@@ -32,17 +33,17 @@ def test_what_was_put_in_is_found_and_what_was_not_is_not(report):
     assert [column.name for column in report.columns] == ["site", "age", "shoe size", "diagnosis"]
     for name in ("site", "age"):
         column = column_of(report, name)
-        before, after = column.representations["before"], column.representations["after"]
+        before, after = column.representations[OLD], column.representations[NEW]
         assert before.dependence_within.low > 0.1
         assert before.dependence_within.p_value < 0.001
         assert after.dependence_within.p_value > 0.01
         assert before.probes_within["linear"].p_value == 1 / 101
-        assert next(f for f in report.findings if f.column == name and f.key == "before").level == "strong"
+        assert next(f for f in report.findings if f.column == name and f.key == OLD).level == "strong"
         assert before.probes_within["linear"].share > 0.6
-        assert after.best_probe_within[1].share < 0.2
-    shoe = column_of(report, "shoe size").representations["before"]
+        assert after.shown_probe.share < 0.2
+    shoe = column_of(report, "shoe size").representations[OLD]
     assert abs(shoe.dependence.value) < 0.03
-    assert shoe.best_probe[1].value < 0.1
+    assert max(probe.value for probe in shoe.probes.values()) < 0.1
     assert level_of(report, "shoe size") == "none"
     assert "shoe size was found neither before nor after" in str(report)
     # Of 240 rows the intervals leave room for more than the limits.
@@ -56,7 +57,7 @@ def test_numbers_are_those_of_the_metrics(report):
     before, after = standardized(raw_before), standardized(raw_after)
     site = (metadata["site"] == "a").astype(float)
     measured = column_of(report, "site").representations
-    for key, features in (("before", before), ("after", after)):
+    for key, features in ((OLD, before), (NEW, after)):
         assert measured[key].dependence.value == pytest.approx(
             distance_correlation_sqr(features, site), abs=1e-9
         )
@@ -79,7 +80,7 @@ def test_numbers_are_those_of_the_metrics(report):
 
 def test_group_gaps_of_the_predictions(report):
     _, _, metadata = example()
-    gaps = column_of(report, "site").representations["before"].group_gaps
+    gaps = column_of(report, "site").representations[OLD].group_gaps
     assert gaps.positive == "ill"
     for group in gaps.groups:
         inside = metadata["site"] == group.group
@@ -88,23 +89,20 @@ def test_group_gaps_of_the_predictions(report):
         ill = metadata["diagnosis"][inside] == "ill"
         found = (metadata["predicted"][inside] == "ill")[ill].mean()
         assert group.rates["true_positive_rate"].value == pytest.approx(found)
-    ages = column_of(report, "age").representations["before"].group_gaps
+    ages = column_of(report, "age").representations[OLD].group_gaps
     assert len(ages.groups) == 4
-    assert column_of(report, "diagnosis").representations["before"].group_gaps is None
+    assert column_of(report, "diagnosis").representations[OLD].group_gaps is None
     assert level_of(report, "site", "gap") == "strong"
 
 
 def test_the_same_seed_gives_the_same_report(report):
     before, after, metadata = example()
     again = mdnorm.audit(
-        torch.from_numpy(before),
+        {OLD: torch.from_numpy(before), NEW: after},
         pd.DataFrame(metadata),
         "diagnosis",
-        after=after,
-        predictions="predicted",
-        predictions_after="predicted later",
+        predictions={OLD: "predicted", NEW: "predicted later"},
         positive="ill",
-        names=("the old network", "the new network"),
         settings=QUICK,
     )
     first, second = report.to_dict(), again.to_dict()
@@ -118,15 +116,17 @@ def test_a_bar_counts_the_steps_on_a_terminal(progress, monkeypatch, capsys):
     before, _, metadata = example()
     mdnorm.audit(before, {"age": metadata["age"]}, settings=QUICK, progress=progress)
     shown = capsys.readouterr().err
-    assert (f"0/{number_of_steps(1, 1)}" in shown) is progress
+    assert ("0/4" in shown) is progress
     assert progress or shown == ""
 
 
 def test_without_labels_and_without_after():
     before, _, metadata = example()
     steps = []
-    report = mdnorm.audit(before, {"age": metadata["age"]}, settings=QUICK, progress=steps.append)
-    assert len(steps) == number_of_steps(1, 1)
+    report = mdnorm.audit(
+        before, {"age": metadata["age"]}, settings=QUICK, progress=lambda *step: steps.append(step)
+    )
+    assert [step[1:] for step in steps] == [(done, 4) for done in range(4)]
     assert report.label is None
     assert report.similarity is None
     assert [finding.topic for finding in report.findings] == ["dependence"]
@@ -225,8 +225,8 @@ def test_subjects_stay_together():
     features = centre[subject] + rng.standard_normal((240, 30))
     leaky = mdnorm.audit(features, {"age": age[subject]}, settings=QUICKEST)
     kept = mdnorm.audit(features, {"age": age[subject]}, subjects=subject, settings=QUICKEST)
-    assert leaky.columns[0].representations["before"].best_probe[1].value > 0.5
-    assert kept.columns[0].representations["before"].best_probe[1].value < 0.2
+    assert leaky.columns[0].representations["before"].shown_probe.value > 0.5
+    assert kept.columns[0].representations["before"].shown_probe.value < 0.2
 
 
 def test_distance_correlations_are_of_one_row_of_each_subject():
@@ -339,7 +339,7 @@ def test_feature_maps_are_flattened():
         ({"held_out": "site"}, "held_out must say true or false for each row, got 'a', 'b'"),
         ({"held_out": np.arange(240) < 5}, "only 5 held-out rows are left of 240"),
         ({"features": {}}, "a mapping without treatments"),
-        ({"features": {"raw": np.ones((240, 2))}, "names": ("a", "b")}, "after and names: leave them out"),
+        ({"features": {"raw": np.ones((240, 2))}, "after": np.ones((240, 2))}, "leaves nothing for after"),
         (
             {"predictions": {"raw": "predicted"}},
             "has 'raw', but there are no such features; there are 'before'",
@@ -354,10 +354,10 @@ def test_feature_maps_are_flattened():
         ({"predictions": "predicted", "scores": np.full(240, np.nan)}, "some are NaN or infinite"),
         ({"predictions": "predicted", "scores": "predicted later"}, "scores must be numbers: could not"),
         ({"scores": np.full(240, 0.5)}, "scores are used beside predictions: give those of 'before' too"),
-        ({"predictions_after": "predicted later"}, "predictions_after needs the features after"),
+        ({"predictions": {"after": "predicted later"}}, "has 'after', but there are no such features"),
         ({"predictions": "predicted", "positive": "sick"}, "positive='sick' is not one of the labels"),
         ({"subjects": np.zeros(3)}, r"subjects must have shape \(240,\)"),
-        ({"max_rows": 3}, "max_rows must be a whole number of at least 20"),
+        ({"max_rows": 3}, "max_rows must be at least 20, got 3"),
         ({"max_rows": True}, "max_rows"),
     ],
 )

@@ -34,8 +34,8 @@ def test_the_files_of_a_report(report, tmp_path):
     assert content["verdicts"]["shoe size"]["level"] == "open"
     assert "not found above R² 0.20" in content["verdicts"]["shoe size"]["words"]
     assert [column["name"] for column in content["columns"]] == ["site", "age", "shoe size", "diagnosis"]
-    value = content["columns"][0]["representations"]["before"]["dependence_within"]["value"]
-    assert value == report.columns[0].representations["before"].dependence_within.value
+    value = content["columns"][0]["representations"]["the old network"]["dependence_within"]["value"]
+    assert value == report.columns[0].representations["the old network"].dependence_within.value
     report.save(page.parent)
 
 

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 import torch
 
-from mdnorm.auditing.columns import as_classes, as_column, as_columns, intersection, stand_ins
+from mdnorm.auditing.columns import as_column, as_columns, intersection, stand_ins
 from mdnorm.auditing.reading import InputError
 
 N = 60
@@ -160,11 +160,11 @@ def test_columns_that_were_read_before_stay_as_they_are():
 
 def test_classes_have_one_name_however_they_are_stored():
     for values in ([1, 0, 2], [1.0, 0.0, 2.0], ["1", "0", "2"], torch.tensor([1, 0, 2])):
-        assert as_classes(values, "predictions").tolist() == ["1", "0", "2"]
-    assert as_classes([1, 1], "predictions").tolist() == ["1", "1"]
-    assert as_classes([1.5, None], "predictions").tolist() == ["1.5", ""]
-    with pytest.raises(InputError, match=r"predictions must have shape \(n,\), got \(1, 2\)"):
-        as_classes([[1, 2]], "predictions")
+        assert as_column("predictions", values, "categorical").values.tolist() == ["1", "0", "2"]
+    assert as_column("predictions", [1, 1], "categorical").values.tolist() == ["1", "1"]
+    assert as_column("predictions", [1.5, None], "categorical").values.tolist() == ["1.5", ""]
+    with pytest.raises(InputError, match=r"'predictions' must have shape \(n,\), got \(1, 2\)"):
+        as_column("predictions", [[1, 2]], "categorical")
 
 
 @pytest.mark.parametrize("library", [pd.Series, pl.Series])

@@ -233,7 +233,7 @@ def test_a_continuous_label_is_taken_into_account():
     part = report.columns[0].representations["before"]
     assert part.dependence.value > 0.5
     assert part.dependence_within.value < 0.03
-    assert part.best_probe_within[1].value < 0.05
+    assert part.shown_probe.value < 0.05
 
 
 def test_few_permutations_cannot_decide():

@@ -45,13 +45,12 @@ def test_from_files_to_report(files):
     result = quick(
         files,
         *("--label", "diagnosis", "--after", files / "after.npy", "--prediction", "predicted"),
-        *("--name", "raw features", "--name", "clean features"),
     )
     assert result.exit_code == 0, result.output
     assert "participant: identifier (120 distinct values in 120 rows" in result.stderr
     assert "site: categorical (" in result.stderr
     assert "age: continuous (" in result.stderr
-    assert "site is found in “raw features” given diagnosis: " in result.stdout
+    assert "site is found in the features before given diagnosis: " in result.stdout
     assert "chance 33 %" in result.stdout
     assert "cannot be decided" in result.stdout
     assert "participant was left out" in result.stdout
@@ -113,7 +112,7 @@ def test_json_and_options(files):
         (["--kind", "site"], "--kind 'site': give COLUMN="),
         (["--kind", "site=number"], "must be continuous or categorical"),
         (["--ignore", "sight"], "no metadata column 'sight'"),
-        (["--name", "a", "--name", "b"], "--name was given 2 time(s)"),
+        (["--prediction", "a", "--prediction", "b"], "--prediction was given 2 times, but there are 1 set"),
         (["--prediction", "predicted"], "need the labels"),
         (["--label", "diagnosis", "--prediction", "site"], "which no label is"),
         (["--label", "diagnosis", "--subject", "age"], "12 missing value(s)"),
@@ -187,6 +186,7 @@ def test_several_treatments_with_predictions_of_their_own(files):
         *("--features", f"raw={files / 'before.npy'}", "--features", f"combat={files / 'after.npy'}"),
         files / "metadata.csv",
         *("--label", "diagnosis", "--predictions", files / "predicted.csv", "--prediction", "said"),
+        *("--prediction", "said"),
         *("--ignore", "predicted", "--keep", "age", "--intersect", "site,site", "--permutations", 20),
         *("--out", files / "out", "--json", "--raw", "--project", "my study"),
     )
@@ -199,7 +199,7 @@ def test_several_treatments_with_predictions_of_their_own(files):
     assert by_name["age"]["role"] == "keep"
     assert by_name["site × site"]["kind"] == "categorical"
     assert by_name["site"]["representations"]["raw"]["group_gaps"]["num_rows"] == N
-    assert by_name["site"]["representations"]["combat"]["group_gaps"] is None
+    assert by_name["site"]["representations"]["combat"]["group_gaps"]["num_rows"] == N
 
 
 def test_conditions_decide_the_exit_code(files):
@@ -248,7 +248,6 @@ def test_the_printed_page_has_one_side(files):
         (["--features", "raw"], "give NAME=FILE"),
         (["--features", "raw=a.npy", "--features", "raw=b.npy"], "was given twice"),
         (["--features", "raw=a.npy", "b.npy"], "give METADATA only"),
-        (["--features", "raw=a.npy", "--score-after", "x"], "belong to --after, not to --features"),
         ([], "give FEATURES and METADATA, got 1 file(s)"),
     ],
 )

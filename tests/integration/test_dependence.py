@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mdnorm import MetadataNorm
 from mdnorm.integration.dependence import DependenceRecorder, select
 from mdnorm.metrics.reservoir import TooFewSamplesError, sample_keys
 
@@ -189,64 +188,6 @@ def test_select_from_a_tensor() -> None:
     with pytest.raises(TypeError, match=r"the batch has no entry 0: it is a tensor of shape \(3, 2\)"):
         select(batch, 0, "the batch")
     assert select({0: "zero"}, 0, "the batch") == "zero"
-
-
-# --------------------------------------------------------------------------------------------------------
-# Metadata of the layer
-# --------------------------------------------------------------------------------------------------------
-
-
-class _Net(nn.Module):
-    def __init__(self, *, by_keyword: bool) -> None:
-        super().__init__()
-        self.encoder = nn.Linear(4, 6)
-        self.norm = MetadataNorm(6, 2, 1, estimator="batch")
-        self.by_keyword = by_keyword
-
-    def forward(self, inputs: Tensor, metadata: Any, labels: Any = None) -> Tensor:
-        features = self.encoder(inputs)
-        if self.by_keyword:
-            return self.norm(features, labels=labels, metadata=metadata)
-        return self.norm(features, metadata, labels)
-
-
-@pytest.mark.parametrize("by_keyword", [False, True])
-@pytest.mark.parametrize("within_labels", [False, True])
-def test_metadata_that_the_layer_was_given(by_keyword: bool, within_labels: bool) -> None:
-    inputs, metadata, labels = _data(40)
-    model = _Net(by_keyword=by_keyword)
-    recorder = DependenceRecorder(model, "norm", layer_metadata=True, within_labels=within_labels)
-    outputs = []
-    with recorder:
-        for rows in torch.arange(40).split(15):
-            given = metadata[rows] if rows[0] else metadata[rows].numpy()
-            outputs.append(model(inputs[rows], given, labels[rows]))
-        with pytest.raises(RuntimeError, match="leave update out"):
-            recorder.update(metadata)
-    features = torch.cat(outputs)
-    values = recorder.compute()
-    if not within_labels:
-        assert values["joint"] == pytest.approx(_dcor(features, metadata), abs=TOLERANCE)
-        return
-    for label in range(2):
-        expected = _dcor(features[labels == label], metadata[labels == label])
-        assert values[f"joint/label_{label}"] == pytest.approx(expected, abs=TOLERANCE)
-
-
-def test_labels_that_the_layer_was_not_given() -> None:
-    inputs, metadata, _ = _data(10)
-    model = _Net(by_keyword=False).eval()
-    with (
-        pytest.raises(ValueError, match="within_labels=True, but the layer got none"),
-        DependenceRecorder(model, "norm", layer_metadata=True, within_labels=True),
-    ):
-        model(inputs, metadata)
-    assert not model.norm._forward_hooks
-
-
-def test_only_a_metadata_norm_has_metadata() -> None:
-    with pytest.raises(ValueError, match="needs a MetadataNorm, but the layer '0' is a Linear"):
-        DependenceRecorder(_model(), "0", layer_metadata=True)
 
 
 # --------------------------------------------------------------------------------------------------------

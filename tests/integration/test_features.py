@@ -90,7 +90,7 @@ class TestFeatures:
     def test_errors(self):
         image, age, _ = rows()
         model = make_model()
-        with pytest.raises(ValueError, match=r"no module '0\.metadata_nrm'.* Did you mean '0.metadata_norm'"):
+        with pytest.raises(ValueError, match=r"no module '0\.metadata_nrm'.* did you mean '0.metadata_norm'"):
             features(model, "0.metadata_nrm", [(image, age)])
         with pytest.raises(ValueError, match="no samples"):
             features(model, "0", [])

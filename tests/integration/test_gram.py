@@ -89,16 +89,23 @@ def test_errors():
         fit_gram(MetadataNorm(4, 1, 2, estimator="dataset"), torch.randn(9), torch.randn(9))
 
 
-def test_a_pair_that_is_no_two_batches():
-    """What a design returns, and what a loader's batch is: both are metadata and labels."""
+def test_what_may_be_rows_or_batches_is_refused():
+    """Each form has one meaning; what a design returns is two arguments, or the dict of one batch."""
     table = pd.DataFrame(
         {"age": np.arange(9.0), "site": list("abcabcabc"), "sick": [0, 1, 1, 1, 0, 0, 1, 0, 1]}
     )
     design = Design("age + site", labels="sick").fit(table)
     layer = MetadataNorm(4, 3, 1, estimator="dataset")
     matrices = design.transform(table)
-    want = fit_gram(layer, matrices.metadata, matrices.labels)
-    for data in (matrices, tuple(matrices), list(matrices), dict(matrices._asdict())):
-        gram = fit_gram(layer, data)
-        assert gram.num_rows == 9
-        assert torch.equal(gram.gram, want.gram)
+    want = fit_gram(layer, *matrices)
+    assert want.num_rows == 9
+    for data in (matrices._asdict(), [tuple(matrices)], [matrices]):
+        assert torch.equal(fit_gram(layer, data).gram, want.gram)
+    for data in (matrices, list(matrices), [1.0, 2.0], [np.ones(3)]):
+        with pytest.raises(ValueError, match="which may be rows, metadata and labels, or batches"):
+            fit_gram(layer, data)
+    plain = MetadataNorm(4, 1, estimator="dataset")
+    single = fit_gram(plain, [(torch.arange(4.0),), (torch.arange(5.0),)])
+    assert single.num_rows == 9
+    with pytest.raises(KeyError, match=r"the batch .* has no key 'metadata': its keys are 'age'"):
+        fit_gram(plain, [{"age": torch.arange(4.0)}])

@@ -441,55 +441,14 @@ class TestAgain:
         second = mdnorm.insert(model, ["fc1", "head"], num_metadata=2, window=100)
         assert model.fc1.metadata_norm is layer
         assert len(model.fc1._forward_hooks) == 1
-        assert [(row.name, row.is_new) for row in second] == [("fc1", False), ("head", True)]
-        assert [row.is_new for row in first] == [True, False]
+        assert [row.name for row in second] == [row.name for row in first] == ["fc1", "head"]
 
-    def test_an_estimator_is_compared_by_its_settings_and_each_layer_has_its_own(self):
+    def test_each_layer_has_an_estimator_of_its_own(self):
         model, sizes = Net(), {"num_metadata": 2, "example": data(3)[0]}
+        own = functools.partial(LeastSquares, window=100)
         for _ in range(2):
-            own = functools.partial(LeastSquares, window=100)
             mdnorm.insert(model, ["fc1", "head"], estimator=own, **sizes)
         assert model.fc1.metadata_norm.estimator is not model.head.metadata_norm.estimator
-        assert not any(row.is_new for row in mdnorm.insert(model, "fc1", window=100, **sizes))
-        with pytest.raises(ValueError, match=r"other options \(window=100 instead of 200\)"):
-            mdnorm.insert(model, ["fc1"], estimator=functools.partial(LeastSquares, window=200), **sizes)
-
-    def test_every_setting_of_an_estimator_counts(self):
-        class Own(LeastSquares):
-            def __init__(self, *sizes, share, **settings):
-                super().__init__(*sizes, **settings)
-                self.share = share
-
-        model = Net()
-        mdnorm.insert(model, "fc1", estimator=functools.partial(LeastSquares, reduction="sum"))
-        for _ in range(2):
-            mdnorm.insert(model, "head", estimator=Own, share=0.5)
-        with pytest.raises(ValueError, match=r"\(reduction='sum' instead of 'mean'\)"):
-            mdnorm.insert(model, "fc1", estimator=LeastSquares)
-        with pytest.raises(ValueError, match=r"\(share=0.5 instead of 0.25\)"):
-            mdnorm.insert(model, "head", estimator=functools.partial(Own, share=0.25))
-        with pytest.raises(ValueError, match=r"\(estimator=Own instead of 'running'\)"):
-            mdnorm.insert(model, "head")
-
-    @pytest.mark.parametrize("trained", [False, True])
-    def test_a_default_that_is_given_is_the_same_as_one_that_is_left_out(self, trained):
-        model = Net()
-        mdnorm.insert(model, "fc1", window=500)
-        if trained:
-            images, metadata, _ = data()
-            with mdnorm.metadata(model, metadata):
-                model(images)
-        for options in (
-            {},
-            {"estimator": "running"},
-            {"estimator": LeastSquares},
-            {"granularity": "element", "prior": 1, "scale": False, "num_labels": 0},
-            {"process_group": "auto"},
-        ):
-            assert not any(row.is_new for row in mdnorm.insert(model, "fc1", **options)), options
-        for options in ({"estimator": "batch"}, {"scale": True}, {"process_group": "world"}, {"prior": 0}):
-            with pytest.raises(ValueError, match="with other options"):
-                mdnorm.insert(model, "fc1", **options)
 
     def test_other_options_are_an_error_that_leaves_the_model(self):
         model = Net()
@@ -780,16 +739,6 @@ class TestWarnings:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             return function()
-
-    def test_the_last_module_of_containers_at_once(self):
-        model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.ReLU(), nn.Linear(4, 2)))
-        with pytest.warns(UserWarning, match=self.OUTPUT.format("1.1", "Sequential")) as caught:
-            mdnorm.insert(model, "1.1")
-        assert len(caught) == 1
-        self.silent(lambda: self.run(model, torch.randn(5, 3)))
-        mdnorm.remove(model)
-        self.silent(lambda: mdnorm.insert(model, "0"))
-        self.silent(lambda: self.run(model, torch.randn(5, 3)))
 
     @pytest.mark.parametrize("with_example", [True, False])
     @pytest.mark.parametrize(

@@ -152,24 +152,13 @@ def test_early_stopping_and_checkpoints_monitor_it(tmp_path: Path) -> None:
     assert stopping.best_score.item() == pytest.approx(logged.values[0]["dcor2/age"])
 
 
-def test_every_second_epoch_keeps_the_last_value_for_monitors(tmp_path: Path) -> None:
-    logged = _Logged()
-    stopping = lightning.callbacks.EarlyStopping("dcor2/age", patience=10)
-    callback = DependenceCallback("encoder", "age", every_n_epochs=2)
-    _trainer(tmp_path, callback, stopping, logged, max_epochs=5).fit(Model(), _loader(), _loader())
-    values = [one["dcor2/age"] for one in logged.values]
-    assert values[0] == values[1] != values[2] == values[3] != values[4]
-
-
-def test_only_one_of_several_loaders_is_measured(tmp_path: Path) -> None:
-    model = Model()
+def test_only_the_first_of_several_loaders_is_measured(tmp_path: Path) -> None:
+    model, data = Model(), make_data()
     loaders = [_loader(), DataLoader(Data("dict", start=30), batch_size=16)]
-    data = make_data()
-    for index, rows in enumerate((slice(None), slice(30, None))):
-        trainer = _trainer(tmp_path, DependenceCallback("encoder", "age", dataloader_idx=index))
-        trainer.validate(model, loaders, verbose=False)
-        expected = _dcor(model.encoder(data["images"][rows]), data["age"][rows])
-        assert trainer.callback_metrics["dcor2/age"].item() == pytest.approx(expected, abs=1e-5)
+    trainer = _trainer(tmp_path, DependenceCallback("encoder", "age"))
+    trainer.validate(model, loaders, verbose=False)
+    expected = _dcor(model.encoder(data["images"]), data["age"])
+    assert trainer.callback_metrics["dcor2/age"].item() == pytest.approx(expected, abs=1e-5)
 
 
 def test_too_few_samples_are_warned_of(tmp_path: Path) -> None:
@@ -201,7 +190,12 @@ def test_too_few_samples_are_warned_of(tmp_path: Path) -> None:
         ),
         ("dict", {"metadata": lambda batch: 3.0}, ValueError, "one row per sample, got a single number"),
         ("dict", {"metadata": "age", "layer": "unused"}, RuntimeError, "the layer 'unused' did not run"),
-        ("dict", {"metadata": "age", "layer": "head.0"}, ValueError, "no module 'head.0': its modules are"),
+        (
+            "dict",
+            {"metadata": "age", "layer": "head.0"},
+            ValueError,
+            "no module 'head.0': did you mean 'head'",
+        ),
         ("dict", {"metadata": "both", "column_names": ["a"]}, ValueError, r"1 name\(s\) \(a\)"),
     ],
 )
@@ -217,7 +211,7 @@ def test_what_does_not_fit_is_told_at_the_first_batch(
 
 def test_a_wrong_layer_fails_before_training(tmp_path: Path) -> None:
     trainer = _trainer(tmp_path, DependenceCallback("encodr", "age"), num_sanity_val_steps=0)
-    with pytest.raises(ValueError, match="no module 'encodr': its modules are encoder, pair, relu"):
+    with pytest.raises(ValueError, match="no module 'encodr': did you mean 'encoder'"):
         trainer.fit(Model(), _loader(), _loader())
     assert trainer.global_step == 0
 
@@ -226,8 +220,6 @@ def test_a_wrong_layer_fails_before_training(tmp_path: Path) -> None:
     ("settings", "error", "message"),
     [
         ({"metadata": []}, ValueError, "metadata is an empty list"),
-        ({"every_n_epochs": 0}, ValueError, "every_n_epochs must be an integer of at least 1, got 0"),
-        ({"every_n_epochs": 0.5}, ValueError, "every_n_epochs"),
         ({"max_samples": 2}, ValueError, "max_samples must be at least 4"),
         ({"column_names": "age"}, TypeError, "column_names must be a sequence"),
         ({"metadata": ["age", "joint"]}, ValueError, "must not contain 'joint'"),

@@ -66,8 +66,9 @@ def test_insert_takes_the_numbers_of_columns_from_the_design():
     assert layer.estimator.gram.shape == (6, 6)
     assert mdnorm.design_of(model).to_json() == design.to_json()
     # Again, with the same design: nothing new, and one design.
-    assert not any(row.is_new for row in mdnorm.insert(model, "0", design=design))
-    assert [row.name for row in mdnorm.insert(model, "1", design=design) if row.is_new] == ["1"]
+    assert [row.name for row in mdnorm.insert(model, "0", design=design)] == ["0"]
+    assert model[0].metadata_norm is layer
+    assert [row.name for row in mdnorm.insert(model, "1", design=design)] == ["0", "1"]
     assert sum(isinstance(module, AttachedDesign) for module in model.modules()) == 1
 
 

@@ -133,11 +133,9 @@ def test_the_header_says_what_is_where_and_other_programs_read_the_weights(tmp_p
     fresh = mdnorm.load(Network(), path)
     assert fresh.encoder.metadata_norm.estimator.window == math.inf
     # The same options again: nothing new.
-    assert not any(
-        row.is_new for row in mdnorm.insert(
-            fresh, "encoder", design=mdnorm.design_of(model), window=math.inf, prior=2
-        )
-    )  # fmt: skip
+    layer, design = fresh.encoder.metadata_norm, mdnorm.design_of(model)
+    mdnorm.insert(fresh, "encoder", design=design, window=math.inf, prior=2, granularity="element")
+    assert fresh.encoder.metadata_norm is layer
 
 
 class Pair(nn.Module):
@@ -248,7 +246,7 @@ def test_another_device_dtype_and_mode_are_those_of_the_plain_model(tmp_path):
 def test_no_warning_of_insert_is_repeated(tmp_path):
     model = nn.Sequential(nn.Linear(3, 2))
     with pytest.warns(UserWarning, match="is that of the Sequential"):
-        mdnorm.insert(model, "0", num_metadata=1, num_features=2)
+        mdnorm.insert(model, "0", num_metadata=1, example=torch.randn(4, 3))
     mdnorm.save(model, tmp_path / "model")
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -336,15 +336,16 @@ def audit(
         return [data.classes[label] for label in labels.tolist()]
 
     try:
+        titles = "the uncorrected network", METHODS[best].title
         report = auditing.audit(
-            tensors["features"],
+            {title: part["features"] for title, part in zip(titles, (tensors, others), strict=True)},
             metadata,
             named(tensors["labels"]),
-            after=others["features"],
-            predictions=named(tensors["scores"].argmax(1)),
-            predictions_after=named(others["scores"].argmax(1)),
+            predictions={
+                title: named(part["scores"].argmax(1))
+                for title, part in zip(titles, (tensors, others), strict=True)
+            },
             positive=data.classes[-1] if len(data.classes) == 2 else None,
-            names=("the uncorrected network", METHODS[best].title),
             settings=auditing.Settings(num_permutations=100),
         )
     except auditing.InputError as error:

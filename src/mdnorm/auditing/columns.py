@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.auditing.reading import InputError, matching
+from mdnorm.auditing.reading import InputError, as_input_error, matching
 from mdnorm.design.odd_cells import odd_cell
 from mdnorm.design.reader import Column as TableColumn
 from mdnorm.design.reader import read_column, read_table
@@ -19,7 +19,6 @@ from mdnorm.design.roles import stand_ins
 __all__ = [
     "Column",
     "Kind",
-    "as_classes",
     "as_column",
     "as_columns",
     "intersection",
@@ -43,28 +42,16 @@ _LARGEST_EXACT = 2**53
 
 @dataclass(frozen=True)
 class Column:
-    """A column of metadata.
-
-    Attributes
-    ----------
-    name : str
-    kind : {"continuous", "categorical", "constant", "identifier"}
-        The latter two cannot be audited.
-    values : (n,) array
-        float64, NaN where missing, if continuous; otherwise str, "" where missing.
-    present : (n,) array of bool
-        False where the value is missing.
-    note : str
-        What the reader should know about how it was read; may be empty.
-    is_date : bool
-        Whether the values are the seconds since 1970 of dates.
-    """
+    """A column of metadata; one that is constant or an identifier cannot be audited."""
 
     name: str
     kind: Kind
+    # float64, NaN where missing, if continuous; otherwise str, "" where missing.
     values: NDArray[Any]
     present: NDArray[np.bool_]
+    # What the reader should know about how it was read; may be empty.
     note: str = ""
+    # Whether the values are the seconds since 1970 of dates.
     is_date: bool = False
 
     @property
@@ -123,23 +110,10 @@ def printable(name: Any) -> str:
 def as_columns(
     metadata: Any, kinds: Mapping[str, str] | None = None, ignore: Sequence[str] = ()
 ) -> list[Column]:
-    """Return the columns of a table.
+    """Return the columns of a table, of a tensor or array without names, or columns that were read before.
 
-    Parameters
-    ----------
-    metadata : DataFrame, Series, mapping, tensor, array or sequence of Column
-        Of pandas, polars or pyarrow; or names to columns of length n; or (n,) or (n, K) without names; or
-        columns that were read before.
-    kinds : mapping, optional
-        Names to "continuous" or "categorical", where the inferred kind is not what is meant.
-    ignore : sequence of str
-        Names, and patterns such as "voxel_*", to leave out.
-
-    Raises
-    ------
-    InputError
-        A name in `kinds` or `ignore` does not exist, a kind is unknown or given for columns that were read
-        before, columns differ in length, or a column cannot be read as its kind.
+    `kinds` says where the inferred kind is not what is meant, `ignore` has names and patterns ("voxel_*") to
+    leave out. What does not fit is an InputError.
     """
     kinds = dict(kinds or {})
     if isinstance(metadata, (list, tuple)) and all(isinstance(column, Column) for column in metadata):
@@ -147,10 +121,8 @@ def as_columns(
             raise InputError("these metadata columns were read before: give their kinds there.")
         ignored = matching([column.name for column in metadata], ignore, "metadata column")
         return [column for column in metadata if column.name not in ignored]
-    try:
+    with as_input_error():
         table = read_table(metadata, unnamed="metadata ", single="metadata")
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
     matching(list(table), list(kinds), "metadata column")
     ignored = matching(list(table), ignore, "metadata column")
     return [as_column(name, values, kinds.get(name)) for name, values in table.items() if name not in ignored]
@@ -162,33 +134,28 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
     Whole numbers of at most ten distinct values are classes, other numbers continuous; strings and booleans
     are classes. Strings that are nearly all different, and whole numbers that count the rows or are called an
     id, are identifiers. Of dates, the seconds count.
-
-    Parameters
-    ----------
-    name : str
-    values : (n,) array or tensor
-    kind : {"continuous", "categorical"}, optional
-
-    Raises
-    ------
-    InputError
-        The kind is unknown, or the values cannot be read as it.
     """
     name = printable(name)
     if kind is not None and kind not in ("continuous", "categorical"):
         raise InputError(
             f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
         )
-    column = _read(name, values, f"metadata column {name!r}")
+    what = f"metadata column {name!r} must have shape (n,)"
+    if isinstance(values, (list, tuple)) and np.ndim(np.asarray(values, dtype=object)) != 1:
+        raise InputError(f"{what}, got {np.shape(values)}.")
+    try:
+        column = read_column(name, values)
+    except TypeError as error:
+        raise InputError(str(error)) from error
+    except ValueError as error:
+        raise InputError(f"{what}: {error}") from error
     if column.kind == "date" and not column.categorical:
         seconds = np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY)
         numeric = _numeric(name, seconds, kind)
         return replace(numeric, is_date=numeric.kind == "continuous")
     if kind == "continuous" and column.kind in ("string", "boolean"):
-        try:
+        with as_input_error(f"metadata column {name!r} cannot be read as continuous: "):
             numbers = [float(text) if text else np.nan for text in _texts(column).tolist()]
-        except ValueError as error:
-            raise InputError(f"metadata column {name!r} cannot be read as continuous: {error}.") from error
         return _numeric(name, np.array(numbers), kind)
     if column.kind in ("number", "empty") and not (column.categorical or _is_too_long(column)):
         return _numeric(name, column.as_float(), kind)
@@ -199,44 +166,6 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
                 f"{problem}: correct it or make it missing, or give the kind of the column, categorical."
             )
     return _categorical(name, _texts(column), forced=kind is not None)
-
-
-def as_classes(values: Any, name: str) -> NDArray[np.str_]:
-    """Return the classes of rows by the names that `as_column` gives them: 1 and 1.0 are the class "1".
-
-    Parameters
-    ----------
-    values : (n,) array or tensor
-    name : str
-        For the error message.
-
-    Returns
-    -------
-    (n,) array of str
-        "" where missing.
-
-    Raises
-    ------
-    InputError
-        Another shape.
-    """
-    column = _read(name, values, name)
-    if column.kind == "date":
-        return _class_names(np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY))
-    if column.distinct is None and not _is_too_long(column):
-        return _class_names(column.as_float())
-    return _texts(column)
-
-
-def _read(name: str, values: Any, what: str) -> TableColumn:
-    if isinstance(values, (list, tuple)) and np.ndim(np.asarray(values, dtype=object)) != 1:
-        raise InputError(f"{what} must have shape (n,), got {np.shape(values)}.")
-    try:
-        return read_column(name, values)
-    except TypeError as error:
-        raise InputError(str(error)) from error
-    except ValueError as error:
-        raise InputError(f"{what} must have shape (n,): {error}") from error
 
 
 def _is_too_long(column: TableColumn) -> bool:
@@ -260,13 +189,7 @@ def _texts(column: TableColumn) -> NDArray[np.str_]:
 
 
 def intersection(columns: Sequence[Column]) -> Column:
-    """Return the column of all combinations of several: "gender × ethnicity".
-
-    Raises
-    ------
-    InputError
-        A column is continuous; fewer than two are given.
-    """
+    """Return the column of all combinations of several categorical ones: "gender × ethnicity"."""
     name = " × ".join(column.name for column in columns)
     if len(columns) < 2:
         raise InputError(f"an intersection needs two columns at least, got {name!r}.")
@@ -304,7 +227,8 @@ def _numeric(name: str, values: NDArray[np.float64], kind: str | None) -> Column
     values = np.where(present, values, np.nan)
     distinct = np.unique(values[present])
     if len(distinct) < 2:
-        return Column(name, "constant", values, present, _constant_note(distinct))
+        shown = _class_names(values) if kind == "categorical" else values
+        return Column(name, "constant", shown, present, _constant_note(distinct))
     whole = bool(np.all(distinct == np.round(distinct)))
     if kind is None and whole and _counts_rows(name, distinct, int(present.sum())):
         note = "every row has a number of its own, like a row number or an id: not audited."

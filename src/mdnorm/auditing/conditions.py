@@ -105,23 +105,21 @@ def check(report: Report, conditions: Iterable[Condition]) -> list[Outcome]:
 
 
 def _outcome(condition: Condition, column: ColumnAudit, title: str, part: Representation) -> Outcome:
-    value, high = _value(condition.measure, part)
-    what = f"{column.name}: {condition.measure} in {title}"
-    if value is None:
-        return Outcome(f"{what} was not measured, so that > {condition.limit:g} cannot be decided.", None)
-    text = f"{what} is {value:.3f} (at most {high:.3f})"
-    if value > condition.limit:
-        return Outcome(f"{text}, above {condition.limit:g}.", failed=True)
-    if high > condition.limit:
-        return Outcome(f"{text}: whether it is above {condition.limit:g} cannot be decided.", None)
-    return Outcome(f"{text}, not above {condition.limit:g}.", failed=False)
-
-
-def _value(measure: str, part: Representation) -> tuple[float | None, float]:
-    """Return the value and its upper limit."""
+    measure, limit = condition.measure, f"{condition.limit:g}"
+    what = f"{column.name}: {measure} in {title}"
     if measure == "gap":
         gaps = [] if part.group_gaps is None else list(comparable(part.group_gaps).values())
-        return max((gap.value for gap in gaps), default=None), max((gap.bound for gap in gaps), default=1.0)
-    shown = part.shown_dependence if measure == "dcor2" else part.shown_probe
-    high = 1.0 if shown.high is None else shown.high
-    return (shown.share, shown.as_share(high)) if measure == "share" else (shown.value, high)
+        if not gaps:
+            return Outcome(f"{what} was not measured, so that > {limit} cannot be decided.", None)
+        value, high = max(gap.value for gap in gaps), max(gap.bound for gap in gaps)
+    else:
+        shown = part.shown_dependence if measure == "dcor2" else part.shown_probe
+        value, high = shown.value, 1.0 if shown.high is None else shown.high
+        if measure == "share":
+            value, high = shown.as_share(value), shown.as_share(high)
+    text = f"{what} is {value:.3f} (at most {high:.3f})"
+    if value > condition.limit:
+        return Outcome(f"{text}, above {limit}.", failed=True)
+    if high > condition.limit:
+        return Outcome(f"{text}: whether it is above {limit} cannot be decided.", None)
+    return Outcome(f"{text}, not above {limit}.", failed=False)

@@ -40,17 +40,7 @@ def all_figures(
 ) -> dict[str, Figure]:
     """Return the figures by the names of their files: the overview, and a projection for each column.
 
-    Parameters
-    ----------
-    columns : sequence of ColumnAudit
-    values : sequence of Column
-        The same columns as they were read.
-    sets : mapping
-        Names to sets of features.
-    label : str or None
-        Name of the label.
-    projected : mapping
-        Names of treatments to their title and projection.
+    `values` are the same columns as they were read, `projected` the title and projection of each treatment.
     """
     figures = {}
     first = overview(columns, sets, label)

@@ -44,24 +44,23 @@ def p_text(value: float | None) -> str:
     return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
 
+def _digits(measure: Measure, value: float) -> str:
+    if measure.name == "balanced accuracy":
+        return f"{100 * value:.0f}"
+    return number(value, 3 if measure.name == "dcor²" else 2)
+
+
 def _text(measure: Measure, value: float) -> str:
     """Return a value of this measure: "R² 0.62", "97 %", "dcor² 0.41"."""
-    if measure.name == "balanced accuracy":
-        return percent(value)
-    return f"{measure.name} {number(value, 3 if measure.name == 'dcor²' else 2)}"
+    is_share = measure.name == "balanced accuracy"
+    return percent(value) if is_share else f"{measure.name} {_digits(measure, value)}"
 
 
 def describe(measure: Measure) -> str:
     """Return a measure with its interval: "R² 0.62 [0.55, 0.69]", "97 % [94, 99], chance 33 %"."""
     text = _text(measure, measure.value)
     if measure.low is not None and measure.high is not None:
-        if measure.name == "balanced accuracy":
-            limits = (f"{100 * limit:.0f}" for limit in (measure.low, measure.high))
-        else:
-            limits = (
-                number(limit, 3 if measure.name == "dcor²" else 2) for limit in (measure.low, measure.high)
-            )
-        text += f" [{', '.join(limits)}]"
+        text += f" [{_digits(measure, measure.low)}, {_digits(measure, measure.high)}]"
     return text + (f", chance {percent(measure.chance)}" if measure.chance else "")
 
 
@@ -73,18 +72,7 @@ def worst(levels: Iterable[str]) -> str:
 def find(
     columns: Sequence[ColumnAudit], sets: Mapping[str, FeatureSet], label: str | None, settings: Settings
 ) -> list[Finding]:
-    """Return a verdict on every column and set of features, from harm to none.
-
-    Parameters
-    ----------
-    columns : sequence of ColumnAudit
-    sets : mapping
-        Names to sets of features.
-    label : str or None
-        Name of the label.
-    settings : Settings
-        How it was measured, and the limits of the verdicts.
-    """
+    """Return a verdict on every column and set of features, from harm to none."""
     judge = _Judge(columns, sets, label, settings)
     by_column = {column.name: list(judge.findings(column)) for column in columns}
     # Sorting keeps the order of equal ones: the label, and what is meant to stay, come last.

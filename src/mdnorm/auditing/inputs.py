@@ -12,15 +12,15 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mdnorm.auditing.columns import Column, as_classes, as_column, as_columns, printable
-from mdnorm.auditing.reading import InputError
+from mdnorm.auditing.columns import Column, as_column, as_columns, printable
+from mdnorm.auditing.reading import InputError, as_input_error
 from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.design.leakage import is_discrete
 from mdnorm.design.roles import stand_ins
-from mdnorm.design.row_order import check_same_order
+from mdnorm.metrics.checks import check_integer
 from mdnorm.text import listed
 
-__all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment", "check_order"]
+__all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment"]
 
 # A feature whose spread is more than this many times that of another is measured in another unit.
 _MIXED_UNITS = 100.0
@@ -33,19 +33,11 @@ _TRUTH = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no"
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model predicted, for the rows of the audit.
+    """What a model predicted, for the rows of the audit."""
 
-    Attributes
-    ----------
-    classes : (n,) array
-        Predicted classes, as text; predicted numbers where the label is continuous.
-    scores : (n,) array or None
-        Predicted probability of the positive class.
-    positive : str or None
-        Which class is the positive one.
-    """
-
+    # Predicted classes, as text; predicted numbers where the label is continuous.
     classes: NDArray[Any]
+    # Predicted probabilities of the positive class.
     scores: NDArray[np.float64] | None = None
     positive: str | None = None
 
@@ -57,25 +49,12 @@ class Predictions:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What is audited: all of n rows.
+    """What is audited: by the names of treatments features, titles and predictions, all of n rows."""
 
-    Attributes
-    ----------
-    features : mapping
-        Names of treatments to features: (n, …) as given, (n, p) float64 once `aligned`.
-    titles : mapping
-        What the reader calls the treatments.
-    columns : sequence of Column
-        The metadata to look at, without the label and the columns that are other arguments.
-    label : Column or None
-    predictions : mapping
-        Names of treatments to what was predicted from them.
-    subjects : (n,) array or None
-    held_out : (n,) array of bool or None
-    """
-
+    # (n, …) as given, (n, p) float64 once `aligned`.
     features: Mapping[str, NDArray[Any]]
     titles: Mapping[str, str]
+    # Without the label and the columns that are other arguments.
     columns: Sequence[Column]
     label: Column | None
     predictions: Mapping[str, Predictions]
@@ -100,26 +79,23 @@ class Inputs:
 # --------------------------------------------------------------------------------------------------------
 
 
-def as_treatments(
-    features: Any, after: Any, names: tuple[str, str] | None
-) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
+def as_treatments(features: Any, after: Any) -> tuple[dict[str, NDArray[Any]], dict[str, str]]:
     """Return the features and the title of every treatment, by its name."""
     if isinstance(features, Mapping):
-        if after is not None or names is not None:
+        if after is not None:
             raise InputError(
-                "features is a mapping of names to treatments, which leaves nothing for after and names: "
-                "leave them out."
+                "features is a mapping of names to treatments, which leaves nothing for after: put these "
+                "features into it."
             )
         if not features:
             raise InputError("features is a mapping without treatments: give one at least.")
         given = {str(name): _as_features(values, f"features[{name!r}]") for name, values in features.items()}
         return given, {name: printable(name) for name in given}
     given = {"before": _as_features(features, "features")}
-    titles = ["these features"]
-    if after is not None:
-        given["after"] = _as_features(after, "after")
-        titles = ["the features before", "the features after"]
-    return given, dict(zip(given, map(printable, names or titles), strict=False))
+    if after is None:
+        return given, {"before": "these features"}
+    given["after"] = _as_features(after, "after")
+    return given, {"before": "the features before", "after": "the features after"}
 
 
 def _as_features(values: Any, name: str) -> NDArray[Any]:
@@ -135,49 +111,20 @@ def _as_features(values: Any, name: str) -> NDArray[Any]:
     return array
 
 
-def by_treatment(
-    what: str, first: Any, second: Any, treatments: Sequence[str], *, several: bool
-) -> dict[str, Any]:
-    """Return the predictions, or the scores, of every treatment that has some.
-
-    Parameters
-    ----------
-    what : str
-        Name of the argument.
-    first, second : object
-        The argument, and that of the same name with ``_after``.
-    treatments : sequence of str
-        Their names.
-    several : bool
-        Whether the treatments came as a mapping of their names.
-    """
-    if several or isinstance(first, Mapping):
-        if second is not None or not (first is None or isinstance(first, Mapping)):
-            raise InputError(
-                f"{what} must be a mapping of the names of the treatments, as features is, without "
-                f"{what}_after."
-            )
-        unknown = [name for name in first or {} if name not in treatments]
-        if unknown:
-            raise InputError(
-                f"{what} has {unknown[0]!r}, but there are no such features; there are {listed(treatments)}."
-            )
-        return dict(first or {})
-    if second is not None and "after" not in treatments:
-        raise InputError(f"{what}_after needs the features after: give after too.")
-    return {name: part for name, part in (("before", first), ("after", second)) if part is not None}
+def by_treatment(what: str, given: Any, treatments: Sequence[str]) -> dict[str, Any]:
+    """Return the predictions, or the scores, of every treatment that has some; without names of the first."""
+    if given is None or not isinstance(given, Mapping):
+        return {} if given is None else {treatments[0]: given}
+    unknown = [name for name in given if name not in treatments]
+    if unknown:
+        raise InputError(
+            f"{what} has {unknown[0]!r}, but there are no such features; there are {listed(treatments)}."
+        )
+    return dict(given)
 
 
 class Metadata:
-    """The metadata columns, and the arguments that may name one of them.
-
-    Parameters
-    ----------
-    metadata, kinds, ignore
-        As for `mdnorm.audit`.
-    features : mapping
-        Names to features, whose number of rows the columns must have.
-    """
+    """The metadata columns, and the arguments that may name one of them."""
 
     def __init__(
         self,
@@ -243,7 +190,7 @@ class Metadata:
 
     def flags(self, held_out: Any) -> NDArray[np.bool_]:
         """Return which rows are held out, from booleans, 0 and 1, or their names."""
-        values = as_classes(self.values(held_out, "held_out"), "held_out")
+        values = _classes(self.values(held_out, "held_out"), "held_out")
         strange = sorted({str(value) for value in values if str(value).lower() not in _TRUTH})
         if strange:
             raise InputError(f"held_out must say true or false for each row, got {listed(strange)}.")
@@ -269,7 +216,7 @@ class Metadata:
                 raise InputError("scores and a positive class are for labels of classes, not for numbers.")
             return Predictions(_finite(values, "predictions"))
         # Read as the labels are, so that 1, 1.0 and "1" of a table mean the same class.
-        names = as_classes(values, "predictions")
+        names = _classes(values, "predictions")
         known = np.unique(label.values[label.present]).tolist()
         strange = sorted(set(names.tolist()) - set(known))
         if strange:
@@ -279,17 +226,19 @@ class Metadata:
         if scores is not None:
             scores = _probabilities(self.values(scores, "scores"))
         if positive is not None:
-            given, positive = positive, str(as_classes([positive], "positive")[0])
+            given, positive = positive, str(_classes([positive], "positive")[0])
             if positive not in known:
                 raise InputError(f"positive={given!r} is not one of the labels.")
         return Predictions(names, scores, positive)
 
 
+def _classes(values: Any, name: str) -> NDArray[np.str_]:
+    return as_column(name, values, "categorical").values
+
+
 def _finite(values: NDArray[Any], name: str) -> NDArray[np.float64]:
-    try:
+    with as_input_error(f"{name} must be numbers: "):
         numbers = np.asarray(values, np.float64)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{name} must be numbers: {error}.") from error
     if not np.isfinite(numbers).all():
         raise InputError(f"{name} must be finite numbers, but some are NaN or infinite.")
     return numbers
@@ -310,25 +259,10 @@ def _probabilities(values: NDArray[Any]) -> NDArray[np.float64]:
 # --------------------------------------------------------------------------------------------------------
 
 
-def check_order(features: Any, **tables: Any) -> None:
-    """Refuse pandas objects of which the same row labels come in another order (InputError)."""
-    treatments = dict(features) if isinstance(features, Mapping) else {"features": features}
-    try:
-        check_same_order(**{**tables, **treatments})
-    except ValueError as error:
-        raise InputError(str(error)) from error
-
-
 def aligned(inputs: Inputs, max_rows: int, settings: Settings) -> tuple[Inputs, list[str]]:
-    """Return the rows in use, at most `max_rows` and all with finite features, and notes for the reader.
-
-    Raises
-    ------
-    InputError
-        Too few rows are left, or all features are constant.
-    """
-    if isinstance(max_rows, bool) or not isinstance(max_rows, int) or max_rows < MIN_ROWS:
-        raise InputError(f"max_rows must be a whole number of at least {MIN_ROWS}, got {max_rows!r}.")
+    """Return the rows in use, at most `max_rows` and all with finite features, and notes for the reader."""
+    with as_input_error():
+        check_integer("max_rows", max_rows, MIN_ROWS)
     notes = []
     num_rows = len(next(iter(inputs.features.values())))
     rows = np.arange(num_rows)

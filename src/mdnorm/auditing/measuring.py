@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES
 from mdnorm.metrics.probes import ProbeScore
 from mdnorm.metrics.rates import combined
 
-__all__ = ["MODELS", "measure", "measure_column"]
+__all__ = ["MODELS", "measure"]
 
 MODELS: tuple[Literal["linear", "nonlinear"], ...] = ("linear", "nonlinear")
 
@@ -54,22 +54,7 @@ def measure(
 ) -> tuple[list[ColumnAudit], list[Column]]:
     """Return the measures of every column and of the label, and the columns that cannot be audited.
 
-    Parameters
-    ----------
-    inputs : Inputs
-        The rows in use.
-    sets : mapping
-        Names to sets of features.
-    keep : collection of str
-        Names of columns that are meant to stay.
-    settings : Settings
-    step : callable
-        Called with what is done next.
-
-    Raises
-    ------
-    InputError
-        The label cannot be used, or no column can be audited.
+    `keep` are names of columns that are meant to stay; `step` is called with what is done next.
     """
     label = inputs.label
     if label is not None:
@@ -82,9 +67,7 @@ def measure(
     for column in [column for column in columns if column.is_auditable] + ([label] if label else []):
         role = "label" if column is label else "keep" if column.name in keep else "remove"
         try:
-            measured.append(
-                measure_column(column, sets, label, inputs.predictions, inputs.subjects, settings, step, role)
-            )
+            measured.append(_measure_column(column, sets, label, inputs, settings, step, role))
         except ValueError as error:
             left_out.append(replace(column, note=f"it cannot be measured: {error}"))
     if all(column.is_label for column in measured):
@@ -106,42 +89,22 @@ def _checked(column: Column) -> Column:
     return column
 
 
-def measure_column(
+def _measure_column(
     column: Column,
     sets: Mapping[str, FeatureSet],
     label: Column | None,
-    predictions: Mapping[str, Predictions],
-    subjects: NDArray[Any] | None,
+    inputs: Inputs,
     settings: Settings,
     step: Callable[[str], None],
-    role: str = "remove",
+    role: str,
 ) -> ColumnAudit:
-    """Measure one column against every set of features, on the rows where it is there.
+    """Measure one column, or the label, against every set of features, on the rows where it is there.
 
-    Parameters
-    ----------
-    column : Column
-        Continuous or categorical.
-    sets : mapping
-        Names to sets of features.
-    label : Column or None
-        `column` itself where the label is looked at.
-    predictions : mapping
-        Names of treatments to what was predicted from them.
-    subjects : (n,) array or None
-        Rows of the same subject are never in training and test folds at once. Distance correlations, whose
-        intervals and tests are for independent rows, are those of one row of each.
-    settings : Settings
-    step : callable
-        Called with what is done next.
-    role : str
-        See `ColumnAudit`.
-
-    Raises
-    ------
-    ValueError
-        The column cannot be measured on these rows; the message says why.
+    Rows of the same subject are never in training and test folds at once. Distance correlations, whose
+    intervals and tests are for independent rows, are those of one row of each. A ValueError says why the
+    column cannot be measured on these rows.
     """
+    subjects = inputs.subjects
     given = None if label is None or role == "label" else label
     present = column.present if given is None else column.present & given.present
     used = np.logical_or.reduce([part.rows for part in sets.values()])
@@ -178,9 +141,9 @@ def measure_column(
             settings,
             notes,
         ).representation(step)
-        if label is None or given is None or part.treatment not in predictions:
+        if label is None or given is None or part.treatment not in inputs.predictions:
             continue
-        predicted, target = predictions[part.treatment].rows(rows), given.rows(rows)
+        predicted, target = inputs.predictions[part.treatment].rows(rows), given.rows(rows)
         if label.kind == "continuous":
             test = _prediction_test(target, predicted, shown, settings)
             measured[key] = replace(measured[key], prediction_test=test)
@@ -239,7 +202,7 @@ class _Measuring:
         # What a continuous label leaves of features and column, for the probes.
         rest: tuple[NDArray[np.float64], Column] | None = None
         if label is None:
-            given = _GivenLabel(whitened=self._dependence(self.whitened, values, single, interval=False))
+            given = _GivenLabel(whitened=self._whitened(values, single))
         elif label.kind == "categorical":
             classes = label.values
             given = self._given_classes(classes, values, single)
@@ -249,8 +212,6 @@ class _Measuring:
             if column.kind == "continuous":
                 rest = left, replace(column, values=left_of_column[:, 0])
             given = self._given_number(label.values, left, left_of_column, single)
-        dependence = self._dependence(self.features, values, single)
-        assert dependence is not None
         probes: dict[str, Measure] = {}
         probes_within: dict[str, Measure] = {}
         for model in MODELS:
@@ -263,7 +224,7 @@ class _Measuring:
                 probes_within[model] = within
             step(f"{column.name}, {model} probe")
         return Representation(
-            dependence,
+            self._dependence(self.features, values, single),
             given.dependence,
             given.by_class,
             given.whitened,
@@ -276,7 +237,8 @@ class _Measuring:
         self, classes: NDArray[np.str_], values: NDArray[np.float64], single: NDArray[np.int64]
     ) -> _GivenLabel:
         """Measure within every class of the label that has enough rows of more than one value."""
-        by_class, whitened = {}, {}
+        by_class: dict[str, Measure] = {}
+        whitened = []
         for name in map(str, np.unique(classes[single])):
             inside = single[classes[single] == name]
             if len(inside) < MIN_ROWS:
@@ -287,8 +249,8 @@ class _Measuring:
                 self.notes.append(f"Within class {name} of the label, {self.column.name} never changes.")
             else:
                 by_class[name] = self._dependence(self.features, values, inside)
-                whitened[name] = self._dependence(self.whitened, values, inside, interval=False)
-        return _GivenLabel(_pooled(by_class), _present(by_class), _pooled(whitened), classes)
+                whitened.append(self._whitened(values, inside))
+        return _GivenLabel(_pooled(by_class.values()), by_class, _pooled(whitened), classes)
 
     def _given_number(
         self,
@@ -303,22 +265,27 @@ class _Measuring:
         whitened = None if self.whitened is None else residuals_given(self.whitened, label)
         return _GivenLabel(
             self._dependence(rest, rest_of_column, single, strata=strata),
-            whitened=self._dependence(whitened, rest_of_column, single, interval=False),
+            whitened=None
+            if whitened is None
+            else self._dependence(whitened, rest_of_column, single, interval=False),
             strata=strata,
         )
 
+    def _whitened(self, values: NDArray[np.float64], rows: NDArray[np.int64]) -> Measure | None:
+        if self.whitened is None:
+            return None
+        return self._dependence(self.whitened, values, rows, interval=False)
+
     def _dependence(
         self,
-        features: NDArray[np.float64] | None,
+        features: NDArray[np.float64],
         values: NDArray[np.float64],
         rows: NDArray[np.int64],
         *,
         strata: NDArray[Any] | None = None,
         interval: bool = True,
-    ) -> Measure | None:
-        """Return dcor² of `rows` of features and values; None without features."""
-        if features is None:
-            return None
+    ) -> Measure:
+        """Return dcor² of `rows` of features and values."""
         features, values, settings = features[rows], values[rows], self.settings
         low = high = None
         if interval:
@@ -367,13 +334,9 @@ def _association_z(
     return float((np.log(np.square(left.T @ right).sum() + tiny) - permuted.mean()) / spread)
 
 
-def _present(parts: Mapping[str, Measure | None]) -> dict[str, Measure]:
-    return {name: part for name, part in parts.items() if part is not None}
-
-
-def _pooled(by_class: Mapping[str, Measure | None]) -> Measure | None:
+def _pooled(by_class: Iterable[Measure | None]) -> Measure | None:
     """Return the mean over classes weighted by rows; classes are independent samples."""
-    measures = list(_present(by_class).values())
+    measures = [part for part in by_class if part is not None]
     if not measures:
         return None
     with requires("audit"):

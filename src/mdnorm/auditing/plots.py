@@ -47,25 +47,13 @@ _RATES = {
 
 @dataclass(frozen=True)
 class Plot:
-    """An interactive figure.
-
-    Attributes
-    ----------
-    identifier : str
-        Identifier of the element that holds it.
-    title, description : str
-        Heading, and the text for readers who do not see it.
-    values : mapping
-        What it shows, as JSON takes it; all texts are escaped for plotly.
-    height : int
-        In pixels.
-    caption : str
-        Below the title.
-    """
+    """An interactive figure: the element that holds it, its texts, and what it shows, as JSON takes it."""
 
     identifier: str
     title: str
+    # For readers who do not see it.
     description: str
+    # All texts in it are escaped for plotly.
     values: Mapping[str, Any]
     height: int
     caption: str = ""
@@ -75,7 +63,8 @@ class Plot:
 # Points with intervals
 # --------------------------------------------------------------------------------------------------------
 
-_Series = dict[str, list[Measure]]
+# Of each set of features the rows with what they show.
+_Series = dict[str, dict[str, Measure]]
 
 
 def overview_plots(
@@ -86,23 +75,15 @@ def overview_plots(
     if not audited:
         return []
     where = f" given {short(label)}" if label else ""
-    names = [column.name for column in audited]
-    dependence = {key: [column.representations[key].shown_dependence for column in audited] for key in sets}
-    probes = {key: [column.representations[key].shown_probe for column in audited] for key in sets}
+    parts = {key: {column.name: column.representations[key] for column in audited} for key in sets}
+    dependence = {
+        key: {name: part.shown_dependence for name, part in found.items()} for key, found in parts.items()
+    }
+    probes = {key: {name: part.shown_probe for name, part in found.items()} for key, found in parts.items()}
+    axis = "share of the way to perfect"
     return [
-        _row_plot(
-            "overview-dependence", f"Dependence{where}", names, dependence, sets, "dcor²", _INDEPENDENT
-        ),
-        _row_plot(
-            "overview-probes",
-            f"Best probe{where}",
-            names,
-            probes,
-            sets,
-            "share of the way to perfect",
-            _CHANCE,
-            as_share=True,
-        ),
+        _row_plot("overview-dependence", f"Dependence{where}", dependence, sets, "dcor²", _INDEPENDENT),
+        _row_plot("overview-probes", f"Best probe{where}", probes, sets, axis, _CHANCE, as_share=True),
     ]
 
 
@@ -114,7 +95,6 @@ def gap_plots(columns: Sequence[ColumnAudit], sets: Mapping[str, FeatureSet]) ->
         ("overview-odds", "Gap in odds between groups", ("equalized_odds", "worst_recall")),
     ):
         series: _Series = {}
-        rows: list[str] = []
         for column in columns:
             found = {
                 key: Measure("gap", gap.value, 0.0, part.group_gaps.num_rows, gap.low, gap.high)
@@ -123,13 +103,12 @@ def gap_plots(columns: Sequence[ColumnAudit], sets: Mapping[str, FeatureSet]) ->
                 for name, gap in comparable(part.group_gaps).items()
                 if name in names
             }
-            if found and (not series or list(found) == list(series)):
-                rows.append(column.name)
+            if not series or list(found) == list(series):
                 for key, measure in found.items():
-                    series.setdefault(key, []).append(measure)
-        if rows:
+                    series.setdefault(key, {})[column.name] = measure
+        if series:
             caption = "With intervals for all groups at once. Dashed: no gap."
-            plots.append(_row_plot(identifier, title, rows, series, sets, "largest sure difference", caption))
+            plots.append(_row_plot(identifier, title, series, sets, "largest sure difference", caption))
     return plots
 
 
@@ -138,45 +117,29 @@ def column_plots(
 ) -> list[Plot]:
     """The dependence, the probes and the groups of one column."""
     parts = column.representations
-    rows = ["all samples"]
-    series: _Series = {key: [part.dependence] for key, part in parts.items()}
-    probe_rows = [_MODEL_NAMES[model] for model in next(iter(parts.values())).probes]
-    probes: _Series = {key: list(part.probes.values()) for key, part in parts.items()}
+    series: _Series = {key: {"all samples": part.dependence} for key, part in parts.items()}
+    probes: _Series = {
+        key: {_MODEL_NAMES[model]: probe for model, probe in part.probes.items()}
+        for key, part in parts.items()
+    }
     if all(part.dependence_within is not None for part in parts.values()):
-        rows.append(f"given {label}")
-        names = [
-            name
-            for name in next(iter(parts.values())).dependence_by_class
-            if all(name in part.dependence_by_class for part in parts.values())
-        ]
-        rows += [f"{label} {name}" for name in names]
+        names = set.intersection(*(set(part.dependence_by_class) for part in parts.values()))
         for key, part in parts.items():
-            series[key] += [part.shown_dependence, *(part.dependence_by_class[name] for name in names)]
+            by_class = {
+                f"{label} {name}": one for name, one in part.dependence_by_class.items() if name in names
+            }
+            series[key] |= {f"given {label}": part.shown_dependence} | by_class
     if all(part.probes_within for part in parts.values()):
-        probe_rows += [f"{_MODEL_NAMES[model]}, given {label}" for model in _MODEL_NAMES]
         for key, part in parts.items():
-            probes[key] += part.probes_within.values()
-    measure = next(iter(probes.values()))[0]
+            probes[key] |= {
+                f"{_MODEL_NAMES[model]}, given {label}": probe for model, probe in part.probes_within.items()
+            }
+    measure = next(iter(next(iter(probes.values())).values()))
+    title, probed = f"Dependence on {column.name}", f"How well {column.name} can be predicted"
+    chance = measure.chance
     return [
-        _row_plot(
-            f"dependence-{position}",
-            f"Dependence on {column.name}",
-            rows,
-            series,
-            sets,
-            "dcor²",
-            _INDEPENDENT,
-        ),
-        _row_plot(
-            f"probes-{position}",
-            f"How well {column.name} can be predicted",
-            probe_rows,
-            probes,
-            sets,
-            measure.name,
-            _CHANCE,
-            reference=measure.chance,
-        ),
+        _row_plot(f"dependence-{position}", title, series, sets, "dcor²", _INDEPENDENT),
+        _row_plot(f"probes-{position}", probed, probes, sets, measure.name, _CHANCE, reference=chance),
         *_group_plots(column, position, sets),
     ]
 
@@ -186,7 +149,7 @@ def _group_plots(column: ColumnAudit, position: int, sets: Mapping[str, FeatureS
     for rate, title in _RATES.items():
         name = title.removesuffix(" by group").lower()
         series: _Series = {}
-        names: list[str] = []
+        caption = "With intervals."
         for key, part in column.representations.items():
             groups = [] if part.group_gaps is None else part.group_gaps.groups
             found = {
@@ -196,32 +159,20 @@ def _group_plots(column: ColumnAudit, position: int, sets: Mapping[str, FeatureS
                 for group in groups
                 if (shown := group.rates.get(rate)) is not None and shown.value is not None
             }
-            names = names or list(found)
-            if found and list(found) == names:
-                series[key] = list(found.values())
+            if found and (not series or list(found) == list(next(iter(series.values())))):
+                series[key] = found
+            if any(group.is_small for group in groups):
+                caption = "With intervals. Groups with a number of rows are too small to be compared."
         if series:
-            plots.append(
-                _row_plot(
-                    f"groups-{rate.replace('_', '-')}-{position}",
-                    title,
-                    names,
-                    series,
-                    sets,
-                    "fraction of the group",
-                    "With intervals. Groups with a number of rows are too small to be compared."
-                    if any(group.is_small for group in groups)
-                    else "With intervals.",
-                    reference=None,
-                )
-            )
+            identifier, axis = f"groups-{rate.replace('_', '-')}-{position}", "fraction of the group"
+            plots.append(_row_plot(identifier, title, series, sets, axis, caption, reference=None))
     return plots
 
 
 def _row_plot(
     identifier: str,
     title: str,
-    rows: Sequence[str],
-    series: Mapping[str, Sequence[Measure]],
+    series: _Series,
     sets: Mapping[str, FeatureSet],
     axis: str,
     caption: str,
@@ -240,21 +191,19 @@ def _row_plot(
     data = [
         {
             "set": places.index(key),
-            "value": [shown(measure, measure.value) for measure in measures],
-            "low": [shown(measure, measure.low) for measure in measures],
-            "high": [shown(measure, measure.high) for measure in measures],
-            "text": [
-                _hover(row, sets[key].full_title, measure)
-                for row, measure in zip(rows, measures, strict=True)
-            ],
+            "value": [shown(measure, measure.value) for measure in found.values()],
+            "low": [shown(measure, measure.low) for measure in found.values()],
+            "high": [shown(measure, measure.high) for measure in found.values()],
+            "text": [_hover(row, sets[key].full_title, measure) for row, measure in found.items()],
         }
-        for key, measures in series.items()
+        for key, found in series.items()
     ]
     spoken = "; ".join(
         f"{sets[key].full_title}, {row}: {number(measure.share if as_share else measure.value, 3)}"
-        for key, measures in series.items()
-        for row, measure in zip(rows, measures, strict=True)
+        for key, found in series.items()
+        for row, measure in found.items()
     )
+    rows = list(next(iter(series.values())))
     values = {
         "rows": ["<br>".join(map(_escaped, textwrap.wrap(short(row, 48), 24))) for row in rows],
         "series": data,

@@ -16,13 +16,12 @@ from mdnorm.design.feature_columns import chosen_features
 from mdnorm.design.files import TABLE_FORMATS, ArrayFile, checked_suffix, open_table, read_table_file
 from mdnorm.design.reader import shown
 from mdnorm.design.roles import TableWarning
-from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["InputError", "matching", "read_features", "read_table"]
+__all__ = ["InputError", "as_input_error", "matching", "read_features", "read_table"]
 
 ARCHIVE_FORMATS = (".npz", ".safetensors")
 FEATURE_FORMATS = (".npy", *ARCHIVE_FORMATS, *TABLE_FORMATS)
@@ -62,7 +61,7 @@ def read_features(
         one array, or columns for one without names.
     """
     path = Path(path)
-    with _as_input_error():
+    with as_input_error():
         suffix = checked_suffix(path, FEATURE_FORMATS, "features")
     if key is not None and suffix not in ARCHIVE_FORMATS:
         raise InputError(f"{path} has no named arrays, so a key ({key!r}) says nothing: leave it out.")
@@ -78,7 +77,7 @@ def read_features(
     elif suffix == ".safetensors":
         values = _read_safetensors(path, key)
     else:
-        with _as_input_error():
+        with as_input_error():
             values = _read_columns(path, columns, missing_values)
     if values.dtype.kind not in "biuf":
         raise InputError(f"{path} holds values of dtype {values.dtype}: features must be real numbers.")
@@ -102,23 +101,26 @@ def read_table(path: str | Path, missing_values: Sequence[str] = ()) -> pyarrow.
         The file is missing, empty, truncated or of another format, two columns have the same name, or a
         column of numbers has an odd cell or decimal commas, which would make it a category.
     """
-    with _as_input_error():
+    with as_input_error():
         return read_table_file(Path(path), missing_values)
 
 
 @contextmanager
-def _as_input_error() -> Iterator[None]:
+def as_input_error(prefix: str = "") -> Iterator[None]:
+    """Turn what a part of mdnorm says about arguments into an InputError."""
     try:
         yield
-    except TableFileError as error:
-        raise InputError(str(error)) from error
+    except InputError:
+        raise
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{prefix}{error}") from error
 
 
 def _read_npy(path: Path) -> NDArray[Any]:
     with path.open("rb") as file:
         if file.read(2) == b"PK":
             raise InputError(f"{path} is an archive, not an array: name it .npz.")
-    with _as_input_error():
+    with as_input_error():
         ArrayFile(path)  # Says what is wrong with a damaged file.
     values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return values

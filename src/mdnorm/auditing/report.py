@@ -8,9 +8,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mdnorm.auditing.columns import Column
 from mdnorm.auditing.findings import describe, number, percent, verdict_of
@@ -21,9 +20,6 @@ from mdnorm.files import write_text_atomically
 from mdnorm.plain import as_plain
 from mdnorm.text import short
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 __all__ = ["Report", "Row"]
 
 SCHEMA_VERSION = 1
@@ -31,25 +27,15 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Row:
-    """One column in the table of verdicts.
-
-    Attributes
-    ----------
-    column : ColumnAudit
-    level : str
-        The worst of its decisive findings.
-    verdicts : tuple of Finding
-        The decisive findings that are verdicts.
-    findings : tuple of Finding
-        All of them.
-    cells : tuple of (title, dcor², whitened dcor², probe)
-        For each set of features, as text.
-    """
+    """One column in the table of verdicts."""
 
     column: ColumnAudit
+    # The worst of its decisive findings.
     level: str
+    # The decisive findings that are verdicts, and all of them.
     verdicts: tuple[Finding, ...]
     findings: tuple[Finding, ...]
+    # Of each set of features title, dcor², whitened dcor² and probe, as text.
     cells: tuple[tuple[str, str, str, str], ...]
 
     @property
@@ -130,15 +116,8 @@ class Report:
                 whitened = "–" if part.whitened is None else number(part.whitened.value, 3)
                 dependence, probe = part.shown_dependence, part.shown_probe
                 cells.append((self.titles[key], describe(dependence), whitened, describe(probe)))
-            rows.append(
-                Row(
-                    column,
-                    verdict_of(findings),
-                    tuple(each for each in findings if each.is_decisive and each.level != "note"),
-                    findings,
-                    tuple(cells),
-                )
-            )
+            verdicts = tuple(each for each in findings if each.is_decisive and each.level != "note")
+            rows.append(Row(column, verdict_of(findings), verdicts, findings, tuple(cells)))
         return rows
 
     def markdown(self) -> str:
@@ -149,31 +128,36 @@ class Report:
 
         lines = ["| column | features | dcor² | best probe | verdict |", "| --- | --- | --- | --- | --- |"]
         for row in self.table():
-            for position, (title, dependence, _, probe) in enumerate(row.cells):
-                name = cell(short(row.column.name)) if position == 0 else ""
-                words = cell(row.words) if position == 0 else ""
-                cells = [name, cell(title), cell(dependence), cell(probe), words]
-                lines.append(f"| {' | '.join(cells)} |")
+            name, words = short(row.column.name), row.words
+            for title, dependence, _, probe in row.cells:
+                lines.append(f"| {' | '.join(map(cell, (name, title, dependence, probe, words)))} |")
+                name = words = ""
         lines += ["", f"{self.facts['rows_used']} rows, {self.facts['date']}. {self.limits}"]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the projections as JSON values; undefined numbers are None."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "facts": as_plain(dict(self.facts)),
-            "label": self.label,
-            "titles": dict(self.titles),
-            "verdicts": {row.column.name: {"level": row.level, "words": row.words} for row in self.table()},
-            "findings": [as_plain(finding) for finding in self.findings],
-            "notes": list(self.notes),
-            "columns": [as_plain(column) for column in self.columns],
-            "left_out": [
-                {"name": column.name, "kind": column.kind, "note": column.note} for column in self.left_out
-            ],
-            "similarity": as_plain(self.similarity),
-            "explained_variance": {key: as_plain(part.shares) for key, part in self.projections.items()},
-        }
+        plain: dict[str, Any] = as_plain(
+            {
+                "schema_version": SCHEMA_VERSION,
+                "facts": self.facts,
+                "label": self.label,
+                "titles": self.titles,
+                "verdicts": {
+                    row.column.name: {"level": row.level, "words": row.words} for row in self.table()
+                },
+                "findings": self.findings,
+                "notes": self.notes,
+                "columns": self.columns,
+                "left_out": [
+                    {"name": column.name, "kind": column.kind, "note": column.note}
+                    for column in self.left_out
+                ],
+                "similarity": self.similarity,
+                "explained_variance": {key: part.shares for key, part in self.projections.items()},
+            }
+        )
+        return plain
 
     def save(self, out: Path | str) -> Path:
         """Write ``report.html``, ``report.json``, then ``figures/`` (PNG and PDF) into a folder.
@@ -220,19 +204,10 @@ class Report:
             jinja2 or plotly is missing.
         """
         with requires("audit"):
-            from jinja2 import Environment, PackageLoader, StrictUndefined
             from plotly.offline import get_plotlyjs
 
             from mdnorm.auditing import plots
 
-        environment = Environment(
-            loader=PackageLoader("mdnorm.auditing"),
-            autoescape=True,
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        environment.filters["short"] = short
         by_name = {column.name: column for column in self.values}
         rows = self.table()
         panels: list[dict[str, Any]] = [
@@ -257,8 +232,8 @@ class Report:
             "colours": plots.COLOURS,
             "class_colours": plots.CLASS_COLOURS,
         }
-        return environment.get_template("audit.html").render(
-            report=self,
+        return self._rendered(
+            "audit.html",
             project=self.facts.get("project"),
             rows=rows,
             overview=overview,
@@ -279,46 +254,22 @@ class Report:
         """Return findings, table and the overview figure for a notebook, without scripts."""
         from mdnorm.auditing import figures
 
-        colours = {
-            "strong": "#b3261e",
-            "weak": "#9a6700",
-            "open": "#57606a",
-            "none": "#1a7f37",
-            "note": "#57606a",
-        }
-        items = "".join(
-            f'<li><b style="color:{colours[finding.level]}">{escape(finding.badge)}</b>: '
-            f"{escape(finding.text)}</li>"
-            for finding in self.findings
-        )
-        notes = "".join(f"<p>{escape(note)}</p>" for note in self.notes)
-        head = "".join(
-            f"<th>{heading}</th>" for heading in ("Column", "Features", "dcor²", "Best probe", "Verdict")
-        )
-        body = "".join(
-            "<tr>"
-            + "".join(
-                f"<td>{escape(cell)}</td>"
-                for cell in (short(row.column.name), title, dependence, probe, row.words)
-            )
-            + "</tr>"
-            for row in self.table()
-            for title, dependence, _, probe in row.cells
-        )
-        image = ""
+        picture = io.BytesIO()
         overview = figures.overview(self.columns, self.sets, self.label)
         if overview is not None:
-            image = (
-                '<img alt="Dependence and best probe of every column" style="max-width:100%;background:white"'
-                f' src="data:image/png;base64,{_png(overview)}">'
-            )
-        return (
-            f"<div><h3>Audit of {self.facts['rows_used']} samples</h3><ul>{items}</ul>{notes}"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>{image}</div>"
+            overview.savefig(picture, format="png", dpi=110)
+        return self._rendered("notebook.html", image=base64.b64encode(picture.getvalue()).decode("ascii"))
+
+    def _rendered(self, template: str, **values: Any) -> str:
+        with requires("audit"):
+            from jinja2 import Environment, PackageLoader, StrictUndefined
+
+        environment = Environment(
+            loader=PackageLoader("mdnorm.auditing"),
+            autoescape=True,
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
         )
-
-
-def _png(figure: Figure) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
+        environment.filters["short"] = short
+        return environment.get_template(template).render(report=self, **values)

@@ -15,35 +15,23 @@ __all__ = ["ColumnAudit", "FeatureSet", "Finding", "Measure", "Projection", "Rep
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """Features of the rows of an audit: one treatment, on all rows or on those of one part.
-
-    Attributes
-    ----------
-    treatment : str
-        Name of the treatment.
-    part : {"", "training rows", "held-out rows"}
-    title : str
-        What the reader calls the treatment.
-    values : (n, p) array
-        Standardised unless the raw ones were asked for.
-    whitened : (n, p) array or None
-        Uncorrelated components of equal variance; None where there are too few rows for them.
-    rows : (n,) array of bool
-        Which rows count.
-    reference : str or None
-        Name of the set to compare with: the first treatment, on the same rows.
-    is_decisive : bool
-        Whether its verdict counts as the verdict on a column: not that of features before a treatment, nor of
-        rows a treatment was fitted on where there are others.
-    """
+    """Features of the rows of an audit: one treatment, on all rows or on those of one part."""
 
     treatment: str
+    # "", "training rows" or "held-out rows".
     part: str
+    # What the reader calls the treatment.
     title: str
+    # (n, p), standardised unless the raw ones were asked for.
     values: NDArray[np.float64] = field(repr=False)
+    # Uncorrelated components of equal variance; None where there are too few rows for them.
     whitened: NDArray[np.float64] | None = field(repr=False)
+    # Which of the n rows count.
     rows: NDArray[np.bool_] = field(repr=False)
+    # The set to compare with: the first treatment, on the same rows.
     reference: str | None = None
+    # Whether its verdict counts: not that of features before a treatment, nor of rows a treatment was fitted
+    # on where there are others.
     is_decisive: bool = True
 
     @property
@@ -60,37 +48,24 @@ class FeatureSet:
 
 @dataclass(frozen=True)
 class Measure:
-    """A number, and what is needed to judge it.
+    """A number, and what is needed to judge it."""
 
-    Attributes
-    ----------
-    name : str
-        "dcor²", "R²", "balanced accuracy".
-    value : float
-    chance : float
-        The expected value where the features know nothing: 0, or 1 / number of classes.
-    num_rows : int
-    low, high : float or None
-        Limits of the interval, where there is one.
-    p_value : float or None
-        p-value of the test against chance; with `explained_by_label`, of the test whether the features know
-        more than the label tells.
-    explained_by_label : float or None
-        The value of features that know of the column only what the label tells.
-    notes : tuple of str
-    tail_p_value : float or None
-        See `mdnorm.metrics.probes.ProbeScore`.
-    """
-
+    # "dcor²", "R²", "balanced accuracy".
     name: str
     value: float
+    # The expected value where the features know nothing: 0, or 1 / number of classes.
     chance: float
     num_rows: int
+    # Limits of the interval, where there is one.
     low: float | None = None
     high: float | None = None
+    # Of the test against chance; with `explained_by_label`, of the test whether the features know more than
+    # the label tells.
     p_value: float | None = None
+    # The value of features that know of the column only what the label tells.
     explained_by_label: float | None = None
     notes: tuple[str, ...] = ()
+    # See `mdnorm.metrics.probes.ProbeScore`.
     tail_p_value: float | None = None
 
     @property
@@ -105,52 +80,27 @@ class Measure:
 
 @dataclass(frozen=True)
 class Representation:
-    """What one set of features knows about one metadata column.
+    """What one set of features knows about one metadata column."""
 
-    Attributes
-    ----------
-    dependence : Measure
-        dcor² over all rows.
-    dependence_within : Measure or None
-        Given the label: mean of dcor² over the label classes, weighted by their rows; of a continuous label,
-        dcor² of what smooth functions of the label leave of features and column.
-    dependence_by_class : mapping
-        Label classes to dcor² within them.
-    whitened : Measure or None
-        `shown_dependence`, but of whitened features, in which all directions count equally.
-    probes, probes_within : mapping
-        "linear", "nonlinear" → the cross-validated score, over all rows and given the label (empty where
-        that cannot be probed).
-    association_z : float
-        Logarithm of the linear association of features and column, in standard deviations from its mean under
-        permutation. Far below 0 it is smaller than chance makes it: the column was removed from these rows.
-    group_gaps : mdnorm.metrics.GroupGaps or None
-        Rates by group of the predictions that belong to the features.
-    prediction_test : Measure or None
-        For predicted numbers: dcor² of prediction and column given the target.
-    """
-
+    # dcor² over all rows.
     dependence: Measure
+    # Given the label: mean of dcor² over the label classes, weighted by their rows; of a continuous label,
+    # dcor² of what smooth functions of the label leave of features and column.
     dependence_within: Measure | None
     dependence_by_class: Mapping[str, Measure]
+    # `shown_dependence`, but of whitened features, in which all directions count equally.
     whitened: Measure | None
+    # The cross-validated score of the "linear" and the "nonlinear" model, over all rows, and given the label
+    # (empty where that cannot be probed).
     probes: Mapping[str, Measure]
     probes_within: Mapping[str, Measure]
+    # Logarithm of the linear association of features and column, in standard deviations from its mean under
+    # permutation. Far below 0 it is smaller than chance makes it: the column was removed from these rows.
     association_z: float
+    # Rates by group of the predictions that belong to the features.
     group_gaps: GroupGaps | None = None
+    # For predicted numbers: dcor² of prediction and column given the target.
     prediction_test: Measure | None = None
-
-    @property
-    def best_probe(self) -> tuple[str, Measure]:
-        """The model and score of the probe that finds most."""
-        return max(self.probes.items(), key=lambda item: item[1].value)
-
-    @property
-    def best_probe_within(self) -> tuple[str, Measure] | None:
-        """As `best_probe`, given the label."""
-        if not self.probes_within:
-            return None
-        return max(self.probes_within.items(), key=lambda item: item[1].value)
 
     @property
     def shown_dependence(self) -> Measure:
@@ -165,35 +115,25 @@ class Representation:
     @property
     def shown_probe(self) -> Measure:
         """The best of `shown_probes`."""
-        return (self.best_probe_within or self.best_probe)[1]
+        return max(self.shown_probes.values(), key=lambda measure: measure.value)
 
 
 @dataclass(frozen=True)
 class ColumnAudit:
-    """One metadata column against every set of features.
-
-    Attributes
-    ----------
-    name, kind, description, note : str
-        As in `mdnorm.auditing.columns.Column`.
-    num_rows, num_missing : int
-        Rows used, and rows without a value, among the rows of the audit.
-    role : {"remove", "keep", "label"}
-        What is meant to happen to it.
-    association_with_label : float or None
-        dcor² of the column and the label: how strongly the data themselves are confounded.
-    representations : mapping
-        Names of sets of features to what they know.
-    """
+    """One metadata column against every set of features; name, kind and note are those of the `Column`."""
 
     name: str
     kind: str
     description: str
     note: str
+    # Rows used, and rows without a value, among the rows of the audit.
     num_rows: int
     num_missing: int
+    # What is meant to happen to it: "remove", "keep" or "label".
     role: str
+    # dcor² of the column and the label: how strongly the data themselves are confounded.
     association_with_label: float | None
+    # By the names of the sets of features.
     representations: Mapping[str, Representation]
 
     @property
@@ -235,20 +175,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Projection:
-    """Two principal components of a set of features.
+    """Two principal components of a set of features."""
 
-    Attributes
-    ----------
-    points : (m, 2) array
-    shares : (2,) sequence of float
-        Shares of the features' variance.
-    rows : (m,) array of int
-        Which rows of the audit they are.
-    is_shared : bool
-        Whether the components are those of all treatments together, so that their axes are the same.
-    """
-
+    # (m, 2), and the shares of the features' variance.
     points: NDArray[np.float64]
     shares: Sequence[float]
+    # (m,), which rows of the audit they are.
     rows: NDArray[np.int64] = field(repr=False)
+    # Whether the axes are those of all treatments together.
     is_shared: bool = False

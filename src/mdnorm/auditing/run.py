@@ -14,16 +14,18 @@ from numpy.typing import NDArray
 
 from mdnorm.auditing.columns import Column, intersection, printable
 from mdnorm.auditing.findings import find
-from mdnorm.auditing.inputs import Inputs, Metadata, aligned, as_treatments, by_treatment, check_order
+from mdnorm.auditing.inputs import Inputs, Metadata, aligned, as_treatments, by_treatment
 from mdnorm.auditing.measuring import MODELS, measure
+from mdnorm.auditing.reading import as_input_error
 from mdnorm.auditing.report import Report
 from mdnorm.auditing.sets import feature_sets, projections_of
 from mdnorm.auditing.settings import Settings
+from mdnorm.design.row_order import check_same_order
 from mdnorm.integration.bars import step_bar
 from mdnorm.metrics import cka
 from mdnorm.version import __version__
 
-__all__ = ["audit", "number_of_steps"]
+__all__ = ["audit"]
 
 _PROJECTED_ROWS = 1000
 
@@ -35,9 +37,7 @@ def audit(
     *,
     after: Any = None,
     predictions: Any = None,
-    predictions_after: Any = None,
     scores: Any = None,
-    scores_after: Any = None,
     positive: Any = None,
     kinds: Mapping[str, str] | None = None,
     ignore: Sequence[str] = (),
@@ -45,12 +45,11 @@ def audit(
     intersect: Sequence[Sequence[str]] = (),
     held_out: Any = None,
     subjects: Any = None,
-    names: tuple[str, str] | None = None,
     max_rows: int = 2000,
     settings: Settings | None = None,
     project: str | None = None,
     facts: Mapping[str, Any] | None = None,
-    progress: bool | Callable[[str], None] = True,
+    progress: bool | Callable[[str, int, int], None] = True,
 ) -> Report:
     """Measure what features know of metadata, and give a verdict on every column.
 
@@ -71,12 +70,12 @@ def audit(
         Name of a metadata column, or the labels themselves: what the features are meant to know.
     after : (n, …) array or tensor, optional
         Features of the same samples after a treatment, or from another model: two treatments.
-    predictions, predictions_after : str or (n,) array, optional
-        What is predicted from `features` and `after` (the name of a metadata column, or the values): classes
-        where the label is of classes, numbers where it is continuous. Of several treatments `predictions` is
-        a mapping of their names.
-    scores, scores_after : str or (n,) array, optional
-        Predicted probabilities of the positive class, for calibration; a mapping as above.
+    predictions : str or (n,) array, or mapping, optional
+        What is predicted from the first features (the name of a metadata column, or the values): classes
+        where the label is of classes, numbers where it is continuous. Or a mapping of the names of treatments
+        to such; those of `features` and `after` are "before" and "after".
+    scores : str or (n,) array, or mapping, optional
+        Predicted probabilities of the positive class, for calibration, in the same form.
     positive : optional
         Which label is the positive one. The larger of two by default.
     kinds : mapping, optional
@@ -93,8 +92,6 @@ def audit(
     subjects : str or (n,) array, optional
         The subject of each row, where subjects have several rows. These stay together in the cross-validation
         and in the intervals of gaps between groups; distance correlations use one row of each subject.
-    names : pair of str, optional
-        What to call the features before and after in the report.
     max_rows : int
         If there are more rows than this, so many are sampled (with the seed), and the report says so.
     settings : Settings, optional
@@ -104,8 +101,8 @@ def audit(
     facts : mapping, optional
         Shown under "How it was made" on the page.
     progress : bool or callable
-        Show a progress bar (on a terminal, where tqdm is installed); or a function that is called with a text
-        before each of the steps that `number_of_steps` counts.
+        Show a progress bar (on a terminal, where tqdm is installed); or a function that is called before each
+        step with what is done next, the number of steps so far, and that of all.
 
     Returns
     -------
@@ -131,11 +128,14 @@ def audit(
     settings = settings or Settings()
 
     # Read.
-    check_order(features, after=after, metadata=metadata, labels=labels, subjects=subjects)
-    given, titles = as_treatments(features, after, names)
-    several = isinstance(features, Mapping)
-    classes = by_treatment("predictions", predictions, predictions_after, list(given), several=several)
-    probabilities = by_treatment("scores", scores, scores_after, list(given), several=several)
+    treatments = dict(features) if isinstance(features, Mapping) else {"features": features}
+    with as_input_error():
+        check_same_order(
+            **{"after": after, "metadata": metadata, "labels": labels, "subjects": subjects} | treatments
+        )
+    given, titles = as_treatments(features, after)
+    classes = by_treatment("predictions", predictions, list(given))
+    probabilities = by_treatment("scores", scores, list(given))
     table = Metadata(metadata, kinds, ignore, given)
     crossed = [intersection([table.named(name, "an intersection") for name in group]) for group in intersect]
     kept = {table.named(name, "what is meant to stay").name for name in keep}
@@ -151,8 +151,8 @@ def audit(
 
     # Measure.
     sets = feature_sets(inputs.features, titles, inputs.held_out, standardize=settings.standardize)
-    count = sum(column.is_auditable for column in (*inputs.columns, inputs.label) if column)
-    with step_bar(number_of_steps(count, len(sets)), "audit", progress) as step:
+    audited = [column for column in (*inputs.columns, inputs.label) if column and column.is_auditable]
+    with step_bar(len(audited) * len(sets) * (1 + len(MODELS)) + 1, "audit", progress) as step:
         measured, left_out = measure(inputs, sets, kept, settings, step)
         step("projection and similarity")
         projections = projections_of(inputs.features, _PROJECTED_ROWS, settings.seed)
@@ -163,8 +163,8 @@ def audit(
     findings = find(measured, sets, label_name, settings)
     order = {name: place for place, name in enumerate(dict.fromkeys(part.column for part in findings))}
     first, *_, last = *given, next(reversed(given))
-    done = {column.name for column in measured}
-    audited = [column for column in (*inputs.columns, inputs.label) if column and column.name in done]
+    names = {column.name for column in measured}
+    audited = [column for column in audited if column.name in names]
     return Report(
         findings=tuple(findings),
         # In the order of their verdicts, the label last.
@@ -187,20 +187,22 @@ def audit(
     )
 
 
-def number_of_steps(num_columns: int, num_representations: int) -> int:
-    """Return how often `audit` reports progress for so many audited columns, the label among them."""
-    return num_columns * num_representations * (1 + len(MODELS)) + 1
-
-
 def _facts(inputs: Inputs, audited: Sequence[Column], settings: Settings) -> dict[str, Any]:
     """Return when, on what and how an audit was made."""
+    import sklearn
+
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "rows_used": len(next(iter(inputs.features.values()))),
         "features": {key: list(values.shape) for key, values in inputs.features.items()},
         "fingerprint": _fingerprint(inputs.features, audited),
         "settings": asdict(settings),
-        "versions": _versions(),
+        "versions": {
+            "mdnorm": __version__,
+            "torch": torch.__version__,
+            "numpy": np.__version__,
+            "scikit-learn": sklearn.__version__,
+        },
     }
 
 
@@ -212,14 +214,3 @@ def _fingerprint(used: Mapping[str, NDArray[np.float64]], columns: Sequence[Colu
     for column in columns:
         digest.update(repr((column.name, column.values.tolist())).encode("utf-8", "backslashreplace"))
     return digest.hexdigest()[:12]
-
-
-def _versions() -> dict[str, str]:
-    import sklearn
-
-    return {
-        "mdnorm": __version__,
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "scikit-learn": sklearn.__version__,
-    }

@@ -26,15 +26,7 @@ def feature_sets(
 ) -> dict[str, FeatureSet]:
     """Return sets of features by name: of each treatment, on fitted and on held-out rows if there are such.
 
-    Parameters
-    ----------
-    features : mapping
-        Names of treatments to features (n, p), finite; the first is what the others are compared with.
-    titles : mapping
-        What the reader calls the treatments.
-    held_out : (n,) array of bool or None
-        Which rows no treatment was fitted on.
-    standardize : bool
+    The first of `features`, (n, p) and finite, is what the others are compared with.
     """
     first = next(iter(features))
     parts = {"": np.ones(len(features[first]), dtype=bool)}

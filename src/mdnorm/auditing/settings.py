@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mdnorm.auditing.reading import InputError
+from mdnorm.auditing.reading import InputError, as_input_error
 from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations
 
 __all__ = ["MIN_ROWS", "Settings"]
@@ -62,13 +62,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         least = {"num_bootstrap": 0, "num_folds": 2, "seed": 0, "min_group_rows": 1}
-        try:
+        with as_input_error():
             check_permutations(self.num_permutations)
             for name, low in least.items():
                 check_integer(name, getattr(self, name), low)
             check_confidence(self.confidence)
-        except (TypeError, ValueError) as error:
-            raise InputError(str(error)) from error
         for name in ("alpha", "max_probe", "max_dcor2", "max_gap"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:

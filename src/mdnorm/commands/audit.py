@@ -13,9 +13,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
-from mdnorm.commands.common import BAD_INPUT, command_line, errors, fail, make_folder, only_writer, output
+from mdnorm.commands.common import (
+    BAD_INPUT,
+    command_line,
+    errors,
+    fail,
+    make_folder,
+    only_writer,
+    output,
+    progress_bar,
+)
 from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
@@ -60,16 +69,16 @@ def audit(
         typer.Option(help="Table with the columns of --prediction and --score, if not METADATA."),
     ] = None,
     prediction: Annotated[
-        str | None,
-        typer.Option(help="Column with what is predicted, for the gaps between groups."),
-    ] = None,
-    prediction_after: Annotated[
-        str | None, typer.Option(help="The same of the model after the treatment.")
+        list[str] | None,
+        typer.Option(
+            help="Column with what is predicted, for the gaps between groups; of several treatments once for "
+            "each, in their order."
+        ),
     ] = None,
     score: Annotated[
-        str | None, typer.Option(help="Column with the predicted probability, for the calibration.")
+        list[str] | None,
+        typer.Option(help="Column with the predicted probability, for the calibration; in the same way."),
     ] = None,
-    score_after: Annotated[str | None, typer.Option(help="The same after the treatment.")] = None,
     positive: Annotated[str | None, typer.Option(help="The positive class. [default: the larger]")] = None,
     missing_values: Annotated[
         list[str] | None,
@@ -92,10 +101,6 @@ def audit(
     subject: Annotated[
         str | None,
         typer.Option(help="Metadata column with the subject of each row, where subjects have several rows."),
-    ] = None,
-    name: Annotated[
-        list[str] | None,
-        typer.Option(help="What to call the features; give it twice with --after."),
     ] = None,
     key: Annotated[
         str | None, typer.Option(help="Name of the array in .npz and .safetensors files. [default: features]")
@@ -137,55 +142,38 @@ def audit(
         from mdnorm import auditing
         from mdnorm.auditing import conditions
         from mdnorm.auditing.columns import as_columns
-        from mdnorm.auditing.run import number_of_steps
 
         browser = _browser() if pdf else None
         demanded = [part for text in fail_on or [] for part in conditions.parse(text)]
         files, metadata = _files(paths, treatments or [], after)
         named = bool(treatments)
-        if named and (prediction_after or score_after):
-            fail("--prediction-after and --score-after belong to --after, not to --features.", BAD_INPUT)
         missing = missing_values or []
         read_files = _read_features(files, key, _listed(columns), missing)
         table = auditing.read_table(metadata, missing)
-        names = _names(name or [], 1 if after is None else 2)
         read = as_columns(table, _kinds(kind or []), ignore or [])
-        foretold = _predicted(
-            predictions,
-            {
-                "predictions": prediction,
-                "predictions_after": prediction_after,
-                "scores": score,
-                "scores_after": score_after,
-            },
-        )
+        foretold = _predicted(predictions, {"prediction": prediction, "score": score}, list(files))
         if not json_output:
             _print_kinds(read)
         make_folder(out)
-        used = [part for part in (*foretold.values(), subject, held_out) if isinstance(part, str)]
-        crossed = [_listed(text) for text in intersect or []]
-        count = sum(column.is_auditable and column.name not in used for column in read) + len(crossed)
-        first = next(iter(files))
         with only_writer(out):
-            total = number_of_steps(count, len(files) * (1 if held_out is None else 2))
-            with _progress_bar() as progress:
-                task = progress.add_task("", total=total)
+            text_column = TextColumn("{task.description}", markup=False)
+            with progress_bar(BarColumn(), TimeElapsedColumn(), text_column) as progress:
+                task = progress.add_task("", total=None)
 
-                def step(text: str) -> None:
-                    progress.update(task, advance=1, description=text)
+                def step(text: str, done: int, total: int) -> None:
+                    progress.update(task, completed=done, total=total, description=text)
 
                 report = auditing.audit(
                     read_files if named else read_files["before"],
                     read,
                     label,
                     after=None if named else read_files.get("after"),
-                    **({key: {first: part} for key, part in foretold.items()} if named else foretold),
+                    **foretold,
                     positive=positive,
                     keep=_listed(keep),
-                    intersect=crossed,
+                    intersect=[_listed(text) for text in intersect or []],
                     held_out=held_out,
                     subjects=subject,
-                    names=names,
                     max_rows=max_rows,
                     settings=auditing.Settings(
                         num_permutations=permutations,
@@ -204,7 +192,6 @@ def audit(
                     },
                     progress=step,
                 )
-                progress.update(task, completed=total, description="done")
             page = report.save(out)
             if browser is not None:
                 _print_to_pdf(browser, page)
@@ -274,20 +261,30 @@ def _files(
     return files, paths[1]
 
 
-def _predicted(path: Path | None, names: dict[str, str | None]) -> dict[str, Any]:
-    """Return what is predicted: names of metadata columns, or columns of a table of their own."""
-    given = {key: name for key, name in names.items() if name is not None}
+def _predicted(
+    path: Path | None, names: dict[str, list[str] | None], treatments: list[str]
+) -> dict[str, Any]:
+    """Return by treatment what is predicted: names of metadata columns, or columns of another table."""
+    for option, given in names.items():
+        if len(given or []) > len(treatments):
+            fail(
+                f"--{option} was given {len(given or [])} times, but there are {len(treatments)} set(s) of "
+                "features.",
+                BAD_INPUT,
+            )
+    found = {f"{key}s": dict(zip(treatments, given, strict=False)) for key, given in names.items() if given}
     if path is None:
-        return given
+        return found
     from mdnorm.auditing.reading import InputError, matching, read_table
 
-    if not given:
+    if not found:
         raise InputError(f"{path} has predictions, but --prediction does not say which column.")
     table = read_table(path)
-    return {
-        key: table.column(matching(table.column_names, [name], f"column in {path}")[0]).to_numpy()
-        for key, name in given.items()
-    }
+
+    def column(name: str) -> Any:
+        return table.column(matching(table.column_names, [name], f"column in {path}")[0]).to_numpy()
+
+    return {key: {name: column(part) for name, part in given.items()} for key, given in found.items()}
 
 
 def _read_features(
@@ -330,25 +327,6 @@ def _kinds(texts: Sequence[str]) -> dict[str, str]:
     return kinds
 
 
-def _names(texts: Sequence[str], count: int) -> tuple[str, str] | None:
-    if not texts:
-        return None
-    if len(texts) != count:
-        fail(f"--name was given {len(texts)} time(s), but there are {count} set(s) of features.", BAD_INPUT)
-    return (texts[0], texts[-1])
-
-
-def _progress_bar() -> Progress:
-    bar: Any = BarColumn()
-    return Progress(
-        bar,
-        TimeElapsedColumn(),
-        TextColumn("{task.description}", markup=False),
-        console=errors,
-        disable=not errors.is_terminal,
-    )
-
-
 def _print_kinds(columns: Sequence[Column]) -> None:
     for column in columns:
         text = column.describe() if column.is_auditable else column.note
@@ -363,12 +341,10 @@ def _print_verdicts(report: Report) -> None:
     for heading in ("column", "verdict", "features", "dcor²", "best probe"):
         table.add_column(heading, overflow="fold")
     for row in report.table():
-        for index, (title, dependence, _, probe) in enumerate(row.cells):
-            name = escape(row.column.name) if index == 0 else ""
-            words = f"[{_COLOURS[row.level]}]{escape(row.words)}[/]" if index == 0 else ""
-            table.add_row(
-                name, words, escape(title), escape(dependence.removeprefix("dcor² ")), escape(probe)
-            )
+        name, words = escape(row.column.name), f"[{_COLOURS[row.level]}]{escape(row.words)}[/]"
+        for title, dependence, _, probe in row.cells:
+            table.add_row(name, words, *map(escape, (title, dependence.removeprefix("dcor² "), probe)))
+            name = words = ""
     console.print(table)
     console.print()
     for finding in report.findings:

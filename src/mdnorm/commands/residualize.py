@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mdnorm.commands.common import BAD_INPUT, INTERRUPTED, errors, fail, make_folder
+from mdnorm.commands.common import BAD_INPUT, INTERRUPTED, errors, fail, make_folder, progress_bar
 from mdnorm.design.reader import shown
 from mdnorm.extras import MissingExtraError
 
@@ -140,9 +140,8 @@ def _share_or_column(text: str | None) -> str | float | None:
 
 @contextmanager
 def _progress_bar() -> Iterator[Any]:
-    bar: Any = BarColumn()
-    columns = (TextColumn("{task.description}"), bar, TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, disable=not errors.is_terminal) as progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with progress_bar(*columns) as progress:
         tasks: dict[str, Any] = {}
 
         def step(stage: str, done: int, total: int | None) -> None:

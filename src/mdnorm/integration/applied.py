@@ -39,8 +39,6 @@ class Insertion:
         selects. None before the first batch.
     num_features : tuple of int, or None
         Shape of the coefficients of one metadata column; None while unknown.
-    is_new : bool
-        Whether this call of `insert` put it there.
     """
 
     name: str
@@ -49,7 +47,6 @@ class Insertion:
     layer: str
     output_shape: tuple[int, ...] | None
     num_features: tuple[int, ...] | None
-    is_new: bool
 
     @property
     def num_values(self) -> int | None:
@@ -69,10 +66,10 @@ class Application:
     replica's.
     """
 
-    def __init__(self, output: Selector | None, sample_dim: int, settings: dict[str, Any]) -> None:
-        self.output = output
-        self.sample_dim = sample_dim
+    def __init__(self, settings: dict[str, Any]) -> None:
         self.settings = settings
+        self.output: Selector | None = settings["output"]
+        self.sample_dim: int = settings["sample_dim"]
         self.shape: tuple[int, ...] | None = None
         self.handles: list[Any] = []
 
@@ -84,9 +81,8 @@ class Application:
             self.handles.append(layer.register_forward_pre_hook(self._note))
         else:
             self.handles.append(module.register_forward_hook(self))
-        # The public method for it is younger than the oldest torch that is supported.
-        register: Any = layer._register_load_state_dict_pre_hook
-        self.handles.append(register(_accept_earlier_checkpoints, with_module=True))
+        register: Any = layer.register_load_state_dict_pre_hook
+        self.handles.append(register(_accept_earlier_checkpoints))
         layer.insertion = self
 
     def detach(self, module: nn.Module) -> None:
@@ -138,13 +134,7 @@ def _accept_earlier_checkpoints(layer: nn.Module, state_dict: dict[str, Any], pr
 
 
 def find_features(output: Any, selector: Selector | None, name: str) -> Tensor:
-    """Return the tensor of a module's output that `selector` names, by default the first.
-
-    Raises
-    ------
-    TypeError
-        There is none, or what is selected is no tensor.
-    """
+    """Return the tensor of a module's output that `selector` names, by default the first."""
     found = output
     if selector is not None:
         found = select(output, selector, f"the output of {name!r}")
@@ -168,13 +158,7 @@ def find_features(output: Any, selector: Selector | None, name: str) -> Tensor:
 
 
 def samples_first(features: Tensor, sample_dim: int, name: str) -> Tensor:
-    """Return a module's output with the dimension of the samples as the first.
-
-    Raises
-    ------
-    ValueError
-        It has no such dimension.
-    """
+    """Return a module's output with the dimension of the samples as the first."""
     if not -features.ndim <= sample_dim < features.ndim:
         raise ValueError(
             f"sample_dim={sample_dim}, but the output of {name!r} has shape {tuple(features.shape)}, "
@@ -190,43 +174,30 @@ def _entries(output: Any) -> list[tuple[Any, Any]]:
         return list(output.items())
     if isinstance(output, (tuple, list)):
         return list(enumerate(output))
-    if dataclasses.is_dataclass(output):
-        return [(field.name, getattr(output, field.name)) for field in dataclasses.fields(output)]
-    return []
+    return list(vars(output).items()) if hasattr(output, "__dict__") else []
 
 
 def replaced(output: Any, selector: Selector | None, corrected: Tensor, name: str) -> Any:
-    """Return a copy of the output with one entry replaced; the output itself may be shared."""
+    """Return a copy of the output with another tensor in the place of the selected one."""
+    found = find_features(output, selector, name)
     entries = _entries(output)
-    if selector is None:
-        key = next(key for key, value in entries if isinstance(value, Tensor))
-    elif callable(selector):
-        wanted = selector(output)
-        keys = [key for key, value in entries if value is wanted]
-        if not keys:
-            raise TypeError(
-                f"output= must return one of the entries of the output of {name!r} ({described(output)}), "
-                "not a new tensor or one further inside: the corrected one goes back in its place."
-            )
-        key = keys[0]
-    elif isinstance(selector, int) and not (isinstance(output, Mapping) and selector in output):
-        # The entries of a ModelOutput that are None have no index.
-        present = [key for key, value in entries if value is not None or isinstance(output, (tuple, list))]
-        key = present[selector]
-    else:
-        key = selector
+    new = {key: corrected for key, value in entries if value is found}
+    if not new:
+        raise TypeError(
+            f"output= must return one of the entries of the output of {name!r} ({described(output)}), "
+            "not a new tensor or one further inside: the corrected one goes back in its place."
+        )
     if isinstance(output, tuple):
-        if not isinstance(key, int):
-            return output._replace(**{key: corrected})  # type: ignore[attr-defined]
-        values = [corrected if index == key % len(output) else value for index, value in entries]
+        values = [new.get(key, value) for key, value in entries]
         return type(output)(*values) if hasattr(output, "_fields") else type(output)(values)
     if dataclasses.is_dataclass(output) and not isinstance(output, type):
-        return dataclasses.replace(output, **{key: corrected})
+        return dataclasses.replace(output, **new)
     changed = copy.copy(output)
-    if isinstance(output, (Mapping, list)):
-        changed[key] = corrected
-    else:
-        setattr(changed, key, corrected)
+    for key in new:
+        if isinstance(output, (Mapping, list)):
+            changed[key] = corrected
+        else:
+            setattr(changed, key, corrected)
     return changed
 
 
@@ -260,20 +231,14 @@ def warn_of_output(model: nn.Module, name: str) -> None:
 class FirstPass:
     """Looks at the first forward pass of a model for layers that do not run, or correct what it puts out."""
 
-    def __init__(self) -> None:
-        self.handles: list[Any] = []
+    def __init__(self, model: nn.Module) -> None:
+        self.unwatch(model)
+        self.handles = [
+            model.register_forward_pre_hook(self.begin),
+            model.register_forward_hook(self.end),
+        ]
         self.of_layers: list[Any] = []
         self.outputs: dict[str, list[Tensor]] = {}
-
-    @classmethod
-    def watch(cls, model: nn.Module) -> None:
-        """Have the next forward pass looked at."""
-        cls.unwatch(model)
-        watching = cls()
-        watching.handles = [
-            model.register_forward_pre_hook(watching.begin),
-            model.register_forward_hook(watching.end),
-        ]
 
     @staticmethod
     def unwatch(model: nn.Module) -> None:
@@ -313,9 +278,7 @@ class FirstPass:
                     "corrects nothing.",
                     stacklevel=2,
                 )
-            # Said at once, where the containers told it.
-            is_known = not name or places.ends_sequentials(model, model.get_submodule(name))
-            if not is_known and any(is_in(features, output) for features in outputs):
+            if name and any(is_in(features, output) for features in outputs):
                 warn_of_output(model, name)
 
 
@@ -337,7 +300,5 @@ def inserted(model: nn.Module) -> Iterator[tuple[Insertion, MetadataNorm]]:
         layer, application = found
         name, *others = all_names
         own = f"{name}.{LAYER_NAME}" if name else LAYER_NAME
-        row = Insertion(
-            name, tuple(others), type(module).__name__, own, application.shape, layer.num_features, False
-        )
-        yield row, layer
+        kind = type(module).__name__
+        yield Insertion(name, tuple(others), kind, own, application.shape, layer.num_features), layer

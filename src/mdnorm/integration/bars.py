@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,11 +18,12 @@ def with_bar(loader: Iterable[Any], description: str, progress: bool) -> Iterabl
 
 @contextmanager
 def step_bar(
-    total: int, description: str, progress: bool | Callable[[str], None]
+    total: int, description: str, progress: bool | Callable[[str, int, int], None]
 ) -> Iterator[Callable[[str], None]]:
-    """Give what is called with the name of each step: the function of the user, or what moves a bar."""
+    """Give what is called with the name of each step: it tells the function of the user, or moves a bar."""
     if callable(progress):
-        yield progress
+        done = itertools.count()
+        yield lambda text: progress(text, next(done), total)
         return
     bar = _bar(total, description) if progress else None
     if bar is None:

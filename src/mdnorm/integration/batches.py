@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 
 from mdnorm import context
 from mdnorm.arrays import as_real_tensor, statistics_dtype
+from mdnorm.integration.applied import call_on
 from mdnorm.integration.dependence import Selector, described, select
-from mdnorm.integration.design import AttachedDesign
+from mdnorm.integration.design import designs_in
 from mdnorm.integration.wrapper import WithMetadata
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "Keys",
     "checked_keys",
     "columns_at",
+    "evaluating",
     "given_at",
     "inputs_at",
     "metadata_at",
@@ -40,15 +43,7 @@ _BATCH = "the batch"
 
 
 def checked_keys(keys: Keys | None) -> dict[str, Any] | None:
-    """Return keys without those that are None.
-
-    Raises
-    ------
-    TypeError
-        They are no mapping.
-    ValueError
-        A name that is none of "inputs", "metadata", "labels", "weights" and "mask".
-    """
+    """Return keys without those that are None; raise where they are no mapping, or have an unknown name."""
     if keys is None:
         return None
     if not isinstance(keys, Mapping):
@@ -63,13 +58,7 @@ def checked_keys(keys: Keys | None) -> dict[str, Any] | None:
 
 
 def runner(forward: Forward | None, keys: Keys | None) -> Forward:
-    """Return what runs a model on a batch: the function of the user, or the one that looks for keys.
-
-    Raises
-    ------
-    TypeError, ValueError
-        Both are given, or what `checked_keys` refuses.
-    """
+    """Return what runs a model on a batch: the function of the user, or the one that looks for keys."""
     if forward is not None and keys is not None:
         raise ValueError("keys and forward both say how to run the model: give one of them.")
     return forward or functools.partial(run_on, keys=checked_keys(keys))
@@ -78,19 +67,7 @@ def runner(forward: Forward | None, keys: Keys | None) -> Forward:
 def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = None) -> Any:
     """Run a model on a batch, on its device; its layers get the metadata where it has any.
 
-    Parameters
-    ----------
-    model : nn.Module
-    batch : tuple, list, mapping or tensor
-    keys : mapping, optional
-        What `checked_keys` returned.
-
-    Raises
-    ------
-    KeyError, IndexError
-        No such key or index in the batch.
-    ValueError
-        A batch without metadata for a model that takes them from a context.
+    `keys` are what `checked_keys` returned.
     """
     batch = on_device_of(model, batch)
     wraps = any(isinstance(module, WithMetadata) for module in model.modules())
@@ -102,10 +79,8 @@ def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = Non
         given = given_at(model, batch, keys) if context.slots_of(model) else {}
     elif wraps or is_inserted or not _takes_batch(model, batch):
         inputs, keywords, given = _parts_of(model, batch, wraps)
-    elif isinstance(batch, Mapping):
-        return model(**batch)
     else:
-        return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+        return call_on(model, batch)
     if wraps:
         return model(*inputs, **given, **keywords)
     parameters = _signature(model).parameters
@@ -196,17 +171,8 @@ def _parts_of(
 def split_batch(batch: Any, names: Collection[str]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
     """Return what a model is called with, positional and by name, and what a batch has beside that.
 
-    Parameters
-    ----------
-    batch : tuple, list or mapping
-        (input, metadata) or (input, metadata, labels); or a mapping, of which everything else is input.
-    names : collection of str
-        Keys of a mapping that are not the model's.
-
-    Raises
-    ------
-    ValueError
-        A batch of another form, or without metadata.
+    A batch is (input, metadata), (input, metadata, labels), or a mapping, of which `names` are not the
+    model's; a ValueError says so of any other.
     """
     given: dict[str, Any] = {}
     inputs: tuple[Any, ...] = ()
@@ -233,23 +199,10 @@ def metadata_at(
 ) -> tuple[Any, Any]:
     """Return metadata and labels of a batch: columns, or a table where the model has a design.
 
-    Parameters
-    ----------
-    model : nn.Module
-    batch : object
-    metadata : selector, list of selectors, or None
-        None: the columns of the design.
-    labels : selector or list of selectors, optional
-        The names of all labels of the design: then they are columns of the table, of any kind.
-
-    Raises
-    ------
-    KeyError, IndexError, TypeError
-        What `select` raises.
-    ValueError
-        No metadata are named and the model has no design, or what `columns_at` refuses.
+    Without `metadata` they are the columns of the design. Where `labels` are the names of all labels of the
+    design, they are columns of the table, of any kind.
     """
-    attached = [module for module in model.modules() if isinstance(module, AttachedDesign)]
+    attached = list(designs_in(model).values())
     design = attached[0].parsed() if len(attached) == 1 else None
     columns: list[str] = [] if design is None else design.variables(labels=False)
     if metadata is None:
@@ -294,15 +247,7 @@ def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Tensor:
 
 
 def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:
-    """Return the metadata columns of a batch: (n,) or (n, K) at one selector, (n, K) float64 of a list.
-
-    Raises
-    ------
-    KeyError, IndexError, TypeError
-        What `select` raises, or values that are not numbers.
-    ValueError
-        A single number; in a list, more than one column at a selector, or different numbers of rows.
-    """
+    """Return the metadata columns of a batch: (n,) or (n, K) at one selector, (n, K) float64 of a list."""
     if not isinstance(selector, (list, tuple)):
         metadata = as_real_tensor(select(batch, selector, _BATCH), "metadata")
         if metadata.ndim == 0:
@@ -331,6 +276,18 @@ def _device_of(model: nn.Module) -> torch.device | None:
     """Return the device that all of a model is on; None where it is on several, or has no tensors."""
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     return devices.pop() if len(devices) == 1 else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Have a model in evaluation mode inside the block, and all its modules in their own mode behind it."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def on_device_of(model: nn.Module, batch: Any) -> Any:

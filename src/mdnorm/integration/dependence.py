@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, plain_tensor
+from mdnorm.integration.places import near_names
 from mdnorm.integration.uncompiled import uncompiled
-from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames, Rows
 
@@ -28,24 +25,9 @@ Selector = str | int | Callable[[Any], Any]
 
 
 def select(value: Any, selector: Selector, what: str) -> Any:
-    """Return a part of a batch or of an output.
+    """Return a part of a batch or of an output: at a key or an attribute, an index, or what a function gives.
 
-    Parameters
-    ----------
-    value : object
-    selector : str, int or callable
-        A key (or the name of an attribute), an index, or a function of the value.
-    what : str
-        What `value` is, for the error message: "the batch".
-
-    Raises
-    ------
-    KeyError
-        No such key; the message lists those that there are.
-    IndexError
-        No such index.
-    TypeError
-        A key or an index into something that has none.
+    `what` says what it is a part of, for the KeyError, IndexError or TypeError where there is no such part.
     """
     if callable(selector):
         return selector(value)
@@ -98,24 +80,12 @@ def described(value: Any) -> str:
 
 
 def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
-    """Return name and module of a layer of a model.
-
-    Raises
-    ------
-    TypeError
-        `layer` is neither a string nor a module.
-    ValueError
-        The model has no such module; the message lists those that it has, and those that are near.
-    """
+    """Return name and module of a layer of a model; a ValueError lists the names that are near."""
     modules = dict(model.named_modules())
     if isinstance(layer, str):
         if layer in modules:
             return layer, modules[layer]
-        names = [name for name in modules if name]
-        listing = ", ".join(names[:30]) + (f", … ({len(names)} in all)" if len(names) > 30 else "")
-        near = difflib.get_close_matches(layer, names, n=3)
-        meant = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"{type(model).__name__} has no module {layer!r}: its modules are {listing}.{meant}")
+        raise ValueError(f"{type(model).__name__} has no module {layer!r}: {near_names(layer, modules)}.")
     if not isinstance(layer, nn.Module):
         raise TypeError(f"layer must be the name of a module or a module, got {layer!r}.")
     for name, module in modules.items():
@@ -125,37 +95,18 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
 
 
 class LayerOutputs:
-    """Collects what a module puts out, between `open` and `close`.
-
-    Parameters
-    ----------
-    model : nn.Module
-    layer : str or nn.Module
-    output : selector, optional
-        Which part of the module's output; see `select`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        What `find_layer` raises.
-    """
+    """Collects what a module puts out, or the part `output` of it, between `open` and `close`."""
 
     def __init__(self, model: nn.Module, layer: str | nn.Module, output: Selector | None = None) -> None:
         self.name, self.module = find_layer(model, layer)
         self._output = output
         self._open: ExitStack | None = None
-        self._outputs: list[Tensor] = []
-        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.outputs: list[Tensor] = []
 
     @property
     def is_open(self) -> bool:
         """Whether outputs are collected."""
         return self._open is not None
-
-    @property
-    def num_pending(self) -> int:
-        """Number of outputs that were not taken yet."""
-        return len(self._outputs)
 
     def open(self) -> None:
         """Begin to collect."""
@@ -165,7 +116,7 @@ class LayerOutputs:
         # A compiled graph would pass by the hook. What was not imported has compiled nothing.
         if "torch._dynamo" in sys.modules:
             stack.enter_context(uncompiled())
-        handle = self.module.register_forward_hook(self._collect, with_kwargs=True)
+        handle = self.module.register_forward_hook(self._collect)
         stack.callback(handle.remove)
         self._open = stack
 
@@ -177,12 +128,9 @@ class LayerOutputs:
 
     def clear(self) -> None:
         """Forget what was collected."""
-        self._outputs.clear()
-        self._arguments.clear()
+        self.outputs.clear()
 
-    def _collect(
-        self, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], output: Any
-    ) -> None:
+    def _collect(self, _: nn.Module, __: tuple[Any, ...], output: Any) -> None:
         what = f"the output of the layer {self.name!r}"
         if self._output is not None:
             output = select(output, self._output, what)
@@ -194,25 +142,13 @@ class LayerOutputs:
             )
         if output.ndim == 0:
             raise ValueError(f"{what} is a single number, it must have one row per sample.")
-        if output.is_nested:
-            # Sequences of several lengths, as nn.TransformerEncoder makes of padded tokens.
-            output = torch.stack([part.mean(0) for part in output.detach().float().unbind()])
-        # A copy, since the layer behind may work in place (a ReLU often does).
-        rows = output.detach().to(torch.float32, copy=True)
-        self._outputs.append(rows.reshape(rows.shape[0], rows.shape[1:].numel()))
-        self._arguments.append((arguments, keywords))
+        # A copy, since the layer behind may work in place (a ReLU often does); and a plain tensor: those of
+        # MONAI carry the history of their image.
+        self.outputs.append(plain_tensor(output.detach()).clone())
 
     def take(self, num_rows: int) -> Tensor:
-        """Return what was collected since the last call, as (num_rows, D) float32.
-
-        Raises
-        ------
-        RuntimeError
-            The module did not run.
-        ValueError
-            It put out another number of rows, or runs with different numbers of values.
-        """
-        outputs = list(self._outputs)
+        """Return what was collected since the last call, as (num_rows, D) float32."""
+        outputs = [_as_rows(output) for output in self.outputs]
         self.clear()
         if not outputs:
             raise RuntimeError(
@@ -234,15 +170,12 @@ class LayerOutputs:
             )
         return torch.cat(outputs)
 
-    def take_arguments(self) -> tuple[Tensor, Tensor | None]:
-        """Return metadata and labels that a `MetadataNorm` was given since the last call."""
-        metadata, labels = [], []
-        for arguments, keywords in self._arguments:
-            bound = inspect.signature(self.module.forward).bind(*arguments, **keywords).arguments
-            metadata.append(as_real_tensor(bound["metadata"], "metadata"))
-            labels.append(bound.get("labels"))
-        given = [as_real_tensor(values, "labels") for values in labels if values is not None]
-        return torch.cat(metadata), torch.cat(given) if len(given) == len(labels) else None
+
+def _as_rows(output: Tensor) -> Tensor:
+    if output.is_nested:
+        # Sequences of several lengths, as nn.TransformerEncoder makes of padded tokens.
+        output = torch.stack([part.mean(0) for part in output.float().unbind()])
+    return output.float().reshape(output.shape[0], output.shape[1:].numel())
 
 
 class DependenceRecorder:
@@ -271,10 +204,6 @@ class DependenceRecorder:
         of the samples, memory is at most twice as many rows.
     seed : int
         Of the sample.
-    layer_metadata : bool
-        Take metadata (and labels, where it gets them) from the arguments of the layer, which must be a
-        `MetadataNorm`; `update` is not called then. Note that these are the columns as the layer sees them,
-        a basis of the age and not the age, say.
 
     Raises
     ------
@@ -317,24 +246,16 @@ class DependenceRecorder:
         column_names: ColumnNames | None = None,
         max_samples: int | None = 2000,
         seed: int = 0,
-        layer_metadata: bool = False,
     ) -> None:
         reservoir.check_settings(max_samples, seed)
         reservoir.check_column_names(column_names)
         self._outputs = LayerOutputs(model, layer, output)
-        if layer_metadata and not isinstance(self._outputs.module, MetadataNorm):
-            raise ValueError(
-                f"layer_metadata=True needs a MetadataNorm, but the layer {self._outputs.name!r} is a "
-                f"{type(self._outputs.module).__name__}: hand over the metadata with update."
-            )
         self.within_labels = within_labels
         self.column_names = column_names
         self.max_samples = max_samples
         self.seed = seed
-        self.layer_metadata = layer_metadata
         self._pieces: list[Rows] = []
         self._num_seen = 0
-        self._handle: Any = None
 
     @property
     def num_samples(self) -> int:
@@ -346,22 +267,11 @@ class DependenceRecorder:
             raise RuntimeError("the recorder is recording already: leave its block before you enter another.")
         self.reset()
         self._outputs.open()
-        if self.layer_metadata:
-            # Registered behind the hook that collects, so it finds the output.
-            self._handle = self._outputs.module.register_forward_hook(lambda *_: self._update_from_layer())
         return self
 
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, exception_type: type[BaseException] | None, *_: object) -> None:
         self._outputs.close()
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-        pending = self._outputs.num_pending
+        pending = len(self._outputs.outputs)
         self._outputs.clear()
         if pending and exception_type is None:
             raise RuntimeError(
@@ -392,32 +302,14 @@ class DependenceRecorder:
         ValueError
             Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing.
         RuntimeError
-            Outside the ``with`` block, the layer did not run, or metadata are taken from the layer.
+            Outside the ``with`` block, or the layer did not run.
         """
         if not self._outputs.is_open:
             raise RuntimeError("update outside of the recorder's block: `with recorder:` around the pass.")
-        if self.layer_metadata:
-            raise RuntimeError("with layer_metadata=True the metadata come from the layer: leave update out.")
-        self._add(metadata, labels)
-
-    def _update_from_layer(self) -> None:
-        try:
-            metadata, labels = self._outputs.take_arguments()
-        except (KeyError, TypeError) as error:
-            raise RuntimeError(
-                f"the layer {self._outputs.name!r} was not given its metadata as an argument: hand them over "
-                "with update instead."
-            ) from error
-        self._add(metadata, labels)
-
-    def _add(self, metadata: Tensor | ArrayLike, labels: Tensor | ArrayLike | None) -> None:
         if not self.within_labels:
             labels = None
         elif labels is None:
-            raise ValueError(
-                "labels are needed with within_labels=True"
-                + (", but the layer got none." if self.layer_metadata else ": update(metadata, labels).")
-            )
+            raise ValueError("labels are needed with within_labels=True: update(metadata, labels).")
         metadata = as_real_tensor(metadata, "metadata")
         if metadata.ndim == 0:
             raise ValueError("metadata must have one row per sample, got a single number.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -81,20 +81,7 @@ class AttachedDesign(nn.Module):
         return parsed[2]
 
     def columns_of_table(self, table: Any, *, with_labels: bool) -> tuple[Tensor, Tensor | None]:
-        """Return the metadata and label columns of a table, on the device of the model.
-
-        Parameters
-        ----------
-        table : table
-            As for `Design.transform`.
-        with_labels : bool
-            Whether to return label columns, where the design and the table have them.
-
-        Raises
-        ------
-        RuntimeError, TypeError, ValueError
-            There is no design, or what `Design.transform` refuses.
-        """
+        """Return the metadata columns of a table and, if wanted and there, its labels, on the device."""
         device = self.json.device
         matrices = self.parsed().transform(
             table, labels=None if with_labels else False, dtype=statistics_dtype(device)
@@ -154,20 +141,19 @@ def attach_design(model: nn.Module, design: Design | None = None) -> None:
     >>> design_of(fresh).transform({"age": 70}).metadata
     tensor([[0.]])
     """
-    present = _attached(model)
-    if len(present) == 1:
-        owner = next(module for module in model.modules() if present[0] in module.children())
-        name = next(name for name, child in owner.named_children() if child is present[0])
-        setattr(owner, name, AttachedDesign(design).to(present[0].json.device))
+    if present := _only_design(model):
+        name, attached = present
+        model.set_submodule(name, AttachedDesign(design).to(attached.json.device))
         return
     if hasattr(model, DESIGN_NAME):
         raise ValueError(f"the model has something else of the name {DESIGN_NAME!r}: rename it.")
-    attached = AttachedDesign(design)
-    for tensor in (*model.parameters(), *model.buffers()):
-        if not tensor.is_meta:
-            attached.to(tensor.device)
-            break
-    model.add_module(DESIGN_NAME, attached)
+    model.add_module(DESIGN_NAME, AttachedDesign(design).to(device_for_design(model)))
+
+
+def device_for_design(model: nn.Module) -> torch.device:
+    """Return the device of a model's first tensor with memory, the default one without any."""
+    tensors = (*model.parameters(), *model.buffers())
+    return next((tensor.device for tensor in tensors if not tensor.is_meta), torch.get_default_device())
 
 
 def design_of(model: nn.Module) -> Design:
@@ -185,19 +171,31 @@ def design_of(model: nn.Module) -> Design:
     ValueError
         It has several, or what it has is damaged.
     """
-    attached = _attached(model)
-    if not attached:
+    attached = _only_design(model)
+    if attached is None:
         raise RuntimeError(
             "the model has no design: attach_design(model, design) before it is saved, attach_design(model) "
             "before a checkpoint with one is loaded."
         )
-    return attached[0].design()
+    return attached[1].design()
 
 
-def _attached(model: nn.Module) -> list[AttachedDesign]:
-    attached = [module for module in model.modules() if isinstance(module, AttachedDesign)]
+def designs_in(model: nn.Module) -> dict[str, AttachedDesign]:
+    """Return the designs that a model holds, by their names in it."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, AttachedDesign)}
+
+
+def _only_design(model: nn.Module) -> tuple[str, AttachedDesign] | None:
+    attached = designs_in(model)
     if len(attached) > 1:
         raise ValueError(
             f"the model has {len(attached)} designs: call it with the part of the model that you mean."
         )
-    return attached
+    return next(iter(attached.items()), None)
+
+
+def remove_designs(model: nn.Module, names: Iterable[str]) -> None:
+    """Take designs out of a model."""
+    for name in list(names):
+        owner, _, own = name.rpartition(".")
+        delattr(model.get_submodule(owner), own)

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
-from mdnorm.arrays import plain_tensor
 from mdnorm.distributed import group_of
 from mdnorm.integration.bars import with_bar
-from mdnorm.integration.batches import Forward, Keys, runner
-from mdnorm.integration.dependence import Selector, described, find_layer, select
-from mdnorm.integration.uncompiled import uncompiled
+from mdnorm.integration.batches import Forward, Keys, evaluating, runner
+from mdnorm.integration.dependence import LayerOutputs, Selector
 from mdnorm.moments import NoSamplesError
 
 __all__ = ["features"]
@@ -84,33 +83,26 @@ def features(
     """
     model, _ = group_of(model, "local")
     run = runner(forward, keys)
-    name, module = find_layer(model, layer)
+    collected = LayerOutputs(model, layer, output)
+    name, parts = collected.name, []
     _warn_of_order(loader)
-    outputs: list[Tensor] = []
-
-    def collect(_: nn.Module, __: tuple[Any, ...], value: Any) -> None:
-        outputs.append(
-            _rows(value if output is None else select(value, output, f"the output of {name!r}"), name)
-        )
-
-    parts: list[Tensor] = []
-    modes = {part: part.training for part in model.modules()}
-    handle = module.register_forward_hook(collect)
-    model.eval()
-    try:
-        with torch.no_grad(), uncompiled():
-            for batch in with_bar(loader, f"features of {name or 'the model'}", progress):
-                run(model, batch)
-                if len(outputs) != 1:
-                    raise ValueError(
-                        f"{name!r} ran {len(outputs)} times in a forward pass, but must run once: name a "
-                        "module that the forward pass calls once (as a module, not by its weights)."
-                    )
-                parts.append(outputs.pop())
-    finally:
-        handle.remove()
-        for part, mode in modes.items():
-            part.training = mode
+    collected.open()
+    with closing(collected), evaluating(model), torch.no_grad():
+        for batch in with_bar(loader, f"features of {name or 'the model'}", progress):
+            run(model, batch)
+            if len(collected.outputs) != 1:
+                raise ValueError(
+                    f"{name!r} ran {len(collected.outputs)} times in a forward pass, but must run once: name "
+                    "a module that the forward pass calls once (as a module, not by its weights)."
+                )
+            rows = collected.outputs.pop()
+            if rows.is_nested:
+                raise TypeError(
+                    f"the output of {name!r} is a nested tensor, not one of one row per sample: give output= "
+                    "a function that returns the features."
+                )
+            is_half = rows.is_floating_point() and torch.finfo(rows.dtype).bits < 32
+            parts.append((rows.float() if is_half else rows).cpu())
     if not parts:
         raise NoSamplesError("no samples: the loader is empty.")
     shapes = sorted({tuple(part.shape[1:]) for part in parts})
@@ -120,23 +112,6 @@ def features(
             "a function that averages over the positions whose number varies."
         )
     return torch.cat(parts)
-
-
-def _rows(value: Any, name: str) -> Tensor:
-    """Return a copy on the CPU, since the layer behind may work in place."""
-    if not isinstance(value, Tensor) or value.is_nested:
-        what = "a nested tensor" if isinstance(value, Tensor) else described(value)
-        raise TypeError(
-            f"the output of {name!r} is {what}, not a tensor of one row per sample: give output= a key, an "
-            "index or a function that returns the features."
-        )
-    if value.ndim == 0:
-        raise ValueError(f"the output of {name!r} is a single number, it must have one row per sample.")
-    # A plain one: MONAI's tensors carry the history of their image.
-    value = plain_tensor(value.detach())
-    is_half = value.is_floating_point() and torch.finfo(value.dtype).bits < 32
-    rows: Tensor = value.to("cpu", torch.float32 if is_half else value.dtype, copy=True)
-    return rows
 
 
 def _warn_of_order(loader: Iterable[Any]) -> None:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from mdnorm import context
 from mdnorm.arrays import check_finite_columns, columns_of, label_columns, statistics_dtype
-from mdnorm.distributed import gather_or_raise, group_of
+from mdnorm.distributed import gather_results, group_of
 from mdnorm.integration.bars import with_bar
 from mdnorm.integration.batches import Keys, checked_keys, metadata_at
-from mdnorm.integration.dependence import select
-from mdnorm.integration.design import AttachedDesign
+from mdnorm.integration.dependence import described, select
+from mdnorm.integration.design import designs_in
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import Moments, NoSamplesError
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 __all__ = ["fit_gram"]
 
-_WHAT = "Gram matrix"
 _Parts = tuple[Any, Any, Any]
 
 
@@ -54,7 +53,8 @@ def fit_gram(
     metadata : (N, K_m) tensor or array, a table, or an iterable of batches
         The metadata of the whole training set; a table (a dict of columns, a DataFrame) where the model has a
         design. An iterable (a `DataLoader`, a generator) is streamed: each batch is `metadata`, `(metadata,
-        labels)`, `(metadata, labels, weights)` or a dict with these keys.
+        labels)`, `(metadata, labels, weights)` or a dict with these keys. In a list or a tuple, write
+        `(metadata,)` for `metadata`, which might be a row.
     labels : (N,) or (N, K_y), optional
         Labels where metadata is one table; class indices become one-hot as in the layer.
     weights : (N,), optional
@@ -92,15 +92,8 @@ def fit_gram(
         raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
     num_metadata = _common("num_metadata", {name: layer.num_metadata for name, layer in layers.items()})
     num_labels = _common("num_labels", {name: layer.num_labels for name, layer in layers.items()})
-    has_design = any(isinstance(module, AttachedDesign) for module in model.modules())
-    designed = model if has_design else None
-    numbers = num_metadata, num_labels
-    batches = functools.partial(_batches, metadata, labels, weights, *numbers, designed, progress)
-    if (places := checked_keys(keys)) is not None:
-        if labels is not None or weights is not None:
-            raise ValueError("labels and weights come with each batch, where keys say what is where.")
-        batches = functools.partial(_batches_at, model, metadata, places, progress)
-    work = functools.partial(_moments, batches, *numbers)
+    batches = functools.partial(_batches, model, metadata, labels, weights, checked_keys(keys), progress)
+    work = functools.partial(_moments, batches, num_metadata, num_labels)
     moments = work() if group is None else _shared_moments(work, group)
     for layer in layers.values():
         layer.set_gram(moments)
@@ -137,24 +130,11 @@ def _moments(
 
 def _shared_moments(work: Callable[[], Moments], group: ProcessGroup) -> Moments:
     """Merge the moments of all processes, in the order of their ranks, so that all get the same bits."""
-    mine: Moments | None = None
-    failure: Exception | None = None
-    try:
-        mine = work().to("cpu")
-    except NoSamplesError:
-        pass
-    except Exception as error:
-        failure = error
-    shares = [share for share in gather_or_raise(mine, failure, group) if share is not None]
+    answers = gather_results(lambda: work().to("cpu"), group, NoSamplesError)
+    shares = [share for share in answers if share is not None]
     if not shares:
         raise NoSamplesError(
             "no samples on any process: the Gram matrix needs the metadata of the training set."
-        )
-    widths = sorted({(share.num_metadata, share.num_protected - 1) for share in shares})
-    if len(widths) > 1:
-        raise ValueError(
-            "the processes have different numbers of (metadata, label) columns: "
-            f"{', '.join(map(str, widths))}."
         )
     return functools.reduce(Moments.merge, shares)
 
@@ -170,114 +150,46 @@ def _common(argument: str, values: dict[str, int | None]) -> int | None:
 
 
 def _batches(
-    metadata: Any,
-    labels: Any,
-    weights: Any,
-    num_metadata: int | None,
-    num_labels: int | None,
-    model: nn.Module | None,
-    progress: bool,
+    model: nn.Module, metadata: Any, labels: Any, weights: Any, keys: dict[str, Any] | None, progress: bool
 ) -> Iterable[_Parts]:
-    """Yield the batches; `model` is one with a design, which turns tables into columns."""
-    if model is not None and _is_table(metadata):
+    """Yield metadata, labels and weights (None without) of the whole training set, or of each batch."""
+    is_batch = isinstance(metadata, Mapping) and (keys is not None or "metadata" in metadata)
+    is_whole = context.is_table(metadata) or hasattr(metadata, "__array__")
+    if is_whole and keys is None and not is_batch:
         yield *context.columns_by_design(model, metadata, labels), weights
-        return
-    if _is_array(metadata) or (
-        isinstance(metadata, (list, tuple)) and metadata and _is_number_table(metadata)
-    ):
-        yield metadata, labels, weights
         return
     if labels is not None or weights is not None:
         raise ValueError(
-            "labels and weights come with each batch, as (metadata, labels, weights), "
-            "when metadata is an iterable."
+            "labels and weights come with each batch, as (metadata, labels, weights) or where keys say, when "
+            "metadata is an iterable of batches."
         )
-    if _names_its_parts(metadata) or _is_pair(metadata, num_labels):
-        yield _parts_of(metadata, model)
-        return
-    _refuse_rows(metadata, num_metadata)
-    for batch in with_bar(metadata, _WHAT, progress):
-        yield _parts_of(batch, model)
-
-
-def _batches_at(model: nn.Module, metadata: Any, keys: dict[str, Any], progress: bool) -> Iterable[_Parts]:
-    """Yield the batches whose parts are at these keys."""
-    loader = [metadata] if isinstance(metadata, Mapping) else metadata
-    for batch in with_bar(loader, _WHAT, progress):
-        found = metadata_at(model, batch, keys.get("metadata"), keys.get("labels"))
-        weights = select(batch, keys["weights"], "the batch") if "weights" in keys else None
-        yield *context.columns_by_design(model, *found), weights
-
-
-def _is_table(values: Any) -> bool:
-    # What has the key is a batch.
-    return context.is_table(values) and not (isinstance(values, Mapping) and "metadata" in values)
-
-
-def _parts_of(batch: Any, model: nn.Module | None) -> _Parts:
-    """Return metadata, labels and weights (None without) of what stands for a batch."""
-    parts = (batch, None, None) if model is not None and _is_table(batch) else _named_parts(batch)
-    return parts if model is None else (*context.columns_by_design(model, *parts[:2]), parts[2])
-
-
-def _named_parts(batch: Any) -> _Parts:
-    if isinstance(batch, Mapping):
-        if "metadata" not in batch:
+    if keys is None and isinstance(metadata, (list, tuple)):
+        bare = [part for part in metadata if not (isinstance(part, (tuple, list)) or context.is_table(part))]
+        if bare:
             raise ValueError(
-                f"a batch has the keys {sorted(map(str, batch))}: metadata must be under 'metadata', labels "
-                "under 'labels'. Select them from your loader, e.g. ((b['age'], b['y']) for b in loader)."
+                f"metadata is a {type(metadata).__name__} with {described(bare[0])}, which may be rows, "
+                "metadata and labels, or batches: join rows to one table (numpy.stack, torch.stack), give "
+                "labels as the argument labels, and batches as tuples, (metadata,) or (metadata, labels)."
             )
-        return batch["metadata"], batch.get("labels"), batch.get("weights")
-    if not isinstance(batch, (tuple, list)):
-        return batch, None, None
-    if not 2 <= len(batch) <= 3:
-        raise ValueError(
-            "a batch must be metadata, (metadata, labels) or (metadata, labels, weights), got "
-            f"{len(batch)} items: select the two from your loader, e.g. ((b[1], b[2]) for b in loader)."
-        )
-    return batch[0], batch[1], batch[2] if len(batch) == 3 else None
+    for batch in with_bar([metadata] if is_batch else metadata, "Gram matrix", progress):
+        yield _parts_of(model, batch, keys)
 
 
-def _names_its_parts(values: Any) -> bool:
-    """Whether this is a mapping or a named pair (`mdnorm.design.DesignMatrices`): no sequence of batches."""
-    return isinstance(values, Mapping) or getattr(values, "_fields", None) == ("metadata", "labels")
-
-
-def _is_pair(values: Any, num_labels: int | None) -> bool:
-    """Whether two arrays are metadata and labels, no batches of metadata; raise where that is open."""
-    if not isinstance(values, (list, tuple)) or len(values) != 2 or not all(map(_is_array, values)):
-        return False
-    if num_labels is not None:
-        return num_labels > 0
-    if len(values[0]) != len(values[1]):
-        return False
-    raise ValueError(
-        "metadata is a sequence of two arrays with the same number of rows, which may be metadata and labels "
-        "or two batches: give the labels as the argument labels, or the batches joined to one table."
-    )
-
-
-def _refuse_rows(values: Any, num_metadata: int | None) -> None:
-    """Raise where a list of 1-dimensional arrays may be the rows of a table."""
-    if not isinstance(values, (list, tuple)) or not values or num_metadata == 1:
-        return
-    if not all(_is_array(row) and row.ndim == 1 for row in values):
-        return
-    lengths = {len(row) for row in values}
-    if len(lengths) == 1 and lengths != {1}:
-        raise ValueError(
-            f"metadata is a sequence of {len(values)} 1-dimensional arrays of {lengths.pop()} values, which "
-            "may be the rows of a table or batches of one column: join rows to one table (numpy.stack, "
-            "torch.stack), or give batches as columns, (n, 1)."
-        )
-
-
-def _is_array(values: Any) -> bool:
-    return isinstance(values, Tensor) or hasattr(values, "__array__")
-
-
-def _is_number_table(values: list[Any] | tuple[Any, ...]) -> bool:
-    first = values[0]
-    if isinstance(first, (list, tuple)) and first:
-        first = first[0]
-    return isinstance(first, (bool, int, float))
+def _parts_of(model: nn.Module, batch: Any, keys: dict[str, Any] | None) -> _Parts:
+    weights = None
+    if keys is not None:
+        metadata, labels = metadata_at(model, batch, keys.get("metadata"), keys.get("labels"))
+        weights = select(batch, keys["weights"], "the batch") if "weights" in keys else None
+    elif isinstance(batch, (tuple, list)):
+        if not 1 <= len(batch) <= 3:
+            raise ValueError(
+                "a batch must be metadata, (metadata, labels) or (metadata, labels, weights), got "
+                f"{len(batch)} items: select the two from your loader, e.g. ((b[1], b[2]) for b in loader)."
+            )
+        metadata, labels, weights = [*batch, None, None][:3]
+    elif isinstance(batch, Mapping) and ("metadata" in batch or not designs_in(model)):
+        metadata = select(batch, "metadata", "the batch (keys= says where its parts are)")
+        labels, weights = batch.get("labels"), batch.get("weights")
+    else:
+        metadata, labels = batch, None
+    return *context.columns_by_design(model, metadata, labels), weights

@@ -56,10 +56,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Whether to recalibrate at the end of `train`, on the training data, of several processes on the shares
         of all.
     evaluate_recalibrated : bool, optional
-        Whether an evaluation during `train` takes the coefficients of the whole training data
-        (`mdnorm.recalibrated`), so that early stopping and the best checkpoint go by the model as it will be
-        used; training goes on as without it, bit for bit. It costs what `mdnorm.recalibrate` costs, at each
-        evaluation. By default as `recalibrate`.
+        Whether an evaluation during `train` is made inside `mdnorm.recalibrated`, so that early stopping and
+        the best checkpoint go by the model as it will be used. By default as `recalibrate`.
     held_out : bool
         Whether the recalibration after training compares with the evaluation data set and takes its word
         where the network memorised. An accuracy on the same rows is then no longer that on new ones.
@@ -97,6 +95,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     ) -> None:
         super().__init__(*args, **kwargs)
         self.metadata_key = metadata
+        self._metadata_keys = [metadata] if isinstance(metadata, str) else list(metadata)
         self.labels_key = labels
         self.weights_key = weights
         self.mask_key = mask
@@ -125,21 +124,17 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     def _set_signature_columns_if_needed(self) -> None:
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
-        own = (*self._metadata_keys(), self.labels_key, self.weights_key)
+        own = (*self._metadata_keys, self.labels_key, self.weights_key)
         wanted = [key for key in own if key is not None and key not in columns]
         vars(self)["_signature_columns"] = [*columns, *wanted]
-
-    def _metadata_keys(self) -> list[str]:
-        return [self.metadata_key] if isinstance(self.metadata_key, str) else list(self.metadata_key)
 
     @contextmanager
     def _given(self, model: nn.Module, inputs: dict[str, Any], with_labels: bool) -> Iterator[dict[str, Any]]:
         """Give the layers what is theirs in a batch; yield the model's part of it."""
         inputs = dict(self._prepare_inputs(inputs))
-        has_labels = self.labels_key is not None and (with_labels or self.labels_key in inputs)
-        labels_key = self.labels_key if has_labels else None
+        labels_key = self.labels_key if with_labels or self.labels_key in inputs else None
         metadata, labels = metadata_at(self._network, inputs, self.metadata_key, labels_key)
-        for key in self._metadata_keys():
+        for key in self._metadata_keys:
             del inputs[key]
         weights = None
         if self.weights_key is not None and (with_labels or self.weights_key in inputs):

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdnorm.design import Design
-from mdnorm.estimators import ESTIMATORS
 from mdnorm.integration import places
 from mdnorm.integration.applied import (
     Application,
@@ -26,8 +26,9 @@ from mdnorm.integration.applied import (
     samples_first,
     warn_of_output,
 )
+from mdnorm.integration.batches import evaluating
 from mdnorm.integration.dependence import Selector
-from mdnorm.integration.design import DESIGN_NAME, AttachedDesign, attach_design
+from mdnorm.integration.design import DESIGN_NAME, attach_design, designs_in, remove_designs
 from mdnorm.integration.places import Target
 from mdnorm.layer import MetadataNorm
 from mdnorm.text import aligned
@@ -43,20 +44,16 @@ class InsertionReport(Sequence[Insertion]):
     """
 
     model: nn.Module
-    new: frozenset[int] = frozenset()
-
-    def _rows(self) -> list[Insertion]:
-        return [dataclasses.replace(row, is_new=id(layer) in self.new) for row, layer in inserted(self.model)]
 
     def __len__(self) -> int:
-        return len(self._rows())
+        return len(list(inserted(self.model)))
 
     def __getitem__(self, index: Any) -> Any:
-        return self._rows()[index]
+        return [row for row, _ in inserted(self.model)][index]
 
     def __str__(self) -> str:
         rows = [("after", "type", "layer", "output", "values", "coefficients")]
-        for row in self._rows():
+        for row, _ in inserted(self.model):
             shape = None if row.output_shape is None else ("N", *row.output_shape[1:])
             rows.append(
                 (
@@ -144,16 +141,14 @@ def insert(
     Notes
     -----
     - **How.** The layer becomes a child of the module, named ``metadata_norm``, and a forward hook of the
-      module applies it. (An `nn.Sequential` gets it as its last module, without a hook.) A container in the
-      module's place would change every name below it; with a child the names in the ``state_dict`` stay, the
-      module keeps its class and its attributes (transformers and `nn.MultiheadAttention` read
-      ``module.weight``), and part of a model taken out, copied, pickled or replicated takes its layer along.
+      module applies it. (An `nn.Sequential` gets it as its last module, without a hook.) So names in the
+      ``state_dict``, classes and attributes stay, and a part of a model that is taken out, copied or pickled
+      takes its layer along.
     - **Checkpoints.** One from before the insertion loads as it is, ``strict`` included: only if it has
       something of a layer must it have all. One from after it has ``<name>.metadata_norm.…``.
     - **Calls.** A module that is called several times in a forward pass, or has several places, has one
       layer with one state: each call is corrected, and its batch counts.
-    - Inserting again with the same options changes nothing. An option that is left out is the same as its
-      default.
+    - Inserting again with the same options changes nothing.
     - A module whose ``forward`` is called directly, or whose weights alone are used, bypasses its layer; the
       report shows no output shape then. Patterns and classes leave such parts of `nn.MultiheadAttention` out.
     - An LSTM's hidden state is not corrected, only its output.
@@ -177,16 +172,13 @@ def insert(
     shapes: dict[str, torch.Size] = {}
     if example is not None:
         shapes = _shapes_of_example(model, fresh, output, sample_dim, example)
-    layers = put_behind(model, fresh, settings, shapes)
-    for name, module in fresh.items():
-        if places.ends_sequentials(model, module):
-            warn_of_output(model, name)
-    if design is not None and not any(attached.json.numel() for attached in _attached(model)):
+    put_behind(model, fresh, settings, shapes)
+    if design is not None and not any(attached.json.numel() for attached in designs_in(model).values()):
         attach_design(model, design)
-        _attached(model)[0].is_inserted = True
+        next(iter(designs_in(model).values())).is_inserted = True
     if example is None and any(fresh):
-        FirstPass.watch(model)
-    return InsertionReport(model, frozenset(map(id, layers)))
+        FirstPass(model)
+    return InsertionReport(model)
 
 
 def insertions(model: nn.Module) -> InsertionReport:
@@ -241,10 +233,7 @@ def remove(model: nn.Module, after: Target | Sequence[Target] | None = None) -> 
             removed.append(name)
     if next(inserted(model), None) is None:
         FirstPass.unwatch(model)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, AttachedDesign) and module.is_inserted:
-                owner, _, own = name.rpartition(".")
-                delattr(model.get_submodule(owner), own)
+        remove_designs(model, (name for name, design in designs_in(model).items() if design.is_inserted))
     return removed
 
 
@@ -276,7 +265,7 @@ def put_behind(
     modules: dict[str, nn.Module],
     settings: dict[str, Any],
     shapes: Mapping[str, torch.Size],
-) -> list[MetadataNorm]:
+) -> None:
     """Put a layer behind each of the modules; wrong settings leave the model as it was."""
     layers = [
         _make_layer(name, module, model, shapes.get(name), settings) for name, module in modules.items()
@@ -284,10 +273,9 @@ def put_behind(
     for (name, module), layer in zip(modules.items(), layers, strict=True):
         layer.train(module.training)
         layer.inserted_after = name
-        application = Application(settings["output"], settings["sample_dim"], settings)
+        application = Application(settings)
         application.shape = tuple(shapes[name]) if name in shapes else None
         application.attach(module, layer)
-    return layers
 
 
 def _make_layer(
@@ -296,7 +284,8 @@ def _make_layer(
     options = {key: value for key, value in settings.items() if key not in ("output", "sample_dim")}
     num_metadata, num_labels = options.pop("num_metadata"), options.pop("num_labels")
     num_features: Any = options.pop("num_features", None)
-    tensor = next((t for part in (module, model) for t in _tensors(part)), None)
+    tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in (module, model)))
+    tensor = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if tensor is not None:
         options = {"device": tensor.device, "dtype": tensor.dtype} | options
     if shape is not None and num_features is None:
@@ -312,44 +301,24 @@ def _make_layer(
         raise type(error)(f"after {name!r}: {error}") from error
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.is_floating_point():
-            yield tensor
-
-
 def _shapes_of_example(
     model: nn.Module, modules: dict[str, nn.Module], output: Selector | None, sample_dim: int, example: Any
 ) -> dict[str, torch.Size]:
+    outputs: dict[str, Tensor] = {}
     shapes: dict[str, torch.Size] = {}
 
-    outputs: dict[str, Tensor] = {}
+    def note(name: str, _: nn.Module, __: tuple[Any, ...], value: Any) -> None:
+        outputs[name] = find_features(value, output, name)
+        shapes[name] = samples_first(outputs[name], sample_dim, name).shape
 
-    def noting(name: str) -> Any:
-        def note(_: nn.Module, __: tuple[Any, ...], value: Any) -> None:
-            outputs[name] = find_features(value, output, name)
-            shapes[name] = samples_first(outputs[name], sample_dim, name).shape
-
-        return note
-
-    modes = {module: module.training for module in model.modules()}
-    handles = [module.register_forward_hook(noting(name)) for name, module in modules.items()]
-    # Layers inserted before have no metadata now, and their output has the shape of their input.
-    aside = [(module, found) for module in model.modules() if (found := layer_of(module)) is not None]
-    for module, (_, application) in aside:
-        application.detach(module)
-    model.eval()
-    try:
-        with torch.no_grad():
-            result = call_on(model, example)
-    finally:
-        for module, (layer, application) in aside:
-            application.handles = []
-            application.attach(module, layer)
-        for handle in handles:
-            handle.remove()
-        for module, mode in modes.items():
-            module.training = mode
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
+        for name, module in modules.items():
+            stack.callback(module.register_forward_hook(functools.partial(note, name)).remove)
+        # Layers inserted before have no metadata now, and their output has the shape of their input.
+        for _, layer in inserted(model):
+            layer.forward = lambda features: features  # type: ignore[method-assign, misc, assignment]
+            stack.callback(delattr, layer, "forward")
+        result = call_on(model, example)
     idle = [name for name in modules if name not in shapes]
     if idle:
         raise ValueError(
@@ -357,13 +326,9 @@ def _shapes_of_example(
             "Insert after a module that the forward pass calls."
         )
     for name, features in outputs.items():
-        if is_in(features, result) and not places.ends_sequentials(model, modules[name]):
+        if name and is_in(features, result):
             warn_of_output(model, name)
     return shapes
-
-
-def _attached(model: nn.Module) -> list[AttachedDesign]:
-    return [module for module in model.modules() if isinstance(module, AttachedDesign)]
 
 
 def _sizes_of_design(
@@ -378,49 +343,21 @@ def _sizes_of_design(
     ):
         if given is not None and given != own:
             raise ValueError(f"{name}={given}, but the design has {own} column(s): leave {name} out.")
-    for attached in _attached(model):
+    for attached in designs_in(model).values():
         if attached.json.numel() and attached.design().to_json() != design.to_json():
             raise ValueError(
                 "the model has another design already, for the layers that it has: give that one, or "
                 "mdnorm.remove(model) or mdnorm.attach_design(model, design) first."
             )
-    if hasattr(model, DESIGN_NAME) and not _attached(model):
+    if hasattr(model, DESIGN_NAME) and not designs_in(model):
         raise ValueError(f"the model has something else of the name {DESIGN_NAME!r}: rename it.")
     return design.num_metadata, design.num_labels
 
 
-# -- options ------------------------------------------------------------------------------------------------
-
-
-def _resolved(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with their defaults, so that a default given is the same as one left out."""
-    given = {key: value for key, value in settings.items() if value is not None}
-    parameters = inspect.signature(MetadataNorm.__init__).parameters.values()
-    layer = {p.name: p.default for p in parameters if p.default not in (None, p.empty)}
-    estimator: Any = given.get("estimator", layer["estimator"])
-    partial = {}
-    if isinstance(estimator, functools.partial):
-        partial = dict(estimator.keywords) | ({"arguments": estimator.args} if estimator.args else {})
-        estimator = estimator.func
-    # The name, where this is the class behind one.
-    estimator = next((name for name, preset in ESTIMATORS.items() if preset is estimator), estimator)
-    preset = ESTIMATORS.get(estimator, estimator)
-    own = inspect.signature(preset).parameters.values() if callable(preset) else ()
-    defaults = {p.name: p.default for p in own if p.default is not p.empty}
-    if given.get("scale"):
-        # The part for the scale has a window of its own.
-        defaults.pop("window", None)
-    return {**defaults, **layer, **partial, **given, "estimator": estimator}
-
-
 def _differences(have: dict[str, Any], want: dict[str, Any]) -> str:
     """Return for a message in what settings differ; "" where they do not."""
-    have, want = _resolved(have), _resolved(want)
-    names = [key for key in {**have, **want} if have.get(key) != want.get(key)]
-    # Other defaults follow from another estimator.
-    names = ["estimator"] if "estimator" in names else names
-    return ", ".join(f"{key}={_shown(have.get(key))} instead of {_shown(want.get(key))}" for key in names)
-
-
-def _shown(value: Any) -> str:
-    return value.__name__ if isinstance(value, type) else repr(value)
+    return ", ".join(
+        f"{key}={have.get(key)!r} instead of {want.get(key)!r}"
+        for key in {**have, **want}
+        if have.get(key) != want.get(key)
+    )

@@ -125,33 +125,31 @@ class LayerMoments:
             sizes += [(len(values), num_metadata, num_labels)] * NUM_GROUPS
         self.moments = [Moments.empty(*numbers, device) for numbers in sizes]
 
-    def share(self, group: ProcessGroup) -> None:
-        """Merge the moments of all processes, in the order of their ranks, so that all get the same bits."""
-        mine = None
-        if self.moments:
-            mine = ([part.to("cpu") for part in self.moments], self.layer.num_features, self.sums)
-        parts = [part for part in gather_objects(mine, group) if part is not None]
+    def finish(self, group: ProcessGroup | None, missing: str) -> None:
+        """Merge the moments of all processes, in the order of their ranks, so that all get the same bits.
+
+        Without any samples it raises NoSamplesError.
+        """
+        if group is not None:
+            mine = None
+            if self.moments:
+                mine = ([part.to("cpu") for part in self.moments], self.layer.num_features, self.sums)
+            self._merge([part for part in gather_objects(mine, group) if part is not None])
+        if not self.moments or self.moments[0].weight == 0 or self.layer.estimator is None:
+            raise NoSamplesError(f"no samples: {missing}.")
+
+    def _merge(self, parts: list[Any]) -> None:
         sizes = sorted({(m[0].num_metadata, m[0].num_protected - 1, shape) for m, shape, _ in parts})
         if len(sizes) > 1:
             raise ValueError(
                 f"the layer {self.name!r} has different (num_metadata, num_labels, features) on the "
                 f"processes: {', '.join(map(str, sizes))}."
             )
-        if not parts:
-            return
-        num_metadata, num_labels, shape = sizes[0]
-        assert shape is not None
-        self.layer.set_sizes(shape, num_metadata, num_labels)
-        of_processes = zip(*(moments for moments, _, _ in parts), strict=True)
-        self.moments = [functools.reduce(Moments.merge, same) for same in of_processes]
-        self.sums = functools.reduce(torch.add, (sums for _, _, sums in parts))
-
-    def finish(self, group: ProcessGroup | None, missing: str) -> None:
-        """Put the moments of all processes together; raise NoSamplesError where there are none."""
-        if group is not None:
-            self.share(group)
-        if not self.moments or self.moments[0].weight == 0 or self.layer.estimator is None:
-            raise NoSamplesError(f"no samples: {missing}.")
+        for num_metadata, num_labels, shape in sizes:
+            self.layer.set_sizes(shape, num_metadata, num_labels)
+            of_processes = zip(*(moments for moments, _, _ in parts), strict=True)
+            self.moments = [functools.reduce(Moments.merge, same) for same in of_processes]
+            self.sums = functools.reduce(torch.add, (sums for _, _, sums in parts))
 
     def regression(self, units: Standardisation | None = None) -> Regression:
         """Return the fit with its errors, on the CPU, in given units or those of its own rows."""

@@ -17,7 +17,7 @@ from mdnorm import context
 from mdnorm.integration.applied import find_features, samples_first
 from mdnorm.integration.batches import metadata_at
 from mdnorm.integration.dependence import Selector, described, select
-from mdnorm.integration.design import AttachedDesign, design_of
+from mdnorm.integration.design import design_of, designs_in
 from mdnorm.integration.insert import InsertionReport, insert, insertions
 from mdnorm.integration.lightning_dependence import Callback, DependenceCallback, InsertedDependence
 from mdnorm.integration.places import Target
@@ -51,10 +51,11 @@ class MetadataNormCallback(Callback):
         Where weights of the samples in the fit and a mask of the positions that count are; see
         `mdnorm.metadata`.
     after : str, type, or list of them, optional
-        Behind which modules, as in `mdnorm.insert`. Without it, the layers are those that the module has (a
-        model that is built in ``configure_model`` inserts them there).
-    output, sample_dim
-        As in `mdnorm.insert`.
+        As of `mdnorm.insert`. Without it, the layers are those that the module has (a model that is built in
+        ``configure_model`` inserts them there).
+    output, sample_dim, **options
+        As of `mdnorm.insert`. With `labels` and without a design, `num_labels` is by default that of the
+        first batch.
     inputs : str, int or callable, optional
         Where the model's input is in a batch, for the recalibration, which calls
         ``pl_module(input)``. By default the first entry of a tuple.
@@ -64,10 +65,9 @@ class MetadataNormCallback(Callback):
         Take the coefficients of the whole training loader at the end of a fit (`mdnorm.recalibrate`), of
         several processes on the shares of all. Not after a ``fast_dev_run``.
     validate_recalibrated : bool, optional
-        Validate during a fit with the coefficients of the whole training loader (`mdnorm.recalibrated`), so
-        that what is logged, early stopping and best checkpoints go by the model as it will be used; training
-        goes on as without it, bit for bit. It costs what `mdnorm.recalibrate` costs, at each validation. By
-        default as `recalibrate`. Not in the sanity check, and not in a ``fast_dev_run``.
+        Validate during a fit inside `mdnorm.recalibrated`, so that what is logged, early stopping and best
+        checkpoints go by the model as it will be used. By default as `recalibrate`. Not in the sanity check,
+        and not in a ``fast_dev_run``.
     held_out : bool
         Let the recalibration at the end compare with the (first) validation loader, and take its word where
         the network memorised. An accuracy on the same rows is then no longer that on new ones.
@@ -76,11 +76,8 @@ class MetadataNormCallback(Callback):
         class (``dcor2/<column>/label_<class>``), if `labels` gives class indices or one-hot columns in all
         of the validation data; over all samples for other labels (continuous, several columns). With several
         layers ``dcor2/<name>/<column>``.
-    column_names : sequence of str, or mapping from str to sequence of int, optional
-        Of `DependenceCallback`.
-    **options
-        `design` and options of `MetadataNorm`, for `mdnorm.insert`. With `labels` and without a design,
-        `num_labels` is by default that of the first batch.
+    column_names
+        As of `DependenceCallback`.
 
     Attributes
     ----------
@@ -219,16 +216,14 @@ class MetadataNormCallback(Callback):
             "process_group": "world" if trainer.world_size > 1 else "local",
         }
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take metadata and hooks away."""
-        self.teardown(trainer, pl_module, "")
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+    def teardown(self, *_: Any, **__: Any) -> None:
         """Take metadata and hooks away; the layers stay."""
         self._close()
         self._validation.close()
         for measure in self._measures:
             measure.close()
+
+    on_exception = teardown
 
     # -- steps ------------------------------------------------------------------------------------------
 
@@ -240,10 +235,6 @@ class MetadataNormCallback(Callback):
             # Before training, not after it.
             self._input_of(batch)
         self._enter(pl_module, batch, with_labels=True)
-
-    def on_train_batch_end(self, *_: Any, **__: Any) -> None:
-        """Take them away: the backward pass is over."""
-        self._close()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the coefficients of the training data for this validation, and begin to measure."""
@@ -262,26 +253,20 @@ class MetadataNormCallback(Callback):
             measure.on_validation_start(trainer, pl_module)
 
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *args: Any, **kwargs: Any
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
     ) -> None:
         """Give the layers the metadata of the batch."""
         for measure in self._measures:
-            measure.on_validation_batch_start(trainer, pl_module, batch, *args, **kwargs)
+            measure.on_validation_batch_start()
         self._enter(pl_module, batch)
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Take them away, and measure."""
         self._close()
         for measure in self._measures:
-            measure.on_validation_batch_end(trainer, pl_module, outputs, batch, *args, **kwargs)
+            measure.on_validation_batch_end(*args, **kwargs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the dependence."""
@@ -292,26 +277,6 @@ class MetadataNormCallback(Callback):
         """Put the state of the training back, before a checkpoint is saved."""
         self._validation.close()
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
-    ) -> None:
-        """Give the layers the metadata of the batch."""
-        self._enter(pl_module, batch)
-
-    def on_test_batch_end(self, *_: Any, **__: Any) -> None:
-        """Take them away."""
-        self._close()
-
-    def on_predict_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any, **__: Any
-    ) -> None:
-        """Give the layers the metadata of the batch."""
-        self._enter(pl_module, batch)
-
-    def on_predict_batch_end(self, *_: Any, **__: Any) -> None:
-        """Take them away."""
-        self._close()
-
     # -- parts ------------------------------------------------------------------------------------------
 
     def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
@@ -321,8 +286,11 @@ class MetadataNormCallback(Callback):
         rest = [part if part is None else select(batch, part, "the batch") for part in selectors]
         self._open.enter_context(context.metadata(pl_module, metadata, labels, *rest))
 
-    def _close(self) -> None:
+    def _close(self, *_: Any, **__: Any) -> None:
         self._open.close()
+
+    # The backward pass is over then.
+    on_train_batch_end = on_test_batch_end = on_predict_batch_end = _close
 
     def _input_of(self, batch: Any) -> Any:
         if self.inputs is not None:
@@ -337,7 +305,7 @@ class MetadataNormCallback(Callback):
     def _make_measures(self, pl_module: LightningModule) -> list[DependenceCallback]:
         names = [row.name for row in insertions(pl_module)]
         metadata, column_names = self.metadata, self.column_names
-        if any(isinstance(module, AttachedDesign) for module in pl_module.modules()):
+        if designs_in(pl_module):
             column_names = column_names or design_of(pl_module).metadata_names
 
             def metadata(batch: Any) -> Any:

@@ -43,8 +43,8 @@ class DependenceCallback(Callback):
 
     Parameters
     ----------
-    layer : str or nn.Module
-        A module of the LightningModule, by its name in ``named_modules()`` or itself.
+    layer, output, max_samples, seed
+        As of `mdnorm.integration.DependenceRecorder`.
     metadata : str, int, callable, or list of them
         Where the metadata are in a validation batch: a key (or the name of an attribute), an index, or a
         function of the batch, that gives (n,) or (n, K). A list of them gives one column each, named by its
@@ -56,23 +56,8 @@ class DependenceCallback(Callback):
         Names of the columns; default: the key of a single column or the keys in a list, ``key_0, key_1, …``
         for the columns of one key, else ``column_0, column_1, …``. A mapping gives a name to several columns
         that belong together.
-    output : str, int or callable, optional
-        Where the layer does not return a tensor; see `mdnorm.integration.DependenceRecorder`.
-    every_n_epochs : int
-        Measure in epochs 0, n, 2n, … of a fit. Monitoring callbacks see the last value in between.
-        ``trainer.validate`` always measures.
-    max_samples : int or None
-        Size of the sample that is measured, drawn uniformly from all; None for all. Time for each value grows
-        with its square.
-    seed : int
-        Of the sample.
-    dataloader_idx : int
-        Which validation loader, where there are several: pooled, differences between the loaders would pass
-        for dependence.
     prefix : str
         Of the logged names. Give one for each layer if you measure several.
-    prog_bar : bool
-        Show the values in the progress bar.
 
     Raises
     ------
@@ -84,7 +69,8 @@ class DependenceCallback(Callback):
 
     Notes
     -----
-    - The sanity check before a fit is not measured.
+    - The sanity check before a fit is not measured, and of several validation loaders only the first is:
+      pooled, differences between them would pass for dependence.
     - Too few samples (fewer than 4, in all or of a class; a ``fast_dev_run``, say): a warning, and nothing is
       logged.
     - A model compiled by `torch.compile` runs uncompiled while it is measured.
@@ -106,17 +92,12 @@ class DependenceCallback(Callback):
         *,
         column_names: ColumnNames | None = None,
         output: Selector | None = None,
-        every_n_epochs: int = 1,
         max_samples: int | None = 2000,
         seed: int = 0,
-        dataloader_idx: int = 0,
         prefix: str = "dcor2",
-        prog_bar: bool = False,
     ) -> None:
         super().__init__()
         reservoir.check_settings(max_samples, seed)
-        if type(every_n_epochs) is not int or every_n_epochs < 1:
-            raise ValueError(f"every_n_epochs must be an integer of at least 1, got {every_n_epochs!r}.")
         if isinstance(metadata, (list, tuple)):
             if not metadata:
                 raise ValueError("metadata is an empty list: give at least one key of the batch.")
@@ -128,12 +109,9 @@ class DependenceCallback(Callback):
         self.labels = labels
         self.column_names = column_names
         self.output = output
-        self.every_n_epochs = every_n_epochs
         self.max_samples = max_samples
         self.seed = seed
-        self.dataloader_idx = dataloader_idx
         self.prefix = prefix
-        self.prog_bar = prog_bar
         self._outputs: LayerOutputs | None = None
         self._metric: DistanceCorrelation | None = None
 
@@ -142,9 +120,8 @@ class DependenceCallback(Callback):
         LayerOutputs(pl_module, self.layer, self.output)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to record, unless this is the sanity check or an epoch in between."""
-        is_due = trainer.state.fn != "fit" or pl_module.current_epoch % self.every_n_epochs == 0
-        if trainer.sanity_checking or not is_due:
+        """Begin to record, unless this is the sanity check."""
+        if trainer.sanity_checking:
             return
         self._metric = DistanceCorrelation(
             within_labels=self.labels is not None,
@@ -156,14 +133,7 @@ class DependenceCallback(Callback):
         self._outputs = LayerOutputs(pl_module, self.layer, self.output)
         self._outputs.open()
 
-    def on_validation_batch_start(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def on_validation_batch_start(self, *_: Any, **__: Any) -> None:
         """Forget what the layer did outside of the validation step."""
         if self._outputs is not None:
             self._outputs.clear()
@@ -180,7 +150,7 @@ class DependenceCallback(Callback):
         """Add the batch."""
         if self._outputs is None or self._metric is None:
             return
-        if dataloader_idx != self.dataloader_idx:
+        if dataloader_idx:
             self._outputs.clear()
             return
         metadata = columns_at(batch, self.metadata)
@@ -200,34 +170,26 @@ class DependenceCallback(Callback):
                 values: Any = metric.compute()
             except reservoir.TooFewSamplesError as error:
                 # All processes have the same samples by now, and so come here together.
-                too_few: str | None = str(error)
-            else:
-                too_few = None
-        if too_few is not None:
+                values = error
+        if isinstance(values, reservoir.TooFewSamplesError):
             if trainer.is_global_zero:
-                warnings.warn(f"{self.prefix} of {self.layer!r} is not logged: {too_few}", stacklevel=2)
+                warnings.warn(f"{self.prefix} of {self.layer!r} is not logged: {values}", stacklevel=2)
             return
         for name, value in values.items():
             # The same value everywhere; sync_dist says so to Lightning.
-            pl_module.log(self._logged(name, values), value, prog_bar=self.prog_bar, sync_dist=True)
+            pl_module.log(self._logged(name, values), value, sync_dist=True)
 
     def _classes(self, labels: Any) -> Any:
         """Return the class index of each sample."""
         return labels
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Take the hook off the layer."""
-        self.close()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Take the hook off the layer."""
-        self.close()
-
-    def close(self) -> None:
+    def close(self, *_: Any, **__: Any) -> None:
         """Stop recording and take the hook off the layer."""
         if self._outputs is not None:
             self._outputs.close()
             self._outputs = None
+
+    on_exception = teardown = close
 
     def _logged(self, name: str, names: Iterable[str]) -> str:
         if isinstance(self.metadata, str) and self.column_names is None:

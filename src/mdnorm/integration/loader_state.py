@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 import sys
 import types
@@ -35,11 +36,6 @@ def unchanged_loaders(*loaders: Any) -> Iterator[None]:
     loader, its samplers, its data set and the transforms in it hold; the epochs that samplers of accelerate
     count; and the workers that a `DataLoader` keeps (``persistent_workers=True``), which another pass over it
     may be using at that time: the passes inside the block have workers of their own.
-
-    Parameters
-    ----------
-    *loaders : object
-        Each an iterable of batches, or None.
     """
     with ExitStack() as stack:
         for put_back in _global_states():
@@ -51,32 +47,31 @@ def unchanged_loaders(*loaders: Any) -> Iterator[None]:
 
 
 def _global_states() -> Iterator[Callable[[], Any]]:
-    yield _with(torch.set_rng_state, torch.get_rng_state())
-    yield _with(random.setstate, random.getstate())
-    yield _with(np.random.set_state, np.random.get_state())  # noqa: NPY002
+    yield functools.partial(torch.set_rng_state, torch.get_rng_state())
+    yield functools.partial(random.setstate, random.getstate())
+    yield functools.partial(np.random.set_state, np.random.get_state())  # noqa: NPY002
     if torch.cuda.is_available() and torch.cuda.is_initialized():
-        yield _with(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        yield functools.partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
     if torch.backends.mps.is_available():
-        yield _with(torch.mps.set_rng_state, torch.mps.get_rng_state())
+        yield functools.partial(torch.mps.set_rng_state, torch.mps.get_rng_state())
     accelerate = sys.modules.get("accelerate.state")
     if accelerate is not None and accelerate.GradientState._shared_state:
         state = accelerate.GradientState()
-        yield _with(lambda found: setattr(state, "dataloader_references", found), state.dataloader_references)
-
-
-def _with(function: Callable[[Any], Any], value: Any) -> Callable[[], Any]:
-    return lambda: function(value)
+        yield functools.partial(
+            lambda found: setattr(state, "dataloader_references", found), state.dataloader_references
+        )
 
 
 def _states_of(value: Any) -> Iterator[Callable[[], Any]]:
     """Yield what puts back the state of an object, where it has one that counts."""
     if isinstance(value, (torch.Generator, np.random.RandomState)):
-        yield _with(value.set_state, value.get_state())
+        generator: Any = value
+        yield functools.partial(generator.set_state, generator.get_state())
     elif isinstance(value, np.random.Generator):
         bits = value.bit_generator
-        yield _with(lambda state: setattr(bits, "state", state), bits.state)
+        yield functools.partial(lambda state: setattr(bits, "state", state), bits.state)
     elif isinstance(value, random.Random):
-        yield _with(value.setstate, value.getstate())
+        yield functools.partial(value.setstate, value.getstate())
     elif isinstance(value, (torch.utils.data.DataLoader, torch.utils.data.Sampler)):
         own = vars(value)
         counters = {name: own[name] for name in _COUNTERS if isinstance(own.get(name), int)}

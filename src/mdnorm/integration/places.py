@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -70,7 +71,6 @@ def _matching(model: nn.Module, names: dict[int, tuple[nn.Module, list[str]]], p
     exact = {key for key, (_, all_names) in names.items() if part in all_names}
     if exact:
         return exact
-    known = [name for _, all_names in names.values() for name in all_names if name]
     if "*" in part or "?" in part:
         pattern = _compiled(part)
         found = {
@@ -78,7 +78,8 @@ def _matching(model: nn.Module, names: dict[int, tuple[nn.Module, list[str]]], p
         }
         if found:
             return _without_lenders(model, found, f"the pattern {part!r}")
-    raise ValueError(f"{type(model).__name__} has no module {part!r}: {_near(part, known)}.")
+    known = (name for _, all_names in names.values() for name in all_names)
+    raise ValueError(f"{type(model).__name__} has no module {part!r}: {near_names(part, known)}.")
 
 
 def _compiled(pattern: str) -> re.Pattern[str]:
@@ -87,7 +88,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(text.replace(r"\*\*", ".*").replace(r"\*", "[^.]*").replace(r"\?", "[^.]"))
 
 
-def _near(part: str, known: list[str]) -> str:
+def near_names(part: str, names: Iterable[str]) -> str:
+    """Return for an error message which of the names are near to one that is not there."""
+    known = [name for name in names if name]
     if not known:
         return "it has no modules inside"
     near = difflib.get_close_matches(part, known, n=5, cutoff=0.5)
@@ -126,22 +129,6 @@ def _without_lenders(model: nn.Module, found: set[int], what: str) -> set[int]:
     return rest
 
 
-# -- the output of the model ------------------------------------------------------------------------------
-
-
-def ends_sequentials(model: nn.Module, module: nn.Module) -> bool:
-    """Whether nested `nn.Sequential` containers make the module's output that of the model."""
-    inside = model
-    while calls_its_children(inside):
-        children = [c for c in inside.children() if not isinstance(c, (MetadataNorm, AttachedDesign))]
-        if not children:
-            return False
-        inside = children[-1]
-        if inside is module:
-            return True
-    return False
-
-
 def calls_its_children(module: nn.Module) -> bool:
     """Whether this is an `nn.Sequential` that does what one does."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
@@ -151,15 +138,7 @@ def calls_its_children(module: nn.Module) -> bool:
 
 
 def refuse_wrapped(model: nn.Module) -> None:
-    """Raise where something holds on to the model as it was.
-
-    Raises
-    ------
-    TypeError
-        Not a module.
-    ValueError
-        Compiled, or wrapped for several devices.
-    """
+    """Raise where the model is none, or compiled or wrapped: something holds on to it as it was."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     if _is_wrapped(model):
@@ -193,13 +172,7 @@ def refuse_wrapped_parts(model: nn.Module, modules: dict[str, nn.Module]) -> Non
 def refuse_unusable(model: nn.Module, name: str, module: nn.Module, takes_apart: bool) -> None:
     """Raise ValueError where a module has no output, or not one that a layer can have.
 
-    Parameters
-    ----------
-    model : nn.Module
-    name, module
-        Where the layer would go.
-    takes_apart : bool
-        Whether the output is to be taken apart or turned (`output`, `sample_dim`).
+    `takes_apart` says whether the output is to be taken apart or turned (`output`, `sample_dim`).
     """
     if hasattr(module, LAYER_NAME):
         raise ValueError(f"{name!r} has something else of the name {LAYER_NAME!r}: rename it.")

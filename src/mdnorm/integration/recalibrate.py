@@ -8,7 +8,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from mdnorm import context
 from mdnorm.arrays import plain_features, statistics_dtype
-from mdnorm.distributed import gather_or_raise, group_of
+from mdnorm.distributed import gather_results, group_of
 from mdnorm.integration.bars import with_bar
-from mdnorm.integration.batches import Forward, Keys, runner
+from mdnorm.integration.batches import Forward, Keys, evaluating, runner
 from mdnorm.integration.layer_moments import NUM_GROUPS, LayerMoments
 from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration, probability_below
 from mdnorm.integration.uncompiled import uncompiled
@@ -76,18 +76,14 @@ def recalibrate(
     shrink : bool
         False: the exact least-squares fit of `loader`; `held_out` is then only compared with it.
     forward : callable, optional
-        ``forward(model, batch)`` runs the model. Default: ``model(**batch)`` for a dict or another mapping,
-        ``model(*batch)`` for a tuple or list, else ``model(batch)``. Where metadata come from a context
-        (`mdnorm.insert`, `mdnorm.WithMetadata`, a model whose forward takes no metadata and calls its layer
-        as ``norm(features)``): a tuple is ``(input, metadata)`` or ``(input, metadata, labels)``, a mapping
-        has them as "metadata" and "labels", and may have "weights" and "mask"; the rest of it goes to the
-        model, and so do "weights" and "mask" where its forward has an argument of that name. Metadata may be
-        a table where the model has a design. Whether the forward of a model of your own takes metadata is
-        read off its signature: an argument of that name, or as many arguments as the batch has. Of a mapping
-        with "image", as MONAI has them, and a model that knows no such argument, "image" is the input,
-        "label" (or "labels") the labels, and "metadata", or else the columns of the model's design, the
-        metadata. Tensors are moved to the device of the model. For other batches give `keys`, or a function
-        that enters `mdnorm.metadata`.
+        ``forward(model, batch)`` runs the model; it enters `mdnorm.metadata` where metadata come from a
+        context. Default: a batch is what the forward of a model of your own takes, metadata included, which
+        is read off its signature. Otherwise (`mdnorm.insert`, `mdnorm.WithMetadata`, a layer called as
+        ``norm(features)``) it is ``(input, metadata)``, ``(input, metadata, labels)``, or a mapping with
+        "metadata" and perhaps "labels", "weights" and "mask", the rest of which goes to the model; "weights"
+        and "mask" do so, too, where its forward has an argument of that name. Of MONAI's mappings "image" is
+        the input, "label" the labels, and "metadata", or else the columns of the design, the metadata.
+        Metadata may be a table where the model has a design. Tensors are moved to the device of the model.
     keys : mapping, optional
         Instead of `forward`, where the parts of a batch are: ``{"inputs": "image", "metadata": ["age",
         "site"], "labels": "diagnosis"}``, and "weights" and "mask". Each is a key, an index or a function of
@@ -151,97 +147,62 @@ def recalibrate(
     if not layers:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
     run = runner(forward, keys)
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        # A compiled graph would pass by the hooks that see a layer's input.
-        with torch.no_grad(), uncompiled(), context.labels_of_tables(), _noting_order(layers) as order:
-            agreeing = _Agreeing(order, group)
-            waiting = _passes(model, loader, run, layers, agreeing)
-            if not waiting:
-                raise ValueError("no MetadataNorm layer ran in the forward pass.")
-            done: dict[str, RecalibratedLayer] = {}
-            for names in waiting:
-                what = f"recalibrate {_listing(names, len(done) + 1, len(order))}"
-                found: list[list[LayerMoments]] = []
-                for rows in (loader, held_out):
-                    if rows is None:
-                        continue
-                    sources = [LayerMoments(name, layers[name]) for name in names]
-                    if found:
-                        for source, training in zip(sources, found[0], strict=True):
-                            source.trained = training.regression()
-                    bar = with_bar(rows, what + (", held out" if found else ""), progress)
-                    agreeing(functools.partial(_accumulate, model, sources, bar, run))
-                    for source in sources:
-                        source.finish(group, "held_out is empty" if found else "the loader is empty")
-                    found.append(sources)
-                done |= {each[0].name: _finish(each, shrink) for each in zip(*found, strict=True)}
-                # Layers that run in later batches only join the order while this goes on.
-                known = {name for each in waiting for name in each}
-                waiting += [[name] for name in order if name not in known]
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return Recalibration(tuple(done.values()))
-
-
-class _Agreeing:
-    """Does the work of this process; all processes then have the same order of the layers that ran on any."""
-
-    def __init__(self, order: list[str], group: ProcessGroup | None) -> None:
-        self.order = order
-        self.group = group
-
-    def __call__(self, work: Callable[[], T]) -> list[T]:
-        """Return what the work gave on each process that has samples."""
-        if self.group is None:
-            return [work()]
-        failure: Exception | None = None
-        given: list[T] = []
-        try:
-            given.append(work())
-        except NoSamplesError:
-            pass
-        except Exception as error:
-            failure = error
-        answers = gather_or_raise((list(self.order), given), failure, self.group)
-        if not any(results for _, results in answers):
-            raise NoSamplesError("no samples: the loader is empty on every process.")
-        names = dict.fromkeys(name for names, _ in answers for name in names)
-        self.order[:] = names
-        return [result for _, results in answers for result in results]
-
-
-@contextmanager
-def _noting_order(layers: dict[str, MetadataNorm]) -> Iterator[list[str]]:
-    """Names of the layers in the order in which they first run; it grows as they do."""
+    # The layers in the order in which they first run.
     order: list[str] = []
 
     def note(name: str, *_: Any) -> None:
         if name not in order:
             order.append(name)
 
-    with _hooked(layers, note):
-        yield order
+    # A compiled graph would pass by the hooks that see a layer's input.
+    with evaluating(model), torch.no_grad(), uncompiled(), context.labels_of_tables(), _hooked(layers, note):
+        agreeing = functools.partial(_agree, order, group)
+        waiting = _passes(model, loader, run, layers, order, agreeing)
+        if not waiting:
+            raise ValueError("no MetadataNorm layer ran in the forward pass.")
+        done: dict[str, RecalibratedLayer] = {}
+        for names in waiting:
+            what = f"recalibrate {_listing(names, len(done) + 1, len(order))}"
+            found: list[list[LayerMoments]] = []
+            for rows in (loader, held_out):
+                if rows is None:
+                    continue
+                sources = [LayerMoments(name, layers[name]) for name in names]
+                if found:
+                    for source, training in zip(sources, found[0], strict=True):
+                        source.trained = training.regression()
+                bar = with_bar(rows, what + (", held out" if found else ""), progress)
+                agreeing(functools.partial(_accumulate, model, sources, bar, run))
+                for source in sources:
+                    source.finish(group, "held_out is empty" if found else "the loader is empty")
+                found.append(sources)
+            done |= {each[0].name: _finish(each, shrink) for each in zip(*found, strict=True)}
+            # Layers that run in later batches only join the order while this goes on.
+            known = {name for each in waiting for name in each}
+            waiting += [[name] for name in order if name not in known]
+    return Recalibration(tuple(done.values()))
+
+
+def _agree(order: list[str], group: ProcessGroup | None, work: Callable[[], T]) -> list[T]:
+    """Return what the work gave on each process with samples; all have the same order of layers then."""
+    if group is None:
+        return [work()]
+    answers = gather_results(lambda: (work(), list(order)), group, NoSamplesError)
+    given = [answer for answer in answers if answer is not None]
+    if not given:
+        raise NoSamplesError("no samples: the loader is empty on every process.")
+    order[:] = dict.fromkeys(name for _, names in given for name in names)
+    return [result for result, _ in given]
 
 
 @contextmanager
 def _hooked(layers: Mapping[str, MetadataNorm], before: Callable[..., None]) -> Iterator[None]:
-    """Call ``before(name, arguments, keywords)`` whenever a layer runs."""
-
-    def hook(name: str, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-        before(name, arguments, keywords)
-
-    handles = [
-        layer.register_forward_pre_hook(functools.partial(hook, name), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
+    """Call ``before(name, layer, arguments, keywords)`` whenever a layer runs."""
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            hook = functools.partial(before, name)
+            stack.callback(layer.register_forward_pre_hook(hook, with_kwargs=True).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _passes(
@@ -249,7 +210,8 @@ def _passes(
     loader: Iterable[Any],
     run: Forward,
     layers: dict[str, MetadataNorm],
-    agreeing: _Agreeing,
+    order: list[str],
+    agreeing: Callable[[Callable[[], Any]], list[Any]],
 ) -> list[list[str]]:
     """Return the layers that run on the first batch, in groups that depend on those before them alone."""
     batches: list[Any] = []
@@ -272,7 +234,7 @@ def _passes(
 
     agreeing(first_run)
     groups: list[list[str]] = []
-    waiting = list(agreeing.order)
+    waiting = list(order)
     while waiting:
         dependent: set[str] = set()
         if len(waiting) > 1:
@@ -289,7 +251,7 @@ def _inputs(
     """Return what tells the inputs of each layer from others, where some layers put out something else."""
     seen: dict[str, list[Any]] = {name: [] for name in layers}
 
-    def note(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def note(name: str, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         features = plain_features(arguments[0] if arguments else keywords["features"])
         values = (features.values() if features.is_nested else features).to(statistics_dtype(features.device))
         seen[name].append((values.shape, values.sum().item(), values.square().sum().item()))
@@ -297,14 +259,11 @@ def _inputs(
     def change(_: nn.Module, __: Any, output: Tensor) -> Tensor:
         return output * -2 if output.is_nested else output * -2 + 1
 
-    handles = [layers[name].register_forward_hook(change) for name in changed]
-    try:
-        with _hooked(layers, note):
-            # A forward of the user's may take things out of the batch.
-            run(model, copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as stack, _hooked(layers, note):
+        for name in changed:
+            stack.callback(layers[name].register_forward_hook(change).remove)
+        # A forward of the user's may take things out of the batch.
+        run(model, copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
     return seen
 
 
@@ -313,7 +272,7 @@ def _accumulate(
 ) -> None:
     by_name = {source.name: source for source in sources}
 
-    def add(name: str, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+    def add(name: str, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         by_name[name].add(*arguments, **keywords)
 
     with _hooked({source.name: source.layer for source in sources}, add):

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, ExitStack
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from mdnorm.integration.batches import Forward, Keys
+from mdnorm.distributed import group_of
+from mdnorm.integration.batches import Forward, Keys, evaluating
 from mdnorm.integration.loader_state import unchanged_loaders
 from mdnorm.integration.recalibrate import recalibrate
 from mdnorm.integration.recalibration import Recalibration
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["recalibrated"]
 
 
+@contextmanager
 def recalibrated(
     model: nn.Module,
     loader: Iterable[Any],
@@ -32,7 +33,7 @@ def recalibrated(
     keys: Keys | None = None,
     progress: bool = True,
     process_group: ProcessGroupSetting = "auto",
-) -> AbstractContextManager[Recalibration]:
+) -> Iterator[Recalibration]:
     """Evaluate with the coefficients of a whole data set, in the midst of training.
 
     Inside the block every `MetadataNorm` has the coefficients that `mdnorm.recalibrate` gives it, and the
@@ -52,8 +53,7 @@ def recalibrated(
     Returns
     -------
     context manager
-        It gives the `Recalibration`, as ``with mdnorm.recalibrated(model, loader) as report:``. It can be
-        entered many times, and recalibrates each time; blocks nest.
+        It gives the `Recalibration`, as ``with mdnorm.recalibrated(model, loader) as report:``. Blocks nest.
 
     Raises
     ------
@@ -82,90 +82,64 @@ def recalibrated(
     >>> bool(model[0].metadata_norm.training)
     True
     """
-    options: dict[str, Any] = {"held_out": held_out, "shrink": shrink, "forward": forward, "keys": keys}
-    return _Recalibrated(model, loader, options | {"progress": progress, "process_group": process_group})
+    group_of(model, process_group)  # Says what is wrong with the arguments.
+    layers = [module for module in model.modules() if isinstance(module, MetadataNorm)]
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(_state_of(layer))
+        # Modes come back before the layers: a change of the mode may change coefficients.
+        stack.enter_context(evaluating(model))
+        with unchanged_loaders(loader, held_out), _unchanged_buffers(model, layers):
+            report = recalibrate(
+                model,
+                loader,
+                held_out=held_out,
+                shrink=shrink,
+                forward=forward,
+                keys=keys,
+                progress=progress,
+                process_group=process_group,
+            )
+        yield report
 
 
-class _Recalibrated(AbstractContextManager[Recalibration]):
-    def __init__(self, model: nn.Module, loader: Iterable[Any], options: dict[str, Any]) -> None:
-        self._model, self._loader, self._options = model, loader, options
-        # One for each block that is open.
-        self._open: list[ExitStack] = []
+def _state_of(layer: MetadataNorm) -> Callable[[], None]:
+    """Return what puts all that a layer and the modules in it hold back in place."""
+    attributes = [(module, dict(vars(module))) for module in layer.modules()]
+    # By module the tensors and the modules that it has, since those of open sizes are made later.
+    all_entries: list[tuple[Any, dict[str, Any]]] = [
+        (entries, dict(entries))
+        for module in layer.modules()
+        for entries in (module._buffers, module._parameters, module._modules)
+    ]
+    values = [(tensor, tensor.detach().clone()) for tensor in (*layer.parameters(), *layer.buffers())]
 
-    def __enter__(self) -> Recalibration:
-        model, loader = self._model, self._loader
-        if not isinstance(model, nn.Module):
-            # Says what is wrong.
-            return recalibrate(model, loader, **self._options)
-        with ExitStack() as stack:
-            layers = [module for module in model.modules() if isinstance(module, MetadataNorm)]
-            # Modes come back before the layers: a change of the mode may change coefficients.
-            for layer in layers:
-                stack.callback(_LayerState(layer).put_back)
-            stack.callback(_put_modes_back, {module: module.training for module in model.modules()})
-            with unchanged_loaders(loader, self._options["held_out"]), _Buffers(model, layers):
-                report = recalibrate(model, loader, **self._options)
-            model.eval()
-            self._open.append(stack.pop_all())
-        return report
-
-    def __exit__(
-        self,
-        exception_type: type[BaseException] | None,
-        exception: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._open.pop().close()
-
-
-def _put_modes_back(modes: dict[nn.Module, bool]) -> None:
-    for module, mode in modes.items():
-        module.training = mode
-
-
-class _LayerState:
-    """All that a `MetadataNorm` and the modules in it hold, to be put back in place."""
-
-    def __init__(self, layer: MetadataNorm) -> None:
-        self._attributes = [(module, dict(vars(module))) for module in layer.modules()]
-        # By module the tensors and the modules that it has, since those of open sizes are made later.
-        self._entries: list[tuple[Any, dict[str, Any]]] = [
-            (entries, dict(entries))
-            for module in layer.modules()
-            for entries in (module._buffers, module._parameters, module._modules)
-        ]
-        tensors = [*layer.parameters(), *layer.buffers()]
-        self._values = [(tensor, tensor.detach().clone()) for tensor in tensors]
-
-    def put_back(self) -> None:
-        """Make everything as it was; tensors that an optimiser or a compiled graph knows stay themselves."""
-        for module, attributes in self._attributes:
-            for name in vars(module).keys() - attributes.keys():
+    def put_back() -> None:
+        for module, before in attributes:
+            for name in vars(module).keys() - before.keys():
                 del vars(module)[name]
-            vars(module).update(attributes)
-        for entries, before in self._entries:
+            vars(module).update(before)
+        for entries, before in all_entries:
             entries.clear()
             entries.update(before)
+        # Tensors that an optimiser or a compiled graph knows stay themselves.
         with torch.no_grad():
-            for tensor, value in self._values:
+            for tensor, value in values:
                 tensor.copy_(value)
 
+    return put_back
 
-class _Buffers:
-    """Buffers of the rest of a model: put back at once, since the evaluation may have business with them."""
 
-    def __init__(self, model: nn.Module, layers: list[MetadataNorm]) -> None:
-        own = {id(buffer) for layer in layers for buffer in layer.buffers()}
-        self._values: list[tuple[Tensor, Tensor]] = [
-            (buffer, buffer.detach().clone()) for buffer in model.buffers() if id(buffer) not in own
-        ]
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
+@contextmanager
+def _unchanged_buffers(model: nn.Module, layers: list[MetadataNorm]) -> Iterator[None]:
+    """Put the other buffers back at once, since the evaluation may have business with them."""
+    own = {id(buffer) for layer in layers for buffer in layer.buffers()}
+    values = [(buffer, buffer.detach().clone()) for buffer in model.buffers() if id(buffer) not in own]
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            for buffer, value in self._values:
+            for buffer, value in values:
                 # Not where nothing changed: a buffer may be part of a graph that is still needed.
                 if not buffer.is_meta and not torch.equal(buffer, value):
                     buffer.copy_(value)

@@ -20,7 +20,7 @@ from mdnorm.estimators import ESTIMATORS
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.integration.applied import inserted
-from mdnorm.integration.design import AttachedDesign
+from mdnorm.integration.design import AttachedDesign, designs_in, device_for_design, remove_designs
 from mdnorm.integration.insert import put_behind, remove, without_layer
 from mdnorm.integration.places import LAYER_NAME, refuse_wrapped, targets
 from mdnorm.integration.wrapper import WithMetadata
@@ -64,11 +64,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     path = Path(path)
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path}: there is no folder {path.parent}.")
-    designs = _designs(model)
+    designs = designs_in(model)
     layers = []
     for row, layer in inserted(model):
         settings = layer.insertion.settings  # type: ignore[attr-defined]
-        layers.append({"after": row.name, "options": _writable(row.name, settings)})
+        options = {
+            key: _as_json(row.name, key, value)
+            for key, value in settings.items()
+            # Where the layers are is asked of the model that they go into.
+            if value is not None and key != "device"
+        }
+        layers.append({"after": row.name, "options": options})
     tensors, same_as = _tensors(model, {f"{name}.json" for name in designs})
     state = {
         "format": _FORMAT,
@@ -131,7 +137,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     path = Path(path)
     state, tensors = _read(path)
     layers_before = {row.name for row, _ in inserted(plain)}
-    designs_before = _designs(plain).keys()
+    designs_before = designs_in(plain).keys()
     try:
         tensors |= {name: tensors[other] for name, other in state["same_as"].items()}
         _check_plain(plain, state, tensors)
@@ -141,21 +147,15 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
             put_behind(plain, without_layer(plain, targets(plain, layer["after"]), settings), settings, {})
         for name, entry in state["designs"].items():
             _attach(plain, name, entry)
-            tensors[f"{name}.json"] = _designs(plain)[name].json
+            tensors[f"{name}.json"] = designs_in(plain)[name].json
         plain.load_state_dict(tensors, strict=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         added = [row.name for row, _ in inserted(plain) if row.name not in layers_before]
         if added:
             remove(plain, added)
-        for name in _designs(plain).keys() - designs_before:
-            owner, _, own = name.rpartition(".")
-            delattr(plain.get_submodule(owner), own)
+        remove_designs(plain, designs_in(plain).keys() - designs_before)
         raise ValueError(f"{path} does not fit the {type(plain).__name__}: {error}") from error
     return model
-
-
-def _designs(model: nn.Module) -> dict[str, AttachedDesign]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, AttachedDesign)}
 
 
 def _inside(model: nn.Module) -> nn.Module:
@@ -274,24 +274,13 @@ def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
     design = None if entry["design"] is None else Design.from_json(json.dumps(entry["design"]))
     attached = AttachedDesign(design)
     attached.is_inserted = bool(entry["is_inserted"])
-    tensor = next((t for t in (*model.parameters(), *model.buffers()) if not t.is_meta), attached.json)
     place = model.get_submodule(owner)
     if not isinstance(getattr(place, own, attached), AttachedDesign):
         raise ValueError(f"it has a design as {name!r}, where the model has something else")
-    place.add_module(own, attached.to(tensor.device))
+    place.add_module(own, attached.to(device_for_design(model)))
 
 
 # -- options ----------------------------------------------------------------------------------------------
-
-
-def _writable(after: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of a layer as JSON has them."""
-    # Where the layers are is asked of the model that they go into.
-    return {
-        key: _as_json(after, key, value)
-        for key, value in settings.items()
-        if value is not None and key not in ("device", "example")
-    }
 
 
 def _as_json(after: str, key: str, value: Any) -> Any:
@@ -300,7 +289,7 @@ def _as_json(after: str, key: str, value: Any) -> Any:
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, (list, tuple)):
-        return {"tuple": [_as_json(after, key, entry) for entry in value]}
+        return [_as_json(after, key, entry) for entry in value]
     if isinstance(value, (bool, str)):
         return value
     if isinstance(value, numbers.Integral):
@@ -331,8 +320,6 @@ def _from_json(value: Any) -> Any:
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"it has an unknown dtype {content!r}")
         return dtype
-    if kind == "tuple":
-        return tuple(map(_from_json, content))
     if kind == "float":
         return float(content)
     raise ValueError(f"it has an option of an unknown kind {kind!r}")

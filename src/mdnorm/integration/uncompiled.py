@@ -24,10 +24,9 @@ def uncompiled() -> Iterator[None]:
     not nested would leave compilation off for good.
     """
     global _open
-    set_stance = getattr(torch.compiler, "set_stance", None)
     with _lock:
-        if _open == 0 and set_stance is not None:
-            _stance.enter_context(set_stance("force_eager"))
+        if _open == 0:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
         _open += 1
     try:
         yield

@@ -91,22 +91,18 @@ class WithMetadata(nn.Module):
             without metadata, or where the model's own forward has an argument of that name; in training,
             labels where no layer has label columns, or none where one has.
         """
-        for name, value in (("weights", weights), ("mask", mask)):
+        for name, value in (("labels", labels), ("weights", weights), ("mask", mask)):
             if value is not None and name in self._ambiguous:
                 raise ValueError(
                     f"{name}= may be meant for the layers or for the model, whose forward has an argument of "
                     f"that name: give it to the model by its position, to the layers by mdnorm.metadata."
                 )
-            if value is not None and metadata is None:
+            is_for_model = name == "labels" and self.forward_labels
+            if value is not None and metadata is None and not is_for_model:
                 raise ValueError(
                     f"{name}= was given without metadata=: no layer would get it. Give both here, or both to "
                     "mdnorm.metadata around this call."
                 )
-        if labels is not None and metadata is None and not self.forward_labels:
-            raise ValueError(
-                "labels= was given without metadata=: no layer would get these labels. Give both here, or "
-                "both to mdnorm.metadata around this call."
-            )
         if self.forward_labels and labels is not None:
             kwargs["labels"] = labels
         if metadata is None:
