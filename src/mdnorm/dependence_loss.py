@@ -18,11 +18,10 @@ from mdnorm.arrays import (
 )
 from mdnorm.distributed import GroupSetting, active_group, all_reduce_sum, eager, world_size
 from mdnorm.metrics.checks import check_integer
-from mdnorm.metrics.distance_correlation import MIN_SAMPLES, UNDEFINED
 from mdnorm.metrics.kernels import median_distance
 from mdnorm.metrics.pairwise import Distances, GaussianKernel, PairwiseMatrix, centred_products
 from mdnorm.metrics.reservoir import check_column_names, column_groups
-from mdnorm.metrics.samples import as_samples
+from mdnorm.metrics.samples import MIN_SAMPLES, UNDEFINED, as_samples
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike

@@ -503,7 +503,7 @@ WRONG = {
     "words as metadata": ({"metadata": ["a"] * 40}, TypeError, "metadata must be real and numeric"),
     "complex labels": ({"labels": LABELS * 1j}, TypeError, "labels must be real"),
     "mixed labels": ({"labels": [1, "a"] * 20 + [None]}, ValueError, "41 rows"),
-    "unordered labels": ({"labels": np.array([1, "a"] * 20, object)}, TypeError, "cannot be ordered"),
+    "unordered labels": ({"labels": np.array([1, "a"] * 20, object)}, TypeError, "mixes"),
     "NaN labels": ({"labels": np.r_[np.nan, np.arange(39.0)]}, ValueError, "labels has NaN.*row.s. 0"),
     "NaN metadata": ({"metadata": np.r_[METADATA[:39], [[np.nan] * 3]]}, ValueError, "metadata has NaN.*39"),
     "infinite": ({"metadata": np.r_[METADATA[:39], [[np.inf] * 3]]}, ValueError, "metadata has NaN or inf"),

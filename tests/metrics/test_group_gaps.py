@@ -134,14 +134,6 @@ def test_intervals_of_rates_and_differences_equal_those_of_statsmodels() -> None
             *counts[pair.higher], *counts[pair.lower], alpha=0.1 / 3, method="newcomb", compare="diff"
         )
         assert (pair.low, pair.high) == pytest.approx((low, high))
-    for pair in result.against_rest["accuracy"]:
-        (own,) = {pair.lower, pair.higher} - {None}
-        rest = tuple(np.sum([counts[group] for group in "abc" if group != own], axis=0))
-        ends = (counts[own], rest) if pair.higher == own else (rest, counts[own])
-        low, high = confint_proportions_2indep(
-            *ends[0], *ends[1], alpha=0.1 / 3, method="newcomb", compare="diff"
-        )
-        assert (pair.low, pair.high) == pytest.approx((low, high))
 
 
 def test_rows_of_subjects_count_as_the_robust_error_of_statsmodels_says() -> None:

@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import listed
 from mdnorm.metrics.pairwise import Distances
-
-if TYPE_CHECKING:
-    pass
+from mdnorm.text import listed
 
 __all__ = ["Problem", "distance", "effective_size", "entropy", "propensity"]
-
-Method = Literal["propensity", "entropy", "distance"]
 
 # A class that a fitted model gives less than this probability does not occur for such metadata. The fit stops
 # at 1e-12, and a probability that tends to 0 is then below 1e-8 unless very few rows have it.

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design.reader import Column, read_column
-from mdnorm.metrics.checks import listed
+from mdnorm.text import listed
 
 __all__ = ["Categories", "as_categories", "as_column"]
 
@@ -80,9 +80,9 @@ def as_column(values: Any, name: str) -> NDArray[Any]:
 
 
 def as_categories(values: Any, name: str) -> Categories:
-    """Return a column as classes: sorted, or in the order of a categorical type; unused ones are dropped.
+    """Return a column, as of `as_column`, as classes: sorted, or in the order of a categorical type.
 
-    Parameters and errors are those of `as_column`.
+    Classes without a row are left out.
     """
     column = _read(values, name)
     names = column.levels()

@@ -40,7 +40,6 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from mdnorm.metrics.checks import check_integer
 from mdnorm.metrics.scalars import SortedScalar, sum_of_products
 
 if TYPE_CHECKING:
@@ -95,10 +94,7 @@ Index: TypeAlias = slice | Tensor
 class PairwiseMatrix(ABC):
     """A symmetric matrix of a value for every pair of samples, which is never in memory as a whole.
 
-    Parameters
-    ----------
-    rows : Tensor, (n, p) float64
-        Samples; without columns where the variable is constant.
+    The samples are `rows` (n, p) float64, without columns where the variable is constant.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -194,15 +190,7 @@ class Distances(PairwiseMatrix):
 
 
 class GaussianKernel(Distances):
-    """The kernel ``exp(−|x_i − x_j|² / (2σ²))``.
-
-    Parameters
-    ----------
-    rows : Tensor, (n, p) float64
-        Samples.
-    bandwidth : float
-        σ > 0, in the units of `rows`.
-    """
+    """The kernel ``exp(−|x_i − x_j|² / (2σ²))`` with the bandwidth σ > 0, in the units of the rows."""
 
     def __init__(self, rows: Tensor, bandwidth: float) -> None:
         super().__init__(rows)
@@ -235,8 +223,6 @@ class LinearKernel(PairwiseMatrix):
 
 def _exact_distances(rows: Tensor, others: Tensor) -> Tensor:
     """Return the Euclidean distances between (s, p) and (t, p) from differences, in shape (s, t)."""
-    if rows.shape[1] == 1:
-        return (rows - others.T).abs_()
     # The other form of `cdist` is a matrix product, in which a duplicate would not be at 0.
     return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -273,19 +259,15 @@ class _Tile:
 class _Tiling:
     """The tiles of the upper triangle, and memory that they share."""
 
-    def __init__(self, num_samples: int, device: torch.device, tile_size: int | None) -> None:
+    def __init__(self, num_samples: int, device: torch.device) -> None:
         columns = _TILE_COLUMNS
         if device.type == "cpu":
             elements = _TILE_ELEMENTS_CPU
             columns *= torch.get_num_threads()
         else:
             elements = _TILE_ELEMENTS_ACCELERATOR
-        if tile_size is None:
-            # Tiles on the diagonal compute its lower triangle too: few rows where there are few samples.
-            least, most = _TILE_ROWS
-            tile_size = max(elements // num_samples, min(max(num_samples // 16, least), most))
         self._num_samples = num_samples
-        self._tile_rows = min(tile_size, num_samples)
+        self._tile_rows = min(_tile_rows(num_samples, elements), num_samples)
         self._tile_columns = min(max(elements // self._tile_rows, columns), num_samples)
         self._buffers: dict[int, Tensor] = {}
         self._device = device
@@ -303,6 +285,12 @@ class _Tiling:
             self._buffers[key] = torch.empty(size, dtype=torch.float64, device=self._device)
         rows, columns = tile.shape
         return self._buffers[key][: rows * columns].view(rows, columns)
+
+
+def _tile_rows(num_samples: int, elements: int) -> int:
+    # Tiles on the diagonal compute its lower triangle too: few rows where there are few samples.
+    least, most = _TILE_ROWS
+    return max(elements // num_samples, min(max(num_samples // 16, least), most))
 
 
 def _reduced_tile(
@@ -370,23 +358,8 @@ class CentredProducts:
         return torch.where(undefined, torch.zeros_like(scaled), scaled.clamp(-1, 1))
 
 
-def centred_products(matrices: Sequence[PairwiseMatrix], tile_size: int | None = None) -> CentredProducts:
-    """Return the inner products of U-centred matrices.
-
-    Parameters
-    ----------
-    matrices : sequence of PairwiseMatrix
-        All of the same n ≥ 4 samples.
-    tile_size : int, optional
-        Rows of a tile; the default suits the device.
-
-    Raises
-    ------
-    TypeError, ValueError
-        `tile_size` is not an integer, or below 1.
-    """
-    if tile_size is not None:
-        check_integer("tile_size", tile_size, 1)
+def centred_products(matrices: Sequence[PairwiseMatrix]) -> CentredProducts:
+    """Return the inner products of U-centred matrices, all of the same n ≥ 4 samples."""
     rows = matrices[0].rows
     num_samples, num_matrices = rows.shape[0], len(matrices)
     effects = rows.new_zeros(num_matrices, num_samples)
@@ -397,13 +370,9 @@ def centred_products(matrices: Sequence[PairwiseMatrix], tile_size: int | None =
     if not varying:
         return CentredProducts(products, is_zero, effects)
     present = [matrices[index] for index in varying]
-    sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present, tile_size)
-
-    # Row sums of x, products of row sums, and products of totals, as in the expansion above.
+    sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present)
     totals = sums.row_sums.sum(dim=1)
-    rows_term = 2 / (num_samples - 2) * (sums.row_sums @ sums.row_sums.T)
-    total_term = totals[:, None] * totals / ((num_samples - 1) * (num_samples - 2))
-    centred = 2 * sums.pair_sums - rows_term + total_term
+    centred = _expansion(sums.pair_sums, sums.row_sums, sums.row_sums)
     index = torch.tensor(varying, device=rows.device)
     rounding = torch.stack(
         [matrix.rounding(reduced) for matrix, reduced in zip(present, sums.effects, strict=True)]
@@ -418,27 +387,22 @@ def centred_products(matrices: Sequence[PairwiseMatrix], tile_size: int | None =
     return CentredProducts(products, is_zero, effects)
 
 
-def row_products(
-    first: PairwiseMatrix,
-    second: PairwiseMatrix,
-    effects: Tensor,
-    tile_size: int | None = None,
-) -> Tensor:
-    """Return ``Σ_j A_ij²``, ``Σ_j A_ij B_ij`` and ``Σ_j B_ij²`` for every sample i.
+def _expansion(pair_sums: Tensor, x_sums: Tensor, y_sums: Tensor) -> Tensor:
+    """Return ``Σ_{i≠j} A_ij B_ij`` from ``Σ_{i<j} a_ij b_ij`` and sums of rows (k, n) and (m, n)."""
+    num_samples = x_sums.shape[1]
+    totals = x_sums.sum(dim=1)[:, None] * y_sums.sum(dim=1) / ((num_samples - 1) * (num_samples - 2))
+    return 2 * pair_sums - 2 / (num_samples - 2) * (x_sums @ y_sums.T) + totals
 
-    Parameters
-    ----------
-    first, second, effects
-        Of the same n samples, as in and from `centred_products`.
 
-    Returns
-    -------
-    Tensor, (3, n) float64
+def row_products(first: PairwiseMatrix, second: PairwiseMatrix, effects: Tensor) -> Tensor:
+    """Return ``Σ_j A_ij²``, ``Σ_j A_ij B_ij`` and ``Σ_j B_ij²`` for every sample i, (3, n).
+
+    The matrices are of the same n samples, and their `effects` (2, n) come from `centred_products`.
     """
     num_samples, device = first.num_samples, first.rows.device
     sums = first.rows.new_zeros(3, num_samples)
     ones = first.rows.new_ones(num_samples)
-    tiling = _Tiling(num_samples, device, tile_size)
+    tiling = _Tiling(num_samples, device)
     for tile in tiling:
         a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile))
         b = _reduced_tile(second, effects[1], tile, tiling.buffer(1, tile))
@@ -449,33 +413,21 @@ def row_products(
 
 
 def permuted_products(
-    first: PairwiseMatrix,
-    second: PairwiseMatrix,
-    effects: Tensor,
-    permutations: Tensor,
-    tile_size: int | None = None,
+    first: PairwiseMatrix, second: PairwiseMatrix, effects: Tensor, permutations: Tensor
 ) -> Tensor:
-    """Return ``(A·B)`` with the samples of `second` in other orders.
+    """Return ``(A·B)``, (m,), with the samples of `second` in m other orders, (m, n) int64.
 
-    Parameters
-    ----------
-    first, second, effects
-        Of the same n samples, as in and from `centred_products`.
-    permutations : Tensor, (m, n) int64
-        Orders.
-
-    Returns
-    -------
-    Tensor, (m,) float64
+    The matrices and `effects` are those of `row_products`.
     """
     num_samples, device = first.num_samples, first.rows.device
     sums = first.rows.new_zeros(permutations.shape[0])
     if _sorts([first, second]):
         x, y = (SortedScalar.of(matrix.rows[:, 0]) for matrix in (first, second))
-        for k, permutation in enumerate(permutations):
-            sums[k] = _centred_sorted_product(x, y.permuted(permutation))
+        x_sums, y_sums = x.row_sums()[None], y.row_sums()[None]
+        for k, order in enumerate(permutations):
+            sums[k] = 4 * _expansion(sum_of_products(x, y.permuted(order)), x_sums, y_sums[:, order]).sum()
         return sums / (num_samples * (num_samples - 3))
-    tiling = _Tiling(num_samples, device, tile_size)
+    tiling = _Tiling(num_samples, device)
     for tile in tiling:
         a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile)).reshape(-1)
         for k, permutation in enumerate(permutations):
@@ -493,10 +445,11 @@ class _Sums:
     pair_sums: Tensor  # (k, k): Σ_{i<j} a'_ij b'_ij
 
 
-def _tiled_sums(matrices: Sequence[PairwiseMatrix], tile_size: int | None) -> _Sums:
+def _tiled_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
     num_samples, num_matrices = matrices[0].num_samples, len(matrices)
     new_zeros = matrices[0].rows.new_zeros
-    scalar_index = _scalar_to_sort(matrices)
+    # Samples that are many are worth sorting by the first scalar.
+    scalar_index = next((k for k, matrix in enumerate(matrices) if _sorts([matrix])), None)
     if scalar_index is not None:
         order = SortedScalar.of(matrices[scalar_index].rows[:, 0]).order
         matrices = [matrix.reordered(order) for matrix in matrices]
@@ -509,7 +462,7 @@ def _tiled_sums(matrices: Sequence[PairwiseMatrix], tile_size: int | None) -> _S
     of_rows, of_columns = torch.zeros_like(effects), torch.zeros_like(effects)
     pair_sums = new_zeros(num_matrices, num_matrices)
     ones = torch.ones_like(effects[0])
-    tiling = _Tiling(num_samples, effects.device, tile_size)
+    tiling = _Tiling(num_samples, effects.device)
     for tile in tiling:
         flat: dict[int, Tensor] = {}
         for k in tiled:
@@ -544,20 +497,11 @@ def _tiled_sums(matrices: Sequence[PairwiseMatrix], tile_size: int | None) -> _S
 # --------------------------------------------------------------------------------------------------------
 
 
-def _is_scalar(matrix: PairwiseMatrix) -> bool:
-    return type(matrix) is Distances and matrix.num_columns == 1
-
-
 def _sorts(matrices: Sequence[PairwiseMatrix]) -> bool:
     """Tell whether all are distances of scalars, and of enough of them."""
-    return matrices[0].num_samples >= _MIN_SAMPLES_FOR_SORTING and all(map(_is_scalar, matrices))
-
-
-def _scalar_to_sort(matrices: Sequence[PairwiseMatrix]) -> int | None:
-    """Return the index of the first scalar, if samples are worth sorting by it."""
-    if matrices[0].num_samples < _MIN_SAMPLES_FOR_SORTING:
-        return None
-    return next((k for k, matrix in enumerate(matrices) if _is_scalar(matrix)), None)
+    return matrices[0].num_samples >= _MIN_SAMPLES_FOR_SORTING and all(
+        type(matrix) is Distances and matrix.num_columns == 1 for matrix in matrices
+    )
 
 
 def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
@@ -573,12 +517,3 @@ def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
         torch.stack([-2 * scalar.row_sums() for scalar in scalars]),
         pair_sums,
     )
-
-
-def _centred_sorted_product(x: SortedScalar, y: SortedScalar) -> Tensor:
-    """Return ``Σ_{i≠j} A_ij B_ij`` of two scalars."""
-    num_samples = x.values.shape[0]
-    x_sums, y_sums = x.row_sums(), y.row_sums()
-    rows_term = 2 / (num_samples - 2) * torch.dot(x_sums, y_sums)
-    total_term = x_sums.sum() * y_sums.sum() / ((num_samples - 1) * (num_samples - 2))
-    return 4 * (2 * sum_of_products(x, y) - rows_term + total_term)

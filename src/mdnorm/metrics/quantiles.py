@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_integer
 from mdnorm.metrics.columns import as_column
 from mdnorm.text import listed
@@ -73,8 +72,6 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
     >>> quantile_groups([20, 25, 31, 44, 52, 60, 61, 80]).names
     ('20–25', '31–44', '52–60', '61–80')
     """
-    with requires("metrics"):
-        import pandas as pd
     check_integer("num_groups", num_groups, 1)
     column = as_column(values, "values")
     if column.dtype.kind not in "biuf":
@@ -83,16 +80,13 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
             "of categories as groups as it is."
         )
     numbers = column.astype(np.float64)
-    if np.unique(numbers).size <= num_groups:
-        codes = np.unique(numbers, return_inverse=True)[1].reshape(-1)
-    else:
-        codes = np.asarray(pd.qcut(numbers, num_groups, labels=False, duplicates="drop"))
-        codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
-    codes = codes.astype(np.int64)
-    number = int(codes.max()) + 1
-    limits = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(number)]
-    counts = tuple(int(count) for count in np.bincount(codes, minlength=number))
-    return QuantileGroups(codes, _range_names(limits), counts)
+    edges = np.unique(numbers)
+    if edges.size > num_groups:
+        # Each group is closed above.
+        edges = np.unique(np.quantile(numbers, np.linspace(0, 1, num_groups + 1)[1:]))
+    _, codes, counts = np.unique(np.searchsorted(edges, numbers), return_inverse=True, return_counts=True)
+    limits = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(len(counts))]
+    return QuantileGroups(codes.astype(np.int64), _range_names(limits), tuple(counts.tolist()))
 
 
 def _range_names(limits: list[tuple[float, float]]) -> tuple[str, ...]:
@@ -108,14 +102,9 @@ def _range_names(limits: list[tuple[float, float]]) -> tuple[str, ...]:
             return f"{value:.{digits}g}"
         return np.format_float_positional(rounded, trim="-")
 
-    digits = next(
-        (
-            digits
-            for digits in range(2, 17)
-            if len({text(value, digits) for value in distinct}) == len(distinct)
-        ),
-        17,
-    )
+    digits = 2
+    while digits < 17 and len({text(value, digits) for value in distinct}) < len(distinct):
+        digits += 1
     names = []
     for low, high in limits:
         # A dash next to a minus sign is hard to read.
