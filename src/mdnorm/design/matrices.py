@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.design.checks import check_fits, check_kinds, check_missing
-from mdnorm.design.diagnosing import diagnose_columns
 from mdnorm.design.diagnosis import (
     ConfoundedDesignWarning,
     DesignDiagnosis,
     SparseCell,
+    diagnose_columns,
     levels_in_words,
 )
 from mdnorm.design.entries import column_or_factor, in_order

@@ -145,13 +145,7 @@ def shown_rows(where: NDArray[np.bool_]) -> str:
 
 
 def column_names(table: Any) -> list[str]:
-    """Return the names of the columns of a table; those that are not strings are left out.
-
-    Raises
-    ------
-    TypeError
-        Not a table.
-    """
+    """Return the names of the columns of a table; those that are not strings are left out."""
     names = table if isinstance(table, Mapping) else _frame(table, None).columns
     return [name for name in names if isinstance(name, str)]
 
@@ -159,20 +153,9 @@ def column_names(table: Any) -> list[str]:
 def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], int]:
     """Return some columns of a table, and its number of rows.
 
-    Parameters
-    ----------
-    table : DataFrame of pandas or polars, table of pyarrow, or mapping
-        Whatever narwhals reads; or a mapping from names to sequences, arrays, tensors or columns that were
-        read before, all of one length, or to single values: one row.
-    names : iterable of str
-        The columns to read; others may be of any type, or have a name twice.
-
-    Raises
-    ------
-    TypeError
-        Not a table, or a column of a type that is neither numbers, categories nor dates.
-    ValueError
-        A column is not there or there twice, or columns differ in length.
+    A table is what narwhals reads (a DataFrame of pandas or polars, a table of pyarrow); or a mapping from
+    names to sequences, arrays, tensors or columns that were read before, all of one length, or to single
+    values: one row. Columns that are not asked for may be of any type, or have a name twice.
     """
     names = list(dict.fromkeys(names))
     frame = None if isinstance(table, Mapping) else _frame(table, names)
@@ -206,13 +189,6 @@ def read_table(
         Columns without names are called this and their number, from 0.
     single : str, optional
         What the column of an array (n,) or of a Series without a name is called instead.
-
-    Raises
-    ------
-    TypeError
-        Not a table, or a column of a type that is neither numbers, categories nor dates.
-    ValueError
-        Another number of dimensions, columns that differ in length, or two of one name.
     """
     if isinstance(table, Mapping):
         columns = {str(name): read_column(str(name), values) for name, values in table.items()}
@@ -240,30 +216,42 @@ def read_table(
                 f"an array, got {type(table).__name__}."
             ) from error
         columns = {name: _of_series(name, frame[name]) for name in frame.columns}
-    lengths = {name: len(column.missing) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        counts = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())
-        raise ValueError(f"the columns of {what} must have the same number of rows, got {counts}.")
+    _check_lengths(columns, f"the columns of {what}")
     return columns
 
 
+def _check_lengths(columns: Mapping[str, Column], what: str) -> int:
+    """Return the number of rows; raise ValueError where columns differ in it."""
+    lengths = {name: len(column.missing) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())
+        raise ValueError(f"{what} must have the same number of rows, got {counts}.")
+    return next(iter(lengths.values()), 0)
+
+
 def read_column(name: str, values: Any) -> Column:
-    """Return one column.
+    """Return one column: a (n,) or (n, 1) tensor, array, Series or list, or a Column, which is returned.
 
-    Parameters
-    ----------
-    name : str
-        For messages.
-    values : (n,) or (n, 1) tensor, array, Series or list; or a Column, which is returned
-
-    Raises
-    ------
-    TypeError
-        Values that are neither numbers, categories nor dates, or of several of these kinds.
-    ValueError
-        Another shape.
+    Values that are neither numbers, categories nor dates, or of several of these kinds, are a TypeError that
+    has the name in it, another shape a ValueError.
     """
-    return _of_values(name, values)
+    if isinstance(values, Column):
+        return replace(values, name=name)
+    if type(values).__name__ == "Categorical" and hasattr(values, "categories"):
+        import pandas as pd
+
+        values = pd.Series(values)
+    if hasattr(values, "__array__") and not isinstance(values, Tensor | np.ndarray):  # a Series
+        with requires("design"):
+            import narwhals.stable.v1 as nw
+        series = nw.from_native(values, series_only=True, pass_through=True)
+        if isinstance(series, nw.Series):
+            return _of_series(name, series)
+    elif not isinstance(values, Tensor | np.ndarray):
+        values = list(values)
+        if not values or not isinstance(values[0], np.ndarray | Tensor):
+            return _of_objects(name, values)
+    return _of_array(name, _as_array(values))
 
 
 def _as_array(values: Any) -> NDArray[Any]:
@@ -329,12 +317,8 @@ def _of_mapping(table: Mapping[Any, Any], names: list[str]) -> tuple[dict[str, C
         )
     if single:
         cells = {name: [cell.item() if hasattr(cell, "item") else cell] for name, cell in cells.items()}
-    columns = {name: _of_values(name, cell) for name, cell in cells.items()}
-    lengths = {name: len(column.missing) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        counts = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())
-        raise ValueError(f"the columns must have the same number of rows, got {counts}.")
-    return columns, next(iter(lengths.values()), 0)
+    columns = {name: read_column(name, cell) for name, cell in cells.items()}
+    return columns, _check_lengths(columns, "the columns")
 
 
 def _is_single(cell: Any) -> bool:
@@ -343,26 +327,6 @@ def _is_single(cell: Any) -> bool:
     if isinstance(cell, Tensor | np.ndarray | np.generic):
         return cell.ndim == 0
     return not hasattr(cell, "__len__") and not isinstance(cell, Column)
-
-
-def _of_values(name: str, values: Any) -> Column:
-    if isinstance(values, Column):
-        return replace(values, name=name)
-    if type(values).__name__ == "Categorical" and hasattr(values, "categories"):
-        import pandas as pd
-
-        values = pd.Series(values)
-    if hasattr(values, "__array__") and not isinstance(values, Tensor | np.ndarray):  # a Series
-        with requires("design"):
-            import narwhals.stable.v1 as nw
-        series = nw.from_native(values, series_only=True, pass_through=True)
-        if isinstance(series, nw.Series):
-            return _of_series(name, series)
-    elif not isinstance(values, Tensor | np.ndarray):
-        values = list(values)
-        if not values or not isinstance(values[0], np.ndarray | Tensor):
-            return _of_objects(name, values)
-    return _of_array(name, _as_array(values))
 
 
 def _of_array(name: str, values: NDArray[Any]) -> Column:
@@ -380,42 +344,30 @@ def _of_array(name: str, values: NDArray[Any]) -> Column:
         unit = f"{values.dtype.kind}8[us]"
         days = np.where(missing, np.zeros(1, unit), values.astype(unit)).astype(np.int64)
         kind = "date" if values.dtype.kind == "M" else "number"
-        return _of_days(name, kind, days / _MICROSECONDS_PER_DAY, missing)
+        return _of_numbers(name, days / _MICROSECONDS_PER_DAY, missing, kind)
     return _of_objects(name, values.tolist())
 
 
-def _of_days(name: str, kind: str, days: NDArray[np.float64], missing: NDArray[np.bool_]) -> Column:
-    return Column(name, "empty" if len(days) and missing.all() else kind, days, missing, False)
-
-
-def _of_numbers(name: str, values: NDArray[Any], missing: NDArray[np.bool_] | None = None) -> Column:
+def _of_numbers(
+    name: str, values: NDArray[Any], missing: NDArray[np.bool_] | None = None, kind: str = "number"
+) -> Column:
     if missing is None:
         missing = np.zeros(len(values), dtype=bool)
     if values.dtype.kind == "f":
         values = values.astype(np.float64)
         missing = missing | np.isnan(values)
-    kind = "empty" if len(missing) and missing.all() else "number"
-    return Column(name, kind, values, missing, False)
+    return Column(name, "empty" if len(missing) and missing.all() else kind, values, missing, False)
 
 
-def _of_objects(
-    name: str,
-    values: list[Any],
-    *,
-    categorical: bool = False,
-    declared: Sequence[Any] = (),
-    ordered: bool = False,
-) -> Column:
-    """Return a column of Python objects, of the one kind that all of them are."""
+def _of_objects(name: str, values: list[Any], **category: Any) -> Column:
+    """Return a column of Python objects, of the one kind that all of them are; options of `_of_distinct`."""
     try:
         index_of = {value: index for index, value in enumerate(dict.fromkeys(values))}
     except TypeError:
         value = next(value for value in values if not isinstance(value, Hashable))
         raise _wrong_type(name, value) from None
     indices = np.fromiter(map(index_of.__getitem__, values), np.int64, len(values))
-    return _of_distinct(
-        name, list(index_of), indices, categorical=categorical, declared=declared, ordered=ordered
-    )
+    return _of_distinct(name, list(index_of), indices, **category)
 
 
 def _of_distinct(
@@ -516,7 +468,7 @@ def _of_series(name: str, series: Any) -> Column:
         missing = stamps.is_null().to_numpy().astype(bool)
         values = np.asarray(stamps.to_numpy() if not missing.any() else stamps.fill_null(0).to_numpy())
         days = values.astype(np.int64) / _MICROSECONDS_PER_DAY
-        return _of_days(name, "date" if is_date else "number", days, missing)
+        return _of_numbers(name, days, missing, "date" if is_date else "number")
     if dtype in (nw.Categorical, nw.Enum):
         texts = _of_texts(name, series)
         if texts is not None:
