@@ -33,18 +33,8 @@ __all__ = [
 def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
     """Return a tensor (see `plain_tensor`), or a copy of an array (a list, a DataFrame) as a CPU tensor.
 
-    Parameters
-    ----------
-    values : tensor or array
-        Of any real dtype, booleans included. The columns of a DataFrame may have different ones; see
-        `as_real_array`.
-    name : str
-        Of the argument, for the error message.
-
-    Raises
-    ------
-    TypeError
-        None, complex or not numeric.
+    It may be of any real dtype, booleans included; see `as_real_array` for DataFrames. What is None, complex
+    or not numeric is a TypeError that names the argument.
     """
     if isinstance(values, Tensor):
         if values.is_complex():
@@ -61,26 +51,12 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
 
 
 def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
-    """Return an array of real numbers.
+    """Return an array, a list or a DataFrame as an array of booleans, integers or floating-point numbers.
 
-    Parameters
-    ----------
-    values : array
-        An array, a list or a DataFrame. Where its columns are of several types, or of types with a value of
-        their own for what is missing (``Int64``, ``boolean``), numpy makes Python objects of them: these are
-        taken as the numbers that they are, as int64 or, with fractions or gaps (NaN), float64.
-    name : str
-        Of the argument, for the error message.
-
-    Returns
-    -------
-    array
-        Of a boolean, integer or floating-point dtype.
-
-    Raises
-    ------
-    TypeError
-        Complex or not numeric; the message names the columns of a DataFrame that are not.
+    Where the columns of a DataFrame are of several types, or of types with a value of their own for what is
+    missing (``Int64``, ``boolean``), numpy makes Python objects of them: these are taken as the numbers that
+    they are, as int64 or, with fractions or gaps (NaN), float64. What is complex or not numeric is a
+    TypeError that names the argument, and the columns of a DataFrame.
     """
     array = np.asarray(values)
     wrong: list[Any] = []
@@ -157,25 +133,10 @@ def columns_of(
     num_columns: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return metadata or labels as a tensor of columns (N, K), checked.
+    """Return metadata or labels (N,) or (N, K), of any real dtype, as a tensor of columns (N, K), checked.
 
-    Parameters
-    ----------
-    values : (N,) or (N, K)
-        Tensor or array of any real dtype, booleans included.
-    name : str
-        Of the argument, "metadata" or "labels".
-    num_samples, num_columns : int, optional
-        What is expected of N and K; None accepts anything.
-    device : torch.device, optional
-        Where a tensor must be; None accepts any device.
-
-    Raises
-    ------
-    TypeError
-        A complex or non-numeric input.
-    ValueError
-        A wrong number of dimensions, rows or columns, or a wrong device.
+    What is expected of N, K and the device may be None: anything. A wrong number of dimensions, rows or
+    columns, or a wrong device, is a ValueError that has the name of the argument in it.
     """
     tensor = as_real_tensor(values, name)
     if tensor.ndim == 1:
@@ -207,19 +168,10 @@ def columns_of(
 def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
     """Turn class indices into one-hot columns where the number of label columns asks for it.
 
-    Parameters
-    ----------
-    labels : (N,) or (N, K_y)
-        Class indices (integer dtype, shape (N,) or (N, 1)), or label columns.
-    num_labels : int or None
-        Number of label columns expected. Integer labels of one column become one-hot columns when this is
-        above 1; with 1 they stay one column (a binary or ordinal label).
-
-    Raises
-    ------
-    ValueError
-        A class index is outside 0 … num_labels − 1; or `num_labels` is None and the labels are integers other
-        than two values: class indices, of which one column would make a ranking.
+    Integer labels of one column, (N,) or (N, 1), become one-hot columns where `num_labels` is above 1; with 1
+    they stay one column (a binary or ordinal label). An index outside 0 … num_labels − 1 is a ValueError; and
+    so are, without `num_labels`, integers other than two values: class indices, of which one column would
+    make a ranking.
     """
     tensor = as_real_tensor(labels, "labels")
     if num_labels == 1 or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
@@ -259,12 +211,8 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
 def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
     """Raise ValueError where a block of columns has NaN or infinite values, or values whose squares overflow.
 
-    Parameters
-    ----------
-    columns : tensor
-        All columns in the dtype that they are computed in.
-    **blocks : tensors
-        By the names of the arguments they came from.
+    `columns` are all columns in the dtype that they are computed in, the blocks have the names of the
+    arguments that they came from.
     """
     # While a graph is traced nothing can be looked at; eager calls check every batch.
     if torch.compiler.is_compiling() or math.isfinite(torch.linalg.vector_norm(columns.detach())):
@@ -297,13 +245,7 @@ def design_columns(
     num_labels: int | None,
     check_finite: bool,
 ) -> tuple[Tensor, int]:
-    """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K), and K_m.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `columns_of` and `check_finite_columns`; metadata that want a gradient.
-    """
+    """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K), and K_m."""
     options: Any = {"num_samples": len(features), "device": features.device}
     blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **options)}
     if blocks["metadata"].requires_grad and torch.is_grad_enabled():
@@ -339,13 +281,7 @@ def row_weights(
     dims: tuple[int, ...],
     check: bool,
 ) -> Tensor | None:
-    """Return the weight of each sample in the fit (N,), its positions included; None where all weigh 1.
-
-    Raises
-    ------
-    ValueError
-        A wrong shape or device, NaN, infinite or negative weights.
-    """
+    """Return the weight of each sample in the fit (N,), its positions included; None where all weigh 1."""
     if weights is None and mask is None:
         return None
     result = columns.new_ones(len(columns))

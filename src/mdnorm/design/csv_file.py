@@ -91,13 +91,7 @@ class CsvFile:
         return [field.name for field in self._first.schema if is_number_type(field.type)]
 
     def sample(self, columns: Sequence[str]) -> dict[str, Column]:
-        """Return the first rows of columns.
-
-        Raises
-        ------
-        TableFileError
-            Most values of a column are numbers, and others are not.
-        """
+        """Return the first rows of columns; an error where most, not all values of one are numbers."""
         import pyarrow
 
         assert self._first is not None
@@ -165,13 +159,7 @@ class CsvFile:
                     )
 
     def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
-        """Yield the rows in order; the types of new columns are found first, in a pass of its own.
-
-        Raises
-        ------
-        TableFileError
-            Most values of a column are numbers, and others are not.
-        """
+        """Yield the rows in order; the types of new columns are found first, in a pass of its own."""
         self._infer([name for name in columns if name not in self._types], batch_rows)
         return (self.typed(batch, columns) for batch in self.batches(columns, batch_rows))
 

@@ -71,18 +71,8 @@ class FittedFactor:
     ) -> Evaluated:
         """Return the values over a table.
 
-        Parameters
-        ----------
-        columns : dict of Column
-        label : bool
-            Whether the factor is a label.
-        unseen : {"error", "mean"}
-            What a level does that was not in training; in a label it is always an error.
-
-        Raises
-        ------
-        TypeError, ValueError
-            Strings where numbers are needed, a level not seen in training, or a number that is not finite.
+        A level that was not in training is an error where `unseen` is "error", and in a label always; so are
+        strings where numbers are needed, and a number that is not finite.
         """
         factor = self.factor
         if self.kind == "category":
@@ -132,13 +122,7 @@ def factor_from_state(factor: Factor, state: Mapping[str, Any]) -> FittedFactor:
 
 
 def fit_factor(factor: Factor, columns: Mapping[str, Column]) -> FittedFactor:
-    """Learn what a factor needs from the columns of the training data.
-
-    Raises
-    ------
-    FormulaError, TypeError, ValueError
-        No row has all of its variables; the columns are of the wrong kind; levels or knots do not fit them.
-    """
+    """Learn what a factor needs from the columns of the training data."""
     missing = any_missing(factor, columns)
     if missing.all():
         raise ValueError(

@@ -16,20 +16,10 @@ def chosen_features(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the names of the features, in the order of the table, and why other columns are none.
 
-    Parameters
-    ----------
-    table : TableFile
-    features : sequence of str, optional
-        Names of the columns that are features, or patterns such as ``"voxel_*"``; then no reasons are given.
-        None: all numbers but the reserved ones, the index of a DataFrame, identifiers (whole numbers that
-        nearly all differ) and codes (few different whole numbers), as the first rows show them.
-    reserved : sequence of str
-        Columns that are metadata, labels or the like.
-
-    Raises
-    ------
-    TableFileError
-        There are no such features; a feature is reserved or not numeric; a column of numbers has an odd cell.
+    `features` are names, or patterns such as ``"voxel_*"``; then no reasons are given. None: all numbers but
+    the reserved ones (metadata, labels or the like), the index of a DataFrame, identifiers (whole numbers
+    that nearly all differ) and codes (few different whole numbers), as the first rows show them. There must
+    be such features, and those that are named must be numeric and not reserved.
     """
     if features is None:
         return _default_features(table, reserved)

@@ -54,20 +54,11 @@ _LEVEL = re.compile(r"__index_level_\d+__")
 
 
 def open_table(path: Path, missing_values: Sequence[str] = ()) -> TableFile:
-    """Open a table for reading.
+    """Open a ``.parquet``, ``.csv`` (commas, semicolons or tabs) or ``.tsv`` file that has names of columns.
 
-    Parameters
-    ----------
-    path : Path
-        ``.parquet``, ``.csv`` (separated by commas, semicolons or tabs) or ``.tsv``, with names of columns.
-    missing_values : sequence of str
-        Further texts that stand for a missing value, such as ``"?"``. Empty cells, NA, NaN, n/a, null and the
-        like always do.
-
-    Raises
-    ------
-    TableFileError
-        The file is missing, empty, truncated, not UTF-8 or of another format.
+    `missing_values` are further texts that stand for a missing value, such as ``"?"``; empty cells, NA, NaN,
+    n/a, null and the like always do. A file that is missing, empty, truncated, not UTF-8 or of another format
+    is a TableFileError.
     """
     formats: dict[str, Callable[[Path, Sequence[str]], TableFile]] = {
         ".parquet": ParquetFile,
@@ -80,10 +71,7 @@ def open_table(path: Path, missing_values: Sequence[str] = ()) -> TableFile:
 def read_table_file(path: Path, missing_values: Sequence[str] = ()) -> pyarrow.Table:
     """Return the whole table in a file, as `open_table`; without the index of a DataFrame that has no name.
 
-    Raises
-    ------
-    TableFileError
-        As `open_table`; and two columns have the same name.
+    Two columns of the same name are a TableFileError.
     """
     table = open_table(path, missing_values)
     check_columns(table, table.repeated)

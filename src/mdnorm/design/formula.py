@@ -109,13 +109,8 @@ class Factor:
     ) -> Vector:
         """Return (n,) values of the numeric expression: the argument of a curve, or the factor itself.
 
-        Parameters
-        ----------
-        columns : dict of (n,) float64 arrays
-            NaN where missing.
-        moments : dict
-            Mean and standard deviation of what is inside ``center`` and ``scale``: filled where `fit`, used
-            otherwise.
+        The columns (n,) are float64, NaN where missing. `moments` are mean and standard deviation of what is
+        inside ``center`` and ``scale``: filled where `fit`, used otherwise.
         """
         num_rows = len(next(iter(columns.values())))
         with np.errstate(all="ignore"):
@@ -169,26 +164,14 @@ class Factor:
 
 
 def quoted(name: str) -> str:
-    """Return the name of a column as a formula has it: in backticks unless it is an identifier.
-
-    Raises
-    ------
-    FormulaError
-        The name is empty, or has a backtick itself.
-    """
+    """Return the name of a column as a formula has it: in backticks unless it is an identifier."""
     if "`" in name or not name:
         raise FormulaError(f"a column cannot be called {name!r} here: rename it.")
     return name if name.isascii() and name.isidentifier() and not keyword.iskeyword(name) else f"`{name}`"
 
 
 def parse_formula(formula: str) -> tuple[tuple[Factor, ...], ...]:
-    """Return the terms of a Wilkinson formula, each a tuple of factors, without the intercept.
-
-    Raises
-    ------
-    FormulaError
-        The formula cannot be read, or has something in it that is not allowed.
-    """
+    """Return the terms of a Wilkinson formula, each a tuple of factors, without the intercept."""
     with requires("design"):
         from formulaic import Formula, SimpleFormula
         from formulaic.errors import FormulaicError
@@ -295,11 +278,6 @@ def parse_factor(text: str) -> Factor:
     Allowed are names of columns (in backticks where they are not identifiers), numbers, strings, ``+ - * /
     **`` and calls of a few functions. Everything else is an error: attributes, subscripts, comparisons,
     lambdas, comprehensions, other functions.
-
-    Raises
-    ------
-    FormulaError
-        The text cannot be read, or has something in it that is not allowed.
     """
     if len(text) > _MAX_LENGTH:
         raise FormulaError(f"{text[:40]!r}… has {len(text)} characters, more than {_MAX_LENGTH}.")

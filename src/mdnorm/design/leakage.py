@@ -35,17 +35,11 @@ def is_discrete(values: NDArray[np.float64]) -> bool:
 
 
 def leaking_features(features: NDArray[Any], names: Sequence[Any]) -> str | None:
-    """Return a sentence on discrete and heavy-tailed features, or None where there are none.
+    """Return a sentence on discrete and heavy-tailed features, (n, D), or None where there are none.
 
     A subtraction moves the few values of a discrete feature by amounts that differ from row to row, however
     small: which shifted value it is tells the metadata of the row. The bulk of a heavy-tailed feature is
-    moved by more than its own width.
-
-    Parameters
-    ----------
-    features : (n, D) array
-        The first 10 000 rows are looked at; missing values are left out.
-    names : sequence of length D
+    moved by more than its own width. The first 10 000 rows are looked at; missing values are left out.
 
     References
     ----------

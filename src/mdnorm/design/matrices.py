@@ -280,13 +280,7 @@ class Design:
         }
 
     def variables(self, *, labels: bool = True) -> list[str]:
-        """Return the columns of a table that the design, fitted or not, uses.
-
-        Parameters
-        ----------
-        labels : bool
-            Whether those of the labels are among them.
-        """
+        """Return the columns of a table that the design uses, fitted or not; `labels` are among them or not."""
         factors = self._factors_as_written(labels)
         return list(dict.fromkeys(name for factor in factors for name in factor.variables))
 
@@ -421,25 +415,10 @@ class Design:
     def transform_columns(
         self, columns: Mapping[str, Column], *, labels: bool
     ) -> tuple[Matrix, Matrix | None]:
-        """Return the matrices of columns that were read before, in float64.
+        """Return the matrices of columns that were read before, all of `variables`, in float64.
 
-        Parameters
-        ----------
-        columns : mapping from str to Column
-            All of `variables`.
-        labels : bool
-            Whether to return label columns.
-
-        Returns
-        -------
-        metadata : (n, K_m) array
-            Each of its columns is contiguous.
-        labels : (n, K_y) array or None
-
-        Raises
-        ------
-        RuntimeError, TypeError, ValueError
-            As `transform`.
+        They are (n, K_m), each of its columns contiguous, and (n, K_y) or None without `labels`. Errors are
+        those of `transform`.
         """
         self._check_fitted()
         num_rows = len(next(iter(columns.values())).missing)
@@ -497,10 +476,6 @@ class Design:
     @classmethod
     def from_json(cls, text: str) -> Design:
         """Return the design that `to_json` saved. Nothing in the text is run, whoever wrote it.
-
-        Parameters
-        ----------
-        text : str
 
         Raises
         ------

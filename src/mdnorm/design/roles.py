@@ -59,16 +59,11 @@ def why_no_feature(column: Column) -> str | None:
 
 
 def stand_ins(values: NDArray[np.float64]) -> list[float]:
-    """Return numbers such as −9999 or 999 that seem to stand for a missing value.
+    """Return numbers such as −9999 or 999 that seem to stand for a missing value among finite values (n,).
 
     They are made of nines only (at least two, or one where it is negative), are the smallest or the largest,
     occur three times or more, and are further from the other values than these are from each other (and
     than half of the largest of them), or negative where no other value is.
-
-    Parameters
-    ----------
-    values : (n,) array
-        Finite.
     """
     found: list[float] = []
     if not len(values) or not any(_is_nines(float(end)) for end in (values.min(), values.max())):

@@ -56,15 +56,7 @@ def design_to_json(design: Design) -> str:
 
 
 def design_from_json(design: Design, text: str) -> Design:
-    """Give a bare design what `design_to_json` saved, and return it.
-
-    Raises
-    ------
-    ValueError
-        The text is truncated, not JSON, of something else or of a later version, or contradicts itself.
-    FormulaError
-        A factor in it has something that is not allowed.
-    """
+    """Give a bare design what `design_to_json` saved, and return it; see `Design.from_json`."""
     try:
         state = json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:

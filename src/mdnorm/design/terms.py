@@ -134,11 +134,7 @@ class OneHot:
 class Terms:
     """The columns of a fitted design: blocks of products, then a 0/1 column for each variable with gaps.
 
-    Parameters
-    ----------
-    products : sequence of Product
-    indicators : sequence of str
-        Variables with a column that says where they are missing.
+    `indicators` are the variables with a column that says where they are missing.
     """
 
     def __init__(self, products: Sequence[Product], indicators: Sequence[str]) -> None:
@@ -227,10 +223,7 @@ class TermValues:
     def chunks(self, without: Sequence[int] = ()) -> Iterator[tuple[slice, Matrix]]:
         """Yield rows and their (m, K) columns, not yet standardised, NaN where unusable.
 
-        Parameters
-        ----------
-        without : sequence of int
-            Products whose columns are left out, and not counted in K.
+        Columns of the products `without` are left out, and not counted in K.
         """
         kept = [index for index in range(len(self.terms.products)) if index not in set(without)]
         width = sum(self.terms.products[index].width for index in kept) + len(self.missing)
@@ -299,13 +292,7 @@ class TermValues:
 def scoped_products(
     written: Sequence[Sequence[Factor]], factors: Mapping[str, FittedFactor]
 ) -> list[Product]:
-    """Return for the terms of a formula the products that add their columns to those of earlier terms.
-
-    Raises
-    ------
-    FormulaError
-        The terms have too many categories that interact.
-    """
+    """Return for the terms of a formula the products that add their columns to those of earlier terms."""
     terms = list(dict.fromkeys(tuple(factor.text for factor in term) for term in written))
     if all(len(texts) == 1 for texts in terms):
         return [Product(text, ((factors[text], factors[text].kind == "category"),)) for (text,) in terms]

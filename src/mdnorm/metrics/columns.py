@@ -56,21 +56,10 @@ def _read(values: Any, name: str) -> Column:
 
 
 def as_column(values: Any, name: str) -> NDArray[Any]:
-    """Return one value per row as an array (n,): booleans, numbers, or strings as objects.
+    """Return one value per row, (n,) or (n, 1), as an array (n,): booleans, numbers, or strings as objects.
 
-    Parameters
-    ----------
-    values : tensor, array, list or Series, (n,) or (n, 1)
-        Not complex, not dates, nothing missing.
-    name : str
-        Of the argument, for the error message.
-
-    Raises
-    ------
-    TypeError
-        None, complex, dates, or values of several kinds.
-    ValueError
-        The wrong shape, no rows, or missing or infinite values.
+    None, complex values, dates and values of several kinds are a TypeError; the wrong shape, no rows, and
+    missing or infinite values a ValueError.
     """
     column = _read(values, name)
     if column.distinct is None:

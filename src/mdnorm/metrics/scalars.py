@@ -112,17 +112,7 @@ class SortedScalar:
 
 
 def sum_of_products(x: SortedScalar, y: SortedScalar) -> Tensor:
-    """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``.
-
-    Parameters
-    ----------
-    x, y : SortedScalar
-        Of the same n samples.
-
-    Returns
-    -------
-    Tensor, () float64
-    """
+    """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``, () float64, of two scalars of the same n samples."""
     rank = torch.empty_like(x.order)
     quadrants: list[_Quadrant] = []
     for x_half in x.halves():
