@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import numbers
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
+from mdnorm.text import listed
 
 __all__ = [
     "as_real_array",
@@ -70,8 +70,7 @@ def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
     if array.dtype.kind not in "biuf":
         what = f"got an array of dtype {array.dtype}"
         if wrong:
-            shown = ", ".join(map(repr, wrong[:5])) + (", …" if len(wrong) > 5 else "")
-            what = f"but the column(s) {shown} are not"
+            what = f"but the column(s) {listed(wrong)} are not"
         raise TypeError(
             f"{name} must be real and numeric, {what}: encode categories as columns (one-hot) first, or let "
             "mdnorm.Design do so."
@@ -222,11 +221,10 @@ def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
         if not bool(finite.all()):
             bad_rows, bad_columns = (~finite).nonzero(as_tuple=True)
             rows = sorted(set(bad_rows.tolist()))
-            shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
             raise ValueError(
                 f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) "
-                f"{shown} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows before they "
-                "reach the layer."
+                f"{listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows before "
+                "they reach the layer."
             )
     for name, block in blocks.items():
         if not math.isfinite(torch.linalg.vector_norm(block.detach().to(columns.dtype))):

@@ -352,7 +352,7 @@ class DependenceLoss(nn.Module):
             if multiplier == 0 or bool(products.is_zero[index]) or samples.rows[index].shape[1] == 0:
                 continue
             everything, effects = slice(0, num_samples), products.effects[index]
-            values = matrices[index].block(everything, everything, torch.empty_like(weights))
+            values = matrices[index].block(everything, everything)
             weights += multiplier / roots[index] * (values - effects[:, None] - effects)
         # The scale of the outputs in their own units: distances have units, kernels none.
         scale = (

@@ -15,9 +15,9 @@ mean there.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from mdnorm.arrays import (
@@ -30,9 +30,6 @@ from mdnorm.arrays import (
 )
 from mdnorm.moments import Moments, NoSamplesError
 from mdnorm.regression import compute_dtype, full_precision, position_dims
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 __all__ = ["Eraser", "EraserFitter", "fit"]
 

@@ -179,10 +179,9 @@ class Problem(NamedTuple):
 
 
 def _distances(rows: Tensor) -> Tensor:
-    num_samples = len(rows)
-    out = rows.new_empty(num_samples, num_samples)
+    everything = slice(0, len(rows))
     # A product of matrices may leave a value on the diagonal.
-    return Distances(rows).block(slice(0, num_samples), slice(0, num_samples), out).fill_diagonal_(0)
+    return Distances(rows).block(everything, everything).fill_diagonal_(0)
 
 
 def _distance_product(a: Tensor, b: Tensor, weights: Tensor) -> float:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor, columns_of
@@ -22,7 +23,6 @@ from mdnorm.text import listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["BalancingWeights", "ColumnBalance", "balancing_weights"]
 

@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from mdnorm.design.curves import Curve, fit_curve
 from mdnorm.design.formula import Factor, quoted
 from mdnorm.design.odd_cells import odd_cell
-from mdnorm.design.reader import Column, shown, shown_rows
+from mdnorm.design.reader import Column, shown_rows
 from mdnorm.design.saved import numbers_in, read
+from mdnorm.text import listed
 
 __all__ = ["Evaluated", "FittedFactor", "factor_from_state", "fit_factor"]
 
@@ -80,7 +81,13 @@ class FittedFactor:
             codes = column.codes(self.levels)
             new = codes == -2
             if (label or unseen == "error") and new.any():
-                raise ValueError(_unseen_message(self, column, new, label))
+                otherwise = ', or build the design with unseen="mean" (no correction beyond the average)'
+                raise ValueError(
+                    f"{'label' if label else 'column'} {column.name!r} has level(s) "
+                    f"{listed(column.examples(new))} in {shown_rows(new)}, not in the training "
+                    f"data, which has {listed(self.levels, 10)}: correct or drop these rows"
+                    f"{'' if label else otherwise}."
+                )
             return Evaluated(codes, codes < 0)
         missing = any_missing(factor, columns)
         values = factor.evaluate(_numbers(factor, columns), self.moments)
@@ -187,7 +194,7 @@ def _fitted_levels(factor: Factor, column: Column) -> tuple[Any, ...]:
         if extra:
             in_order = [level for level in levels if level in extra]
             raise ValueError(
-                f"{factor.text!r}: column {column.name!r} has level(s) {shown(map(repr, in_order))}, which "
+                f"{factor.text!r}: column {column.name!r} has level(s) {listed(in_order)}, which "
                 "levels= does not list."
             )
         levels = tuple(level for level in given if level in present)
@@ -195,17 +202,7 @@ def _fitted_levels(factor: Factor, column: Column) -> tuple[Any, ...]:
     if reference not in levels:
         raise ValueError(
             f"{factor.text!r}: the reference {reference!r} is not a level in the training data, which has "
-            f"{shown(map(repr, levels), 10)}."
+            f"{listed(levels, 10)}."
         )
     at = levels.index(reference)
     return (levels[at], *levels[:at], *levels[at + 1 :])
-
-
-def _unseen_message(fitted: FittedFactor, column: Column, unseen: Mask, label: bool) -> str:
-    values = column.examples(unseen)
-    hint = "" if label else ', or build the design with unseen="mean" (no correction beyond the average)'
-    return (
-        f"{'label' if label else 'column'} {column.name!r} has level(s) {shown(map(repr, values))} in "
-        f"{shown_rows(unseen)}, not in the training data, which has {shown(map(repr, fitted.levels), 10)}: "
-        f"correct or drop these rows{hint}."
-    )

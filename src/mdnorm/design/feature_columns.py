@@ -6,7 +6,8 @@ import fnmatch
 from collections.abc import Sequence
 
 from mdnorm.design.roles import why_no_feature
-from mdnorm.design.table_file import TableFile, TableFileError, check_columns, quoted
+from mdnorm.design.table_file import TableFile, TableFileError, check_columns
+from mdnorm.text import listed
 
 __all__ = ["chosen_features"]
 
@@ -57,7 +58,7 @@ def _named_features(table: TableFile, features: Sequence[str], reserved: Sequenc
         found = {pattern} if pattern in names else set(fnmatch.filter(table.header, pattern))
         if not found:
             raise TableFileError(
-                f"{table.path} has no column {pattern!r} for the features; it has {quoted(table.header)}."
+                f"{table.path} has no column {pattern!r} for the features; it has {listed(table.header, 8)}."
             )
         # A pattern may also find the metadata; only who names a column means it.
         wanted |= found if pattern in names else found - set(reserved)
@@ -68,5 +69,5 @@ def _named_features(table: TableFile, features: Sequence[str], reserved: Sequenc
     wrong = [name for name in table.names if name in wanted and name not in numeric]
     if wrong:
         table.sample(wrong)  # Says which cell it is, where most of them are numbers.
-        raise TableFileError(f"{table.path}: the feature(s) {quoted(wrong)} are not numeric.")
+        raise TableFileError(f"{table.path}: the feature(s) {listed(wrong, 8)} are not numeric.")
     return tuple(name for name in table.names if name in wanted)

@@ -10,6 +10,7 @@ import ast
 import keyword
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -309,9 +310,7 @@ def _argument(text: str, call: ast.Call, function: str) -> ast.expr:
 
 def _variables(text: str, node: ast.expr, names: Mapping[str, str]) -> tuple[str, ...]:
     """Return the columns in a numeric expression, after checking that it is one."""
-    found: dict[str, None] = {}
-    for name in _checked_names(text, node, 0):
-        found[names.get(name, name)] = None
+    found = dict.fromkeys(names.get(name, name) for name in _checked_names(text, node, 0))
     if not found:
         raise FormulaError(f"{text!r} uses no column.")
     return tuple(found)
@@ -342,11 +341,7 @@ def _checked_names(text: str, node: ast.expr, depth: int) -> list[str]:
 
 
 def _finite(text: str, value: float) -> None:
-    try:
-        fits = math.isfinite(float(value))
-    except OverflowError:
-        fits = False
-    if not fits:
+    if not abs(value) <= sys.float_info.max:
         raise FormulaError(f"{text[:40]!r}: a number in it is too large.")
 
 
@@ -369,21 +364,20 @@ def _not_allowed(text: str, node: ast.AST) -> FormulaError:
 
 
 def _literal(text: str, node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float, str, bool, type(None)):
-        if _is_number(node.value):
-            _finite(text, node.value)
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = node.operand.value if isinstance(node.operand, ast.Constant) else None
-        if _is_number(value):
-            _finite(text, value)
-            return -value
     if isinstance(node, ast.List | ast.Tuple):
         # Of literals, not of lists again.
         if any(isinstance(item, ast.List | ast.Tuple) for item in node.elts):
             raise _not_allowed(text, node)
         return [_literal(text, item) for item in node.elts]
-    raise _not_allowed(text, node)
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        raise _not_allowed(text, node) from None
+    if _is_number(value):
+        _finite(text, value)
+    elif not isinstance(value, str | bool | None):
+        raise _not_allowed(text, node)
+    return value
 
 
 def _arguments(text: str, call: ast.Call, allowed: Iterable[str]) -> dict[str, ast.expr]:
@@ -408,7 +402,7 @@ def _options(text: str, call: ast.Call, function: str) -> dict[str, Any]:
         fits = {
             "df": value is None or type(value) is int,
             "degree": type(value) is int,
-            "knots": value is None or _is_list_of_numbers(value),
+            "knots": value is None or (isinstance(value, list) and all(map(_is_number, value))),
             "lower_bound": value is None or number,
             "upper_bound": value is None or number,
             "raw": type(value) is bool,
@@ -430,10 +424,6 @@ def _options(text: str, call: ast.Call, function: str) -> dict[str, Any]:
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return type(value) in (int, float)
-
-
-def _is_list_of_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
 
 
 def _category(text: str, call: ast.Call, names: Mapping[str, str]) -> Factor:

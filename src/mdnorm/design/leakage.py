@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.design.reader import shown
+from mdnorm.text import listed
 
 __all__ = ["LeakageWarning", "is_discrete", "leaking_features"]
 
@@ -56,7 +56,7 @@ def leaking_features(features: NDArray[Any], names: Sequence[Any]) -> str | None
         elif np.mean(((values - values.mean()) / values.std()) ** 4) - 3 > _HEAVY:
             heavy.append(name)
     found = [
-        f"{len(columns)} feature(s) {what} ({shown(map(repr, columns))})"
+        f"{len(columns)} feature(s) {what} ({listed(columns)})"
         for what, columns in (("have few different values", discrete), ("have heavy tails", heavy))
         if columns
     ]

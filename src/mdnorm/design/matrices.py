@@ -280,7 +280,7 @@ class Design:
         }
 
     def variables(self, *, labels: bool = True) -> list[str]:
-        """Return the columns of a table that the design uses, fitted or not; `labels` are among them or not."""
+        """Return the columns of a table that the design, fitted or not, uses, also for its `labels`."""
         factors = self._factors_as_written(labels)
         return list(dict.fromkeys(name for factor in factors for name in factor.variables))
 

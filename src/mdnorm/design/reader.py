@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.extras import requires
+from mdnorm.text import listed
 
 __all__ = [
     "KINDS",
@@ -167,7 +168,7 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
                 f"the table has no column {name!r}: {hint}The columns with a string as name are "
-                f"{shown(map(repr, texts), 20) or 'none'}."
+                f"{listed(texts, 20) or 'none'}."
             )
     if frame is None:
         return _of_mapping(table, names)
@@ -359,28 +360,22 @@ def _of_numbers(
     return Column(name, "empty" if len(missing) and missing.all() else kind, values, missing, False)
 
 
-def _of_objects(name: str, values: list[Any], **category: Any) -> Column:
-    """Return a column of Python objects, of the one kind that all of them are; options of `_of_distinct`."""
+def _of_objects(
+    name: str,
+    values: list[Any],
+    *,
+    categorical: bool = False,
+    declared: Sequence[Any] = (),
+    ordered: bool = False,
+) -> Column:
+    """Return a column of Python objects, of the one kind that all of them are."""
     try:
         index_of = {value: index for index, value in enumerate(dict.fromkeys(values))}
     except TypeError:
         value = next(value for value in values if not isinstance(value, Hashable))
         raise _wrong_type(name, value) from None
     indices = np.fromiter(map(index_of.__getitem__, values), np.int64, len(values))
-    return _of_distinct(name, list(index_of), indices, **category)
-
-
-def _of_distinct(
-    name: str,
-    distinct: list[Any],
-    indices: NDArray[np.int64],
-    *,
-    categorical: bool = False,
-    declared: Sequence[Any] = (),
-    ordered: bool = False,
-) -> Column:
-    """Return a column of the different values in it and, for each row, the index of its value."""
-    distinct = list(map(_plain, distinct))
+    distinct = list(map(_plain, index_of))
     absent = [_is_missing(value) for value in distinct]
     missing = np.array(absent, dtype=bool)[indices]
     examples = {
@@ -470,51 +465,16 @@ def _of_series(name: str, series: Any) -> Column:
         days = values.astype(np.int64) / _MICROSECONDS_PER_DAY
         return _of_numbers(name, days, missing, "date" if is_date else "number")
     if dtype in (nw.Categorical, nw.Enum):
-        texts = _of_texts(name, series)
-        if texts is not None:
-            return texts
         # polars has one pool of categories for the whole process: those of a Categorical declare nothing.
-        is_pool = type(series.to_native()).__module__.startswith("polars") and dtype == nw.Categorical
-        ordered = dtype == nw.Enum or bool(getattr(getattr(series.to_native(), "dtype", None), "ordered", 0))
+        native = series.to_native()
+        is_pool = type(native).__module__.startswith("polars") and dtype == nw.Categorical
+        own = getattr(native, "dtype", getattr(native, "type", None))
+        ordered = dtype == nw.Enum or bool(getattr(own, "ordered", False))
         declared = [] if is_pool else series.cat.get_categories().to_list()
         return _of_objects(name, series.to_list(), categorical=True, declared=declared, ordered=ordered)
     if dtype in (nw.String, nw.Boolean, nw.Object, nw.Unknown):
-        texts = _of_texts(name, series) if dtype == nw.String else None
-        return texts or _of_objects(name, series.to_list())
+        return _of_objects(name, series.to_list())
     raise TypeError(
         f"column {name!r} has dtype {dtype}: metadata are numbers, strings, booleans, categories or dates; "
         "convert it first."
-    )
-
-
-def _of_texts(name: str, series: Any) -> Column | None:
-    """Return a column of texts that are Arrow's, without a Python object for each row; None for others."""
-    values = series.to_native()
-    if hasattr(getattr(values, "array", None), "_pa_array"):  # pandas, on top of Arrow
-        values = values.array.__arrow_array__()
-    if type(values).__module__.split(".")[0] != "pyarrow":
-        return None
-    import pyarrow
-
-    if isinstance(values, pyarrow.Array):
-        values = pyarrow.chunked_array([values])
-    is_category = pyarrow.types.is_dictionary(values.type)
-    values = values if is_category else values.dictionary_encode()
-    kind = values.type.value_type
-    if not len(values) or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        return None
-    combined = values.unify_dictionaries().combine_chunks()
-    levels = combined.dictionary.to_pylist()
-    codes = combined.indices.fill_null(len(levels)).to_numpy(zero_copy_only=False).astype(np.int64)
-    used = np.bincount(codes, minlength=len(levels))[: len(levels)] > 0
-    # Only the levels that a row has: others are declared.
-    place = np.append(np.cumsum(used) - 1, used.sum())
-    distinct = [level for level, is_used in zip(levels, used, strict=True) if is_used]
-    return _of_distinct(
-        name,
-        [*distinct, None],
-        place[codes],
-        categorical=True,
-        declared=levels if is_category else (),
-        ordered=is_category and values.type.ordered,
     )

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mdnorm.design.reader import Column, shown
+from mdnorm.design.reader import Column
 from mdnorm.extras import requires
+from mdnorm.text import listed
 
 if TYPE_CHECKING:
     import pyarrow
@@ -22,7 +23,6 @@ __all__ = [
     "check_columns",
     "different_names",
     "is_number_type",
-    "quoted",
     "reading",
     "without_missing",
 ]
@@ -71,7 +71,7 @@ def check_columns(table: TableFile, columns: Iterable[str]) -> None:
     known = set(table.names)
     for name in columns:
         if name not in known:
-            raise TableFileError(f"{table.path} has no column {name!r}; it has {quoted(table.header)}.")
+            raise TableFileError(f"{table.path} has no column {name!r}; it has {listed(table.header, 8)}.")
         if name in table.repeated:
             raise TableFileError(f"{table.path} has more than one column of the name {name!r}.")
 
@@ -86,11 +86,6 @@ def different_names(header: Sequence[str]) -> tuple[tuple[str, ...], dict[str, s
         names.append(f"{name}\x1f{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return tuple(names), {own: name for own, name in zip(names, header, strict=True) if counts[name] > 1}
-
-
-def quoted(names: Sequence[str]) -> str:
-    """Return the first of some names for a message."""
-    return shown(map(repr, names), 8)
 
 
 @contextmanager

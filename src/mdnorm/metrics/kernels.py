@@ -17,7 +17,6 @@ from torch import Tensor
 from mdnorm.metrics.distance_correlation import with_exponent
 from mdnorm.metrics.pairwise import (
     CentredProducts,
-    Distances,
     GaussianKernel,
     LinearKernel,
     PairwiseMatrix,
@@ -213,34 +212,15 @@ def median_distance(rows: Tensor) -> float:
     """Return the median distance between different samples, 1 where they are all equal."""
     if rows.shape[1] == 0:
         return 1.0
-    num_samples = rows.shape[0]
-    if num_samples > _NUM_FOR_MEDIAN:
-        order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
+    if len(rows) > _NUM_FOR_MEDIAN:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:_NUM_FOR_MEDIAN].to(rows.device)]
-        num_samples = _NUM_FOR_MEDIAN
-    above = []
-    distances = Distances(rows)
-    for start in range(0, num_samples - 1, 64):
-        stop = min(start + 64, num_samples)
-        out = rows.new_empty(stop - start, num_samples - start)
-        block = distances.block(slice(start, stop), slice(start, num_samples), out)
-        keep = torch.ones_like(block, dtype=torch.bool).triu_(1)
-        above.append(block[keep])
-    pairs = torch.cat(above)
-    median = _median(pairs)
-    if median == 0:
-        pairs = pairs[pairs > 0]
-        median = _median(pairs) if pairs.numel() else 1.0
-    return median
-
-
-def _median(values: Tensor) -> float:
-    """Return the mean of the two middle values of an even number, unlike `torch.median`."""
-    half = values.numel() // 2
-    upper = values.kthvalue(half + 1).values
-    if values.numel() % 2:
-        return float(upper)
-    return float((values.kthvalue(half).values + upper) / 2)
+    pairs = torch.pdist(rows)
+    # Not `median`, which is the lower of the two middle values of an even number.
+    median = float(pairs.quantile(0.5))
+    if median == 0 and bool((pairs > 0).any()):
+        median = float(pairs[pairs > 0].quantile(0.5))
+    return median or 1.0
 
 
 def _column_products(matrices: list[PairwiseMatrix]) -> CentredProducts | None:

@@ -35,15 +35,12 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from mdnorm.metrics.scalars import SortedScalar, sum_of_products
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 __all__ = [
     "CentredProducts",
@@ -110,25 +107,19 @@ class PairwiseMatrix(ABC):
         """Number of columns p of the samples."""
         return self.rows.shape[1]
 
-    def reordered(self, order: Tensor) -> Self:
+    def reordered(self, order: Tensor) -> PairwiseMatrix:
         """Return the matrix of the samples in another order."""
         other = copy.copy(self)
-        other.rows = self.rows[order]
+        # Whatever tensors there are, they have one entry or row for each sample.
+        vars(other).update({k: v[order] for k, v in vars(self).items() if isinstance(v, Tensor)})
         return other
 
     @abstractmethod
-    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return the entries of samples `first` with samples `second`, in `out` where that saves memory.
 
         Where the two overlap, entries of a sample with itself have any finite value.
         """
-
-    def against(self, anchors: Tensor) -> Tensor:
-        """Return the entries of all samples with `anchors`, (n, m), 0 for an anchor with itself."""
-        out = self.rows.new_empty(self.num_samples, anchors.shape[0])
-        values = self.block(slice(None), anchors, out)
-        values[anchors, torch.arange(anchors.shape[0], device=anchors.device)] = 0
-        return values
 
     def rounding(self, effects: Tensor) -> Tensor:
         """Return what rounding of the entries may leave of ``Σ_{i≠j} A_ij²``."""
@@ -147,14 +138,7 @@ class Distances(PairwiseMatrix):
             self._centred = rows - rows.mean(dim=0)
             self._norms = torch.linalg.vector_norm(self._centred, dim=1).square_()
 
-    def reordered(self, order: Tensor) -> Self:
-        """Return the matrix of the samples in another order."""
-        other = super().reordered(order)
-        if self.num_columns >= _MIN_COLUMNS_FOR_PRODUCT:
-            other._centred, other._norms = self._centred[order], self._norms[order]
-        return other
-
-    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return distances."""
         if self.num_columns == 1:
             values = self.rows[:, 0]
@@ -163,10 +147,10 @@ class Distances(PairwiseMatrix):
             return _exact_distances(self.rows[first], self.rows[second])
         return self._squared_distances(first, second, out).sqrt_()
 
-    def _squared_distances(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def _squared_distances(self, first: Index, second: Index, out: Tensor | None) -> Tensor:
         """Return squared distances from the matrix product, and from differences for close pairs."""
         left_norms, right_norms = self._norms[first], self._norms[second]
-        torch.mm(self._centred[first] * -2, self._centred[second].T, out=out)
+        out = torch.mm(self._centred[first] * -2, self._centred[second].T, out=out)
         out += left_norms[:, None]
         out += right_norms
         if isinstance(first, slice) and isinstance(second, slice) and second.start < first.stop:
@@ -196,7 +180,7 @@ class GaussianKernel(Distances):
         super().__init__(rows)
         self._factor = -0.5 / bandwidth**2
 
-    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return values of the kernel."""
         if self.num_columns < _MIN_COLUMNS_FOR_PRODUCT:
             squared = super().block(first, second, out).square_()
@@ -212,7 +196,7 @@ class LinearKernel(PairwiseMatrix):
         # The median, unlike the mean, is close to most samples where another is far away.
         super().__init__(rows - rows.median(dim=0).values if rows.shape[1] > 0 else rows)
 
-    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return inner products."""
         return torch.mm(self.rows[first], self.rows[second].T, out=out)
 
@@ -232,28 +216,17 @@ def _exact_distances(rows: Tensor, others: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Rows ``start … stop − 1`` and columns ``first … last − 1`` of the upper triangle."""
+class _Tile(NamedTuple):
+    """Some rows and columns of the upper triangle."""
 
-    start: int
-    stop: int
-    first: int
-    last: int
+    rows: slice
+    columns: slice
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.stop - self.start, self.last - self.first
-
-    def keep_upper_triangle(self, values: Tensor) -> Tensor:
-        """Set entries with j ≤ i to 0, in place."""
-        return values.triu_(1 + self.start - self.first) if self.first < self.stop else values
-
-    def add_sums(self, sums: Tensor, values: Tensor, ones: Tensor) -> None:
-        """Add `values` to the `sums` of the row of i and, by symmetry, of the row of j."""
-        rows, columns = values.shape
-        sums[self.start : self.stop] += torch.mv(values, ones[:columns])
-        sums[self.first : self.last] += torch.mv(values.T, ones[:rows])
+    def add_sums(self, of_rows: Tensor, of_columns: Tensor, values: Tensor) -> None:
+        """Add the sums of the rows and of the columns of `values`, (n,) each."""
+        ones = values.new_ones(max(values.shape))
+        of_rows[self.rows] += torch.mv(values, ones[: values.shape[1]])
+        of_columns[self.columns] += torch.mv(values.T, ones[: values.shape[0]])
 
 
 class _Tiling:
@@ -276,14 +249,15 @@ class _Tiling:
         for start in range(0, self._num_samples, self._tile_rows):
             stop = min(start + self._tile_rows, self._num_samples)
             for first in range(start, self._num_samples, self._tile_columns):
-                yield _Tile(start, stop, first, min(first + self._tile_columns, self._num_samples))
+                last = min(first + self._tile_columns, self._num_samples)
+                yield _Tile(slice(start, stop), slice(first, last))
 
     def buffer(self, key: int, tile: _Tile) -> Tensor:
         """Return memory for the values of `tile`."""
         if key not in self._buffers:
             size = self._tile_rows * self._tile_columns
             self._buffers[key] = torch.empty(size, dtype=torch.float64, device=self._device)
-        rows, columns = tile.shape
+        rows, columns = (part.stop - part.start for part in tile)
         return self._buffers[key][: rows * columns].view(rows, columns)
 
 
@@ -297,14 +271,12 @@ def _reduced_tile(
     matrix: PairwiseMatrix, effects: Tensor, tile: _Tile, out: Tensor, order: Tensor | None = None
 ) -> Tensor:
     """Return ``a_ij − r_i − r_j`` in a tile, 0 unless j > i, for the samples in another order if given."""
-    first: Index = slice(tile.start, tile.stop)
-    second: Index = slice(tile.first, tile.last)
-    if order is not None:
-        first, second = order[first], order[second]
+    first, second = tile if order is None else (order[tile.rows], order[tile.columns])
     values = matrix.block(first, second, out)
     values -= effects[first, None]
     values -= effects[second]
-    return tile.keep_upper_triangle(values)
+    overlap = tile.columns.start < tile.rows.stop
+    return values.triu_(1 + tile.rows.start - tile.columns.start) if overlap else values
 
 
 def _anchored_effects(matrix: PairwiseMatrix) -> Tensor:
@@ -316,7 +288,10 @@ def _anchored_effects(matrix: PairwiseMatrix) -> Tensor:
     num_samples = matrix.num_samples
     num_anchors = min(_NUM_ANCHORS, num_samples)
     anchors = torch.arange(num_anchors, device=matrix.rows.device) * num_samples // num_anchors
-    sums = matrix.against(anchors).sum(dim=1)
+    # An anchor has no entry with itself.
+    entries = matrix.block(slice(None), anchors)
+    entries[anchors, torch.arange(num_anchors, device=anchors.device)] = 0
+    sums = entries.sum(dim=1)
     # Σ_k (r_i + r_k) over the anchors is m·r_i + R, or (m − 2)·r_i + R where i, with no entry for itself,
     # is one of them, with R = Σ_k r_k.
     anchor_sums = sums[anchors]
@@ -401,14 +376,14 @@ def row_products(first: PairwiseMatrix, second: PairwiseMatrix, effects: Tensor)
     """
     num_samples, device = first.num_samples, first.rows.device
     sums = first.rows.new_zeros(3, num_samples)
-    ones = first.rows.new_ones(num_samples)
     tiling = _Tiling(num_samples, device)
     for tile in tiling:
         a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile))
         b = _reduced_tile(second, effects[1], tile, tiling.buffer(1, tile))
-        tile.add_sums(sums[1], torch.mul(a, b, out=tiling.buffer(2, tile)), ones)
-        tile.add_sums(sums[0], a.square_(), ones)
-        tile.add_sums(sums[2], b.square_(), ones)
+        # By symmetry the columns of a tile are rows, too.
+        products = torch.mul(a, b, out=tiling.buffer(2, tile))
+        for sums_of, values in zip(sums, (a.square_(), products, b.square_()), strict=True):
+            tile.add_sums(sums_of, sums_of, values)
     return sums
 
 
@@ -461,15 +436,12 @@ def _tiled_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
     # Sums over the columns j > i of row i, and over the rows i < j of column j.
     of_rows, of_columns = torch.zeros_like(effects), torch.zeros_like(effects)
     pair_sums = new_zeros(num_matrices, num_matrices)
-    ones = torch.ones_like(effects[0])
     tiling = _Tiling(num_samples, effects.device)
     for tile in tiling:
         flat: dict[int, Tensor] = {}
         for k in tiled:
             values = _reduced_tile(matrices[k], effects[k], tile, tiling.buffer(k, tile))
-            rows, columns = tile.shape
-            of_rows[k, tile.start : tile.stop] += torch.mv(values, ones[:columns])
-            of_columns[k, tile.first : tile.last] += torch.mv(values.T, ones[:rows])
+            tile.add_sums(of_rows[k], of_columns[k], values)
             flat[k] = values.reshape(-1)
             for other, other_flat in flat.items():
                 pair_sums[k, other] += torch.dot(flat[k], other_flat)

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
@@ -19,9 +20,6 @@ from mdnorm.metrics.reservoir import ColumnNames, Rows
 
 with requires("metrics"):
     from torchmetrics import Metric
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 __all__ = ["DistanceCorrelation", "GroupRates"]
 
