@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mdnorm.design.odd_cells import FEW_NUMBERS, NUMBER, odd_cell, odd_cell_text
 from mdnorm.design.reader import Column, read_column
+from mdnorm.design.roles import FEW_NUMBERS, NUMBER, odd_cell, odd_cell_text
 from mdnorm.design.table_file import TableFileError, different_names, is_number_type, reading, without_missing
 from mdnorm.extras import requires
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 from mdnorm.design.curves import Curve, fit_curve
 from mdnorm.design.formula import Factor, quoted
-from mdnorm.design.odd_cells import odd_cell
 from mdnorm.design.reader import Column, shown_rows
+from mdnorm.design.roles import odd_cell
 from mdnorm.design.saved import numbers_in, read
 from mdnorm.text import listed
 

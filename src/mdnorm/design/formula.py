@@ -12,7 +12,7 @@ import math
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -21,7 +21,16 @@ from numpy.typing import NDArray
 
 from mdnorm.extras import requires
 
-__all__ = ["MAX_COLUMNS", "Factor", "FormulaError", "parse_factor", "parse_formula", "quoted"]
+__all__ = [
+    "MAX_COLUMNS",
+    "Factor",
+    "FormulaError",
+    "column_or_factor",
+    "in_order",
+    "parse_factor",
+    "parse_formula",
+    "quoted",
+]
 
 # Columns that a design may have. The matrix of their products has the square of this many numbers: 800 MB.
 MAX_COLUMNS = 10_000
@@ -456,3 +465,23 @@ def _category(text: str, call: ast.Call, names: Mapping[str, str]) -> Factor:
         options[name] = value
     variable = names.get(column.id, column.id)
     return Factor(text, "category", (variable,), "C", options, column, names)
+
+
+def in_order(name: str, entries: Any) -> tuple[str, ...]:
+    """Return a sequence of column names as a tuple; raise TypeError where it is none, or has no order."""
+    if isinstance(entries, (Set, Mapping)):
+        raise TypeError(
+            f"{name} is a {type(entries).__name__}, whose order is not part of its meaning, but columns need "
+            "one: give a list."
+        )
+    if not isinstance(entries, Iterable):
+        raise TypeError(f"{name} must be a string or a list of column names, got {entries!r}.")
+    return tuple(entries)
+
+
+def column_or_factor(entry: str) -> Factor:
+    """Return what an entry of a list means: a call such as ``C(site)``, otherwise the name of a column."""
+    if not isinstance(entry, str):
+        raise TypeError(f"columns must be given by name, got {entry!r} of type {type(entry).__name__}.")
+    is_call = re.fullmatch(r"\w+\(.*\)", entry.strip(), re.DOTALL)
+    return parse_factor(entry.strip() if is_call else quoted(entry))

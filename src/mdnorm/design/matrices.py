@@ -23,9 +23,15 @@ from mdnorm.design.diagnosis import (
     diagnose_columns,
     levels_in_words,
 )
-from mdnorm.design.entries import column_or_factor, in_order
 from mdnorm.design.factors import FittedFactor, fit_factor
-from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, parse_formula
+from mdnorm.design.formula import (
+    MAX_COLUMNS,
+    Factor,
+    FormulaError,
+    column_or_factor,
+    in_order,
+    parse_formula,
+)
 from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.roles import TableWarning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
@@ -542,7 +548,8 @@ class Design:
         check_missing(self, columns)
         factors = {factor.text: factor for term in self._written_terms for factor in term}
         values = {text: self._factors[text].evaluate(columns, unseen=self.unseen) for text in factors}
-        return self._terms.table(values, [columns[name].missing for name in self._terms.indicators])
+        missing = [columns[name].missing for name in self._terms.indicators]
+        return TermValues(self._terms, values, missing)
 
     def _finished(self, block: Matrix) -> Matrix:
         """Change the columns in place to what goes out: standardised, the training mean where unusable."""

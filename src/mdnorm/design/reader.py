@@ -467,6 +467,9 @@ def _of_series(name: str, series: Any) -> Column:
     if dtype in (nw.Categorical, nw.Enum):
         # polars has one pool of categories for the whole process: those of a Categorical declare nothing.
         native = series.to_native()
+        if hasattr(getattr(native, "array", None), "_pa_array"):  # pandas, on top of Arrow
+            native = native.array.__arrow_array__()
+            series = nw.from_native(native, series_only=True)
         is_pool = type(native).__module__.startswith("polars") and dtype == nw.Categorical
         own = getattr(native, "dtype", getattr(native, "type", None))
         ordered = dtype == nw.Enum or bool(getattr(own, "ordered", False))

@@ -26,7 +26,7 @@ from mdnorm.design.factors import Evaluated, FittedFactor
 from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, quoted
 from mdnorm.extras import requires
 
-__all__ = ["OneHot", "Product", "TermValues", "Terms", "scoped_products"]
+__all__ = ["Product", "TermValues", "Terms", "scoped_products"]
 
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -75,8 +75,11 @@ class Product:
         parts = [fitted.names(reduced) for fitted, reduced in self.factors]
         return [":".join(reversed(names)) for names in itertools.product(*reversed(parts))]
 
-    def one_hot(self, values: Mapping[str, Evaluated]) -> OneHot:
-        """Return the codes of a product of categories."""
+    def codes(self, values: Mapping[str, Evaluated]) -> NDArray[np.int64]:
+        """Return the column of a product of categories that has the 1 in each row, (n,).
+
+        It is −1 where there is none, −2 where the row cannot be used.
+        """
         code, step = np.zeros((), dtype=np.int64), 1
         none, unusable = np.zeros((), dtype=bool), np.zeros((), dtype=bool)
         for fitted, reduced in self.factors:
@@ -86,7 +89,7 @@ class Product:
             none = none | (level < 0)
             code = code + step * level
             step *= fitted.width(reduced)
-        return OneHot(np.where(unusable, -2, np.where(none, -1, code)), self.width)
+        return np.where(unusable, -2, np.where(none, -1, code))
 
     def block(self, values: Mapping[str, Evaluated], rows: slice) -> Matrix:
         """Return the (m, width) columns of some rows, NaN where a factor is unusable."""
@@ -105,30 +108,6 @@ class Product:
             raise ValueError(f"the product {name!r} is too large for a number: rescale its variables.")
         product[unusable] = np.nan
         return product
-
-
-@dataclass(frozen=True)
-class OneHot:
-    """Columns of which each row has at most one 1.
-
-    Attributes
-    ----------
-    codes : (n,) array
-        The column with the 1; −1 where there is none, −2 where the row cannot be used.
-    width : int
-        Number of columns.
-    """
-
-    codes: NDArray[np.int64]
-    width: int
-
-    def fill(self, block: Matrix, rows: slice) -> None:
-        """Write the columns of some rows, NaN where they cannot be used."""
-        codes = self.codes[rows]
-        block[:] = 0
-        found = np.flatnonzero(codes >= 0)
-        block[found, codes[found]] = 1
-        block[codes == -2] = np.nan
 
 
 class Terms:
@@ -165,40 +144,31 @@ class Terms:
 
     def of_terms(self) -> dict[str, list[int]]:
         """Return the indices of the columns of each term."""
-        columns: dict[str, list[int]] = {}
-        for index, product in enumerate(self.products):
-            columns.setdefault(product.term, []).extend(range(self.starts[index], self.starts[index + 1]))
-        for index, variable in enumerate(self.indicators, self.starts[-1]):
-            columns[f"{quoted(variable)}[missing]"] = [index]
-        return columns
+        return self._of([[product.term] for product in self.products], self.names[self.starts[-1] :])
 
     def of_variables(self, variables: Sequence[str]) -> dict[str, list[int]]:
         """Return the indices of the columns that use each variable."""
-        columns: dict[str, list[int]] = {name: [] for name in variables}
-        for index, product in enumerate(self.products):
-            for variable in product.variables:
-                columns[variable].extend(range(self.starts[index], self.starts[index + 1]))
-        for index, variable in enumerate(self.indicators, self.starts[-1]):
-            columns[variable].append(index)
+        found = self._of([product.variables for product in self.products], self.indicators)
+        return {name: found.get(name, []) for name in variables}
+
+    def _of(self, owners: Sequence[Sequence[str]], of_indicators: Sequence[str]) -> dict[str, list[int]]:
+        """Return the indices of the columns of each owner, from the owners of each product and indicator."""
+        columns: dict[str, list[int]] = {}
+        for index, names in enumerate(owners):
+            for name in names:
+                columns.setdefault(name, []).extend(range(self.starts[index], self.starts[index + 1]))
+        for index, name in enumerate(of_indicators, self.starts[-1]):
+            columns.setdefault(name, []).append(index)
         return columns
 
     def slice(self, index: int) -> slice:
         """Return which columns are those of a product."""
         return slice(self.starts[index], self.starts[index + 1])
 
-    def table(self, values: Mapping[str, Evaluated], missing: Sequence[Mask]) -> TermValues:
-        """Return the values of the columns over a table, to be computed in portions."""
-        codes = {
-            index: product.one_hot(values)
-            for index, product in enumerate(self.products)
-            if product.is_one_hot and product.width
-        }
-        return TermValues(self, values, missing, codes)
-
 
 @dataclass(frozen=True)
 class TermValues:
-    """The columns of a design over a table.
+    """The columns of a design over a table, to be computed in portions.
 
     Attributes
     ----------
@@ -206,14 +176,17 @@ class TermValues:
     values : dict from the text of a factor to Evaluated
     missing : sequence of (n,) bool arrays
         For each indicator.
-    one_hot : dict from int to OneHot
-        For each product of categories alone.
     """
 
     terms: Terms
     values: Mapping[str, Evaluated]
     missing: Sequence[Mask]
-    one_hot: Mapping[int, OneHot]
+
+    @cached_property
+    def one_hot(self) -> dict[int, NDArray[np.int64]]:
+        """The codes of each product of categories alone."""
+        products = enumerate(self.terms.products)
+        return {k: each.codes(self.values) for k, each in products if each.is_one_hot and each.width}
 
     @property
     def num_rows(self) -> int:
@@ -237,7 +210,11 @@ class TermValues:
                 part = block[:, at : at + product.width]
                 at += product.width
                 if index in self.one_hot:
-                    self.one_hot[index].fill(part, rows)
+                    codes = self.one_hot[index][rows]
+                    found = np.flatnonzero(codes >= 0)
+                    part[:] = 0
+                    part[found, codes[found]] = 1
+                    part[codes == -2] = np.nan
                 elif product.width:
                     part[:] = product.block(self.values, rows)
             for missing in self.missing:
@@ -250,11 +227,9 @@ class TermValues:
 
         Some row must have no 1 in it, as those of the reference: the columns are independent then.
         """
-        fit = [index for index, one_hot in self.one_hot.items() if (one_hot.codes == -1).any()]
-        if not fit:
-            return -1, None
-        widest = max(fit, key=lambda index: self.one_hot[index].width)
-        return widest, self.one_hot[widest].codes
+        fit = [index for index, codes in self.one_hot.items() if (codes == -1).any()]
+        widest = max(fit, key=lambda index: self.terms.products[index].width, default=-1)
+        return widest, self.one_hot.get(widest)
 
     def moments(self) -> tuple[Matrix, Matrix, Matrix]:
         """Return the usable rows, the mean and the standard deviation of each column, each (K,).
@@ -265,10 +240,10 @@ class TermValues:
         count, mean, squares, largest = (np.zeros(width) for _ in range(4))
         dense = np.ones(width, dtype=bool)
         for index in sparse:
-            at, one_hot = self.terms.slice(index), self.one_hot[index]
+            at, codes = self.terms.slice(index), self.one_hot[index]
             dense[at] = False
-            ones = np.bincount(one_hot.codes[one_hot.codes >= 0], minlength=one_hot.width)
-            count[at] = (one_hot.codes > -2).sum()
+            ones = np.bincount(codes[codes >= 0], minlength=at.stop - at.start)
+            count[at] = (codes > -2).sum()
             mean[at] = ones / np.maximum(count[at], 1)
             squares[at] = count[at] * mean[at] * (1 - mean[at])
             largest[at] = ones > 0

@@ -20,9 +20,7 @@ Distances come from matrix products of the centred rows, ``|x_i|² + |x_j|² −
 two samples are much closer to each other than to the centre. These pairs are found and computed again from
 their differences.
 
-Where one variable is a scalar, the samples are sorted by it. Above the diagonal its distances are then a
-function of i plus a function of j, and their products with another variable's need no tile of their own, only
-the sums of rows and columns of the other's. Two scalars need no tiles at all (`mdnorm.metrics.scalars`).
+Scalars of many samples need no tiles at all (`mdnorm.metrics.scalars`).
 
 Leaving a sample out. The rows of `A` sum to 0. So the inner product without sample k, U-centred anew among
 the others, needs only ``P_k = Σ_j A_kj B_kj``: it is ``(Σ_{i≠j} A_ij B_ij − 2·(n−2)/(n−3)·P_k) /
@@ -31,7 +29,6 @@ the others, needs only ``P_k = Σ_j A_kj B_kj``: it is ``(Σ_{i≠j} A_ij B_ij �
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -106,13 +103,6 @@ class PairwiseMatrix(ABC):
     def num_columns(self) -> int:
         """Number of columns p of the samples."""
         return self.rows.shape[1]
-
-    def reordered(self, order: Tensor) -> PairwiseMatrix:
-        """Return the matrix of the samples in another order."""
-        other = copy.copy(self)
-        # Whatever tensors there are, they have one entry or row for each sample.
-        vars(other).update({k: v[order] for k, v in vars(self).items() if isinstance(v, Tensor)})
-        return other
 
     @abstractmethod
     def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
@@ -222,11 +212,11 @@ class _Tile(NamedTuple):
     rows: slice
     columns: slice
 
-    def add_sums(self, of_rows: Tensor, of_columns: Tensor, values: Tensor) -> None:
-        """Add the sums of the rows and of the columns of `values`, (n,) each."""
+    def add_sums(self, sums: Tensor, values: Tensor) -> None:
+        """Add `values` to the `sums` (n,) of the row of i and, by symmetry, of the row of j."""
         ones = values.new_ones(max(values.shape))
-        of_rows[self.rows] += torch.mv(values, ones[: values.shape[1]])
-        of_columns[self.columns] += torch.mv(values.T, ones[: values.shape[0]])
+        sums[self.rows] += torch.mv(values, ones[: values.shape[1]])
+        sums[self.columns] += torch.mv(values.T, ones[: values.shape[0]])
 
 
 class _Tiling:
@@ -380,10 +370,9 @@ def row_products(first: PairwiseMatrix, second: PairwiseMatrix, effects: Tensor)
     for tile in tiling:
         a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile))
         b = _reduced_tile(second, effects[1], tile, tiling.buffer(1, tile))
-        # By symmetry the columns of a tile are rows, too.
         products = torch.mul(a, b, out=tiling.buffer(2, tile))
         for sums_of, values in zip(sums, (a.square_(), products, b.square_()), strict=True):
-            tile.add_sums(sums_of, sums_of, values)
+            tile.add_sums(sums_of, values)
     return sums
 
 
@@ -422,45 +411,17 @@ class _Sums:
 
 def _tiled_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
     num_samples, num_matrices = matrices[0].num_samples, len(matrices)
-    new_zeros = matrices[0].rows.new_zeros
-    # Samples that are many are worth sorting by the first scalar.
-    scalar_index = next((k for k, matrix in enumerate(matrices) if _sorts([matrix])), None)
-    if scalar_index is not None:
-        order = SortedScalar.of(matrices[scalar_index].rows[:, 0]).order
-        matrices = [matrix.reordered(order) for matrix in matrices]
-    tiled = [k for k in range(num_matrices) if k != scalar_index]
-
-    effects = new_zeros(num_matrices, num_samples)
-    for k in tiled:
-        effects[k] = _anchored_effects(matrices[k])
-    # Sums over the columns j > i of row i, and over the rows i < j of column j.
-    of_rows, of_columns = torch.zeros_like(effects), torch.zeros_like(effects)
-    pair_sums = new_zeros(num_matrices, num_matrices)
+    effects = torch.stack([_anchored_effects(matrix) for matrix in matrices])
+    row_sums, pair_sums = torch.zeros_like(effects), effects.new_zeros(num_matrices, num_matrices)
     tiling = _Tiling(num_samples, effects.device)
     for tile in tiling:
-        flat: dict[int, Tensor] = {}
-        for k in tiled:
-            values = _reduced_tile(matrices[k], effects[k], tile, tiling.buffer(k, tile))
-            tile.add_sums(of_rows[k], of_columns[k], values)
-            flat[k] = values.reshape(-1)
-            for other, other_flat in flat.items():
+        flat: list[Tensor] = []
+        for k, matrix in enumerate(matrices):
+            values = _reduced_tile(matrix, effects[k], tile, tiling.buffer(k, tile))
+            tile.add_sums(row_sums[k], values)
+            flat.append(values.reshape(-1))
+            for other, other_flat in enumerate(flat):
                 pair_sums[k, other] += torch.dot(flat[k], other_flat)
-    row_sums = of_rows + of_columns
-
-    if scalar_index is not None:
-        # Where i < j in the order of the scalar, −2·m_ij is (z_j − |z_j|) − (z_i + |z_i|), of which at most
-        # one is not 0: a product with it needs no tile, only the sums of rows and columns.
-        scalar = SortedScalar.of(matrices[scalar_index].rows[:, 0])
-        size = scalar.values.abs()
-        effects[scalar_index] = size
-        row_sums[scalar_index] = -2 * scalar.row_sums()
-        products = of_columns @ (scalar.values - size) - of_rows @ (scalar.values + size)
-        products[scalar_index] = 4 * scalar.sum_of_squares()
-        for k in range(num_matrices):
-            pair_sums[max(k, scalar_index), min(k, scalar_index)] = products[k]
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(num_samples, device=order.device)
-        effects, row_sums = effects[:, inverse], row_sums[:, inverse]
     return _Sums(effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T)
 
 
