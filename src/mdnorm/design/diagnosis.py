@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from mdnorm.design.collinearity import Collinearity, read_relations
 from mdnorm.design.reader import Column
 from mdnorm.design.terms import TermValues
+from mdnorm.text import aligned
 
 if TYPE_CHECKING:
     from mdnorm.design.matrices import Design
@@ -149,8 +150,7 @@ class DesignDiagnosis:
         ]
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self._summary())
-        lines = [self.verdict, *(f"{name:<{width}}  {value}" for name, value in self._summary())]
+        lines = [self.verdict, *aligned(self._summary())]
         lines += [f"warning: {sentence}" for sentence in self.warnings]
         lines += [f"note: {sentence}" for sentence in self.notes]
         return "\n".join(lines)
@@ -195,7 +195,7 @@ def diagnose_columns(
     label_variables = {name for factor in design._label_factors for name in factor.variables}
     with_labels = bool(label_variables) and label_variables <= set(columns)
     labels = design._label_matrix(columns, num_rows) if with_labels else np.empty((num_rows, 0))
-    label_names = design._label_names() if with_labels else ()
+    label_names = design.label_names if with_labels else ()
     names = [*terms.names, *label_names]
     collinearity, constant_columns = _collinearity(design, values, labels)
     kept = set(collinearity.kept)
@@ -255,7 +255,7 @@ def diagnose_columns(
         },
         canonical_correlations=tuple(collinearity.correlations(metadata).tolist()),
         sparse_cells=cells,
-        label_levels=design._label_levels() if with_labels else {},
+        label_levels=design.label_levels if with_labels else {},
         warnings=sentences,
         notes=_notes(constant, () if few_rows else collinear, cells, min_rows),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -60,12 +60,8 @@ def open_table(path: Path, missing_values: Sequence[str] = ()) -> TableFile:
     n/a, null and the like always do. A file that is missing, empty, truncated, not UTF-8 or of another format
     is a TableFileError.
     """
-    formats: dict[str, Callable[[Path, Sequence[str]], TableFile]] = {
-        ".parquet": ParquetFile,
-        ".csv": CsvFile,
-        ".tsv": CsvFile,
-    }
-    return formats[checked_suffix(path, TABLE_FORMATS)](path, missing_values)
+    is_parquet = checked_suffix(path, TABLE_FORMATS) == ".parquet"
+    return ParquetFile(path, missing_values) if is_parquet else CsvFile(path, missing_values)
 
 
 def read_table_file(path: Path, missing_values: Sequence[str] = ()) -> pyarrow.Table:

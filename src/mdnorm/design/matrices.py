@@ -229,9 +229,6 @@ class Design:
     def label_names(self) -> tuple[str, ...]:
         """Names of the label columns."""
         self._check_fitted()
-        return self._label_names()
-
-    def _label_names(self) -> tuple[str, ...]:
         return tuple(
             name for factor in self._label_factors for name in self._factors[factor.text].names(True)
         )
@@ -275,9 +272,6 @@ class Design:
         column: ``{"dx": {"CN": 0, "AD": 1}}``; of more, the index k is a 1 in its k-th column.
         """
         self._check_fitted()
-        return self._label_levels()
-
-    def _label_levels(self) -> dict[str, dict[Any, int]]:
         fitted = {factor.text: self._factors[factor.text] for factor in self._label_factors}
         return {
             text: {level: index for index, level in enumerate(one.levels)}
@@ -361,8 +355,8 @@ class Design:
         self._check_number_of_labels()
         values = self._evaluate(columns)
         self._fit_moments(values)
-        diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         self._is_fitted = True
+        diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         for note in filter(None, map(stand_in_warning, columns.values())):
             warnings.warn(note, TableWarning, stacklevel=2)
         if diagnosis.warnings:

@@ -236,30 +236,18 @@ class TermValues:
 
         The deviation is 0 where it is so up to rounding.
         """
-        width, sparse = self.terms.width, list(self.one_hot)
-        count, mean, squares, largest = (np.zeros(width) for _ in range(4))
-        dense = np.ones(width, dtype=bool)
-        for index in sparse:
-            at, codes = self.terms.slice(index), self.one_hot[index]
-            dense[at] = False
-            ones = np.bincount(codes[codes >= 0], minlength=at.stop - at.start)
-            count[at] = (codes > -2).sum()
-            mean[at] = ones / np.maximum(count[at], 1)
-            squares[at] = count[at] * mean[at] * (1 - mean[at])
-            largest[at] = ones > 0
-        if dense.any():
-            count[dense] = 0
-            total, most = np.zeros((2, int(dense.sum())))
-            for _, block in self.chunks(sparse):
-                usable = ~np.isnan(block)
-                count[dense] += usable.sum(0)
-                with np.errstate(over="ignore"):
-                    total += np.where(usable, block, 0).sum(0)
-                most = np.maximum(most, np.where(usable, np.abs(block), 0).max(0))
-            mean[dense], largest[dense] = total / np.maximum(count[dense], 1), most
-            for _, block in self.chunks(sparse):
-                with np.errstate(over="ignore"):
-                    squares[dense] += (np.where(np.isnan(block), 0.0, block - mean[dense]) ** 2).sum(0)
+        count, total, squares, largest = np.zeros((4, self.terms.width))
+        for _, block in self.chunks():
+            usable = ~np.isnan(block)
+            values = np.where(usable, block, 0)
+            count += usable.sum(0)
+            with np.errstate(over="ignore"):
+                total += values.sum(0)
+            largest = np.maximum(largest, np.abs(values).max(0))
+        mean = total / np.maximum(count, 1)
+        for _, block in self.chunks():
+            with np.errstate(over="ignore"):
+                squares += (np.where(np.isnan(block), 0.0, block - mean) ** 2).sum(0)
         deviation = np.sqrt(squares / np.maximum(count, 1))
         return count, mean, np.where(deviation <= _CONSTANT * largest, 0.0, deviation)
 

@@ -29,8 +29,6 @@ __all__ = ["cka", "hsic", "median_distance"]
 Kernel = Literal["linear", "rbf"]
 Bandwidth: TypeAlias = float | tuple[float | None, float | None] | None
 
-_UNDEFINED = "the unbiased estimate is not defined for fewer samples"
-
 # Samples of which the median distance is taken.
 _NUM_FOR_MEDIAN = 2000
 
@@ -122,7 +120,7 @@ def hsic(
     >>> hsic(x, x**2) > 10 * abs(hsic(x, noise))
     True
     """
-    samples = as_samples(x=x, y=y, reason=_UNDEFINED)
+    samples = as_samples(x=x, y=y)
     products = _kernel_products(samples, kernel, bandwidth)
     # A constant has no covariance, though rounding of its kernel may have left some.
     value = torch.where(
@@ -178,7 +176,7 @@ def cka(
     >>> round(cka(x, 2 * x[:, ::-1] + 5), 12)
     1.0
     """
-    samples = as_samples(x=x, y=y, reason=_UNDEFINED)
+    samples = as_samples(x=x, y=y)
     products = _kernel_products(samples, kernel, bandwidth)
     return samples.result(products.correlations()[0, 1])
 

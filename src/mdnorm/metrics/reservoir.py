@@ -194,7 +194,7 @@ def as_rows(
     if metadata.shape[1] == 0:
         raise ValueError(f"metadata have no columns (shape {tuple(metadata.shape)}).")
     if labels is not None:
-        labels = _as_class_indices(labels)
+        labels = as_class_indices(labels)
     for name, values in (("metadata", metadata), ("labels", labels)):
         if isinstance(values, Tensor) and values.shape[0] != num_samples:
             raise ValueError(
@@ -210,20 +210,21 @@ def as_rows(
     return Rows(features, metadata, None if labels is None else labels.to(device))
 
 
-def _as_class_indices(labels: Tensor | ArrayLike) -> Tensor:
-    labels = as_real_tensor(labels, "labels").detach()
+def as_class_indices(labels: Tensor | ArrayLike, name: str = "labels") -> Tensor:
+    """Return labels (n,) or (n, 1) as a copy of int64; ValueError where they are no whole numbers."""
+    labels = as_real_tensor(labels, name).detach()
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels.squeeze(1)
     if labels.ndim != 1:
         raise ValueError(
-            f"labels must be class indices of shape (n,) or (n, 1), got {tuple(labels.shape)}; one-hot "
-            "columns become class indices by labels.argmax(1)."
+            f"{name} must be class indices of shape (n,) or (n, 1), got {tuple(labels.shape)}; one-hot "
+            f"columns become class indices by {name}.argmax(1)."
         )
     indices = labels.to(torch.int64, copy=True)
     if labels.is_floating_point() and not bool((indices == labels).all()):
         row = int((indices != labels).nonzero()[0])
         raise ValueError(
-            f"labels must be class indices, got {labels[row].item()} in row {row}: a continuous label has no "
+            f"{name} must be class indices, got {labels[row].item()} in row {row}: a continuous label has no "
             "classes within which to measure."
         )
     return indices
