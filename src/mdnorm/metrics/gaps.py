@@ -7,7 +7,7 @@ together from those of the two groups (Newcombe 1998; Zou & Donner 2008).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any
 
@@ -19,7 +19,7 @@ from mdnorm.arrays import as_real_tensor
 from mdnorm.design.row_order import check_same_order
 from mdnorm.metrics.checks import check_confidence, check_integer, check_same_rows
 from mdnorm.metrics.columns import Categories, as_categories
-from mdnorm.metrics.group_rates import Bootstrap, Estimate, Problem, Rate, estimates
+from mdnorm.metrics.group_rates import Estimate, Problem, Rate, estimates
 from mdnorm.metrics.rates import combined
 from mdnorm.plain import PlainResult
 from mdnorm.text import listed
@@ -216,7 +216,7 @@ def group_gaps(
         A wrong shape, different numbers of rows, missing values, one class or one group only, more than 100
         groups, a positive class that is not a label or is not clear, scores that are not probabilities.
     MissingExtraError
-        SciPy or pandas is not installed.
+        SciPy is not installed.
 
     Notes
     -----
@@ -271,15 +271,23 @@ def group_gaps(
             "divide a continuous column with quantile_groups, merge rare groups."
         )
     notes: list[str] = []
-    problem = _problem(true, guessed, members, positive, notes)
-    probabilities = None if scores is None else _probabilities(scores, problem)
-
-    options = Bootstrap(num_bootstrap, num_bins, seed)
+    classes, positive_code = _classes(true, guessed, positive, notes)
+    order = {name: index for index, name in enumerate(classes)}
+    problem = Problem(
+        *(np.array([order[name] for name in each.names])[each.codes] for each in (true, guessed)),
+        members.codes,
+        members.names,
+        classes,
+        positive_code,
+        clusters,
+        num_bootstrap,
+        num_bins,
+        seed,
+    )
+    if scores is not None:
+        problem = replace(problem, probabilities=_probabilities(scores, problem))
     sizes = members.counts
-    rates = [
-        estimates(problem, probabilities, clusters, members.codes == code, options)
-        for code in range(len(members.names))
-    ]
+    rates = [estimates(problem, members.codes == code) for code in range(len(members.names))]
     _note_undefined(problem, rates, min_group_rows, notes)
     large = [code for code in range(len(members.names)) if sizes[code] >= min_group_rows]
     groups_of = [(problem.groups[code], rates[code]) for code in large]
@@ -314,9 +322,10 @@ def group_gaps(
 # --------------------------------------------------------------------------------------------------------
 
 
-def _problem(
-    true: Categories, guessed: Categories, members: Categories, positive: Any, notes: list[str]
-) -> Problem:
+def _classes(
+    true: Categories, guessed: Categories, positive: Any, notes: list[str]
+) -> tuple[tuple[Any, ...], int | None]:
+    """Return the classes of labels and predictions, and the position of the positive one of two."""
     if len(true.names) < 2 and positive is None:
         raise ValueError(
             f"labels must have at least two classes, got {true.names[0]!r} only: there is nothing to tell "
@@ -337,7 +346,6 @@ def _problem(
         )
     if unknown:
         notes.append(f"predictions has class(es) that no row has as its label: {listed(unknown)}.")
-    code: int | None = None
     if positive is not None:
         if positive not in classes:
             raise ValueError(f"positive must be one of the classes {listed(classes)}, got {positive!r}.")
@@ -346,20 +354,12 @@ def _problem(
                 f"positive is for two classes, got {len(classes)} ({listed(classes)}): compare one with the "
                 "rest by passing labels == positive and predictions == positive."
             )
-        code = classes.index(positive)
-    elif len(classes) == 2:
-        if classes not in ((0, 1), (-1, 1)):
-            raise ValueError(f"positive must name the positive one of the classes {listed(classes)}.")
-        code = 1
-    order = {name: index for index, name in enumerate(classes)}
-    return Problem(
-        np.array([order[name] for name in true.names])[true.codes],
-        np.array([order[name] for name in guessed.names])[guessed.codes],
-        members.codes,
-        members.names,
-        classes,
-        code,
-    )
+        return classes, classes.index(positive)
+    if len(classes) != 2:
+        return classes, None
+    if classes not in ((0, 1), (-1, 1)):
+        raise ValueError(f"positive must name the positive one of the classes {listed(classes)}.")
+    return classes, 1
 
 
 def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
