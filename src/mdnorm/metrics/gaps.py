@@ -274,7 +274,8 @@ def group_gaps(
     classes, positive_code = _classes(true, guessed, positive, notes)
     order = {name: index for index, name in enumerate(classes)}
     problem = Problem(
-        *(np.array([order[name] for name in each.names])[each.codes] for each in (true, guessed)),
+        np.array([order[name] for name in true.names])[true.codes],
+        np.array([order[name] for name in guessed.names])[guessed.codes],
         members.codes,
         members.names,
         classes,
