@@ -75,9 +75,7 @@ def as_categories(values: Any, name: str) -> Categories:
     """
     column = _read(values, name)
     names = column.levels()
-    # Those of `quantile_groups` have an order as well.
-    declared = column.declared or tuple(getattr(values, "categories", ()))
-    if declared:
-        place = {level: index for index, level in enumerate(declared)}
+    if column.declared:
+        place = {level: index for index, level in enumerate(column.declared)}
         names = tuple(sorted(names, key=place.__getitem__))
     return Categories(column.codes(names), names)

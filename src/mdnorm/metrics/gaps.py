@@ -170,7 +170,7 @@ def group_gaps(
         The true classes, of any kind.
     predictions : array-like, (n,)
         The predicted classes, of the kind of `labels`.
-    groups : array-like or QuantileGroups, (n,)
+    groups : array-like, (n,)
         The group of each row. Divide a continuous column with `quantile_groups` first.
     scores : tensor or array, (n,) or (n, number of classes), optional
         Predicted probabilities, for calibration: of the positive class, or one column for each class in the

@@ -2,50 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_integer
 from mdnorm.metrics.columns import as_column
 from mdnorm.text import listed
 
-__all__ = ["QuantileGroups", "quantile_groups"]
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["quantile_groups"]
 
 
-@dataclass(frozen=True)
-class QuantileGroups:
-    """A continuous column divided into groups.
-
-    Attributes
-    ----------
-    codes : (n,) int64
-        The group of each row, a position in `names`.
-    names : tuple of str
-        The range of values of each group, in ascending order.
-    counts : tuple of int
-        Rows of each group.
-    """
-
-    codes: NDArray[np.int64]
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """The names, so that the groups keep their order where the object is passed as `groups`."""
-        return self.names
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.names, dtype=dtype)[self.codes]
-
-    def __len__(self) -> int:
-        return int(self.codes.size)
-
-
-def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
+def quantile_groups(values: Any, num_groups: int = 4) -> pd.Categorical:
     """Divide a continuous column into groups of about equally many rows, named by their range of values.
 
     Parameters
@@ -57,8 +29,8 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
 
     Returns
     -------
-    QuantileGroups
-        To be passed as `groups` to `group_gaps`, or as an array of names.
+    pandas.Categorical, (n,)
+        Ordered, with the ranges of values as categories; to be passed as `groups` to `group_gaps`.
 
     Raises
     ------
@@ -66,12 +38,16 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
         Values that are not numbers; `num_groups` is not an integer.
     ValueError
         A wrong shape, NaN or infinite values, no rows; `num_groups` below 1.
+    MissingExtraError
+        pandas is not installed.
 
     Examples
     --------
-    >>> quantile_groups([20, 25, 31, 44, 52, 60, 61, 80]).names
-    ('20–25', '31–44', '52–60', '61–80')
+    >>> list(quantile_groups([20, 25, 31, 44, 52, 60, 61, 80]).categories)
+    ['20–25', '31–44', '52–60', '61–80']
     """
+    with requires("metrics"):
+        import pandas as pd
     check_integer("num_groups", num_groups, 1)
     column = as_column(values, "values")
     if column.dtype.kind not in "biuf":
@@ -84,12 +60,12 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
     if edges.size > num_groups:
         # Each group is closed above.
         edges = np.unique(np.quantile(numbers, np.linspace(0, 1, num_groups + 1)[1:]))
-    _, codes, counts = np.unique(np.searchsorted(edges, numbers), return_inverse=True, return_counts=True)
-    limits = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(len(counts))]
-    return QuantileGroups(codes.astype(np.int64), _range_names(limits), tuple(counts.tolist()))
+    found, codes = np.unique(np.searchsorted(edges, numbers), return_inverse=True)
+    limits = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(len(found))]
+    return pd.Categorical.from_codes(codes, _range_names(limits), ordered=True)
 
 
-def _range_names(limits: list[tuple[float, float]]) -> tuple[str, ...]:
+def _range_names(limits: list[tuple[float, float]]) -> list[str]:
     """Return "low–high" with as few digits as keep the limits apart; whole numbers in full."""
     distinct = sorted({limit for pair in limits for limit in pair})
     whole = all(value == round(value) and abs(value) < 1e15 for value in distinct)
@@ -110,4 +86,4 @@ def _range_names(limits: list[tuple[float, float]]) -> tuple[str, ...]:
         # A dash next to a minus sign is hard to read.
         dash = "–" if low >= 0 else " to "
         names.append(text(low, digits) if low == high else f"{text(low, digits)}{dash}{text(high, digits)}")
-    return tuple(names)
+    return names
