@@ -14,21 +14,6 @@ from torch import Tensor
 
 from mdnorm.text import listed
 
-__all__ = [
-    "as_real_array",
-    "as_real_tensor",
-    "check_finite_columns",
-    "columns_of",
-    "design_columns",
-    "label_columns",
-    "plain_features",
-    "plain_tensor",
-    "position_mask",
-    "refuse_bad_weights",
-    "row_weights",
-    "statistics_dtype",
-]
-
 
 def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
     """Return a tensor (see `plain_tensor`), or a copy of an array (a list, a DataFrame) as a CPU tensor.

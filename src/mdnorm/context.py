@@ -13,8 +13,6 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-__all__ = ["Given", "MetadataSlot", "columns_by_design", "is_recomputing", "is_table", "metadata"]
-
 
 class Given(NamedTuple):
     """What a context holds for the layers of a model."""

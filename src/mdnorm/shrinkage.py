@@ -18,17 +18,6 @@ from torch import Tensor
 from mdnorm.moments import Moments, NoSamplesError
 from mdnorm.regression import Standardisation, coefficient_operator
 
-__all__ = [
-    "Combined",
-    "FoundAgain",
-    "Regression",
-    "combine",
-    "effect",
-    "found_again",
-    "independent_features",
-    "with_change",
-]
-
 # A residual with a smaller share of a feature's variance is rounding: the feature is exactly determined.
 _EXACT = 1e-12
 # Chance that noise moves any feature further than the limit of `_limit`.

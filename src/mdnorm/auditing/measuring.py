@@ -28,7 +28,7 @@ from mdnorm.metrics import (
 )
 from mdnorm.metrics.conditional import residuals_given
 from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES
-from mdnorm.metrics.probes import ProbeScore
+from mdnorm.metrics.probe_scores import ProbeScore
 from mdnorm.metrics.rates import combined
 
 __all__ = ["MODELS", "measure", "measure_column"]

@@ -13,8 +13,6 @@ from mdnorm.extras import requires
 from mdnorm.metrics.pairwise import Distances
 from mdnorm.text import listed
 
-__all__ = ["Problem", "distance", "effective_size", "entropy", "propensity"]
-
 # A class that a fitted model gives less than this probability does not occur for such metadata. The fit stops
 # at 1e-12, and a probability that tends to 0 is then below 1e-8 unless very few rows have it.
 _NEVER = 1e-8

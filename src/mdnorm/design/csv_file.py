@@ -17,8 +17,6 @@ from mdnorm.extras import requires
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["CsvFile", "csv_delimiter"]
-
 # Rows of usual tables are much shorter; reading is fastest with blocks of some megabytes.
 _CSV_BLOCK_BYTES = 2**22
 

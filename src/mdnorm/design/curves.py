@@ -23,8 +23,6 @@ from mdnorm.design.formula import FormulaError
 from mdnorm.design.saved import numbers_in, read
 from mdnorm.extras import requires
 
-__all__ = ["Curve", "fit_curve", "polynomial"]
-
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
 

@@ -20,8 +20,6 @@ from mdnorm.text import aligned
 if TYPE_CHECKING:
     from mdnorm.design.matrices import Design
 
-__all__ = ["ConfoundedDesignWarning", "DesignDiagnosis", "SparseCell", "diagnose_columns", "levels_in_words"]
-
 # 1 − R² below its square (and rounding) counts as exactly determined.
 _DETERMINED = 1e-8
 # Cells of a pair of categories that are listed.

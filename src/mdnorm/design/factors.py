@@ -16,8 +16,6 @@ from mdnorm.design.roles import odd_cell
 from mdnorm.design.saved import numbers_in, read
 from mdnorm.text import listed
 
-__all__ = ["Evaluated", "FittedFactor", "factor_from_state", "fit_factor"]
-
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 

@@ -9,8 +9,6 @@ from mdnorm.design.roles import why_no_feature
 from mdnorm.design.table_file import TableFile, TableFileError, check_columns
 from mdnorm.text import listed
 
-__all__ = ["chosen_features"]
-
 
 def chosen_features(
     table: TableFile, features: Sequence[str] | None, reserved: Sequence[str] = ()

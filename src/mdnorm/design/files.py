@@ -31,16 +31,6 @@ from mdnorm.extras import requires
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = [
-    "TABLE_FORMATS",
-    "ArrayFile",
-    "ParquetFile",
-    "check_metadata",
-    "checked_suffix",
-    "open_table",
-    "read_table_file",
-]
-
 TABLE_FORMATS = (".parquet", ".csv", ".tsv")
 
 # Rows that tell what a column is by default.

@@ -21,17 +21,6 @@ from numpy.typing import NDArray
 
 from mdnorm.extras import requires
 
-__all__ = [
-    "MAX_COLUMNS",
-    "Factor",
-    "FormulaError",
-    "column_or_factor",
-    "in_order",
-    "parse_factor",
-    "parse_formula",
-    "quoted",
-]
-
 # Columns that a design may have. The matrix of their products has the square of this many numbers: 800 MB.
 MAX_COLUMNS = 10_000
 

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from mdnorm.text import listed
 
-__all__ = ["LeakageWarning", "is_discrete", "leaking_features"]
-
 # Discrete: no more different values than this, and several rows for each.
 _MAX_DISTINCT = 20
 _ROWS_OF_A_VALUE = 5

@@ -19,7 +19,6 @@ from mdnorm.design.checks import check_fits, check_kinds, check_missing
 from mdnorm.design.diagnosis import (
     ConfoundedDesignWarning,
     DesignDiagnosis,
-    SparseCell,
     diagnose_columns,
     levels_in_words,
 )
@@ -36,15 +35,6 @@ from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.roles import TableWarning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
 from mdnorm.design.terms import Terms, TermValues, scoped_products
-
-__all__ = [
-    "ConfoundedDesignWarning",
-    "Design",
-    "DesignDiagnosis",
-    "DesignMatrices",
-    "FormulaError",
-    "SparseCell",
-]
 
 Matrix = NDArray[np.float64]
 

@@ -20,17 +20,6 @@ from torch import Tensor
 from mdnorm.extras import requires
 from mdnorm.text import listed
 
-__all__ = [
-    "KINDS",
-    "Column",
-    "column_names",
-    "read_column",
-    "read_columns",
-    "read_table",
-    "shown",
-    "shown_rows",
-]
-
 # What the values of a column are. A column without any value is "empty", and fits every other kind.
 KINDS = ("number", "date", "string", "boolean")
 

@@ -9,18 +9,6 @@ from numpy.typing import NDArray
 
 from mdnorm.design.reader import Column
 
-__all__ = [
-    "FEW_NUMBERS",
-    "NUMBER",
-    "TableWarning",
-    "is_code",
-    "odd_cell",
-    "odd_cell_text",
-    "stand_in_warning",
-    "stand_ins",
-    "why_no_feature",
-]
-
 # Whole numbers with no more different values than this are codes, and every value has two rows on average.
 _MAX_CODES = 10
 

@@ -6,8 +6,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_same_order"]
-
 
 def check_same_order(**tables: Any) -> None:
     """Refuse pandas objects of which the same row labels come in another order.

@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-__all__ = ["numbers_in", "read"]
-
 T = TypeVar("T")
 
 

@@ -21,8 +21,6 @@ from mdnorm.design.terms import Product, Terms
 if TYPE_CHECKING:
     from mdnorm.design.matrices import Design
 
-__all__ = ["design_from_json", "design_to_json"]
-
 _FORMAT = "mdnorm.Design"
 _VERSION = 1
 

@@ -17,16 +17,6 @@ from mdnorm.text import listed
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = [
-    "TableFile",
-    "TableFileError",
-    "check_columns",
-    "different_names",
-    "is_number_type",
-    "reading",
-    "without_missing",
-]
-
 
 class TableFileError(ValueError):
     """A file cannot be used as a table; the message says which, why, and what to do."""

@@ -26,8 +26,6 @@ from mdnorm.design.factors import Evaluated, FittedFactor
 from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, quoted
 from mdnorm.extras import requires
 
-__all__ = ["Product", "TermValues", "Terms", "scoped_products"]
-
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["MIN_PERMUTATIONS", "check_confidence", "check_integer", "check_permutations", "check_same_rows"]
-
 # With fewer, the smallest possible p-value is not below 0.05.
 MIN_PERMUTATIONS = 20
 

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from mdnorm.design.reader import Column, read_column
 from mdnorm.text import listed
 
-__all__ = ["Categories", "as_categories", "as_column"]
-
 
 @dataclass(frozen=True)
 class Categories:

@@ -13,8 +13,6 @@ from mdnorm.metrics.independence import (
 )
 from mdnorm.metrics.samples import as_samples
 
-__all__ = ["conditional_independence_test", "residuals_given"]
-
 # Rows in an interval of the given variable, within which rows are exchanged.
 _INTERVAL_ROWS = 20
 _MIN_ROWS = 40

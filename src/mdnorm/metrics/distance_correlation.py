@@ -22,16 +22,6 @@ from mdnorm.metrics.columns import as_categories
 from mdnorm.metrics.pairwise import CentredProducts, Distances, centred_products, row_products
 from mdnorm.metrics.samples import MIN_SAMPLES, UNDEFINED, as_samples, rescaled
 
-__all__ = [
-    "ConditionalDistanceCorrelation",
-    "DistanceCorrelationInterval",
-    "conditional_distance_correlation_sqr",
-    "distance_correlation_interval",
-    "distance_correlation_sqr",
-    "distance_covariance_sqr",
-    "partial_distance_correlation",
-]
-
 # 1 − R² of two variables of which one is a function of the other's distances is 0 up to this.
 _ROUNDING_OF_ONE = 1e-12
 

@@ -24,14 +24,6 @@ from mdnorm.metrics.rates import combined
 from mdnorm.plain import PlainResult
 from mdnorm.text import listed
 
-__all__ = [
-    "Difference",
-    "Gap",
-    "GroupGaps",
-    "GroupResult",
-    "group_gaps",
-]
-
 Floats = NDArray[np.float64]
 
 # More groups than this are a continuous column, or identifiers.

@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from mdnorm.metrics.rates import combined, effective_rows, wilson
 
-__all__ = ["Estimate", "Problem", "Rate", "estimates"]
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

@@ -17,14 +17,6 @@ from mdnorm.metrics.distance_correlation import distance_correlation_sqr
 from mdnorm.metrics.pairwise import Distances, centred_products, permuted_products
 from mdnorm.metrics.samples import as_samples
 
-__all__ = [
-    "DistanceCorrelationPermutationTest",
-    "DistanceCorrelationTTest",
-    "distance_correlation_chi_squared_p_value",
-    "distance_correlation_permutation_test",
-    "distance_correlation_t_test",
-]
-
 # Permutations in memory at once, in numbers of 8 bytes.
 _PERMUTATION_ELEMENTS = 2**22
 

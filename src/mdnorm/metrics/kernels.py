@@ -24,8 +24,6 @@ from mdnorm.metrics.pairwise import (
 )
 from mdnorm.metrics.samples import Samples, as_samples
 
-__all__ = ["cka", "hsic", "median_distance"]
-
 Kernel = Literal["linear", "rbf"]
 Bandwidth: TypeAlias = float | tuple[float | None, float | None] | None
 

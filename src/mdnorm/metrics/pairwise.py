@@ -39,17 +39,6 @@ from torch import Tensor
 
 from mdnorm.metrics.scalars import SortedScalar, sum_of_products
 
-__all__ = [
-    "CentredProducts",
-    "Distances",
-    "GaussianKernel",
-    "LinearKernel",
-    "PairwiseMatrix",
-    "centred_products",
-    "permuted_products",
-    "row_products",
-]
-
 # More anchors estimate the row effects better, which nothing needs, and each costs n distances.
 _NUM_ANCHORS = 16
 

@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 
 from mdnorm.metrics.probe_folds import CHUNK_ELEMENTS, LEAST_VARIATION, Settings
 
-__all__ = ["Basis", "Choice", "decisions", "representations"]
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

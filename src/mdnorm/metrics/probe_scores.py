@@ -14,8 +14,6 @@ from mdnorm.metrics.probe_ridge import Basis, Choice, decisions, representations
 from mdnorm.metrics.rates import combined, effective_rows, wilson
 from mdnorm.plain import PlainResult
 
-__all__ = ["MIN_ROWS", "Outcome", "ProbeScore", "pooled", "probe_rows"]
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

@@ -22,8 +22,6 @@ from mdnorm.metrics.samples import as_rows, check_finite
 from mdnorm.plain import PlainResult
 from mdnorm.text import listed
 
-__all__ = ["ProbeResult", "ProbeScore", "probe"]
-
 Floats = NDArray[np.float64]
 
 # Whole numbers with at most this many distinct values are classes unless the caller says otherwise.

@@ -14,8 +14,6 @@ from mdnorm.text import listed
 if TYPE_CHECKING:
     import pandas as pd
 
-__all__ = ["quantile_groups"]
-
 
 def quantile_groups(values: Any, num_groups: int = 4) -> pd.Categorical:
     """Divide a continuous column into groups of about equally many rows, named by their range of values.

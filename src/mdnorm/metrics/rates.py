@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["combined", "effective_rows", "wilson"]
-
 
 def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
     """Return Wilson's score interval of a share of `size` rows, which need not be a whole number.

@@ -25,20 +25,6 @@ from mdnorm.metrics.distance_correlation import distance_correlation_sqr
 from mdnorm.metrics.samples import MIN_SAMPLES
 from mdnorm.text import listed
 
-__all__ = [
-    "ColumnNames",
-    "Rows",
-    "TooFewSamplesError",
-    "add_rows",
-    "as_rows",
-    "check_column_names",
-    "check_settings",
-    "column_groups",
-    "dependence",
-    "sample",
-    "sample_keys",
-]
-
 ColumnNames = Sequence[str] | Mapping[str, Sequence[int]]
 
 # The value of all columns together; no column may have this name.

@@ -13,8 +13,6 @@ from mdnorm.arrays import as_real_tensor
 from mdnorm.metrics.checks import check_same_rows, joined
 from mdnorm.text import listed
 
-__all__ = ["MIN_SAMPLES", "UNDEFINED", "Samples", "as_rows", "as_samples", "check_finite", "rescaled"]
-
 # Fewer samples leave the bias correction undefined: it divides by n − 3.
 MIN_SAMPLES = 4
 UNDEFINED = "the bias-corrected estimate is not defined for fewer samples"

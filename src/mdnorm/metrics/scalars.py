@@ -29,8 +29,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["SortedScalar", "sum_of_products"]
-
 # A block of this many elements is about as fast pair by pair as through another level.
 _BLOCK_SIZE = 32
 

@@ -21,8 +21,6 @@ from mdnorm.metrics.reservoir import ColumnNames, Rows
 with requires("metrics"):
     from torchmetrics import Metric
 
-__all__ = ["DistanceCorrelation", "GroupRates"]
-
 
 def _fingerprint(*settings: object) -> Tensor:
     """Return a state that differs where settings differ.
