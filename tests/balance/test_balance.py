@@ -507,7 +507,7 @@ WRONG = {
     "NaN labels": ({"labels": np.r_[np.nan, np.arange(39.0)]}, ValueError, "labels has NaN.*row.s. 0"),
     "NaN metadata": ({"metadata": np.r_[METADATA[:39], [[np.nan] * 3]]}, ValueError, "metadata has NaN.*39"),
     "infinite": ({"metadata": np.r_[METADATA[:39], [[np.inf] * 3]]}, ValueError, "metadata has NaN or inf"),
-    "rows": ({"labels": LABELS[:-1]}, ValueError, "labels has 39 rows and metadata has 40"),
+    "rows": ({"labels": LABELS[:-1]}, ValueError, "39 rows in labels and 40 in metadata"),
     "no rows": ({"labels": LABELS[:0], "metadata": METADATA[:0]}, ValueError, "at least 4 rows, got 0"),
     "one row": ({"labels": LABELS[:1], "metadata": METADATA[:1]}, ValueError, "at least 4 rows, got 1"),
     "no columns": ({"metadata": METADATA[:, :0]}, ValueError, "metadata must have at least one column"),

@@ -16,6 +16,7 @@ from mdnorm.arrays import as_real_tensor, columns_of
 from mdnorm.balance.problem import Problem, distance, effective_size, entropy, propensity
 from mdnorm.design.row_order import check_same_order
 from mdnorm.extras import requires
+from mdnorm.metrics.checks import check_same_rows
 from mdnorm.metrics.columns import as_categories
 from mdnorm.metrics.samples import as_samples
 from mdnorm.plotting import PALETTE
@@ -386,11 +387,7 @@ def _labels(labels: Any, num_samples: int) -> tuple[Tensor | None, list[Any], Te
         values = values[:, 0]
     if values.ndim not in (1, 2) or 0 in values.shape[1:]:
         raise ValueError(f"labels must have shape (N,) or (N, K_y), got {tuple(values.shape)}.")
-    if len(values) != num_samples:
-        raise ValueError(
-            f"labels has {len(values)} rows and metadata has {num_samples}: give the same samples in the "
-            "same order."
-        )
+    check_same_rows(labels=len(values), metadata=num_samples)
     is_numeric = isinstance(values, Tensor) or values.dtype.kind in "biufc"
     columns = None
     if is_numeric or values.ndim == 2:
