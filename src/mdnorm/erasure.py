@@ -249,12 +249,9 @@ class EraserFitter:
             raise ValueError("preserve_labels=True needs labels=.")
         sizes = (rows.shape[-1], *(block.shape[1] for block in blocks.values()))
         if sizes != (self._sizes or sizes) or sizes[0] == 0:
-            before = (
-                f"those before had {', '.join(map(str, self._sizes))}" if all(sizes) else "none is no use"
-            )
-            raise ValueError(
-                f"this batch has {', '.join(map(str, sizes))} columns of features, {', '.join(blocks)}: {before}."
-            )
+            got, before = (", ".join(map(str, numbers)) for numbers in (sizes, self._sizes))
+            problem = f"those before had {before}" if all(sizes) else "none is no use"
+            raise ValueError(f"this batch has {got} columns of features, {', '.join(blocks)}: {problem}.")
         dtype = statistics_dtype(values.device)
         parts = [rows.reshape(-1, sizes[0]).to(dtype)]
         parts += [
