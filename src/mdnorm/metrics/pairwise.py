@@ -324,20 +324,15 @@ def centred_products(matrices: Sequence[PairwiseMatrix]) -> CentredProducts:
     if not varying:
         return CentredProducts(products, is_zero, effects)
     present = [matrices[index] for index in varying]
-    sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present)
-    totals = sums.row_sums.sum(dim=1)
-    centred = _expansion(sums.pair_sums, sums.row_sums, sums.row_sums)
+    reduced, row_sums, pair_sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present)
+    totals = row_sums.sum(dim=1)
+    centred = _expansion(pair_sums, row_sums, row_sums)
     index = torch.tensor(varying, device=rows.device)
-    rounding = torch.stack(
-        [matrix.rounding(reduced) for matrix, reduced in zip(present, sums.effects, strict=True)]
-    )
+    rounding = torch.stack([matrix.rounding(r) for matrix, r in zip(present, reduced, strict=True)])
     is_zero[index] = centred.diagonal() <= rounding
     products[index[:, None], index] = centred / (num_samples * (num_samples - 3))
-    effects[index] = (
-        sums.effects
-        + sums.row_sums / (num_samples - 2)
-        - totals[:, None] / (2 * (num_samples - 1) * (num_samples - 2))
-    )
+    means = totals[:, None] / (2 * (num_samples - 1) * (num_samples - 2))
+    effects[index] = reduced + row_sums / (num_samples - 2) - means
     return CentredProducts(products, is_zero, effects)
 
 
@@ -389,16 +384,14 @@ def permuted_products(
     return 2 * sums / (num_samples * (num_samples - 3))
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Of k reduced matrices ``a'_ij = a_ij − r_i − r_j``."""
-
-    effects: Tensor  # (k, n): r
-    row_sums: Tensor  # (k, n): Σ_{j≠i} a'_ij
-    pair_sums: Tensor  # (k, k): Σ_{i<j} a'_ij b'_ij
+_Sums: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 def _tiled_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
+    """Return effects r (k, n) and sums of the reduced matrices ``a'_ij = a_ij − r_i − r_j``.
+
+    The sums are ``Σ_{j≠i} a'_ij``, (k, n), and ``Σ_{i<j} a'_ij b'_ij``, (k, k).
+    """
     num_samples, num_matrices = matrices[0].num_samples, len(matrices)
     effects = torch.stack([_anchored_effects(matrix) for matrix in matrices])
     row_sums, pair_sums = torch.zeros_like(effects), effects.new_zeros(num_matrices, num_matrices)
@@ -411,7 +404,7 @@ def _tiled_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
             flat.append(values.reshape(-1))
             for other, other_flat in enumerate(flat):
                 pair_sums[k, other] += torch.dot(flat[k], other_flat)
-    return _Sums(effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T)
+    return effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -434,8 +427,5 @@ def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
         pair_sums[k, k] = 4 * scalar.sum_of_squares()
         for other in range(k):
             pair_sums[k, other] = pair_sums[other, k] = 4 * sum_of_products(scalars[other], scalar)
-    return _Sums(
-        torch.stack([scalar.values.abs() for scalar in scalars]),
-        torch.stack([-2 * scalar.row_sums() for scalar in scalars]),
-        pair_sums,
-    )
+    effects = torch.stack([scalar.values.abs() for scalar in scalars])
+    return effects, torch.stack([-2 * scalar.row_sums() for scalar in scalars]), pair_sums
