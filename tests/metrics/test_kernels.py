@@ -197,7 +197,7 @@ def test_tensors_give_a_tensor_and_arrays_a_float() -> None:
         ({"kernel": "rbf", "bandwidth": (1.0, -1.0)}, r"bandwidth must be .* got \(1.0, -1.0\)"),
         ({"kernel": "rbf", "bandwidth": (1.0,)}, r"bandwidth must be .* got \(1.0,\)"),
         ({"y": np.zeros(9)}, "10 rows in x and 9 in y"),
-        ({"x": np.zeros(3), "y": np.zeros(3)}, "at least 4 rows, got 3: the unbiased estimate"),
+        ({"x": np.zeros(3), "y": np.zeros(3)}, "at least 4 rows, got 3: the bias-corrected estimate"),
         ({"y": np.full(10, np.nan)}, "y has NaN"),
     ],
 )
