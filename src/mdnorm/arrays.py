@@ -5,46 +5,21 @@ from __future__ import annotations
 import math
 import numbers
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-__all__ = [
-    "as_real_array",
-    "as_real_tensor",
-    "check_finite_columns",
-    "columns_of",
-    "design_columns",
-    "label_columns",
-    "plain_features",
-    "plain_tensor",
-    "position_mask",
-    "refuse_bad_weights",
-    "row_weights",
-    "statistics_dtype",
-]
+from mdnorm.text import listed
 
 
 def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
     """Return a tensor (see `plain_tensor`), or a copy of an array (a list, a DataFrame) as a CPU tensor.
 
-    Parameters
-    ----------
-    values : tensor or array
-        Of any real dtype, booleans included. The columns of a DataFrame may have different ones; see
-        `as_real_array`.
-    name : str
-        Of the argument, for the error message.
-
-    Raises
-    ------
-    TypeError
-        None, complex or not numeric.
+    It may be of any real dtype, booleans included; see `as_real_array` for DataFrames. What is None, complex
+    or not numeric is a TypeError that names the argument.
     """
     if isinstance(values, Tensor):
         if values.is_complex():
@@ -61,26 +36,12 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
 
 
 def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
-    """Return an array of real numbers.
+    """Return an array, a list or a DataFrame as an array of booleans, integers or floating-point numbers.
 
-    Parameters
-    ----------
-    values : array
-        An array, a list or a DataFrame. Where its columns are of several types, or of types with a value of
-        their own for what is missing (``Int64``, ``boolean``), numpy makes Python objects of them: these are
-        taken as the numbers that they are, as int64 or, with fractions or gaps (NaN), float64.
-    name : str
-        Of the argument, for the error message.
-
-    Returns
-    -------
-    array
-        Of a boolean, integer or floating-point dtype.
-
-    Raises
-    ------
-    TypeError
-        Complex or not numeric; the message names the columns of a DataFrame that are not.
+    Where the columns of a DataFrame are of several types, or of types with a value of their own for what is
+    missing (``Int64``, ``boolean``), numpy makes Python objects of them: these are taken as the numbers that
+    they are, as int64 or, with fractions or gaps (NaN), float64. What is complex or not numeric is a
+    TypeError that names the argument, and the columns of a DataFrame.
     """
     array = np.asarray(values)
     wrong: list[Any] = []
@@ -94,8 +55,7 @@ def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
     if array.dtype.kind not in "biuf":
         what = f"got an array of dtype {array.dtype}"
         if wrong:
-            shown = ", ".join(map(repr, wrong[:5])) + (", …" if len(wrong) > 5 else "")
-            what = f"but the column(s) {shown} are not"
+            what = f"but the column(s) {listed(wrong)} are not"
         raise TypeError(
             f"{name} must be real and numeric, {what}: encode categories as columns (one-hot) first, or let "
             "mdnorm.Design do so."
@@ -157,25 +117,10 @@ def columns_of(
     num_columns: int | None = None,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Return metadata or labels as a tensor of columns (N, K), checked.
+    """Return metadata or labels (N,) or (N, K), of any real dtype, as a tensor of columns (N, K), checked.
 
-    Parameters
-    ----------
-    values : (N,) or (N, K)
-        Tensor or array of any real dtype, booleans included.
-    name : str
-        Of the argument, "metadata" or "labels".
-    num_samples, num_columns : int, optional
-        What is expected of N and K; None accepts anything.
-    device : torch.device, optional
-        Where a tensor must be; None accepts any device.
-
-    Raises
-    ------
-    TypeError
-        A complex or non-numeric input.
-    ValueError
-        A wrong number of dimensions, rows or columns, or a wrong device.
+    What is expected of N, K and the device may be None: anything. A wrong number of dimensions, rows or
+    columns, or a wrong device, is a ValueError that has the name of the argument in it.
     """
     tensor = as_real_tensor(values, name)
     if tensor.ndim == 1:
@@ -207,19 +152,10 @@ def columns_of(
 def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
     """Turn class indices into one-hot columns where the number of label columns asks for it.
 
-    Parameters
-    ----------
-    labels : (N,) or (N, K_y)
-        Class indices (integer dtype, shape (N,) or (N, 1)), or label columns.
-    num_labels : int or None
-        Number of label columns expected. Integer labels of one column become one-hot columns when this is
-        above 1; with 1 they stay one column (a binary or ordinal label).
-
-    Raises
-    ------
-    ValueError
-        A class index is outside 0 … num_labels − 1; or `num_labels` is None and the labels are integers other
-        than two values: class indices, of which one column would make a ranking.
+    Integer labels of one column, (N,) or (N, 1), become one-hot columns where `num_labels` is above 1; with 1
+    they stay one column (a binary or ordinal label). An index outside 0 … num_labels − 1 is a ValueError; and
+    so are, without `num_labels`, integers other than two values: class indices, of which one column would
+    make a ranking.
     """
     tensor = as_real_tensor(labels, "labels")
     if num_labels == 1 or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
@@ -259,12 +195,8 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
 def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
     """Raise ValueError where a block of columns has NaN or infinite values, or values whose squares overflow.
 
-    Parameters
-    ----------
-    columns : tensor
-        All columns in the dtype that they are computed in.
-    **blocks : tensors
-        By the names of the arguments they came from.
+    `columns` are all columns in the dtype that they are computed in, the blocks have the names of the
+    arguments that they came from.
     """
     # While a graph is traced nothing can be looked at; eager calls check every batch.
     if torch.compiler.is_compiling() or math.isfinite(torch.linalg.vector_norm(columns.detach())):
@@ -274,11 +206,10 @@ def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
         if not bool(finite.all()):
             bad_rows, bad_columns = (~finite).nonzero(as_tuple=True)
             rows = sorted(set(bad_rows.tolist()))
-            shown = ", ".join(map(str, rows[:5])) + (", …" if len(rows) > 5 else "")
             raise ValueError(
                 f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) "
-                f"{shown} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows before they "
-                "reach the layer."
+                f"{listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows before "
+                "they reach the layer."
             )
     for name, block in blocks.items():
         if not math.isfinite(torch.linalg.vector_norm(block.detach().to(columns.dtype))):
@@ -297,13 +228,7 @@ def design_columns(
     num_labels: int | None,
     check_finite: bool,
 ) -> tuple[Tensor, int]:
-    """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K), and K_m.
-
-    Raises
-    ------
-    TypeError, ValueError
-        See `columns_of` and `check_finite_columns`; metadata that want a gradient.
-    """
+    """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K), and K_m."""
     options: Any = {"num_samples": len(features), "device": features.device}
     blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **options)}
     if blocks["metadata"].requires_grad and torch.is_grad_enabled():
@@ -339,13 +264,7 @@ def row_weights(
     dims: tuple[int, ...],
     check: bool,
 ) -> Tensor | None:
-    """Return the weight of each sample in the fit (N,), its positions included; None where all weigh 1.
-
-    Raises
-    ------
-    ValueError
-        A wrong shape or device, NaN, infinite or negative weights.
-    """
+    """Return the weight of each sample in the fit (N,), its positions included; None where all weigh 1."""
     if weights is None and mask is None:
         return None
     result = columns.new_ones(len(columns))

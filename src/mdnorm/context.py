@@ -6,16 +6,12 @@ import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-__all__ = ["Given", "MetadataSlot", "columns_by_design", "is_recomputing", "is_table", "metadata"]
 
 
 class Given(NamedTuple):
@@ -27,19 +23,11 @@ class Given(NamedTuple):
     mask: Any = None
 
     def mask_for(self, features: Tensor, dims: tuple[int, ...], layer: str) -> Any:
-        """Return the mask where it belongs to the features of a layer, otherwise None.
+        """Return the mask where it belongs to the features (N, ...) of a layer, otherwise None.
 
-        The mask is given for the model as a whole. It belongs to features with its positions; those without
-        positions (pooled ones), or with others (an image beside a text), have nothing to do with it. Where
-        padding may count as data nevertheless, a warning names the layer.
-
-        Parameters
-        ----------
-        features : (N, ...) tensor
-        dims : tuple of int
-            Dimensions of the positions, which share a coefficient.
-        layer : str
-            For the warning.
+        The mask is given for the model as a whole. It belongs to features with its positions, those of
+        `dims`; those without positions (pooled ones), or with others (an image beside a text), have nothing
+        to do with it. Where padding may count as data nevertheless, a warning names the layer.
         """
         given = tuple(np.shape(self.mask) if not hasattr(self.mask, "shape") else self.mask.shape)
         positions = tuple(features.shape[dim] for dim in dims)
@@ -94,21 +82,9 @@ def columns_by_design(
 ) -> tuple[Any, Any]:
     """Return metadata and labels: those of a table as the design in the model turns it into columns.
 
-    Parameters
-    ----------
-    model : nn.Module
-        With a design (`mdnorm.insert` or `mdnorm.attach_design`) where metadata are a table.
-    metadata, labels
-        Of a batch. What is no table is returned as it is, and so are labels that are given.
-    with_labels : bool
-        Whether to take labels from the table, where it has them.
-
-    Raises
-    ------
-    TypeError
-        A mapping, and the model has no design.
-    ValueError
-        The model has several designs, or what the design refuses.
+    What is no table is returned as it is, and so are labels that are given. Labels are taken from the table,
+    where it has them, with `with_labels`. A mapping without a design in the model is a TypeError, several
+    designs are a ValueError.
     """
     if not is_table(metadata):
         return metadata, labels

@@ -18,11 +18,10 @@ from mdnorm.arrays import (
 )
 from mdnorm.distributed import GroupSetting, active_group, all_reduce_sum, eager, world_size
 from mdnorm.metrics.checks import check_integer
-from mdnorm.metrics.distance_correlation import MIN_SAMPLES, UNDEFINED
 from mdnorm.metrics.kernels import median_distance
 from mdnorm.metrics.pairwise import Distances, GaussianKernel, PairwiseMatrix, centred_products
 from mdnorm.metrics.reservoir import check_column_names, column_groups
-from mdnorm.metrics.samples import as_samples
+from mdnorm.metrics.samples import MIN_SAMPLES, UNDEFINED, as_samples
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -353,7 +352,7 @@ class DependenceLoss(nn.Module):
             if multiplier == 0 or bool(products.is_zero[index]) or samples.rows[index].shape[1] == 0:
                 continue
             everything, effects = slice(0, num_samples), products.effects[index]
-            values = matrices[index].block(everything, everything, torch.empty_like(weights))
+            values = matrices[index].block(everything, everything)
             weights += multiplier / roots[index] * (values - effects[:, None] - effects)
         # The scale of the outputs in their own units: distances have units, kernels none.
         scale = (

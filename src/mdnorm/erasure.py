@@ -15,9 +15,9 @@ mean there.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from mdnorm.arrays import (
@@ -30,9 +30,6 @@ from mdnorm.arrays import (
 )
 from mdnorm.moments import Moments, NoSamplesError
 from mdnorm.regression import compute_dtype, full_precision, position_dims
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
 
 __all__ = ["Eraser", "EraserFitter", "fit"]
 
@@ -252,14 +249,9 @@ class EraserFitter:
             raise ValueError("preserve_labels=True needs labels=.")
         sizes = (rows.shape[-1], *(block.shape[1] for block in blocks.values()))
         if sizes != (self._sizes or sizes) or sizes[0] == 0:
-            raise ValueError(
-                f"this batch has {', '.join(map(str, sizes))} columns of features, {', '.join(blocks)}: "
-                + (
-                    f"those before had {', '.join(map(str, self._sizes))}."
-                    if all(sizes)
-                    else "none is no use."
-                )
-            )
+            got, before = (", ".join(map(str, numbers)) for numbers in (sizes, self._sizes))
+            problem = f"those before had {before}" if all(sizes) else "none is no use"
+            raise ValueError(f"this batch has {got} columns of features, {', '.join(blocks)}: {problem}.")
         dtype = statistics_dtype(values.device)
         parts = [rows.reshape(-1, sizes[0]).to(dtype)]
         parts += [

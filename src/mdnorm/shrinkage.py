@@ -18,17 +18,6 @@ from torch import Tensor
 from mdnorm.moments import Moments, NoSamplesError
 from mdnorm.regression import Standardisation, coefficient_operator
 
-__all__ = [
-    "Combined",
-    "FoundAgain",
-    "Regression",
-    "combine",
-    "effect",
-    "found_again",
-    "independent_features",
-    "with_change",
-]
-
 # A residual with a smaller share of a feature's variance is rounding: the feature is exactly determined.
 _EXACT = 1e-12
 # Chance that noise moves any feature further than the limit of `_limit`.
@@ -77,16 +66,14 @@ class Regression:
         units: Standardisation | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> Regression:
-        """Return the regression of a data set.
+        """Return the regression of a data set with at least one row.
 
         Parameters
         ----------
         moments : Moments
-            Of K_m metadata columns and D features; of at least one row.
-        rows : float
-            Number of rows that the errors are those of; with weights ``(Σ w)² / Σ w²`` (Kish 1965).
-        features : float
-            Number of independent features.
+            Of K_m metadata columns and D features.
+        rows, features : float
+            As the attributes; with weights the rows are ``(Σ w)² / Σ w²`` (Kish 1965).
         units : Standardisation, optional
             Of another regression that this one is compared with. None: of these rows.
         dtype : torch.dtype
@@ -137,17 +124,11 @@ class Regression:
 
 
 def independent_features(moments: Moments, total: int) -> float:
-    """Return how many independent features `total` correlated ones are worth.
+    """Return how many independent features `total` (D) correlated ones are worth.
 
     The mean of their squared noise has the variance of that of so many independent values:
-    ``D² / Σ r²`` over all pairs, here with the mean of `r²` over some of the features.
-
-    Parameters
-    ----------
-    moments : Moments
-        Of some of the features in the place of metadata, the design's columns protected beside them.
-    total : int
-        D.
+    ``D² / Σ r²`` over all pairs, here with the mean of `r²` over some of the features, whose moments stand in
+    the place of metadata, the design's columns protected beside them.
     """
     gram, rows = _beside(moments)[1], moments.num_rows - moments.num_protected
     used = gram.diagonal() > _EXACT * moments.gram.diagonal()[moments.num_protected :]
@@ -250,14 +231,8 @@ class Combined(NamedTuple):
 def effect(trained: Regression) -> tuple[Tensor, Tensor, Tensor]:
     """Return the clear part of an effect: directions, its values and the shares that are no noise.
 
-    Returns
-    -------
-    directions : (K_m, Q) tensor
-        What multiplies the standardised values.
-    values : (Q, D) tensor
-        Standardised, as estimated.
-    shares : (Q,) tensor
-        What is left of them without noise, all positive, the largest first.
+    The directions (K_m, Q) multiply the standardised values (Q, D), which are as estimated; the shares (Q,)
+    are what is left of them without noise, all positive, the largest first.
     """
     z = trained.standardised(trained.coefficients)
     shares, vectors = torch.linalg.eigh(_filter(z, trained.features))
@@ -271,20 +246,9 @@ def found_again(trained: Regression, groups: Sequence[Moments]) -> FoundAgain | 
 
     The features of a new row are projected on each direction of the trained effect, ``h = F · values / σ``,
     and regressed on what the effect predicts from the row's metadata. Features that go together, and noise
-    that differs between rows, are in the differences between the groups.
-
-    Parameters
-    ----------
-    trained : Regression
-        Of the training rows.
-    groups : sequence of Moments
-        Of the design and of ``h``, (n, Q), in each group of the new rows.
-
-    Returns
-    -------
-    FoundAgain or None
-        None without a trained effect, or where the metadata of the new rows, given their labels, do not
-        differ or differ in a single group only.
+    that differs between rows, are in the differences between the groups, of which each has the moments of the
+    design and of ``h`` (n, Q). The result is None without a trained effect, or where the metadata of the new
+    rows, given their labels, do not differ or differ in a single group only.
 
     References
     ----------
@@ -338,26 +302,16 @@ def _beside(moments: Moments) -> tuple[Tensor, Tensor]:
 
 
 def combine(trained: Regression, new: Regression | None = None, found: FoundAgain | None = None) -> Combined:
-    """Return coefficients without what is noise in them, from one regression or from two.
+    """Return coefficients without what is noise in them, from one regression or from two in the same units.
 
     One: directions of the metadata in which the features together show no more than noise are left out, and
     the others shrunk. Two: what training rows say, times the share of it that new rows found again, is a
     first guess, which may be wrong since networks memorise; new rows have noise and no such fault. Where they
     contradict the guess by more than noise, they decide, and else both are averaged by their precision.
 
-    Parameters
-    ----------
-    trained, new : Regression
-        In the same units.
-    found : FoundAgain, optional
-        Of the new rows.
-
-    Returns
-    -------
-    Combined
-        No feature's coefficients are further than noise reaches (3.2 standard errors for one feature and one
-        column, 5.2 for 1000 features) from the least-squares ones, of the new rows where there are two: the
-        limited translation of Efron & Morris, here with the length over all directions.
+    No feature's coefficients are further than noise reaches (3.2 standard errors for one feature and one
+    column, 5.2 for 1000 features) from the least-squares ones, of the new rows where there are two: the
+    limited translation of Efron & Morris, here with the length over all directions.
 
     References
     ----------

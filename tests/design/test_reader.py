@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from mdnorm.design import Design, TableWarning
-from mdnorm.design.odd_cells import odd_cell
 from mdnorm.design.reader import read_column, read_columns, read_table
-from mdnorm.design.roles import why_no_feature
+from mdnorm.design.roles import odd_cell, why_no_feature
 from mdnorm.design.row_order import check_same_order
 
 N = 40

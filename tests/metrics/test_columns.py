@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mdnorm.metrics.checks import listed
 from mdnorm.metrics.columns import as_categories, as_column
+from mdnorm.text import listed
 
 
 @given(st.lists(st.one_of(st.integers(-3, 3)), min_size=1, max_size=30), st.booleans())

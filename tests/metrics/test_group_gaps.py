@@ -134,14 +134,6 @@ def test_intervals_of_rates_and_differences_equal_those_of_statsmodels() -> None
             *counts[pair.higher], *counts[pair.lower], alpha=0.1 / 3, method="newcomb", compare="diff"
         )
         assert (pair.low, pair.high) == pytest.approx((low, high))
-    for pair in result.against_rest["accuracy"]:
-        (own,) = {pair.lower, pair.higher} - {None}
-        rest = tuple(np.sum([counts[group] for group in "abc" if group != own], axis=0))
-        ends = (counts[own], rest) if pair.higher == own else (rest, counts[own])
-        low, high = confint_proportions_2indep(
-            *ends[0], *ends[1], alpha=0.1 / 3, method="newcomb", compare="diff"
-        )
-        assert (pair.low, pair.high) == pytest.approx((low, high))
 
 
 def test_rows_of_subjects_count_as_the_robust_error_of_statsmodels_says() -> None:
@@ -458,25 +450,24 @@ def test_quantile_groups_divide_the_range(n: int, num: int, scale: float, whole:
     rng = np.random.default_rng(seed)
     values = rng.integers(-5, 12, n).astype(float) if whole else scale * rng.standard_normal(n)
     result = quantile_groups(values, num)
-    assert len(result.names) == len(set(result.names)) <= num
-    assert sum(result.counts) == n
-    assert min(result.counts) > 0
-    assert list(result.counts) == np.bincount(result.codes).tolist()
-    for code in range(len(result.names) - 1):
+    counts = np.bincount(result.codes)
+    assert len(result.categories) == len(counts) <= num
+    assert counts.sum() == len(result) == n
+    assert counts.min() > 0
+    for code in range(len(counts) - 1):
         assert values[result.codes == code].max() < values[result.codes == code + 1].min()
     if not whole and n >= num:
-        assert np.ptp(result.counts) <= 2
+        assert np.ptp(counts) <= 2
 
 
 def test_quantile_groups_have_readable_names() -> None:
     ages = np.arange(20, 80)
-    assert quantile_groups(ages, 4).names == ("20–34", "35–49", "50–64", "65–79")
-    assert quantile_groups([0.12, 0.31, 0.52, 0.9], 2).names == ("0.12–0.31", "0.52–0.9")
-    assert quantile_groups([-3, -1, 2, 5], 2).names == ("-3 to -1", "2–5")
-    assert quantile_groups([0, 0, 0, 0, 1, 7], 4).names == ("0", "1", "7")
-    assert quantile_groups([1e-9, 3e-9, 5e-9, 7e-9], 2).names == ("1e-09–3e-09", "5e-09–7e-09")
-    same = quantile_groups(torch.full((5,), 3.0))
-    assert (same.names, same.counts) == (("3",), (5,))
+    assert list(quantile_groups(ages, 4).categories) == ["20–34", "35–49", "50–64", "65–79"]
+    assert list(quantile_groups([0.12, 0.31, 0.52, 0.9], 2).categories) == ["0.12–0.31", "0.52–0.9"]
+    assert list(quantile_groups([-3, -1, 2, 5], 2).categories) == ["-3 to -1", "2–5"]
+    assert list(quantile_groups([0, 0, 0, 0, 1, 7], 4).categories) == ["0", "1", "7"]
+    assert list(quantile_groups([1e-9, 3e-9, 5e-9, 7e-9], 2).categories) == ["1e-09–3e-09", "5e-09–7e-09"]
+    assert quantile_groups(torch.full((5,), 3.0)).tolist() == ["3"] * 5
 
 
 def test_quantile_groups_keep_their_order_as_groups() -> None:
@@ -485,8 +476,8 @@ def test_quantile_groups_keep_their_order_as_groups() -> None:
     groups = quantile_groups(age, 3)
     assert len(groups) == 600
     result = group_gaps(y, p, groups, num_bootstrap=0)
-    assert tuple(group.group for group in result.groups) == groups.names
-    assert tuple(group.num_rows for group in result.groups) == groups.counts
+    assert [group.group for group in result.groups] == list(groups.categories)
+    assert [group.num_rows for group in result.groups] == np.bincount(groups.codes).tolist()
 
 
 @pytest.mark.parametrize(

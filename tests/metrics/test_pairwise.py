@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiles import tiles_of
 
 from mdnorm.metrics import distance_correlation_sqr
 from mdnorm.metrics import pairwise as pairwise_module
@@ -73,8 +74,9 @@ def test_correlation_equals_dcor(kind: str) -> None:
     y = x[:, 0] / np.abs(x[:, 0]).max() + 0.1 * rng.standard_normal(len(x))
     expected = float(dcor.u_distance_correlation_sqr(x, y))
     for tile_size in (None, 7):
-        assert distance_correlation_sqr(x, y, tile_size=tile_size) == pytest.approx(expected, abs=1e-9)
-        assert distance_correlation_sqr(x, x, tile_size=tile_size) == pytest.approx(1, abs=1e-12)
+        with tiles_of(tile_size):
+            assert distance_correlation_sqr(x, y) == pytest.approx(expected, abs=1e-9)
+            assert distance_correlation_sqr(x, x) == pytest.approx(1, abs=1e-12)
 
 
 def test_tiles_of_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -85,7 +87,8 @@ def test_tiles_of_several_blocks_of_columns(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(pairwise_module, "_TILE_ROWS", (8, 16))
     monkeypatch.setattr(pairwise_module, "_TILE_COLUMNS", 50)
     for tile_size in (None, 1, 40, 299):
-        assert distance_correlation_sqr(x, y, tile_size=tile_size) == pytest.approx(expected, abs=1e-13)
+        with tiles_of(tile_size):
+            assert distance_correlation_sqr(x, y) == pytest.approx(expected, abs=1e-13)
 
 
 def _u_centred(matrix: np.ndarray) -> np.ndarray:
@@ -113,7 +116,8 @@ def _three_matrices(n: int, seed: int = 0) -> tuple[list[pairwise_module.Pairwis
 @given(st.integers(4, 90), st.sampled_from([None, 1, 9]), st.integers(0, 100))
 def test_products_of_distances_and_kernels(n: int, tile_size: int | None, seed: int) -> None:
     matrices, centred = _three_matrices(n, seed)
-    result = centred_products(matrices, tile_size)
+    with tiles_of(tile_size):
+        result = centred_products(matrices)
     expected = np.array([[(a * b).sum() for b in centred] for a in centred]) / (n * (n - 3))
     np.testing.assert_allclose(result.products, expected, rtol=1e-10, atol=1e-13)
     assert not result.is_zero.any()
@@ -122,8 +126,9 @@ def test_products_of_distances_and_kernels(n: int, tile_size: int | None, seed: 
 @pytest.mark.parametrize("tile_size", [None, 1, 9])
 def test_products_of_rows(tile_size: int | None) -> None:
     matrices, (a, b, _) = _three_matrices(60)
-    effects = centred_products(matrices, tile_size).effects
-    result = row_products(matrices[0], matrices[1], effects[:2], tile_size)
+    with tiles_of(tile_size):
+        effects = centred_products(matrices).effects
+        result = row_products(matrices[0], matrices[1], effects[:2])
     expected = np.stack([(u * v).sum(axis=1) for u, v in ((a, a), (a, b), (b, b))])
     np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-13)
 
@@ -132,12 +137,12 @@ def test_products_of_rows(tile_size: int | None) -> None:
 def test_products_of_permuted_matrices(tile_size: int | None) -> None:
     n = 60
     matrices, (a, b, _) = _three_matrices(n)
-    effects = centred_products(matrices, tile_size).effects
+    effects = centred_products(matrices).effects
     orders = np.stack([np.random.default_rng(seed).permutation(n) for seed in range(5)])
     for first, second, left, right, index in ((0, 1, a, b, [0, 1]), (1, 0, b, a, [1, 0])):
-        result = permuted_products(
-            matrices[first], matrices[second], effects[index], torch.from_numpy(orders), tile_size
-        )
+        pair = matrices[first], matrices[second]
+        with tiles_of(tile_size):
+            result = permuted_products(*pair, effects[index], torch.from_numpy(orders))
         expected = [(left * right[order][:, order]).sum() / (n * (n - 3)) for order in orders]
         np.testing.assert_allclose(result, expected, rtol=1e-10, atol=1e-13)
 

@@ -490,7 +490,7 @@ X, Y = np.random.default_rng(0).standard_normal((20, 2)), np.arange(20.0)
         (X, [1, "b"] * 10, {"task": "classification"}, TypeError, None),
         (X, np.arange(20).astype("M8[D]"), {}, TypeError, "target must hold numbers or categories"),
         (X, X, {}, ValueError, r"target must have shape \(n,\)"),
-        (X[:, :0], Y, {}, ValueError, r"features must have shape .* got \(20, 0\)"),
+        (X[:, :0], Y, {}, ValueError, r"features must have .* got shape \(20, 0\)"),
         (X[:, :, None], Y, {}, ValueError, "features.reshape"),
         (X.astype(str), Y, {}, TypeError, "features must be real and numeric"),
         (X, Y, {"model": "deep"}, ValueError, "model must be 'linear' or 'nonlinear'"),

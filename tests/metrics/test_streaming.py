@@ -493,7 +493,11 @@ def test_collections_keep_thresholds_apart() -> None:
         ((torch.tensor([0, 1]), torch.tensor([0]), [0, 1]), ValueError, r"2 row\(s\) but target 1"),
         ((torch.tensor([0.1, torch.nan]), torch.tensor([0, 1]), [0, 1]), ValueError, "preds have NaN"),
         ((torch.zeros(2, 3), torch.tensor([0, 1]), [0, 1]), ValueError, r"\(n,\) or \(n, 2\), got \(2, 3\)"),
-        ((torch.zeros(2, 3).long(), torch.tensor([0, 1]), [0, 1]), ValueError, r"shape \(n,\), got \(2, 3\)"),
+        (
+            (torch.zeros(2, 3).long(), torch.tensor([0, 1]), [0, 1]),
+            ValueError,
+            r"shape \(n,\) or \(n, 1\), got \(2, 3\)",
+        ),
         ((["a", "b"], torch.tensor([0, 1]), [0, 1]), TypeError, "preds must be real and numeric"),
     ],
 )

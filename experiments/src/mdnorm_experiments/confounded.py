@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from mdnorm.metrics import distance_correlation_sqr, probe
-from mdnorm.metrics.distance_correlation import MIN_SAMPLES
+from mdnorm.metrics.samples import MIN_SAMPLES
 from mdnorm_experiments import confounded_report
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, select
 from mdnorm_experiments.methods import METHOD_OF_NORM

@@ -11,10 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.auditing.reading import InputError, as_input_error, matching
-from mdnorm.design.odd_cells import odd_cell
 from mdnorm.design.reader import Column as TableColumn
 from mdnorm.design.reader import read_column, read_table
-from mdnorm.design.roles import stand_ins
+from mdnorm.design.roles import odd_cell, stand_ins
 
 __all__ = [
     "Column",

@@ -17,7 +17,6 @@ from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.extras import requires
 from mdnorm.metrics import (
     GroupGaps,
-    QuantileGroups,
     conditional_independence_test,
     distance_correlation_chi_squared_p_value,
     distance_correlation_interval,
@@ -29,7 +28,7 @@ from mdnorm.metrics import (
 )
 from mdnorm.metrics.conditional import residuals_given
 from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES
-from mdnorm.metrics.probes import ProbeScore
+from mdnorm.metrics.probe_scores import ProbeScore
 from mdnorm.metrics.rates import combined
 
 __all__ = ["MODELS", "measure"]
@@ -452,15 +451,15 @@ def _group_gaps(
     )
 
 
-def _quarters(column: Column) -> QuantileGroups:
+def _quarters(column: Column) -> Any:
     """Return a continuous column without missing values in four groups, with names as its values are read."""
     groups = quantile_groups(column.values, num_groups=_NUM_GROUPS)
     if not column.is_date:
         return groups
-    parts = [column.values[groups.codes == code] for code in range(len(groups.names))]
-    names = tuple(f"{column.text(part.min())} to {column.text(part.max())}" for part in parts)
+    parts = [column.values[groups.codes == code] for code in range(len(groups.categories))]
+    names = [f"{column.text(part.min())} to {column.text(part.max())}" for part in parts]
     # Dates a few seconds apart.
-    return replace(groups, names=names) if len(set(names)) == len(names) else groups
+    return groups.rename_categories(names) if len(set(names)) == len(names) else groups
 
 
 def _prediction_test(

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import listed
 from mdnorm.metrics.pairwise import Distances
-
-if TYPE_CHECKING:
-    pass
-
-__all__ = ["Problem", "distance", "effective_size", "entropy", "propensity"]
-
-Method = Literal["propensity", "entropy", "distance"]
+from mdnorm.text import listed
 
 # A class that a fitted model gives less than this probability does not occur for such metadata. The fit stops
 # at 1e-12, and a probability that tends to 0 is then below 1e-8 unless very few rows have it.
@@ -184,10 +177,9 @@ class Problem(NamedTuple):
 
 
 def _distances(rows: Tensor) -> Tensor:
-    num_samples = len(rows)
-    out = rows.new_empty(num_samples, num_samples)
+    everything = slice(0, len(rows))
     # A product of matrices may leave a value on the diagonal.
-    return Distances(rows).block(slice(0, num_samples), slice(0, num_samples), out).fill_diagonal_(0)
+    return Distances(rows).block(everything, everything).fill_diagonal_(0)
 
 
 def _distance_product(a: Tensor, b: Tensor, weights: Tensor) -> float:

@@ -9,26 +9,26 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor, columns_of
 from mdnorm.balance.problem import Problem, distance, effective_size, entropy, propensity
 from mdnorm.design.row_order import check_same_order
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import listed
-from mdnorm.metrics.samples import as_codes, as_samples
+from mdnorm.metrics.checks import check_same_rows
+from mdnorm.metrics.columns import as_categories
+from mdnorm.metrics.samples import as_samples
 from mdnorm.plotting import PALETTE
+from mdnorm.text import listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from numpy.typing import ArrayLike, NDArray
 
 __all__ = ["BalancingWeights", "ColumnBalance", "balancing_weights"]
 
 Method = Literal["propensity", "entropy", "distance"]
 
-# A class that a fitted model gives less than this probability does not occur for such metadata. The fit stops
-# at 1e-12, and a probability that tends to 0 is then below 1e-8 unless very few rows have it.
 # As many samples as the streamed dcor² takes by default.
 _MAX_ROWS_OF_DEPENDENCE = 2000
 
@@ -290,7 +290,7 @@ def balancing_weights(
         raise ValueError(f'method must be "propensity", "entropy" or "distance", got {method!r}.')
     _check_clip(clip)
     # For its checks: constant columns are kept here, under their names.
-    samples = as_samples(metadata=metadata, min_samples=4, reason="there is nothing to balance")
+    samples = as_samples(metadata=metadata, reason="there is nothing to balance")
     columns = columns_of(metadata, "metadata").detach().cpu().double()
     num_samples, num_columns = columns.shape
     names = _column_names(metadata, metadata_names, num_columns)
@@ -387,16 +387,12 @@ def _labels(labels: Any, num_samples: int) -> tuple[Tensor | None, list[Any], Te
         values = values[:, 0]
     if values.ndim not in (1, 2) or 0 in values.shape[1:]:
         raise ValueError(f"labels must have shape (N,) or (N, K_y), got {tuple(values.shape)}.")
-    if len(values) != num_samples:
-        raise ValueError(
-            f"labels has {len(values)} rows and metadata has {num_samples}: give the same samples in the "
-            "same order."
-        )
+    check_same_rows(labels=len(values), metadata=num_samples)
     is_numeric = isinstance(values, Tensor) or values.dtype.kind in "biufc"
     columns = None
     if is_numeric or values.ndim == 2:
         columns = as_real_tensor(values, "labels")
-        as_samples(labels=columns, min_samples=4, reason="there is nothing to balance")
+        as_samples(labels=columns, reason="there is nothing to balance")
         is_float = columns.is_floating_point()
         columns = columns.double().reshape(num_samples, -1)
         if values.ndim == 2:
@@ -409,18 +405,15 @@ def _labels(labels: Any, num_samples: int) -> tuple[Tensor | None, list[Any], Te
         if constant:
             raise ValueError(f"labels are constant in column(s) {constant}: there is nothing to balance.")
         return None, [], columns
-    codes, classes = as_codes(values, "labels", num_samples)
+    categories = as_categories(values, "labels")
+    classes = list(categories.names)
     if len(classes) == 1:
         raise ValueError(f"labels has one class only, {classes[0]!r}: there is nothing to balance.")
-    single = [name for name, count in zip(classes, codes.bincount().tolist(), strict=True) if count == 1]
+    single = [name for name, count in zip(classes, categories.counts, strict=True) if count == 1]
     if single:
         raise ValueError(
             f"labels has class(es) of one sample: {listed(single)}. Merge classes, or leave these samples "
             "out; if the labels are numbers and no classes, give them as floating-point values."
         )
+    codes = torch.from_numpy(categories.codes)
     return codes, classes, torch.nn.functional.one_hot(codes, len(classes)).double()
-
-
-# --------------------------------------------------------------------------------------------------------
-# Balance
-# --------------------------------------------------------------------------------------------------------

@@ -14,8 +14,6 @@ from mdnorm.design.reader import Column, shown_rows
 if TYPE_CHECKING:
     from mdnorm.design.matrices import Design
 
-__all__ = ["check_fits", "check_kinds", "check_missing"]
-
 
 def check_kinds(columns: Mapping[str, Column], kinds: Mapping[str, str]) -> None:
     """Raise a TypeError where a column is of another kind than in training."""

@@ -19,8 +19,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Collinearity", "Relations", "read_relations"]
-
 Matrix = NDArray[np.float64]
 Vector = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -78,24 +76,16 @@ def read_relations(
     codes: NDArray[np.int64] | None,
     block: NDArray[np.intp],
 ) -> tuple[Relations, list[int]]:
-    """Return the relations among the columns of a table that comes in portions.
+    """Return the relations among the columns of a table that comes in portions, and the constant columns.
 
     Parameters
     ----------
     chunks : callable
         Each call yields rows and their (m, p) columns, those of the block left out.
-    others : (p,) int array
-        Which columns these are.
+    others, block : (p,) and (L,) int arrays
+        Which columns these are, and which the block has.
     codes : (n,) array or None
         Which column of the block has the 1: −1 none, −2 the row cannot be used and is at the mean.
-    block : (L,) int array
-        Which columns the block has.
-
-    Returns
-    -------
-    Relations
-    list of int
-        The columns that are constant.
     """
     num_groups = 0 if codes is None else len(block) + 1
     sizes, sums, rest = np.zeros(num_groups), np.zeros((num_groups, len(others))), np.zeros(len(others))
@@ -149,14 +139,7 @@ def read_relations(
 
 
 class Collinearity:
-    """What the relations among columns say.
-
-    Parameters
-    ----------
-    relations : Relations
-    num_metadata : int
-        The first columns are metadata, the later ones labels.
-    """
+    """What the relations among columns say; the first `num_metadata` are metadata, the later ones labels."""
 
     def __init__(self, relations: Relations, num_metadata: int) -> None:
         self._relations = relations

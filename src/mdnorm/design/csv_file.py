@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mdnorm.design.odd_cells import FEW_NUMBERS, NUMBER, odd_cell, odd_cell_text
 from mdnorm.design.reader import Column, read_column
+from mdnorm.design.roles import FEW_NUMBERS, NUMBER, odd_cell, odd_cell_text
 from mdnorm.design.table_file import TableFileError, different_names, is_number_type, reading, without_missing
 from mdnorm.extras import requires
 
 if TYPE_CHECKING:
     import pyarrow
-
-__all__ = ["CsvFile", "csv_delimiter"]
 
 # Rows of usual tables are much shorter; reading is fastest with blocks of some megabytes.
 _CSV_BLOCK_BYTES = 2**22
@@ -54,6 +52,7 @@ class CsvFile:
         self.num_rows: int | None = None
         self.categories: set[str] = set()
         self.delimiter = csv_delimiter(path)
+        self._parsing = csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
         self._missing_values = [*csv.ConvertOptions().null_values, *missing_values]
         with reading(path, "CSV"):
             # In any of the three line ends; other rows may be longer than the first one.
@@ -65,42 +64,30 @@ class CsvFile:
             size = max(_CSV_BLOCK_BYTES, 4 * len(header.encode()), 4 * len(row.encode()))
             # Arrow takes no more than 2³¹ bytes.
             size = min(size, 2**31 - 1)
-            with csv.open_csv(path, csv.ReadOptions(block_size=size), self._parsing()) as reader:
+            with csv.open_csv(path, csv.ReadOptions(block_size=size), self._parsing) as reader:
                 self.header = tuple(reader.schema.names)
             self.names, self.repeated = different_names(self.header)
             self._places = {name: place for place, name in enumerate(self.names)}
             self._reading = csv.ReadOptions(block_size=size, column_names=self.names, skip_rows_after_names=1)
             converting = csv.ConvertOptions(null_values=self._missing_values)
-            with csv.open_csv(path, self._reading, self._parsing(), converting) as reader:
+            with csv.open_csv(path, self._reading, self._parsing, converting) as reader:
                 # Of the first block only; a later value that is no number is an error that names it.
-                self._first = next((batch for batch in reader if batch.num_rows), None)
-        if self._first is None:
+                first = next((batch for batch in reader if batch.num_rows), None)
+        if first is None:
             raise TableFileError(f"{path} has a header but no rows.")
+        self._first: pyarrow.RecordBatch = first
         # pandas writes its index as a first column without a name.
         self.index_names = self.names[:1] if self.names[0] == "" else ()
         self._types: dict[str, pyarrow.DataType] = {}
 
-    def _parsing(self) -> Any:
-        from pyarrow import csv
-
-        return csv.ParseOptions(delimiter=self.delimiter, newlines_in_values=True)
-
     def numeric(self) -> list[str]:
         """Return the names of the columns that begin with numbers."""
-        assert self._first is not None
         return [field.name for field in self._first.schema if is_number_type(field.type)]
 
     def sample(self, columns: Sequence[str]) -> dict[str, Column]:
-        """Return the first rows of columns.
-
-        Raises
-        ------
-        TableFileError
-            Most values of a column are numbers, and others are not.
-        """
+        """Return the first rows of columns; an error where most, not all values of one are numbers."""
         import pyarrow
 
-        assert self._first is not None
         found = {}
         for name in columns:
             values = self._first.column(self._places[name])
@@ -130,7 +117,7 @@ class CsvFile:
             csv.open_csv(
                 self.path,
                 read_options=self._reading,
-                parse_options=self._parsing(),
+                parse_options=self._parsing,
                 convert_options=csv.ConvertOptions(
                     column_types=types, include_columns=list(columns), null_values=self._missing_values
                 ),
@@ -165,13 +152,7 @@ class CsvFile:
                     )
 
     def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
-        """Yield the rows in order; the types of new columns are found first, in a pass of its own.
-
-        Raises
-        ------
-        TableFileError
-            Most values of a column are numbers, and others are not.
-        """
+        """Yield the rows in order; the types of new columns are found first, in a pass of its own."""
         self._infer([name for name in columns if name not in self._types], batch_rows)
         return (self.typed(batch, columns) for batch in self.batches(columns, batch_rows))
 
@@ -254,10 +235,11 @@ class _Kind:
         self._possible = [kind for kind in self._possible if _casts(values, kind)]
         if num_present and self.type == pyarrow.int64():
             same = compute.equal(values.cast(pyarrow.int64()).cast(pyarrow.string()), values)
-            if not _all(same) and compute.any(compute.match_substring_regex(values, _ZERO_FIRST)).as_py():
+            zeros = compute.match_substring_regex(values, _ZERO_FIRST)
+            if not compute.all(same).as_py() and compute.any(zeros).as_py():
                 self._possible = []
         elif num_present and self._all_whole and self.type == pyarrow.float64():
-            self._all_whole = _all(compute.match_substring_regex(values, _WHOLE))
+            self._all_whole = compute.all(compute.match_substring_regex(values, _WHOLE)).as_py()
             if self._all_whole:
                 # Of more digits than an integer has: as floats they would no longer differ.
                 self._possible = []
@@ -273,12 +255,6 @@ class _Kind:
         if len(self.numbers) <= FEW_NUMBERS and num_present:
             texts = values.slice(0, 1000).drop_null().to_pylist()
             self.numbers |= {text for text in texts if NUMBER.match(text)}
-
-
-def _all(values: pyarrow.Array) -> bool:
-    from pyarrow import compute
-
-    return compute.all(values).as_py() is not False
 
 
 def _casts(values: pyarrow.Array, kind: pyarrow.DataType) -> bool:

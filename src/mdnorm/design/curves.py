@@ -10,23 +10,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.polynomial import chebyshev
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.design.formula import FormulaError
 from mdnorm.design.saved import numbers_in, read
 from mdnorm.extras import requires
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-__all__ = ["Curve", "fit_curve", "polynomial"]
 
 Vector = NDArray[np.float64]
 Matrix = NDArray[np.float64]
@@ -100,24 +95,11 @@ def _place(values: Vector, left: Vector, right: Vector) -> Vector:
 
 
 def fit_curve(function: str, values: Vector, options: Mapping[str, Any], what: str) -> Curve:
-    """Return the columns that formulaic's function finds for the training values.
+    """Return the columns that formulaic's function finds for the training values (n,), which are finite.
 
-    Parameters
-    ----------
-    function : {"bs", "cr", "cs", "poly"}
-    values : (n,) array
-        Finite.
-    options : dict
-        Of the function, checked by `parse_factor`.
-    what : str
-        The factor, for messages.
-
-    Raises
-    ------
-    FormulaError
-        More columns than are possible.
-    ValueError
-        Too few different values, or knots that do not ascend.
+    The function is "bs", "cr", "cs" or "poly", its options are checked by `parse_factor`, and `what` is the
+    factor, for messages. More columns than are possible, too few different values and knots that do not
+    ascend are errors.
 
     References
     ----------
@@ -134,7 +116,7 @@ def fit_curve(function: str, values: Vector, options: Mapping[str, Any], what: s
         if not least <= df <= most:
             raise FormulaError(f"{what} would have {df} columns: {name} must be between {least} and {most}.")
         options = {**options, name: df}
-    breaks, columns = _FITS[function](values, options, what)
+    breaks, columns = _breaks_and_columns(function, values, options, what)
     if (np.diff(breaks) <= 0).any():
         raise _too_few(what, df or len(breaks), values)
     nodes = np.cos(np.pi * (np.arange(degree + 1) + 0.5) / (degree + 1))
@@ -152,82 +134,51 @@ def fit_curve(function: str, values: Vector, options: Mapping[str, Any], what: s
 
 def _too_few(what: str, df: int, values: Vector) -> ValueError:
     return ValueError(
-        f"{what}: there are {len(np.unique(values))} different values, too few different values for {df} "
-        "columns, knots would coincide: take a smaller df, give the knots, or make it a category with C()."
+        f"{what}: there are {len(np.unique(values))} different values, too few for {df} columns: take a "
+        "smaller df (or degree), give the knots, or make it a category with C()."
     )
 
 
-_Columns = Callable[[Vector], Matrix]
-
-
-def _fit_poly(values: Vector, options: Mapping[str, Any], what: str) -> tuple[Vector, _Columns]:
+def _breaks_and_columns(
+    function: str, values: Vector, options: Mapping[str, Any], what: str
+) -> tuple[Vector, Callable[[Vector], Matrix]]:
+    """Return the breaks that formulaic finds for the training values, and its columns for any others."""
     with requires("design"):
-        from formulaic.transforms import poly
-    distinct, degree = len(np.unique(values)), options["degree"]
-    if distinct <= degree:
-        raise ValueError(
-            f"{what}: there are {distinct} different values, too few for degree {degree}: take a smaller "
-            "one, or make it a category with C()."
-        )
-    state: dict[str, Any] = {}
-
-    def columns(points: Vector) -> Matrix:
-        return np.asarray(poly(points, degree, options.get("raw", False), _state=state))
-
-    columns(values)
-    return np.array([values.min(), values.max()]), columns
-
-
-def _fit_spline(values: Vector, options: Mapping[str, Any], what: str) -> tuple[Vector, _Columns]:
-    with requires("design"):
-        from formulaic.transforms import basis_spline
-    low, high, _ = _ends_and_knots(values, options, what)
-    df = options.get("df")
-    if df is not None and len(np.unique(values[(values >= low) & (values <= high)])) <= df:
-        raise _too_few(what, df, values)
-    state: dict[str, Any] = {}
-    chosen = {**options, "extrapolation": "clip"}
-
-    def columns(points: Vector) -> Matrix:
-        return np.column_stack(list(dict(basis_spline(points, **chosen, _state=state)).values()))
-
-    columns(values)
-    degree = options.get("degree", 3)
-    return np.array(state["knots"][degree : len(state["knots"]) - degree]), columns
-
-
-def _fit_natural(values: Vector, options: Mapping[str, Any], what: str) -> tuple[Vector, _Columns]:
-    with requires("design"):
-        from formulaic.transforms import natural_cubic_spline
-    low, high, inner = _ends_and_knots(values, options, what)
-    df = options.get("df")
-    if df is None and options.get("knots") is None:
+        from formulaic.transforms import basis_spline, natural_cubic_spline, poly
+    low, high, inner = _ends_and_knots(function, values, options, what)
+    df, inside = options.get("df"), values[(values >= low) & (values <= high)]
+    most = options["degree"] if function == "poly" else df
+    if most is not None and len(np.unique(inside)) <= most:
+        raise _too_few(what, most, inside)
+    chosen: dict[str, Any] = {**options, "_state": {}}
+    if function == "poly":
+        transform = poly
+    elif function == "bs":
+        transform, chosen["extrapolation"] = basis_spline, "clip"
+    elif df is None and options.get("knots") is None:
         raise ValueError(f"{what}: give df (the number of columns), or knots.")
-    distinct = len(np.unique(values[(values >= low) & (values <= high)]))
-    if df is not None and distinct <= df:
-        raise ValueError(
-            f"{what}: there are {distinct} different values, too few for {df} columns: take a smaller df, "
-            "give the knots, or make it a category with C()."
-        )
-    if df == 1 or (df is None and not inner):
+    elif df == 1 or (df is None and not inner):
         # A natural spline without inner knots is a line, which formulaic does not do.
         mean = float(np.clip(values, low, high).mean())
         return np.array([low, high]), lambda points: ((points - mean) / (high - low))[:, None]
-    state: dict[str, Any] = {}
-    chosen = {**options, "constraints": "center", "extrapolation": "clip"}
+    else:
+        transform, chosen["extrapolation"], chosen["constraints"] = natural_cubic_spline, "clip", "center"
 
     def columns(points: Vector) -> Matrix:
-        return np.column_stack(list(dict(natural_cubic_spline(points, **chosen, _state=state)).values()))
+        result = transform(points, **chosen)
+        if function == "poly":
+            return np.asarray(result)
+        return np.column_stack(list(dict(result).values()))
 
     columns(values)
-    return np.array(state["knots"]), columns
-
-
-_FITS = {"bs": _fit_spline, "cr": _fit_natural, "cs": _fit_natural, "poly": _fit_poly}
+    knots = chosen["_state"].get("knots", [low, high])
+    # B-splines have their outer knots several times.
+    outer = options.get("degree", 3) if function == "bs" else 0
+    return np.array(knots[outer : len(knots) - outer]), columns
 
 
 def _ends_and_knots(
-    values: Vector, options: Mapping[str, Any], what: str
+    function: str, values: Vector, options: Mapping[str, Any], what: str
 ) -> tuple[float, float, list[float]]:
     """Return the ends of the range and the inner knots that the caller gave, which must ascend."""
     low, high = (
@@ -235,7 +186,8 @@ def _ends_and_knots(
         for name, end in (("lower_bound", values.min()), ("upper_bound", values.max()))
     )
     inner = [float(knot) for knot in options.get("knots") or ()]
-    if not all(first < second for first, second in zip([low, *inner], [*inner, high], strict=True)):
+    ascend = all(first < second for first, second in zip([low, *inner], [*inner, high], strict=True))
+    if not ascend and function != "poly":
         raise ValueError(
             f"{what}: the knots must ascend between the ends of the range, got {[low, *inner, high]}."
         )

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import html
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.design.collinearity import Collinearity
+from mdnorm.design.collinearity import Collinearity, read_relations
+from mdnorm.design.reader import Column
+from mdnorm.design.terms import TermValues
+from mdnorm.text import aligned
 
-__all__ = [
-    "ConfoundedDesignWarning",
-    "DesignDiagnosis",
-    "SparseCell",
-    "diagnosis_of",
-    "levels_in_words",
-    "sparse_cells",
-]
+if TYPE_CHECKING:
+    from mdnorm.design.matrices import Design
 
 # 1 − R² below its square (and rounding) counts as exactly determined.
 _DETERMINED = 1e-8
 # Cells of a pair of categories that are listed.
 _MAX_CELLS = 10_000
+# Numbers with no more different values than this are counted like categories.
+_FEW_VALUES = 10
 # Levels of a label that are named.
 _SHOWN_LEVELS = 6
 # A label that the metadata explain to this part has a variance inflation of 10.
@@ -127,36 +127,28 @@ class DesignDiagnosis:
         """One sentence that begins with "Fine" or "Confounded": what `warnings` come to."""
         number = len(self.warnings)
         if number:
-            return (
-                "Confounded: the correction cannot be relied on, for the reason below."
-                if number == 1
-                else f"Confounded: the correction cannot be relied on, for the {number} reasons below."
-            )
+            reasons = "reason" if number == 1 else f"{number} reasons"
+            return f"Confounded: the correction cannot be relied on, for the {reasons} below."
         if not self.label_names:
             return "Fine: nothing stands against it; label columns were not looked at."
         return "Fine: label and metadata can be told apart in this table."
 
     def _summary(self) -> list[tuple[str, str]]:
-        rows = [
+        inflation = self.term_variance_inflation
+        numbers = {"condition number": self.condition_number}
+        numbers |= {f"R² of {name} on the metadata": r2 for name, r2 in self.label_r2.items()}
+        numbers |= {f"association of {name} with the labels": r2 for name, r2 in self.association.items()}
+        numbers |= {f"variance inflation of {name}": value for name, value in inflation.items()}
+        return [
             ("rows", f"{self.num_rows}"),
             ("metadata columns", f"{len(self.metadata_names)}"),
             ("label columns", f"{len(self.label_names)}"),
             *levels_in_words(self.label_levels),
-            ("condition number", _number(self.condition_number)),
+            *((name, "infinite" if math.isinf(n) else f"{n:.3g}") for name, n in numbers.items()),
         ]
-        rows += [(f"R² of {name} on the metadata", _number(r2)) for name, r2 in self.label_r2.items()]
-        rows += [
-            (f"association of {name} with the labels", _number(r2)) for name, r2 in self.association.items()
-        ]
-        rows += [
-            (f"variance inflation of {name}", _number(value))
-            for name, value in self.term_variance_inflation.items()
-        ]
-        return rows
 
     def __str__(self) -> str:
-        width = max(len(name) for name, _ in self._summary())
-        lines = [self.verdict, *(f"{name:<{width}}  {value}" for name, value in self._summary())]
+        lines = [self.verdict, *aligned(self._summary())]
         lines += [f"warning: {sentence}" for sentence in self.warnings]
         lines += [f"note: {sentence}" for sentence in self.notes]
         return "\n".join(lines)
@@ -182,22 +174,139 @@ def levels_in_words(label_levels: Mapping[str, Mapping[Any, int]]) -> list[tuple
     return words
 
 
-def sparse_cells(
-    categories: Mapping[str, tuple[NDArray[Any], Sequence[Any]]],
-    pairs: Sequence[tuple[str, str]],
-    min_rows: int,
-) -> tuple[SparseCell, ...]:
-    """Return the combinations of two categories' levels that have too few rows, least first.
+def diagnose_columns(
+    design: Design, columns: Mapping[str, Column], values: TermValues, min_rows: int
+) -> DesignDiagnosis:
+    """Return the diagnosis of a design that has learnt its means and deviations.
 
     Parameters
     ----------
-    categories : dict from str to ((n,) array, sequence)
-        Index of the level in each row, negative where there is none; and the levels.
-    pairs : sequence of (str, str)
+    design : Design
+    columns : dict of Column
+        Of the table, with or without those of the labels.
+    values : TermValues
+        Of the design over the table.
     min_rows : int
+        Cells with fewer rows are listed; 0: none are looked for.
     """
+    num_rows, terms = values.num_rows, design._terms
+    label_variables = {name for factor in design._label_factors for name in factor.variables}
+    with_labels = bool(label_variables) and label_variables <= set(columns)
+    labels = design._label_matrix(columns, num_rows) if with_labels else np.empty((num_rows, 0))
+    label_names = design.label_names if with_labels else ()
+    names = [*terms.names, *label_names]
+    collinearity, constant_columns = _collinearity(design, values, labels)
+    kept = set(collinearity.kept)
+    of_variables, of_terms = (
+        {name: inside for name, indices in each.items() if (inside := [i for i in indices if i in kept])}
+        for each in (terms.of_variables(design.variables(labels=False)), terms.of_terms())
+    )
+    metadata = [index for index in kept if index < terms.width]
+    has_labels = len(metadata) < len(kept)
+    r2_of = collinearity.label_r2(metadata)
+    label_r2 = {names[label]: r2 for label, r2 in r2_of.items()}
+    alone = {name: collinearity.label_r2(indices) for name, indices in of_variables.items()}
+    determined_labels = {
+        names[label]: tuple(name for name, r2s in alone.items() if r2s[label] >= 1 - _DETERMINED)
+        for label, r2 in r2_of.items()
+        if r2 >= 1 - _DETERMINED
+    }
+    r2_on_labels = collinearity.r2_on_labels() if has_labels else {}
+    determined = tuple(names[i] for i in sorted(r2_on_labels) if r2_on_labels[i] >= 1 - _DETERMINED)
+    few_rows = num_rows - 1 <= len(kept)
+    collinear = tuple(tuple(names[index] for index in group) for group in collinearity.groups())
+    single = [
+        text
+        for text, fitted in design._factors.items()
+        if fitted.kind == "category" and len(fitted.levels) == 1
+    ]
+    constant = (*(names[index] for index in sorted(constant_columns)), *single)
+    cells = _sparse_cells(design, columns, values, min_rows, with_labels) if min_rows else ()
+    inflation = collinearity.inflation()
+    if few_rows and has_labels:
+        sentences: tuple[str, ...] = (
+            f"{num_rows} rows are too few for {len(kept)} columns of metadata and labels: any label is then "
+            "a combination of the metadata by chance. Take more rows, or fewer columns (a smaller df, rare "
+            "levels merged).",
+        )
+    else:
+        written = {name: [names[i] for i in indices] for name, indices in of_variables.items()}
+        sentences = _warnings(label_r2, determined_labels, determined, written)
+    return DesignDiagnosis(
+        num_rows=num_rows,
+        metadata_names=terms.names,
+        label_names=label_names,
+        condition_number=collinearity.condition_number(),
+        variance_inflation={name: inflation.get(index, math.nan) for index, name in enumerate(names)},
+        term_variance_inflation={
+            name: collinearity.term_inflation(indices) for name, indices in of_terms.items()
+        },
+        constant=constant,
+        collinear=collinear,
+        determined_by_labels=determined,
+        determined_labels=determined_labels,
+        label_r2=label_r2,
+        association={
+            name: float(collinearity.correlations(indices)[0] ** 2)
+            for name, indices in of_variables.items()
+            if has_labels
+        },
+        canonical_correlations=tuple(collinearity.correlations(metadata).tolist()),
+        sparse_cells=cells,
+        label_levels=design.label_levels if with_labels else {},
+        warnings=sentences,
+        notes=_notes(constant, () if few_rows else collinear, cells, min_rows),
+    )
+
+
+def _collinearity(
+    design: Design, values: TermValues, labels: NDArray[np.float64]
+) -> tuple[Collinearity, list[int]]:
+    """Return what the columns of a design and of labels (n, K_y) say of each other, and the constant ones."""
+    terms = design._terms
+    widest, codes = values.widest_one_hot()
+    block = np.arange(terms.width)[terms.slice(widest)] if codes is not None else np.empty(0, np.intp)
+    others = np.setdiff1d(np.arange(terms.width + labels.shape[1]), block)
+    mean, scale = (np.delete(each, block) for each in (design._mean, design._scale))
+    inverse = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
+
+    def chunks() -> Iterable[tuple[slice, NDArray[np.float64]]]:
+        for rows, part in values.chunks([widest] if codes is not None else []):
+            centred = np.where(np.isnan(part), 0.0, part - mean)
+            yield rows, np.column_stack([centred * inverse, labels[rows]])
+
+    relations, constant = read_relations(chunks, others, codes, block)
+    return Collinearity(relations, terms.width), constant
+
+
+def _sparse_cells(
+    design: Design, columns: Mapping[str, Column], values: TermValues, min_rows: int, with_labels: bool
+) -> tuple[SparseCell, ...]:
+    """Return the cells of a category and a label, and of categories that interact, with too few rows."""
+    # For each category the index of the level in each row, negative where there is none, and the levels.
+    categories: dict[str, tuple[NDArray[Any], Sequence[Any]]] = {
+        text: (evaluated.values, design._factors[text].levels)
+        for text, evaluated in values.values.items()
+        if design._factors[text].kind == "category"
+    }
+    metadata = list(categories)
+    pairs = [
+        pair
+        for written in design._written_terms
+        for pair in itertools.combinations([f.text for f in written if f.text in categories], 2)
+    ]
+    for factor in design._label_factors if with_labels else ():
+        fitted = design._factors[factor.text]
+        label, levels = fitted.evaluate(columns, label=True).values, fitted.levels
+        if fitted.kind != "category":
+            distinct, label = np.unique(label, return_inverse=True)
+            levels = tuple(f"{value:g}" for value in distinct.tolist())
+            if label.ndim > 1 or len(levels) > _FEW_VALUES:
+                continue
+        pairs += [(text, factor.text) for text in metadata]
+        categories[factor.text] = (label, levels)
     cells = []
-    for first, second in pairs:
+    for first, second in dict.fromkeys(pairs):
         (rows, row_levels), (others, other_levels) = categories[first], categories[second]
         usable = (rows >= 0) & (others >= 0)
         found, counts = np.unique(rows[usable] * len(other_levels) + others[usable], return_counts=True)
@@ -211,95 +320,9 @@ def sparse_cells(
     return tuple(sorted(cells, key=lambda cell: cell.num_rows))
 
 
-def diagnosis_of(
-    collinearity: Collinearity,
-    *,
-    num_rows: int,
-    metadata_names: Sequence[str],
-    label_names: Sequence[str],
-    terms: Mapping[str, Sequence[int]],
-    variables: Mapping[str, Sequence[int]],
-    constant: Sequence[str],
-    sparse_cells: Sequence[SparseCell],
-    min_rows: int,
-    label_levels: Mapping[str, Mapping[Any, int]],
-) -> DesignDiagnosis:
-    """Return the diagnosis of columns, metadata first.
-
-    Parameters
-    ----------
-    collinearity : Collinearity
-    num_rows : int
-    metadata_names, label_names : sequences of str
-    terms, variables : dict from names to indices of metadata columns
-    constant : sequence of str
-        Columns that were left out.
-    sparse_cells : sequence of SparseCell
-    min_rows : int
-        What the cells were compared with, for the sentences.
-    label_levels : dict
-    """
-    names, kept = [*metadata_names, *label_names], set(collinearity.kept)
-    variables = {name: [index for index in indices if index in kept] for name, indices in variables.items()}
-    variables = {name: indices for name, indices in variables.items() if indices}
-    terms = {name: [index for index in indices if index in kept] for name, indices in terms.items()}
-    metadata = [index for index in kept if index < len(metadata_names)]
-    has_labels = len(metadata) < len(kept)
-    r2_of = collinearity.label_r2(metadata)
-    alone = {name: collinearity.label_r2(indices) for name, indices in variables.items()}
-    determined_labels = {
-        names[label]: tuple(name for name, r2s in alone.items() if r2s[label] >= 1 - _DETERMINED)
-        for label, r2 in r2_of.items()
-        if r2 >= 1 - _DETERMINED
-    }
-    r2_on_labels = collinearity.r2_on_labels() if has_labels else {}
-    determined = tuple(names[i] for i in sorted(r2_on_labels) if r2_on_labels[i] >= 1 - _DETERMINED)
-    label_r2 = {names[label]: r2 for label, r2 in r2_of.items()}
-    few_rows = num_rows - 1 <= len(kept)
-    collinear = tuple(tuple(names[index] for index in group) for group in collinearity.groups())
-    inflation = collinearity.inflation()
-    return DesignDiagnosis(
-        num_rows=num_rows,
-        metadata_names=tuple(metadata_names),
-        label_names=tuple(label_names),
-        condition_number=collinearity.condition_number(),
-        variance_inflation={name: inflation.get(index, math.nan) for index, name in enumerate(names)},
-        term_variance_inflation={
-            name: collinearity.term_inflation(indices) for name, indices in terms.items() if indices
-        },
-        constant=tuple(constant),
-        collinear=collinear,
-        determined_by_labels=determined,
-        determined_labels=determined_labels,
-        label_r2=label_r2,
-        association={
-            name: float(collinearity.correlations(indices)[0] ** 2)
-            for name, indices in variables.items()
-            if has_labels
-        },
-        canonical_correlations=tuple(collinearity.correlations(metadata).tolist()),
-        sparse_cells=tuple(sparse_cells),
-        label_levels=label_levels,
-        warnings=_warnings(
-            num_rows=num_rows,
-            num_columns=len(kept),
-            few_rows=few_rows and has_labels,
-            label_r2=label_r2,
-            determined_labels=determined_labels,
-            determined=determined,
-            variables={name: [names[i] for i in indices] for name, indices in variables.items()},
-        ),
-        notes=_notes(constant, [] if few_rows else collinear, sparse_cells, min_rows),
-    )
-
-
 # --------------------------------------------------------------------------------------------------------
 # Words
 # --------------------------------------------------------------------------------------------------------
-
-
-def _number(value: float) -> str:
-    return "infinite" if math.isinf(value) else f"{value:.3g}"
 
 
 def _list(names: Sequence[str], limit: int = 6) -> str:
@@ -307,21 +330,11 @@ def _list(names: Sequence[str], limit: int = 6) -> str:
 
 
 def _warnings(
-    *,
-    num_rows: int,
-    num_columns: int,
-    few_rows: bool,
     label_r2: Mapping[str, float],
     determined_labels: Mapping[str, tuple[str, ...]],
     determined: Sequence[str],
     variables: Mapping[str, Sequence[str]],
 ) -> tuple[str, ...]:
-    if few_rows:
-        return (
-            f"{num_rows} rows are too few for {num_columns} columns of metadata and labels: any label is "
-            "then a combination of the metadata by chance. Take more rows, or fewer columns (a smaller df, "
-            "rare levels merged).",
-        )
     sentences = []
     for label, alone in determined_labels.items():
         if alone:
@@ -343,16 +356,13 @@ def _warnings(
             f"the label determines {_list([*whole, *parts])} exactly: such columns do not vary within a "
             "label, and no effect of theirs can be told from that of the label. It is kept, not removed."
         )
-    near = [
-        name for name, r2 in label_r2.items() if r2 > _NEARLY_DETERMINED and name not in determined_labels
+    sentences += [
+        f"the metadata nearly determine {name} (R² {r2:.3f}, variance inflation {1 / (1 - r2):.3g}): their "
+        "effects are told apart by few rows, and what is removed depends on chance. Add rows in which label "
+        "and metadata disagree, or balance them."
+        for name, r2 in label_r2.items()
+        if r2 > _NEARLY_DETERMINED and name not in determined_labels
     ]
-    for name in near:
-        r2 = label_r2[name]
-        sentences.append(
-            f"the metadata nearly determine {name} (R² {r2:.3f}, variance inflation {1 / (1 - r2):.3g}): "
-            "their effects are told apart by few rows, and what is removed depends on chance. Add rows in "
-            "which label and metadata disagree, or balance them."
-        )
     return tuple(sentences)
 
 

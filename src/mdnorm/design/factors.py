@@ -11,11 +11,10 @@ from numpy.typing import NDArray
 
 from mdnorm.design.curves import Curve, fit_curve
 from mdnorm.design.formula import Factor, quoted
-from mdnorm.design.odd_cells import odd_cell
-from mdnorm.design.reader import Column, shown, shown_rows
+from mdnorm.design.reader import Column, shown_rows
+from mdnorm.design.roles import odd_cell
 from mdnorm.design.saved import numbers_in, read
-
-__all__ = ["Evaluated", "FittedFactor", "factor_from_state", "fit_factor"]
+from mdnorm.text import listed
 
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -71,18 +70,8 @@ class FittedFactor:
     ) -> Evaluated:
         """Return the values over a table.
 
-        Parameters
-        ----------
-        columns : dict of Column
-        label : bool
-            Whether the factor is a label.
-        unseen : {"error", "mean"}
-            What a level does that was not in training; in a label it is always an error.
-
-        Raises
-        ------
-        TypeError, ValueError
-            Strings where numbers are needed, a level not seen in training, or a number that is not finite.
+        A level that was not in training is an error where `unseen` is "error", and in a label always; so are
+        strings where numbers are needed, and a number that is not finite.
         """
         factor = self.factor
         if self.kind == "category":
@@ -90,7 +79,13 @@ class FittedFactor:
             codes = column.codes(self.levels)
             new = codes == -2
             if (label or unseen == "error") and new.any():
-                raise ValueError(_unseen_message(self, column, new, label))
+                otherwise = ', or build the design with unseen="mean" (no correction beyond the average)'
+                raise ValueError(
+                    f"{'label' if label else 'column'} {column.name!r} has level(s) "
+                    f"{listed(column.examples(new))} in {shown_rows(new)}, not in the training "
+                    f"data, which has {listed(self.levels, 10)}: correct or drop these rows"
+                    f"{'' if label else otherwise}."
+                )
             return Evaluated(codes, codes < 0)
         missing = any_missing(factor, columns)
         values = factor.evaluate(_numbers(factor, columns), self.moments)
@@ -132,13 +127,7 @@ def factor_from_state(factor: Factor, state: Mapping[str, Any]) -> FittedFactor:
 
 
 def fit_factor(factor: Factor, columns: Mapping[str, Column]) -> FittedFactor:
-    """Learn what a factor needs from the columns of the training data.
-
-    Raises
-    ------
-    FormulaError, TypeError, ValueError
-        No row has all of its variables; the columns are of the wrong kind; levels or knots do not fit them.
-    """
+    """Learn what a factor needs from the columns of the training data."""
     missing = any_missing(factor, columns)
     if missing.all():
         raise ValueError(
@@ -203,7 +192,7 @@ def _fitted_levels(factor: Factor, column: Column) -> tuple[Any, ...]:
         if extra:
             in_order = [level for level in levels if level in extra]
             raise ValueError(
-                f"{factor.text!r}: column {column.name!r} has level(s) {shown(map(repr, in_order))}, which "
+                f"{factor.text!r}: column {column.name!r} has level(s) {listed(in_order)}, which "
                 "levels= does not list."
             )
         levels = tuple(level for level in given if level in present)
@@ -211,17 +200,7 @@ def _fitted_levels(factor: Factor, column: Column) -> tuple[Any, ...]:
     if reference not in levels:
         raise ValueError(
             f"{factor.text!r}: the reference {reference!r} is not a level in the training data, which has "
-            f"{shown(map(repr, levels), 10)}."
+            f"{listed(levels, 10)}."
         )
     at = levels.index(reference)
     return (levels[at], *levels[:at], *levels[at + 1 :])
-
-
-def _unseen_message(fitted: FittedFactor, column: Column, unseen: Mask, label: bool) -> str:
-    values = column.examples(unseen)
-    hint = "" if label else ', or build the design with unseen="mean" (no correction beyond the average)'
-    return (
-        f"{'label' if label else 'column'} {column.name!r} has level(s) {shown(map(repr, values))} in "
-        f"{shown_rows(unseen)}, not in the training data, which has {shown(map(repr, fitted.levels), 10)}: "
-        f"correct or drop these rows{hint}."
-    )

@@ -6,9 +6,8 @@ import fnmatch
 from collections.abc import Sequence
 
 from mdnorm.design.roles import why_no_feature
-from mdnorm.design.table_file import TableFile, TableFileError, check_columns, quoted
-
-__all__ = ["chosen_features"]
+from mdnorm.design.table_file import TableFile, TableFileError, check_columns
+from mdnorm.text import listed
 
 
 def chosen_features(
@@ -16,20 +15,10 @@ def chosen_features(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Return the names of the features, in the order of the table, and why other columns are none.
 
-    Parameters
-    ----------
-    table : TableFile
-    features : sequence of str, optional
-        Names of the columns that are features, or patterns such as ``"voxel_*"``; then no reasons are given.
-        None: all numbers but the reserved ones, the index of a DataFrame, identifiers (whole numbers that
-        nearly all differ) and codes (few different whole numbers), as the first rows show them.
-    reserved : sequence of str
-        Columns that are metadata, labels or the like.
-
-    Raises
-    ------
-    TableFileError
-        There are no such features; a feature is reserved or not numeric; a column of numbers has an odd cell.
+    `features` are names, or patterns such as ``"voxel_*"``; then no reasons are given. None: all numbers but
+    the reserved ones (metadata, labels or the like), the index of a DataFrame, identifiers (whole numbers
+    that nearly all differ) and codes (few different whole numbers), as the first rows show them. There must
+    be such features, and those that are named must be numeric and not reserved.
     """
     if features is None:
         return _default_features(table, reserved)
@@ -67,7 +56,7 @@ def _named_features(table: TableFile, features: Sequence[str], reserved: Sequenc
         found = {pattern} if pattern in names else set(fnmatch.filter(table.header, pattern))
         if not found:
             raise TableFileError(
-                f"{table.path} has no column {pattern!r} for the features; it has {quoted(table.header)}."
+                f"{table.path} has no column {pattern!r} for the features; it has {listed(table.header, 8)}."
             )
         # A pattern may also find the metadata; only who names a column means it.
         wanted |= found if pattern in names else found - set(reserved)
@@ -78,5 +67,5 @@ def _named_features(table: TableFile, features: Sequence[str], reserved: Sequenc
     wrong = [name for name in table.names if name in wanted and name not in numeric]
     if wrong:
         table.sample(wrong)  # Says which cell it is, where most of them are numbers.
-        raise TableFileError(f"{table.path}: the feature(s) {quoted(wrong)} are not numeric.")
+        raise TableFileError(f"{table.path}: the feature(s) {listed(wrong, 8)} are not numeric.")
     return tuple(name for name in table.names if name in wanted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -31,16 +31,6 @@ from mdnorm.extras import requires
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = [
-    "TABLE_FORMATS",
-    "ArrayFile",
-    "ParquetFile",
-    "check_metadata",
-    "checked_suffix",
-    "open_table",
-    "read_table_file",
-]
-
 TABLE_FORMATS = (".parquet", ".csv", ".tsv")
 
 # Rows that tell what a column is by default.
@@ -54,36 +44,20 @@ _LEVEL = re.compile(r"__index_level_\d+__")
 
 
 def open_table(path: Path, missing_values: Sequence[str] = ()) -> TableFile:
-    """Open a table for reading.
+    """Open a ``.parquet``, ``.csv`` (commas, semicolons or tabs) or ``.tsv`` file that has names of columns.
 
-    Parameters
-    ----------
-    path : Path
-        ``.parquet``, ``.csv`` (separated by commas, semicolons or tabs) or ``.tsv``, with names of columns.
-    missing_values : sequence of str
-        Further texts that stand for a missing value, such as ``"?"``. Empty cells, NA, NaN, n/a, null and the
-        like always do.
-
-    Raises
-    ------
-    TableFileError
-        The file is missing, empty, truncated, not UTF-8 or of another format.
+    `missing_values` are further texts that stand for a missing value, such as ``"?"``; empty cells, NA, NaN,
+    n/a, null and the like always do. A file that is missing, empty, truncated, not UTF-8 or of another format
+    is a TableFileError.
     """
-    formats: dict[str, Callable[[Path, Sequence[str]], TableFile]] = {
-        ".parquet": ParquetFile,
-        ".csv": CsvFile,
-        ".tsv": CsvFile,
-    }
-    return formats[checked_suffix(path, TABLE_FORMATS)](path, missing_values)
+    is_parquet = checked_suffix(path, TABLE_FORMATS) == ".parquet"
+    return ParquetFile(path, missing_values) if is_parquet else CsvFile(path, missing_values)
 
 
 def read_table_file(path: Path, missing_values: Sequence[str] = ()) -> pyarrow.Table:
     """Return the whole table in a file, as `open_table`; without the index of a DataFrame that has no name.
 
-    Raises
-    ------
-    TableFileError
-        As `open_table`; and two columns have the same name.
+    Two columns of the same name are a TableFileError.
     """
     table = open_table(path, missing_values)
     check_columns(table, table.repeated)
@@ -215,41 +189,29 @@ def _is_readable(type_: pyarrow.DataType) -> bool:
 class ArrayFile:
     """A ``.npy`` file of shape (n, …), every value of a row a feature; in the order of C or of Fortran.
 
-    It is read in pieces, not mapped: pages of a mapped file would count as memory of the process.
+    Only its header is mapped: pages of a mapped file would count as memory of the process.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            with path.open("rb") as file:
-                version = np.lib.format.read_magic(file)
-                read = {
-                    (1, 0): np.lib.format.read_array_header_1_0,
-                    (2, 0): np.lib.format.read_array_header_2_0,
-                }.get(version)
-                if read is None:
-                    raise ValueError(f"version {version} of the format is not supported")
-                self.shape, self.fortran_order, self.stored = read(file)
-                self._offset = file.tell()
+            mapped = np.lib.format.open_memmap(path, mode="r")
         except Exception as error:
             # NumPy reads the header as Python: a damaged one fails in any part of its parser.
             reason = str(error) if isinstance(error, ValueError | OSError) else "its header is damaged"
+            if "mmap length" in reason:
+                raise TableFileError(f"{path} is truncated: its shape needs more bytes.") from error
+            if "Python objects" in reason:
+                reason = "it holds Python objects, which are never loaded: they could run code."
             raise TableFileError(f"{path} cannot be read as an array: {reason}") from error
-        if self.stored.hasobject:
-            raise TableFileError(f"{path} holds Python objects, which are never loaded: they could run code.")
+        self.shape, self.stored, self._offset = mapped.shape, mapped.dtype, mapped.offset
+        self.fortran_order = not mapped.flags.c_contiguous
         if self.stored.kind not in "biuf":
             raise TableFileError(
                 f"{path} holds values of dtype {self.stored}: features must be real numbers."
             )
         if not self.shape or 0 in self.shape:
             raise TableFileError(f"{path} has the shape {self.shape}: there must be rows and features.")
-        expected = self._offset + self.stored.itemsize * math.prod(self.shape)
-        size = path.stat().st_size
-        if size < expected:
-            raise TableFileError(
-                f"{path} is truncated: it has {size} bytes, shape {self.shape} and dtype {self.stored} need "
-                f"{expected}."
-            )
         self.num_features = math.prod(self.shape[1:])
 
     def read(self, file: BinaryIO, start: int, rows: int) -> NDArray[Any]:

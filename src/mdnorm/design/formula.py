@@ -10,8 +10,9 @@ import ast
 import keyword
 import math
 import re
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -19,8 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-
-__all__ = ["MAX_COLUMNS", "Factor", "FormulaError", "parse_factor", "parse_formula", "quoted"]
 
 # Columns that a design may have. The matrix of their products has the square of this many numbers: 800 MB.
 MAX_COLUMNS = 10_000
@@ -109,13 +108,8 @@ class Factor:
     ) -> Vector:
         """Return (n,) values of the numeric expression: the argument of a curve, or the factor itself.
 
-        Parameters
-        ----------
-        columns : dict of (n,) float64 arrays
-            NaN where missing.
-        moments : dict
-            Mean and standard deviation of what is inside ``center`` and ``scale``: filled where `fit`, used
-            otherwise.
+        The columns (n,) are float64, NaN where missing. `moments` are mean and standard deviation of what is
+        inside ``center`` and ``scale``: filled where `fit`, used otherwise.
         """
         num_rows = len(next(iter(columns.values())))
         with np.errstate(all="ignore"):
@@ -169,26 +163,14 @@ class Factor:
 
 
 def quoted(name: str) -> str:
-    """Return the name of a column as a formula has it: in backticks unless it is an identifier.
-
-    Raises
-    ------
-    FormulaError
-        The name is empty, or has a backtick itself.
-    """
+    """Return the name of a column as a formula has it: in backticks unless it is an identifier."""
     if "`" in name or not name:
         raise FormulaError(f"a column cannot be called {name!r} here: rename it.")
     return name if name.isascii() and name.isidentifier() and not keyword.iskeyword(name) else f"`{name}`"
 
 
 def parse_formula(formula: str) -> tuple[tuple[Factor, ...], ...]:
-    """Return the terms of a Wilkinson formula, each a tuple of factors, without the intercept.
-
-    Raises
-    ------
-    FormulaError
-        The formula cannot be read, or has something in it that is not allowed.
-    """
+    """Return the terms of a Wilkinson formula, each a tuple of factors, without the intercept."""
     with requires("design"):
         from formulaic import Formula, SimpleFormula
         from formulaic.errors import FormulaicError
@@ -295,11 +277,6 @@ def parse_factor(text: str) -> Factor:
     Allowed are names of columns (in backticks where they are not identifiers), numbers, strings, ``+ - * /
     **`` and calls of a few functions. Everything else is an error: attributes, subscripts, comparisons,
     lambdas, comprehensions, other functions.
-
-    Raises
-    ------
-    FormulaError
-        The text cannot be read, or has something in it that is not allowed.
     """
     if len(text) > _MAX_LENGTH:
         raise FormulaError(f"{text[:40]!r}… has {len(text)} characters, more than {_MAX_LENGTH}.")
@@ -331,9 +308,7 @@ def _argument(text: str, call: ast.Call, function: str) -> ast.expr:
 
 def _variables(text: str, node: ast.expr, names: Mapping[str, str]) -> tuple[str, ...]:
     """Return the columns in a numeric expression, after checking that it is one."""
-    found: dict[str, None] = {}
-    for name in _checked_names(text, node, 0):
-        found[names.get(name, name)] = None
+    found = dict.fromkeys(names.get(name, name) for name in _checked_names(text, node, 0))
     if not found:
         raise FormulaError(f"{text!r} uses no column.")
     return tuple(found)
@@ -364,11 +339,7 @@ def _checked_names(text: str, node: ast.expr, depth: int) -> list[str]:
 
 
 def _finite(text: str, value: float) -> None:
-    try:
-        fits = math.isfinite(float(value))
-    except OverflowError:
-        fits = False
-    if not fits:
+    if not abs(value) <= sys.float_info.max:
         raise FormulaError(f"{text[:40]!r}: a number in it is too large.")
 
 
@@ -391,21 +362,20 @@ def _not_allowed(text: str, node: ast.AST) -> FormulaError:
 
 
 def _literal(text: str, node: ast.expr) -> Any:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float, str, bool, type(None)):
-        if _is_number(node.value):
-            _finite(text, node.value)
-        return node.value
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
-        value = node.operand.value if isinstance(node.operand, ast.Constant) else None
-        if _is_number(value):
-            _finite(text, value)
-            return -value
     if isinstance(node, ast.List | ast.Tuple):
         # Of literals, not of lists again.
         if any(isinstance(item, ast.List | ast.Tuple) for item in node.elts):
             raise _not_allowed(text, node)
         return [_literal(text, item) for item in node.elts]
-    raise _not_allowed(text, node)
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        raise _not_allowed(text, node) from None
+    if _is_number(value):
+        _finite(text, value)
+    elif not isinstance(value, str | bool | None):
+        raise _not_allowed(text, node)
+    return value
 
 
 def _arguments(text: str, call: ast.Call, allowed: Iterable[str]) -> dict[str, ast.expr]:
@@ -430,7 +400,7 @@ def _options(text: str, call: ast.Call, function: str) -> dict[str, Any]:
         fits = {
             "df": value is None or type(value) is int,
             "degree": type(value) is int,
-            "knots": value is None or _is_list_of_numbers(value),
+            "knots": value is None or (isinstance(value, list) and all(map(_is_number, value))),
             "lower_bound": value is None or number,
             "upper_bound": value is None or number,
             "raw": type(value) is bool,
@@ -452,10 +422,6 @@ def _options(text: str, call: ast.Call, function: str) -> dict[str, Any]:
 
 def _is_number(value: object) -> TypeGuard[int | float]:
     return type(value) in (int, float)
-
-
-def _is_list_of_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(map(_is_number, value))
 
 
 def _category(text: str, call: ast.Call, names: Mapping[str, str]) -> Factor:
@@ -488,3 +454,23 @@ def _category(text: str, call: ast.Call, names: Mapping[str, str]) -> Factor:
         options[name] = value
     variable = names.get(column.id, column.id)
     return Factor(text, "category", (variable,), "C", options, column, names)
+
+
+def in_order(name: str, entries: Any) -> tuple[str, ...]:
+    """Return a sequence of column names as a tuple; raise TypeError where it is none, or has no order."""
+    if isinstance(entries, (Set, Mapping)):
+        raise TypeError(
+            f"{name} is a {type(entries).__name__}, whose order is not part of its meaning, but columns need "
+            "one: give a list."
+        )
+    if not isinstance(entries, Iterable):
+        raise TypeError(f"{name} must be a string or a list of column names, got {entries!r}.")
+    return tuple(entries)
+
+
+def column_or_factor(entry: str) -> Factor:
+    """Return what an entry of a list means: a call such as ``C(site)``, otherwise the name of a column."""
+    if not isinstance(entry, str):
+        raise TypeError(f"columns must be given by name, got {entry!r} of type {type(entry).__name__}.")
+    is_call = re.fullmatch(r"\w+\(.*\)", entry.strip(), re.DOTALL)
+    return parse_factor(entry.strip() if is_call else quoted(entry))

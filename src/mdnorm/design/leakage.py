@@ -8,9 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.design.reader import shown
-
-__all__ = ["LeakageWarning", "is_discrete", "leaking_features"]
+from mdnorm.text import listed
 
 # Discrete: no more different values than this, and several rows for each.
 _MAX_DISTINCT = 20
@@ -35,17 +33,11 @@ def is_discrete(values: NDArray[np.float64]) -> bool:
 
 
 def leaking_features(features: NDArray[Any], names: Sequence[Any]) -> str | None:
-    """Return a sentence on discrete and heavy-tailed features, or None where there are none.
+    """Return a sentence on discrete and heavy-tailed features, (n, D), or None where there are none.
 
     A subtraction moves the few values of a discrete feature by amounts that differ from row to row, however
     small: which shifted value it is tells the metadata of the row. The bulk of a heavy-tailed feature is
-    moved by more than its own width.
-
-    Parameters
-    ----------
-    features : (n, D) array
-        The first 10 000 rows are looked at; missing values are left out.
-    names : sequence of length D
+    moved by more than its own width. The first 10 000 rows are looked at; missing values are left out.
 
     References
     ----------
@@ -62,7 +54,7 @@ def leaking_features(features: NDArray[Any], names: Sequence[Any]) -> str | None
         elif np.mean(((values - values.mean()) / values.std()) ** 4) - 3 > _HEAVY:
             heavy.append(name)
     found = [
-        f"{len(columns)} feature(s) {what} ({shown(map(repr, columns))})"
+        f"{len(columns)} feature(s) {what} ({listed(columns)})"
         for what, columns in (("have few different values", discrete), ("have heavy tails", heavy))
         if columns
     ]

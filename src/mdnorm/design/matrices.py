@@ -16,29 +16,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.design.checks import check_fits, check_kinds, check_missing
-from mdnorm.design.diagnosing import diagnose_columns
 from mdnorm.design.diagnosis import (
     ConfoundedDesignWarning,
     DesignDiagnosis,
-    SparseCell,
+    diagnose_columns,
     levels_in_words,
 )
-from mdnorm.design.entries import column_or_factor, in_order
 from mdnorm.design.factors import FittedFactor, fit_factor
-from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, parse_formula
+from mdnorm.design.formula import (
+    MAX_COLUMNS,
+    Factor,
+    FormulaError,
+    column_or_factor,
+    in_order,
+    parse_formula,
+)
 from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.roles import TableWarning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
 from mdnorm.design.terms import Terms, TermValues, scoped_products
-
-__all__ = [
-    "ConfoundedDesignWarning",
-    "Design",
-    "DesignDiagnosis",
-    "DesignMatrices",
-    "FormulaError",
-    "SparseCell",
-]
 
 Matrix = NDArray[np.float64]
 
@@ -223,9 +219,6 @@ class Design:
     def label_names(self) -> tuple[str, ...]:
         """Names of the label columns."""
         self._check_fitted()
-        return self._label_names()
-
-    def _label_names(self) -> tuple[str, ...]:
         return tuple(
             name for factor in self._label_factors for name in self._factors[factor.text].names(True)
         )
@@ -269,9 +262,6 @@ class Design:
         column: ``{"dx": {"CN": 0, "AD": 1}}``; of more, the index k is a 1 in its k-th column.
         """
         self._check_fitted()
-        return self._label_levels()
-
-    def _label_levels(self) -> dict[str, dict[Any, int]]:
         fitted = {factor.text: self._factors[factor.text] for factor in self._label_factors}
         return {
             text: {level: index for index, level in enumerate(one.levels)}
@@ -280,13 +270,7 @@ class Design:
         }
 
     def variables(self, *, labels: bool = True) -> list[str]:
-        """Return the columns of a table that the design, fitted or not, uses.
-
-        Parameters
-        ----------
-        labels : bool
-            Whether those of the labels are among them.
-        """
+        """Return the columns of a table that the design, fitted or not, uses, also for its `labels`."""
         factors = self._factors_as_written(labels)
         return list(dict.fromkeys(name for factor in factors for name in factor.variables))
 
@@ -361,8 +345,8 @@ class Design:
         self._check_number_of_labels()
         values = self._evaluate(columns)
         self._fit_moments(values)
-        diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         self._is_fitted = True
+        diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         for note in filter(None, map(stand_in_warning, columns.values())):
             warnings.warn(note, TableWarning, stacklevel=2)
         if diagnosis.warnings:
@@ -421,25 +405,10 @@ class Design:
     def transform_columns(
         self, columns: Mapping[str, Column], *, labels: bool
     ) -> tuple[Matrix, Matrix | None]:
-        """Return the matrices of columns that were read before, in float64.
+        """Return the matrices of columns that were read before, all of `variables`, in float64.
 
-        Parameters
-        ----------
-        columns : mapping from str to Column
-            All of `variables`.
-        labels : bool
-            Whether to return label columns.
-
-        Returns
-        -------
-        metadata : (n, K_m) array
-            Each of its columns is contiguous.
-        labels : (n, K_y) array or None
-
-        Raises
-        ------
-        RuntimeError, TypeError, ValueError
-            As `transform`.
+        They are (n, K_m), each of its columns contiguous, and (n, K_y) or None without `labels`. Errors are
+        those of `transform`.
         """
         self._check_fitted()
         num_rows = len(next(iter(columns.values())).missing)
@@ -497,10 +466,6 @@ class Design:
     @classmethod
     def from_json(cls, text: str) -> Design:
         """Return the design that `to_json` saved. Nothing in the text is run, whoever wrote it.
-
-        Parameters
-        ----------
-        text : str
 
         Raises
         ------
@@ -567,7 +532,8 @@ class Design:
         check_missing(self, columns)
         factors = {factor.text: factor for term in self._written_terms for factor in term}
         values = {text: self._factors[text].evaluate(columns, unseen=self.unseen) for text in factors}
-        return self._terms.table(values, [columns[name].missing for name in self._terms.indicators])
+        missing = [columns[name].missing for name in self._terms.indicators]
+        return TermValues(self._terms, values, missing)
 
     def _finished(self, block: Matrix) -> Matrix:
         """Change the columns in place to what goes out: standardised, the training mean where unusable."""

@@ -18,17 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.extras import requires
-
-__all__ = [
-    "KINDS",
-    "Column",
-    "column_names",
-    "read_column",
-    "read_columns",
-    "read_table",
-    "shown",
-    "shown_rows",
-]
+from mdnorm.text import listed
 
 # What the values of a column are. A column without any value is "empty", and fits every other kind.
 KINDS = ("number", "date", "string", "boolean")
@@ -145,13 +135,7 @@ def shown_rows(where: NDArray[np.bool_]) -> str:
 
 
 def column_names(table: Any) -> list[str]:
-    """Return the names of the columns of a table; those that are not strings are left out.
-
-    Raises
-    ------
-    TypeError
-        Not a table.
-    """
+    """Return the names of the columns of a table; those that are not strings are left out."""
     names = table if isinstance(table, Mapping) else _frame(table, None).columns
     return [name for name in names if isinstance(name, str)]
 
@@ -159,20 +143,9 @@ def column_names(table: Any) -> list[str]:
 def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], int]:
     """Return some columns of a table, and its number of rows.
 
-    Parameters
-    ----------
-    table : DataFrame of pandas or polars, table of pyarrow, or mapping
-        Whatever narwhals reads; or a mapping from names to sequences, arrays, tensors or columns that were
-        read before, all of one length, or to single values: one row.
-    names : iterable of str
-        The columns to read; others may be of any type, or have a name twice.
-
-    Raises
-    ------
-    TypeError
-        Not a table, or a column of a type that is neither numbers, categories nor dates.
-    ValueError
-        A column is not there or there twice, or columns differ in length.
+    A table is what narwhals reads (a DataFrame of pandas or polars, a table of pyarrow); or a mapping from
+    names to sequences, arrays, tensors or columns that were read before, all of one length, or to single
+    values: one row. Columns that are not asked for may be of any type, or have a name twice.
     """
     names = list(dict.fromkeys(names))
     frame = None if isinstance(table, Mapping) else _frame(table, names)
@@ -184,7 +157,7 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
             hint = f"did you mean {close[0]!r}? " if close else ""
             raise ValueError(
                 f"the table has no column {name!r}: {hint}The columns with a string as name are "
-                f"{shown(map(repr, texts), 20) or 'none'}."
+                f"{listed(texts, 20) or 'none'}."
             )
     if frame is None:
         return _of_mapping(table, names)
@@ -206,13 +179,6 @@ def read_table(
         Columns without names are called this and their number, from 0.
     single : str, optional
         What the column of an array (n,) or of a Series without a name is called instead.
-
-    Raises
-    ------
-    TypeError
-        Not a table, or a column of a type that is neither numbers, categories nor dates.
-    ValueError
-        Another number of dimensions, columns that differ in length, or two of one name.
     """
     if isinstance(table, Mapping):
         columns = {str(name): read_column(str(name), values) for name, values in table.items()}
@@ -240,30 +206,42 @@ def read_table(
                 f"an array, got {type(table).__name__}."
             ) from error
         columns = {name: _of_series(name, frame[name]) for name in frame.columns}
-    lengths = {name: len(column.missing) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        counts = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())
-        raise ValueError(f"the columns of {what} must have the same number of rows, got {counts}.")
+    _check_lengths(columns, f"the columns of {what}")
     return columns
 
 
+def _check_lengths(columns: Mapping[str, Column], what: str) -> int:
+    """Return the number of rows; raise ValueError where columns differ in it."""
+    lengths = {name: len(column.missing) for name, column in columns.items()}
+    if len(set(lengths.values())) > 1:
+        counts = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())
+        raise ValueError(f"{what} must have the same number of rows, got {counts}.")
+    return next(iter(lengths.values()), 0)
+
+
 def read_column(name: str, values: Any) -> Column:
-    """Return one column.
+    """Return one column: a (n,) or (n, 1) tensor, array, Series or list, or a Column, which is returned.
 
-    Parameters
-    ----------
-    name : str
-        For messages.
-    values : (n,) or (n, 1) tensor, array, Series or list; or a Column, which is returned
-
-    Raises
-    ------
-    TypeError
-        Values that are neither numbers, categories nor dates, or of several of these kinds.
-    ValueError
-        Another shape.
+    Values that are neither numbers, categories nor dates, or of several of these kinds, are a TypeError that
+    has the name in it, another shape a ValueError.
     """
-    return _of_values(name, values)
+    if isinstance(values, Column):
+        return replace(values, name=name)
+    if type(values).__name__ == "Categorical" and hasattr(values, "categories"):
+        import pandas as pd
+
+        values = pd.Series(values)
+    if hasattr(values, "__array__") and not isinstance(values, Tensor | np.ndarray):  # a Series
+        with requires("design"):
+            import narwhals.stable.v1 as nw
+        series = nw.from_native(values, series_only=True, pass_through=True)
+        if isinstance(series, nw.Series):
+            return _of_series(name, series)
+    elif not isinstance(values, Tensor | np.ndarray):
+        values = list(values)
+        if not values or not isinstance(values[0], np.ndarray | Tensor):
+            return _of_objects(name, values)
+    return _of_array(name, _as_array(values))
 
 
 def _as_array(values: Any) -> NDArray[Any]:
@@ -329,12 +307,8 @@ def _of_mapping(table: Mapping[Any, Any], names: list[str]) -> tuple[dict[str, C
         )
     if single:
         cells = {name: [cell.item() if hasattr(cell, "item") else cell] for name, cell in cells.items()}
-    columns = {name: _of_values(name, cell) for name, cell in cells.items()}
-    lengths = {name: len(column.missing) for name, column in columns.items()}
-    if len(set(lengths.values())) > 1:
-        counts = ", ".join(f"{name!r}: {length}" for name, length in lengths.items())
-        raise ValueError(f"the columns must have the same number of rows, got {counts}.")
-    return columns, next(iter(lengths.values()), 0)
+    columns = {name: read_column(name, cell) for name, cell in cells.items()}
+    return columns, _check_lengths(columns, "the columns")
 
 
 def _is_single(cell: Any) -> bool:
@@ -343,26 +317,6 @@ def _is_single(cell: Any) -> bool:
     if isinstance(cell, Tensor | np.ndarray | np.generic):
         return cell.ndim == 0
     return not hasattr(cell, "__len__") and not isinstance(cell, Column)
-
-
-def _of_values(name: str, values: Any) -> Column:
-    if isinstance(values, Column):
-        return replace(values, name=name)
-    if type(values).__name__ == "Categorical" and hasattr(values, "categories"):
-        import pandas as pd
-
-        values = pd.Series(values)
-    if hasattr(values, "__array__") and not isinstance(values, Tensor | np.ndarray):  # a Series
-        with requires("design"):
-            import narwhals.stable.v1 as nw
-        series = nw.from_native(values, series_only=True, pass_through=True)
-        if isinstance(series, nw.Series):
-            return _of_series(name, series)
-    elif not isinstance(values, Tensor | np.ndarray):
-        values = list(values)
-        if not values or not isinstance(values[0], np.ndarray | Tensor):
-            return _of_objects(name, values)
-    return _of_array(name, _as_array(values))
 
 
 def _of_array(name: str, values: NDArray[Any]) -> Column:
@@ -380,22 +334,19 @@ def _of_array(name: str, values: NDArray[Any]) -> Column:
         unit = f"{values.dtype.kind}8[us]"
         days = np.where(missing, np.zeros(1, unit), values.astype(unit)).astype(np.int64)
         kind = "date" if values.dtype.kind == "M" else "number"
-        return _of_days(name, kind, days / _MICROSECONDS_PER_DAY, missing)
+        return _of_numbers(name, days / _MICROSECONDS_PER_DAY, missing, kind)
     return _of_objects(name, values.tolist())
 
 
-def _of_days(name: str, kind: str, days: NDArray[np.float64], missing: NDArray[np.bool_]) -> Column:
-    return Column(name, "empty" if len(days) and missing.all() else kind, days, missing, False)
-
-
-def _of_numbers(name: str, values: NDArray[Any], missing: NDArray[np.bool_] | None = None) -> Column:
+def _of_numbers(
+    name: str, values: NDArray[Any], missing: NDArray[np.bool_] | None = None, kind: str = "number"
+) -> Column:
     if missing is None:
         missing = np.zeros(len(values), dtype=bool)
     if values.dtype.kind == "f":
         values = values.astype(np.float64)
         missing = missing | np.isnan(values)
-    kind = "empty" if len(missing) and missing.all() else "number"
-    return Column(name, kind, values, missing, False)
+    return Column(name, "empty" if len(missing) and missing.all() else kind, values, missing, False)
 
 
 def _of_objects(
@@ -413,22 +364,7 @@ def _of_objects(
         value = next(value for value in values if not isinstance(value, Hashable))
         raise _wrong_type(name, value) from None
     indices = np.fromiter(map(index_of.__getitem__, values), np.int64, len(values))
-    return _of_distinct(
-        name, list(index_of), indices, categorical=categorical, declared=declared, ordered=ordered
-    )
-
-
-def _of_distinct(
-    name: str,
-    distinct: list[Any],
-    indices: NDArray[np.int64],
-    *,
-    categorical: bool = False,
-    declared: Sequence[Any] = (),
-    ordered: bool = False,
-) -> Column:
-    """Return a column of the different values in it and, for each row, the index of its value."""
-    distinct = list(map(_plain, distinct))
+    distinct = list(map(_plain, index_of))
     absent = [_is_missing(value) for value in distinct]
     missing = np.array(absent, dtype=bool)[indices]
     examples = {
@@ -516,53 +452,21 @@ def _of_series(name: str, series: Any) -> Column:
         missing = stamps.is_null().to_numpy().astype(bool)
         values = np.asarray(stamps.to_numpy() if not missing.any() else stamps.fill_null(0).to_numpy())
         days = values.astype(np.int64) / _MICROSECONDS_PER_DAY
-        return _of_days(name, "date" if is_date else "number", days, missing)
+        return _of_numbers(name, days, missing, "date" if is_date else "number")
     if dtype in (nw.Categorical, nw.Enum):
-        texts = _of_texts(name, series)
-        if texts is not None:
-            return texts
         # polars has one pool of categories for the whole process: those of a Categorical declare nothing.
-        is_pool = type(series.to_native()).__module__.startswith("polars") and dtype == nw.Categorical
-        ordered = dtype == nw.Enum or bool(getattr(getattr(series.to_native(), "dtype", None), "ordered", 0))
+        native = series.to_native()
+        if hasattr(getattr(native, "array", None), "_pa_array"):  # pandas, on top of Arrow
+            native = native.array.__arrow_array__()
+            series = nw.from_native(native, series_only=True)
+        is_pool = type(native).__module__.startswith("polars") and dtype == nw.Categorical
+        own = getattr(native, "dtype", getattr(native, "type", None))
+        ordered = dtype == nw.Enum or bool(getattr(own, "ordered", False))
         declared = [] if is_pool else series.cat.get_categories().to_list()
         return _of_objects(name, series.to_list(), categorical=True, declared=declared, ordered=ordered)
     if dtype in (nw.String, nw.Boolean, nw.Object, nw.Unknown):
-        texts = _of_texts(name, series) if dtype == nw.String else None
-        return texts or _of_objects(name, series.to_list())
+        return _of_objects(name, series.to_list())
     raise TypeError(
         f"column {name!r} has dtype {dtype}: metadata are numbers, strings, booleans, categories or dates; "
         "convert it first."
-    )
-
-
-def _of_texts(name: str, series: Any) -> Column | None:
-    """Return a column of texts that are Arrow's, without a Python object for each row; None for others."""
-    values = series.to_native()
-    if hasattr(getattr(values, "array", None), "_pa_array"):  # pandas, on top of Arrow
-        values = values.array.__arrow_array__()
-    if type(values).__module__.split(".")[0] != "pyarrow":
-        return None
-    import pyarrow
-
-    if isinstance(values, pyarrow.Array):
-        values = pyarrow.chunked_array([values])
-    is_category = pyarrow.types.is_dictionary(values.type)
-    values = values if is_category else values.dictionary_encode()
-    kind = values.type.value_type
-    if not len(values) or not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        return None
-    combined = values.unify_dictionaries().combine_chunks()
-    levels = combined.dictionary.to_pylist()
-    codes = combined.indices.fill_null(len(levels)).to_numpy(zero_copy_only=False).astype(np.int64)
-    used = np.bincount(codes, minlength=len(levels))[: len(levels)] > 0
-    # Only the levels that a row has: others are declared.
-    place = np.append(np.cumsum(used) - 1, used.sum())
-    distinct = [level for level, is_used in zip(levels, used, strict=True) if is_used]
-    return _of_distinct(
-        name,
-        [*distinct, None],
-        place[codes],
-        categorical=True,
-        declared=levels if is_category else (),
-        ordered=is_category and values.type.ordered,
     )

@@ -1,4 +1,4 @@
-"""What a column of numbers is likely to be: a measure, a code, an identifier, or numbers with stand-ins."""
+"""What a column is likely to be: a measure, a code, an identifier, numbers with stand-ins or an odd cell."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from numpy.typing import NDArray
 
 from mdnorm.design.reader import Column
 
-__all__ = ["TableWarning", "is_code", "stand_in_warning", "stand_ins", "why_no_feature"]
-
 # Whole numbers with no more different values than this are codes, and every value has two rows on average.
 _MAX_CODES = 10
 
@@ -20,6 +18,12 @@ _NEARLY_ALL = 0.95
 
 # How often a number stands for a missing value at least.
 _LEAST_STAND_INS = 3
+
+# A text that is a number.
+NUMBER = re.compile(r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
+
+# A column of text with more different numbers than this is one of numbers, whatever else is in it.
+FEW_NUMBERS = 10
 
 
 class TableWarning(UserWarning):
@@ -59,16 +63,11 @@ def why_no_feature(column: Column) -> str | None:
 
 
 def stand_ins(values: NDArray[np.float64]) -> list[float]:
-    """Return numbers such as −9999 or 999 that seem to stand for a missing value.
+    """Return numbers such as −9999 or 999 that seem to stand for a missing value among finite values (n,).
 
     They are made of nines only (at least two, or one where it is negative), are the smallest or the largest,
     occur three times or more, and are further from the other values than these are from each other (and
     than half of the largest of them), or negative where no other value is.
-
-    Parameters
-    ----------
-    values : (n,) array
-        Finite.
     """
     found: list[float] = []
     if not len(values) or not any(_is_nines(float(end)) for end in (values.min(), values.max())):
@@ -107,3 +106,34 @@ def stand_in_warning(column: Column) -> str | None:
         f"column {column.name!r} has {numbers}, far from all other values: it seems to stand for missing "
         "values. Make them missing if it does."
     )
+
+
+def odd_cell(column: Column) -> str | None:
+    """Return what is wrong with a column of text most of whose values are numbers; None for all others.
+
+    One odd cell ("?", "58,2") among numbers makes texts of all of them, and the column would silently become
+    a category. Few different numbers may be names, such as the stages 1, 2, 3a and 3b.
+    """
+    if column.kind != "string" or column.distinct is None:
+        return None
+    counts = np.bincount(column.values[~column.missing], minlength=len(column.distinct))
+    found = {index: str(value) for index, value in enumerate(column.distinct) if counts[index]}
+    odd, numbers = [], []
+    for index, text in found.items():
+        if NUMBER.match(text):
+            numbers.append(text)
+        else:
+            odd.append(index)
+    num_odd = int(counts[odd].sum())
+    if not odd or len(numbers) <= FEW_NUMBERS or 2 * num_odd >= counts.sum():
+        return None
+    if counts.max() == 1 and len(found) >= 20 and not any("." in text for text in numbers):
+        return None  # Names of the rows, such as 17 and S18.
+    row = int(np.flatnonzero((column.values == odd[0]) & ~column.missing)[0])
+    return odd_cell_text(column.name, found[odd[0]], row, num_odd, int(counts.sum()))
+
+
+def odd_cell_text(name: str, value: str, row: int, num_odd: int, num_present: int) -> str:
+    """Return the sentence on an odd cell, the first of `num_odd` among the values that are there."""
+    where = f"row {row} (counted from 0; {num_odd} of {num_present} values are no numbers)"
+    return f"column {name!r} has numbers, but {value!r} in {where}"

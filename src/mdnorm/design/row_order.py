@@ -6,25 +6,14 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["check_same_order"]
-
 
 def check_same_order(**tables: Any) -> None:
     """Refuse pandas objects of which the same row labels come in another order.
 
     Rows belong together by position. Where two indexes hold the same labels in different orders, one of them
     was sorted or shuffled, and by position every row would get the values of another one. Indexes with other
-    labels say nothing: features often come out of a model without any.
-
-    Parameters
-    ----------
-    **tables : DataFrame, Series or anything else
-        By the names of the arguments. What has no index is not looked at.
-
-    Raises
-    ------
-    ValueError
-        Two of them have the same labels in another order.
+    labels say nothing: features often come out of a model without any. What has no
+    index is not looked at. The names are those of the arguments, for the message.
     """
     known: dict[str, Any] = {}
     for name, table in tables.items():

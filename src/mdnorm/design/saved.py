@@ -6,19 +6,11 @@ import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-__all__ = ["numbers_in", "read"]
-
 T = TypeVar("T")
 
 
 def read(state: Mapping[str, Any], key: str, type_: type[T]) -> T:
-    """Return ``state[key]``, which must be of a type.
-
-    Raises
-    ------
-    ValueError
-        It is not there, or of another type.
-    """
+    """Return ``state[key]``; ValueError where it is not there, or not of the type."""
     if key not in state:
         raise ValueError(f"it has no {key!r}")
     value = state[key]
@@ -28,13 +20,7 @@ def read(state: Mapping[str, Any], key: str, type_: type[T]) -> T:
 
 
 def numbers_in(state: Mapping[str, Any], key: str) -> list[float]:
-    """Return ``state[key]``, which must be a list of finite numbers.
-
-    Raises
-    ------
-    ValueError
-        It is not.
-    """
+    """Return ``state[key]``; ValueError where it is no list of finite numbers."""
     values = read(state, key, list)
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

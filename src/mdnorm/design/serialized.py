@@ -21,8 +21,6 @@ from mdnorm.design.terms import Product, Terms
 if TYPE_CHECKING:
     from mdnorm.design.matrices import Design
 
-__all__ = ["design_from_json", "design_to_json"]
-
 _FORMAT = "mdnorm.Design"
 _VERSION = 1
 
@@ -56,15 +54,7 @@ def design_to_json(design: Design) -> str:
 
 
 def design_from_json(design: Design, text: str) -> Design:
-    """Give a bare design what `design_to_json` saved, and return it.
-
-    Raises
-    ------
-    ValueError
-        The text is truncated, not JSON, of something else or of a later version, or contradicts itself.
-    FormulaError
-        A factor in it has something that is not allowed.
-    """
+    """Give a bare design what `design_to_json` saved, and return it; see `Design.from_json`."""
     try:
         state = json.loads(text)
     except (ValueError, RecursionError, TypeError) as error:

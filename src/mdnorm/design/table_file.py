@@ -10,22 +10,12 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from mdnorm.design.reader import Column, shown
+from mdnorm.design.reader import Column
 from mdnorm.extras import requires
+from mdnorm.text import listed
 
 if TYPE_CHECKING:
     import pyarrow
-
-__all__ = [
-    "TableFile",
-    "TableFileError",
-    "check_columns",
-    "different_names",
-    "is_number_type",
-    "quoted",
-    "reading",
-    "without_missing",
-]
 
 
 class TableFileError(ValueError):
@@ -71,7 +61,7 @@ def check_columns(table: TableFile, columns: Iterable[str]) -> None:
     known = set(table.names)
     for name in columns:
         if name not in known:
-            raise TableFileError(f"{table.path} has no column {name!r}; it has {quoted(table.header)}.")
+            raise TableFileError(f"{table.path} has no column {name!r}; it has {listed(table.header, 8)}.")
         if name in table.repeated:
             raise TableFileError(f"{table.path} has more than one column of the name {name!r}.")
 
@@ -86,11 +76,6 @@ def different_names(header: Sequence[str]) -> tuple[tuple[str, ...], dict[str, s
         names.append(f"{name}\x1f{seen[name]}" if seen[name] else name)
         seen[name] += 1
     return tuple(names), {own: name for own, name in zip(names, header, strict=True) if counts[name] > 1}
-
-
-def quoted(names: Sequence[str]) -> str:
-    """Return the first of some names for a message."""
-    return shown(map(repr, names), 8)
 
 
 @contextmanager

@@ -26,8 +26,6 @@ from mdnorm.design.factors import Evaluated, FittedFactor
 from mdnorm.design.formula import MAX_COLUMNS, Factor, FormulaError, quoted
 from mdnorm.extras import requires
 
-__all__ = ["OneHot", "Product", "TermValues", "Terms", "scoped_products"]
-
 Matrix = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
@@ -75,8 +73,11 @@ class Product:
         parts = [fitted.names(reduced) for fitted, reduced in self.factors]
         return [":".join(reversed(names)) for names in itertools.product(*reversed(parts))]
 
-    def one_hot(self, values: Mapping[str, Evaluated]) -> OneHot:
-        """Return the codes of a product of categories."""
+    def codes(self, values: Mapping[str, Evaluated]) -> NDArray[np.int64]:
+        """Return the column of a product of categories that has the 1 in each row, (n,).
+
+        It is −1 where there is none, −2 where the row cannot be used.
+        """
         code, step = np.zeros((), dtype=np.int64), 1
         none, unusable = np.zeros((), dtype=bool), np.zeros((), dtype=bool)
         for fitted, reduced in self.factors:
@@ -86,7 +87,7 @@ class Product:
             none = none | (level < 0)
             code = code + step * level
             step *= fitted.width(reduced)
-        return OneHot(np.where(unusable, -2, np.where(none, -1, code)), self.width)
+        return np.where(unusable, -2, np.where(none, -1, code))
 
     def block(self, values: Mapping[str, Evaluated], rows: slice) -> Matrix:
         """Return the (m, width) columns of some rows, NaN where a factor is unusable."""
@@ -107,38 +108,10 @@ class Product:
         return product
 
 
-@dataclass(frozen=True)
-class OneHot:
-    """Columns of which each row has at most one 1.
-
-    Attributes
-    ----------
-    codes : (n,) array
-        The column with the 1; −1 where there is none, −2 where the row cannot be used.
-    width : int
-        Number of columns.
-    """
-
-    codes: NDArray[np.int64]
-    width: int
-
-    def fill(self, block: Matrix, rows: slice) -> None:
-        """Write the columns of some rows, NaN where they cannot be used."""
-        codes = self.codes[rows]
-        block[:] = 0
-        found = np.flatnonzero(codes >= 0)
-        block[found, codes[found]] = 1
-        block[codes == -2] = np.nan
-
-
 class Terms:
     """The columns of a fitted design: blocks of products, then a 0/1 column for each variable with gaps.
 
-    Parameters
-    ----------
-    products : sequence of Product
-    indicators : sequence of str
-        Variables with a column that says where they are missing.
+    `indicators` are the variables with a column that says where they are missing.
     """
 
     def __init__(self, products: Sequence[Product], indicators: Sequence[str]) -> None:
@@ -169,40 +142,31 @@ class Terms:
 
     def of_terms(self) -> dict[str, list[int]]:
         """Return the indices of the columns of each term."""
-        columns: dict[str, list[int]] = {}
-        for index, product in enumerate(self.products):
-            columns.setdefault(product.term, []).extend(range(self.starts[index], self.starts[index + 1]))
-        for index, variable in enumerate(self.indicators, self.starts[-1]):
-            columns[f"{quoted(variable)}[missing]"] = [index]
-        return columns
+        return self._of([[product.term] for product in self.products], self.names[self.starts[-1] :])
 
     def of_variables(self, variables: Sequence[str]) -> dict[str, list[int]]:
         """Return the indices of the columns that use each variable."""
-        columns: dict[str, list[int]] = {name: [] for name in variables}
-        for index, product in enumerate(self.products):
-            for variable in product.variables:
-                columns[variable].extend(range(self.starts[index], self.starts[index + 1]))
-        for index, variable in enumerate(self.indicators, self.starts[-1]):
-            columns[variable].append(index)
+        found = self._of([product.variables for product in self.products], self.indicators)
+        return {name: found.get(name, []) for name in variables}
+
+    def _of(self, owners: Sequence[Sequence[str]], of_indicators: Sequence[str]) -> dict[str, list[int]]:
+        """Return the indices of the columns of each owner, from the owners of each product and indicator."""
+        columns: dict[str, list[int]] = {}
+        for index, names in enumerate(owners):
+            for name in names:
+                columns.setdefault(name, []).extend(range(self.starts[index], self.starts[index + 1]))
+        for index, name in enumerate(of_indicators, self.starts[-1]):
+            columns.setdefault(name, []).append(index)
         return columns
 
     def slice(self, index: int) -> slice:
         """Return which columns are those of a product."""
         return slice(self.starts[index], self.starts[index + 1])
 
-    def table(self, values: Mapping[str, Evaluated], missing: Sequence[Mask]) -> TermValues:
-        """Return the values of the columns over a table, to be computed in portions."""
-        codes = {
-            index: product.one_hot(values)
-            for index, product in enumerate(self.products)
-            if product.is_one_hot and product.width
-        }
-        return TermValues(self, values, missing, codes)
-
 
 @dataclass(frozen=True)
 class TermValues:
-    """The columns of a design over a table.
+    """The columns of a design over a table, to be computed in portions.
 
     Attributes
     ----------
@@ -210,14 +174,17 @@ class TermValues:
     values : dict from the text of a factor to Evaluated
     missing : sequence of (n,) bool arrays
         For each indicator.
-    one_hot : dict from int to OneHot
-        For each product of categories alone.
     """
 
     terms: Terms
     values: Mapping[str, Evaluated]
     missing: Sequence[Mask]
-    one_hot: Mapping[int, OneHot]
+
+    @cached_property
+    def one_hot(self) -> dict[int, NDArray[np.int64]]:
+        """The codes of each product of categories alone."""
+        products = enumerate(self.terms.products)
+        return {k: each.codes(self.values) for k, each in products if each.is_one_hot and each.width}
 
     @property
     def num_rows(self) -> int:
@@ -227,10 +194,7 @@ class TermValues:
     def chunks(self, without: Sequence[int] = ()) -> Iterator[tuple[slice, Matrix]]:
         """Yield rows and their (m, K) columns, not yet standardised, NaN where unusable.
 
-        Parameters
-        ----------
-        without : sequence of int
-            Products whose columns are left out, and not counted in K.
+        Columns of the products `without` are left out, and not counted in K.
         """
         kept = [index for index in range(len(self.terms.products)) if index not in set(without)]
         width = sum(self.terms.products[index].width for index in kept) + len(self.missing)
@@ -244,7 +208,11 @@ class TermValues:
                 part = block[:, at : at + product.width]
                 at += product.width
                 if index in self.one_hot:
-                    self.one_hot[index].fill(part, rows)
+                    codes = self.one_hot[index][rows]
+                    found = np.flatnonzero(codes >= 0)
+                    part[:] = 0
+                    part[found, codes[found]] = 1
+                    part[codes == -2] = np.nan
                 elif product.width:
                     part[:] = product.block(self.values, rows)
             for missing in self.missing:
@@ -257,41 +225,27 @@ class TermValues:
 
         Some row must have no 1 in it, as those of the reference: the columns are independent then.
         """
-        fit = [index for index, one_hot in self.one_hot.items() if (one_hot.codes == -1).any()]
-        if not fit:
-            return -1, None
-        widest = max(fit, key=lambda index: self.one_hot[index].width)
-        return widest, self.one_hot[widest].codes
+        fit = [index for index, codes in self.one_hot.items() if (codes == -1).any()]
+        widest = max(fit, key=lambda index: self.terms.products[index].width, default=-1)
+        return widest, self.one_hot.get(widest)
 
     def moments(self) -> tuple[Matrix, Matrix, Matrix]:
         """Return the usable rows, the mean and the standard deviation of each column, each (K,).
 
         The deviation is 0 where it is so up to rounding.
         """
-        width, sparse = self.terms.width, list(self.one_hot)
-        count, mean, squares, largest = (np.zeros(width) for _ in range(4))
-        dense = np.ones(width, dtype=bool)
-        for index in sparse:
-            at, one_hot = self.terms.slice(index), self.one_hot[index]
-            dense[at] = False
-            ones = np.bincount(one_hot.codes[one_hot.codes >= 0], minlength=one_hot.width)
-            count[at] = (one_hot.codes > -2).sum()
-            mean[at] = ones / np.maximum(count[at], 1)
-            squares[at] = count[at] * mean[at] * (1 - mean[at])
-            largest[at] = ones > 0
-        if dense.any():
-            count[dense] = 0
-            total, most = np.zeros((2, int(dense.sum())))
-            for _, block in self.chunks(sparse):
-                usable = ~np.isnan(block)
-                count[dense] += usable.sum(0)
-                with np.errstate(over="ignore"):
-                    total += np.where(usable, block, 0).sum(0)
-                most = np.maximum(most, np.where(usable, np.abs(block), 0).max(0))
-            mean[dense], largest[dense] = total / np.maximum(count[dense], 1), most
-            for _, block in self.chunks(sparse):
-                with np.errstate(over="ignore"):
-                    squares[dense] += (np.where(np.isnan(block), 0.0, block - mean[dense]) ** 2).sum(0)
+        count, total, squares, largest = np.zeros((4, self.terms.width))
+        for _, block in self.chunks():
+            usable = ~np.isnan(block)
+            values = np.where(usable, block, 0)
+            count += usable.sum(0)
+            with np.errstate(over="ignore"):
+                total += values.sum(0)
+            largest = np.maximum(largest, np.abs(values).max(0))
+        mean = total / np.maximum(count, 1)
+        for _, block in self.chunks():
+            with np.errstate(over="ignore"):
+                squares += (np.where(np.isnan(block), 0.0, block - mean) ** 2).sum(0)
         deviation = np.sqrt(squares / np.maximum(count, 1))
         return count, mean, np.where(deviation <= _CONSTANT * largest, 0.0, deviation)
 
@@ -299,13 +253,7 @@ class TermValues:
 def scoped_products(
     written: Sequence[Sequence[Factor]], factors: Mapping[str, FittedFactor]
 ) -> list[Product]:
-    """Return for the terms of a formula the products that add their columns to those of earlier terms.
-
-    Raises
-    ------
-    FormulaError
-        The terms have too many categories that interact.
-    """
+    """Return for the terms of a formula the products that add their columns to those of earlier terms."""
     terms = list(dict.fromkeys(tuple(factor.text for factor in term) for term in written))
     if all(len(texts) == 1 for texts in terms):
         return [Product(text, ((factors[text], factors[text].kind == "category"),)) for (text,) in terms]

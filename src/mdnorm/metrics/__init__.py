@@ -25,7 +25,7 @@ from mdnorm.metrics.independence import (
 )
 from mdnorm.metrics.kernels import cka, hsic
 from mdnorm.metrics.probes import ProbeResult, probe
-from mdnorm.metrics.quantiles import QuantileGroups, quantile_groups
+from mdnorm.metrics.quantiles import quantile_groups
 
 if TYPE_CHECKING:
     from mdnorm.metrics.streaming import DistanceCorrelation, GroupRates
@@ -39,7 +39,6 @@ __all__ = [
     "GroupGaps",
     "GroupRates",
     "ProbeResult",
-    "QuantileGroups",
     "cka",
     "conditional_distance_correlation_sqr",
     "conditional_independence_test",

@@ -9,9 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design.reader import Column, read_column
-from mdnorm.metrics.checks import listed
-
-__all__ = ["Categories", "as_categories", "as_column"]
+from mdnorm.text import listed
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,10 @@ def _read(values: Any, name: str) -> Column:
 
 
 def as_column(values: Any, name: str) -> NDArray[Any]:
-    """Return one value per row as an array (n,): booleans, numbers, or strings as objects.
+    """Return one value per row, (n,) or (n, 1), as an array (n,): booleans, numbers, or strings as objects.
 
-    Parameters
-    ----------
-    values : tensor, array, list or Series, (n,) or (n, 1)
-        Not complex, not dates, nothing missing.
-    name : str
-        Of the argument, for the error message.
-
-    Raises
-    ------
-    TypeError
-        None, complex, dates, or values of several kinds.
-    ValueError
-        The wrong shape, no rows, or missing or infinite values.
+    None, complex values, dates and values of several kinds are a TypeError; the wrong shape, no rows, and
+    missing or infinite values a ValueError.
     """
     column = _read(values, name)
     if column.distinct is None:
@@ -80,15 +67,13 @@ def as_column(values: Any, name: str) -> NDArray[Any]:
 
 
 def as_categories(values: Any, name: str) -> Categories:
-    """Return a column as classes: sorted, or in the order of a categorical type; unused ones are dropped.
+    """Return a column, as of `as_column`, as classes: sorted, or in the order of a categorical type.
 
-    Parameters and errors are those of `as_column`.
+    Classes without a row are left out.
     """
     column = _read(values, name)
     names = column.levels()
-    # Those of `quantile_groups` have an order as well.
-    declared = column.declared or tuple(getattr(values, "categories", ()))
-    if declared:
-        place = {level: index for index, level in enumerate(declared)}
+    if column.declared:
+        place = {level: index for index, level in enumerate(column.declared)}
         names = tuple(sorted(names, key=place.__getitem__))
     return Categories(column.codes(names), names)

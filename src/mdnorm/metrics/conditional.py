@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.extras import requires
@@ -14,11 +12,6 @@ from mdnorm.metrics.independence import (
     distance_correlation_permutation_test,
 )
 from mdnorm.metrics.samples import as_samples
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-__all__ = ["conditional_independence_test", "residuals_given"]
 
 # Rows in an interval of the given variable, within which rows are exchanged.
 _INTERVAL_ROWS = 20
@@ -60,17 +53,13 @@ def conditional_independence_test(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; n ≥ 40, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`.
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `mdnorm.metrics.distance_correlation_sqr`, but n ≥ 40.
     given : tensor or array, (n,)
         The variable that may explain both. Of classes use `distance_correlation_permutation_test` with them
         as `strata`.
-    num_permutations : int
-        At least 20. No p-value is below ``1 / (1 + num_permutations)``.
-    seed : int
-        Seed of the permutations.
+    num_permutations, seed : int
+        As of `distance_correlation_permutation_test`.
 
     Returns
     -------

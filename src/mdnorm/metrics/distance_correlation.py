@@ -6,60 +6,39 @@ All are made of inner products of U-centred distance matrices, see `mdnorm.metri
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from mdnorm.design.reader import shown
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import check_confidence
-from mdnorm.metrics.pairwise import (
-    CentredProducts,
-    Distances,
-    centred_products,
-    row_products,
-)
-from mdnorm.metrics.samples import Samples, as_codes, as_samples
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-__all__ = [
-    "ConditionalDistanceCorrelation",
-    "DistanceCorrelationInterval",
-    "conditional_distance_correlation_sqr",
-    "distance_correlation_interval",
-    "distance_correlation_sqr",
-    "distance_covariance_sqr",
-    "partial_distance_correlation",
-]
-
-# Fewer samples leave the bias correction undefined: it divides by n − 3.
-MIN_SAMPLES = 4
-UNDEFINED = "the bias-corrected estimate is not defined for fewer samples"
+from mdnorm.metrics.checks import check_confidence, check_same_rows
+from mdnorm.metrics.columns import as_categories
+from mdnorm.metrics.pairwise import CentredProducts, Distances, centred_products, row_products
+from mdnorm.metrics.samples import MIN_SAMPLES, UNDEFINED, as_samples, rescaled
 
 # 1 − R² of two variables of which one is a function of the other's distances is 0 up to this.
 _ROUNDING_OF_ONE = 1e-12
 
 
 @overload
-def distance_correlation_sqr(x: Tensor, y: Tensor | ArrayLike, *, tile_size: int | None = None) -> Tensor: ...
+def distance_correlation_sqr(x: Tensor, y: Tensor | ArrayLike) -> Tensor: ...
 
 
 @overload
-def distance_correlation_sqr(x: ArrayLike, y: Tensor, *, tile_size: int | None = None) -> Tensor: ...
+def distance_correlation_sqr(x: ArrayLike, y: Tensor) -> Tensor: ...
 
 
 @overload
-def distance_correlation_sqr(x: ArrayLike, y: ArrayLike, *, tile_size: int | None = None) -> float: ...
+def distance_correlation_sqr(x: ArrayLike, y: ArrayLike) -> float: ...
 
 
-def distance_correlation_sqr(
-    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, tile_size: int | None = None
-) -> Tensor | float:
+def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Tensor | float:
     """Return the bias-corrected squared distance correlation of two samples.
 
     It estimates a population value that is 0 if and only if the two random vectors are independent, whatever
@@ -73,9 +52,6 @@ def distance_correlation_sqr(
     y : tensor or array, (n,) or (n, q)
         The other variable, rows in the order of `x`. Two tensors must be on the same device; an array beside
         a tensor is taken to the tensor's device.
-    tile_size : int, optional
-        Rows of the distance matrices that are in memory at once. The default suits the device. The result
-        depends on it only by rounding. Two scalars of many samples are sorted and need no tiles.
 
     Returns
     -------
@@ -88,16 +64,16 @@ def distance_correlation_sqr(
     Raises
     ------
     TypeError
-        An input is complex or not numeric, or `tile_size` is not an integer.
+        An input is complex or not numeric.
     ValueError
         An input has the wrong shape, no columns, or NaN or infinite values; the inputs differ in their number
-        of rows or in their device; there are fewer than 4 rows; `tile_size` is below 1.
+        of rows or in their device; there are fewer than 4 rows.
 
     Notes
     -----
     Everything is computed in float64, whatever the dtype of the inputs; a large common offset costs no
-    digits. Memory is O(n·tile_size + n·(p + q)), arithmetic O(n²·(p + q)). For two scalars, (n,) or (n, 1),
-    of more than a few hundred samples both are O(n log n) and O(n).
+    digits. The distances are never in memory as a whole: memory is O(n·(p + q)), arithmetic O(n²·(p + q)).
+    For two scalars, (n,) or (n, 1), of more than a few hundred samples the arithmetic is O(n log n).
 
     The metric is not differentiable: inputs that require a gradient are detached.
 
@@ -119,25 +95,23 @@ def distance_correlation_sqr(
     >>> round(distance_correlation_sqr(x, x), 12)
     1.0
     """
-    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=UNDEFINED)
-    return samples.result(_products(samples, tile_size).correlations()[0, 1])
+    samples = as_samples(x=x, y=y)
+    return samples.result(_products(samples.rows).correlations()[0, 1])
 
 
 @overload
-def distance_covariance_sqr(x: Tensor, y: Tensor | ArrayLike, *, tile_size: int | None = None) -> Tensor: ...
+def distance_covariance_sqr(x: Tensor, y: Tensor | ArrayLike) -> Tensor: ...
 
 
 @overload
-def distance_covariance_sqr(x: ArrayLike, y: Tensor, *, tile_size: int | None = None) -> Tensor: ...
+def distance_covariance_sqr(x: ArrayLike, y: Tensor) -> Tensor: ...
 
 
 @overload
-def distance_covariance_sqr(x: ArrayLike, y: ArrayLike, *, tile_size: int | None = None) -> float: ...
+def distance_covariance_sqr(x: ArrayLike, y: ArrayLike) -> float: ...
 
 
-def distance_covariance_sqr(
-    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, tile_size: int | None = None
-) -> Tensor | float:
+def distance_covariance_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Tensor | float:
     """Return the bias-corrected squared distance covariance of two samples.
 
     An unbiased estimate of a population value that is 0 if and only if the two random vectors are
@@ -145,12 +119,8 @@ def distance_covariance_sqr(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; n ≥ 4, p ≥ 1, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`.
-    tile_size : int, optional
-        As for `distance_correlation_sqr`.
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `distance_correlation_sqr`.
 
     Returns
     -------
@@ -176,37 +146,29 @@ def distance_covariance_sqr(
     >>> round(distance_covariance_sqr(np.arange(4.0), np.arange(4.0) ** 2), 12)
     2.0
     """
-    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=UNDEFINED)
-    product = _products(samples, tile_size).products[0, 1]
+    samples = as_samples(x=x, y=y)
+    product = _products(samples.rows).products[0, 1]
     return samples.result(with_exponent(product, sum(samples.exponents)))
 
 
 @overload
-def partial_distance_correlation(
-    x: Tensor, y: Tensor | ArrayLike, z: Tensor | ArrayLike, *, tile_size: int | None = None
-) -> Tensor: ...
+def partial_distance_correlation(x: Tensor, y: Tensor | ArrayLike, z: Tensor | ArrayLike) -> Tensor: ...
 
 
 @overload
-def partial_distance_correlation(
-    x: ArrayLike, y: Tensor, z: Tensor | ArrayLike, *, tile_size: int | None = None
-) -> Tensor: ...
+def partial_distance_correlation(x: ArrayLike, y: Tensor, z: Tensor | ArrayLike) -> Tensor: ...
 
 
 @overload
-def partial_distance_correlation(
-    x: ArrayLike, y: ArrayLike, z: Tensor, *, tile_size: int | None = None
-) -> Tensor: ...
+def partial_distance_correlation(x: ArrayLike, y: ArrayLike, z: Tensor) -> Tensor: ...
 
 
 @overload
-def partial_distance_correlation(
-    x: ArrayLike, y: ArrayLike, z: ArrayLike, *, tile_size: int | None = None
-) -> float: ...
+def partial_distance_correlation(x: ArrayLike, y: ArrayLike, z: ArrayLike) -> float: ...
 
 
 def partial_distance_correlation(
-    x: Tensor | ArrayLike, y: Tensor | ArrayLike, z: Tensor | ArrayLike, *, tile_size: int | None = None
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, z: Tensor | ArrayLike
 ) -> Tensor | float:
     """Return the bias-corrected partial distance correlation of two samples given a third.
 
@@ -216,14 +178,10 @@ def partial_distance_correlation(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; n ≥ 4, p ≥ 1, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`.
-    z : tensor or array, (n,) or (n, r)
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `distance_correlation_sqr`.
+    z : tensor or array, (n,) or (n, number of columns)
         The variables to take account of, rows in the order of `x`.
-    tile_size : int, optional
-        As for `distance_correlation_sqr`.
 
     Returns
     -------
@@ -250,8 +208,8 @@ def partial_distance_correlation(
     >>> bool(partial_distance_correlation(x, y, z) > distance_correlation_sqr(x, y) > 0.1)
     True
     """
-    samples = as_samples(x=x, y=y, z=z, min_samples=MIN_SAMPLES, reason=UNDEFINED)
-    products = _products(samples, tile_size)
+    samples = as_samples(x=x, y=y, z=z)
+    products = _products(samples.rows)
     correlations = products.correlations()
     xy, xz, yz = correlations[0, 1], correlations[0, 2], correlations[1, 2]
     x_left, y_left = (1 - xz) * (1 + xz), (1 - yz) * (1 + yz)
@@ -286,7 +244,7 @@ class ConditionalDistanceCorrelation:
 
 
 def conditional_distance_correlation_sqr(
-    x: Tensor | ArrayLike, y: Tensor | ArrayLike, labels: Tensor | ArrayLike, *, tile_size: int | None = None
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, labels: Tensor | ArrayLike
 ) -> ConditionalDistanceCorrelation:
     """Return the bias-corrected squared distance correlation of two samples within every class of a label.
 
@@ -295,14 +253,10 @@ def conditional_distance_correlation_sqr(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; p ≥ 1, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`.
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `distance_correlation_sqr`.
     labels : tensor or array, (n,)
         Class of every sample: booleans, numbers or strings; at least 4 samples of each class.
-    tile_size : int, optional
-        As for `distance_correlation_sqr`.
 
     Returns
     -------
@@ -312,10 +266,10 @@ def conditional_distance_correlation_sqr(
     Raises
     ------
     TypeError
-        As for `distance_correlation_sqr`, or the labels cannot be ordered.
+        As for `distance_correlation_sqr`; labels of several kinds.
     ValueError
-        As for `distance_correlation_sqr`; `labels` has the wrong shape, another number of rows or NaN; a
-        class has fewer than 4 samples.
+        As for `distance_correlation_sqr`; `labels` has the wrong shape, another number of rows or missing
+        values; a class has fewer than 4 samples.
 
     Examples
     --------
@@ -326,27 +280,24 @@ def conditional_distance_correlation_sqr(
     >>> bool(distance_correlation_sqr(x, y) > 0.4), bool(abs(within.mean) < 0.05), within.counts
     (True, True, {0: 200, 1: 200})
     """
-    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=UNDEFINED)
-    codes, classes = as_codes(labels, "labels", samples.num_samples)
-    counts = torch.bincount(codes, minlength=len(classes)).tolist()
-    small = [
-        f"{label!r} ({count})" for label, count in zip(classes, counts, strict=True) if count < MIN_SAMPLES
-    ]
+    samples = as_samples(x=x, y=y)
+    classes = as_categories(labels, "labels")
+    check_same_rows(labels=len(classes.codes), x=samples.num_samples)
+    counts = dict(zip(classes.names, classes.counts.tolist(), strict=True))
+    small = [f"{label!r} ({count})" for label, count in counts.items() if count < MIN_SAMPLES]
     if small:
-        shown = ", ".join(small[:5]) + (", …" if len(small) > 5 else "")
         raise ValueError(
-            f"each class of labels must have at least {MIN_SAMPLES} samples, got fewer of {shown}: "
+            f"each class of labels must have at least {MIN_SAMPLES} samples, got fewer of {shown(small)}: "
             f"{UNDEFINED}, merge classes or leave these samples out."
         )
-    values = []
-    for code in range(len(classes)):
-        inside = (codes == code).nonzero().view(-1).to(samples.device)
-        correlations = _products(samples.select(inside), tile_size).correlations()
-        values.append(float(correlations[0, 1]))
-    mean = math.fsum(value * count for value, count in zip(values, counts, strict=True)) / sum(counts)
-    return ConditionalDistanceCorrelation(
-        dict(zip(classes, values, strict=True)), dict(zip(classes, counts, strict=True)), mean
-    )
+    values = {}
+    for code, label in enumerate(classes.names):
+        inside = torch.from_numpy(classes.codes == code).to(samples.device)
+        # Scaled anew: what is large in one class must not cost digits in another.
+        products = _products([rescaled(rows[inside])[0] for rows in samples.rows])
+        values[label] = float(products.correlations()[0, 1])
+    mean = math.fsum(value * counts[label] for label, value in values.items()) / samples.num_samples
+    return ConditionalDistanceCorrelation(values, counts, mean)
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -384,8 +335,6 @@ def distance_correlation_interval(
     x: Tensor | ArrayLike,
     y: Tensor | ArrayLike,
     confidence: float = 0.95,
-    *,
-    tile_size: int | None = None,
 ) -> DistanceCorrelationInterval:
     """Return the bias-corrected squared distance correlation with a confidence interval.
 
@@ -395,14 +344,10 @@ def distance_correlation_interval(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; n ≥ 5, p ≥ 1, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`.
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `distance_correlation_sqr`, but n ≥ 5.
     confidence : float
         Between 0 and 1.
-    tile_size : int, optional
-        As for `distance_correlation_sqr`.
 
     Returns
     -------
@@ -425,7 +370,7 @@ def distance_correlation_interval(
     account for the degenerate part of the estimate, which is all of it under independence; its quantile is at
     most ``(q − 1)/n`` [3]_.
 
-    The estimates without each sample are exact and cost two passes over the pairs: memory is O(n·tile_size),
+    The estimates without each sample are exact and cost two passes over the pairs: memory is linear in n,
     arithmetic O(n²·(p + q)), for scalars too.
 
     References
@@ -457,7 +402,7 @@ def distance_correlation_interval(
     num_samples = samples.num_samples
     with torch.no_grad():
         matrices = [Distances(rows) for rows in samples.rows]
-        products = centred_products(matrices, tile_size)
+        products = centred_products(matrices)
         for name, is_zero in zip("xy", products.is_zero.tolist(), strict=True):
             if is_zero:
                 raise ValueError(
@@ -465,8 +410,10 @@ def distance_correlation_interval(
                     "equally far apart), so that the estimate has no error: check how it was selected."
                 )
         correlation = products.correlations()[0, 1]
-        of_rows = row_products(matrices[0], matrices[1], products.effects, tile_size)
-        xx, xy, yy = leave_one_out_products(of_rows, num_samples)
+        of_rows = row_products(matrices[0], matrices[1], products.effects)
+        # The inner products without each sample, as the docstring of `mdnorm.metrics.pairwise` derives them.
+        left = of_rows.sum(dim=1, keepdim=True) - 2 * (num_samples - 2) / (num_samples - 3) * of_rows
+        xx, xy, yy = left / ((num_samples - 1) * (num_samples - 4))
         is_positive = (xx > _ROUNDING_OF_ONE * xx.mean()) & (yy > _ROUNDING_OF_ONE * yy.mean())
         values = xy / (xx.clamp(min=0).sqrt() * yy.clamp(min=0).sqrt())
         # Without the sample that is the only one to differ from the others, a variable is constant.
@@ -486,43 +433,13 @@ def distance_correlation_interval(
     )
 
 
-def leave_one_out_products(of_rows: Tensor, num_samples: int) -> Tensor:
-    """Return the inner products without each sample.
-
-    Parameters
-    ----------
-    of_rows : Tensor, (k, n) float64
-        ``P_i = Σ_j A_ij B_ij`` of U-centred matrices.
-    num_samples : int
-        n ≥ 5.
-
-    Returns
-    -------
-    Tensor, (k, n) float64
-    """
-    sums = of_rows.sum(dim=1, keepdim=True)
-    left = sums - 2 * (num_samples - 2) / (num_samples - 3) * of_rows
-    return left / ((num_samples - 1) * (num_samples - 4))
-
-
-# --------------------------------------------------------------------------------------------------------
-# Shared
-# --------------------------------------------------------------------------------------------------------
-
-
-def _products(samples: Samples, tile_size: int | None) -> CentredProducts:
+def _products(variables: Sequence[Tensor]) -> CentredProducts:
     with torch.no_grad():
-        return centred_products([Distances(rows) for rows in samples.rows], tile_size)
+        return centred_products(list(map(Distances, variables)))
 
 
 def with_exponent(value: Tensor, exponent: int) -> Tensor:
-    """Return ``value · 2^exponent``.
-
-    Raises
-    ------
-    OverflowError
-        It is larger than any float64 number.
-    """
+    """Return ``value · 2^exponent``; OverflowError where it is larger than any float64 number."""
     result = value
     # In steps that are finite themselves, so that the largest and smallest results come out.
     while exponent:

@@ -7,36 +7,24 @@ together from those of the two groups (Newcombe 1998; Zou & Donner 2008).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
 from mdnorm.design.row_order import check_same_order
-from mdnorm.metrics.checks import check_confidence, check_integer
+from mdnorm.metrics.checks import check_confidence, check_integer, check_same_rows
 from mdnorm.metrics.columns import Categories, as_categories
-from mdnorm.metrics.group_rates import Bootstrap, Estimate, Problem, Rate, estimates
+from mdnorm.metrics.group_rates import Estimate, Problem, Rate, estimates
 from mdnorm.metrics.rates import combined
 from mdnorm.plain import PlainResult
 from mdnorm.text import listed
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-__all__ = [
-    "Difference",
-    "Gap",
-    "GroupGaps",
-    "GroupResult",
-    "group_gaps",
-]
-
 Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 # More groups than this are a continuous column, or identifiers.
 _MAX_GROUPS = 100
@@ -80,7 +68,7 @@ class Difference:
     value, low, high : float
         The rate of `higher` minus that of `lower`, and its interval.
     lower, higher : object
-        The groups; None for all other rows together.
+        The groups.
     """
 
     rate: str
@@ -130,8 +118,6 @@ class GroupGaps(PlainResult):
     gaps : dict of str to Gap
     pairs : dict of str to tuple of Difference
         Names of rates to the difference of each pair of groups that are large enough.
-    against_rest : dict of str to tuple of Difference
-        Names of rates to the difference between each group that is large enough and all other rows.
     classes : tuple
         The label classes.
     positive : object
@@ -146,7 +132,6 @@ class GroupGaps(PlainResult):
     groups: tuple[GroupResult, ...]
     gaps: dict[str, Gap]
     pairs: dict[str, tuple[Difference, ...]] = field(repr=False)
-    against_rest: dict[str, tuple[Difference, ...]] = field(repr=False)
     classes: tuple[Any, ...]
     positive: Any
     num_rows: int
@@ -177,7 +162,7 @@ def group_gaps(
         The true classes, of any kind.
     predictions : array-like, (n,)
         The predicted classes, of the kind of `labels`.
-    groups : array-like or QuantileGroups, (n,)
+    groups : array-like, (n,)
         The group of each row. Divide a continuous column with `quantile_groups` first.
     scores : tensor or array, (n,) or (n, number of classes), optional
         Predicted probabilities, for calibration: of the positive class, or one column for each class in the
@@ -223,7 +208,7 @@ def group_gaps(
         A wrong shape, different numbers of rows, missing values, one class or one group only, more than 100
         groups, a positive class that is not a label or is not clear, scores that are not probabilities.
     MissingExtraError
-        SciPy or pandas is not installed.
+        SciPy is not installed.
 
     Notes
     -----
@@ -266,30 +251,36 @@ def group_gaps(
     true = as_categories(labels, "labels")
     guessed = as_categories(predictions, "predictions")
     members = as_categories(groups, "groups")
-    given = [("predictions", guessed), ("groups", members)]
-    clusters: Integers | None = None
-    if subjects is not None:
-        owners = as_categories(subjects, "subjects")
-        given.append(("subjects", owners))
-        clusters = owners.codes
-    for name, column in given:
-        length = column.codes.size
-        if length != true.codes.size:
-            raise ValueError(
-                f"labels and {name} must have one row per sample each, got {true.codes.size} rows in labels "
-                f"and {length} in {name}: pass the same samples in the same order."
-            )
-    _check_groups(members)
+    clusters = None if subjects is None else as_categories(subjects, "subjects").codes
+    for name, codes in {"predictions": guessed.codes, "groups": members.codes, "subjects": clusters}.items():
+        if codes is not None:
+            check_same_rows(**{"labels": len(true.codes), name: len(codes)})
+    if len(members.names) < 2:
+        raise ValueError(f"groups must have at least two groups, got {members.names[0]!r} only.")
+    if len(members.names) > _MAX_GROUPS:
+        raise ValueError(
+            f"groups has {len(members.names)} different values, at most {_MAX_GROUPS} can be compared: "
+            "divide a continuous column with quantile_groups, merge rare groups."
+        )
     notes: list[str] = []
-    problem = _problem(true, guessed, members, positive, notes)
-    probabilities = None if scores is None else _probabilities(scores, problem)
-
-    options = Bootstrap(num_bootstrap, num_bins, seed)
+    classes, positive_code = _classes(true, guessed, positive, notes)
+    order = {name: index for index, name in enumerate(classes)}
+    problem = Problem(
+        np.array([order[name] for name in true.names])[true.codes],
+        np.array([order[name] for name in guessed.names])[guessed.codes],
+        members.codes,
+        members.names,
+        classes,
+        positive_code,
+        clusters,
+        num_bootstrap,
+        num_bins,
+        seed,
+    )
+    if scores is not None:
+        problem = replace(problem, probabilities=_probabilities(scores, problem))
     sizes = members.counts
-    rates = [
-        estimates(problem, probabilities, clusters, members.codes == code, options)
-        for code in range(len(members.names))
-    ]
+    rates = [estimates(problem, members.codes == code) for code in range(len(members.names))]
     _note_undefined(problem, rates, min_group_rows, notes)
     large = [code for code in range(len(members.names)) if sizes[code] >= min_group_rows]
     groups_of = [(problem.groups[code], rates[code]) for code in large]
@@ -310,11 +301,6 @@ def group_gaps(
         ),
         gaps=_gaps(pairs, groups_of, confidence, problem),
         pairs=pairs,
-        against_rest=_against_rest(
-            groups_of,
-            [estimates(problem, probabilities, clusters, members.codes != code, options) for code in large],
-            confidence,
-        ),
         classes=problem.classes,
         positive=None if problem.positive is None else problem.classes[problem.positive],
         num_rows=int(true.codes.size),
@@ -329,19 +315,10 @@ def group_gaps(
 # --------------------------------------------------------------------------------------------------------
 
 
-def _check_groups(members: Categories) -> None:
-    if len(members.names) < 2:
-        raise ValueError(f"groups must have at least two groups, got {members.names[0]!r} only.")
-    if len(members.names) > _MAX_GROUPS:
-        raise ValueError(
-            f"groups has {len(members.names)} different values, at most {_MAX_GROUPS} can be compared: "
-            "divide a continuous column with quantile_groups, merge rare groups."
-        )
-
-
-def _problem(
-    true: Categories, guessed: Categories, members: Categories, positive: Any, notes: list[str]
-) -> Problem:
+def _classes(
+    true: Categories, guessed: Categories, positive: Any, notes: list[str]
+) -> tuple[tuple[Any, ...], int | None]:
+    """Return the classes of labels and predictions, and the position of the positive one of two."""
     if len(true.names) < 2 and positive is None:
         raise ValueError(
             f"labels must have at least two classes, got {true.names[0]!r} only: there is nothing to tell "
@@ -362,7 +339,6 @@ def _problem(
         )
     if unknown:
         notes.append(f"predictions has class(es) that no row has as its label: {listed(unknown)}.")
-    code: int | None = None
     if positive is not None:
         if positive not in classes:
             raise ValueError(f"positive must be one of the classes {listed(classes)}, got {positive!r}.")
@@ -371,25 +347,17 @@ def _problem(
                 f"positive is for two classes, got {len(classes)} ({listed(classes)}): compare one with the "
                 "rest by passing labels == positive and predictions == positive."
             )
-        code = classes.index(positive)
-    elif len(classes) == 2:
-        if classes not in ((0, 1), (-1, 1)):
-            raise ValueError(f"positive must name the positive one of the classes {listed(classes)}.")
-        code = 1
-    order = {name: index for index, name in enumerate(classes)}
-    return Problem(
-        np.array([order[name] for name in true.names])[true.codes],
-        np.array([order[name] for name in guessed.names])[guessed.codes],
-        members.codes,
-        members.names,
-        classes,
-        code,
-    )
+        return classes, classes.index(positive)
+    if len(classes) != 2:
+        return classes, None
+    if classes not in ((0, 1), (-1, 1)):
+        raise ValueError(f"positive must name the positive one of the classes {listed(classes)}.")
+    return classes, 1
 
 
 def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
     """Return the probability of the positive class (n,), or of all classes (n, C)."""
-    array = as_real_tensor(scores, "scores").detach().cpu().double().numpy()
+    array: Floats = as_real_tensor(scores, "scores").detach().cpu().double().numpy()
     num_rows, num_classes = problem.true.size, len(problem.classes)
     if array.shape == (num_rows, 1):
         array = array[:, 0]
@@ -412,8 +380,7 @@ def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
         )
     if array.ndim == 2 and problem.positive is not None:
         array = array[:, problem.positive]
-    probabilities: Floats = array
-    return probabilities
+    return array
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -423,23 +390,17 @@ def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
 _Groups = list[tuple[Any, dict[str, Estimate]]]
 
 
-def _difference(
-    rate: str, first: tuple[Any, Estimate], second: tuple[Any, Estimate], confidence: float
-) -> Difference:
-    """Return the difference of the higher and the lower rate."""
-    (lower, low), (higher, high) = sorted((first, second), key=lambda item: item[1].value)
-    limits = combined(
-        np.array([-1.0, 1.0]), [low.value, high.value], [low.limits(confidence), high.limits(confidence)]
-    )
-    return Difference(rate, high.value - low.value, *limits, lower=lower, higher=higher)
-
-
 def _pairs(rate: str, groups: _Groups, confidence: float, num_rates: int = 1) -> Iterator[Difference]:
     """Yield the difference between each two groups; intervals hold for all pairs of `num_rates` at once."""
     defined = [(name, rates[rate]) for name, rates in groups if np.isfinite(rates[rate].value)]
     num_pairs = max(1, len(defined) * (len(defined) - 1) // 2) * num_rates
-    for first, second in combinations(defined, 2):
-        yield _difference(rate, first, second, 1 - (1 - confidence) / num_pairs)
+    confidence = 1 - (1 - confidence) / num_pairs
+    for pair in combinations(defined, 2):
+        (lower, low), (higher, high) = sorted(pair, key=lambda item: item[1].value)
+        limits = combined(
+            np.array([-1.0, 1.0]), [low.value, high.value], [low.limits(confidence), high.limits(confidence)]
+        )
+        yield Difference(rate, high.value - low.value, *limits, lower=lower, higher=higher)
 
 
 def _gaps(
@@ -470,19 +431,6 @@ def _gaps(
         pair for name in together for pair in _pairs(name, groups, confidence, len(together))
     )
     return gaps
-
-
-def _against_rest(
-    groups: _Groups, rests: list[dict[str, Estimate]], confidence: float
-) -> dict[str, tuple[Difference, ...]]:
-    return {
-        rate: tuple(
-            _difference(rate, (name, rates[rate]), (None, rest[rate]), 1 - (1 - confidence) / len(groups))
-            for (name, rates), rest in zip(groups, rests, strict=True)
-            if np.isfinite(rates[rate].value) and np.isfinite(rest[rate].value)
-        )
-        for rate in (groups[0][1] if groups else ())
-    }
 
 
 def _note_undefined(

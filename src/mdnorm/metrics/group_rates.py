@@ -15,8 +15,6 @@ from numpy.typing import NDArray
 
 from mdnorm.metrics.rates import combined, effective_rows, wilson
 
-__all__ = ["Bootstrap", "Estimate", "Problem", "Rate", "estimates"]
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -35,7 +33,7 @@ class Rate:
 
 @dataclass(frozen=True)
 class Problem:
-    """Labels and predictions as codes (n,) into `classes`, groups as codes into `groups`."""
+    """Labels and predictions as codes (n,) into `classes`, groups as codes into `groups`, and the options."""
 
     true: Integers
     guessed: Integers
@@ -43,15 +41,11 @@ class Problem:
     groups: tuple[Any, ...]
     classes: tuple[Any, ...]
     positive: int | None
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """How the interval of a calibration error is resampled, and its bins."""
-
+    clusters: Integers | None
     num_bootstrap: int
     num_bins: int
     seed: int
+    probabilities: Floats | None = None
 
 
 @dataclass(frozen=True)
@@ -86,16 +80,12 @@ class Estimate:
         return Rate(float(self.value), *self.limits(confidence))
 
 
-def estimates(
-    problem: Problem,
-    probabilities: Floats | None,
-    clusters: Integers | None,
-    inside: NDArray[np.bool_],
-    options: Bootstrap,
-) -> dict[str, Estimate]:
+def estimates(problem: Problem, inside: NDArray[np.bool_]) -> dict[str, Estimate]:
     """Return the rates of the rows that are `inside` by name; an undefined one is NaN."""
     true, guessed, positive = problem.true[inside], problem.guessed[inside], problem.positive
-    owners = None if clusters is None else np.unique(clusters[inside], return_inverse=True)[1].reshape(-1)
+    owners = None
+    if problem.clusters is not None:
+        owners = np.unique(problem.clusters[inside], return_inverse=True)[1].reshape(-1)
 
     def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Estimate:
         size = int(among.sum())
@@ -120,19 +110,19 @@ def estimates(
         rates["true_positive_rate"] = recalls[positive]
         rates["false_positive_rate"] = share(guessed == positive, true != positive)
         rates["positive_rate"] = share(guessed == positive, everyone)
-    if probabilities is not None:
-        within = probabilities[inside]
-        rates["calibration_error"] = _calibration_error(within, true, positive, owners, options)
+    if problem.probabilities is not None:
+        within = problem.probabilities[inside]
+        rates["calibration_error"] = _calibration_error(within, true, owners, problem)
         rates["brier_score"] = _brier_score(within, true, positive, owners)
     return rates
 
 
 def _calibration_error(
-    probabilities: Floats, true: Integers, positive: int | None, owners: Integers | None, options: Bootstrap
+    probabilities: Floats, true: Integers, owners: Integers | None, options: Problem
 ) -> Estimate:
     """Return the expected calibration error: ``Σ_bins |Σ rows (confidence − outcome)| / n``."""
-    if positive is not None:
-        confidences, outcomes = probabilities, true == positive
+    if options.positive is not None:
+        confidences, outcomes = probabilities, true == options.positive
     else:
         # Of several classes the likeliest one is right or wrong.
         confidences, outcomes = probabilities.max(axis=1), probabilities.argmax(axis=1) == true

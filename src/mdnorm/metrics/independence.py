@@ -4,28 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import check_permutations
-from mdnorm.metrics.distance_correlation import MIN_SAMPLES, UNDEFINED, distance_correlation_sqr
+from mdnorm.metrics.checks import check_permutations, check_same_rows
+from mdnorm.metrics.columns import as_categories
+from mdnorm.metrics.distance_correlation import distance_correlation_sqr
 from mdnorm.metrics.pairwise import Distances, centred_products, permuted_products
-from mdnorm.metrics.samples import as_codes, as_samples
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike, NDArray
-
-__all__ = [
-    "DistanceCorrelationPermutationTest",
-    "DistanceCorrelationTTest",
-    "distance_correlation_chi_squared_p_value",
-    "distance_correlation_permutation_test",
-    "distance_correlation_t_test",
-]
+from mdnorm.metrics.samples import as_samples
 
 # Permutations in memory at once, in numbers of 8 bytes.
 _PERMUTATION_ELEMENTS = 2**22
@@ -81,9 +71,7 @@ class DistanceCorrelationPermutationTest:
     permuted: NDArray[np.float64] = field(repr=False, compare=False)
 
 
-def distance_correlation_t_test(
-    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, tile_size: int | None = None
-) -> DistanceCorrelationTTest:
+def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> DistanceCorrelationTTest:
     """Test the independence of two samples of **many columns** in the time of one distance correlation.
 
     As the number of columns of both variables grows, the statistic under independence tends to Student's t
@@ -92,12 +80,8 @@ def distance_correlation_t_test(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; n ≥ 4, p ≥ 1, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`.
-    tile_size : int, optional
-        As for `mdnorm.metrics.distance_correlation_sqr`.
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `mdnorm.metrics.distance_correlation_sqr`.
 
     Returns
     -------
@@ -127,7 +111,7 @@ def distance_correlation_t_test(
     with requires("metrics"):
         from scipy.special import stdtr
 
-    estimate = float(distance_correlation_sqr(x, y, tile_size=tile_size))
+    estimate = float(distance_correlation_sqr(x, y))
     num_samples = len(x)  # type: ignore[arg-type]
     degrees_of_freedom = num_samples * (num_samples - 3) // 2 - 1
     rest = (1 - estimate) * (1 + estimate)
@@ -193,7 +177,6 @@ def distance_correlation_permutation_test(
     num_permutations: int = 999,
     seed: int = 0,
     strata: Tensor | ArrayLike | None = None,
-    tile_size: int | None = None,
 ) -> DistanceCorrelationPermutationTest:
     """Test the independence of two samples by permuting the samples of one.
 
@@ -202,18 +185,14 @@ def distance_correlation_permutation_test(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; n ≥ 4, p ≥ 1, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`.
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `mdnorm.metrics.distance_correlation_sqr`.
     num_permutations : int
         At least 20. No p-value is below ``1 / (1 + num_permutations)``.
     seed : int
         Seed of the permutations, which are the same on every device.
     strata : tensor or array, (n,), optional
         Stratum of every sample: booleans, numbers or strings.
-    tile_size : int, optional
-        As for `mdnorm.metrics.distance_correlation_sqr`.
 
     Returns
     -------
@@ -223,11 +202,11 @@ def distance_correlation_permutation_test(
     Raises
     ------
     TypeError
-        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is not an integer; the strata
-        cannot be ordered.
+        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is not an integer;
+        strata of several kinds.
     ValueError
         As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is below 20; `strata` has the
-        wrong shape, another number of rows or NaN, or no stratum has two samples.
+        wrong shape, another number of rows or missing values, or no stratum has two samples.
 
     Notes
     -----
@@ -250,11 +229,13 @@ def distance_correlation_permutation_test(
     0.005
     """
     check_permutations(num_permutations)
-    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=UNDEFINED)
+    samples = as_samples(x=x, y=y)
     codes = None
     if strata is not None:
-        codes, classes = as_codes(strata, "strata", samples.num_samples)
-        if len(classes) == samples.num_samples:
+        classes = as_categories(strata, "strata")
+        codes = torch.from_numpy(classes.codes)
+        check_same_rows(strata=len(codes), x=samples.num_samples)
+        if len(classes.names) == samples.num_samples:
             raise ValueError(
                 "every sample has a stratum of its own, so that nothing can be permuted: merge strata, for "
                 "example by intervals of a continuous variable."
@@ -263,7 +244,7 @@ def distance_correlation_permutation_test(
     with torch.no_grad():
         # The statistic is symmetric: permute the variable whose distances cost less.
         first, second = sorted((Distances(rows) for rows in samples.rows), key=lambda m: -m.num_columns)
-        products = centred_products([first, second], tile_size)
+        products = centred_products([first, second])
         estimate = float(products.correlations()[0, 1])
         permuted = np.zeros(num_permutations)
         if not bool(products.is_zero.any()):
@@ -273,9 +254,7 @@ def distance_correlation_permutation_test(
             for start in range(0, num_permutations, chunk):
                 count = min(chunk, num_permutations - start)
                 permutations = _permutations(count, samples.num_samples, codes, generator)
-                values = permuted_products(
-                    first, second, products.effects, permutations.to(samples.device), tile_size
-                )
+                values = permuted_products(first, second, products.effects, permutations.to(samples.device))
                 permuted[start : start + count] = (values / root).clamp(-1, 1).cpu().numpy()
     as_large = int((permuted >= estimate - _TIE).sum())
     return DistanceCorrelationPermutationTest(

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol, cast, overload
+from typing import Literal, Protocol, TypeAlias, cast, overload
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mdnorm.metrics.checks import check_integer
-from mdnorm.metrics.distance_correlation import MIN_SAMPLES, with_exponent
+from mdnorm.metrics.distance_correlation import with_exponent
 from mdnorm.metrics.pairwise import (
     CentredProducts,
-    Distances,
     GaussianKernel,
     LinearKernel,
     PairwiseMatrix,
@@ -25,15 +24,8 @@ from mdnorm.metrics.pairwise import (
 )
 from mdnorm.metrics.samples import Samples, as_samples
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-    Kernel = Literal["linear", "rbf"]
-    Bandwidth = float | tuple[float | None, float | None] | None
-
-__all__ = ["cka", "hsic", "median_distance"]
-
-_UNDEFINED = "the unbiased estimate is not defined for fewer samples"
+Kernel = Literal["linear", "rbf"]
+Bandwidth: TypeAlias = float | tuple[float | None, float | None] | None
 
 # Samples of which the median distance is taken.
 _NUM_FOR_MEDIAN = 2000
@@ -47,35 +39,17 @@ class _Measure(Protocol):
 
     @overload
     def __call__(
-        self,
-        x: Tensor,
-        y: Tensor | ArrayLike,
-        *,
-        kernel: Kernel = ...,
-        bandwidth: Bandwidth = ...,
-        tile_size: int | None = ...,
+        self, x: Tensor, y: Tensor | ArrayLike, *, kernel: Kernel = ..., bandwidth: Bandwidth = ...
     ) -> Tensor: ...
 
     @overload
     def __call__(
-        self,
-        x: ArrayLike,
-        y: Tensor,
-        *,
-        kernel: Kernel = ...,
-        bandwidth: Bandwidth = ...,
-        tile_size: int | None = ...,
+        self, x: ArrayLike, y: Tensor, *, kernel: Kernel = ..., bandwidth: Bandwidth = ...
     ) -> Tensor: ...
 
     @overload
     def __call__(
-        self,
-        x: ArrayLike,
-        y: ArrayLike,
-        *,
-        kernel: Kernel = ...,
-        bandwidth: Bandwidth = ...,
-        tile_size: int | None = ...,
+        self, x: ArrayLike, y: ArrayLike, *, kernel: Kernel = ..., bandwidth: Bandwidth = ...
     ) -> float: ...
 
 
@@ -90,7 +64,6 @@ def hsic(
     *,
     kernel: Kernel = "rbf",
     bandwidth: Bandwidth = None,
-    tile_size: int | None = None,
 ) -> Tensor | float:
     """Return the unbiased Hilbert–Schmidt independence criterion of two samples.
 
@@ -100,19 +73,14 @@ def hsic(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; n ≥ 4, p ≥ 1, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`. Two tensors must be on the same device; an array beside
-        a tensor is taken to the tensor's device.
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `mdnorm.metrics.distance_correlation_sqr`.
     kernel : {"rbf", "linear"}
         ``exp(−|x_i − x_j|² / (2σ²))`` or ``x_i·x_j``, for both variables.
     bandwidth : float or pair of float, optional
         σ > 0 of the Gaussian kernel: one for both variables, or one each. None, also in a pair, stands for
         the median of the distances between samples (of 2000 of them, drawn with a fixed seed, if there are
         more; of the distances above 0 if the median is 0).
-    tile_size : int, optional
-        Rows of the kernel matrices that are in memory at once. The default suits the device.
 
     Returns
     -------
@@ -123,17 +91,17 @@ def hsic(
     Raises
     ------
     TypeError
-        An input is complex or not numeric, or `tile_size` is not an integer.
+        An input is complex or not numeric.
     ValueError
         An input has the wrong shape, no columns, or NaN or infinite values; the inputs differ in their number
-        of rows or in their device; there are fewer than 4 rows; `tile_size` is below 1; `kernel` is unknown;
+        of rows or in their device; there are fewer than 4 rows; `kernel` is unknown;
         `bandwidth` is not positive, or given for the linear kernel.
     OverflowError
         The result is larger than any float64 number (linear kernel).
 
     Notes
     -----
-    Memory is O(n·tile_size + n·(p + q)), arithmetic O(n²·(p + q)) in float64. The linear kernel takes
+    Memory is O(n·(p + q)), arithmetic O(n²·(p + q)) in float64. The linear kernel takes
     O(n·p·q) instead where this is less.
 
     References
@@ -150,8 +118,8 @@ def hsic(
     >>> hsic(x, x**2) > 10 * abs(hsic(x, noise))
     True
     """
-    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=_UNDEFINED)
-    products = _kernel_products(samples, kernel, bandwidth, tile_size)
+    samples = as_samples(x=x, y=y)
+    products = _kernel_products(samples, kernel, bandwidth)
     # A constant has no covariance, though rounding of its kernel may have left some.
     value = torch.where(
         products.is_zero.any(), torch.zeros_like(products.products[0, 1]), products.products[0, 1]
@@ -167,7 +135,6 @@ def cka(
     *,
     kernel: Kernel = "linear",
     bandwidth: Bandwidth = None,
-    tile_size: int | None = None,
 ) -> Tensor | float:
     """Return the debiased centred kernel alignment of two samples.
 
@@ -178,16 +145,8 @@ def cka(
 
     Parameters
     ----------
-    x : tensor or array, (n,) or (n, p)
-        One row per sample, of any real dtype; n ≥ 4, p ≥ 1, finite values.
-    y : tensor or array, (n,) or (n, q)
-        The other variable, rows in the order of `x`.
-    kernel : {"linear", "rbf"}
-        As for `hsic`.
-    bandwidth : float or pair of float, optional
-        As for `hsic`.
-    tile_size : int, optional
-        As for `hsic`.
+    x, y, kernel, bandwidth
+        As of `hsic`.
 
     Returns
     -------
@@ -215,20 +174,16 @@ def cka(
     >>> round(cka(x, 2 * x[:, ::-1] + 5), 12)
     1.0
     """
-    samples = as_samples(x=x, y=y, min_samples=MIN_SAMPLES, reason=_UNDEFINED)
-    products = _kernel_products(samples, kernel, bandwidth, tile_size)
+    samples = as_samples(x=x, y=y)
+    products = _kernel_products(samples, kernel, bandwidth)
     return samples.result(products.correlations()[0, 1])
 
 
-def _kernel_products(
-    samples: Samples, kernel: Kernel, bandwidth: Bandwidth, tile_size: int | None
-) -> CentredProducts:
+def _kernel_products(samples: Samples, kernel: Kernel, bandwidth: Bandwidth) -> CentredProducts:
     if kernel not in ("rbf", "linear"):
         raise ValueError(f"kernel must be 'rbf' or 'linear', got {kernel!r}.")
     if kernel == "linear" and bandwidth is not None:
         raise ValueError(f"the linear kernel has no bandwidth, got bandwidth={bandwidth!r}: leave it out.")
-    if tile_size is not None:
-        check_integer("tile_size", tile_size, 1)
     bandwidths = bandwidth if isinstance(bandwidth, tuple) else (bandwidth, bandwidth)
     if len(bandwidths) != 2 or any(
         sigma is not None and not (sigma > 0 and math.isfinite(sigma)) for sigma in bandwidths
@@ -240,47 +195,28 @@ def _kernel_products(
     with torch.no_grad():
         if kernel == "linear":
             matrices: list[PairwiseMatrix] = [LinearKernel(rows) for rows in samples.rows]
-            return _column_products(matrices) or centred_products(matrices, tile_size)
+            return _column_products(matrices) or centred_products(matrices)
         matrices = []
         for rows, exponent, sigma in zip(samples.rows, samples.exponents, bandwidths, strict=True):
             # In units of the rescaled rows.
             scaled = median_distance(rows) if sigma is None else math.ldexp(sigma, -exponent)
             matrices.append(GaussianKernel(rows, scaled))
-        return centred_products(matrices, tile_size)
+        return centred_products(matrices)
 
 
 def median_distance(rows: Tensor) -> float:
     """Return the median distance between different samples, 1 where they are all equal."""
     if rows.shape[1] == 0:
         return 1.0
-    num_samples = rows.shape[0]
-    if num_samples > _NUM_FOR_MEDIAN:
-        order = torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))
+    if len(rows) > _NUM_FOR_MEDIAN:
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:_NUM_FOR_MEDIAN].to(rows.device)]
-        num_samples = _NUM_FOR_MEDIAN
-    above = []
-    distances = Distances(rows)
-    for start in range(0, num_samples - 1, 64):
-        stop = min(start + 64, num_samples)
-        out = rows.new_empty(stop - start, num_samples - start)
-        block = distances.block(slice(start, stop), slice(start, num_samples), out)
-        keep = torch.ones_like(block, dtype=torch.bool).triu_(1)
-        above.append(block[keep])
-    pairs = torch.cat(above)
-    median = _median(pairs)
-    if median == 0:
-        pairs = pairs[pairs > 0]
-        median = _median(pairs) if pairs.numel() else 1.0
-    return median
-
-
-def _median(values: Tensor) -> float:
-    """Return the mean of the two middle values of an even number, unlike `torch.median`."""
-    half = values.numel() // 2
-    upper = values.kthvalue(half + 1).values
-    if values.numel() % 2:
-        return float(upper)
-    return float((values.kthvalue(half).values + upper) / 2)
+    pairs = torch.pdist(rows)
+    # Not `median`, which is the lower of the two middle values of an even number.
+    median = float(pairs.quantile(0.5))
+    if median == 0 and bool((pairs > 0).any()):
+        median = float(pairs[pairs > 0].quantile(0.5))
+    return median or 1.0
 
 
 def _column_products(matrices: list[PairwiseMatrix]) -> CentredProducts | None:

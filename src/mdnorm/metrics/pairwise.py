@@ -20,9 +20,7 @@ Distances come from matrix products of the centred rows, ``|x_i|² + |x_j|² −
 two samples are much closer to each other than to the centre. These pairs are found and computed again from
 their differences.
 
-Where one variable is a scalar, the samples are sorted by it. Above the diagonal its distances are then a
-function of i plus a function of j, and their products with another variable's need no tile of their own, only
-the sums of rows and columns of the other's. Two scalars need no tiles at all (`mdnorm.metrics.scalars`).
+Scalars of many samples need no tiles at all (`mdnorm.metrics.scalars`).
 
 Leaving a sample out. The rows of `A` sum to 0. So the inner product without sample k, U-centred anew among
 the others, needs only ``P_k = Σ_j A_kj B_kj``: it is ``(Σ_{i≠j} A_ij B_ij − 2·(n−2)/(n−3)·P_k) /
@@ -31,31 +29,15 @@ the others, needs only ``P_k = Σ_j A_kj B_kj``: it is ``(Σ_{i≠j} A_ij B_ij �
 
 from __future__ import annotations
 
-import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from mdnorm.metrics.checks import check_integer
 from mdnorm.metrics.scalars import SortedScalar, sum_of_products
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-__all__ = [
-    "CentredProducts",
-    "Distances",
-    "GaussianKernel",
-    "LinearKernel",
-    "PairwiseMatrix",
-    "centred_products",
-    "permuted_products",
-    "row_products",
-]
 
 # More anchors estimate the row effects better, which nothing needs, and each costs n distances.
 _NUM_ANCHORS = 16
@@ -95,10 +77,7 @@ Index: TypeAlias = slice | Tensor
 class PairwiseMatrix(ABC):
     """A symmetric matrix of a value for every pair of samples, which is never in memory as a whole.
 
-    Parameters
-    ----------
-    rows : Tensor, (n, p) float64
-        Samples; without columns where the variable is constant.
+    The samples are `rows` (n, p) float64, without columns where the variable is constant.
     """
 
     def __init__(self, rows: Tensor) -> None:
@@ -114,25 +93,12 @@ class PairwiseMatrix(ABC):
         """Number of columns p of the samples."""
         return self.rows.shape[1]
 
-    def reordered(self, order: Tensor) -> Self:
-        """Return the matrix of the samples in another order."""
-        other = copy.copy(self)
-        other.rows = self.rows[order]
-        return other
-
     @abstractmethod
-    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return the entries of samples `first` with samples `second`, in `out` where that saves memory.
 
         Where the two overlap, entries of a sample with itself have any finite value.
         """
-
-    def against(self, anchors: Tensor) -> Tensor:
-        """Return the entries of all samples with `anchors`, (n, m), 0 for an anchor with itself."""
-        out = self.rows.new_empty(self.num_samples, anchors.shape[0])
-        values = self.block(slice(None), anchors, out)
-        values[anchors, torch.arange(anchors.shape[0], device=anchors.device)] = 0
-        return values
 
     def rounding(self, effects: Tensor) -> Tensor:
         """Return what rounding of the entries may leave of ``Σ_{i≠j} A_ij²``."""
@@ -151,14 +117,7 @@ class Distances(PairwiseMatrix):
             self._centred = rows - rows.mean(dim=0)
             self._norms = torch.linalg.vector_norm(self._centred, dim=1).square_()
 
-    def reordered(self, order: Tensor) -> Self:
-        """Return the matrix of the samples in another order."""
-        other = super().reordered(order)
-        if self.num_columns >= _MIN_COLUMNS_FOR_PRODUCT:
-            other._centred, other._norms = self._centred[order], self._norms[order]
-        return other
-
-    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return distances."""
         if self.num_columns == 1:
             values = self.rows[:, 0]
@@ -167,10 +126,10 @@ class Distances(PairwiseMatrix):
             return _exact_distances(self.rows[first], self.rows[second])
         return self._squared_distances(first, second, out).sqrt_()
 
-    def _squared_distances(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def _squared_distances(self, first: Index, second: Index, out: Tensor | None) -> Tensor:
         """Return squared distances from the matrix product, and from differences for close pairs."""
         left_norms, right_norms = self._norms[first], self._norms[second]
-        torch.mm(self._centred[first] * -2, self._centred[second].T, out=out)
+        out = torch.mm(self._centred[first] * -2, self._centred[second].T, out=out)
         out += left_norms[:, None]
         out += right_norms
         if isinstance(first, slice) and isinstance(second, slice) and second.start < first.stop:
@@ -194,21 +153,13 @@ class Distances(PairwiseMatrix):
 
 
 class GaussianKernel(Distances):
-    """The kernel ``exp(−|x_i − x_j|² / (2σ²))``.
-
-    Parameters
-    ----------
-    rows : Tensor, (n, p) float64
-        Samples.
-    bandwidth : float
-        σ > 0, in the units of `rows`.
-    """
+    """The kernel ``exp(−|x_i − x_j|² / (2σ²))`` with the bandwidth σ > 0, in the units of the rows."""
 
     def __init__(self, rows: Tensor, bandwidth: float) -> None:
         super().__init__(rows)
         self._factor = -0.5 / bandwidth**2
 
-    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return values of the kernel."""
         if self.num_columns < _MIN_COLUMNS_FOR_PRODUCT:
             squared = super().block(first, second, out).square_()
@@ -224,7 +175,7 @@ class LinearKernel(PairwiseMatrix):
         # The median, unlike the mean, is close to most samples where another is far away.
         super().__init__(rows - rows.median(dim=0).values if rows.shape[1] > 0 else rows)
 
-    def block(self, first: Index, second: Index, out: Tensor) -> Tensor:
+    def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return inner products."""
         return torch.mm(self.rows[first], self.rows[second].T, out=out)
 
@@ -235,8 +186,6 @@ class LinearKernel(PairwiseMatrix):
 
 def _exact_distances(rows: Tensor, others: Tensor) -> Tensor:
     """Return the Euclidean distances between (s, p) and (t, p) from differences, in shape (s, t)."""
-    if rows.shape[1] == 1:
-        return (rows - others.T).abs_()
     # The other form of `cdist` is a matrix product, in which a duplicate would not be at 0.
     return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
@@ -246,46 +195,31 @@ def _exact_distances(rows: Tensor, others: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Tile:
-    """Rows ``start … stop − 1`` and columns ``first … last − 1`` of the upper triangle."""
+class _Tile(NamedTuple):
+    """Some rows and columns of the upper triangle."""
 
-    start: int
-    stop: int
-    first: int
-    last: int
+    rows: slice
+    columns: slice
 
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.stop - self.start, self.last - self.first
-
-    def keep_upper_triangle(self, values: Tensor) -> Tensor:
-        """Set entries with j ≤ i to 0, in place."""
-        return values.triu_(1 + self.start - self.first) if self.first < self.stop else values
-
-    def add_sums(self, sums: Tensor, values: Tensor, ones: Tensor) -> None:
-        """Add `values` to the `sums` of the row of i and, by symmetry, of the row of j."""
-        rows, columns = values.shape
-        sums[self.start : self.stop] += torch.mv(values, ones[:columns])
-        sums[self.first : self.last] += torch.mv(values.T, ones[:rows])
+    def add_sums(self, sums: Tensor, values: Tensor) -> None:
+        """Add `values` to the `sums` (n,) of the row of i and, by symmetry, of the row of j."""
+        ones = values.new_ones(max(values.shape))
+        sums[self.rows] += torch.mv(values, ones[: values.shape[1]])
+        sums[self.columns] += torch.mv(values.T, ones[: values.shape[0]])
 
 
 class _Tiling:
     """The tiles of the upper triangle, and memory that they share."""
 
-    def __init__(self, num_samples: int, device: torch.device, tile_size: int | None) -> None:
+    def __init__(self, num_samples: int, device: torch.device) -> None:
         columns = _TILE_COLUMNS
         if device.type == "cpu":
             elements = _TILE_ELEMENTS_CPU
             columns *= torch.get_num_threads()
         else:
             elements = _TILE_ELEMENTS_ACCELERATOR
-        if tile_size is None:
-            # Tiles on the diagonal compute its lower triangle too: few rows where there are few samples.
-            least, most = _TILE_ROWS
-            tile_size = max(elements // num_samples, min(max(num_samples // 16, least), most))
         self._num_samples = num_samples
-        self._tile_rows = min(tile_size, num_samples)
+        self._tile_rows = min(_tile_rows(num_samples, elements), num_samples)
         self._tile_columns = min(max(elements // self._tile_rows, columns), num_samples)
         self._buffers: dict[int, Tensor] = {}
         self._device = device
@@ -294,29 +228,34 @@ class _Tiling:
         for start in range(0, self._num_samples, self._tile_rows):
             stop = min(start + self._tile_rows, self._num_samples)
             for first in range(start, self._num_samples, self._tile_columns):
-                yield _Tile(start, stop, first, min(first + self._tile_columns, self._num_samples))
+                last = min(first + self._tile_columns, self._num_samples)
+                yield _Tile(slice(start, stop), slice(first, last))
 
     def buffer(self, key: int, tile: _Tile) -> Tensor:
         """Return memory for the values of `tile`."""
         if key not in self._buffers:
             size = self._tile_rows * self._tile_columns
             self._buffers[key] = torch.empty(size, dtype=torch.float64, device=self._device)
-        rows, columns = tile.shape
+        rows, columns = (part.stop - part.start for part in tile)
         return self._buffers[key][: rows * columns].view(rows, columns)
+
+
+def _tile_rows(num_samples: int, elements: int) -> int:
+    # Tiles on the diagonal compute its lower triangle too: few rows where there are few samples.
+    least, most = _TILE_ROWS
+    return max(elements // num_samples, min(max(num_samples // 16, least), most))
 
 
 def _reduced_tile(
     matrix: PairwiseMatrix, effects: Tensor, tile: _Tile, out: Tensor, order: Tensor | None = None
 ) -> Tensor:
     """Return ``a_ij − r_i − r_j`` in a tile, 0 unless j > i, for the samples in another order if given."""
-    first: Index = slice(tile.start, tile.stop)
-    second: Index = slice(tile.first, tile.last)
-    if order is not None:
-        first, second = order[first], order[second]
+    first, second = tile if order is None else (order[tile.rows], order[tile.columns])
     values = matrix.block(first, second, out)
     values -= effects[first, None]
     values -= effects[second]
-    return tile.keep_upper_triangle(values)
+    overlap = tile.columns.start < tile.rows.stop
+    return values.triu_(1 + tile.rows.start - tile.columns.start) if overlap else values
 
 
 def _anchored_effects(matrix: PairwiseMatrix) -> Tensor:
@@ -328,7 +267,10 @@ def _anchored_effects(matrix: PairwiseMatrix) -> Tensor:
     num_samples = matrix.num_samples
     num_anchors = min(_NUM_ANCHORS, num_samples)
     anchors = torch.arange(num_anchors, device=matrix.rows.device) * num_samples // num_anchors
-    sums = matrix.against(anchors).sum(dim=1)
+    # An anchor has no entry with itself.
+    entries = matrix.block(slice(None), anchors)
+    entries[anchors, torch.arange(num_anchors, device=anchors.device)] = 0
+    sums = entries.sum(dim=1)
     # Σ_k (r_i + r_k) over the anchors is m·r_i + R, or (m − 2)·r_i + R where i, with no entry for itself,
     # is one of them, with R = Σ_k r_k.
     anchor_sums = sums[anchors]
@@ -370,23 +312,8 @@ class CentredProducts:
         return torch.where(undefined, torch.zeros_like(scaled), scaled.clamp(-1, 1))
 
 
-def centred_products(matrices: Sequence[PairwiseMatrix], tile_size: int | None = None) -> CentredProducts:
-    """Return the inner products of U-centred matrices.
-
-    Parameters
-    ----------
-    matrices : sequence of PairwiseMatrix
-        All of the same n ≥ 4 samples.
-    tile_size : int, optional
-        Rows of a tile; the default suits the device.
-
-    Raises
-    ------
-    TypeError, ValueError
-        `tile_size` is not an integer, or below 1.
-    """
-    if tile_size is not None:
-        check_integer("tile_size", tile_size, 1)
+def centred_products(matrices: Sequence[PairwiseMatrix]) -> CentredProducts:
+    """Return the inner products of U-centred matrices, all of the same n ≥ 4 samples."""
     rows = matrices[0].rows
     num_samples, num_matrices = rows.shape[0], len(matrices)
     effects = rows.new_zeros(num_matrices, num_samples)
@@ -397,85 +324,58 @@ def centred_products(matrices: Sequence[PairwiseMatrix], tile_size: int | None =
     if not varying:
         return CentredProducts(products, is_zero, effects)
     present = [matrices[index] for index in varying]
-    sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present, tile_size)
-
-    # Row sums of x, products of row sums, and products of totals, as in the expansion above.
-    totals = sums.row_sums.sum(dim=1)
-    rows_term = 2 / (num_samples - 2) * (sums.row_sums @ sums.row_sums.T)
-    total_term = totals[:, None] * totals / ((num_samples - 1) * (num_samples - 2))
-    centred = 2 * sums.pair_sums - rows_term + total_term
+    reduced, row_sums, pair_sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present)
+    totals = row_sums.sum(dim=1)
+    centred = _expansion(pair_sums, row_sums, row_sums)
     index = torch.tensor(varying, device=rows.device)
-    rounding = torch.stack(
-        [matrix.rounding(reduced) for matrix, reduced in zip(present, sums.effects, strict=True)]
-    )
+    rounding = torch.stack([matrix.rounding(r) for matrix, r in zip(present, reduced, strict=True)])
     is_zero[index] = centred.diagonal() <= rounding
     products[index[:, None], index] = centred / (num_samples * (num_samples - 3))
-    effects[index] = (
-        sums.effects
-        + sums.row_sums / (num_samples - 2)
-        - totals[:, None] / (2 * (num_samples - 1) * (num_samples - 2))
-    )
+    means = totals[:, None] / (2 * (num_samples - 1) * (num_samples - 2))
+    effects[index] = reduced + row_sums / (num_samples - 2) - means
     return CentredProducts(products, is_zero, effects)
 
 
-def row_products(
-    first: PairwiseMatrix,
-    second: PairwiseMatrix,
-    effects: Tensor,
-    tile_size: int | None = None,
-) -> Tensor:
-    """Return ``Σ_j A_ij²``, ``Σ_j A_ij B_ij`` and ``Σ_j B_ij²`` for every sample i.
+def _expansion(pair_sums: Tensor, x_sums: Tensor, y_sums: Tensor) -> Tensor:
+    """Return ``Σ_{i≠j} A_ij B_ij`` from ``Σ_{i<j} a_ij b_ij`` and sums of rows (k, n) and (m, n)."""
+    num_samples = x_sums.shape[1]
+    totals = x_sums.sum(dim=1)[:, None] * y_sums.sum(dim=1) / ((num_samples - 1) * (num_samples - 2))
+    return 2 * pair_sums - 2 / (num_samples - 2) * (x_sums @ y_sums.T) + totals
 
-    Parameters
-    ----------
-    first, second, effects
-        Of the same n samples, as in and from `centred_products`.
 
-    Returns
-    -------
-    Tensor, (3, n) float64
+def row_products(first: PairwiseMatrix, second: PairwiseMatrix, effects: Tensor) -> Tensor:
+    """Return ``Σ_j A_ij²``, ``Σ_j A_ij B_ij`` and ``Σ_j B_ij²`` for every sample i, (3, n).
+
+    The matrices are of the same n samples, and their `effects` (2, n) come from `centred_products`.
     """
     num_samples, device = first.num_samples, first.rows.device
     sums = first.rows.new_zeros(3, num_samples)
-    ones = first.rows.new_ones(num_samples)
-    tiling = _Tiling(num_samples, device, tile_size)
+    tiling = _Tiling(num_samples, device)
     for tile in tiling:
         a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile))
         b = _reduced_tile(second, effects[1], tile, tiling.buffer(1, tile))
-        tile.add_sums(sums[1], torch.mul(a, b, out=tiling.buffer(2, tile)), ones)
-        tile.add_sums(sums[0], a.square_(), ones)
-        tile.add_sums(sums[2], b.square_(), ones)
+        products = torch.mul(a, b, out=tiling.buffer(2, tile))
+        for sums_of, values in zip(sums, (a.square_(), products, b.square_()), strict=True):
+            tile.add_sums(sums_of, values)
     return sums
 
 
 def permuted_products(
-    first: PairwiseMatrix,
-    second: PairwiseMatrix,
-    effects: Tensor,
-    permutations: Tensor,
-    tile_size: int | None = None,
+    first: PairwiseMatrix, second: PairwiseMatrix, effects: Tensor, permutations: Tensor
 ) -> Tensor:
-    """Return ``(A·B)`` with the samples of `second` in other orders.
+    """Return ``(A·B)``, (m,), with the samples of `second` in m other orders, (m, n) int64.
 
-    Parameters
-    ----------
-    first, second, effects
-        Of the same n samples, as in and from `centred_products`.
-    permutations : Tensor, (m, n) int64
-        Orders.
-
-    Returns
-    -------
-    Tensor, (m,) float64
+    The matrices and `effects` are those of `row_products`.
     """
     num_samples, device = first.num_samples, first.rows.device
     sums = first.rows.new_zeros(permutations.shape[0])
     if _sorts([first, second]):
         x, y = (SortedScalar.of(matrix.rows[:, 0]) for matrix in (first, second))
-        for k, permutation in enumerate(permutations):
-            sums[k] = _centred_sorted_product(x, y.permuted(permutation))
+        x_sums, y_sums = x.row_sums()[None], y.row_sums()[None]
+        for k, order in enumerate(permutations):
+            sums[k] = 4 * _expansion(sum_of_products(x, y.permuted(order)), x_sums, y_sums[:, order]).sum()
         return sums / (num_samples * (num_samples - 3))
-    tiling = _Tiling(num_samples, device, tile_size)
+    tiling = _Tiling(num_samples, device)
     for tile in tiling:
         a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile)).reshape(-1)
         for k, permutation in enumerate(permutations):
@@ -484,59 +384,27 @@ def permuted_products(
     return 2 * sums / (num_samples * (num_samples - 3))
 
 
-@dataclass(frozen=True)
-class _Sums:
-    """Of k reduced matrices ``a'_ij = a_ij − r_i − r_j``."""
-
-    effects: Tensor  # (k, n): r
-    row_sums: Tensor  # (k, n): Σ_{j≠i} a'_ij
-    pair_sums: Tensor  # (k, k): Σ_{i<j} a'_ij b'_ij
+_Sums: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-def _tiled_sums(matrices: Sequence[PairwiseMatrix], tile_size: int | None) -> _Sums:
+def _tiled_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
+    """Return effects r (k, n) and sums of the reduced matrices ``a'_ij = a_ij − r_i − r_j``.
+
+    The sums are ``Σ_{j≠i} a'_ij``, (k, n), and ``Σ_{i<j} a'_ij b'_ij``, (k, k).
+    """
     num_samples, num_matrices = matrices[0].num_samples, len(matrices)
-    new_zeros = matrices[0].rows.new_zeros
-    scalar_index = _scalar_to_sort(matrices)
-    if scalar_index is not None:
-        order = SortedScalar.of(matrices[scalar_index].rows[:, 0]).order
-        matrices = [matrix.reordered(order) for matrix in matrices]
-    tiled = [k for k in range(num_matrices) if k != scalar_index]
-
-    effects = new_zeros(num_matrices, num_samples)
-    for k in tiled:
-        effects[k] = _anchored_effects(matrices[k])
-    # Sums over the columns j > i of row i, and over the rows i < j of column j.
-    of_rows, of_columns = torch.zeros_like(effects), torch.zeros_like(effects)
-    pair_sums = new_zeros(num_matrices, num_matrices)
-    ones = torch.ones_like(effects[0])
-    tiling = _Tiling(num_samples, effects.device, tile_size)
+    effects = torch.stack([_anchored_effects(matrix) for matrix in matrices])
+    row_sums, pair_sums = torch.zeros_like(effects), effects.new_zeros(num_matrices, num_matrices)
+    tiling = _Tiling(num_samples, effects.device)
     for tile in tiling:
-        flat: dict[int, Tensor] = {}
-        for k in tiled:
-            values = _reduced_tile(matrices[k], effects[k], tile, tiling.buffer(k, tile))
-            rows, columns = tile.shape
-            of_rows[k, tile.start : tile.stop] += torch.mv(values, ones[:columns])
-            of_columns[k, tile.first : tile.last] += torch.mv(values.T, ones[:rows])
-            flat[k] = values.reshape(-1)
-            for other, other_flat in flat.items():
+        flat: list[Tensor] = []
+        for k, matrix in enumerate(matrices):
+            values = _reduced_tile(matrix, effects[k], tile, tiling.buffer(k, tile))
+            tile.add_sums(row_sums[k], values)
+            flat.append(values.reshape(-1))
+            for other, other_flat in enumerate(flat):
                 pair_sums[k, other] += torch.dot(flat[k], other_flat)
-    row_sums = of_rows + of_columns
-
-    if scalar_index is not None:
-        # Where i < j in the order of the scalar, −2·m_ij is (z_j − |z_j|) − (z_i + |z_i|), of which at most
-        # one is not 0: a product with it needs no tile, only the sums of rows and columns.
-        scalar = SortedScalar.of(matrices[scalar_index].rows[:, 0])
-        size = scalar.values.abs()
-        effects[scalar_index] = size
-        row_sums[scalar_index] = -2 * scalar.row_sums()
-        products = of_columns @ (scalar.values - size) - of_rows @ (scalar.values + size)
-        products[scalar_index] = 4 * scalar.sum_of_squares()
-        for k in range(num_matrices):
-            pair_sums[max(k, scalar_index), min(k, scalar_index)] = products[k]
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(num_samples, device=order.device)
-        effects, row_sums = effects[:, inverse], row_sums[:, inverse]
-    return _Sums(effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T)
+    return effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -544,20 +412,11 @@ def _tiled_sums(matrices: Sequence[PairwiseMatrix], tile_size: int | None) -> _S
 # --------------------------------------------------------------------------------------------------------
 
 
-def _is_scalar(matrix: PairwiseMatrix) -> bool:
-    return type(matrix) is Distances and matrix.num_columns == 1
-
-
 def _sorts(matrices: Sequence[PairwiseMatrix]) -> bool:
     """Tell whether all are distances of scalars, and of enough of them."""
-    return matrices[0].num_samples >= _MIN_SAMPLES_FOR_SORTING and all(map(_is_scalar, matrices))
-
-
-def _scalar_to_sort(matrices: Sequence[PairwiseMatrix]) -> int | None:
-    """Return the index of the first scalar, if samples are worth sorting by it."""
-    if matrices[0].num_samples < _MIN_SAMPLES_FOR_SORTING:
-        return None
-    return next((k for k, matrix in enumerate(matrices) if _is_scalar(matrix)), None)
+    return matrices[0].num_samples >= _MIN_SAMPLES_FOR_SORTING and all(
+        type(matrix) is Distances and matrix.num_columns == 1 for matrix in matrices
+    )
 
 
 def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
@@ -568,17 +427,5 @@ def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
         pair_sums[k, k] = 4 * scalar.sum_of_squares()
         for other in range(k):
             pair_sums[k, other] = pair_sums[other, k] = 4 * sum_of_products(scalars[other], scalar)
-    return _Sums(
-        torch.stack([scalar.values.abs() for scalar in scalars]),
-        torch.stack([-2 * scalar.row_sums() for scalar in scalars]),
-        pair_sums,
-    )
-
-
-def _centred_sorted_product(x: SortedScalar, y: SortedScalar) -> Tensor:
-    """Return ``Σ_{i≠j} A_ij B_ij`` of two scalars."""
-    num_samples = x.values.shape[0]
-    x_sums, y_sums = x.row_sums(), y.row_sums()
-    rows_term = 2 / (num_samples - 2) * torch.dot(x_sums, y_sums)
-    total_term = x_sums.sum() * y_sums.sum() / ((num_samples - 1) * (num_samples - 2))
-    return 4 * (2 * sum_of_products(x, y) - rows_term + total_term)
+    effects = torch.stack([scalar.values.abs() for scalar in scalars])
+    return effects, torch.stack([-2 * scalar.row_sums() for scalar in scalars]), pair_sums

@@ -12,8 +12,6 @@ from numpy.typing import NDArray
 from mdnorm.metrics.columns import Categories
 from mdnorm.text import listed
 
-__all__ = ["CHUNK_ELEMENTS", "LEAST_VARIATION", "Settings", "UnusableError", "folds", "permutations"]
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 

@@ -27,8 +27,6 @@ from numpy.typing import NDArray
 
 from mdnorm.metrics.probe_folds import CHUNK_ELEMENTS, LEAST_VARIATION, Settings
 
-__all__ = ["Basis", "Choice", "decisions", "representations"]
-
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
@@ -277,23 +275,6 @@ class Basis:
         errors /= np.square(self.freedom)[:, None]
         best: Integers = (self.clearly * errors <= errors.min(axis=0)).argmax(axis=0)
         return best
-
-
-class Choice:
-    """For each target the representation with the smallest left-out error."""
-
-    def __init__(self, num_test: int, num_targets: int, width: int) -> None:
-        self.errors = np.full(num_targets, np.inf)
-        self.predicted = np.zeros((num_test, num_targets, width))
-        self.agreement = np.zeros((num_targets, width + 1, width + 1))
-
-    def add(self, columns: slice, errors: Floats, predicted: Floats, agreement: Floats) -> None:
-        """Take what `Basis.fit` returns for these targets where its errors are smaller."""
-        better = (errors < self.errors[columns]).nonzero()[0]
-        chosen = better + columns.start
-        self.errors[chosen] = errors[better]
-        self.predicted[:, chosen] = predicted[:, better]
-        self.agreement[chosen] = agreement[better]
 
 
 def _agreement(scores: Floats, targets: Floats) -> Floats:

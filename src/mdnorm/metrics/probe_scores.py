@@ -10,11 +10,9 @@ from numpy.typing import NDArray
 
 from mdnorm.metrics.columns import Categories
 from mdnorm.metrics.probe_folds import CHUNK_ELEMENTS, Settings, UnusableError, folds, permutations
-from mdnorm.metrics.probe_ridge import Basis, Choice, decisions, representations
+from mdnorm.metrics.probe_ridge import Basis, decisions, representations
 from mdnorm.metrics.rates import combined, effective_rows, wilson
 from mdnorm.plain import PlainResult
-
-__all__ = ["MIN_ROWS", "Outcome", "ProbeScore", "pooled", "probe_rows"]
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -158,21 +156,24 @@ def probe_rows(
     step = max(1, CHUNK_ELEMENTS // (num_rows * width))
     chunks = [slice(start, start + step) for start in range(0, orders.shape[1], step)]
 
-    def coded(columns: slice) -> Floats:
-        targets = values[orders[:, columns]][:, :, None]
-        # The indicator of the last class is what the others leave of 1.
-        return (targets if classes is None else targets == np.arange(width)).astype(np.float64)
-
     for index in range(num_folds):
         train, test = (fold != index).nonzero()[0], (fold == index).nonzero()[0]
-        choice = Choice(test.size, orders.shape[1], width)
-        for z_train, z_test in representations(rows[train], rows[test], settings):
-            basis = Basis(z_train, z_test, None if subjects is None else subjects[train])
-            for columns in chunks:
-                choice.add(columns, *basis.fit(coded(columns)[train]))
+        bases = [
+            Basis(z_train, z_test, None if subjects is None else subjects[train])
+            for z_train, z_test in representations(rows[train], rows[test], settings)
+        ]
         for columns in chunks:
             targets = values[orders[:, columns]]
-            scorer.add(columns, choice, coded(columns)[train], targets[train], targets[test])
+            coded = targets[train][:, :, None]
+            if classes is not None:
+                # The indicator of the last class is what the others leave of 1.
+                coded = coded == np.arange(width)
+            fits = zip(*(basis.fit(coded.astype(np.float64)) for basis in bases), strict=True)
+            errors, predicted, agreement = map(np.stack, fits)
+            # For each target the representation with the smallest left-out error.
+            best, target = errors.argmin(axis=0), np.arange(errors.shape[1])
+            chosen = np.moveaxis(predicted[best, :, target], 0, 1), agreement[best, target]
+            scorer.add(columns, *chosen, targets[train], targets[test])
     # Of the target itself, the rows are in the order of their folds.
     order = np.argsort(fold, kind="stable")
     owners = order if subjects is None else subjects[order]
@@ -192,13 +193,13 @@ class _RegressionScores:
         self.observed: list[Floats] = []
 
     def add(
-        self, columns: slice, choice: Choice, coded: Floats, train: NDArray[Any], test: NDArray[Any]
+        self, columns: slice, predicted: Floats, agreement: Floats, train: NDArray[Any], test: NDArray[Any]
     ) -> None:
         centred = test - train.mean(axis=0)
-        self.errors[columns] += np.square(centred - choice.predicted[:, columns, 0]).sum(axis=0)
+        self.errors[columns] += np.square(centred - predicted[:, :, 0]).sum(axis=0)
         self.totals[columns] += np.square(centred).sum(axis=0)
         if columns.start == 0:
-            self.observed.append(np.column_stack([centred[:, 0], choice.predicted[:, 0, 0]]))
+            self.observed.append(np.column_stack([centred[:, 0], predicted[:, 0, 0]]))
 
     def interval(self, owners: Integers, confidence: float, inflation: float) -> tuple[float, float]:
         """Return the interval of ``1 − Σ errors / Σ totals``, a ratio of sums over independent owners.
@@ -243,11 +244,11 @@ class _ClassScores:
         self.observed: list[Integers] = []
 
     def add(
-        self, columns: slice, choice: Choice, coded: Floats, train: NDArray[Any], test: NDArray[Any]
+        self, columns: slice, predicted: Floats, agreement: Floats, train: NDArray[Any], test: NDArray[Any]
     ) -> None:
-        predicted = choice.predicted[:, columns]
         scores = np.concatenate([predicted, -predicted.sum(axis=2, keepdims=True)], axis=2)
-        decided = decisions(scores, coded, choice.agreement[columns])
+        coded = (train[:, :, None] == np.arange(self.num_classes - 1)).astype(np.float64)
+        decided = decisions(scores, coded, agreement)
         if columns.start == 0:
             self.observed.append(np.column_stack([test[:, 0], decided[:, 0]]))
         for code in range(self.num_classes):

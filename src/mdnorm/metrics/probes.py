@@ -6,29 +6,23 @@ The maths is in `mdnorm.metrics.probe_ridge`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor
 from mdnorm.design.row_order import check_same_order
 from mdnorm.extras import requires
-from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations
+from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations, check_same_rows
 from mdnorm.metrics.columns import as_categories, as_column
 from mdnorm.metrics.probe_folds import LEAST_VARIATION, Settings, UnusableError
 from mdnorm.metrics.probe_scores import MIN_ROWS, Outcome, ProbeScore, pooled, probe_rows
+from mdnorm.metrics.samples import as_rows, check_finite
 from mdnorm.plain import PlainResult
 from mdnorm.text import listed
 
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-__all__ = ["ProbeResult", "ProbeScore", "probe"]
-
 Floats = NDArray[np.float64]
-Integers = NDArray[np.int64]
 
 # Whole numbers with at most this many distinct values are classes unless the caller says otherwise.
 _MAX_NUMERIC_CLASSES = 10
@@ -231,13 +225,9 @@ def probe(
     label_classes = None if labels is None else as_categories(labels, "labels")
     subjects = None if groups is None else as_categories(groups, "groups").codes
     codes = None if label_classes is None else label_classes.codes
-    lengths = {"target": column, "labels": codes, "groups": subjects}
-    for name, values in lengths.items():
-        if values is not None and values.size != rows.shape[0]:
-            raise ValueError(
-                f"features and {name} must have one row per sample each, got {rows.shape[0]} rows in "
-                f"features and {values.size} in {name}: pass the same samples in the same order."
-            )
+    for name, values in {"target": column, "labels": codes, "groups": subjects}.items():
+        if values is not None:
+            check_same_rows(**{"features": len(rows), name: len(values)})
     if rows.shape[0] < MIN_ROWS:
         raise ValueError(
             f"features must have at least {MIN_ROWS} rows, got {rows.shape[0]}: pool more samples."
@@ -286,20 +276,9 @@ def probe(
 
 
 def _as_features(features: Tensor | ArrayLike) -> Floats:
-    rows = as_real_tensor(features, "features").detach().cpu().double().numpy()
-    if rows.ndim == 1:
-        rows = rows[:, None]
-    if rows.ndim != 2 or rows.shape[1] == 0:
-        raise ValueError(
-            f"features must have shape (n,) or (n, number of columns), got {rows.shape}: give each sample "
-            "one row, for example features.reshape(n, -1)."
-        )
-    bad = (~np.isfinite(rows).all(axis=1)).nonzero()[0].tolist()
-    if bad:
-        raise ValueError(
-            f"features has NaN or infinite values in row(s) {listed(bad)} ({len(bad)} of {rows.shape[0]} "
-            "rows): drop these rows from every argument, or impute them."
-        )
+    tensor = as_rows(features, "features").cpu()
+    check_finite(tensor, "features", "every argument")
+    rows = tensor.numpy()
     if rows.shape[0] == 0:
         return rows
     # What is left of a column that was subtracted from itself is rounding, which a probe could read.

@@ -2,51 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_integer
 from mdnorm.metrics.columns import as_column
 from mdnorm.text import listed
 
-__all__ = ["QuantileGroups", "quantile_groups"]
+if TYPE_CHECKING:
+    import pandas as pd
 
 
-@dataclass(frozen=True)
-class QuantileGroups:
-    """A continuous column divided into groups.
-
-    Attributes
-    ----------
-    codes : (n,) int64
-        The group of each row, a position in `names`.
-    names : tuple of str
-        The range of values of each group, in ascending order.
-    counts : tuple of int
-        Rows of each group.
-    """
-
-    codes: NDArray[np.int64]
-    names: tuple[str, ...]
-    counts: tuple[int, ...]
-
-    @property
-    def categories(self) -> tuple[str, ...]:
-        """The names, so that the groups keep their order where the object is passed as `groups`."""
-        return self.names
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        return np.array(self.names, dtype=dtype)[self.codes]
-
-    def __len__(self) -> int:
-        return int(self.codes.size)
-
-
-def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
+def quantile_groups(values: Any, num_groups: int = 4) -> pd.Categorical:
     """Divide a continuous column into groups of about equally many rows, named by their range of values.
 
     Parameters
@@ -58,8 +27,8 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
 
     Returns
     -------
-    QuantileGroups
-        To be passed as `groups` to `group_gaps`, or as an array of names.
+    pandas.Categorical, (n,)
+        Ordered, with the ranges of values as categories; to be passed as `groups` to `group_gaps`.
 
     Raises
     ------
@@ -67,11 +36,13 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
         Values that are not numbers; `num_groups` is not an integer.
     ValueError
         A wrong shape, NaN or infinite values, no rows; `num_groups` below 1.
+    MissingExtraError
+        pandas is not installed.
 
     Examples
     --------
-    >>> quantile_groups([20, 25, 31, 44, 52, 60, 61, 80]).names
-    ('20–25', '31–44', '52–60', '61–80')
+    >>> list(quantile_groups([20, 25, 31, 44, 52, 60, 61, 80]).categories)
+    ['20–25', '31–44', '52–60', '61–80']
     """
     with requires("metrics"):
         import pandas as pd
@@ -83,19 +54,16 @@ def quantile_groups(values: Any, num_groups: int = 4) -> QuantileGroups:
             "of categories as groups as it is."
         )
     numbers = column.astype(np.float64)
-    if np.unique(numbers).size <= num_groups:
-        codes = np.unique(numbers, return_inverse=True)[1].reshape(-1)
-    else:
-        codes = np.asarray(pd.qcut(numbers, num_groups, labels=False, duplicates="drop"))
-        codes = np.unique(codes, return_inverse=True)[1].reshape(-1)
-    codes = codes.astype(np.int64)
-    number = int(codes.max()) + 1
-    limits = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(number)]
-    counts = tuple(int(count) for count in np.bincount(codes, minlength=number))
-    return QuantileGroups(codes, _range_names(limits), counts)
+    edges = np.unique(numbers)
+    if edges.size > num_groups:
+        # Each group is closed above.
+        edges = np.unique(np.quantile(numbers, np.linspace(0, 1, num_groups + 1)[1:]))
+    found, codes = np.unique(np.searchsorted(edges, numbers), return_inverse=True)
+    limits = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(len(found))]
+    return pd.Categorical.from_codes(codes, _range_names(limits), ordered=True)
 
 
-def _range_names(limits: list[tuple[float, float]]) -> tuple[str, ...]:
+def _range_names(limits: list[tuple[float, float]]) -> list[str]:
     """Return "low–high" with as few digits as keep the limits apart; whole numbers in full."""
     distinct = sorted({limit for pair in limits for limit in pair})
     whole = all(value == round(value) and abs(value) < 1e15 for value in distinct)
@@ -108,17 +76,12 @@ def _range_names(limits: list[tuple[float, float]]) -> tuple[str, ...]:
             return f"{value:.{digits}g}"
         return np.format_float_positional(rounded, trim="-")
 
-    digits = next(
-        (
-            digits
-            for digits in range(2, 17)
-            if len({text(value, digits) for value in distinct}) == len(distinct)
-        ),
-        17,
-    )
+    digits = 2
+    while digits < 17 and len({text(value, digits) for value in distinct}) < len(distinct):
+        digits += 1
     names = []
     for low, high in limits:
         # A dash next to a minus sign is hard to read.
         dash = "–" if low >= 0 else " to "
         names.append(text(low, digits) if low == high else f"{text(low, digits)}{dash}{text(high, digits)}")
-    return tuple(names)
+    return names

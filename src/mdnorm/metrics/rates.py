@@ -7,16 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["combined", "effective_rows", "wilson"]
-
 
 def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
-    """Return Wilson's score interval of a share of `size` rows (`size` need not be a whole number).
+    """Return Wilson's score interval of a share of `size` rows, which need not be a whole number.
 
-    References
-    ----------
-    .. [1] Wilson, E. B. (1927). Probable inference, the law of succession, and statistical inference. Journal
-       of the American Statistical Association, 22(158), 209–212.
+    Wilson, E. B. (1927). Probable inference, the law of succession, and statistical inference. Journal of the
+    American Statistical Association, 22(158), 209–212.
     """
     from scipy.special import ndtri
 
@@ -28,17 +24,11 @@ def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
 
 
 def effective_rows(hits: NDArray[np.bool_], owners: NDArray[np.int64]) -> float:
-    """Return how many independent rows would give a share with the same standard error as these rows.
+    """Return how many independent rows would give a share with the same standard error as these hits (n,).
 
-    Rows of one subject are alike. The number is ``p (1 − p) / v`` with the linearised variance v of a ratio
-    of sums over subjects (Kish's design effect), at most the number of rows. Where all hits are equal, it is
-    the number of subjects.
-
-    Parameters
-    ----------
-    hits : (n,) array of bool
-    owners : (n,) array of int
-        The subject of each row.
+    Rows of one subject, by `owners` (n,), are alike. The number is ``p (1 − p) / v`` with the linearised
+    variance v of a ratio of sums over subjects (Kish's design effect), at most the number of rows. Where all
+    hits are equal, it is the number of subjects.
     """
     subjects = np.unique(owners, return_inverse=True)[1].reshape(-1)
     number, size, share = int(subjects.max()) + 1, hits.size, float(hits.mean())
@@ -54,12 +44,9 @@ def effective_rows(hits: NDArray[np.bool_], owners: NDArray[np.int64]) -> float:
 def combined(
     weights: NDArray[np.float64], values: Sequence[float], intervals: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
-    """Return the interval of ``Σ weights · values`` from the intervals of the independent values.
+    """Return the interval of ``Σ weights · values`` from those of the independent values (Zou & Donner 2008).
 
-    References
-    ----------
-    .. [1] Zou, G. Y., & Donner, A. (2008). Construction of confidence limits about effect measures: a general
-       approach. Statistics in Medicine, 27(10), 1693–1702.
+    Their reference is in `mdnorm.metrics.group_gaps`.
     """
     middle, limits = np.asarray(values, np.float64), np.asarray(intervals, np.float64)
     below = weights * (middle - np.where(weights > 0, limits[:, 0], limits[:, 1]))

@@ -12,34 +12,18 @@ item) selection techniques and digital computers. Journal of the American Statis
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
-from mdnorm.metrics.checks import listed
-from mdnorm.metrics.distance_correlation import MIN_SAMPLES, distance_correlation_sqr
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-__all__ = [
-    "ColumnNames",
-    "Rows",
-    "TooFewSamplesError",
-    "add_rows",
-    "as_rows",
-    "check_column_names",
-    "check_settings",
-    "column_groups",
-    "dependence",
-    "sample",
-    "sample_keys",
-]
+from mdnorm.metrics.distance_correlation import distance_correlation_sqr
+from mdnorm.metrics.samples import MIN_SAMPLES
+from mdnorm.text import listed
 
 ColumnNames = Sequence[str] | Mapping[str, Sequence[int]]
 
@@ -74,26 +58,21 @@ class Rows:
 
     def take(self, index: Tensor) -> Rows:
         """Return the rows that a mask or an index selects, as a copy."""
-        return Rows(
-            self.features[index],
-            self.metadata[index],
-            None if self.labels is None else self.labels[index],
-            None if self.keys is None else self.keys[index],
-        )
+        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Rows:
         """Return the rows on a device."""
-        return Rows(*(None if part is None else part.to(device) for part in self._parts()))  # type: ignore[arg-type]
+        return Rows(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
 
-    def _parts(self) -> tuple[Tensor | None, ...]:
-        return self.features, self.metadata, self.labels, self.keys
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.features, self.metadata, self.labels, self.keys))
 
     @staticmethod
     def cat(pieces: Sequence[Rows]) -> Rows:
         """Return the rows of all pieces, which agree in their columns; at least one piece."""
         if len(pieces) == 1:
             return pieces[0]
-        parts = zip(*(piece._parts() for piece in pieces), strict=True)
+        parts = zip(*pieces, strict=True)
         return Rows(*(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore[arg-type]
 
 
@@ -103,19 +82,10 @@ class Rows:
 
 
 def check_settings(max_samples: int | None, seed: int) -> None:
-    """Check the settings of a sample.
-
-    Raises
-    ------
-    TypeError
-        One of them is not an integer.
-    ValueError
-        `max_samples` is below 4.
-    """
+    """Raise TypeError or ValueError where settings are no integers, or keep too few samples."""
     for name, value in (("max_samples", max_samples), ("seed", seed)):
-        if (value is None and name == "max_samples") or type(value) is int:
-            continue
-        raise TypeError(f"{name} must be an integer{' or None' * (name != 'seed')}, got {value!r}.")
+        if type(value) is not int and not (value is None and name == "max_samples"):
+            raise TypeError(f"{name} must be an integer{' or None' * (name != 'seed')}, got {value!r}.")
     if max_samples is not None and max_samples < MIN_SAMPLES:
         raise ValueError(
             f"max_samples must be at least {MIN_SAMPLES}, got {max_samples}: the bias-corrected distance "
@@ -124,15 +94,7 @@ def check_settings(max_samples: int | None, seed: int) -> None:
 
 
 def check_column_names(column_names: ColumnNames | None) -> None:
-    """Check names of metadata columns, as far as that goes without knowing how many columns there are.
-
-    Raises
-    ------
-    TypeError
-        Not a sequence of strings or a mapping from strings to sequences of integers.
-    ValueError
-        No names, a name twice, the name ``"joint"``, or a group without columns.
-    """
+    """Check names of metadata columns, as far as that goes without knowing how many columns there are."""
     if column_names is None:
         return
     if isinstance(column_names, str) or not isinstance(column_names, (Sequence, Mapping)):
@@ -167,13 +129,7 @@ def check_column_names(column_names: ColumnNames | None) -> None:
 def column_groups(
     column_names: ColumnNames | None, num_columns: int, argument: str = "column_names"
 ) -> dict[str, list[int]]:
-    """Return the column indices of each name; without names, columns are ``column_0, column_1, …``.
-
-    Raises
-    ------
-    ValueError
-        The number of names is not the number of columns, or a column index is out of range.
-    """
+    """Return the column indices of each name; without names, columns are ``column_0, column_1, …``."""
     if column_names is None:
         return {f"column_{index}": [index] for index in range(num_columns)}
     if not isinstance(column_names, Mapping):
@@ -205,26 +161,7 @@ def as_rows(
     labels: Tensor | ArrayLike | None,
     device: torch.device,
 ) -> Rows:
-    """Check a batch and return a copy of it as rows without keys.
-
-    Parameters
-    ----------
-    features : (n, ...)
-        Flattened to (n, D); of any real dtype.
-    metadata : (n,) or (n, K)
-    labels : (n,) or (n, 1), optional
-        Class indices, booleans or whole numbers.
-    device : torch.device
-        Where the rows are to be kept.
-
-    Raises
-    ------
-    TypeError
-        An input is not real and numeric.
-    ValueError
-        Wrong shapes, different numbers of rows, NaN or infinite values (in float32 for the features), labels
-        that are not whole numbers.
-    """
+    """Check a batch, as of `DistanceCorrelation.update`, and return a copy of it as rows without keys."""
     features = as_real_tensor(features, "features").detach()
     metadata = as_real_tensor(metadata, "metadata").detach()
     if features.ndim == 0:
@@ -243,7 +180,7 @@ def as_rows(
     if metadata.shape[1] == 0:
         raise ValueError(f"metadata have no columns (shape {tuple(metadata.shape)}).")
     if labels is not None:
-        labels = _as_class_indices(labels)
+        labels = as_class_indices(labels)
     for name, values in (("metadata", metadata), ("labels", labels)):
         if isinstance(values, Tensor) and values.shape[0] != num_samples:
             raise ValueError(
@@ -259,20 +196,21 @@ def as_rows(
     return Rows(features, metadata, None if labels is None else labels.to(device))
 
 
-def _as_class_indices(labels: Tensor | ArrayLike) -> Tensor:
-    labels = as_real_tensor(labels, "labels").detach()
+def as_class_indices(labels: Tensor | ArrayLike, name: str = "labels") -> Tensor:
+    """Return labels (n,) or (n, 1) as a copy of int64; ValueError where they are no whole numbers."""
+    labels = as_real_tensor(labels, name).detach()
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels.squeeze(1)
     if labels.ndim != 1:
         raise ValueError(
-            f"labels must be class indices of shape (n,) or (n, 1), got {tuple(labels.shape)}; one-hot "
-            "columns become class indices by labels.argmax(1)."
+            f"{name} must be class indices of shape (n,) or (n, 1), got {tuple(labels.shape)}; one-hot "
+            f"columns become class indices by {name}.argmax(1)."
         )
     indices = labels.to(torch.int64, copy=True)
     if labels.is_floating_point() and not bool((indices == labels).all()):
         row = int((indices != labels).nonzero()[0])
         raise ValueError(
-            f"labels must be class indices, got {labels[row].item()} in row {row}: a continuous label has no "
+            f"{name} must be class indices, got {labels[row].item()} in row {row}: a continuous label has no "
             "classes within which to measure."
         )
     return indices
@@ -351,27 +289,10 @@ def sample(pieces: Sequence[Rows], max_samples: int | None) -> Rows:
 def dependence(
     rows: Rows, groups: Mapping[str, Sequence[int]] | None, *, within_labels: bool
 ) -> Tensor | dict[str, Tensor]:
-    """Return the bias-corrected dcor² of features and metadata.
+    """Return the bias-corrected dcor² of features and metadata, as `DistanceCorrelation.compute` does.
 
-    Parameters
-    ----------
-    rows : Rows
-    groups : mapping from str to column indices, or None
-        A value for each, and for all columns together where there are several. None: all columns together
-        only.
-    within_labels : bool
-        A value for each class of the labels.
-
-    Returns
-    -------
-    Tensor, () float64, or dict of them
-        A tensor where there is one value; else a dict with the keys ``name``, ``label_c`` or
-        ``name/label_c``, in the order of names and of classes.
-
-    Raises
-    ------
-    TooFewSamplesError
-        Fewer than 4 samples, in all or of a class.
+    There is a value for each of the `groups` of columns, and for all columns together where these are
+    several; without groups for all together only.
     """
     if len(rows) < MIN_SAMPLES:
         raise TooFewSamplesError(
@@ -384,29 +305,26 @@ def dependence(
         columns = {name: list(group) for name, group in groups.items()}
         if len(columns) > 1:
             columns[JOINT] = sorted({column for group in columns.values() for column in group})
-    if not within_labels or rows.labels is None:
-        values = {
-            name: distance_correlation_sqr(rows.features, rows.metadata[:, group])
-            for name, group in columns.items()
-        }
-        return values[""] if groups is None else values
-    classes, counts = rows.labels.unique(return_counts=True)
-    too_small = {
-        f"{label} ({count})": count
-        for label, count in zip(classes.tolist(), counts.tolist(), strict=True)
-        if count < MIN_SAMPLES
-    }
+    members = {"": rows}
+    if within_labels and rows.labels is not None:
+        classes = rows.labels.unique().tolist()
+        members = {f"label_{label}": rows.take(rows.labels == label) for label in classes}
+    too_small = [
+        f"{name.removeprefix('label_')} ({len(part)})"
+        for name, part in members.items()
+        if len(part) < MIN_SAMPLES
+    ]
     if too_small:
         raise TooFewSamplesError(
             f"label class(es) {', '.join(too_small)} have fewer than {MIN_SAMPLES} samples of "
             f"{len(rows)}: within these classes the bias-corrected distance correlation is not defined. "
             "Update with more samples, raise max_samples, or measure without within_labels."
         )
-    members = {label: rows.take(rows.labels == label) for label in classes.tolist()}
-    return {
-        f"{name}/label_{label}" if name else f"label_{label}": distance_correlation_sqr(
+    values = {
+        "/".join(filter(None, (name, of_class))): distance_correlation_sqr(
             part.features, part.metadata[:, group]
         )
         for name, group in columns.items()
-        for label, part in members.items()
+        for of_class, part in members.items()
     }
+    return values.get("", values)

@@ -23,12 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
-
-__all__ = ["SortedScalar", "sum_of_products"]
 
 # A block of this many elements is about as fast pair by pair as through another level.
 _BLOCK_SIZE = 32
@@ -42,13 +41,8 @@ _MAX_SAMPLES_AT_ONCE = 2**14
 _CHUNK_SIZE = 2**10
 
 
-@dataclass(frozen=True)
-class _Quadrant:
-    """Absolute values of the samples in one quadrant, by ascending v."""
-
-    u: Tensor
-    v: Tensor
-    u_ranks: Tensor
+# Of the samples in one quadrant, by ascending v: u, v and the ranks of u.
+_Quadrant: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -112,17 +106,7 @@ class SortedScalar:
 
 
 def sum_of_products(x: SortedScalar, y: SortedScalar) -> Tensor:
-    """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``.
-
-    Parameters
-    ----------
-    x, y : SortedScalar
-        Of the same n samples.
-
-    Returns
-    -------
-    Tensor, () float64
-    """
+    """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``, () float64, of two scalars of the same n samples."""
     rank = torch.empty_like(x.order)
     quadrants: list[_Quadrant] = []
     for x_half in x.halves():
@@ -135,13 +119,8 @@ def sum_of_products(x: SortedScalar, y: SortedScalar) -> Tensor:
             # Ranks within the quadrant instead of within the half.
             present = torch.zeros(x_half.shape[0], dtype=torch.int64, device=rank.device)
             present[x_ranks] = 1
-            quadrants.append(
-                _Quadrant(
-                    x.values.index_select(0, samples).abs_(),
-                    y.values.index_select(0, samples).abs_(),
-                    (present.cumsum(0) - 1).index_select(0, x_ranks),
-                )
-            )
+            u, v = (scalar.values.index_select(0, samples).abs_() for scalar in (x, y))
+            quadrants.append((u, v, (present.cumsum(0) - 1).index_select(0, x_ranks)))
     if x.values.shape[0] <= _MAX_SAMPLES_AT_ONCE:
         return _sum_of_minimum_products(quadrants)
     return torch.stack([_sum_of_minimum_products([quadrant]) for quadrant in quadrants]).sum()
@@ -161,8 +140,8 @@ def _countdown(values: Tensor) -> Tensor:
 
 def _sum_of_minimum_products(quadrants: Sequence[_Quadrant]) -> Tensor:
     """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` over the pairs within each quadrant."""
-    device = quadrants[0].u.device
-    largest = max(1, *(quadrant.u.shape[0] for quadrant in quadrants))
+    device = quadrants[0][0].device
+    largest = max(1, *(len(u_part) for u_part, _, _ in quadrants))
     num_levels = ((largest - 1) // _BLOCK_SIZE).bit_length()
     num_blocks = 2**num_levels
     block_size = -(-largest // num_blocks)
@@ -170,11 +149,11 @@ def _sum_of_minimum_products(quadrants: Sequence[_Quadrant]) -> Tensor:
     shape = (len(quadrants), num_blocks * block_size)
     u, v = torch.zeros(2, *shape, dtype=torch.float64, device=device)
     blocks = torch.empty(shape, dtype=torch.int32, device=device)
-    for index, quadrant in enumerate(quadrants):
-        padding = shape[1] - quadrant.u.shape[0]
-        u[index, padding:], v[index, padding:] = quadrant.u, quadrant.v
+    for index, (u_part, v_part, u_ranks) in enumerate(quadrants):
+        padding = shape[1] - len(u_part)
+        u[index, padding:], v[index, padding:] = u_part, v_part
         blocks[index, :padding] = torch.arange(padding, dtype=torch.int32, device=device)
-        blocks[index, padding:] = quadrant.u_ranks + padding
+        blocks[index, padding:] = u_ranks + padding
     u, v, blocks = u.view(-1), v.view(-1), blocks.floor_divide_(block_size).view(-1)
 
     total = torch.zeros((), dtype=torch.float64, device=device)

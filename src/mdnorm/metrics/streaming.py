@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor
@@ -19,11 +20,6 @@ from mdnorm.metrics.reservoir import ColumnNames, Rows
 
 with requires("metrics"):
     from torchmetrics import Metric
-
-if TYPE_CHECKING:
-    from numpy.typing import ArrayLike
-
-__all__ = ["DistanceCorrelation", "GroupRates"]
 
 
 def _fingerprint(*settings: object) -> Tensor:
@@ -165,7 +161,7 @@ class DistanceCorrelation(Metric):
         if self.max_samples is not None:
             keys = reservoir.sample_keys(int(self.num_seen), len(rows), seed=self.seed, rank=_rank())
             rows = Rows(rows.features, rows.metadata, rows.labels, keys.to(self.device))
-        self.num_seen = self.num_seen + (rows.features.shape[0] if self.max_samples is None else len(keys))
+        self.num_seen = self.num_seen + len(rows)
         self._set_pieces(reservoir.add_rows(self._pieces(), rows, self.max_samples))
 
     def compute(self) -> Tensor | dict[str, Tensor]:
@@ -426,36 +422,32 @@ class GroupRates(Metric):
             positives), and a gap that has fewer than two groups as well.
         """
         total = self.confusion.sum(dim=(1, 2))
-        positives = self.confusion.sum(dim=2)
-        predicted = self.confusion.sum(dim=1)
-        hits = self.confusion.diagonal(dim1=1, dim2=2)
+        positives, predicted = self.confusion.sum(dim=2).T, self.confusion.sum(dim=1).T
+        hits = self.confusion.diagonal(dim1=1, dim2=2).T
+        classes = {"": 1} if self.num_classes == 2 else {f"class_{c}/": c for c in range(self.num_classes)}
+        counted = {
+            "accuracy": {"": (hits.sum(dim=0), total)},
+            "true_positive_rate": {label: (hits[c], positives[c]) for label, c in classes.items()},
+            "false_positive_rate": {
+                label: (predicted[c] - hits[c], total - positives[c]) for label, c in classes.items()
+            },
+        }
         result: dict[str, Tensor] = {}
-        self._report(result, "accuracy", [("", hits.sum(dim=1), total)])
-        classes = [1] if self.num_classes == 2 else range(self.num_classes)
-        labels = [("" if self.num_classes == 2 else f"class_{c}/", c) for c in classes]
-        true_positives = [(label, hits[:, c], positives[:, c]) for label, c in labels]
-        false_positives = [
-            (label, predicted[:, c] - hits[:, c], total - positives[:, c]) for label, c in labels
-        ]
-        self._report(result, "true_positive_rate", true_positives)
-        self._report(result, "false_positive_rate", false_positives)
+        for rate, parts in counted.items():
+            gaps = []
+            for label, (numerator, denominator) in parts.items():
+                values = {
+                    f"{rate}/{label}{name}": count / among
+                    for name, count, among in zip(self.names, numerator, denominator, strict=True)
+                    if among > 0
+                }
+                result |= values
+                if len(values) > 1:
+                    defined = torch.stack(list(values.values()))
+                    gaps.append(defined.max() - defined.min())
+            if gaps:
+                result[f"{rate}/gap"] = torch.stack(gaps).max()
         return result
-
-    def _report(
-        self, result: dict[str, Tensor], rate: str, parts: Sequence[tuple[str, Tensor, Tensor]]
-    ) -> None:
-        gaps = []
-        for label, numerator, denominator in parts:
-            defined = denominator > 0
-            values = numerator[defined].float() / denominator[defined].float()
-            names = [
-                name for name, is_defined in zip(self.names, defined.tolist(), strict=True) if is_defined
-            ]
-            result |= {f"{rate}/{label}{name}": value for name, value in zip(names, values, strict=True)}
-            if len(names) > 1:
-                gaps.append(values.max() - values.min())
-        if gaps:
-            result[f"{rate}/gap"] = torch.stack(gaps).max()
 
     def _classes(self, values: Tensor, name: str) -> Tensor:
         if values.is_floating_point() and name == "preds":
@@ -468,16 +460,12 @@ class GroupRates(Metric):
             else:
                 shapes = "(n,) or (n, 2)" if self.num_classes == 2 else f"(n, {self.num_classes})"
                 raise ValueError(f"scores in preds must have shape {shapes}, got {tuple(values.shape)}.")
-        if values.ndim == 2 and values.shape[1] == 1:
-            values = values.squeeze(1)
-        if values.ndim != 1:
-            raise ValueError(f"{name} must be class indices of shape (n,), got {tuple(values.shape)}.")
-        indices = values.to(torch.int64)
-        bad = (indices != values) | (indices < 0) | (indices >= self.num_classes)
+        indices = reservoir.as_class_indices(values, name)
+        bad = (indices < 0) | (indices >= self.num_classes)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
             raise ValueError(
-                f"{name} must be class indices from 0 to {self.num_classes - 1}, got {values[row].item()} in "
+                f"{name} must be class indices from 0 to {self.num_classes - 1}, got {int(indices[row])} in "
                 f"row {row}: num_classes={self.num_classes}."
             )
         return indices

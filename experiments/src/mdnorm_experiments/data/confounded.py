@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mdnorm.metrics.distance_correlation import MIN_SAMPLES
+from mdnorm.metrics.samples import MIN_SAMPLES
 
 
 @dataclass(frozen=True)
