@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from mdnorm.distributed import ProcessGroupSetting
 
-__all__ = ["DependenceLoss"]
-
 # Of √HSIC of the outputs, which is below 0.5: a smaller one makes the penalty too steep close to a constant.
 _LEAST_KERNEL_SCALE = 0.5
 # Of the mean of outputs and metadata as a function of a continuous label.

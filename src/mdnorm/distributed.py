@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
     ProcessGroupSetting: TypeAlias = ProcessGroup | Literal["auto", "world", "local"]
 
-__all__ = ["even_batches", "global_mean", "synchronize"]
-
 T = TypeVar("T")
 
 _UNKNOWN = object()

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["MissingExtraError", "requires"]
-
 
 class MissingExtraError(ImportError):
     """A package of an extra is not installed; the message says how to install it."""

@@ -43,8 +43,6 @@ if TYPE_CHECKING:
 
     from mdnorm.distributed import ProcessGroupSetting
 
-__all__ = ["MetadataNorm", "metadata_norm"]
-
 
 class MetadataNorm(nn.Module):
     """Remove from the features what the metadata explain (Lu et al., CVPR 2021, arXiv:2104.09052).

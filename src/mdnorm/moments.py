@@ -18,8 +18,6 @@ from torch import Tensor
 from mdnorm.arrays import as_real_array, as_real_tensor, refuse_bad_weights, statistics_dtype
 from mdnorm.regression import Standardisation, coefficient_operator
 
-__all__ = ["Moments", "NoSamplesError", "Products"]
-
 # Values of the features that are added up in one step: 1 MiB in float64, which stays in the cache.
 _STEP_VALUES = 2**17
 # Rows whose mean is near enough to that of all rows to sum about it.

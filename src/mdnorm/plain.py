@@ -9,8 +9,6 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["PlainResult", "as_plain"]
-
 
 def as_plain(value: Any) -> Any:
     """Return what JSON can hold: dataclasses as dictionaries, arrays as lists, NaN and infinity as None."""

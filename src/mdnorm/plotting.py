@@ -10,8 +10,6 @@ from mdnorm.files import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["MARKERS", "PALETTE", "save_figure"]
-
 # Okabe & Ito (2008), in an order that keeps neighbours apart, then two of Tol's muted colours.
 PALETTE = (
     "#000000",

@@ -6,8 +6,6 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-__all__ = ["aligned", "listed", "short"]
-
 
 def listed(values: Iterable[Any], limit: int = 5) -> str:
     """Return the first few of `values` for a message: ``'a', 'b', …``."""

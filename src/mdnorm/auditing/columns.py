@@ -15,15 +15,6 @@ from mdnorm.design.reader import Column as TableColumn
 from mdnorm.design.reader import read_column, read_table
 from mdnorm.design.roles import odd_cell, stand_ins
 
-__all__ = [
-    "Column",
-    "Kind",
-    "as_column",
-    "as_columns",
-    "intersection",
-    "printable",
-]
-
 Kind = Literal["continuous", "categorical", "constant", "identifier"]
 
 _MAX_CLASSES_OF_NUMBERS = 10

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["all_figures", "overview", "projections"]
-
 _MARKERS = "oDs^v*"
 _WIDTH = 7.0
 

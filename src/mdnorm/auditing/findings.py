@@ -12,8 +12,6 @@ from mdnorm.auditing.results import ColumnAudit, FeatureSet, Finding, Measure, R
 from mdnorm.auditing.settings import Settings
 from mdnorm.metrics import GroupGaps
 
-__all__ = ["LEVELS", "describe", "find", "number", "p_text", "percent", "worst"]
-
 # From harm to none.
 LEVELS = ("strong", "weak", "open", "none", "note")
 

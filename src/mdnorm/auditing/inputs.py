@@ -20,8 +20,6 @@ from mdnorm.design.roles import stand_ins
 from mdnorm.metrics.checks import check_integer
 from mdnorm.text import listed
 
-__all__ = ["Inputs", "Metadata", "Predictions", "aligned", "as_treatments", "by_treatment"]
-
 # A feature whose spread is more than this many times that of another is measured in another unit.
 _MIXED_UNITS = 100.0
 

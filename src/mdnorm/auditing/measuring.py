@@ -31,8 +31,6 @@ from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES
 from mdnorm.metrics.probe_scores import ProbeScore
 from mdnorm.metrics.rates import combined
 
-__all__ = ["MODELS", "measure"]
-
 MODELS: tuple[Literal["linear", "nonlinear"], ...] = ("linear", "nonlinear")
 
 # A continuous column is cut into this many groups for the rates of predictions.

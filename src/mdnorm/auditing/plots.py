@@ -15,21 +15,6 @@ from mdnorm.auditing.findings import comparable, number, p_text
 from mdnorm.auditing.results import ColumnAudit, FeatureSet, Measure, Projection
 from mdnorm.text import short
 
-__all__ = [
-    "CLASS_COLOURS",
-    "COLOURS",
-    "Plot",
-    "class_groups",
-    "column_plots",
-    "ellipse",
-    "gap_plots",
-    "overview_plots",
-    "padded",
-    "point_values",
-    "projection_plots",
-    "shared_values",
-]
-
 # At least 3:1 against a white and a nearly black page, and apart for colour-blind readers.
 COLOURS = ("#D55E00", "#2E86C1", "#009E73", "#CC79A7", "#B8860B", "#7B61C4")
 CLASS_COLOURS = (*COLOURS, "#5B8A8A", "#A0522D", "#6B8E23", "#E0529C")

@@ -21,8 +21,6 @@ from mdnorm.extras import requires
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["InputError", "as_input_error", "matching", "read_features", "read_table"]
-
 ARCHIVE_FORMATS = (".npz", ".safetensors")
 FEATURE_FORMATS = (".npy", *ARCHIVE_FORMATS, *TABLE_FORMATS)
 

@@ -20,8 +20,6 @@ from mdnorm.files import write_text_atomically
 from mdnorm.plain import as_plain
 from mdnorm.text import short
 
-__all__ = ["Report", "Row"]
-
 SCHEMA_VERSION = 1
 
 

@@ -10,8 +10,6 @@ from numpy.typing import NDArray
 
 from mdnorm.metrics import GroupGaps
 
-__all__ = ["ColumnAudit", "FeatureSet", "Finding", "Measure", "Projection", "Representation"]
-
 
 @dataclass(frozen=True)
 class FeatureSet:

@@ -25,8 +25,6 @@ from mdnorm.integration.bars import step_bar
 from mdnorm.metrics import cka
 from mdnorm.version import __version__
 
-__all__ = ["audit"]
-
 _PROJECTED_ROWS = 1000
 
 

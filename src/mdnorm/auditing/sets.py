@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 from mdnorm.auditing.results import FeatureSet, Projection
 from mdnorm.extras import requires
 
-__all__ = ["feature_sets", "projections_of"]
-
 # Whitening needs this many rows for each feature.
 _ROWS_PER_WHITENED = 5
 

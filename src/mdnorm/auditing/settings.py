@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from mdnorm.auditing.reading import InputError, as_input_error
 from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations
 
-__all__ = ["MIN_ROWS", "Settings"]
-
 # Fewer rows, of all or of a label class, say nothing.
 MIN_ROWS = 20
 

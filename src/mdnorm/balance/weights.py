@@ -25,8 +25,6 @@ from mdnorm.text import listed
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["BalancingWeights", "ColumnBalance", "balancing_weights"]
-
 Method = Literal["propensity", "entropy", "distance"]
 
 # As many samples as the streamed dcor² takes by default.

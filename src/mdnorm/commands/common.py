@@ -16,18 +16,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import Progress
 
-__all__ = [
-    "BAD_INPUT",
-    "INTERRUPTED",
-    "command_line",
-    "errors",
-    "fail",
-    "make_folder",
-    "only_writer",
-    "output",
-    "progress_bar",
-]
-
 errors = Console(stderr=True)
 
 BAD_INPUT = 2

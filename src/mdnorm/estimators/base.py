@@ -26,8 +26,6 @@ from mdnorm.regression import (
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["Batch", "Estimator", "batch_moments"]
-
 
 class Batch(NamedTuple):
     """What an estimator learns from beside the features.

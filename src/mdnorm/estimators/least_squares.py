@@ -14,8 +14,6 @@ from mdnorm.estimators.base import Batch, Estimator, batch_moments
 from mdnorm.moments import Moments
 from mdnorm.regression import Memory, advance, apply_operator, prior_share, regress
 
-__all__ = ["LeastSquares"]
-
 # Decay of vectors of features, chosen on seeds 100 to 107 of four settings and of a toy (docs/maths.md).
 _DECAY = 0.5
 # Samples of a batch that count for the rise of the decay.

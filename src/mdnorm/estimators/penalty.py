@@ -12,8 +12,6 @@ from mdnorm.estimators.base import Batch, Estimator
 from mdnorm.moments import Moments
 from mdnorm.regression import as_matrix, compute_dtype, full_precision, prior_share, remove
 
-__all__ = ["Penalty"]
-
 
 class Penalty(Estimator):
     """β is a parameter, learned by the loss ``½ mean ‖f − x β‖²`` beside the network (PMDN).

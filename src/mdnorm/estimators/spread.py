@@ -12,8 +12,6 @@ from mdnorm.estimators.base import Batch, batch_moments
 from mdnorm.estimators.least_squares import LeastSquares
 from mdnorm.regression import advance, coefficient_operator, compute_dtype, remove
 
-__all__ = ["Spread"]
-
 # A residual with a smaller share of the noise's variance is rounding.
 _LEAST_SHARE = 1e-3
 # Variance of the logarithm of a squared normal residual.

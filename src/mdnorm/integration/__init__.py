@@ -21,7 +21,8 @@ from mdnorm.integration.wrapper import WithMetadata
 
 if TYPE_CHECKING:
     from mdnorm.integration.huggingface import MetadataTrainer
-    from mdnorm.integration.lightning import DependenceCallback, MetadataNormCallback
+    from mdnorm.integration.lightning import MetadataNormCallback
+    from mdnorm.integration.lightning_dependence import DependenceCallback
 
 __all__ = [
     "AttachedDesign",
@@ -53,7 +54,7 @@ __all__ = [
 
 # Classes of packages which are not imported unless they are used.
 _LAZY = {
-    "DependenceCallback": "lightning",
+    "DependenceCallback": "lightning_dependence",
     "MetadataNormCallback": "lightning",
     "MetadataTrainer": "huggingface",
 }

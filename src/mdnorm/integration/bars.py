@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["step_bar", "with_bar"]
-
 
 def with_bar(loader: Iterable[Any], description: str, progress: bool) -> Iterable[Any]:
     """Return the batches of a loader, with a progress bar where there is a terminal to show it."""

@@ -18,22 +18,6 @@ from mdnorm.integration.dependence import Selector, described, select
 from mdnorm.integration.design import designs_in
 from mdnorm.integration.wrapper import WithMetadata
 
-__all__ = [
-    "Forward",
-    "Keys",
-    "checked_keys",
-    "columns_at",
-    "evaluating",
-    "given_at",
-    "inputs_at",
-    "metadata_at",
-    "on_device_of",
-    "run_on",
-    "runner",
-    "split_batch",
-    "usual_keys",
-]
-
 Forward = Callable[[nn.Module, Any], Any]
 Keys = Mapping[str, Selector | list[Selector] | None]
 

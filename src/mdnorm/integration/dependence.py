@@ -19,8 +19,6 @@ from mdnorm.metrics.reservoir import ColumnNames, Rows
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["DependenceRecorder", "LayerOutputs", "Selector", "described", "find_layer", "select"]
-
 Selector = str | int | Callable[[Any], Any]
 
 

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mdnorm.arrays import statistics_dtype
 from mdnorm.design import Design
 
-__all__ = ["AttachedDesign", "attach_design", "design_of"]
-
 DESIGN_NAME = "metadata_design"
 """Of the child that `attach_design` gives a model."""
 

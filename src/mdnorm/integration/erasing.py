@@ -25,8 +25,6 @@ from mdnorm.integration.batches import (
 from mdnorm.integration.dependence import Selector
 from mdnorm.moments import NoSamplesError
 
-__all__ = ["erase", "insert_eraser"]
-
 _NAME = "eraser"
 _GIVEN = ("metadata", "labels", "weights")
 

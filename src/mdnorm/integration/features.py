@@ -17,8 +17,6 @@ from mdnorm.integration.batches import Forward, Keys, evaluating, runner
 from mdnorm.integration.dependence import LayerOutputs, Selector
 from mdnorm.moments import NoSamplesError
 
-__all__ = ["features"]
-
 
 def features(
     model: nn.Module,

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
     from mdnorm.distributed import ProcessGroupSetting
 
-__all__ = ["fit_gram"]
-
 _Parts = tuple[Any, Any, Any]
 
 

@@ -24,8 +24,6 @@ with requires("huggingface"):
     import accelerate  # type: ignore[import-untyped]  # noqa: F401
     from transformers import Trainer
 
-__all__ = ["MetadataTrainer"]
-
 
 class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """A `Trainer` that gives the metadata in each batch to the layers that `mdnorm.insert` put into a model.

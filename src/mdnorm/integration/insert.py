@@ -33,8 +33,6 @@ from mdnorm.integration.places import Target
 from mdnorm.layer import MetadataNorm
 from mdnorm.text import aligned
 
-__all__ = ["Insertion", "InsertionReport", "insert", "insertions", "remove"]
-
 
 @dataclasses.dataclass(frozen=True)
 class InsertionReport(Sequence[Insertion]):

@@ -18,8 +18,6 @@ from mdnorm.shrinkage import Regression, effect, independent_features
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-__all__ = ["NUM_GROUPS", "LayerMoments"]
-
 # Groups of rows whose differences tell the error of what is found again.
 NUM_GROUPS = 20
 # Features whose correlations are looked at.

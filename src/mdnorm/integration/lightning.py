@@ -29,8 +29,6 @@ from mdnorm.metrics.reservoir import ColumnNames
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
-__all__ = ["DependenceCallback", "MetadataNormCallback"]
-
 
 class MetadataNormCallback(Callback):
     """Insert `MetadataNorm` into a LightningModule, feed it, recalibrate it, and log what is left.

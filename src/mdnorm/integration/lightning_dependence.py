@@ -20,7 +20,7 @@ with requires("lightning"):
     from mdnorm.metrics.streaming import DistanceCorrelation
 
     try:
-        from lightning.pytorch import Callback
+        from lightning.pytorch import Callback as Callback
     except ModuleNotFoundError as error:
         try:
             from pytorch_lightning import Callback  # type: ignore[assignment]
@@ -29,8 +29,6 @@ with requires("lightning"):
 
 if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
-
-__all__ = ["Callback", "DependenceCallback", "InsertedDependence"]
 
 
 class DependenceCallback(Callback):

@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["unchanged_loaders"]
-
 # Objects that are looked at, and how long a list may be to be one of objects with a state: not all samples.
 _MOST_OBJECTS = 20_000
 _LONGEST = 256

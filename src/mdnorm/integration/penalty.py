@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from mdnorm.estimators import Penalty
 from mdnorm.layer import MetadataNorm
 
-__all__ = ["parameter_groups", "penalty_loss"]
-
 
 def _estimators(model: nn.Module) -> list[Penalty]:
     """Return the estimators of the "penalty" layers: there must be some, and none without its sizes."""

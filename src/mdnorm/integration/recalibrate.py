@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
     from mdnorm.distributed import ProcessGroupSetting
 
-__all__ = ["recalibrate"]
-
 T = TypeVar("T")
 
 

@@ -19,8 +19,6 @@ from mdnorm.layer import MetadataNorm
 if TYPE_CHECKING:
     from mdnorm.distributed import ProcessGroupSetting
 
-__all__ = ["recalibrated"]
-
 
 @contextmanager
 def recalibrated(

@@ -11,8 +11,6 @@ from numpy.typing import NDArray
 
 from mdnorm.text import aligned
 
-__all__ = ["RecalibratedLayer", "Recalibration"]
-
 # From where on a share is called smaller than 1.
 _SIGNIFICANT = 0.05
 # Rows a column below which there is a warning.

@@ -27,8 +27,6 @@ from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
 from mdnorm.text import listed
 
-__all__ = ["load", "save"]
-
 _FORMAT = "mdnorm.model"
 _VERSION = 1
 

@@ -8,8 +8,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
-__all__ = ["uncompiled"]
-
 _lock = threading.Lock()
 _open = 0
 _stance = ExitStack()

@@ -12,8 +12,6 @@ from mdnorm import context
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
 
-__all__ = ["WithMetadata"]
-
 
 class WithMetadata(nn.Module):
     """A model that takes ``metadata=``, ``labels=``, ``weights=`` and ``mask=`` for the layers inside.

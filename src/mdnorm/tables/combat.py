@@ -33,8 +33,6 @@ from torch import Tensor
 
 from mdnorm.moments import Moments, NoSamplesError
 
-__all__ = ["LocationScale", "SiteCodes", "SiteMoments", "add_moments", "fit_location_scale", "site_moments"]
-
 FloatArray = NDArray[np.float64]
 SiteMoments = dict[Hashable, Moments]
 

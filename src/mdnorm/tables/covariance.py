@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 
 from mdnorm.tables.combat import LocationScale, SiteCodes, fit_location_scale, site_moments
 
-__all__ = ["CovarianceModel", "fit_covariance"]
-
 FloatArray = NDArray[np.float64]
 
 

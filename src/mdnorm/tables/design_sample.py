@@ -15,8 +15,6 @@ from mdnorm.design.reader import read_columns
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["DesignSample"]
-
 # Knots, means and deviations of the design are those of at most so many rows.
 MAX_DESIGN_ROWS = 2**18
 

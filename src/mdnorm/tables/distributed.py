@@ -32,8 +32,6 @@ from mdnorm.tables.model import (
     skips_missing_features,
 )
 
-__all__ = ["DaskResiduals", "residualize_dask"]
-
 T = TypeVar("T")
 
 # Parts that are put together in one task.

@@ -26,16 +26,6 @@ from mdnorm.design.table_file import TableFile, TableFileError
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = [
-    "Block",
-    "FeatureFile",
-    "FeatureTable",
-    "FeatureWriter",
-    "batch_writer",
-    "open_features",
-    "prefetched",
-]
-
 T = TypeVar("T")
 
 # A row group is in memory as a whole before it is written, and the next one is filled meanwhile.

@@ -25,8 +25,6 @@ from mdnorm.tables.covariance import CovarianceModel, fit_covariance
 from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
 from mdnorm.tables.table_reader import TableReader, TableRows
 
-__all__ = ["ESTIMATES", "TableFitter"]
-
 FloatArray = NDArray[np.float64]
 
 

@@ -31,8 +31,6 @@ from mdnorm.tables.table_design import site_codes
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["MetadataModel", "Specification"]
-
 FloatArray = NDArray[np.float64]
 
 _FORMAT = "mdnorm.MetadataModel"
@@ -444,6 +442,7 @@ _ARRAYS = ("mean", "design_mean", "coefficients", "pooled_scale", "location", "s
 
 
 def check_model_path(path: Path) -> None:
+    """Raise TableFileError for another suffix than ``.safetensors``."""
     if path.suffix.lower() != ".safetensors":
         raise TableFileError(f"{path}: coefficients are kept in a .safetensors file, name it so.")
 
@@ -460,6 +459,7 @@ DesignColumns = tuple[FloatArray, "FloatArray | None", "SiteCodes | None"]
 def needed_variables(
     design: Design | None, removes_design: bool, site: str | None, with_labels: bool
 ) -> list[str]:
+    """Return the columns of a table that removing, or fitting (`with_labels`), needs."""
     names: list[str] = []
     if design is not None and (removes_design or with_labels):
         names += design.variables(labels=with_labels)

@@ -22,8 +22,6 @@ from mdnorm.tables.fitting import ESTIMATES, TableFitter
 from mdnorm.tables.summary import Summary, Variable, summarise
 from mdnorm.tables.table_reader import TableRows
 
-__all__ = ["MetadataResidualizer"]
-
 FloatArray = NDArray[np.float64]
 
 

@@ -19,8 +19,6 @@ from mdnorm.tables.model import DesignColumns
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["KeptDesign", "Rows"]
-
 
 class Rows:
     """Features with the metadata of the same rows, in blocks, however often they are asked for.

@@ -45,8 +45,6 @@ from mdnorm.tables.rows import KeptDesign, Rows
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["ResidualizeSummary", "residualize_file"]
-
 Progress = Callable[[str, int, "int | None"], None]
 
 # Values of a block of features by default: 16 MiB in float32.

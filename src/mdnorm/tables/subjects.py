@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 
 from mdnorm.tables.combat import SiteCodes
 
-__all__ = ["RandomIntercepts", "fit_random_intercepts"]
-
 FloatArray = NDArray[np.float64]
 
 # Variance ratios among which the best one is looked for first. Below is none, above nothing but subjects.

@@ -21,8 +21,6 @@ from mdnorm.text import aligned, listed
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Summary", "Variable", "summarise"]
-
 FloatArray = NDArray[np.float64]
 Table = dict[str, NDArray[Any]]
 

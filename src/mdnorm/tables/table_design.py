@@ -14,8 +14,6 @@ from mdnorm.design import Design
 from mdnorm.design.reader import Column, read_table, shown, shown_rows
 from mdnorm.tables.combat import SiteCodes
 
-__all__ = ["TableDesign", "site_codes"]
-
 FloatArray = NDArray[np.float64]
 
 

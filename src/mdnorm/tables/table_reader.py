@@ -17,8 +17,6 @@ from mdnorm.design.reader import Column, read_column, shown, shown_rows
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.table_design import TableDesign
 
-__all__ = ["TableReader"]
-
 FloatArray = NDArray[np.float64]
 
 _FEATURES: dict[str, Any] = {
