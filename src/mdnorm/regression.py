@@ -525,12 +525,12 @@ class _Regress(torch.autograd.Function):
             if sizes is not None:
                 if group is not None and rows is None:
                     sizes = all_reduce_sum(sizes, group)
-                sizes = sizes.sqrt()
-                strength = decay * (sizes[0] / sizes[1].clamp_min(_TINY**0.5))
+                strength = decay * sizes[0].sqrt() / sizes[1].clamp_min(_TINY).sqrt()
                 terms.append((held * -strength.to(held.dtype), coefficients))
             if terms:
-                sides = zip(zip(*terms, strict=True), (1, 0), strict=True)
-                left, right = (torch.cat(side, dim) if len(side) > 1 else side[0] for side, dim in sides)
+                left, right = terms[0]
+                if len(terms) > 1:
+                    left, right = torch.cat([left, terms[1][0]], 1), torch.cat([right, terms[1][1]])
                 grad = _subtract(grad, matrix, left, right, dims, mask)
             return (grad, *(None,) * 14)
 

@@ -228,7 +228,9 @@ class LeastSquares(Estimator):
             elif isinstance(used, Tensor):
                 share = used.to(self.weight.dtype)
                 entered, kept = share * count, 1 - share * (1 - kept)
-            decay = _DECAY * _are_vectors(features) if self.decay is None else self.decay
+            decay = self.decay
+            if decay is None:
+                decay = _DECAY if features.ndim == 2 or _are_vectors(features) else 0.0
             held, strength = cast("Tensor | None", None), cast("float | Tensor", 0.0)
             if decay:
                 if batch.weights is not None:
@@ -270,8 +272,12 @@ class LeastSquares(Estimator):
         (gram, cross), p = moments, self.num_labels + 1
         if self.rise and not batch.repeated:
             self.seen += count.clamp_max(_COUNTED) if isinstance(count, Tensor) else min(count, _COUNTED)
-        seen = self.seen.item() if batch.eager else self.seen
-        risen: Any = 1.0 if not self.rise else _at_most_one(seen / self.rise)
+        risen: Any = 1.0
+        if self.rise and batch.eager:
+            # As numbers, where looking at values costs nothing.
+            risen = min(self.seen.item() / self.rise, 1.0)
+        elif self.rise:
+            risen = (self.seen / self.rise).clamp_max(1)
         if self.num_labels:
             # What the features tell of the labels, beside what is removed.
             beta = coefficients[: self.num_metadata]
@@ -280,9 +286,9 @@ class LeastSquares(Estimator):
             told = torch.linalg.vector_norm(told.to(beta.dtype).addmm(centred[: p - 1, p:], beta, alpha=-1))
             removed = (centred[p:, p:] @ beta).mul_(beta).sum()
             if batch.eager:
-                risen = risen * _at_most_one(told.item() / math.sqrt(max(removed.item(), 1e-30)))
+                risen *= min(told.item() / math.sqrt(max(removed.item(), 1e-30)), 1.0)
             else:
-                risen = risen * _at_most_one(told / removed.clamp_min(1e-30).sqrt())
+                risen = risen * (told / removed.clamp_min(1e-30).sqrt()).clamp_max(1)
         return cast("float | Tensor", decay * risen)
 
     def _remember(
@@ -319,11 +325,8 @@ class LeastSquares(Estimator):
 
 
 def _are_vectors(features: Tensor) -> bool:
-    return features.ndim == 2 or sum(size > 1 for size in features.shape[1:]) <= 1
-
-
-def _at_most_one(value: Any) -> Any:
-    return value.clamp_max(1) if isinstance(value, Tensor) else min(value, 1.0)
+    """Whether only one dimension beside that of the samples has more than one value."""
+    return sum(size > 1 for size in features.shape[1:]) <= 1
 
 
 def _refuse_far_columns(columns: Tensor, left: Tensor) -> None:
