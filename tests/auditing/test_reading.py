@@ -160,10 +160,11 @@ def test_options_that_say_nothing_of_the_file_are_errors(tmp_path, values):
 
 
 def test_long_rows_and_headers_of_text_tables(tmp_path):
-    names = [f"a_feature_with_a_long_name_{i}" for i in range(60_000)]
+    names = [f"a_feature_with_a_long_name_{i:0300}" for i in range(6_000)]
     path = tmp_path / "wide.csv"
-    path.write_text(",".join(names) + "\n" + ",".join(["0.25"] * 60_000) + "\n" + ",".join(["1"] * 60_000))
-    assert read_features(path).shape == (2, 60_000)
+    first = ",".join([f"0.{25:0300}"] * 6_000)
+    path.write_text(",".join(names) + "\n" + first + "\n" + ",".join(["1"] * 6_000))
+    assert read_features(path).shape == (2, 6_000)
     (tmp_path / "notes.csv").write_text('age,note\n40,"two\nlines"\n50,one\n')
     assert read_table(tmp_path / "notes.csv")["note"].to_pylist() == ["two\nlines", "one"]
 
