@@ -1,4 +1,5 @@
 import datetime
+import sys
 from decimal import Decimal
 from typing import Any
 
@@ -783,6 +784,18 @@ def test_rows_that_the_fit_did_not_see_are_checked_before_the_long_pass(folder) 
     features[500, 2] = np.inf
     np.save(folder / "bad.npy", features)
     fails(folder, "'2' .* missing, infinite", "bad.npy", fit_rows="train", unseen="mean")
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_bars_on_a_terminal(progress, folder, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    residualize_file(
+        folder / "fortran.npy", folder / "out.npy", **options("fortran.npy", folder), progress=progress
+    )
+    shown = capsys.readouterr().err
+    for stage in ("metadata", "fit", "write"):
+        assert (f"\r{stage}:" in shown) is progress
+    assert progress or shown == ""
 
 
 def test_unseen_sites(folder) -> None:

@@ -20,8 +20,8 @@ from mdnorm.auditing.reading import as_input_error
 from mdnorm.auditing.report import Report
 from mdnorm.auditing.sets import feature_sets, projections_of
 from mdnorm.auditing.settings import Settings
+from mdnorm.bars import step_bar
 from mdnorm.design.row_order import check_same_order
-from mdnorm.integration.bars import step_bar
 from mdnorm.metrics import cka
 from mdnorm.version import __version__
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mdnorm.bars import with_bar
 from mdnorm.context import columns_by_design
 from mdnorm.erasure import Eraser, EraserFitter
 from mdnorm.integration import places
 from mdnorm.integration.applied import call_on, find_features, is_in, replaced, warn_of_output
-from mdnorm.integration.bars import with_bar
 from mdnorm.integration.batches import (
     Keys,
     checked_keys,

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, RandomSampler
 
+from mdnorm.bars import with_bar
 from mdnorm.distributed import group_of
-from mdnorm.integration.bars import with_bar
 from mdnorm.integration.batches import Forward, Keys, evaluating, runner
 from mdnorm.integration.dependence import LayerOutputs, Selector
 from mdnorm.moments import NoSamplesError

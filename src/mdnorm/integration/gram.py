@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from mdnorm import context
 from mdnorm.arrays import check_finite_columns, columns_of, label_columns, statistics_dtype
+from mdnorm.bars import with_bar
 from mdnorm.distributed import gather_results, group_of
-from mdnorm.integration.bars import with_bar
 from mdnorm.integration.batches import Keys, checked_keys, metadata_at
 from mdnorm.integration.dependence import described, select
 from mdnorm.integration.design import designs_in

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from mdnorm import context
 from mdnorm.arrays import plain_features, statistics_dtype
+from mdnorm.bars import with_bar
 from mdnorm.distributed import gather_results, group_of
-from mdnorm.integration.bars import with_bar
 from mdnorm.integration.batches import Forward, Keys, evaluating, runner
 from mdnorm.integration.layer_moments import NUM_GROUPS, LayerMoments
 from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration, probability_below

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mdnorm.bars import stage_bars
 from mdnorm.design import ConfoundedDesignWarning, Design
 from mdnorm.design.files import check_metadata, open_table
 from mdnorm.design.roles import TableWarning
@@ -123,7 +124,7 @@ def residualize_file(
     save_model: str | Path | None = None,
     batch_rows: int | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: bool | Progress = True,
 ) -> ResidualizeSummary:
     r"""Write a table like another one, in which metadata explain nothing of the features.
 
@@ -178,8 +179,9 @@ def residualize_file(
         Of the rows in `fit_rows`, and of the 262 144 rows that a design is fitted to where there are more:
         its levels and ranges are those of all rows, its knots and the means that stand for missing values
         those of the sample.
-    progress : callable, optional
-        Called with a stage ("metadata", "fit" or "write"), the rows done and the rows in all or None.
+    progress : bool or callable
+        Show a progress bar (on a terminal, where tqdm is installed); or a function that is called with a
+        stage ("metadata", "fit" or "write"), the rows done and the rows in all or None.
 
     Returns
     -------
@@ -210,7 +212,6 @@ def residualize_file(
     # One name, not its letters.
     labels = [labels] if isinstance(labels, str) else labels
     features = [features] if isinstance(features, str) else features
-    progress = progress or _no_progress
     fits = {
         "formula": formula is not None,
         "labels": bool(labels),
@@ -276,7 +277,7 @@ def residualize_file(
     elif batch_rows < 1:
         raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
 
-    with _one_thread(), _cleaned_up_at_termination():
+    with _one_thread(), _cleaned_up_at_termination(), stage_bars(progress) as show:
         return _residualize(
             rows,
             specification,
@@ -287,7 +288,7 @@ def residualize_file(
             save_model,
             batch_rows,
             seed,
-            progress,
+            show,
         )
 
 
@@ -372,10 +373,6 @@ def _residualize(
         left_alone=dict(rows.features.left_alone),
         warnings=(*rows.features.warnings(), *notes),
     )
-
-
-def _no_progress(stage: str, done: int, total: int | None) -> None:
-    pass
 
 
 def _check_out(source: Path, out: Path, metadata: str | Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
@@ -34,6 +34,29 @@ def step_bar(
             bar.update()
 
         yield step
+
+
+@contextmanager
+def stage_bars(
+    progress: bool | Callable[[str, int, int | None], None],
+) -> Iterator[Callable[[str, int, int | None], None]]:
+    """Give what is called with a stage, how much of it is done, and of how much: as `step_bar` does."""
+    if callable(progress):
+        yield progress
+        return
+    with ExitStack() as stack:
+        bars: dict[str, Any] = {}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if stage not in bars:
+                stack.close()  # That of the stage before.
+                bars[stage] = _bar(total, stage) if progress else None
+                if bars[stage] is not None:
+                    stack.enter_context(bars[stage])
+            if bars[stage] is not None:
+                bars[stage].update(done - bars[stage].n)
+
+        yield show
 
 
 def _bar(total: int | None, description: str) -> Any:
