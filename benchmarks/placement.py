@@ -11,22 +11,22 @@ whose shade says nothing about the label. "Recovered": the share of the way from
 from __future__ import annotations
 
 import argparse
-import json
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mdnorm import insert
-from mdnorm.files import write_text_atomically
 from mdnorm_experiments.confounded import evaluate
 from mdnorm_experiments.image import SETTING
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.networks import BackboneNetwork
+from mdnorm_experiments.report import mean_with_deviation
+from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.training import fit, recalibrate_on
 
 
@@ -179,9 +179,7 @@ def summary(rows: list[dict[str, Any]]) -> list[str]:
         return [value for value in found if value is not None]
 
     def cell(place: str, name: str, factor: float = 100, digits: int = 1) -> str:
-        found = [factor * value for value in values(place, name)]
-        spread = f" ± {stdev(found):.{digits}f}" if len(found) > 1 else ""
-        return f"{fmean(found):.{digits}f}{spread}" if found else "–"
+        return mean_with_deviation([factor * value for value in values(place, name)], digits)
 
     lines = [
         "| layer behind | confound-free | recovered | metadata shuffled | as in training | dcor² of logits |",
@@ -216,13 +214,15 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, help="default: the network's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument(
-        "--json", type=Path, help="where the rows are kept; those that are there are not run again"
+        "--json",
+        type=Path,
+        default=Path("results/placement.json"),
+        help="where the rows are kept; those that are there are not run again",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows: list[dict[str, Any]] = []
-    if options.json is not None and options.json.exists():
-        rows = json.loads(options.json.read_text())
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    store = ResultStore(options.json)
     for seed, name in product(options.seeds, options.networks):
         architecture = NETWORKS[name]
         architecture = replace(
@@ -234,18 +234,16 @@ def main() -> None:
         for place in options.places or ["none", "oracle", *architecture.places]:
             key = {"network": name, "place": place, "seed": seed}
             key |= {field: getattr(architecture, field) for field in ("size", "epochs", "learning_rate")}
-            if any(key.items() <= row.items() for row in rows):
+            if store.find(key):
                 continue
             row = key | train(architecture, place, seed)
-            rows.append(row)
+            store.add(row)
             print(
                 f"{name} {place}, seed {seed}: {100 * row['bacc']:.1f} %, {row['seconds_per_epoch']:.1f} s",
                 flush=True,
             )
-            if options.json is not None:
-                write_text_atomically(options.json, json.dumps(rows, indent=1) + "\n")
     for name in options.networks:
-        print("", name, "", *summary([row for row in rows if row["network"] == name]), sep="\n")
+        print("", name, "", *summary([row for row in store.rows if row["network"] == name]), sep="\n")
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """Where to put the layer: the page shows the stored rows, and the benchmark runs."""
 
-import importlib.util
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from benchmark_modules import load
+
 pytest.importorskip("mdnorm_experiments")
 
 ROOT = Path(__file__).parent.parent
-spec = importlib.util.spec_from_file_location("placement", ROOT / "benchmarks/placement.py")
-placement = importlib.util.module_from_spec(spec)
-sys.modules["placement"] = placement  # dataclasses look their module up
-spec.loader.exec_module(placement)
+placement = load("placement")
 
 
 def test_the_page_has_the_table_of_the_stored_rows():

@@ -1,23 +1,15 @@
 """The comparison on real tables and the check against ComBat's stored results, on invented files."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from benchmark_modules import load
+
 ROOT = Path(__file__).parent.parent
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"benchmarks/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 real = load("real_tables")

@@ -1,8 +1,6 @@
 """The comparison of ways to take metadata out of tables, on few rows, and the page that shows all of it."""
 
-import importlib.util
 import json
-import sys
 import warnings
 from pathlib import Path
 
@@ -13,13 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmark_modules import load
 from mdnorm.sklearn import MetadataResidualizer
 
 ROOT = Path(__file__).parent.parent
-SPEC = importlib.util.spec_from_file_location("table_comparison", ROOT / "benchmarks/table_comparison.py")
-comparison = importlib.util.module_from_spec(SPEC)
-sys.modules["table_comparison"] = comparison  # dataclasses look their module up
-SPEC.loader.exec_module(comparison)
+comparison = load("table_comparison")
 
 STORED = ROOT / "docs/results/table-comparison.json"
 REAL = ["penguins", "diabetes", "breast-cancer", "digits"]

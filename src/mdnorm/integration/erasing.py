@@ -16,6 +16,7 @@ from mdnorm.integration.applied import call_on, find_features, is_in, replaced, 
 from mdnorm.integration.batches import (
     Keys,
     checked_keys,
+    evaluating,
     given_at,
     inputs_at,
     on_device_of,
@@ -122,11 +123,9 @@ def erase(
         # At once: a later module may change the output in place.
         fitter.update(outputs[-1], **given)
 
-    modes = {part: part.training for part in model.modules()}
     handle = module.register_forward_hook(note)
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():
             for batch in with_bar(loader, f"erase after {name or 'the model'}", progress):
                 inputs, keywords, given = _parts_of(model, on_device_of(model, batch), parts)
                 columns = columns_by_design(model, given["metadata"], given.get("labels"))
@@ -143,8 +142,6 @@ def erase(
         raise ValueError(f"after {name!r}: {error}") from error
     finally:
         handle.remove()
-        for part, mode in modes.items():
-            part.training = mode
     if fitter.moments is None:
         raise NoSamplesError("no samples: the loader is empty.")
     if is_output and name:

@@ -219,16 +219,16 @@ def _passes(
         batches.extend(itertools.islice(loader, 1))
         if not batches:
             raise NoSamplesError("no samples: the loader is empty.")
-        plain.update(_inputs(model, batches[0], run, layers, ()))
+        plain.update(_inputs(model, batches[0], run, layers, changing=False))
 
     def depending(names: list[str]) -> set[str]:
         if not batches:
             raise NoSamplesError("no samples: the loader is empty.")
         try:
-            changed = _inputs(model, batches[0], run, layers, names)
+            changed = _inputs(model, batches[0], run, {name: layers[name] for name in names}, changing=True)
         except Exception:  # The model refuses such values: nothing is known.
             return set(names)
-        return {name for name in names if name in plain and changed.get(name) != plain[name]}
+        return {name for name in names if changed[name] != plain[name]}
 
     agreeing(first_run)
     groups: list[list[str]] = []
@@ -244,9 +244,9 @@ def _passes(
 
 
 def _inputs(
-    model: nn.Module, batch: Any, run: Forward, layers: Mapping[str, MetadataNorm], changed: Sequence[str]
+    model: nn.Module, batch: Any, run: Forward, layers: Mapping[str, MetadataNorm], *, changing: bool
 ) -> dict[str, list[Any]]:
-    """Return what tells the inputs of each layer from others, where some layers put out something else."""
+    """Return what tells the inputs of each layer from others, as they are or where all put out others."""
     seen: dict[str, list[Any]] = {name: [] for name in layers}
 
     def note(name: str, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -258,8 +258,8 @@ def _inputs(
         return output * -2 if output.is_nested else output * -2 + 1
 
     with ExitStack() as stack, _hooked(layers, note):
-        for name in changed:
-            stack.callback(layers[name].register_forward_hook(change).remove)
+        for layer in layers.values() if changing else ():
+            stack.callback(layer.register_forward_hook(change).remove)
         # A forward of the user's may take things out of the batch.
         run(model, copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
     return seen

@@ -55,6 +55,13 @@ class SiteCodes:
     codes: NDArray[np.intp]
     levels: list[Hashable]
 
+    def index_in(self, known: Sequence[Hashable]) -> tuple[NDArray[np.intp], list[Hashable]]:
+        """Return the (n,) place of each row's level among known ones, −1 where it is not, and such levels."""
+        position = {level: index for index, level in enumerate(known)}
+        of_level = np.array([position.get(level, -1) for level in self.levels], dtype=np.intp)
+        unknown = [level for level, index in zip(self.levels, of_level, strict=True) if index < 0]
+        return of_level[self.codes] if len(of_level) else np.zeros(0, np.intp), unknown
+
 
 def site_moments(
     features: NDArray[Any],
@@ -130,10 +137,7 @@ class LocationScale:
 
     def index_of(self, sites: SiteCodes) -> tuple[NDArray[np.intp], list[Hashable]]:
         """Return the (n,) place of each row's site in `sites`, −1 where it is not there, and those sites."""
-        position = {site: index for index, site in enumerate(self.sites)}
-        of_level = np.array([position.get(level, -1) for level in sites.levels], dtype=np.intp)
-        unknown = [level for level, index in zip(sites.levels, of_level, strict=True) if index < 0]
-        return of_level[sites.codes] if len(of_level) else np.zeros(0, np.intp), unknown
+        return sites.index_in(self.sites)
 
     def residual(self, features: NDArray[Any], design: FloatArray) -> FloatArray:
         """Return ``f − mean − (x − x̄)·β``, shape (n, D): site effects and noise.

@@ -61,11 +61,9 @@ class RandomIntercepts:
 
     def of(self, subjects: SiteCodes) -> FloatArray:
         """Return the (n, D) intercepts of rows: 0, the mean of all, for a subject that is not known."""
-        position = {subject: index for index, subject in enumerate(self.subjects)}
         padded = np.concatenate([self.effects, np.zeros((1, self.effects.shape[1]))])
-        return padded[np.array([position.get(level, -1) for level in subjects.levels], np.intp)][
-            subjects.codes
-        ]
+        intercepts: FloatArray = padded[subjects.index_in(self.subjects)[0]]
+        return intercepts
 
 
 def fit_random_intercepts(
