@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
+
+from mdnorm.text import warn
 
 
 class Given(NamedTuple):
@@ -36,16 +37,14 @@ class Given(NamedTuple):
             return self.mask
         if not torch.compiler.is_compiling():
             if len(given) - 1 == len(positions):
-                warnings.warn(
+                warn(
                     f"{layer} has features with {_shown(positions)} positions and does not use the mask, "
                     f"which has {_shown(given[1:])}: padding counts as data there.",
-                    stacklevel=3,
                 )
             elif not dims and given == tuple(features.shape[: len(given)]) and features.ndim > len(given):
-                warnings.warn(
+                warn(
                     f"{layer} has coefficients of its own for each position and does not use the mask: "
                     "padding counts as data there. Build it with granularity='channel'.",
-                    stacklevel=3,
                 )
         return None
 

@@ -14,8 +14,6 @@ mean there.
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -30,6 +28,7 @@ from mdnorm.arrays import (
 )
 from mdnorm.moments import Moments, NoSamplesError
 from mdnorm.regression import compute_dtype, full_precision, position_dims
+from mdnorm.text import warn
 
 __all__ = ["Eraser", "EraserFitter", "fit"]
 
@@ -320,11 +319,10 @@ class EraserFitter:
         # Not unwhitened: so the covariance that is left is zero whatever the whitening is.
         left, right = cross @ (combinations[used].mT / sizes[used]), directions[:, used]
         if not used.any():
-            warnings.warn(
+            warn(
                 "there is nothing to erase: the features do not covary with what the labels leave of the "
                 "metadata (which is nothing where metadata are constant or determined by the labels). The "
-                "eraser changes nothing.",
-                stacklevel=2,
+                "eraser changes nothing."
             )
         elif self.preserve_labels:
             right = _without(right, whitening.mT @ of_labels)

@@ -1,10 +1,23 @@
-"""Names and tables as text, for messages and for reports that are printed."""
+"""Names and tables as text, for messages and for reports that are printed; warnings."""
 
 from __future__ import annotations
 
+import sys
 import unicodedata
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+# What stands between a user's line and the code that warns.
+_INSIDE = ("mdnorm", "torch", "sklearn", "lightning", "transformers")
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn of the line of the user from which the package was called, however many calls lie between."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _INSIDE:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)
 
 
 def listed(values: Iterable[Any], limit: int = 5) -> str:

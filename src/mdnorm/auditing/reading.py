@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -17,6 +16,7 @@ from mdnorm.design.files import TABLE_FORMATS, ArrayFile, checked_suffix, open_t
 from mdnorm.design.reader import shown
 from mdnorm.design.roles import TableWarning
 from mdnorm.extras import requires
+from mdnorm.text import warn
 
 if TYPE_CHECKING:
     import pyarrow
@@ -194,11 +194,10 @@ def _read_columns(path: Path, columns: Sequence[str], missing_values: Sequence[s
     names, left_alone = chosen_features(table, columns or None)
     if left_alone:
         reasons = [f"{name or '(no name)'} ({reason})" for name, reason in left_alone.items()]
-        warnings.warn(
+        warn(
             f"{path}: these columns are taken for no features: {shown(reasons, 20)}. Name the features where "
             "that is not meant.",
             TableWarning,
-            stacklevel=3,
         )
     batches = [
         np.stack([column.to_numpy(zero_copy_only=False) for column in batch.columns], axis=1)

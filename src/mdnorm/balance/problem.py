@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mdnorm.extras import requires
 from mdnorm.metrics.pairwise import Distances
-from mdnorm.text import listed
+from mdnorm.text import listed, warn
 
 # A class that a fitted model gives less than this probability does not occur for such metadata. The fit stops
 # at 1e-12, and a probability that tends to 0 is then below 1e-8 unless very few rows have it.
@@ -235,7 +235,7 @@ def propensity(problem: Problem) -> Tensor:
         )
         if len(where) > _MAX_SHARE_WITHOUT_OVERLAP * len(never):
             raise ValueError(what + _NO_OVERLAP)
-        warnings.warn(f"{what}So few hardly matter, but better {_WHAT_TO_DO}", stacklevel=3)
+        warn(f"{what}So few hardly matter, but better {_WHAT_TO_DO}")
     shares = _mean(problem.labels, problem.base)
     own = probabilities.gather(1, problem.codes[:, None])[:, 0]
     return problem.base * shares[problem.codes] / own

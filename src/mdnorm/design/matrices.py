@@ -6,7 +6,6 @@ The intercept is `MetadataNorm`'s own and never among the columns.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +34,7 @@ from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.roles import TableWarning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
 from mdnorm.design.terms import Terms, TermValues, scoped_products
+from mdnorm.text import warn
 
 Matrix = NDArray[np.float64]
 
@@ -348,12 +348,11 @@ class Design:
         self._is_fitted = True
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         for note in filter(None, map(stand_in_warning, columns.values())):
-            warnings.warn(note, TableWarning, stacklevel=2)
+            warn(note, TableWarning)
         if diagnosis.warnings:
-            warnings.warn(
+            warn(
                 " ".join(["The design is confounded:", *diagnosis.warnings, "See Design.diagnose."]),
                 ConfoundedDesignWarning,
-                stacklevel=2,
             )
         return self
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +16,7 @@ from mdnorm.integration import places
 from mdnorm.integration.dependence import Selector, described, select
 from mdnorm.integration.places import LAYER_NAME
 from mdnorm.layer import MetadataNorm
+from mdnorm.text import warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,11 +220,10 @@ def is_in(features: Tensor, output: Any) -> bool:
 
 def warn_of_output(model: nn.Module, name: str) -> None:
     """Warn that the output of a module is that of the model."""
-    warnings.warn(
+    warn(
         f"the output of {name!r} is that of the {type(model).__name__}: logits would be corrected, and what "
         "the metadata rightly say about the label taken out of them. Insert after the last hidden layer; or "
-        "after '' where the model is an encoder, and its output are features.",
-        stacklevel=3,
+        "after '' where the model is an encoder, and its output are features."
     )
 
 
@@ -272,11 +271,10 @@ class FirstPass:
         self.unwatch(model)
         for name, outputs in self.outputs.items():
             if not outputs:
-                warnings.warn(
+                warn(
                     f"{name!r} did not run in the first forward pass of the {type(model).__name__}: where "
                     "its weights alone are used, or its forward is called directly, the layer behind it "
-                    "corrects nothing.",
-                    stacklevel=2,
+                    "corrects nothing."
                 )
             if name and any(is_in(features, output) for features in outputs):
                 warn_of_output(model, name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from contextlib import closing
 from typing import Any
@@ -16,6 +15,7 @@ from mdnorm.distributed import group_of
 from mdnorm.integration.batches import Forward, Keys, evaluating, runner
 from mdnorm.integration.dependence import LayerOutputs, Selector
 from mdnorm.moments import NoSamplesError
+from mdnorm.text import warn
 
 
 def features(
@@ -116,14 +116,12 @@ def _warn_of_order(loader: Iterable[Any]) -> None:
     if not isinstance(loader, DataLoader):
         return
     if isinstance(loader.sampler, RandomSampler):
-        warnings.warn(
+        warn(
             "the loader shuffles: the features come in an order of their own, not in that of a table. Give a "
-            "DataLoader with shuffle=False.",
-            stacklevel=3,
+            "DataLoader with shuffle=False."
         )
     if loader.drop_last:
-        warnings.warn(
+        warn(
             "the loader leaves out what fills no batch (drop_last=True): give one with drop_last=False for "
-            "features of all samples.",
-            stacklevel=3,
+            "features of all samples."
         )

@@ -15,6 +15,7 @@ from mdnorm.integration.batches import columns_at
 from mdnorm.integration.dependence import LayerOutputs, Selector, select
 from mdnorm.metrics import reservoir
 from mdnorm.metrics.reservoir import ColumnNames
+from mdnorm.text import warn
 
 with requires("lightning"):
     from mdnorm.metrics.streaming import DistanceCorrelation
@@ -171,7 +172,7 @@ class DependenceCallback(Callback):
                 values = error
         if isinstance(values, reservoir.TooFewSamplesError):
             if trainer.is_global_zero:
-                warnings.warn(f"{self.prefix} of {self.layer!r} is not logged: {values}", stacklevel=2)
+                warn(f"{self.prefix} of {self.layer!r} is not logged: {values}")
             return
         for name, value in values.items():
             # The same value everywhere; sync_dist says so to Lightning.

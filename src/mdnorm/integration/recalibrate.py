@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +24,7 @@ from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import NoSamplesError
 from mdnorm.shrinkage import combine, found_again, with_change
+from mdnorm.text import warn
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -314,5 +314,5 @@ def _finish(sources: Sequence[LayerMoments], shrink: bool) -> RecalibratedLayer:
         p_value=None if found is None else probability_below(found.share, 1, found.error, NUM_GROUPS - 1),
     )
     for warning in layer.warnings:
-        warnings.warn(warning, stacklevel=3)
+        warn(warning)
     return layer

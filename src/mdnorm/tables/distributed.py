@@ -7,7 +7,6 @@ partitions that it had: Dask computes them again from their source.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -31,6 +30,7 @@ from mdnorm.tables.model import (
     row_weights,
     skips_missing_features,
 )
+from mdnorm.text import warn
 
 T = TypeVar("T")
 
@@ -255,11 +255,10 @@ def _feature_names(
                 f"alone: {shown(left_alone)}): name them with feature_names=."
             )
         if left_alone:
-            warnings.warn(
+            warn(
                 f"these columns are taken for no features and stay as they are: {shown(left_alone, 20)}. "
                 "Name the features with feature_names= where that is not meant.",
                 TableWarning,
-                stacklevel=3,
             )
         return tuple(chosen)
     for name in wanted:

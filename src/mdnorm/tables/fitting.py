@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Hashable
 from typing import Any
 
@@ -24,6 +23,7 @@ from mdnorm.tables.combat import (
 from mdnorm.tables.covariance import CovarianceModel, fit_covariance
 from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
 from mdnorm.tables.table_reader import TableReader, TableRows
+from mdnorm.text import warn
 
 FloatArray = NDArray[np.float64]
 
@@ -120,7 +120,7 @@ class TableFitter(TableReader):
         features, num_rows = rows.features, len(rows.features)
         note = leaking_features(features, self._feature_names()) if reset and self._num_metadata else None
         if note is not None:
-            warnings.warn(note, LeakageWarning, stacklevel=3)
+            warn(note, LeakageWarning)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
         if np.isnan(features).any():
             weights = (np.ones(num_rows) if weights is None else weights) * ~np.isnan(features).any(1)

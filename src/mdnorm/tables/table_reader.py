@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import warnings
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from sklearn.utils.validation import _check_feature_names_in, check_array, valid
 from mdnorm.design.reader import Column, read_column, shown, shown_rows
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.table_design import TableDesign
+from mdnorm.text import warn
 
 FloatArray = NDArray[np.float64]
 
@@ -63,11 +63,10 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         self._model = None
         num_rows = self._select(X)
         if metadata is None and self.metadata_columns is None:
-            warnings.warn(
+            warn(
                 "no metadata: X is returned unchanged. Pass metadata= to fit and transform (in a pipeline: "
                 "by metadata routing) or name metadata_columns=; metadata_columns=() says that it is meant.",
                 UserWarning,
-                stacklevel=4,
             )
         table = self._metadata_part(X) if self.metadata_columns is not None else metadata
         self._metadata_table = None
