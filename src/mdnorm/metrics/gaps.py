@@ -12,15 +12,17 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, checked_weights
 from mdnorm.design.row_order import check_same_order
 from mdnorm.metrics.checks import check_confidence, check_integer, check_same_rows
 from mdnorm.metrics.columns import Categories, as_categories
 from mdnorm.metrics.group_rates import Estimate, Problem, Rate, estimates
 from mdnorm.metrics.rates import combined
+from mdnorm.metrics.samples import Weights
 from mdnorm.plain import PlainResult
 from mdnorm.text import listed
 
@@ -148,6 +150,7 @@ def group_gaps(
     scores: Tensor | ArrayLike | None = None,
     positive: Any = None,
     subjects: Any = None,
+    weights: Weights = None,
     confidence: float = 0.95,
     min_group_rows: int = 20,
     num_bootstrap: int = 1000,
@@ -172,6 +175,10 @@ def group_gaps(
     subjects : array-like, (n,), optional
         The subject of each row, where subjects have several rows: intervals are then wider, since rows of the
         same subject carry less information than independent ones.
+    weights : array-like, (n,), optional
+        Of the rows, such as those of `mdnorm.balancing_weights` of these rows: finite, not negative, not all
+        0. Only their ratios matter: rates are shares of the weight, as of `sample_weight=` in scikit-learn
+        and fairlearn. A row of weight 0 might as well be left out. Rows are counted without weights.
     confidence : float
         Confidence level of the intervals, between 0 and 1. Intervals of differences hold for all pairs at
         once.
@@ -206,7 +213,8 @@ def group_gaps(
         An argument is of the wrong type.
     ValueError
         A wrong shape, different numbers of rows, missing values, one class or one group only, more than 100
-        groups, a positive class that is not a label or is not clear, scores that are not probabilities.
+        groups, a positive class that is not a label or is not clear, scores that are not probabilities,
+        weights that are negative, NaN or infinite, or all 0.
     MissingExtraError
         SciPy is not installed.
 
@@ -216,7 +224,9 @@ def group_gaps(
     those of the other groups.
 
     Intervals of shares are Wilson's; with `subjects`, of the number of independent rows with the same
-    standard error (the design effect of the linearised variance). Intervals of means of shares and of
+    standard error (the design effect of the linearised variance). With weights the number of rows of a share
+    is the effective one, ``(Σ w)² / Σ w²`` of the rows that it is a share of, the weights taken as known.
+    Intervals of means of shares and of
     differences are combined from these (Newcombe's hybrid score interval [2]_, [3]_). Those of differences
     have the confidence ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once
     (Bonferroni) and the largest lower limit is a lower limit of the largest difference. The interval of the
@@ -247,7 +257,14 @@ def group_gaps(
     check_integer("num_bootstrap", num_bootstrap, 0)
     check_integer("num_bins", num_bins, 1)
     check_integer("seed", seed, 0)
-    check_same_order(labels=labels, predictions=predictions, groups=groups, scores=scores, subjects=subjects)
+    check_same_order(
+        labels=labels,
+        predictions=predictions,
+        groups=groups,
+        scores=scores,
+        subjects=subjects,
+        weights=weights,
+    )
     true = as_categories(labels, "labels")
     guessed = as_categories(predictions, "predictions")
     members = as_categories(groups, "groups")
@@ -255,6 +272,15 @@ def group_gaps(
     for name, codes in {"predictions": guessed.codes, "groups": members.codes, "subjects": clusters}.items():
         if codes is not None:
             check_same_rows(**{"labels": len(true.codes), name: len(codes)})
+    weight, kept = np.ones(len(true.codes)), np.ones(len(true.codes), dtype=bool)
+    if weights is not None:
+        weight = checked_weights(weights, len(true.codes), torch.from_numpy(weight)).numpy()
+        kept = weight > 0
+        if not kept.any():
+            raise ValueError("weights must be above 0 in some row, got 0 in all.")
+        weight = weight[kept] / weight.max()
+        true, guessed, members = (column.of_rows(kept) for column in (true, guessed, members))
+        clusters = None if clusters is None else clusters[kept]
     if len(members.names) < 2:
         raise ValueError(f"groups must have at least two groups, got {members.names[0]!r} only.")
     if len(members.names) > _MAX_GROUPS:
@@ -273,12 +299,13 @@ def group_gaps(
         classes,
         positive_code,
         clusters,
+        weight,
         num_bootstrap,
         num_bins,
         seed,
     )
     if scores is not None:
-        problem = replace(problem, probabilities=_probabilities(scores, problem))
+        problem = replace(problem, probabilities=_probabilities(scores, problem, kept))
     sizes = members.counts
     rates = [estimates(problem, members.codes == code) for code in range(len(members.names))]
     _note_undefined(problem, rates, min_group_rows, notes)
@@ -355,10 +382,10 @@ def _classes(
     return classes, 1
 
 
-def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
+def _probabilities(scores: Tensor | ArrayLike, problem: Problem, kept: NDArray[np.bool_]) -> Floats:
     """Return the probability of the positive class (n,), or of all classes (n, C)."""
     array: Floats = as_real_tensor(scores, "scores").detach().cpu().double().numpy()
-    num_rows, num_classes = problem.true.size, len(problem.classes)
+    num_rows, num_classes = kept.size, len(problem.classes)
     if array.shape == (num_rows, 1):
         array = array[:, 0]
     if array.shape != (num_rows, num_classes) and (array.shape != (num_rows,) or problem.positive is None):
@@ -380,7 +407,7 @@ def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
         )
     if array.ndim == 2 and problem.positive is not None:
         array = array[:, problem.positive]
-    return array
+    return array[kept]
 
 
 # --------------------------------------------------------------------------------------------------------
