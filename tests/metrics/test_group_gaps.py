@@ -146,6 +146,9 @@ def test_rows_of_subjects_count_as_the_robust_error_of_statsmodels_says() -> Non
     assert np.sqrt(share * (1 - share) / size) == pytest.approx(fit.bse[0], rel=1e-6)
     assert 40 < size < 100
     assert effective_rows(np.ones(200, bool), owners) == np.unique(owners).size
+    for size in range(2, 12):
+        # Rows of one subject are one, whatever rounding makes of a sum that is 0.
+        assert effective_rows(np.arange(size) < size // 2, np.zeros(size, np.int64)) == 1
 
 
 @pytest.mark.parametrize("size", [10, 15, 40])

@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.spatial.distance import cdist
 from tiles import tiles_of
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mdnorm import balancing_weights
 from mdnorm.metrics import (
@@ -254,27 +253,6 @@ def test_errors_say_what_is_wrong_with_the_weights(
             measure(x, y, weights=weights)
     with pytest.raises(error, match=message):
         partial_distance_correlation(x, y, x[:, 0], weights=weights)
-
-
-class _LargestTensor(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
-        return result
-
-
-@pytest.mark.parametrize("tile_size", [None, 32])
-def test_no_tensor_is_larger_than_a_tile(tile_size: int | None) -> None:
-    n = 4000
-    with tiles_of(tile_size), _LargestTensor() as largest:
-        distance_correlation_sqr(torch.randn(n), torch.randn(n, 2), weights=torch.rand(n))
-    assert n * 16 <= largest.elements <= n * (tile_size or 64)
 
 
 @pytest.mark.gpu

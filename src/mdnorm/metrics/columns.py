@@ -26,8 +26,9 @@ class Categories:
 
     def of_rows(self, kept: NDArray[np.bool_]) -> Categories:
         """Return the classes of some of the rows, without those that are in none of them."""
-        present, codes = np.unique(self.codes[kept], return_inverse=True)
-        return Categories(codes.reshape(-1), tuple(self.names[code] for code in present))
+        codes = self.codes[kept]
+        present = np.flatnonzero(np.bincount(codes))
+        return Categories(np.searchsorted(present, codes), tuple(self.names[code] for code in present))
 
 
 def _read(values: Any, name: str) -> Column:

@@ -265,29 +265,8 @@ def group_gaps(
         subjects=subjects,
         weights=weights,
     )
-    true = as_categories(labels, "labels")
-    guessed = as_categories(predictions, "predictions")
-    members = as_categories(groups, "groups")
-    clusters = None if subjects is None else as_categories(subjects, "subjects").codes
-    for name, codes in {"predictions": guessed.codes, "groups": members.codes, "subjects": clusters}.items():
-        if codes is not None:
-            check_same_rows(**{"labels": len(true.codes), name: len(codes)})
-    weight, kept = np.ones(len(true.codes)), np.ones(len(true.codes), dtype=bool)
-    if weights is not None:
-        weight = checked_weights(weights, len(true.codes), torch.from_numpy(weight)).numpy()
-        kept = weight > 0
-        if not kept.any():
-            raise ValueError("weights must be above 0 in some row, got 0 in all.")
-        weight = weight[kept] / weight.max()
-        true, guessed, members = (column.of_rows(kept) for column in (true, guessed, members))
-        clusters = None if clusters is None else clusters[kept]
-    if len(members.names) < 2:
-        raise ValueError(f"groups must have at least two groups, got {members.names[0]!r} only.")
-    if len(members.names) > _MAX_GROUPS:
-        raise ValueError(
-            f"groups has {len(members.names)} different values, at most {_MAX_GROUPS} can be compared: "
-            "divide a continuous column with quantile_groups, merge rare groups."
-        )
+    columns, weight, kept = _columns(labels, predictions, groups, subjects, weights)
+    true, guessed, members = columns["labels"], columns["predictions"], columns["groups"]
     notes: list[str] = []
     classes, positive_code = _classes(true, guessed, positive, notes)
     order = {name: index for index, name in enumerate(classes)}
@@ -298,7 +277,7 @@ def group_gaps(
         members.names,
         classes,
         positive_code,
-        clusters,
+        columns["subjects"].codes if subjects is not None else None,
         weight,
         num_bootstrap,
         num_bins,
@@ -340,6 +319,35 @@ def group_gaps(
 # --------------------------------------------------------------------------------------------------------
 # Inputs
 # --------------------------------------------------------------------------------------------------------
+
+
+def _columns(
+    labels: Any, predictions: Any, groups: Any, subjects: Any, weights: Weights
+) -> tuple[dict[str, Categories], Floats, NDArray[np.bool_]]:
+    """Return columns and weights, at most 1, of the rows of a weight above 0, and which rows these are."""
+    given = {"labels": labels, "predictions": predictions, "groups": groups}
+    given |= {} if subjects is None else {"subjects": subjects}
+    columns = {name: as_categories(values, name) for name, values in given.items()}
+    num_rows = len(columns["labels"].codes)
+    for name, column in columns.items():
+        check_same_rows(**{"labels": num_rows, name: len(column.codes)})
+    weight = np.ones(num_rows)
+    if weights is not None:
+        weight = checked_weights(weights, num_rows, torch.from_numpy(weight)).numpy()
+        if not weight.any():
+            raise ValueError("weights must be above 0 in some row, got 0 in all.")
+        weight = weight / weight.max()
+    kept = weight > 0
+    columns = {name: column.of_rows(kept) for name, column in columns.items()}
+    names = columns["groups"].names
+    if len(names) < 2:
+        raise ValueError(f"groups must have at least two groups, got {names[0]!r} only.")
+    if len(names) > _MAX_GROUPS:
+        raise ValueError(
+            f"groups has {len(names)} different values, at most {_MAX_GROUPS} can be compared: "
+            "divide a continuous column with quantile_groups, merge rare groups."
+        )
+    return columns, weight[kept], kept
 
 
 def _classes(

@@ -167,5 +167,5 @@ def _brier_score(
     largest = 1.0 if positive is not None else 2.0
     if sums.size < 2:
         return Estimate(value)
-    error = float(np.sqrt(np.square(sums).sum() * sums.size / (sums.size - 1)) / weights.sum())
+    error = float(np.sqrt(np.square(sums / weights.sum()).sum() * sums.size / (sums.size - 1)))
     return Estimate(value, error=error, freedom=sums.size - 1, largest=largest)

@@ -8,6 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+# Of a sum of parts that are 1 together.
+_ROUNDING = 1e-13
+
 
 def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
     """Return Wilson's score interval of a share of `size` rows, which need not be a whole number.
@@ -26,7 +29,8 @@ def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
 
 def effective_size(weights: NDArray[np.float64] | Tensor) -> float:
     """Return as how many samples of equal weight these count (Kish)."""
-    return float(weights.sum() ** 2 / (weights**2).sum())
+    scaled = weights / weights.max()  # squares of tiny ones could vanish
+    return float(scaled.sum() ** 2 / (scaled**2).sum())
 
 
 def effective_rows(
@@ -43,9 +47,10 @@ def effective_rows(
     number, size, share = int(subjects.max()) + 1, effective_size(weights), np.average(hits, weights=weights)
     if number == hits.size:
         return size
-    sums = np.bincount(subjects, weights * (hits - share))
-    variance = float(np.square(sums / weights.sum()).sum()) * number / max(1, number - 1)
-    if variance <= 0 or hits.all() or not hits.any():
+    sums = np.bincount(subjects, weights * (hits - share)) / weights.sum()
+    variance = float(np.square(sums).sum()) * number / max(1, number - 1)
+    # Of one subject, or of subjects that all have the same share, the sums are 0 but for rounding.
+    if np.abs(sums).max() < _ROUNDING or hits.all() or not hits.any():
         return effective_size(np.bincount(subjects, weights) / np.bincount(subjects))
     return float(np.clip(share * (1 - share) / variance, 1, size))
 
