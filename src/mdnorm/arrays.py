@@ -257,6 +257,17 @@ def refuse_bad_weights(weights: Tensor) -> None:
         raise ValueError(f"weights must be finite and not negative: row(s) {bad.nonzero()[:5, 0].tolist()}.")
 
 
+def checked_weights(values: Tensor | ArrayLike, num_rows: int, like: Tensor) -> Tensor:
+    """Return weights (num_rows,) in the dtype and on the device of `like`, finite and not negative."""
+    weights = as_real_tensor(values, "weights").detach().to(like)
+    if weights.shape != (num_rows,):
+        raise ValueError(
+            f"weights must have shape ({num_rows},), one weight a row, got {tuple(weights.shape)}."
+        )
+    refuse_bad_weights(weights)
+    return weights
+
+
 def row_weights(
     weights: Tensor | ArrayLike | None,
     columns: Tensor,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdnorm.arrays import as_real_array, as_real_tensor, refuse_bad_weights, statistics_dtype
+from mdnorm.arrays import as_real_array, checked_weights, statistics_dtype
 from mdnorm.regression import Standardisation, coefficient_operator
 
 # Values of the features that are added up in one step: 1 MiB in float64, which stays in the cache.
@@ -141,7 +141,7 @@ class Moments:
             raise ValueError(
                 f"features has {len(values)} rows and design {len(columns)}: one row each is needed."
             )
-        weight = None if weights is None else _row_weights(weights, len(values), self.gram)
+        weight = None if weights is None else checked_weights(weights, len(values), self.gram)
         if weight is not None and not bool((weight > 0).all()):
             used = weight > 0
             values, columns, weight = values[used], columns[used], weight[used]
@@ -371,14 +371,6 @@ def _shared(array: Any) -> Tensor:
         dtype = np.dtype(np.float64)
     is_shared = array.dtype == dtype and array.flags.writeable and all(step >= 0 for step in array.strides)
     return torch.from_numpy(array if is_shared else np.array(array, dtype))
-
-
-def _row_weights(values: Any, rows: int, like: Tensor) -> Tensor:
-    weights = as_real_tensor(values, "weights").to(like)
-    if weights.shape != (rows,):
-        raise ValueError(f"weights must have shape ({rows},), one weight a row, got {tuple(weights.shape)}.")
-    refuse_bad_weights(weights)
-    return weights
 
 
 def _raise_not_finite(values: Tensor, columns: Tensor) -> None:

@@ -329,11 +329,14 @@ class _LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("p", [1, 2, 84])
 @pytest.mark.parametrize("tile_size", [None, 32])
-def test_no_tensor_is_larger_than_a_tile_or_the_input(tile_size: int | None, p: int) -> None:
+@pytest.mark.parametrize("weights", [None, torch.rand(4000)], ids=["", "weights"])
+def test_no_tensor_is_larger_than_a_tile_or_the_input(
+    weights: torch.Tensor | None, tile_size: int | None, p: int
+) -> None:
     n = 4000
     x, y = torch.randn(n, p), torch.randn(n, 2)  # two scalars would need no tile
     with tiles_of(tile_size), _LargestTensor() as largest:
-        distance_correlation_sqr(x, y)
+        distance_correlation_sqr(x, y, weights=weights)
     assert n * 16 <= largest.elements <= max(n * (tile_size or 64), n * p)
 
 

@@ -146,6 +146,9 @@ def test_rows_of_subjects_count_as_the_robust_error_of_statsmodels_says() -> Non
     assert np.sqrt(share * (1 - share) / size) == pytest.approx(fit.bse[0], rel=1e-6)
     assert 40 < size < 100
     assert effective_rows(np.ones(200, bool), owners) == np.unique(owners).size
+    for size in range(2, 12):
+        # Rows of one subject are one, whatever rounding makes of a sum that is 0.
+        assert effective_rows(np.arange(size) < size // 2, np.zeros(size, np.int64)) == 1
 
 
 @pytest.mark.parametrize("size", [10, 15, 40])
@@ -412,6 +415,11 @@ A, G = np.array([0, 1, 0, 1]), ["a", "a", "b", "b"]
         (A, A, G, {"scores": np.full((4, 2), 0.6)}, ValueError, "do not sum to 1"),
         ([0, 1, 2, 1], A, G, {"scores": [0.5] * 4}, ValueError, r"scores must have shape \(4, 3\)"),
         (A, A, G, {"scores": ["x"] * 4}, TypeError, "scores must be real and numeric"),
+        (A, A, G, {"weights": [1, 1, 1]}, ValueError, r"weights must have shape \(4,\).*got \(3,\)"),
+        (A, A, G, {"weights": [1, -1, 1, np.nan]}, ValueError, r"finite and not negative: row\(s\) \[1, 3\]"),
+        (A, A, G, {"weights": np.zeros(4)}, ValueError, "weights must be above 0 in some row, got 0 in all"),
+        (A, A, G, {"weights": [1, 1, 0, 0]}, ValueError, "at least two groups, got 'a' only"),
+        (A, A, G, {"weights": ["x"] * 4}, TypeError, "weights must be real and numeric"),
         (A, A, G, {"confidence": 95}, ValueError, "confidence must be between 0 and 1"),
         (A, A, G, {"confidence": "high"}, TypeError, "confidence must be a number"),
         (A, A, G, {"num_bootstrap": -1}, ValueError, "num_bootstrap must be at least 0"),

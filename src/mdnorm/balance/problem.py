@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mdnorm.extras import requires
+from mdnorm.metrics.distance_correlation import distance_correlation_sqr
 from mdnorm.metrics.pairwise import Distances
+from mdnorm.metrics.rates import effective_size
 from mdnorm.text import listed, warn
 
 # A class that a fitted model gives less than this probability does not occur for such metadata. The fit stops
@@ -35,11 +37,6 @@ _WHAT_TO_DO = (
     "the samples that are missing."
 )
 _NO_OVERLAP = f"No weights can make labels and metadata independent there: {_WHAT_TO_DO}"
-
-
-def effective_size(weights: Tensor) -> float:
-    """Return as how many samples of equal weight these count (Kish)."""
-    return float(weights.sum().square() / weights.square().sum())
 
 
 def _mean(columns: Tensor, weights: Tensor) -> Tensor:
@@ -104,9 +101,8 @@ class Problem(NamedTuple):
 
     def dependence(self, weights: Tensor) -> float:
         """Return the bias-corrected dcor² of labels and standardised metadata in the weighted population."""
-        a, b = _distances(_standardised(self.metadata, self.base)), _distances(self.labels)
-        squares = _distance_product(a, a, weights) * _distance_product(b, b, weights)
-        return 0.0 if squares <= 0 else max(-1.0, min(1.0, _distance_product(a, b, weights) / squares**0.5))
+        metadata = _standardised(self.metadata, self.base)
+        return float(distance_correlation_sqr(metadata, self.labels, weights=weights))
 
     def refuse_no_overlap(self) -> None:
         """Raise ValueError where single columns show that labels cannot be independent of the metadata."""
@@ -180,28 +176,6 @@ def _distances(rows: Tensor) -> Tensor:
     everything = slice(0, len(rows))
     # A product of matrices may leave a value on the diagonal.
     return Distances(rows).block(everything, everything).fill_diagonal_(0)
-
-
-def _distance_product(a: Tensor, b: Tensor, weights: Tensor) -> float:
-    """Return the weighted squared distance covariance, from sums over distinct samples.
-
-    ``E[a_ij b_ij] − 2 E[a_ij b_ik] + E[a_ij b_kl]`` over distinct i, j, k, l drawn with probabilities
-    proportional to the weights; with equal weights the bias-corrected estimate of `mdnorm.metrics`.
-    """
-    w = weights / weights.max()
-    squared, product = w * w, a * b
-    s1, s2, s3, s4 = (float((w**power).sum()) for power in (1, 2, 3, 4))
-    a_sums, b_sums = a @ w, b @ w
-    pairs = float(w @ product @ w)
-    pair_square, square_square = float(w @ product @ squared), float(squared @ product @ squared)
-    rows, rows_square = float(w @ (a_sums * b_sums)), float(squared @ (a_sums * b_sums))
-    triples = rows - pair_square
-    quadruples = float(w @ a_sums) * float(w @ b_sums) - 4 * rows_square + 2 * square_square
-    return (
-        pairs / (s1**2 - s2)
-        - 2 * triples / (s1**3 - 3 * s1 * s2 + 2 * s3)
-        + quadruples / (s1**4 - 6 * s1**2 * s2 + 3 * s2**2 + 8 * s1 * s3 - 6 * s4)
-    )
 
 
 # --------------------------------------------------------------------------------------------------------

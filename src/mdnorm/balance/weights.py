@@ -13,11 +13,12 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor, columns_of
-from mdnorm.balance.problem import Problem, distance, effective_size, entropy, propensity
+from mdnorm.balance.problem import Problem, distance, entropy, propensity
 from mdnorm.design.row_order import check_same_order
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_same_rows
 from mdnorm.metrics.columns import as_categories
+from mdnorm.metrics.rates import effective_size
 from mdnorm.metrics.samples import as_samples
 from mdnorm.plotting import PALETTE
 from mdnorm.text import listed

@@ -24,6 +24,12 @@ class Categories:
         """Rows of each class, (number of classes,)."""
         return np.bincount(self.codes, minlength=len(self.names)).astype(np.int64)
 
+    def of_rows(self, kept: NDArray[np.bool_]) -> Categories:
+        """Return the classes of some of the rows, without those that are in none of them."""
+        codes = self.codes[kept]
+        present = np.flatnonzero(np.bincount(codes))
+        return Categories(np.searchsorted(present, codes), tuple(self.names[code] for code in present))
+
 
 def _read(values: Any, name: str) -> Column:
     if values is None:

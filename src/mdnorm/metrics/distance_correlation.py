@@ -19,26 +19,37 @@ from mdnorm.design.reader import shown
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_confidence, check_same_rows
 from mdnorm.metrics.columns import as_categories
-from mdnorm.metrics.pairwise import CentredProducts, Distances, centred_products, row_products
-from mdnorm.metrics.samples import MIN_SAMPLES, UNDEFINED, as_samples, rescaled
+from mdnorm.metrics.pairwise import (
+    CentredProducts,
+    Distances,
+    centred_products,
+    quadruple_weight,
+    row_products,
+)
+from mdnorm.metrics.samples import MIN_SAMPLES, UNDEFINED, Weights, as_samples, rescaled
 
 # 1 − R² of two variables of which one is a function of the other's distances is 0 up to this.
 _ROUNDING_OF_ONE = 1e-12
 
-
-@overload
-def distance_correlation_sqr(x: Tensor, y: Tensor | ArrayLike) -> Tensor: ...
-
-
-@overload
-def distance_correlation_sqr(x: ArrayLike, y: Tensor) -> Tensor: ...
+# Share of the quadruples that are of four different rows: below, weights would leave fewer than nine digits.
+_LEAST_QUADRUPLES = 1e-6
 
 
 @overload
-def distance_correlation_sqr(x: ArrayLike, y: ArrayLike) -> float: ...
+def distance_correlation_sqr(x: Tensor, y: Tensor | ArrayLike, *, weights: Weights = None) -> Tensor: ...
 
 
-def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Tensor | float:
+@overload
+def distance_correlation_sqr(x: ArrayLike, y: Tensor, *, weights: Weights = None) -> Tensor: ...
+
+
+@overload
+def distance_correlation_sqr(x: ArrayLike, y: ArrayLike, *, weights: Weights = None) -> float: ...
+
+
+def distance_correlation_sqr(
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, weights: Weights = None
+) -> Tensor | float:
     """Return the bias-corrected squared distance correlation of two samples.
 
     It estimates a population value that is 0 if and only if the two random vectors are independent, whatever
@@ -52,6 +63,10 @@ def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Te
     y : tensor or array, (n,) or (n, q)
         The other variable, rows in the order of `x`. Two tensors must be on the same device; an array beside
         a tensor is taken to the tensor's device.
+    weights : tensor or array, (n,), optional
+        Of the rows, such as those of `mdnorm.balancing_weights`: finite, not negative, above 0 in at least 4
+        rows. Only their ratios matter. The estimate is that of the weighted population; equal weights are
+        none, and a row of weight 0 might as well be left out.
 
     Returns
     -------
@@ -67,13 +82,18 @@ def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Te
         An input is complex or not numeric.
     ValueError
         An input has the wrong shape, no columns, or NaN or infinite values; the inputs differ in their number
-        of rows or in their device; there are fewer than 4 rows.
+        of rows or in their device; there are fewer than 4 rows. Weights have the wrong shape, are negative,
+        NaN or infinite, or nearly all of the weight is on fewer than 4 rows.
 
     Notes
     -----
+    With weights w the covariance and both variances are the means of ``a_ij b_ij − 2 a_ij b_ik + a_ij b_kl``
+    over distinct i, j, k, l with weight ``w_i w_j w_k w_l``, where a and b are the distances: a weighted
+    U-statistic. Where x and y are independent in the weighted population its mean is 0 up to terms of 1/n².
+
     Everything is computed in float64, whatever the dtype of the inputs; a large common offset costs no
     digits. The distances are never in memory as a whole: memory is O(n·(p + q)), arithmetic O(n²·(p + q)).
-    For two scalars, (n,) or (n, 1), of more than a few hundred samples the arithmetic is O(n log n).
+    For two scalars, (n,) or (n, 1), of more than a few hundred samples without weights it is O(n log n).
 
     The metric is not differentiable: inputs that require a gradient are detached.
 
@@ -95,23 +115,25 @@ def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Te
     >>> round(distance_correlation_sqr(x, x), 12)
     1.0
     """
-    samples = as_samples(x=x, y=y)
-    return samples.result(_products(samples.rows).correlations()[0, 1])
+    samples = as_samples(x=x, y=y, weights=weights)
+    return samples.result(_products(samples.rows, samples.weights).correlations()[0, 1])
 
 
 @overload
-def distance_covariance_sqr(x: Tensor, y: Tensor | ArrayLike) -> Tensor: ...
+def distance_covariance_sqr(x: Tensor, y: Tensor | ArrayLike, *, weights: Weights = None) -> Tensor: ...
 
 
 @overload
-def distance_covariance_sqr(x: ArrayLike, y: Tensor) -> Tensor: ...
+def distance_covariance_sqr(x: ArrayLike, y: Tensor, *, weights: Weights = None) -> Tensor: ...
 
 
 @overload
-def distance_covariance_sqr(x: ArrayLike, y: ArrayLike) -> float: ...
+def distance_covariance_sqr(x: ArrayLike, y: ArrayLike, *, weights: Weights = None) -> float: ...
 
 
-def distance_covariance_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Tensor | float:
+def distance_covariance_sqr(
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, weights: Weights = None
+) -> Tensor | float:
     """Return the bias-corrected squared distance covariance of two samples.
 
     An unbiased estimate of a population value that is 0 if and only if the two random vectors are
@@ -119,7 +141,7 @@ def distance_covariance_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Ten
 
     Parameters
     ----------
-    x, y : tensor or array, (n,) or (n, number of columns)
+    x, y, weights
         As of `distance_correlation_sqr`.
 
     Returns
@@ -146,29 +168,37 @@ def distance_covariance_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike) -> Ten
     >>> round(distance_covariance_sqr(np.arange(4.0), np.arange(4.0) ** 2), 12)
     2.0
     """
-    samples = as_samples(x=x, y=y)
-    product = _products(samples.rows).products[0, 1]
+    samples = as_samples(x=x, y=y, weights=weights)
+    product = _products(samples.rows, samples.weights).products[0, 1]
     return samples.result(with_exponent(product, sum(samples.exponents)))
 
 
 @overload
-def partial_distance_correlation(x: Tensor, y: Tensor | ArrayLike, z: Tensor | ArrayLike) -> Tensor: ...
+def partial_distance_correlation(
+    x: Tensor, y: Tensor | ArrayLike, z: Tensor | ArrayLike, *, weights: Weights = None
+) -> Tensor: ...
 
 
 @overload
-def partial_distance_correlation(x: ArrayLike, y: Tensor, z: Tensor | ArrayLike) -> Tensor: ...
+def partial_distance_correlation(
+    x: ArrayLike, y: Tensor, z: Tensor | ArrayLike, *, weights: Weights = None
+) -> Tensor: ...
 
 
 @overload
-def partial_distance_correlation(x: ArrayLike, y: ArrayLike, z: Tensor) -> Tensor: ...
+def partial_distance_correlation(
+    x: ArrayLike, y: ArrayLike, z: Tensor, *, weights: Weights = None
+) -> Tensor: ...
 
 
 @overload
-def partial_distance_correlation(x: ArrayLike, y: ArrayLike, z: ArrayLike) -> float: ...
+def partial_distance_correlation(
+    x: ArrayLike, y: ArrayLike, z: ArrayLike, *, weights: Weights = None
+) -> float: ...
 
 
 def partial_distance_correlation(
-    x: Tensor | ArrayLike, y: Tensor | ArrayLike, z: Tensor | ArrayLike
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, z: Tensor | ArrayLike, *, weights: Weights = None
 ) -> Tensor | float:
     """Return the bias-corrected partial distance correlation of two samples given a third.
 
@@ -178,7 +208,7 @@ def partial_distance_correlation(
 
     Parameters
     ----------
-    x, y : tensor or array, (n,) or (n, number of columns)
+    x, y, weights
         As of `distance_correlation_sqr`.
     z : tensor or array, (n,) or (n, number of columns)
         The variables to take account of, rows in the order of `x`.
@@ -208,8 +238,8 @@ def partial_distance_correlation(
     >>> bool(partial_distance_correlation(x, y, z) > distance_correlation_sqr(x, y) > 0.1)
     True
     """
-    samples = as_samples(x=x, y=y, z=z)
-    products = _products(samples.rows)
+    samples = as_samples(x=x, y=y, z=z, weights=weights)
+    products = _products(samples.rows, samples.weights)
     correlations = products.correlations()
     xy, xz, yz = correlations[0, 1], correlations[0, 2], correlations[1, 2]
     x_left, y_left = (1 - xz) * (1 + xz), (1 - yz) * (1 + yz)
@@ -233,9 +263,9 @@ class ConditionalDistanceCorrelation:
     values : mapping from label to float
         Bias-corrected squared distance correlation among the samples of each class, labels in order.
     counts : mapping from label to int
-        Samples of each class.
+        Samples of each class, without those of weight 0.
     mean : float
-        Mean of the values, weighted by the counts.
+        Mean of the values, weighted by the counts, or by the weight of each class.
     """
 
     values: Mapping[Hashable, float]
@@ -244,7 +274,7 @@ class ConditionalDistanceCorrelation:
 
 
 def conditional_distance_correlation_sqr(
-    x: Tensor | ArrayLike, y: Tensor | ArrayLike, labels: Tensor | ArrayLike
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, labels: Tensor | ArrayLike, *, weights: Weights = None
 ) -> ConditionalDistanceCorrelation:
     """Return the bias-corrected squared distance correlation of two samples within every class of a label.
 
@@ -253,8 +283,8 @@ def conditional_distance_correlation_sqr(
 
     Parameters
     ----------
-    x, y : tensor or array, (n,) or (n, number of columns)
-        As of `distance_correlation_sqr`.
+    x, y, weights
+        As of `distance_correlation_sqr`; with weights above 0 in at least 4 samples of each class.
     labels : tensor or array, (n,)
         Class of every sample: booleans, numbers or strings; at least 4 samples of each class.
 
@@ -269,7 +299,7 @@ def conditional_distance_correlation_sqr(
         As for `distance_correlation_sqr`; labels of several kinds.
     ValueError
         As for `distance_correlation_sqr`; `labels` has the wrong shape, another number of rows or missing
-        values; a class has fewer than 4 samples.
+        values; a class has fewer than 4 samples, or nearly all of its weight on fewer.
 
     Examples
     --------
@@ -280,9 +310,10 @@ def conditional_distance_correlation_sqr(
     >>> bool(distance_correlation_sqr(x, y) > 0.4), bool(abs(within.mean) < 0.05), within.counts
     (True, True, {0: 200, 1: 200})
     """
-    samples = as_samples(x=x, y=y)
+    samples = as_samples(x=x, y=y, weights=weights)
     classes = as_categories(labels, "labels")
-    check_same_rows(labels=len(classes.codes), x=samples.num_samples)
+    check_same_rows(labels=len(classes.codes), x=len(samples.kept))
+    classes = classes.of_rows(samples.kept.cpu().numpy())
     counts = dict(zip(classes.names, classes.counts.tolist(), strict=True))
     small = [f"{label!r} ({count})" for label, count in counts.items() if count < MIN_SAMPLES]
     if small:
@@ -290,13 +321,15 @@ def conditional_distance_correlation_sqr(
             f"each class of labels must have at least {MIN_SAMPLES} samples, got fewer of {shown(small)}: "
             f"{UNDEFINED}, merge classes or leave these samples out."
         )
-    values = {}
+    values, sizes = {}, []
     for code, label in enumerate(classes.names):
         inside = torch.from_numpy(classes.codes == code).to(samples.device)
+        part = None if samples.weights is None else samples.weights[inside]
         # Scaled anew: what is large in one class must not cost digits in another.
-        products = _products([rescaled(rows[inside])[0] for rows in samples.rows])
-        values[label] = float(products.correlations()[0, 1])
-    mean = math.fsum(value * counts[label] for label, value in values.items()) / samples.num_samples
+        scaled = [rescaled(rows[inside])[0] for rows in samples.rows]
+        values[label] = float(_products(scaled, part, f" of label {label!r}").correlations()[0, 1])
+        sizes.append(counts[label] if part is None else float(part.sum()))
+    mean = math.fsum(map(math.prod, zip(values.values(), sizes, strict=True))) / math.fsum(sizes)
     return ConditionalDistanceCorrelation(values, counts, mean)
 
 
@@ -433,9 +466,14 @@ def distance_correlation_interval(
     )
 
 
-def _products(variables: Sequence[Tensor]) -> CentredProducts:
+def _products(variables: Sequence[Tensor], weights: Tensor | None, where: str = "") -> CentredProducts:
+    if weights is not None and quadruple_weight(weights) < _LEAST_QUADRUPLES:
+        raise ValueError(
+            f"weights{where} are nearly all on fewer than {MIN_SAMPLES} rows: {UNDEFINED}, pool more samples "
+            "or limit the largest weights."
+        )
     with torch.no_grad():
-        return centred_products(list(map(Distances, variables)))
+        return centred_products(list(map(Distances, variables)), weights)
 
 
 def with_exponent(value: Tensor, exponent: int) -> Tensor:

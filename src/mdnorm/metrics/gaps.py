@@ -12,15 +12,17 @@ from itertools import combinations
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, checked_weights
 from mdnorm.design.row_order import check_same_order
 from mdnorm.metrics.checks import check_confidence, check_integer, check_same_rows
 from mdnorm.metrics.columns import Categories, as_categories
 from mdnorm.metrics.group_rates import Estimate, Problem, Rate, estimates
 from mdnorm.metrics.rates import combined
+from mdnorm.metrics.samples import Weights
 from mdnorm.plain import PlainResult
 from mdnorm.text import listed
 
@@ -148,6 +150,7 @@ def group_gaps(
     scores: Tensor | ArrayLike | None = None,
     positive: Any = None,
     subjects: Any = None,
+    weights: Weights = None,
     confidence: float = 0.95,
     min_group_rows: int = 20,
     num_bootstrap: int = 1000,
@@ -172,6 +175,10 @@ def group_gaps(
     subjects : array-like, (n,), optional
         The subject of each row, where subjects have several rows: intervals are then wider, since rows of the
         same subject carry less information than independent ones.
+    weights : array-like, (n,), optional
+        Of the rows, such as those of `mdnorm.balancing_weights` of these rows: finite, not negative, not all
+        0. Only their ratios matter: rates are shares of the weight, as of `sample_weight=` in scikit-learn
+        and fairlearn. A row of weight 0 might as well be left out. Rows are counted without weights.
     confidence : float
         Confidence level of the intervals, between 0 and 1. Intervals of differences hold for all pairs at
         once.
@@ -206,7 +213,8 @@ def group_gaps(
         An argument is of the wrong type.
     ValueError
         A wrong shape, different numbers of rows, missing values, one class or one group only, more than 100
-        groups, a positive class that is not a label or is not clear, scores that are not probabilities.
+        groups, a positive class that is not a label or is not clear, scores that are not probabilities,
+        weights that are negative, NaN or infinite, or all 0.
     MissingExtraError
         SciPy is not installed.
 
@@ -216,7 +224,9 @@ def group_gaps(
     those of the other groups.
 
     Intervals of shares are Wilson's; with `subjects`, of the number of independent rows with the same
-    standard error (the design effect of the linearised variance). Intervals of means of shares and of
+    standard error (the design effect of the linearised variance). With weights the number of rows of a share
+    is the effective one, ``(Σ w)² / Σ w²`` of the rows that it is a share of, the weights taken as known.
+    Intervals of means of shares and of
     differences are combined from these (Newcombe's hybrid score interval [2]_, [3]_). Those of differences
     have the confidence ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once
     (Bonferroni) and the largest lower limit is a lower limit of the largest difference. The interval of the
@@ -247,21 +257,16 @@ def group_gaps(
     check_integer("num_bootstrap", num_bootstrap, 0)
     check_integer("num_bins", num_bins, 1)
     check_integer("seed", seed, 0)
-    check_same_order(labels=labels, predictions=predictions, groups=groups, scores=scores, subjects=subjects)
-    true = as_categories(labels, "labels")
-    guessed = as_categories(predictions, "predictions")
-    members = as_categories(groups, "groups")
-    clusters = None if subjects is None else as_categories(subjects, "subjects").codes
-    for name, codes in {"predictions": guessed.codes, "groups": members.codes, "subjects": clusters}.items():
-        if codes is not None:
-            check_same_rows(**{"labels": len(true.codes), name: len(codes)})
-    if len(members.names) < 2:
-        raise ValueError(f"groups must have at least two groups, got {members.names[0]!r} only.")
-    if len(members.names) > _MAX_GROUPS:
-        raise ValueError(
-            f"groups has {len(members.names)} different values, at most {_MAX_GROUPS} can be compared: "
-            "divide a continuous column with quantile_groups, merge rare groups."
-        )
+    check_same_order(
+        labels=labels,
+        predictions=predictions,
+        groups=groups,
+        scores=scores,
+        subjects=subjects,
+        weights=weights,
+    )
+    columns, weight, kept = _columns(labels, predictions, groups, subjects, weights)
+    true, guessed, members = columns["labels"], columns["predictions"], columns["groups"]
     notes: list[str] = []
     classes, positive_code = _classes(true, guessed, positive, notes)
     order = {name: index for index, name in enumerate(classes)}
@@ -272,13 +277,14 @@ def group_gaps(
         members.names,
         classes,
         positive_code,
-        clusters,
+        columns["subjects"].codes if subjects is not None else None,
+        weight,
         num_bootstrap,
         num_bins,
         seed,
     )
     if scores is not None:
-        problem = replace(problem, probabilities=_probabilities(scores, problem))
+        problem = replace(problem, probabilities=_probabilities(scores, problem, kept))
     sizes = members.counts
     rates = [estimates(problem, members.codes == code) for code in range(len(members.names))]
     _note_undefined(problem, rates, min_group_rows, notes)
@@ -313,6 +319,35 @@ def group_gaps(
 # --------------------------------------------------------------------------------------------------------
 # Inputs
 # --------------------------------------------------------------------------------------------------------
+
+
+def _columns(
+    labels: Any, predictions: Any, groups: Any, subjects: Any, weights: Weights
+) -> tuple[dict[str, Categories], Floats, NDArray[np.bool_]]:
+    """Return columns and weights, at most 1, of the rows of a weight above 0, and which rows these are."""
+    given = {"labels": labels, "predictions": predictions, "groups": groups}
+    given |= {} if subjects is None else {"subjects": subjects}
+    columns = {name: as_categories(values, name) for name, values in given.items()}
+    num_rows = len(columns["labels"].codes)
+    for name, column in columns.items():
+        check_same_rows(**{"labels": num_rows, name: len(column.codes)})
+    weight = np.ones(num_rows)
+    if weights is not None:
+        weight = checked_weights(weights, num_rows, torch.from_numpy(weight)).numpy()
+        if not weight.any():
+            raise ValueError("weights must be above 0 in some row, got 0 in all.")
+        weight = weight / weight.max()
+    kept = weight > 0
+    columns = {name: column.of_rows(kept) for name, column in columns.items()}
+    names = columns["groups"].names
+    if len(names) < 2:
+        raise ValueError(f"groups must have at least two groups, got {names[0]!r} only.")
+    if len(names) > _MAX_GROUPS:
+        raise ValueError(
+            f"groups has {len(names)} different values, at most {_MAX_GROUPS} can be compared: "
+            "divide a continuous column with quantile_groups, merge rare groups."
+        )
+    return columns, weight[kept], kept
 
 
 def _classes(
@@ -355,10 +390,10 @@ def _classes(
     return classes, 1
 
 
-def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
+def _probabilities(scores: Tensor | ArrayLike, problem: Problem, kept: NDArray[np.bool_]) -> Floats:
     """Return the probability of the positive class (n,), or of all classes (n, C)."""
     array: Floats = as_real_tensor(scores, "scores").detach().cpu().double().numpy()
-    num_rows, num_classes = problem.true.size, len(problem.classes)
+    num_rows, num_classes = kept.size, len(problem.classes)
     if array.shape == (num_rows, 1):
         array = array[:, 0]
     if array.shape != (num_rows, num_classes) and (array.shape != (num_rows,) or problem.positive is None):
@@ -380,7 +415,7 @@ def _probabilities(scores: Tensor | ArrayLike, problem: Problem) -> Floats:
         )
     if array.ndim == 2 and problem.positive is not None:
         array = array[:, problem.positive]
-    return array
+    return array[kept]
 
 
 # --------------------------------------------------------------------------------------------------------

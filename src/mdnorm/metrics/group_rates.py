@@ -1,8 +1,8 @@
 """Rates of a group of rows, and what the interval of each is computed from.
 
 Nearly every rate is a share of rows, or a mean of such shares, so its interval is Wilson's, which is valid
-for as few as ten rows and for shares of 0 and 1. Where subjects have several rows, the interval is that of
-fewer, independent rows. The calibration error is no share: its interval is a bootstrap's.
+for as few as ten rows and for shares of 0 and 1. Where subjects have several rows, or rows have weights, the
+interval is that of fewer, independent rows. The calibration error is no share: its interval is a bootstrap's.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Problem:
     classes: tuple[Any, ...]
     positive: int | None
     clusters: Integers | None
+    weights: Floats
     num_bootstrap: int
     num_bins: int
     seed: int
@@ -83,17 +84,15 @@ class Estimate:
 def estimates(problem: Problem, inside: NDArray[np.bool_]) -> dict[str, Estimate]:
     """Return the rates of the rows that are `inside` by name; an undefined one is NaN."""
     true, guessed, positive = problem.true[inside], problem.guessed[inside], problem.positive
-    owners = None
+    weights, owners = problem.weights[inside], np.arange(inside.sum())
     if problem.clusters is not None:
         owners = np.unique(problem.clusters[inside], return_inverse=True)[1].reshape(-1)
 
     def share(hits: NDArray[np.bool_], among: NDArray[np.bool_]) -> Estimate:
-        size = int(among.sum())
-        if size == 0:
+        if not among.any():
             return Estimate(float("nan"))
-        value = float((hits & among).sum() / size)
-        counted = size if owners is None else effective_rows(hits[among], owners[among])
-        return Estimate(value, ((value, counted),))
+        value = float(np.average(hits[among], weights=weights[among]))
+        return Estimate(value, ((value, effective_rows(hits[among], owners[among], weights[among])),))
 
     everyone = np.ones(true.size, dtype=bool)
     recalls = [share(guessed == code, true == code) for code in range(len(problem.classes))]
@@ -112,15 +111,15 @@ def estimates(problem: Problem, inside: NDArray[np.bool_]) -> dict[str, Estimate
         rates["positive_rate"] = share(guessed == positive, everyone)
     if problem.probabilities is not None:
         within = problem.probabilities[inside]
-        rates["calibration_error"] = _calibration_error(within, true, owners, problem)
-        rates["brier_score"] = _brier_score(within, true, positive, owners)
+        rates["calibration_error"] = _calibration_error(within, true, weights, owners, problem)
+        rates["brier_score"] = _brier_score(within, true, positive, weights, owners)
     return rates
 
 
 def _calibration_error(
-    probabilities: Floats, true: Integers, owners: Integers | None, options: Problem
+    probabilities: Floats, true: Integers, weights: Floats, owners: Integers, options: Problem
 ) -> Estimate:
-    """Return the expected calibration error: ``Σ_bins |Σ rows (confidence − outcome)| / n``."""
+    """Return the expected calibration error: ``Σ_bins |Σ rows w · (confidence − outcome)| / Σ w``."""
     if options.positive is not None:
         confidences, outcomes = probabilities, true == options.positive
     else:
@@ -132,11 +131,10 @@ def _calibration_error(
     rows = np.arange(true.size)
     columns[rows, np.searchsorted(edges, confidences, side="right") - 1] = confidences - outcomes
     columns[:, -1] = 1
-    if owners is not None:
-        # Every sum is of rows: those of a subject stand for the subject.
-        totals = np.zeros((int(owners.max()) + 1, columns.shape[1]))
-        np.add.at(totals, owners, columns)
-        columns = totals
+    # Every sum is of rows: those of a subject stand for the subject, and a row takes its weight along.
+    totals = np.zeros((int(owners.max()) + 1, columns.shape[1]))
+    np.add.at(totals, owners, columns * weights[:, None])
+    columns = totals
 
     def of_sums(sums: Floats) -> Floats:
         return np.asarray(np.abs(sums[..., :-1]).sum(axis=-1) / sums[..., -1])
@@ -150,25 +148,24 @@ def _calibration_error(
     step = max(1, _CHUNK_ELEMENTS // size)
     for start in range(0, options.num_bootstrap, step):
         chunk = slice(start, min(start + step, options.num_bootstrap))
-        weights = rng.multinomial(size, np.full(size, 1 / size), chunk.stop - chunk.start)
-        resampled[chunk] = of_sums(weights @ columns)
+        counts = rng.multinomial(size, np.full(size, 1 / size), chunk.stop - chunk.start)
+        resampled[chunk] = of_sums(counts @ columns)
     bias = max(0.0, float(resampled.mean()) - value)
     return Estimate(value, error=float(resampled.std()), bias=bias)
 
 
 def _brier_score(
-    probabilities: Floats, true: Integers, positive: int | None, owners: Integers | None
+    probabilities: Floats, true: Integers, positive: int | None, weights: Floats, owners: Integers
 ) -> Estimate:
     """Return the mean squared error of the probabilities, summed over classes where there are columns."""
     if positive is not None:
         errors: Floats = np.square(probabilities - (true == positive))
     else:
         errors = np.square(probabilities - np.eye(probabilities.shape[1])[true]).sum(axis=1)
-    value = float(errors.mean())
-    deviations = errors - value
-    sums = deviations if owners is None else np.bincount(owners, deviations)
+    value = float(np.average(errors, weights=weights))
+    sums = np.bincount(owners, weights * (errors - value))
     largest = 1.0 if positive is not None else 2.0
     if sums.size < 2:
         return Estimate(value)
-    error = float(np.sqrt(np.square(sums).sum() * sums.size / (sums.size - 1)) / errors.size)
+    error = float(np.sqrt(np.square(sums / weights.sum()).sum() * sums.size / (sums.size - 1)))
     return Estimate(value, error=error, freedom=sums.size - 1, largest=largest)

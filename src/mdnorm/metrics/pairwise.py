@@ -25,6 +25,18 @@ Scalars of many samples need no tiles at all (`mdnorm.metrics.scalars`).
 Leaving a sample out. The rows of `A` sum to 0. So the inner product without sample k, U-centred anew among
 the others, needs only ``P_k = Σ_j A_kj B_kj``: it is ``(Σ_{i≠j} A_ij B_ij − 2·(n−2)/(n−3)·P_k) /
 ((n−1)(n−4))``. A second pass collects `P`.
+
+Weights. With weights w of sum 1 the inner product is the mean of ``a_ij b_ij − 2 a_ij b_ik + a_ij b_kl`` over
+all i, j, k, l that are distinct, of weight ``w_i w_j w_k w_l``. With equal weights it is (A·B). It does not
+see ``r_i + r_j`` either, and of a matrix with itself it is a mean of squares, of ``(a_ij + a_kl − a_ik −
+a_jl)/2``. (Were each of the three terms divided by a weight of its own, neither would be true.) With
+``α_i = Σ_{j≠i} w_j a_ij``, ``α'_i = Σ_{j≠i} w_j² a_ij``, β and β' those of b, and ``s_k = Σ w_i^k``, the sum
+over the quadruples is
+
+    Σ_{i≠j} w_i w_j (1 − s_2 − w_i − w_j + 2 w_i w_j) a_ij b_ij + (Σ w_i α_i)(Σ w_i β_i)
+    − 2 Σ_i w_i (1 + w_i) α_i β_i + 2 Σ_i w_i (α'_i β_i + α_i β'_i)
+
+and that of their weights ``1 − 6 s_2 + 3 s_2² + 8 s_3 − 6 s_4``.
 """
 
 from __future__ import annotations
@@ -201,11 +213,10 @@ class _Tile(NamedTuple):
     rows: slice
     columns: slice
 
-    def add_sums(self, sums: Tensor, values: Tensor) -> None:
-        """Add `values` to the `sums` (n,) of the row of i and, by symmetry, of the row of j."""
-        ones = values.new_ones(max(values.shape))
-        sums[self.rows] += torch.mv(values, ones[: values.shape[1]])
-        sums[self.columns] += torch.mv(values.T, ones[: values.shape[0]])
+    def add_sums(self, sums: Tensor, values: Tensor, weights: Tensor) -> None:
+        """Add weighted `values` to the `sums` (n,) of the row of i and, by symmetry, of the row of j."""
+        sums[self.rows] += torch.mv(values, weights[self.columns])
+        sums[self.columns] += torch.mv(values.T, weights[self.rows])
 
 
 class _Tiling:
@@ -296,7 +307,7 @@ class CentredProducts:
     is_zero : Tensor, (k,) bool
         Whether ``(A_u·A_u)`` is 0 up to rounding.
     effects : Tensor, (k, n) float64
-        ``e_i`` such that ``A_ij = a_ij − e_i − e_j``.
+        ``e_i`` such that ``A_ij = a_ij − e_i − e_j``; 0 of weighted products.
     """
 
     products: Tensor
@@ -312,8 +323,11 @@ class CentredProducts:
         return torch.where(undefined, torch.zeros_like(scaled), scaled.clamp(-1, 1))
 
 
-def centred_products(matrices: Sequence[PairwiseMatrix]) -> CentredProducts:
-    """Return the inner products of U-centred matrices, all of the same n ≥ 4 samples."""
+def centred_products(matrices: Sequence[PairwiseMatrix], weights: Tensor | None = None) -> CentredProducts:
+    """Return the inner products of U-centred matrices, all of the same n ≥ 4 samples.
+
+    Weights (n,), for distances only, are above 0; see `quadruple_weight`.
+    """
     rows = matrices[0].rows
     num_samples, num_matrices = rows.shape[0], len(matrices)
     effects = rows.new_zeros(num_matrices, num_samples)
@@ -324,10 +338,14 @@ def centred_products(matrices: Sequence[PairwiseMatrix]) -> CentredProducts:
     if not varying:
         return CentredProducts(products, is_zero, effects)
     present = [matrices[index] for index in varying]
+    index = torch.tensor(varying, device=rows.device)
+    if weights is not None:
+        products[index[:, None], index], is_zero[index] = _weighted_products(present, weights / weights.sum())
+        return CentredProducts(products, is_zero, effects)
     reduced, row_sums, pair_sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present)
+    row_sums = row_sums[:, 0]
     totals = row_sums.sum(dim=1)
     centred = _expansion(pair_sums, row_sums, row_sums)
-    index = torch.tensor(varying, device=rows.device)
     rounding = torch.stack([matrix.rounding(r) for matrix, r in zip(present, reduced, strict=True)])
     is_zero[index] = centred.diagonal() <= rounding
     products[index[:, None], index] = centred / (num_samples * (num_samples - 3))
@@ -343,20 +361,40 @@ def _expansion(pair_sums: Tensor, x_sums: Tensor, y_sums: Tensor) -> Tensor:
     return 2 * pair_sums - 2 / (num_samples - 2) * (x_sums @ y_sums.T) + totals
 
 
+def _weighted_products(matrices: Sequence[PairwiseMatrix], weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weighted inner products (k, k), and whether that of a matrix with itself is 0 up to rounding."""
+    reduced, row_sums, pair_sums = _tiled_sums(matrices, weights)
+    sums, sums_of_squares = row_sums.unbind(1)
+    totals, crossed = sums @ weights, (weights * sums_of_squares) @ sums.T
+    of_rows = crossed + crossed.T - (weights * (1 + weights) * sums) @ sums.T
+    centred = 2 * pair_sums + 2 * of_rows + totals[:, None] * totals
+    columns = weights.new_tensor([matrix.num_columns for matrix in matrices])
+    # As of `PairwiseMatrix.rounding`: at most the mean of (r_i + r_j)².
+    values = 2 * (reduced.square() @ weights + (reduced @ weights).square())
+    return centred / quadruple_weight(weights), centred.diagonal() <= _ROUNDING**2 * columns * values
+
+
+def quadruple_weight(weights: Tensor) -> float:
+    """Return ``Σ w_i w_j w_k w_l / (Σ w)^4`` over distinct rows; the smaller, the more digits are lost."""
+    shares = weights / weights.sum()
+    second, third, fourth = (float((shares**power).sum()) for power in (2, 3, 4))
+    return 1 - 6 * second + 3 * second**2 + 8 * third - 6 * fourth
+
+
 def row_products(first: PairwiseMatrix, second: PairwiseMatrix, effects: Tensor) -> Tensor:
     """Return ``Σ_j A_ij²``, ``Σ_j A_ij B_ij`` and ``Σ_j B_ij²`` for every sample i, (3, n).
 
     The matrices are of the same n samples, and their `effects` (2, n) come from `centred_products`.
     """
     num_samples, device = first.num_samples, first.rows.device
-    sums = first.rows.new_zeros(3, num_samples)
+    sums, ones = first.rows.new_zeros(3, num_samples), first.rows.new_ones(num_samples)
     tiling = _Tiling(num_samples, device)
     for tile in tiling:
         a = _reduced_tile(first, effects[0], tile, tiling.buffer(0, tile))
         b = _reduced_tile(second, effects[1], tile, tiling.buffer(1, tile))
         products = torch.mul(a, b, out=tiling.buffer(2, tile))
         for sums_of, values in zip(sums, (a.square_(), products, b.square_()), strict=True):
-            tile.add_sums(sums_of, values)
+            tile.add_sums(sums_of, values, ones)
     return sums
 
 
@@ -387,23 +425,37 @@ def permuted_products(
 _Sums: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-def _tiled_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
+def _tiled_sums(matrices: Sequence[PairwiseMatrix], weights: Tensor | None = None) -> _Sums:
     """Return effects r (k, n) and sums of the reduced matrices ``a'_ij = a_ij − r_i − r_j``.
 
-    The sums are ``Σ_{j≠i} a'_ij``, (k, n), and ``Σ_{i<j} a'_ij b'_ij``, (k, k).
+    The sums are ``Σ_{j≠i} a'_ij``, (k, 1, n), and ``Σ_{i<j} a'_ij b'_ij``, (k, k). With weights they are
+    weighted as the docstring of this module says, and those of rows come with those of squared weights,
+    (k, 2, n).
     """
     num_samples, num_matrices = matrices[0].num_samples, len(matrices)
     effects = torch.stack([_anchored_effects(matrix) for matrix in matrices])
-    row_sums, pair_sums = torch.zeros_like(effects), effects.new_zeros(num_matrices, num_matrices)
+    powers, pair_factors = effects.new_ones(1, num_samples), None
+    if weights is not None:
+        powers = torch.stack([weights, weights.square()])
+        # The weight of a pair is (w_i, w_i²) · these coefficients · (w_j, w_j²).
+        pair_factors = powers.T @ powers.new_tensor([[1 - float(powers[1].sum()), -1], [-1, 2]])
+    row_sums = effects.new_zeros(num_matrices, len(powers), num_samples)
+    pair_sums = effects.new_zeros(num_matrices, num_matrices)
     tiling = _Tiling(num_samples, effects.device)
     for tile in tiling:
         flat: list[Tensor] = []
         for k, matrix in enumerate(matrices):
             values = _reduced_tile(matrix, effects[k], tile, tiling.buffer(k, tile))
-            tile.add_sums(row_sums[k], values)
+            for sums, power in zip(row_sums[k], powers, strict=True):
+                tile.add_sums(sums, values, power)
             flat.append(values.reshape(-1))
+            weighted = flat[k]
+            if pair_factors is not None:
+                pair = tiling.buffer(num_matrices, tile)
+                torch.mm(pair_factors[tile.rows], powers[:, tile.columns], out=pair)
+                weighted = pair.mul_(values).reshape(-1)
             for other, other_flat in enumerate(flat):
-                pair_sums[k, other] += torch.dot(flat[k], other_flat)
+                pair_sums[k, other] += torch.dot(weighted, other_flat)
     return effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T
 
 
@@ -428,4 +480,4 @@ def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
         for other in range(k):
             pair_sums[k, other] = pair_sums[other, k] = 4 * sum_of_products(scalars[other], scalar)
     effects = torch.stack([scalar.values.abs() for scalar in scalars])
-    return effects, torch.stack([-2 * scalar.row_sums() for scalar in scalars]), pair_sums
+    return effects, torch.stack([-2 * scalar.row_sums() for scalar in scalars])[:, None], pair_sums

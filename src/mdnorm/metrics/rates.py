@@ -6,6 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
+
+# Of a sum of parts that are 1 together.
+_ROUNDING = 1e-13
 
 
 def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
@@ -23,21 +27,31 @@ def wilson(share: float, size: float, confidence: float) -> tuple[float, float]:
     return min(max(0.0, float(middle - half)), share), max(min(1.0, float(middle + half)), share)
 
 
-def effective_rows(hits: NDArray[np.bool_], owners: NDArray[np.int64]) -> float:
+def effective_size(weights: NDArray[np.float64] | Tensor) -> float:
+    """Return as how many samples of equal weight these count (Kish)."""
+    scaled = weights / weights.max()  # squares of tiny ones could vanish
+    return float(scaled.sum() ** 2 / (scaled**2).sum())
+
+
+def effective_rows(
+    hits: NDArray[np.bool_], owners: NDArray[np.int64], weights: NDArray[np.float64] | None = None
+) -> float:
     """Return how many independent rows would give a share with the same standard error as these hits (n,).
 
     Rows of one subject, by `owners` (n,), are alike. The number is ``p (1 − p) / v`` with the linearised
-    variance v of a ratio of sums over subjects (Kish's design effect), at most the number of rows. Where all
-    hits are equal, it is the number of subjects.
+    variance v of a ratio of sums over subjects (Kish's design effect), at most the effective number of rows.
+    Where all hits are equal, it is that of the subjects, by their mean weights.
     """
     subjects = np.unique(owners, return_inverse=True)[1].reshape(-1)
-    number, size, share = int(subjects.max()) + 1, hits.size, float(hits.mean())
-    if number == size:
-        return float(size)
-    sums = np.bincount(subjects, hits - share)
-    variance = float(np.square(sums).sum()) / size**2 * number / max(1, number - 1)
-    if variance <= 0 or share in (0.0, 1.0):
-        return float(number)
+    weights = np.ones(hits.size) if weights is None else weights
+    number, size, share = int(subjects.max()) + 1, effective_size(weights), np.average(hits, weights=weights)
+    if number == hits.size:
+        return size
+    sums = np.bincount(subjects, weights * (hits - share)) / weights.sum()
+    variance = float(np.square(sums).sum()) * number / max(1, number - 1)
+    # Of one subject, or of subjects that all have the same share, the sums are 0 but for rounding.
+    if np.abs(sums).max() < _ROUNDING or hits.all() or not hits.any():
+        return effective_size(np.bincount(subjects, weights) / np.bincount(subjects))
     return float(np.clip(share * (1 - share) / variance, 1, size))
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, checked_weights
 from mdnorm.metrics.checks import check_same_rows, joined
 from mdnorm.text import listed
 
 # Fewer samples leave the bias correction undefined: it divides by n − 3.
 MIN_SAMPLES = 4
 UNDEFINED = "the bias-corrected estimate is not defined for fewer samples"
+
+Weights: TypeAlias = Tensor | ArrayLike | None
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,17 @@ class Samples:
         The values of variable k were divided by ``2 ** exponents[k]``.
     returns_tensor : bool
         Whether one of the variables came as a tensor.
+    kept : Tensor, (number of rows given,) bool
+        Rows that are here: all but those of weight 0.
+    weights : Tensor, (n,) float64, or None
+        Above 0, the largest 1.
     """
 
     rows: tuple[Tensor, ...]
     exponents: tuple[int, ...]
     returns_tensor: bool
+    kept: Tensor
+    weights: Tensor | None = None
 
     @property
     def num_samples(self) -> int:
@@ -54,12 +63,17 @@ class Samples:
 
 
 def as_samples(
-    *, min_samples: int = MIN_SAMPLES, reason: str = UNDEFINED, **variables: Tensor | ArrayLike
+    *,
+    min_samples: int = MIN_SAMPLES,
+    reason: str = UNDEFINED,
+    weights: Weights = None,
+    **variables: Tensor | ArrayLike,
 ) -> Samples:
     """Check variables (n,) or (n, p), by the names of their arguments, that are measured on the same samples.
 
     Tensors must be on the same device; arrays are moved there. `reason` says why fewer than `min_samples`
-    rows are not enough. Errors are those that `mdnorm.metrics.distance_correlation_sqr` lists.
+    rows, or rows of a weight above 0, are not enough. Errors are those that
+    `mdnorm.metrics.distance_correlation_sqr` lists.
     """
     devices = {name: values.device for name, values in variables.items() if isinstance(values, Tensor)}
     for name, device in devices.items():
@@ -83,8 +97,21 @@ def as_samples(
         rows = {name: values.to(target) for name, values in rows.items()}
     for name, values in rows.items():
         check_finite(values, name, joined(rows))
+    like = next(iter(rows.values()))
+    weight, kept = None, like.new_ones(num_samples, dtype=torch.bool)
+    if weights is not None:
+        weight = checked_weights(weights, num_samples, like)
+        # The sum of large weights could overflow. Where all are 0, none of these is above it.
+        weight = weight / weight.max()
+        kept = weight > 0
+        if int(kept.sum()) < min_samples:
+            raise ValueError(
+                f"weights must be above 0 in at least {min_samples} rows, got {int(kept.sum())} of "
+                f"{num_samples}: {reason}, pool more samples."
+            )
+        weight, rows = weight[kept], {name: values[kept] for name, values in rows.items()}
     scaled, exponents = zip(*map(rescaled, rows.values()), strict=True)
-    return Samples(scaled, exponents, bool(devices))
+    return Samples(scaled, exponents, bool(devices), kept, weight)
 
 
 def as_rows(values: Tensor | ArrayLike, name: str) -> Tensor:
