@@ -39,29 +39,17 @@ _MAX_STEPS = 1000
 
 @dataclass(frozen=True)
 class Relations:
-    """Centred columns of norm 1 in few rows with the same inner products.
+    """Centred columns of norm 1 in few rows with the same inner products."""
 
-    Attributes
-    ----------
-    names : (p,) int array
-        Which columns the others are, ascending; constant ones are left out.
-    between, within : (L + 1, p) and (r, p) arrays
-        The parts of the others that the block of groups explains, a row for each group and the last for the
-        rows without a 1, and does not. Without a block `between` has no rows.
-    block : (L,) int array
-        Which columns the block has.
-    share, odds : (L,) arrays
-        Rows in each of its groups, relative to all, and to those without a 1.
-    effects : (L, p) array
-        Coefficients of the block's columns, scaled to norm 1, in the regression of each other column on them.
-    """
-
-    names: NDArray[np.intp]
+    names: NDArray[np.intp]  # (p,), which columns the others are, ascending; constant ones are left out
+    # The part of the others that the block explains, (L + 1, p), a row for each group and the last for the
+    # rows without a 1 (without a block no rows), and the part that it does not, (r, p).
     between: Matrix
     within: Matrix
-    block: NDArray[np.intp]
-    share: Vector
-    odds: Vector
+    block: NDArray[np.intp]  # (L,), which columns the block has
+    share: Vector  # (L,), rows in each of its groups, relative to all
+    odds: Vector  # (L,), and relative to those without a 1
+    # (L, p), of the block's columns, scaled to norm 1, in the regression of each other column on them.
     effects: Matrix
 
     @property
@@ -78,14 +66,9 @@ def read_relations(
 ) -> tuple[Relations, list[int]]:
     """Return the relations among the columns of a table that comes in portions, and the constant columns.
 
-    Parameters
-    ----------
-    chunks : callable
-        Each call yields rows and their (m, p) columns, those of the block left out.
-    others, block : (p,) and (L,) int arrays
-        Which columns these are, and which the block has.
-    codes : (n,) array or None
-        Which column of the block has the 1: −1 none, −2 the row cannot be used and is at the mean.
+    Each call of `chunks` yields rows and their (m, p) columns, the `others` without those of the `block`. The
+    `codes` (n,) say which column of the block has the 1: −1 none, −2 the row cannot be used and is at the
+    mean.
     """
     num_groups = 0 if codes is None else len(block) + 1
     sizes, sums, rest = np.zeros(num_groups), np.zeros((num_groups, len(others))), np.zeros(len(others))

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design.collinearity import Collinearity, read_relations
-from mdnorm.design.reader import Column
+from mdnorm.design.reader import Column, shown
 from mdnorm.design.terms import TermValues
 from mdnorm.text import aligned
 
@@ -179,15 +179,8 @@ def diagnose_columns(
 ) -> DesignDiagnosis:
     """Return the diagnosis of a design that has learnt its means and deviations.
 
-    Parameters
-    ----------
-    design : Design
-    columns : dict of Column
-        Of the table, with or without those of the labels.
-    values : TermValues
-        Of the design over the table.
-    min_rows : int
-        Cells with fewer rows are listed; 0: none are looked for.
+    The columns are those of the table, with or without labels, and the values those of the design over it.
+    Cells with fewer rows than `min_rows` are listed.
     """
     num_rows, terms = values.num_rows, design._terms
     label_variables = {name for factor in design._label_factors for name in factor.variables}
@@ -325,10 +318,6 @@ def _sparse_cells(
 # --------------------------------------------------------------------------------------------------------
 
 
-def _list(names: Sequence[str], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def _warnings(
     label_r2: Mapping[str, float],
     determined_labels: Mapping[str, tuple[str, ...]],
@@ -339,7 +328,7 @@ def _warnings(
     for label, alone in determined_labels.items():
         if alone:
             sentences.append(
-                f"{_list(alone)} determine{'s' if len(alone) == 1 else ''} {label} exactly: each value comes "
+                f"{shown(alone)} determine{'s' if len(alone) == 1 else ''} {label} exactly: each value comes "
                 "with one label only, so that nothing tells their effects apart. What they share is kept as "
                 "label effect, confounder included. Add rows that differ in one and not in the other, or do "
                 "not expect a correction for it."
@@ -353,7 +342,7 @@ def _warnings(
     parts = [name for name in determined if not any(name in variables[variable] for variable in whole)]
     if (whole or parts) and not determined_labels:
         sentences.append(
-            f"the label determines {_list([*whole, *parts])} exactly: such columns do not vary within a "
+            f"the label determines {shown([*whole, *parts])} exactly: such columns do not vary within a "
             "label, and no effect of theirs can be told from that of the label. It is kept, not removed."
         )
     sentences += [
@@ -375,11 +364,11 @@ def _notes(
     sentences = []
     if constant:
         sentences.append(
-            f"{_list(constant)} {'is' if len(constant) == 1 else 'are'} constant: there is nothing to "
+            f"{shown(constant)} {'is' if len(constant) == 1 else 'are'} constant: there is nothing to "
             "correct for, take it out."
         )
     sentences += [
-        f"{_list(group)} are collinear, each a combination of the others: what is removed is the same with "
+        f"{shown(group)} are collinear, each a combination of the others: what is removed is the same with "
         "one column less, only single coefficients mean nothing."
         for group in collinear
     ]

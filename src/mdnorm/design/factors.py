@@ -30,24 +30,13 @@ class Evaluated:
 
 @dataclass(frozen=True, eq=False)
 class FittedFactor:
-    """A factor and what it learnt.
-
-    Attributes
-    ----------
-    factor : Factor
-    kind : {"category", "numeric", "curve"}
-    levels : tuple
-        Of a category, the reference first.
-    curve : Curve or None
-    moments : dict
-        Mean and deviation of what is inside ``center`` and ``scale``.
-    """
+    """A factor and what it learnt."""
 
     factor: Factor
-    kind: str
-    levels: tuple[Any, ...] = ()
+    kind: str  # "category", "numeric" or "curve"
+    levels: tuple[Any, ...] = ()  # of a category, the reference first
     curve: Curve | None = None
-    moments: dict[str, list[float]] = field(default_factory=dict)
+    moments: dict[str, list[float]] = field(default_factory=dict)  # of what is in ``center`` and ``scale``
 
     def width(self, reduced: bool) -> int:
         """Return the number of columns; `reduced`: a category leaves out its reference."""

@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from mdnorm.design.csv_file import CsvFile
 from mdnorm.design.reader import Column, read_columns
 from mdnorm.design.table_file import (
-    TableFile,
     TableFileError,
     check_columns,
     different_names,
@@ -169,6 +168,9 @@ class ParquetFile:
             for array in batch.columns
         ]
         return pyarrow.RecordBatch.from_arrays(arrays, names=list(columns))
+
+
+TableFile = ParquetFile | CsvFile
 
 
 def _is_readable(type_: pyarrow.DataType) -> bool:

@@ -55,10 +55,10 @@ _BINARY: dict[type[ast.operator], Callable[[Vector, Vector], Vector]] = {
 # The options of each curve, in the order in which they may be given without a name.
 _BOUNDS = ("lower_bound", "upper_bound")
 _CURVES = {
-    "bs": ("df", "knots", "degree", "include_intercept", *_BOUNDS, "extrapolation"),
-    "cr": ("df", "knots", *_BOUNDS, "constraints", "extrapolation"),
-    "cs": ("df", "knots", *_BOUNDS, "constraints", "extrapolation"),
-    "poly": ("degree", "raw"),
+    "bs": ("df", "knots", "degree", *_BOUNDS),
+    "cr": ("df", "knots", *_BOUNDS, "constraints"),
+    "cs": ("df", "knots", *_BOUNDS, "constraints"),
+    "poly": ("degree",),
 }
 _FUNCTIONS = ("C", *_CURVES, *_ELEMENTWISE, *_STANDARDIZING)
 
@@ -76,27 +76,14 @@ class FormulaError(ValueError):
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a term, such as ``age``, ``log(age)``, ``C(site)`` or ``bs(age, df=4)``.
+    """One factor of a term, such as ``age``, ``log(age)``, ``C(site)`` or ``bs(age, df=4)``."""
 
-    Attributes
-    ----------
-    text : str
-        As written; columns are named after it.
-    kind : str
-        "column" (numeric or categorical, whichever the column is), "category", "numeric" or "curve".
-    variables : tuple of str
-        Columns of the table that it uses.
-    function : str
-        Name of the function of a curve, or "".
-    options : dict
-        Of a curve or category.
-    """
-
-    text: str
+    text: str  # as written; columns are named after it
+    # "column" (numeric or categorical, whichever the column is), "category", "numeric" or "curve".
     kind: str
-    variables: tuple[str, ...]
-    function: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
+    variables: tuple[str, ...]  # columns of the table
+    function: str = ""  # of a curve
+    options: Mapping[str, Any] = field(default_factory=dict)  # of a curve or category
     tree: ast.expr | None = None
     names: Mapping[str, str] = field(default_factory=dict)
 
@@ -370,11 +357,12 @@ def _literal(text: str, node: ast.expr) -> Any:
     try:
         value = ast.literal_eval(node)
     except ValueError:
-        raise _not_allowed(text, node) from None
+        value = ...
     if _is_number(value):
         _finite(text, value)
     elif not isinstance(value, str | bool | None):
-        raise _not_allowed(text, node)
+        what = ast.unparse(node)
+        raise FormulaError(f"{text!r}: {what} as an option is not allowed: give a number or a string.")
     return value
 
 
@@ -403,18 +391,11 @@ def _options(text: str, call: ast.Call, function: str) -> dict[str, Any]:
             "knots": value is None or (isinstance(value, list) and all(map(_is_number, value))),
             "lower_bound": value is None or number,
             "upper_bound": value is None or number,
-            "raw": type(value) is bool,
-            "include_intercept": value is False,
             "constraints": value == "center",
-            "extrapolation": value == "clip",
         }[name]
         if not fits:
-            why = {
-                "include_intercept": "MetadataNorm has the intercept itself",
-                "constraints": "only 'center' leaves the intercept to MetadataNorm",
-                "extrapolation": "values outside the training range move to its ends ('clip')",
-            }.get(name, "it has the wrong type")
-            raise FormulaError(f"{text!r}: {name}={value!r} is not possible: {why}.")
+            only = ": only 'center' leaves the intercept to MetadataNorm" if name == "constraints" else ""
+            raise FormulaError(f"{text!r}: {name}={value!r} is not possible{only}.")
     if options.get("df") is not None and options.get("knots") is not None:
         raise FormulaError(f"{text!r}: give df or knots, not both.")
     return options
@@ -425,25 +406,12 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _category(text: str, call: ast.Call, names: Mapping[str, str]) -> Factor:
-    """Return ``C(x)``, with its options ``reference`` and ``levels``, or ``Treatment(reference)``."""
+    """Return ``C(x)``, with its options ``reference`` and ``levels``."""
     column = _argument(text, call, "C")
     if not isinstance(column, ast.Name):
         raise FormulaError(f"{text!r}: C() takes the name of a column.")
-    arguments = _arguments(text, call, ("contrast", "reference", "levels"))
     options: dict[str, Any] = {}
-    contrast = arguments.pop("contrast", None)
-    if contrast is not None:
-        named = contrast.func if isinstance(contrast, ast.Call) else contrast
-        if not (isinstance(named, ast.Name) and named.id == "Treatment"):
-            raise FormulaError(
-                f"{text!r}: the only contrast is Treatment(reference): others span the same columns, and "
-                "remove the same."
-            )
-        if isinstance(contrast, ast.Call):
-            # The first argument of Treatment is the reference itself.
-            shifted = ast.Call(contrast.func, [column, *contrast.args], contrast.keywords)
-            arguments = {**_arguments(text, shifted, ("reference",)), **arguments}
-    for name, node in arguments.items():
+    for name, node in _arguments(text, call, ("reference", "levels")).items():
         value = _literal(text, node)
         several = name == "levels"
         values = value if several and isinstance(value, list) else [value]

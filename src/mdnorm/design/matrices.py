@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +40,8 @@ from mdnorm.design.terms import Terms, TermValues, scoped_products
 Matrix = NDArray[np.float64]
 
 
-class _Matrices(NamedTuple):
-    metadata: Tensor
-    labels: Tensor | None
-
-
-class DesignMatrices(_Matrices):
+@dataclass(frozen=True, eq=False)
+class DesignMatrices:
     """What `Design.transform` returns; it unpacks as ``metadata, labels``.
 
     Attributes
@@ -56,23 +53,13 @@ class DesignMatrices(_Matrices):
         Of the columns.
     """
 
+    metadata: Tensor
+    labels: Tensor | None
     metadata_names: tuple[str, ...]
     label_names: tuple[str, ...]
 
-    def __new__(
-        cls,
-        metadata: Tensor,
-        labels: Tensor | None,
-        metadata_names: tuple[str, ...] = (),
-        label_names: tuple[str, ...] = (),
-    ) -> DesignMatrices:
-        """Pair the matrices with the names of their columns."""
-        matrices = super().__new__(cls, metadata, labels)
-        matrices.metadata_names, matrices.label_names = metadata_names, label_names
-        return matrices
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.metadata, self.labels, self.metadata_names, self.label_names
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.metadata, self.labels))
 
 
 class Design:

@@ -41,16 +41,9 @@ _CONSTANT = 1e-12
 
 @dataclass(frozen=True)
 class Product:
-    """Factors that are multiplied, and for each whether its category leaves out the reference.
+    """Factors that are multiplied, and for each whether its category leaves out the reference."""
 
-    Attributes
-    ----------
-    term : str
-        The term of the formula that it is part of.
-    factors : tuple of (FittedFactor, bool)
-    """
-
-    term: str
+    term: str  # of the formula, that it is part of
     factors: tuple[tuple[FittedFactor, bool], ...]
 
     @cached_property
@@ -166,19 +159,11 @@ class Terms:
 
 @dataclass(frozen=True)
 class TermValues:
-    """The columns of a design over a table, to be computed in portions.
-
-    Attributes
-    ----------
-    terms : Terms
-    values : dict from the text of a factor to Evaluated
-    missing : sequence of (n,) bool arrays
-        For each indicator.
-    """
+    """The columns of a design over a table, to be computed in portions."""
 
     terms: Terms
-    values: Mapping[str, Evaluated]
-    missing: Sequence[Mask]
+    values: Mapping[str, Evaluated]  # by the text of the factor
+    missing: Sequence[Mask]  # (n,), for each indicator
 
     @cached_property
     def one_hot(self) -> dict[int, NDArray[np.int64]]:
@@ -207,13 +192,7 @@ class TermValues:
                 product = self.terms.products[index]
                 part = block[:, at : at + product.width]
                 at += product.width
-                if index in self.one_hot:
-                    codes = self.one_hot[index][rows]
-                    found = np.flatnonzero(codes >= 0)
-                    part[:] = 0
-                    part[found, codes[found]] = 1
-                    part[codes == -2] = np.nan
-                elif product.width:
+                if product.width:
                     part[:] = product.block(self.values, rows)
             for missing in self.missing:
                 block[:, at] = missing[rows]

@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.design.csv_file import CsvFile
 from mdnorm.design.feature_columns import chosen_features
-from mdnorm.design.files import TABLE_FORMATS, ArrayFile, ParquetFile, checked_suffix, open_table
+from mdnorm.design.files import TABLE_FORMATS, ArrayFile, ParquetFile, TableFile, checked_suffix, open_table
 from mdnorm.design.leakage import leaking_features
 from mdnorm.design.roles import stand_in_warning
-from mdnorm.design.table_file import TableFile, TableFileError
+from mdnorm.design.table_file import TableFileError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -49,37 +48,6 @@ class Block:
     start: int
     features: NDArray[Any]
     batch: pyarrow.RecordBatch | None
-
-
-class FeatureFile(Protocol):
-    """Features in a file, to be read in blocks of rows, and written anew."""
-
-    path: Path
-    num_rows: int | None
-    feature_names: tuple[str, ...]
-    left_alone: dict[str, str]
-    """Columns that are no features by default, and why."""
-    dtype: np.dtype[Any]
-    """Of the features in a block."""
-
-    def warnings(self) -> list[str]:
-        """Return sentences on what the first rows show: stand-ins for missing values, features that leak."""
-
-    def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
-        """Yield the rows in order, with other columns; None: with all that `writer` needs."""
-
-    def writer(self, path: Path) -> FeatureWriter:
-        """Return a writer of a file of this format."""
-
-
-class FeatureWriter(Protocol):
-    """Writes blocks whose features were changed."""
-
-    def write(self, block: Block, features: NDArray[Any]) -> None:
-        """Add the rows of a block with other features."""
-
-    def close(self) -> None:
-        """Complete the file."""
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
@@ -186,32 +154,23 @@ class FeatureTable:
             yield Block(start, features.T, batch.select(others))
             start += batch.num_rows
 
-    def writer(self, path: Path) -> FeatureWriter:
-        """Return a writer; columns keep their places."""
-        return _FeatureTableWriter(batch_writer(self.table, path, self._types), self)
+    def writer(self, path: Path) -> _ParquetWriter | _CsvWriter:
+        """Return a writer of the same format; columns keep their places."""
+        return batch_writer(self.table, path, self._types)
 
-
-class _FeatureTableWriter:
-    def __init__(self, writer: _BatchWriter, source: FeatureTable) -> None:
-        self._writer = writer
-        self._source = source
-
-    def write(self, block: Block, features: NDArray[Any]) -> None:
+    def changed(self, block: Block, features: NDArray[Any]) -> pyarrow.RecordBatch:
+        """Return what `writer` writes: the rows of a block with other features."""
         import pyarrow
 
-        types = self._source._types
-        position = {name: index for index, name in enumerate(types)}
         assert block.batch is not None
+        columns = dict(zip(self._types, features.T, strict=True))
         arrays = [
-            pyarrow.array(np.ascontiguousarray(features[:, position[name]], types[name].to_pandas_dtype()))
-            if name in types
+            pyarrow.array(np.ascontiguousarray(columns[name], self._types[name].to_pandas_dtype()))
+            if name in columns
             else block.batch.column(name)
-            for name in self._source.table.names
+            for name in self.table.names
         ]
-        self._writer.write(pyarrow.RecordBatch.from_arrays(arrays, names=list(self._source.table.header)))
-
-    def close(self) -> None:
-        self._writer.close()
+        return pyarrow.RecordBatch.from_arrays(arrays, names=list(self.table.header))
 
 
 # --------------------------------------------------------------------------------------------------------
@@ -242,9 +201,16 @@ class FeatureArray:
                 rows = min(batch_rows, self._file.shape[0] - start)
                 yield Block(start, self._file.read(file, start, rows).astype(self.dtype, copy=False), None)
 
-    def writer(self, path: Path) -> FeatureWriter:
+    def writer(self, path: Path) -> _ArrayWriter:
         """Return a writer of the same shape and order."""
         return _ArrayWriter(path, self._file, self.dtype)
+
+    def changed(self, block: Block, features: NDArray[Any]) -> Block:
+        """Return what `writer` writes: the rows of a block with other features."""
+        return replace(block, features=features)
+
+
+FeatureFile = FeatureTable | FeatureArray
 
 
 class _ArrayWriter:
@@ -260,8 +226,8 @@ class _ArrayWriter:
         self._offset = self._file.tell()
         self._background = _Background()
 
-    def write(self, block: Block, features: NDArray[Any]) -> None:
-        self._background(self._write, block.start, features)
+    def write(self, block: Block) -> None:
+        self._background(self._write, block.start, block.features)
 
     def _write(self, start: int, features: NDArray[Any]) -> None:
         values = features.astype(self._dtype, copy=False)
@@ -305,13 +271,9 @@ class _Background:
             file.close()
 
 
-class _BatchWriter(Protocol):
-    def write(self, batch: pyarrow.RecordBatch) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]) -> _BatchWriter:
+def batch_writer(
+    table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]
+) -> _ParquetWriter | _CsvWriter:
     """Return a writer of a file of the same format and columns; `types` are those of the features."""
     import pyarrow
 
@@ -319,7 +281,6 @@ def batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.DataT
         named = zip(table.names, table.schema, strict=True)
         fields = [field.with_type(types.get(name, field.type)) for name, field in named]
         return _ParquetWriter(path, table, pyarrow.schema(fields, table.schema.metadata), set(types))
-    assert isinstance(table, CsvFile)
     kinds = [types.get(name, pyarrow.string()) for name in table.names]
     schema = pyarrow.schema(list(zip(table.header, kinds, strict=True)))
     return _CsvWriter(path, schema, table.delimiter)

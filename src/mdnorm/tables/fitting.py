@@ -22,6 +22,7 @@ from mdnorm.tables.combat import (
     site_moments,
 )
 from mdnorm.tables.covariance import CovarianceModel, fit_covariance
+from mdnorm.tables.model import without_missing
 from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
 from mdnorm.tables.table_reader import TableReader, TableRows
 
@@ -122,9 +123,7 @@ class TableFitter(TableReader):
         if note is not None:
             warnings.warn(note, LeakageWarning, stacklevel=3)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
-        if np.isnan(features).any():
-            weights = (np.ones(num_rows) if weights is None else weights) * ~np.isnan(features).any(1)
-            features = np.nan_to_num(features)
+        features, weights = without_missing(features, weights)
         self._intercepts = self._fitted_intercepts(rows._replace(features=features), weights)
         rows = rows._replace(features=self._without_intercepts(features, rows.subjects))
         moments = self._moments(rows, weights)

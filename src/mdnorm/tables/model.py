@@ -511,7 +511,8 @@ def fitted_model(
     specification: Specification, design: Design | None, moments: SiteMoments, feature_names: tuple[str, ...]
 ) -> MetadataModel:
     """Return the model of a fitted design and the moments of each site; see `fit_location_scale`."""
-    moments = dict(sorted(moments.items(), key=lambda item: (str(type(item[0])), str(item[0]))))
+    sites = sorted(moments, key=lambda site: (str(type(site)), str(site)))
+    moments = {site: moments[site] for site in sites if moments[site].weight > 0}
     names = () if design is None else (*design.metadata_names, *design.label_names)
     model = fit_location_scale(
         moments,
@@ -531,11 +532,45 @@ def fitted_model(
     )
 
 
+def what_to_remove(
+    apply: MetadataModel | None,
+    rules: tuple[str | None, str | None],
+    others: Mapping[str, Any],
+    *,
+    labels: str | Sequence[str],
+    **fits: Any,
+) -> Specification | MetadataModel:
+    """Return what to fit, or the model to apply under the rules for missing metadata and unseen levels.
+
+    With a model everything that says what to fit, `others` included, is a ValueError.
+    """
+    missing, unseen = rules
+    if apply is None:
+        # One name, not its letters.
+        labels = (labels,) if isinstance(labels, str) else tuple(labels)
+        return Specification(labels=labels, missing=missing or "error", unseen=unseen or "error", **fits)
+    given = [name for name, value in {**fits, "labels": labels, **others}.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not with apply=, a model that was fitted before.")
+    return apply.with_rules(missing, unseen)
+
+
 def skips_missing_features(rule: str) -> bool:
     """Return whether rows with missing features are left out; ValueError where there is no such rule."""
     if rule not in ("error", "skip"):
         raise ValueError(f"missing_features must be 'error' or 'skip', got {rule!r}.")
     return rule == "skip"
+
+
+def without_missing(
+    features: NDArray[Any], weights: FloatArray | None
+) -> tuple[NDArray[Any], FloatArray | None]:
+    """Return features without missing values, and weights that are 0 for the rows that have some."""
+    missing = np.isnan(features).any(1)
+    if not missing.any():
+        return features, weights
+    weights = np.ones(len(features)) if weights is None else weights
+    return np.nan_to_num(features, posinf=np.inf, neginf=-np.inf), weights * ~missing
 
 
 def check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:

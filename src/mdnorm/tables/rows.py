@@ -6,12 +6,13 @@ import tempfile
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.design.table_file import TableFile, TableFileError, check_columns
+from mdnorm.design.files import TableFile
+from mdnorm.design.table_file import TableFileError, check_columns
 from mdnorm.tables.combat import SiteCodes
 from mdnorm.tables.files import Block, FeatureFile, FeatureTable, prefetched
 from mdnorm.tables.model import DesignColumns
@@ -150,54 +151,32 @@ class _Taker:
 
 
 class KeptDesign:
-    """Design matrices of all rows, kept on disk from one pass to the next.
+    """Design matrices of all rows, kept on disk from one pass to the next; protected columns `with_labels`.
 
-    The file has no name: it is gone when it is closed or when the process ends, however it ends. A design of
-    more columns than features is not kept: the file would be larger than the result.
-
-    Parameters
-    ----------
-    folder : Path
-        Where the file is.
-    features : FeatureFile
-        Numbers are kept in the precision of its features, as deviations from near their mean: float32 then
-        rounds numbers of the size of the effects, as does the subtraction.
-    with_labels : bool
-        Whether protected columns are kept too.
+    The file is in `folder` and has no name: it is gone when it is closed or when the process ends, however it
+    ends. A design that needs more bytes than the `features` is not kept.
     """
 
     def __init__(self, folder: Path, features: FeatureFile, with_labels: bool) -> None:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        # Metadata are standardised, labels have whatever size they have.
-        self._dtype = np.dtype(np.float64) if with_labels else features.dtype
         self._with_labels = with_labels
-        self._max_columns = len(features.feature_names)
+        self._max_columns = len(features.feature_names) * features.dtype.itemsize // 8
         self.is_kept = True
-        self._centre: NDArray[np.float64] | None = None
         self._num_metadata = 0
-        self._lengths: list[int] = []
         self._levels: dict[Hashable, int] = {}
-        self._has_sites = False
-        self._next = 0
-        self._left: tuple[NDArray[Any], NDArray[np.int32]] | None = None
+        self._left: NDArray[np.float64] | None = None
 
     def add(self, columns: DesignColumns) -> None:
         """Append rows."""
         metadata, labels, sites = columns
         parts = [metadata.T, labels.T] if self._with_labels and labels is not None else [metadata.T]
-        self.is_kept = sum(map(len, parts)) <= self._max_columns
-        if not self.is_kept:
-            return
-        values = np.concatenate(parts)
-        if self._centre is None:
-            self._centre, self._num_metadata = values.mean(1), len(metadata.T)
-            self._has_sites = sites is not None
-        self._file.write((values - self._centre[:, None]).astype(self._dtype, order="C").tobytes())
         if sites is not None:
             places = [self._levels.setdefault(level, len(self._levels)) for level in sites.levels]
-            codes = np.array(places, dtype=np.int32)[sites.codes]
-            self._file.write(codes.tobytes())
-        self._lengths.append(len(metadata))
+            parts.append(np.array(places, np.float64)[None, sites.codes])
+        self.is_kept = sum(map(len, parts)) <= self._max_columns
+        if self.is_kept:
+            self._num_metadata = metadata.shape[1]
+            np.save(self._file, np.concatenate(parts))
 
     def rewind(self) -> None:
         """Go back to the first row, to take them."""
@@ -205,26 +184,16 @@ class KeptDesign:
 
     def take(self, rows: int) -> DesignColumns:
         """Return the next rows."""
-        assert self._centre is not None
-        values, codes = self._read() if self._left is None else self._left
+        values = np.load(self._file) if self._left is None else self._left
         while values.shape[1] < rows:
-            more_values, more_codes = self._read()
-            values = np.concatenate([values, more_values], axis=1)
-            codes = np.concatenate([codes, more_codes])
-        self._left = (values[:, rows:], codes[rows:]) if values.shape[1] > rows else None
-        restored = values[:, :rows] + self._centre[:, None]
-        metadata, labels = restored[: self._num_metadata].T, restored[self._num_metadata :].T
-        sites = SiteCodes(codes[:rows].astype(np.intp), list(self._levels)) if self._has_sites else None
-        return metadata, labels if self._with_labels else None, sites
-
-    def _read(self) -> tuple[NDArray[Any], NDArray[np.int32]]:
-        assert self._centre is not None
-        rows = self._lengths[self._next]
-        self._next += 1
-        size = len(self._centre) * rows * self._dtype.itemsize
-        values = np.frombuffer(self._file.read(size), self._dtype).reshape(len(self._centre), rows)
-        codes = np.frombuffer(self._file.read(4 * rows if self._has_sites else 0), np.int32)
-        return values, codes
+            values = np.concatenate([values, np.load(self._file)], axis=1)
+        self._left = values[:, rows:] if values.shape[1] > rows else None
+        values, sites = values[:, :rows], None
+        if self._levels:
+            values, codes = values[:-1], values[-1]
+            sites = SiteCodes(codes.astype(np.intp), list(self._levels))
+        labels = values[self._num_metadata :].T if self._with_labels else None
+        return values[: self._num_metadata].T, labels, sites
 
     def close(self) -> None:
         """Delete the file."""
