@@ -77,18 +77,11 @@ def _is_numeric(array: NDArray[Any]) -> bool:
 def _as_numbers(array: NDArray[Any]) -> NDArray[Any]:
     """Return Python objects that are numbers or missing as an array of numbers."""
     entries = array.ravel().tolist()
-    kinds = set(map(type, entries))
-    if all(map(_is_missing, kinds)):
+    if all(_is_missing(type(entry)) for entry in entries):
         return array
-    if all(issubclass(kind, (bool, np.bool_)) for kind in kinds):
-        return array.astype(bool)
-    if all(issubclass(kind, (numbers.Integral, np.bool_)) for kind in kinds):
-        try:
-            return array.astype(np.int64)
-        except OverflowError:
-            return array.astype(np.float64)
-    floats = [float("nan") if _is_missing(type(entry)) else float(entry) for entry in entries]
-    return np.array(floats, dtype=np.float64).reshape(array.shape)
+    numbers = np.array([math.nan if _is_missing(type(entry)) else entry for entry in entries])
+    kind = {"b": np.bool_, "i": np.int64}.get(numbers.dtype.kind, np.float64)
+    return numbers.astype(kind).reshape(array.shape)
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -29,20 +29,13 @@ class NoSamplesError(ValueError):
 
 
 class Products(NamedTuple):
-    """What `Moments` hold in the order ``x = [m, y]`` of the design, without an intercept; NumPy, float64.
+    """What `Moments` hold in the order ``x = [m, y]`` of the design, without an intercept; NumPy, float64."""
 
-    Attributes
-    ----------
-    design_mean, feature_mean : (K,) and (D,) arrays
-    gram, cross, squares : (K, K), (K, D) and (D,) arrays
-        ``Σ w (x − x̄)(x − x̄)ᵀ``, ``Σ w (x − x̄)(f − f̄)ᵀ`` and ``Σ w (f − f̄)²``.
-    """
-
-    design_mean: Any
-    feature_mean: Any
-    gram: Any
-    cross: Any
-    squares: Any
+    design_mean: Any  # (K,)
+    feature_mean: Any  # (D,)
+    gram: Any  # (K, K)
+    cross: Any  # (K, D)
+    squares: Any  # (D,)
 
 
 @dataclass
@@ -80,7 +73,7 @@ class Moments:
     cross: Tensor
     squares: Tensor
     # Names of the columns of "features" and "design" where `update` got tables that have them; not saved.
-    _names: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    _names: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False, kw_only=True)
 
     @classmethod
     def empty(
@@ -147,7 +140,7 @@ class Moments:
             values, columns, weight = values[used], columns[used], weight[used]
         if len(values):
             vars(self).update(vars(self.merge(self._of(values, columns.to(self.gram), weight))))
-        vars(self).update({"_names": names} if names else {})
+        self._names = names
         return self
 
     def _checked_names(self, names: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
@@ -217,14 +210,12 @@ class Moments:
             )
         names = self._checked_names(other._names)
         if self.weight == 0 or other.weight == 0:
-            total = replace(self if other.weight == 0 else other)
-            vars(total).update({"_names": names} if names else {})
-            return total
+            return replace(self if other.weight == 0 else other, _names=names)
         share = other.weight / (self.weight + other.weight)
         step, feature_step = (other.mean - self.mean).sum(0), (other.feature_mean - self.feature_mean).sum(0)
         # What both sums have about the joint mean beyond those about their own.
         between = self.weight * share
-        total = Moments(
+        return Moments(
             self.num_metadata,
             self.weight + other.weight,
             self.num_rows + other.num_rows,
@@ -233,9 +224,8 @@ class Moments:
             (self.gram + other.gram).addr_(step, step, alpha=between),
             (self.cross + other.cross).addr_(step, feature_step, alpha=between),
             (self.squares + other.squares).addcmul_(feature_step, feature_step, value=between),
+            _names=names,
         )
-        vars(total).update({"_names": names} if names else {})
-        return total
 
     def to(self, device: torch.device | str) -> Moments:
         """Return the same moments on another device."""
@@ -329,13 +319,15 @@ class Moments:
         ValueError
             An array is missing, unknown or of the wrong shape.
         """
-        names = {field.name for field in fields(cls)}
+        names = {part.name for part in fields(cls)} - {"_names"}
         if set(arrays) != names:
             raise ValueError(
                 f"these arrays are not those of Moments: missing {sorted(names - set(arrays))}, unknown "
                 f"{sorted(set(arrays) - names)}."
             )
-        values = {name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()}
+        values: dict[str, Any] = {
+            name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()
+        }
         columns, features = values["mean"].numel() // 2, values["squares"].numel()
         shapes = {
             "mean": (2, columns),

@@ -361,8 +361,7 @@ def _literal(text: str, node: ast.expr) -> Any:
     if _is_number(value):
         _finite(text, value)
     elif not isinstance(value, str | bool | None):
-        what = ast.unparse(node)
-        raise FormulaError(f"{text!r}: {what} as an option is not allowed: give a number or a string.")
+        raise FormulaError(f"{text!r} has an option that is not allowed: give a number or a string.")
     return value
 
 

@@ -168,7 +168,7 @@ def residualize_dask(
     skips = skips_missing_features(missing_features)
     names = _feature_names(features, feature_names, variables, metadata is None)
     pairs = _pairs(features, metadata)
-    parts = [_part(block, other, names, variables) for block, other in pairs]
+    parts = [delayed(_read_part)(block, other, names, variables) for block, other in pairs]
 
     if isinstance(removal, MetadataModel):
         model = removal
@@ -302,12 +302,6 @@ class _Part(NamedTuple):
     table: Any  # pyarrow.Table
 
 
-def _part(block: Any, other: Any, names: tuple[str, ...], variables: Sequence[str]) -> Any:
-    from dask.delayed import delayed
-
-    return delayed(_read_part)(block, other, names, list(variables))
-
-
 def _read_part(block: Any, other: Any, names: tuple[str, ...], variables: list[str]) -> _Part:
     is_frame = hasattr(block, "columns")
     values = block[list(names)].to_numpy() if is_frame else np.asarray(block)
@@ -372,7 +366,7 @@ def _fitted_design(design: Design, tables: list[Any], specification: Specificati
     samples = [
         delayed(_sample)(table, specification, variables, (seed, index)) for index, table in enumerate(tables)
     ]
-    sample: DesignSample = compute(_tree(_merge, samples))[0]
+    sample: DesignSample = compute(_tree(DesignSample.merged, samples))[0]
     if not sample.num_rows:
         raise ValueError("the table has no rows.")
     return design.fit(sample.rows())
@@ -388,13 +382,6 @@ def _sample(
     weights = row_weights(rows, specification.weights)
     sample.add((rows if weights is None else rows.filter(weights > 0)).select(variables))
     return sample
-
-
-def _merge(*parts: DesignSample) -> DesignSample:
-    total = parts[0].copy()
-    for part in parts[1:]:
-        total.merge(part)
-    return total
 
 
 def _residuals(part: _Part, block: Any, model: MetadataModel, skips_missing: bool) -> Any:

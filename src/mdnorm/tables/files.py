@@ -33,21 +33,12 @@ _MAX_ROW_GROUP_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive rows of a table.
+    """Some consecutive rows of a table."""
 
-    Attributes
-    ----------
-    start : int
-        Index of the first row.
-    features : (n, D) float array
-        float32 where all features are of at most that precision. Columns or rows are contiguous.
-    batch : pyarrow.RecordBatch or None
-        The other columns that were asked for; None for an array, which has none.
-    """
-
-    start: int
+    start: int  # index of the first row
+    # (n, D), float32 where all features are of at most that precision. Columns or rows are contiguous.
     features: NDArray[Any]
-    batch: pyarrow.RecordBatch | None
+    batch: pyarrow.RecordBatch | None  # the other columns that were asked for; None for an array
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
@@ -66,28 +57,7 @@ def open_features(
     reserved: Sequence[str] = (),
     missing_values: Sequence[str] = (),
 ) -> FeatureFile:
-    """Open a file with features.
-
-    Parameters
-    ----------
-    path : Path
-        A table as for `mdnorm.design.files.open_table`, or ``.npy`` of shape (n, …), where every value of a
-        row is a feature.
-    features : sequence of str, optional
-        Names of the columns that are features, or patterns such as ``"voxel_*"``. None: all numbers but the
-        reserved ones, the index of a DataFrame, identifiers (whole numbers that nearly all differ) and codes
-        (few different whole numbers), as the first rows show them; `left_alone` says which were left.
-    reserved : sequence of str
-        Columns that are metadata, labels or the like.
-    missing_values : sequence of str
-        Further texts that stand for a missing value.
-
-    Raises
-    ------
-    TableFileError
-        As for `open_table`; there are no such features; a feature is reserved or not numeric; a column of
-        numbers has an odd cell.
-    """
+    """Open a table with features (see `open_table` and `chosen_features`), or a ``.npy`` file of them."""
     if path.suffix.lower() == ".npy":
         checked_suffix(path, (".npy",))
         if features is not None:

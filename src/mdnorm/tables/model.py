@@ -42,25 +42,9 @@ _STEP_VALUES = 2**18
 
 @dataclass(frozen=True)
 class Specification:
-    """What is removed from the features, how, and what is protected.
+    """What is removed from the features, how, and what is protected: see `residualize_file`."""
 
-    Attributes
-    ----------
-    formula : str, sequence of str or None
-        Metadata, as for `mdnorm.Design`; None: only the site.
-    labels : tuple of str
-        Columns or factors that are protected.
-    site : str or None
-        Column that names the site of a row: strings, numbers, or dates, which are named by their ISO text.
-    scale, empirical_bayes, ridge
-        As for `mdnorm.tables.fit_location_scale`.
-    missing, unseen : str
-        As for `mdnorm.Design`; `unseen` holds for sites as well.
-    weights : str or None
-        Column with the weights of the rows.
-    """
-
-    formula: str | Sequence[str] | None = None
+    formula: str | Sequence[str] | None = None  # None: only the site
     labels: tuple[str, ...] = ()
     site: str | None = None
     scale: bool = False
@@ -328,10 +312,7 @@ class MetadataModel:
             "site": self.site,
             "unseen": self.unseen,
             "sites": list(model.sites),
-            "num_metadata": model.num_metadata,
-            "has_scale": model.has_scale,
-            "empirical_bayes": model.empirical_bayes,
-            "tolerance": model.tolerance,
+            **{name: getattr(model, name) for name in _NUMBERS},
         }
         tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}
         for site, part in ((self.moments if moments else None) or {}).items():
@@ -408,7 +389,8 @@ class MetadataModel:
             raise ValueError(f"arrays have the shapes {shapes}, expected finite ones of {expected}")
         design = None if state["design"] is None else Design.from_json(state["design"])
         removes = bool(state["removes_design"])
-        num_metadata = int(state["num_metadata"])
+        numbers: dict[str, Any] = {name: kind(state[name]) for name, kind in _NUMBERS.items()}
+        num_metadata = numbers["num_metadata"]
         in_design = 0 if design is None else design.num_metadata + design.num_labels
         removed = design.num_metadata if design is not None and removes else 0
         if in_design != deep or removed != num_metadata:
@@ -423,14 +405,7 @@ class MetadataModel:
         return cls(
             design=design,
             removes_design=removes,
-            location_scale=LocationScale(
-                sites=sites,
-                num_metadata=num_metadata,
-                has_scale=bool(state["has_scale"]),
-                empirical_bayes=bool(state["empirical_bayes"]),
-                tolerance=float(state["tolerance"]),
-                **arrays,
-            ),
+            location_scale=LocationScale(sites=sites, **{**numbers, **arrays}),
             feature_names=tuple(names),
             site=state["site"],
             unseen=str(state["unseen"]),
@@ -438,7 +413,9 @@ class MetadataModel:
         )
 
 
+# Of `LocationScale`.
 _ARRAYS = ("mean", "design_mean", "coefficients", "pooled_scale", "location", "scale")
+_NUMBERS = {"num_metadata": int, "has_scale": bool, "empirical_bayes": bool, "tolerance": float}
 
 
 def check_model_path(path: Path) -> None:

@@ -24,13 +24,8 @@ if TYPE_CHECKING:
 class Rows:
     """Features with the metadata of the same rows, in blocks, however often they are asked for.
 
-    Parameters
-    ----------
-    features : FeatureFile
-    metadata : TableFile, optional
-        None: the metadata are columns of the features' table.
-    key : str, optional
-        Column of both tables that says that their rows are the same.
+    Without a table of metadata they are columns of the features' table. The `key` is a column of both tables
+    that says that their rows are the same.
     """
 
     def __init__(self, features: FeatureFile, metadata: TableFile | None, key: str | None) -> None:

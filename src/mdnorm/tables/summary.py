@@ -234,31 +234,11 @@ def summarise(
     units: FloatArray | None = None,
     num_known: int | None = None,
 ) -> Summary:
-    """Return the summary of a regression without a ridge.
+    """Return the summary of a regression without a ridge, from the moments of all rows it was fitted to.
 
-    Parameters
-    ----------
-    moments : dict from site to Moments
-        Of all rows that `model` was fitted to.
-    model : LocationScale
-    variables : sequence of Variable
-        Together the K columns of the design, those that are removed first.
-    feature_names : sequence of length D
-    site : str, optional
-        Name of the column that has the sites; None without.
-    units : (K,) array, optional
-        What a column of the design was divided by: coefficients are given for one unit of what it was before.
-    num_known : int, optional
-        The first so many columns are known where effects are removed; the others are at their mean there.
-
-    Raises
-    ------
-    ValueError
-        There are no more rows than linearly independent columns.
-
-    References
-    ----------
-    Searle, Casella & McCulloch, Variance Components (1992), chapter 3, for the intraclass correlation.
+    The variables have together the K columns of the design, those that are removed first; `units` (K,) are
+    what these were divided by: coefficients are for one unit of what they were before. The first `num_known`
+    columns are known where effects are removed; the others are at their mean there.
     """
     moments = {name: part for name, part in moments.items() if part.weight > 0}
     names = np.fromiter(map(str, feature_names), object)
