@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -194,23 +194,29 @@ def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
     # While a graph is traced nothing can be looked at; eager calls check every batch.
     if torch.compiler.is_compiling() or math.isfinite(torch.linalg.vector_norm(columns.detach())):
         return
+    raise_not_finite(columns.dtype, **blocks)
+
+
+def raise_not_finite(dtype: torch.dtype, **blocks: Tensor) -> NoReturn:
+    """Raise ValueError: a block has NaN or infinite values, or squares that are too large for the dtype."""
     for name, block in blocks.items():
         finite = torch.isfinite(block)
         if not bool(finite.all()):
             bad_rows, bad_columns = (~finite).nonzero(as_tuple=True)
             rows = sorted(set(bad_rows.tolist()))
             raise ValueError(
-                f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) "
-                f"{listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows before "
-                "they reach the layer."
+                f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))[:5]}, "
+                f"row(s) {listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows "
+                "first."
             )
     for name, block in blocks.items():
-        if not math.isfinite(torch.linalg.vector_norm(block.detach().to(columns.dtype))):
+        if not math.isfinite(torch.linalg.vector_norm(block.detach().to(dtype))):
             largest = block.detach().abs().amax(0)
             raise ValueError(
                 f"{name} has values up to {float(largest.max()):.3g} in column {int(largest.argmax())}, "
                 "whose squares overflow: give the column in a larger unit."
             )
+    raise ValueError(f"the squares of the values of {' and '.join(blocks)} overflow together: rescale them.")
 
 
 def design_columns(

@@ -15,7 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdnorm.arrays import as_real_array, as_real_tensor, refuse_bad_weights, statistics_dtype
+from mdnorm.arrays import (
+    as_real_array,
+    as_real_tensor,
+    raise_not_finite,
+    refuse_bad_weights,
+    statistics_dtype,
+)
 from mdnorm.regression import Standardisation, coefficient_operator
 
 # Values of the features that are added up in one step: 1 MiB in float64, which stays in the cache.
@@ -185,7 +191,7 @@ class Moments:
                 squares += rows[one] @ block.square_()
         cross = cross.mT.contiguous() if by_columns else cross
         if not math.isfinite(float(squares.sum() + gram.sum() + cross.sum())):
-            _raise_not_finite(values, columns)
+            raise_not_finite(gram.dtype, features=values, design=columns)
         mass = float(gram[one, one])
         rest, feature_rest = gram[one] / mass, cross[one] / mass
         gram, cross = gram.addr(rest, rest, alpha=-mass), cross.addr(rest, feature_rest, alpha=-mass)
@@ -371,17 +377,3 @@ def _row_weights(values: Any, rows: int, like: Tensor) -> Tensor:
         raise ValueError(f"weights must have shape ({rows},), one weight a row, got {tuple(weights.shape)}.")
     refuse_bad_weights(weights)
     return weights
-
-
-def _raise_not_finite(values: Tensor, columns: Tensor) -> None:
-    for name, table in (("features", values), ("design", columns)):
-        bad = ~table.isfinite()
-        if bool(bad.any()):
-            shown = [sorted(set(index.tolist()))[:5] for index in reversed(bad.nonzero(as_tuple=True))]
-            raise ValueError(
-                f"{name} has NaN or infinite values in column(s) {shown[0]}, row(s) {shown[1]}: drop or "
-                "impute these rows first."
-            )
-    raise ValueError(
-        "the squares of the values overflow float64: rescale the features or the design columns."
-    )

@@ -129,7 +129,6 @@ class Collinearity:
         self._width = len(relations.names) + len(relations.block)
         self._is_label = relations.names >= num_metadata
         self._whole = relations.whole
-        self._known: dict[tuple[bytes, bool], tuple[Matrix, Matrix]] = {}
         within = relations.within
         if within.shape[1] > _WIDE:
             values, vectors = np.linalg.eigh(within.T @ within)
@@ -160,38 +159,23 @@ class Collinearity:
         block = self._relations.block
         return np.isin(self._relations.names, list(given)), bool(len(block)) and int(block[0]) in given
 
-    def _explained(self, columns: Sequence[int]) -> tuple[Matrix, Matrix]:
-        """Return coordinates of the label span and of the label columns in the span of columns."""
-        at, with_block = self._at(columns)
-        key = (at.tobytes(), with_block)
-        if key not in self._known:
-            parts = [self._label_between, self._label_within]
-            parts_of_columns = [self._relations.between, self._relations.within]
-            parts_of_columns = [part[:, self._is_label] for part in parts_of_columns]
-            if with_block:
-                basis = _span(self._relations.within[:, at])
-                results = [
-                    np.concatenate([first, basis.T @ second]) for first, second in (parts, parts_of_columns)
-                ]
-            else:
-                basis = _span(self._whole[:, at])
-                results = [basis.T @ np.concatenate(each) for each in (parts, parts_of_columns)]
-            self._known[key] = (results[0], results[1])
-        return self._known[key]
-
-    def correlations(self, columns: Sequence[int]) -> Vector:
-        """Return the canonical correlations of columns and labels, descending; none without labels."""
-        explained, _ = self._explained(columns)
-        if not explained.size:
-            return np.empty(0)
-        values: Vector = np.clip(np.linalg.svd(explained, compute_uv=False), 0, 1)
-        return values[: min(len(set(columns) & set(self.kept)), explained.shape[1])]
-
-    def label_r2(self, columns: Sequence[int]) -> dict[int, float]:
-        """Return the R² of the regression of each label column on columns."""
-        _, explained = self._explained(columns)
-        r2 = np.clip((explained**2).sum(0), 0, 1)
-        return dict(zip(self._relations.names[self._is_label].tolist(), r2.tolist(), strict=True))
+    def with_labels(self, columns: Sequence[int]) -> tuple[Vector, dict[int, float]]:
+        """Return the canonical correlations of kept columns and labels, descending, and the labels' R²."""
+        relations, (at, with_block) = self._relations, self._at(columns)
+        span = self._label_between, self._label_within
+        labels = relations.between[:, self._is_label], relations.within[:, self._is_label]
+        if with_block:
+            basis = _span(relations.within[:, at])
+            of_span, of_labels = (
+                np.concatenate([first, basis.T @ second]) for first, second in (span, labels)
+            )
+        else:
+            basis = _span(self._whole[:, at])
+            of_span, of_labels = (basis.T @ np.concatenate(each) for each in (span, labels))
+        values = np.clip(np.linalg.svd(of_span, compute_uv=False), 0, 1) if of_span.size else np.empty(0)
+        r2 = np.clip((of_labels**2).sum(0), 0, 1).tolist()
+        names = relations.names[self._is_label].tolist()
+        return values[: min(len(columns), of_span.shape[1])], dict(zip(names, r2, strict=True))
 
     def r2_on_labels(self) -> dict[int, float]:
         """Return the R² of the regression of each metadata column on the labels."""

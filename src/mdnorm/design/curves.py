@@ -52,12 +52,7 @@ class Curve:
             clipped = np.clip(values[rows], self.breaks[0], self.breaks[-1])
             interval = np.searchsorted(self.breaks[1:-1], clipped, side="right")
             place = _place(clipped, self.breaks[interval], self.breaks[interval + 1])[:, None]
-            # Clenshaw's recurrence, row by row: a row does not depend on those beside it.
-            last: Any = 0.0
-            before: Any = 0.0
-            for coefficients in self.coefficients[:0:-1]:
-                last, before = coefficients[interval] + 2 * place * last - before, last
-            result[rows] = self.coefficients[0][interval] + place * last - before
+            result[rows] = chebyshev.chebval(place, self.coefficients[:, interval], tensor=False)
         return result
 
     def state(self) -> dict[str, Any]:

@@ -196,11 +196,11 @@ def diagnose_columns(
     )
     metadata = [index for index in kept if index < terms.width]
     has_labels = len(metadata) < len(kept)
-    r2_of = collinearity.label_r2(metadata)
+    correlations, r2_of = collinearity.with_labels(metadata)
     label_r2 = {names[label]: r2 for label, r2 in r2_of.items()}
-    alone = {name: collinearity.label_r2(indices) for name, indices in of_variables.items()}
+    alone = {name: collinearity.with_labels(indices) for name, indices in of_variables.items()}
     determined_labels = {
-        names[label]: tuple(name for name, r2s in alone.items() if r2s[label] >= 1 - _DETERMINED)
+        names[label]: tuple(name for name, (_, r2s) in alone.items() if r2s[label] >= 1 - _DETERMINED)
         for label, r2 in r2_of.items()
         if r2 >= 1 - _DETERMINED
     }
@@ -239,12 +239,8 @@ def diagnose_columns(
         determined_by_labels=determined,
         determined_labels=determined_labels,
         label_r2=label_r2,
-        association={
-            name: float(collinearity.correlations(indices)[0] ** 2)
-            for name, indices in of_variables.items()
-            if has_labels
-        },
-        canonical_correlations=tuple(collinearity.correlations(metadata).tolist()),
+        association={name: float(of_name[0] ** 2) for name, (of_name, _) in alone.items() if has_labels},
+        canonical_correlations=tuple(correlations.tolist()),
         sparse_cells=cells,
         label_levels=design.label_levels if with_labels else {},
         warnings=sentences,
@@ -311,11 +307,6 @@ def _sparse_cells(
             i, j = divmod(cell, len(other_levels))
             cells.append(SparseCell({first: str(row_levels[i]), second: str(other_levels[j])}, count))
     return tuple(sorted(cells, key=lambda cell: cell.num_rows))
-
-
-# --------------------------------------------------------------------------------------------------------
-# Words
-# --------------------------------------------------------------------------------------------------------
 
 
 def _warnings(

@@ -108,7 +108,7 @@ def factor_from_state(factor: Factor, state: Mapping[str, Any]) -> FittedFactor:
             raise ValueError(f"its factor {factor.text!r} has a level twice")
         return FittedFactor(factor, kind, levels=levels)
     saved = read(state, "moments", dict) if "moments" in state else {}
-    moments = {key: numbers_in(saved, key) for key in factor.moment_keys()}
+    moments = {key: numbers_in(saved, key) for key in factor.moment_keys}
     if any(len(pair) != 2 for pair in moments.values()):
         raise ValueError(f"its factor {factor.text!r} has no mean and deviation")
     curve = Curve.from_state(read(state, "curve", dict)) if kind == "curve" else None
@@ -135,7 +135,7 @@ def fit_factor(factor: Factor, columns: Mapping[str, Column]) -> FittedFactor:
     if kind == "category":
         return FittedFactor(factor, kind, levels=_fitted_levels(factor, columns[factor.variables[0]]))
     moments: dict[str, list[float]] = {}
-    values = factor.evaluate(_numbers(factor, columns), moments, fit=True)
+    values = factor.evaluate(_numbers(factor, columns), moments)
     _check_finite(factor, values, missing, columns)
     if kind == "numeric":
         return FittedFactor(factor, kind, moments=moments)

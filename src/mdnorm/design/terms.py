@@ -165,12 +165,6 @@ class TermValues:
     values: Mapping[str, Evaluated]  # by the text of the factor
     missing: Sequence[Mask]  # (n,), for each indicator
 
-    @cached_property
-    def one_hot(self) -> dict[int, NDArray[np.int64]]:
-        """The codes of each product of categories alone."""
-        products = enumerate(self.terms.products)
-        return {k: each.codes(self.values) for k, each in products if each.is_one_hot and each.width}
-
     @property
     def num_rows(self) -> int:
         """Number of rows."""
@@ -204,9 +198,11 @@ class TermValues:
 
         Some row must have no 1 in it, as those of the reference: the columns are independent then.
         """
-        fit = [index for index, codes in self.one_hot.items() if (codes == -1).any()]
+        products = enumerate(self.terms.products)
+        codes = {k: each.codes(self.values) for k, each in products if each.is_one_hot and each.width}
+        fit = [index for index, of_rows in codes.items() if (of_rows == -1).any()]
         widest = max(fit, key=lambda index: self.terms.products[index].width, default=-1)
-        return widest, self.one_hot.get(widest)
+        return widest, codes.get(widest)
 
     def moments(self) -> tuple[Matrix, Matrix, Matrix]:
         """Return the usable rows, the mean and the standard deviation of each column, each (K,).

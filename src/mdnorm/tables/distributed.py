@@ -13,7 +13,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
@@ -28,6 +27,7 @@ from mdnorm.tables.model import (
     check_finite,
     design_columns,
     fitted_model,
+    one_thread,
     row_weights,
     skips_missing_features,
     what_to_remove,
@@ -202,11 +202,6 @@ def residualize_dask(
     return DaskResiduals(da.concatenate(blocks, axis=0, allow_unknown_chunksizes=True), model)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Partitions
-# --------------------------------------------------------------------------------------------------------
-
-
 def _rows_only(array: Any, name: str) -> Any:
     if array.ndim != 2:
         raise ValueError(f"{name} must have shape (num_rows, num_columns), got {array.shape}.")
@@ -326,11 +321,6 @@ def _read_table(block: Any, variables: Sequence[str]) -> Any:
     return pyarrow.Table.from_pandas(block[list(variables)], preserve_index=False)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Tasks
-# --------------------------------------------------------------------------------------------------------
-
-
 def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
     """Return the delayed combination of parts, a few at a time, in their order."""
     from dask.delayed import delayed
@@ -388,12 +378,8 @@ def _residuals(part: _Part, block: Any, model: MetadataModel, skips_missing: boo
     if not len(part.features):
         changed = part.features
     else:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             changed = model.remove(part.features, part.table)
-        finally:
-            torch.set_num_threads(threads)
         check_finite(changed, model.feature_names, skips_missing)
     if not hasattr(block, "columns"):
         return changed

@@ -71,11 +71,6 @@ def open_features(
     return FeatureTable(table, *chosen_features(table, features, reserved))
 
 
-# --------------------------------------------------------------------------------------------------------
-# Columns of a table as features
-# --------------------------------------------------------------------------------------------------------
-
-
 class FeatureTable:
     """A table of which some columns are features.
 
@@ -143,11 +138,6 @@ class FeatureTable:
         return pyarrow.RecordBatch.from_arrays(arrays, names=list(self.table.header))
 
 
-# --------------------------------------------------------------------------------------------------------
-# Arrays
-# --------------------------------------------------------------------------------------------------------
-
-
 class FeatureArray:
     """A ``.npy`` file of which every value of a row is a feature."""
 
@@ -166,10 +156,9 @@ class FeatureArray:
 
     def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
         """Yield the rows in order; there are no other columns."""
-        with self.path.open("rb") as file:
-            for start in range(0, self._file.shape[0], batch_rows):
-                rows = min(batch_rows, self._file.shape[0] - start)
-                yield Block(start, self._file.read(file, start, rows).astype(self.dtype, copy=False), None)
+        for start in range(0, self._file.shape[0], batch_rows):
+            rows = min(batch_rows, self._file.shape[0] - start)
+            yield Block(start, self._file.read(start, rows).astype(self.dtype, copy=False), None)
 
     def writer(self, path: Path) -> _ArrayWriter:
         """Return a writer of the same shape and order."""
@@ -183,10 +172,33 @@ class FeatureArray:
 FeatureFile = FeatureTable | FeatureArray
 
 
-class _ArrayWriter:
+class _Writer:
+    """Writes one piece at a time in a thread of its own; what goes wrong is raised by the next one."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mdnorm-write")
+        self._writing: Future[Any] | None = None
+
+    def _later(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._pool.submit(write, *arguments, **options)
+
+    def close(self) -> None:
+        """Wait for the last piece and close the file, whatever happened."""
+        try:
+            if self._writing is not None:
+                self._writing.result()
+        finally:
+            self._pool.shutdown()
+            self._file.close()
+
+
+class _ArrayWriter(_Writer):
     def __init__(self, path: Path, source: ArrayFile, dtype: np.dtype[Any]) -> None:
+        super().__init__(path.open("wb"))
         self._source, self._dtype = source, dtype
-        self._file = path.open("wb")
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
             "fortran_order": source.fortran_order,
@@ -194,10 +206,9 @@ class _ArrayWriter:
         }
         np.lib.format.write_array_header_1_0(self._file, header)
         self._offset = self._file.tell()
-        self._background = _Background()
 
     def write(self, block: Block) -> None:
-        self._background(self._write, block.start, block.features)
+        self._later(self._write, block.start, block.features)
 
     def _write(self, start: int, features: NDArray[Any]) -> None:
         values = features.astype(self._dtype, copy=False)
@@ -209,36 +220,6 @@ class _ArrayWriter:
         for index, column in enumerate(values.T):
             self._file.seek(self._offset + (index * self._source.shape[0] + start) * size)
             self._file.write(np.ascontiguousarray(column).data.cast("B"))
-
-    def close(self) -> None:
-        self._background.close(self._file)
-
-
-# --------------------------------------------------------------------------------------------------------
-# Writing
-# --------------------------------------------------------------------------------------------------------
-
-
-class _Background:
-    """One piece of writing at a time, in a thread of its own; what goes wrong is raised by the next one."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mdnorm-write")
-        self._writing: Future[Any] | None = None
-
-    def __call__(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._pool.submit(write, *arguments, **options)
-
-    def close(self, file: Any) -> None:
-        """Wait for the last piece and close the file, whatever happened."""
-        try:
-            if self._writing is not None:
-                self._writing.result()
-        finally:
-            self._pool.shutdown()
-            file.close()
 
 
 def batch_writer(
@@ -256,7 +237,7 @@ def batch_writer(
     return _CsvWriter(path, schema, table.delimiter)
 
 
-class _ParquetWriter:
+class _ParquetWriter(_Writer):
     """Writes the columns, types, schema metadata, codecs and row groups of the file that they come from.
 
     Row groups of more than 64 MiB are split, since they are in memory before they are written.
@@ -278,7 +259,7 @@ class _ParquetWriter:
         codecs = {chunk.path_in_schema: chunk.compression for chunk in chunks}
         version = metadata.format_version
         self._schema = schema
-        self._writer = pyarrow.parquet.ParquetWriter(
+        writer = pyarrow.parquet.ParquetWriter(
             path,
             schema,
             compression={
@@ -288,11 +269,11 @@ class _ParquetWriter:
             use_byte_stream_split=split or False,
             version=version if version in ("1.0", "2.4", "2.6") else "2.6",
         )
+        super().__init__(writer)
         self._ends = self._row_group_ends(source, schema)
         self._end = next(self._ends)
         self._pending: list[pyarrow.RecordBatch] = []
         self._num_rows = 0
-        self._background = _Background()
 
     @staticmethod
     def _row_group_ends(source: ParquetFile, schema: pyarrow.Schema) -> Iterator[int]:
@@ -321,25 +302,22 @@ class _ParquetWriter:
 
         table = pyarrow.Table.from_batches(self._pending, self._schema)
         self._pending = []
-        self._background(self._writer.write_table, table, row_group_size=len(table))
+        self._later(self._file.write_table, table, row_group_size=len(table))
 
     def close(self) -> None:
         try:
             if self._pending:
                 self._flush()
         finally:
-            self._background.close(self._writer)
+            super().close()
 
 
-class _CsvWriter:
+class _CsvWriter(_Writer):
     def __init__(self, path: Path, schema: pyarrow.Schema, delimiter: str) -> None:
         from pyarrow import csv
 
-        self._writer = csv.CSVWriter(path, schema, write_options=csv.WriteOptions(delimiter=delimiter))
-        self._background = _Background()
+        options = csv.WriteOptions(delimiter=delimiter)
+        super().__init__(csv.CSVWriter(path, schema, write_options=options))
 
     def write(self, batch: pyarrow.RecordBatch) -> None:
-        self._background(self._writer.write_batch, batch)
-
-    def close(self) -> None:
-        self._background.close(self._writer)
+        self._later(self._file.write_batch, batch)

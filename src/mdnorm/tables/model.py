@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
 from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale
-from mdnorm.tables.summary import Summary, Variable, summarise
+from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_design import site_codes
 
 if TYPE_CHECKING:
@@ -270,17 +271,17 @@ class MetadataModel:
                 "with a ridge, which leaves coefficients without standard errors. Fit with ridge=0."
             )
         terms = {} if self.design is None else self.design.terms
-        variables = [Variable(name, columns) for name, columns in terms.items()]
         units = np.ones(len(self.location_scale.design_mean))
         if self.design is not None:
             units[: self.design.num_metadata] = self.design.units
         return summarise(
-            self.moments, self.location_scale, variables, self.feature_names, site=self.site, units=units
+            self.moments,
+            self.location_scale,
+            list(terms.items()),
+            self.feature_names,
+            site=self.site,
+            units=units,
         )
-
-    # ----------------------------------------------------------------------------------------------------
-    # Saving
-    # ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, *, moments: bool = True) -> None:
         """Write the model as a safetensors file, complete or not at all.
@@ -424,11 +425,6 @@ def check_model_path(path: Path) -> None:
         raise TableFileError(f"{path}: coefficients are kept in a .safetensors file, name it so.")
 
 
-# --------------------------------------------------------------------------------------------------------
-# Metadata of some rows
-# --------------------------------------------------------------------------------------------------------
-
-
 # Metadata (n, K_m); protected columns (n, K_y), None where not asked for; sites, None where there are none.
 DesignColumns = tuple[FloatArray, "FloatArray | None", "SiteCodes | None"]
 
@@ -476,12 +472,8 @@ def design_columns(
     if not removes_design and not with_labels:
         return empty, None, sites
     used = {name: columns[name] for name in design.variables(labels=with_labels)}
-    metadata, labels = design.transform_columns(used, labels=with_labels and design.num_labels > 0)
-    if not removes_design:
-        return empty, metadata, sites
-    if labels is None:
-        return metadata, empty if design.num_labels == 0 else None, sites
-    return metadata, labels, sites
+    metadata, labels = design.transform_columns(used, labels=with_labels or design.num_labels == 0)
+    return (metadata, labels, sites) if removes_design else (empty, metadata, sites)
 
 
 def fitted_model(
@@ -507,6 +499,17 @@ def fitted_model(
         unseen=specification.unseen,
         moments=None if specification.ridge else moments,
     )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: others read and write meanwhile, and the products are too thin to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def what_to_remove(

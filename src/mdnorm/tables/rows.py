@@ -44,14 +44,18 @@ class Rows:
         if key is not None and self._own is not None:
             check_columns(self.table, [key])
             check_columns(self._own, [key])
-        if metadata is not None and metadata.num_rows is not None and features.num_rows is not None:
-            self._check_lengths(features.num_rows, metadata.num_rows)
+        if metadata is not None and metadata.num_rows is not None:
+            self._check_lengths(metadata.num_rows)
 
-    def _check_lengths(self, num_features: int, num_metadata: int) -> None:
-        if num_features != num_metadata:
-            raise TableFileError(
-                f"{self.features.path} has {num_features} rows and {self.table.path} {num_metadata}: one row "
-                "of metadata for each row of features is needed, in the same order."
+    def _unequal(self, found: str) -> TableFileError:
+        return TableFileError(
+            f"{found}: one row of metadata for each row of features is needed, in the same order."
+        )
+
+    def _check_lengths(self, num_metadata: int) -> None:
+        if self.features.num_rows not in (None, num_metadata):
+            raise self._unequal(
+                f"{self.features.path} has {self.features.num_rows} rows and {self.table.path} {num_metadata}"
             )
 
     def metadata(self, columns: Sequence[str], batch_rows: int) -> Iterator[tuple[int, pyarrow.Table]]:
@@ -62,8 +66,8 @@ class Rows:
         for batch in prefetched(self.table.typed_batches(columns, batch_rows)):
             yield start, pyarrow.Table.from_batches([batch]).select(list(columns))
             start += batch.num_rows
-        if self._separate is not None and self.features.num_rows is not None:
-            self._check_lengths(self.features.num_rows, start)
+        if self._separate is not None:
+            self._check_lengths(start)
 
     def blocks(
         self, columns: Sequence[str], batch_rows: int, *, whole: bool = False
@@ -78,13 +82,24 @@ class Rows:
             return
         key = [] if self.key is None else [self.key]
         wanted = list(dict.fromkeys([*columns, *key]))
-        with closing(_Taker(self._separate, wanted, batch_rows)) as metadata:
+        path, batches = self._separate.path, self._separate.typed_batches(wanted, batch_rows)
+        left: list[pyarrow.RecordBatch] = []
+        stop = 0
+        with closing(batches):
             for block in prefetched(self.features.blocks(batch_rows, None if whole else key)):
-                table = metadata.take(len(block.features), self.features.path)
+                rows = len(block.features)
+                while (found := sum(map(len, left))) < rows:
+                    batch = next(batches, None)
+                    if batch is None:
+                        raise self._unequal(f"{path} has {stop + found} rows, {self.features.path} has more")
+                    left.append(batch)
+                table = pyarrow.Table.from_batches(left)
+                left, table, stop = table.slice(rows).to_batches(), table.slice(0, rows), stop + rows
                 if self.key is not None:
                     self._check_key(block, table)
                 yield block, table.select(list(columns))
-            metadata.check_end(self.features.path)
+            if any(map(len, left)) or any(map(len, batches)):
+                raise self._unequal(f"{path} has more than the {stop} rows of {self.features.path}")
 
     def _check_key(self, block: Block, table: pyarrow.Table) -> None:
         import pyarrow
@@ -101,48 +116,6 @@ class Rows:
                 f"{self.features.path} and {there[row].as_py()!r} in {self.table.path}: bring the tables "
                 "into the same order."
             )
-
-
-class _Taker:
-    """Rows of a table in portions of any size."""
-
-    def __init__(self, table: TableFile, columns: Sequence[str], batch_rows: int) -> None:
-        self._path, self._columns = table.path, list(columns)
-        self._batches = table.typed_batches(columns, batch_rows)
-        self._left: list[pyarrow.RecordBatch] = []
-        self._num_taken = 0
-
-    def take(self, rows: int, path: Path) -> pyarrow.Table:
-        import pyarrow
-
-        parts = []
-        while rows:
-            batch = self._left.pop() if self._left else next(self._batches, None)
-            if batch is None:
-                raise TableFileError(
-                    f"{self._path} has {self._num_taken} rows, {path} has more: one row of metadata for each "
-                    "row of features is needed, in the same order."
-                )
-            if batch.num_rows > rows:
-                self._left.append(batch.slice(rows))
-                batch = batch.slice(0, rows)
-            if batch.num_rows:
-                parts.append(batch)
-            rows -= batch.num_rows
-            self._num_taken += batch.num_rows
-        return pyarrow.Table.from_batches(parts)
-
-    def check_end(self, path: Path) -> None:
-        if self._left or any(batch.num_rows for batch in self._batches):
-            raise TableFileError(
-                f"{self._path} has more than the {self._num_taken} rows of {path}: one row of metadata for "
-                "each row of features is needed, in the same order."
-            )
-
-    def close(self) -> None:
-        close = getattr(self._batches, "close", None)
-        if close is not None:
-            close()
 
 
 class KeptDesign:

@@ -18,7 +18,6 @@ from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mdnorm.bars import stage_bars
@@ -39,6 +38,7 @@ from mdnorm.tables.model import (
     check_model_path,
     design_columns,
     fitted_model,
+    one_thread,
     row_weights,
     skips_missing_features,
     what_to_remove,
@@ -250,19 +250,8 @@ def residualize_file(
     elif batch_rows < 1:
         raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
 
-    with _one_thread(), _cleaned_up_at_termination(), stage_bars(progress) as show:
+    with one_thread(), _cleaned_up_at_termination(), stage_bars(progress) as show:
         return _Passes(rows, out, fit_rows, skips_missing, batch_rows, seed, show).run(removal, save_model)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: others read and write meanwhile, and the products are too thin to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 @contextmanager
