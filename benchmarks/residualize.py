@@ -106,7 +106,7 @@ def copy(source: Path, out: Path, way: str) -> None:
             array = open_features(source)
             target = array.writer(temporary)
             for block in prefetched(array.blocks(2**16, ())):
-                target.write(block, block.features)
+                target.write(block)
             target.close()
             return
         table = open_table(source)

@@ -397,9 +397,9 @@ def test_units_and_averages_are_those_of_the_rows(offset: float) -> None:
             None,
             r"features has .*column\(s\) \[2\]",
         ),
-        (np.zeros((2, 3)), np.array([[0, 1], [np.nan, 1]]), None, r"design has NaN .*\[0\], row\(s\) \[1\]"),
-        (np.array([[1e200] * 3, [-1e200] * 3]), np.zeros((2, 2)), None, "overflow float64: rescale"),
-        (np.zeros((2, 3)), np.array([[0, 1e160], [0, 0]]), None, "overflow float64: rescale"),
+        (np.zeros((2, 3)), np.array([[0, 1], [np.nan, 1]]), None, r"design has NaN .*\[0\], row\(s\) 1"),
+        (np.array([[1e200] * 3, [-1e200] * 3]), np.zeros((2, 2)), None, "features has.*squares overflow"),
+        (np.zeros((2, 3)), np.array([[0, 1e160], [0, 0]]), None, "design has.*squares overflow"),
         (np.zeros((2, 3)), np.zeros((2, 2)), [1.0], r"weights must have shape \(2,\)"),
         (np.zeros((2, 3)), np.zeros((2, 2)), [1.0, -1.0], r"not negative: row\(s\) \[1\]"),
         (np.zeros((2, 3)), np.zeros((2, 2)), [np.nan, 1.0], r"finite and not negative: row\(s\) \[0\]"),
@@ -419,7 +419,7 @@ def test_a_bad_row_in_a_late_step_changes_nothing() -> None:
     features, design = _table(3000, 200, 1, seed=11)
     features[-1, 5] = np.nan
     moments = Moments.empty(200, 1)
-    with pytest.raises(ValueError, match=r"column\(s\) \[5\], row\(s\) \[2999\]"):
+    with pytest.raises(ValueError, match=r"column\(s\) \[5\], row\(s\) 2999"):
         moments.update(features, design)
     assert moments.weight == 0
     assert not moments.cross.any()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 from decimal import Decimal
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -77,18 +77,11 @@ def _is_numeric(array: NDArray[Any]) -> bool:
 def _as_numbers(array: NDArray[Any]) -> NDArray[Any]:
     """Return Python objects that are numbers or missing as an array of numbers."""
     entries = array.ravel().tolist()
-    kinds = set(map(type, entries))
-    if all(map(_is_missing, kinds)):
+    if all(_is_missing(type(entry)) for entry in entries):
         return array
-    if all(issubclass(kind, (bool, np.bool_)) for kind in kinds):
-        return array.astype(bool)
-    if all(issubclass(kind, (numbers.Integral, np.bool_)) for kind in kinds):
-        try:
-            return array.astype(np.int64)
-        except OverflowError:
-            return array.astype(np.float64)
-    floats = [float("nan") if _is_missing(type(entry)) else float(entry) for entry in entries]
-    return np.array(floats, dtype=np.float64).reshape(array.shape)
+    numbers = np.array([math.nan if _is_missing(type(entry)) else entry for entry in entries])
+    kind = {"b": np.bool_, "i": np.int64}.get(numbers.dtype.kind, np.float64)
+    return numbers.astype(kind).reshape(array.shape)
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:
@@ -201,23 +194,29 @@ def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
     # While a graph is traced nothing can be looked at; eager calls check every batch.
     if torch.compiler.is_compiling() or math.isfinite(torch.linalg.vector_norm(columns.detach())):
         return
+    raise_not_finite(columns.dtype, **blocks)
+
+
+def raise_not_finite(dtype: torch.dtype, **blocks: Tensor) -> NoReturn:
+    """Raise ValueError: a block has NaN or infinite values, or squares that are too large for the dtype."""
     for name, block in blocks.items():
         finite = torch.isfinite(block)
         if not bool(finite.all()):
             bad_rows, bad_columns = (~finite).nonzero(as_tuple=True)
             rows = sorted(set(bad_rows.tolist()))
             raise ValueError(
-                f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))}, row(s) "
-                f"{listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows before "
-                "they reach the layer."
+                f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))[:5]}, "
+                f"row(s) {listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows "
+                "first."
             )
     for name, block in blocks.items():
-        if not math.isfinite(torch.linalg.vector_norm(block.detach().to(columns.dtype))):
+        if not math.isfinite(torch.linalg.vector_norm(block.detach().to(dtype))):
             largest = block.detach().abs().amax(0)
             raise ValueError(
                 f"{name} has values up to {float(largest.max()):.3g} in column {int(largest.argmax())}, "
                 "whose squares overflow: give the column in a larger unit."
             )
+    raise ValueError(f"the squares of the values of {' and '.join(blocks)} overflow together: rescale them.")
 
 
 def design_columns(

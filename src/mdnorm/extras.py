@@ -12,19 +12,9 @@ class MissingExtraError(ImportError):
 
 @contextmanager
 def requires(extra: str, distribution: str = "mdnorm") -> Iterator[None]:
-    """Turn the failure of an import inside the block into an error that names the extra.
+    """Turn the failure of an import inside the block into a MissingExtraError that names the extra.
 
-    Parameters
-    ----------
-    extra : str
-        Name of the extra in ``pip install 'mdnorm[extra]'``.
-    distribution : str
-        What has this extra, if not mdnorm: a package that builds on it.
-
-    Raises
-    ------
-    MissingExtraError
-        A package that is imported inside the block is not installed.
+    The `distribution` is what has this extra, if not mdnorm: a package that builds on it.
 
     Examples
     --------

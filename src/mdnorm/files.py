@@ -11,12 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the same folder that replaces `path` when the block ends without an error.
+    """Yield a temporary path that replaces `path` when the block ends without an error.
 
-    Parameters
-    ----------
-    path : Path
-        The file to make; its folder must exist. Its suffix is kept, since writers choose formats by it.
+    It has the same folder and suffix, since writers choose formats by that.
     """
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
     os.close(handle)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, NamedTuple
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from mdnorm.arrays import as_real_array, checked_weights, statistics_dtype
+from mdnorm.arrays import as_real_array, checked_weights, raise_not_finite, statistics_dtype
 from mdnorm.regression import Standardisation, coefficient_operator
 
 # Values of the features that are added up in one step: 1 MiB in float64, which stays in the cache.
@@ -29,20 +29,13 @@ class NoSamplesError(ValueError):
 
 
 class Products(NamedTuple):
-    """What `Moments` hold in the order ``x = [m, y]`` of the design, without an intercept; NumPy, float64.
+    """What `Moments` hold in the order ``x = [m, y]`` of the design, without an intercept; NumPy, float64."""
 
-    Attributes
-    ----------
-    design_mean, feature_mean : (K,) and (D,) arrays
-    gram, cross, squares : (K, K), (K, D) and (D,) arrays
-        ``Σ w (x − x̄)(x − x̄)ᵀ``, ``Σ w (x − x̄)(f − f̄)ᵀ`` and ``Σ w (f − f̄)²``.
-    """
-
-    design_mean: Any
-    feature_mean: Any
-    gram: Any
-    cross: Any
-    squares: Any
+    design_mean: Any  # (K,)
+    feature_mean: Any  # (D,)
+    gram: Any  # (K, K)
+    cross: Any  # (K, D)
+    squares: Any  # (D,)
 
 
 @dataclass
@@ -80,7 +73,7 @@ class Moments:
     cross: Tensor
     squares: Tensor
     # Names of the columns of "features" and "design" where `update` got tables that have them; not saved.
-    _names: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    _names: Mapping[str, tuple[Any, ...]] = field(default_factory=dict, repr=False, kw_only=True)
 
     @classmethod
     def empty(
@@ -147,7 +140,7 @@ class Moments:
             values, columns, weight = values[used], columns[used], weight[used]
         if len(values):
             vars(self).update(vars(self.merge(self._of(values, columns.to(self.gram), weight))))
-        vars(self).update({"_names": names} if names else {})
+        self._names = names
         return self
 
     def _checked_names(self, names: Mapping[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
@@ -192,7 +185,7 @@ class Moments:
                 squares += rows[one] @ block.square_()
         cross = cross.mT.contiguous() if by_columns else cross
         if not math.isfinite(float(squares.sum() + gram.sum() + cross.sum())):
-            _raise_not_finite(values, columns)
+            raise_not_finite(gram.dtype, features=values, design=columns)
         mass = float(gram[one, one])
         rest, feature_rest = gram[one] / mass, cross[one] / mass
         gram, cross = gram.addr(rest, rest, alpha=-mass), cross.addr(rest, feature_rest, alpha=-mass)
@@ -217,14 +210,12 @@ class Moments:
             )
         names = self._checked_names(other._names)
         if self.weight == 0 or other.weight == 0:
-            total = replace(self if other.weight == 0 else other)
-            vars(total).update({"_names": names} if names else {})
-            return total
+            return replace(self if other.weight == 0 else other, _names=names)
         share = other.weight / (self.weight + other.weight)
         step, feature_step = (other.mean - self.mean).sum(0), (other.feature_mean - self.feature_mean).sum(0)
         # What both sums have about the joint mean beyond those about their own.
         between = self.weight * share
-        total = Moments(
+        return Moments(
             self.num_metadata,
             self.weight + other.weight,
             self.num_rows + other.num_rows,
@@ -233,9 +224,8 @@ class Moments:
             (self.gram + other.gram).addr_(step, step, alpha=between),
             (self.cross + other.cross).addr_(step, feature_step, alpha=between),
             (self.squares + other.squares).addcmul_(feature_step, feature_step, value=between),
+            _names=names,
         )
-        vars(total).update({"_names": names} if names else {})
-        return total
 
     def to(self, device: torch.device | str) -> Moments:
         """Return the same moments on another device."""
@@ -329,13 +319,15 @@ class Moments:
         ValueError
             An array is missing, unknown or of the wrong shape.
         """
-        names = {field.name for field in fields(cls)}
+        names = {part.name for part in fields(cls)} - {"_names"}
         if set(arrays) != names:
             raise ValueError(
                 f"these arrays are not those of Moments: missing {sorted(names - set(arrays))}, unknown "
                 f"{sorted(set(arrays) - names)}."
             )
-        values = {name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()}
+        values: dict[str, Any] = {
+            name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()
+        }
         columns, features = values["mean"].numel() // 2, values["squares"].numel()
         shapes = {
             "mean": (2, columns),
@@ -371,17 +363,3 @@ def _shared(array: Any) -> Tensor:
         dtype = np.dtype(np.float64)
     is_shared = array.dtype == dtype and array.flags.writeable and all(step >= 0 for step in array.strides)
     return torch.from_numpy(array if is_shared else np.array(array, dtype))
-
-
-def _raise_not_finite(values: Tensor, columns: Tensor) -> None:
-    for name, table in (("features", values), ("design", columns)):
-        bad = ~table.isfinite()
-        if bool(bad.any()):
-            shown = [sorted(set(index.tolist()))[:5] for index in reversed(bad.nonzero(as_tuple=True))]
-            raise ValueError(
-                f"{name} has NaN or infinite values in column(s) {shown[0]}, row(s) {shown[1]}: drop or "
-                "impute these rows first."
-            )
-    raise ValueError(
-        "the squares of the values overflow float64: rescale the features or the design columns."
-    )

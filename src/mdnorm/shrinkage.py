@@ -29,33 +29,20 @@ class Regression:
     """Least-squares coefficients of the metadata in directions in which their errors are independent.
 
     ``coefficients = root @ z · deviation`` where, without any effect, each value of `z` has mean 0 and
-    variance 1, whatever the metadata columns are and however they are coded.
-
-    Attributes
-    ----------
-    units : Standardisation
-        Of the design columns ``[y, 1, m]``.
-    coefficients : (K_m, D) tensor
-        For one unit of the columns; float64, as all that follows.
-    root, inverse : (K_m, R) and (R, K_m) tensors
-        R is the number of directions of the metadata that labels and other columns do not determine.
-    deviation : (D,) tensor
-        Of the residual, a little enlarged since it is estimated from few rows; 0 where a feature is constant
-        or exactly determined.
-    rows, columns : float, int
-        Number of rows behind the errors, and of directions that were fitted without the intercept.
-    features : float
-        How many independent features the D are worth; see `independent_features`.
+    variance 1, whatever the metadata columns are and however they are coded. All tensors are float64.
     """
 
-    units: Standardisation
-    coefficients: Tensor
+    units: Standardisation  # of the design columns ``[y, 1, m]``
+    coefficients: Tensor  # (K_m, D), for one unit of the columns
+    # (K_m, R) and (R, K_m), with R directions of the metadata that labels and other columns do not determine.
     root: Tensor
     inverse: Tensor
+    # (D,), of the residual, a little enlarged since it is estimated from few rows; 0 where a feature is
+    # constant or exactly determined.
     deviation: Tensor
-    rows: float
-    columns: int
-    features: float
+    rows: float  # behind the errors
+    columns: int  # directions that were fitted, without the intercept
+    features: float  # how many independent features the D are worth: see `independent_features`
 
     @classmethod
     def of(
@@ -66,18 +53,10 @@ class Regression:
         units: Standardisation | None = None,
         dtype: torch.dtype = torch.float64,
     ) -> Regression:
-        """Return the regression of a data set with at least one row.
+        """Return the regression of a data set; with weights the rows are ``(Σ w)² / Σ w²`` (Kish 1965).
 
-        Parameters
-        ----------
-        moments : Moments
-            Of K_m metadata columns and D features.
-        rows, features : float
-            As the attributes; with weights the rows are ``(Σ w)² / Σ w²`` (Kish 1965).
-        units : Standardisation, optional
-            Of another regression that this one is compared with. None: of these rows.
-        dtype : torch.dtype
-            Of the features, see `mdnorm.regression.coefficient_operator`.
+        The units may be those of another regression that this one is compared with, and the dtype is that of
+        the features, see `mdnorm.regression.coefficient_operator`.
         """
         units = units or moments.units
         if units is None:
@@ -197,35 +176,19 @@ def _limited(z: Tensor, shrunk: Tensor) -> Tensor:
 
 
 class FoundAgain(NamedTuple):
-    """Which share of the effect that training rows have new rows show.
+    """Which share of the effect that training rows have new rows show."""
 
-    Attributes
-    ----------
-    share, error : float
-        1: all of it, 0: nothing; and its standard error (jackknife over groups of rows).
-    shares, errors : (Q,) tensors
-        Of each direction of the effect, the strongest first.
-    """
-
-    share: float
-    error: float
-    shares: Tensor
-    errors: Tensor
+    share: float  # 1: all of it, 0: nothing
+    error: float  # its standard error (jackknife over groups of rows)
+    shares: Tensor  # (Q,), of each direction of the effect, the strongest first
+    errors: Tensor  # (Q,)
 
 
 class Combined(NamedTuple):
-    """What `combine` returns.
+    """What `combine` returns."""
 
-    Attributes
-    ----------
-    coefficients : (K_m, D) tensor
-        Shrunk.
-    kept : float
-        Their length beside that of the least-squares coefficients, both in standard errors.
-    """
-
-    coefficients: Tensor
-    kept: float
+    coefficients: Tensor  # (K_m, D), shrunk
+    kept: float  # their length beside that of the least-squares coefficients, both in standard errors
 
 
 def effect(trained: Regression) -> tuple[Tensor, Tensor, Tensor]:

@@ -32,12 +32,9 @@ def short(text: str, longest: int = 40) -> str:
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    r"""Return a line for each row of cells, with the columns below each other.
+    r"""Return a line for each row of cells (all of the same length), with the columns below each other.
 
-    Parameters
-    ----------
-    rows : sequence of sequences of str
-        All of the same length. Line breaks and whatever else does not print are shown as their escapes.
+    Line breaks and whatever else does not print are shown as their escapes.
 
     Examples
     --------

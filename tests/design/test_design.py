@@ -112,8 +112,6 @@ def test_functions_equal_numpy() -> None:
     }.items():
         result = _matrix(Design([text], standardize=False).fit(table), table)
         np.testing.assert_allclose(result[:, 0], expected, rtol=TOLERANCE)
-    powers = _matrix(Design("poly(age, 2, raw=True)", standardize=False).fit(table), table)
-    np.testing.assert_allclose(powers, np.stack([age, age**2], 1), rtol=TOLERANCE)
 
 
 def test_a_natural_spline_with_one_column_is_a_line() -> None:
@@ -128,12 +126,7 @@ def test_a_natural_spline_with_one_column_is_a_line() -> None:
 def test_reference_and_levels() -> None:
     table = _table()
     expected = model_matrix("C(batch, contr.treatment(base=2))", table).drop(columns="Intercept")
-    for text in (
-        "C(batch, Treatment(2))",
-        "C(batch, Treatment(reference=2))",
-        "C(batch, reference=2)",
-        "C(batch, levels=[2, 1, 3])",
-    ):
+    for text in ("C(batch, 2)", "C(batch, reference=2)", "C(batch, levels=[2, 1, 3])"):
         design = Design(text, standardize=False).fit(table)
         np.testing.assert_array_equal(_matrix(design, table), expected.to_numpy(float))
         assert design.metadata_names == (f"{text}[T.1]", f"{text}[T.3]")
@@ -482,7 +475,6 @@ def test_missing_rows_are_exactly_zero_and_the_mean_is_kept(table: pd.DataFrame)
         ("dx", ["AD", "CN"]),
         ("C(dx, levels=['CN', 'AD'])", ["CN", "AD"]),
         ("C(dx, reference='CN')", ["CN", "AD"]),
-        ("C(dx, Treatment('CN'))", ["CN", "AD"]),
     ],
 )
 def test_the_level_of_a_label_that_is_1(label: str, levels: list[str]) -> None:
@@ -727,12 +719,15 @@ def test_inference_needs_neither_formulaic_nor_pandas() -> None:
             "missing must be 'error' or 'mean' or 'indicator'",
         ),
         ({"formula": "age", "unseen": "drop"}, ValueError, "unseen must be 'error' or 'mean', got 'drop'"),
-        ({"formula": "bs(age, df=4, include_intercept=True)"}, FormulaError, "has the intercept itself"),
-        ({"formula": "bs(age, df=4, extrapolation='extend')"}, FormulaError, "move to its ends"),
+        (
+            {"formula": "cr(age, df=4, constraints='free')"},
+            FormulaError,
+            "only 'center' leaves the intercept",
+        ),
         ({"formula": "bs(age, df='4')"}, FormulaError, "df='4' is not possible"),
         ({"formula": "bs(age, df=4, knots=[3])"}, FormulaError, "df or knots, not both"),
         ({"formula": "bs(age, size=4)"}, FormulaError, r"bs\(\) has the options df, knots"),
-        ({"formula": "C(site, Sum)"}, FormulaError, "the only contrast is Treatment"),
+        ({"formula": "C(site, Sum)"}, FormulaError, "an option that is not allowed"),
         ({"formula": "C(site, levels=['a', 'a'])"}, FormulaError, "a list of different levels"),
         ({"formula": "C(log(site))"}, FormulaError, r"C\(\) takes the name of a column"),
         ({"formula": "log(age, 2)"}, FormulaError, r"log\(\) takes one argument"),

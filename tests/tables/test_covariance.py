@@ -185,7 +185,7 @@ def test_tables_of_any_shape() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"covariance": 1.5}, "covariance must be a number from 0 to 1, got 1.5"),
+        ({"covariance": 1.5}, r"'covariance'.*in the range \[0.0, 1.0\]. Got 1.5"),
         ({"scale": False}, "covariance=True needs scale=True"),
         ({"site": None, "scale": False}, "covariance=True needs site="),
         ({"missing_features": "skip"}, "cannot keep single ones missing: impute them first"),

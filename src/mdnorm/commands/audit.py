@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 
 from mdnorm.commands.common import (
     BAD_INPUT,
@@ -23,7 +22,6 @@ from mdnorm.commands.common import (
     make_folder,
     only_writer,
     output,
-    progress_bar,
 )
 from mdnorm.extras import MissingExtraError
 
@@ -156,42 +154,34 @@ def audit(
             _print_kinds(read)
         make_folder(out)
         with only_writer(out):
-            text_column = TextColumn("{task.description}", markup=False)
-            with progress_bar(BarColumn(), TimeElapsedColumn(), text_column) as progress:
-                task = progress.add_task("", total=None)
-
-                def step(text: str, done: int, total: int) -> None:
-                    progress.update(task, completed=done, total=total, description=text)
-
-                report = auditing.audit(
-                    read_files if named else read_files["before"],
-                    read,
-                    label,
-                    after=None if named else read_files.get("after"),
-                    **foretold,
-                    positive=positive,
-                    keep=_listed(keep),
-                    intersect=[_listed(text) for text in intersect or []],
-                    held_out=held_out,
-                    subjects=subject,
-                    max_rows=max_rows,
-                    settings=auditing.Settings(
-                        num_permutations=permutations,
-                        seed=seed,
-                        standardize=not raw,
-                        min_group_rows=min_group,
-                        max_probe=max_probe,
-                        max_dcor2=max_dcor2,
-                        max_gap=max_gap,
-                    ),
-                    project=project,
-                    facts={
-                        "command": command_line(),
-                        "features_files": {name: str(path) for name, path in files.items()},
-                        "metadata_file": str(metadata),
-                    },
-                    progress=step,
-                )
+            report = auditing.audit(
+                read_files if named else read_files["before"],
+                read,
+                label,
+                after=None if named else read_files.get("after"),
+                **foretold,
+                positive=positive,
+                keep=_listed(keep),
+                intersect=[_listed(text) for text in intersect or []],
+                held_out=held_out,
+                subjects=subject,
+                max_rows=max_rows,
+                settings=auditing.Settings(
+                    num_permutations=permutations,
+                    seed=seed,
+                    standardize=not raw,
+                    min_group_rows=min_group,
+                    max_probe=max_probe,
+                    max_dcor2=max_dcor2,
+                    max_gap=max_gap,
+                ),
+                project=project,
+                facts={
+                    "command": command_line(),
+                    "features_files": {name: str(path) for name, path in files.items()},
+                    "metadata_file": str(metadata),
+                },
+            )
             page = report.save(out)
             if browser is not None:
                 _print_to_pdf(browser, page)

@@ -8,13 +8,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import Progress
 
 errors = Console(stderr=True)
 
@@ -48,11 +47,6 @@ def make_folder(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         fail(f"cannot write to {folder}: {error.strerror}.", BAD_INPUT)
-
-
-def progress_bar(*columns: Any) -> Progress:
-    """Return a bar below the messages, which only a terminal shows."""
-    return Progress(*columns, console=errors, disable=not errors.is_terminal)
 
 
 @contextmanager

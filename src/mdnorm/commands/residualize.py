@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from mdnorm.commands.common import BAD_INPUT, INTERRUPTED, errors, fail, make_folder, progress_bar
+from mdnorm.commands.common import BAD_INPUT, INTERRUPTED, errors, fail, make_folder
 from mdnorm.design.reader import shown
 from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
     from mdnorm.tables.streaming import ResidualizeSummary
-
-_STAGES = {"metadata": "reading metadata", "fit": "fitting", "write": "writing"}
 
 
 def residualize(
@@ -92,31 +87,29 @@ def residualize(
 
         for path in (out, *([] if save_model is None else [save_model])):
             make_folder(path.parent)
-        with _progress_bar() as progress:
-            summary = residualize_file(
-                table,
-                out,
-                formula=formula,
-                labels=label or [],
-                site=site,
-                metadata=metadata,
-                key=key,
-                features=None if features is None else [name.strip() for name in features.split(",")],
-                scale=scale,
-                empirical_bayes=empirical_bayes,
-                ridge=ridge,
-                missing=missing,
-                unseen=unseen,
-                missing_features=missing_features,
-                missing_values=missing_values or [],
-                weights=weights,
-                fit_rows=_share_or_column(fit_rows),
-                apply=None if apply is None else MetadataModel.load(apply),
-                save_model=save_model,
-                batch_rows=batch_rows,
-                seed=seed,
-                progress=progress,
-            )
+        summary = residualize_file(
+            table,
+            out,
+            formula=formula,
+            labels=label or [],
+            site=site,
+            metadata=metadata,
+            key=key,
+            features=None if features is None else [name.strip() for name in features.split(",")],
+            scale=scale,
+            empirical_bayes=empirical_bayes,
+            ridge=ridge,
+            missing=missing,
+            unseen=unseen,
+            missing_features=missing_features,
+            missing_values=missing_values or [],
+            weights=weights,
+            fit_rows=_share_or_column(fit_rows),
+            apply=None if apply is None else MetadataModel.load(apply),
+            save_model=save_model,
+            batch_rows=batch_rows,
+            seed=seed,
+        )
     except (TypeError, ValueError, MissingExtraError) as error:
         fail(str(error), BAD_INPUT)
     except OSError as error:
@@ -136,20 +129,6 @@ def _share_or_column(text: str | None) -> str | float | None:
         return float(text)
     except ValueError:
         return text
-
-
-@contextmanager
-def _progress_bar() -> Iterator[Any]:
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with progress_bar(*columns) as progress:
-        tasks: dict[str, Any] = {}
-
-        def step(stage: str, done: int, total: int | None) -> None:
-            if stage not in tasks:
-                tasks[stage] = progress.add_task(_STAGES[stage], total=total)
-            progress.update(tasks[stage], completed=done, total=total)
-
-        yield step
 
 
 def _print_summary(summary: ResidualizeSummary, out: Path) -> None:

@@ -39,29 +39,17 @@ _MAX_STEPS = 1000
 
 @dataclass(frozen=True)
 class Relations:
-    """Centred columns of norm 1 in few rows with the same inner products.
+    """Centred columns of norm 1 in few rows with the same inner products."""
 
-    Attributes
-    ----------
-    names : (p,) int array
-        Which columns the others are, ascending; constant ones are left out.
-    between, within : (L + 1, p) and (r, p) arrays
-        The parts of the others that the block of groups explains, a row for each group and the last for the
-        rows without a 1, and does not. Without a block `between` has no rows.
-    block : (L,) int array
-        Which columns the block has.
-    share, odds : (L,) arrays
-        Rows in each of its groups, relative to all, and to those without a 1.
-    effects : (L, p) array
-        Coefficients of the block's columns, scaled to norm 1, in the regression of each other column on them.
-    """
-
-    names: NDArray[np.intp]
+    names: NDArray[np.intp]  # (p,), which columns the others are, ascending; constant ones are left out
+    # The part of the others that the block explains, (L + 1, p), a row for each group and the last for the
+    # rows without a 1 (without a block no rows), and the part that it does not, (r, p).
     between: Matrix
     within: Matrix
-    block: NDArray[np.intp]
-    share: Vector
-    odds: Vector
+    block: NDArray[np.intp]  # (L,), which columns the block has
+    share: Vector  # (L,), rows in each of its groups, relative to all
+    odds: Vector  # (L,), and relative to those without a 1
+    # (L, p), of the block's columns, scaled to norm 1, in the regression of each other column on them.
     effects: Matrix
 
     @property
@@ -78,14 +66,9 @@ def read_relations(
 ) -> tuple[Relations, list[int]]:
     """Return the relations among the columns of a table that comes in portions, and the constant columns.
 
-    Parameters
-    ----------
-    chunks : callable
-        Each call yields rows and their (m, p) columns, those of the block left out.
-    others, block : (p,) and (L,) int arrays
-        Which columns these are, and which the block has.
-    codes : (n,) array or None
-        Which column of the block has the 1: −1 none, −2 the row cannot be used and is at the mean.
+    Each call of `chunks` yields rows and their (m, p) columns, the `others` without those of the `block`. The
+    `codes` (n,) say which column of the block has the 1: −1 none, −2 the row cannot be used and is at the
+    mean.
     """
     num_groups = 0 if codes is None else len(block) + 1
     sizes, sums, rest = np.zeros(num_groups), np.zeros((num_groups, len(others))), np.zeros(len(others))
@@ -146,7 +129,6 @@ class Collinearity:
         self._width = len(relations.names) + len(relations.block)
         self._is_label = relations.names >= num_metadata
         self._whole = relations.whole
-        self._known: dict[tuple[bytes, bool], tuple[Matrix, Matrix]] = {}
         within = relations.within
         if within.shape[1] > _WIDE:
             values, vectors = np.linalg.eigh(within.T @ within)
@@ -177,38 +159,23 @@ class Collinearity:
         block = self._relations.block
         return np.isin(self._relations.names, list(given)), bool(len(block)) and int(block[0]) in given
 
-    def _explained(self, columns: Sequence[int]) -> tuple[Matrix, Matrix]:
-        """Return coordinates of the label span and of the label columns in the span of columns."""
-        at, with_block = self._at(columns)
-        key = (at.tobytes(), with_block)
-        if key not in self._known:
-            parts = [self._label_between, self._label_within]
-            parts_of_columns = [self._relations.between, self._relations.within]
-            parts_of_columns = [part[:, self._is_label] for part in parts_of_columns]
-            if with_block:
-                basis = _span(self._relations.within[:, at])
-                results = [
-                    np.concatenate([first, basis.T @ second]) for first, second in (parts, parts_of_columns)
-                ]
-            else:
-                basis = _span(self._whole[:, at])
-                results = [basis.T @ np.concatenate(each) for each in (parts, parts_of_columns)]
-            self._known[key] = (results[0], results[1])
-        return self._known[key]
-
-    def correlations(self, columns: Sequence[int]) -> Vector:
-        """Return the canonical correlations of columns and labels, descending; none without labels."""
-        explained, _ = self._explained(columns)
-        if not explained.size:
-            return np.empty(0)
-        values: Vector = np.clip(np.linalg.svd(explained, compute_uv=False), 0, 1)
-        return values[: min(len(set(columns) & set(self.kept)), explained.shape[1])]
-
-    def label_r2(self, columns: Sequence[int]) -> dict[int, float]:
-        """Return the R² of the regression of each label column on columns."""
-        _, explained = self._explained(columns)
-        r2 = np.clip((explained**2).sum(0), 0, 1)
-        return dict(zip(self._relations.names[self._is_label].tolist(), r2.tolist(), strict=True))
+    def with_labels(self, columns: Sequence[int]) -> tuple[Vector, dict[int, float]]:
+        """Return the canonical correlations of kept columns and labels, descending, and the labels' R²."""
+        relations, (at, with_block) = self._relations, self._at(columns)
+        span = self._label_between, self._label_within
+        labels = relations.between[:, self._is_label], relations.within[:, self._is_label]
+        if with_block:
+            basis = _span(relations.within[:, at])
+            of_span, of_labels = (
+                np.concatenate([first, basis.T @ second]) for first, second in (span, labels)
+            )
+        else:
+            basis = _span(self._whole[:, at])
+            of_span, of_labels = (basis.T @ np.concatenate(each) for each in (span, labels))
+        values = np.clip(np.linalg.svd(of_span, compute_uv=False), 0, 1) if of_span.size else np.empty(0)
+        r2 = np.clip((of_labels**2).sum(0), 0, 1).tolist()
+        names = relations.names[self._is_label].tolist()
+        return values[: min(len(columns), of_span.shape[1])], dict(zip(names, r2, strict=True))
 
     def r2_on_labels(self) -> dict[int, float]:
         """Return the R² of the regression of each metadata column on the labels."""

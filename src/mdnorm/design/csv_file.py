@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -151,7 +151,9 @@ class CsvFile:
                         "not closed."
                     )
 
-    def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
+    def typed_batches(
+        self, columns: Sequence[str], batch_rows: int
+    ) -> Generator[pyarrow.RecordBatch, None, None]:
         """Yield the rows in order; the types of new columns are found first, in a pass of its own."""
         self._infer([name for name in columns if name not in self._types], batch_rows)
         return (self.typed(batch, columns) for batch in self.batches(columns, batch_rows))

@@ -33,17 +33,10 @@ _CHUNK_ROWS = 2**13
 
 @dataclass(frozen=True, eq=False)
 class Curve:
-    """Columns that are polynomials of one variable between breaks, and constant beyond the outer ones.
+    """Columns that are polynomials of one variable between breaks, and constant beyond the outer ones."""
 
-    Attributes
-    ----------
-    breaks : (L + 1,) array
-        Ascending; the outer ones are the ends of the training range.
-    coefficients : (degree + 1, L, K) array
-        Of Chebyshev polynomials in the variable, mapped from each interval to [−1, 1].
-    """
-
-    breaks: Vector
+    breaks: Vector  # (L + 1,), ascending; the outer ones are the ends of the training range
+    # (degree + 1, L, K), of Chebyshev polynomials in the variable, mapped from each interval to [−1, 1].
     coefficients: NDArray[np.float64]
 
     @property
@@ -59,12 +52,7 @@ class Curve:
             clipped = np.clip(values[rows], self.breaks[0], self.breaks[-1])
             interval = np.searchsorted(self.breaks[1:-1], clipped, side="right")
             place = _place(clipped, self.breaks[interval], self.breaks[interval + 1])[:, None]
-            # Clenshaw's recurrence, row by row: a row does not depend on those beside it.
-            last: Any = 0.0
-            before: Any = 0.0
-            for coefficients in self.coefficients[:0:-1]:
-                last, before = coefficients[interval] + 2 * place * last - before, last
-            result[rows] = self.coefficients[0][interval] + place * last - before
+            result[rows] = chebyshev.chebval(place, self.coefficients[:, interval], tensor=False)
         return result
 
     def state(self) -> dict[str, Any]:
@@ -97,9 +85,7 @@ def _place(values: Vector, left: Vector, right: Vector) -> Vector:
 def fit_curve(function: str, values: Vector, options: Mapping[str, Any], what: str) -> Curve:
     """Return the columns that formulaic's function finds for the training values (n,), which are finite.
 
-    The function is "bs", "cr", "cs" or "poly", its options are checked by `parse_factor`, and `what` is the
-    factor, for messages. More columns than are possible, too few different values and knots that do not
-    ascend are errors.
+    The options are checked by `parse_factor`; `what` is the factor, for messages.
 
     References
     ----------

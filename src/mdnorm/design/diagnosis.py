@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design.collinearity import Collinearity, read_relations
-from mdnorm.design.reader import Column
+from mdnorm.design.reader import Column, shown
 from mdnorm.design.terms import TermValues
 from mdnorm.text import aligned
 
@@ -179,15 +179,8 @@ def diagnose_columns(
 ) -> DesignDiagnosis:
     """Return the diagnosis of a design that has learnt its means and deviations.
 
-    Parameters
-    ----------
-    design : Design
-    columns : dict of Column
-        Of the table, with or without those of the labels.
-    values : TermValues
-        Of the design over the table.
-    min_rows : int
-        Cells with fewer rows are listed; 0: none are looked for.
+    The columns are those of the table, with or without labels, and the values those of the design over it.
+    Cells with fewer rows than `min_rows` are listed.
     """
     num_rows, terms = values.num_rows, design._terms
     label_variables = {name for factor in design._label_factors for name in factor.variables}
@@ -203,11 +196,11 @@ def diagnose_columns(
     )
     metadata = [index for index in kept if index < terms.width]
     has_labels = len(metadata) < len(kept)
-    r2_of = collinearity.label_r2(metadata)
+    correlations, r2_of = collinearity.with_labels(metadata)
     label_r2 = {names[label]: r2 for label, r2 in r2_of.items()}
-    alone = {name: collinearity.label_r2(indices) for name, indices in of_variables.items()}
+    alone = {name: collinearity.with_labels(indices) for name, indices in of_variables.items()}
     determined_labels = {
-        names[label]: tuple(name for name, r2s in alone.items() if r2s[label] >= 1 - _DETERMINED)
+        names[label]: tuple(name for name, (_, r2s) in alone.items() if r2s[label] >= 1 - _DETERMINED)
         for label, r2 in r2_of.items()
         if r2 >= 1 - _DETERMINED
     }
@@ -246,12 +239,8 @@ def diagnose_columns(
         determined_by_labels=determined,
         determined_labels=determined_labels,
         label_r2=label_r2,
-        association={
-            name: float(collinearity.correlations(indices)[0] ** 2)
-            for name, indices in of_variables.items()
-            if has_labels
-        },
-        canonical_correlations=tuple(collinearity.correlations(metadata).tolist()),
+        association={name: float(of_name[0] ** 2) for name, (of_name, _) in alone.items() if has_labels},
+        canonical_correlations=tuple(correlations.tolist()),
         sparse_cells=cells,
         label_levels=design.label_levels if with_labels else {},
         warnings=sentences,
@@ -320,15 +309,6 @@ def _sparse_cells(
     return tuple(sorted(cells, key=lambda cell: cell.num_rows))
 
 
-# --------------------------------------------------------------------------------------------------------
-# Words
-# --------------------------------------------------------------------------------------------------------
-
-
-def _list(names: Sequence[str], limit: int = 6) -> str:
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
-
-
 def _warnings(
     label_r2: Mapping[str, float],
     determined_labels: Mapping[str, tuple[str, ...]],
@@ -339,7 +319,7 @@ def _warnings(
     for label, alone in determined_labels.items():
         if alone:
             sentences.append(
-                f"{_list(alone)} determine{'s' if len(alone) == 1 else ''} {label} exactly: each value comes "
+                f"{shown(alone)} determine{'s' if len(alone) == 1 else ''} {label} exactly: each value comes "
                 "with one label only, so that nothing tells their effects apart. What they share is kept as "
                 "label effect, confounder included. Add rows that differ in one and not in the other, or do "
                 "not expect a correction for it."
@@ -353,7 +333,7 @@ def _warnings(
     parts = [name for name in determined if not any(name in variables[variable] for variable in whole)]
     if (whole or parts) and not determined_labels:
         sentences.append(
-            f"the label determines {_list([*whole, *parts])} exactly: such columns do not vary within a "
+            f"the label determines {shown([*whole, *parts])} exactly: such columns do not vary within a "
             "label, and no effect of theirs can be told from that of the label. It is kept, not removed."
         )
     sentences += [
@@ -375,11 +355,11 @@ def _notes(
     sentences = []
     if constant:
         sentences.append(
-            f"{_list(constant)} {'is' if len(constant) == 1 else 'are'} constant: there is nothing to "
+            f"{shown(constant)} {'is' if len(constant) == 1 else 'are'} constant: there is nothing to "
             "correct for, take it out."
         )
     sentences += [
-        f"{_list(group)} are collinear, each a combination of the others: what is removed is the same with "
+        f"{shown(group)} are collinear, each a combination of the others: what is removed is the same with "
         "one column less, only single coefficients mean nothing."
         for group in collinear
     ]

@@ -30,24 +30,13 @@ class Evaluated:
 
 @dataclass(frozen=True, eq=False)
 class FittedFactor:
-    """A factor and what it learnt.
-
-    Attributes
-    ----------
-    factor : Factor
-    kind : {"category", "numeric", "curve"}
-    levels : tuple
-        Of a category, the reference first.
-    curve : Curve or None
-    moments : dict
-        Mean and deviation of what is inside ``center`` and ``scale``.
-    """
+    """A factor and what it learnt."""
 
     factor: Factor
-    kind: str
-    levels: tuple[Any, ...] = ()
+    kind: str  # "category", "numeric" or "curve"
+    levels: tuple[Any, ...] = ()  # of a category, the reference first
     curve: Curve | None = None
-    moments: dict[str, list[float]] = field(default_factory=dict)
+    moments: dict[str, list[float]] = field(default_factory=dict)  # of what is in ``center`` and ``scale``
 
     def width(self, reduced: bool) -> int:
         """Return the number of columns; `reduced`: a category leaves out its reference."""
@@ -119,7 +108,7 @@ def factor_from_state(factor: Factor, state: Mapping[str, Any]) -> FittedFactor:
             raise ValueError(f"its factor {factor.text!r} has a level twice")
         return FittedFactor(factor, kind, levels=levels)
     saved = read(state, "moments", dict) if "moments" in state else {}
-    moments = {key: numbers_in(saved, key) for key in factor.moment_keys()}
+    moments = {key: numbers_in(saved, key) for key in factor.moment_keys}
     if any(len(pair) != 2 for pair in moments.values()):
         raise ValueError(f"its factor {factor.text!r} has no mean and deviation")
     curve = Curve.from_state(read(state, "curve", dict)) if kind == "curve" else None
@@ -146,7 +135,7 @@ def fit_factor(factor: Factor, columns: Mapping[str, Column]) -> FittedFactor:
     if kind == "category":
         return FittedFactor(factor, kind, levels=_fitted_levels(factor, columns[factor.variables[0]]))
     moments: dict[str, list[float]] = {}
-    values = factor.evaluate(_numbers(factor, columns), moments, fit=True)
+    values = factor.evaluate(_numbers(factor, columns), moments)
     _check_finite(factor, values, missing, columns)
     if kind == "numeric":
         return FittedFactor(factor, kind, moments=moments)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Sequence
 
+from mdnorm.design.files import TableFile
 from mdnorm.design.roles import why_no_feature
-from mdnorm.design.table_file import TableFile, TableFileError, check_columns
+from mdnorm.design.table_file import TableFileError, check_columns
 from mdnorm.text import listed
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from mdnorm.design.csv_file import CsvFile
 from mdnorm.design.reader import Column, read_columns
 from mdnorm.design.table_file import (
-    TableFile,
     TableFileError,
     check_columns,
     different_names,
@@ -95,11 +94,6 @@ def check_metadata(table: TableFile, columns: Sequence[str]) -> None:
             raise TableFileError(f"{table.path}: {error}") from error
 
 
-# --------------------------------------------------------------------------------------------------------
-# Parquet
-# --------------------------------------------------------------------------------------------------------
-
-
 class ParquetFile:
     """A Parquet file."""
 
@@ -153,7 +147,9 @@ class ParquetFile:
                         batch = pyarrow.RecordBatch.from_arrays(batch.columns, names=list(self.names))
                     yield batch.select(list(columns))
 
-    def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
+    def typed_batches(
+        self, columns: Sequence[str], batch_rows: int
+    ) -> Generator[pyarrow.RecordBatch, None, None]:
         """Yield the rows in order."""
         return (self.typed(batch, columns) for batch in self.batches(columns, batch_rows))
 
@@ -171,6 +167,9 @@ class ParquetFile:
         return pyarrow.RecordBatch.from_arrays(arrays, names=list(columns))
 
 
+TableFile = ParquetFile | CsvFile
+
+
 def _is_readable(type_: pyarrow.DataType) -> bool:
     import pyarrow
 
@@ -179,11 +178,6 @@ def _is_readable(type_: pyarrow.DataType) -> bool:
     except TypeError:
         return False
     return True
-
-
-# --------------------------------------------------------------------------------------------------------
-# Arrays
-# --------------------------------------------------------------------------------------------------------
 
 
 class ArrayFile:
@@ -214,19 +208,18 @@ class ArrayFile:
             raise TableFileError(f"{path} has the shape {self.shape}: there must be rows and features.")
         self.num_features = math.prod(self.shape[1:])
 
-    def read(self, file: BinaryIO, start: int, rows: int) -> NDArray[Any]:
+    def read(self, start: int, rows: int) -> NDArray[Any]:
         """Return some rows, (rows, number of features), as they are stored."""
         if not self.fortran_order:
-            values = np.empty((rows, self.num_features), self.stored)
-            self._read_into(file, start * self.num_features, values)
-            return values
-        columns = np.empty((self.num_features, rows), self.stored)
-        for index, column in enumerate(columns):
-            self._read_into(file, index * self.shape[0] + start, column)
-        transposed: NDArray[Any] = columns.T
+            return self._values(start * self.num_features, rows * self.num_features).reshape(rows, -1)
+        starts = range(start, self.shape[0] * self.num_features, self.shape[0])
+        transposed: NDArray[Any] = np.stack([self._values(at, rows) for at in starts]).T
         return transposed
 
-    def _read_into(self, file: BinaryIO, start: int, values: NDArray[Any]) -> None:
-        file.seek(self._offset + start * self.stored.itemsize)
-        if file.readinto(values.data.cast("B")) < values.nbytes:  # type: ignore[attr-defined]
+    def _values(self, start: int, count: int) -> NDArray[Any]:
+        values: NDArray[Any] = np.fromfile(
+            self.path, self.stored, count, offset=self._offset + start * self.stored.itemsize
+        )
+        if len(values) < count:
             raise TableFileError(f"{self.path} became shorter while it was read.")
+        return values

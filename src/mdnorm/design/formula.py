@@ -31,6 +31,8 @@ _MAX_PRODUCTS = 50_000
 _MAX_POWER = 20
 
 Vector = NDArray[np.float64]
+# From the columns, and the moments of what is standardised in them.
+Compute = Callable[[Mapping[str, Vector], dict[str, list[float]]], Vector]
 
 _ELEMENTWISE: dict[str, Callable[[Vector], Vector]] = {
     "I": lambda values: values,
@@ -55,10 +57,10 @@ _BINARY: dict[type[ast.operator], Callable[[Vector, Vector], Vector]] = {
 # The options of each curve, in the order in which they may be given without a name.
 _BOUNDS = ("lower_bound", "upper_bound")
 _CURVES = {
-    "bs": ("df", "knots", "degree", "include_intercept", *_BOUNDS, "extrapolation"),
-    "cr": ("df", "knots", *_BOUNDS, "constraints", "extrapolation"),
-    "cs": ("df", "knots", *_BOUNDS, "constraints", "extrapolation"),
-    "poly": ("degree", "raw"),
+    "bs": ("df", "knots", "degree", *_BOUNDS),
+    "cr": ("df", "knots", *_BOUNDS, "constraints"),
+    "cs": ("df", "knots", *_BOUNDS, "constraints"),
+    "poly": ("degree",),
 }
 _FUNCTIONS = ("C", *_CURVES, *_ELEMENTWISE, *_STANDARDIZING)
 
@@ -76,90 +78,32 @@ class FormulaError(ValueError):
 
 @dataclass(frozen=True)
 class Factor:
-    """One factor of a term, such as ``age``, ``log(age)``, ``C(site)`` or ``bs(age, df=4)``.
+    """One factor of a term, such as ``age``, ``log(age)``, ``C(site)`` or ``bs(age, df=4)``."""
 
-    Attributes
-    ----------
-    text : str
-        As written; columns are named after it.
-    kind : str
-        "column" (numeric or categorical, whichever the column is), "category", "numeric" or "curve".
-    variables : tuple of str
-        Columns of the table that it uses.
-    function : str
-        Name of the function of a curve, or "".
-    options : dict
-        Of a curve or category.
-    """
-
-    text: str
+    text: str  # as written; columns are named after it
+    # "column" (numeric or categorical, whichever the column is), "category", "numeric" or "curve".
     kind: str
-    variables: tuple[str, ...]
-    function: str = ""
-    options: Mapping[str, Any] = field(default_factory=dict)
-    tree: ast.expr | None = None
-    names: Mapping[str, str] = field(default_factory=dict)
+    variables: tuple[str, ...]  # columns of the table
+    function: str = ""  # of a curve
+    options: Mapping[str, Any] = field(default_factory=dict)  # of a curve or category
+    # Of the numeric expression: the argument of a curve, or the factor itself.
+    compute: Compute | None = None
+    moment_keys: frozenset[str] = frozenset()
 
     def __reduce__(self) -> tuple[Callable[[str], Factor], tuple[str]]:
         return parse_factor, (self.text,)
 
-    def evaluate(
-        self, columns: Mapping[str, Vector], moments: dict[str, list[float]], *, fit: bool = False
-    ) -> Vector:
-        """Return (n,) values of the numeric expression: the argument of a curve, or the factor itself.
+    def evaluate(self, columns: Mapping[str, Vector], moments: dict[str, list[float]]) -> Vector:
+        """Return (n,) values of the numeric expression of columns (n,), float64, NaN where missing.
 
-        The columns (n,) are float64, NaN where missing. `moments` are mean and standard deviation of what is
-        inside ``center`` and ``scale``: filled where `fit`, used otherwise.
+        `moments` are mean and standard deviation of what is inside ``center`` and ``scale``; those that are
+        not there yet are filled in.
         """
+        assert self.compute is not None
         num_rows = len(next(iter(columns.values())))
         with np.errstate(all="ignore"):
-            values = self._value(self.tree, columns, moments, fit)
+            values = self.compute(columns, moments)
         return np.broadcast_to(values, (num_rows,)).astype(np.float64)
-
-    def _value(
-        self, node: ast.expr | None, columns: Mapping[str, Vector], moments: dict[str, list[float]], fit: bool
-    ) -> Vector:
-        if isinstance(node, ast.Name):
-            return columns[self.names.get(node.id, node.id)]
-        if isinstance(node, ast.Constant) and isinstance(node.value, int | float):
-            # As float64 a power of powers overflows at once; as integers it would take for ever.
-            return np.asarray(node.value, dtype=np.float64)
-        if isinstance(node, ast.UnaryOp):
-            value = self._value(node.operand, columns, moments, fit)
-            return -value if isinstance(node.op, ast.USub) else value
-        if isinstance(node, ast.BinOp):
-            left = self._value(node.left, columns, moments, fit)
-            return _BINARY[type(node.op)](left, self._value(node.right, columns, moments, fit))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-            value = self._value(node.args[0], columns, moments, fit)
-            if node.func.id in _ELEMENTWISE:
-                return _ELEMENTWISE[node.func.id](value)
-            if node.func.id in _STANDARDIZING:
-                return self._standardized(node, node.func.id, value, moments, fit)
-        raise FormulaError(f"{self.text!r} cannot be computed.")  # parse_factor lets no other node through
-
-    def _standardized(
-        self, node: ast.Call, function: str, value: Vector, moments: dict[str, list[float]], fit: bool
-    ) -> Vector:
-        key = ast.unparse(node)
-        if fit:
-            finite = value[np.isfinite(value)]
-            deviation = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
-            moments[key] = [float(finite.mean()) if len(finite) else 0.0, deviation]
-        mean, deviation = moments[key]
-        if function == "center":
-            return value - mean
-        return (value - mean) / (deviation or 1.0)
-
-    def moment_keys(self) -> set[str]:
-        """Return the keys that `moments` must have."""
-        if self.tree is None:
-            return set()
-        return {
-            ast.unparse(node)
-            for node in ast.walk(self.tree)
-            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in _STANDARDIZING
-        }
 
 
 def quoted(name: str) -> str:
@@ -288,16 +232,14 @@ def parse_factor(text: str) -> Factor:
     except (SyntaxError, SyntaxWarning, ValueError, RecursionError, MemoryError) as error:
         raise FormulaError(f"{text!r} cannot be read as a factor of a formula: {error}") from error
 
-    if isinstance(tree, ast.Name):
-        return Factor(text, "column", (names.get(tree.id, tree.id),), tree=tree, names=names)
     function = tree.func.id if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) else ""
     if isinstance(tree, ast.Call) and function == "C":
         return _category(text, tree, names)
     if isinstance(tree, ast.Call) and function in _CURVES:
-        inner = _argument(text, tree, function)
-        options = _options(text, tree, function)
-        return Factor(text, "curve", _variables(text, inner, names), function, options, inner, names)
-    return Factor(text, "numeric", _variables(text, tree, names), tree=tree, names=names)
+        inner, options = _argument(text, tree, function), _options(text, tree, function)
+        return Factor(text, "curve", function=function, options=options, **_expression(text, inner, names))
+    kind = "column" if isinstance(tree, ast.Name) else "numeric"
+    return Factor(text, kind, **_expression(text, tree, names))
 
 
 def _argument(text: str, call: ast.Call, function: str) -> ast.expr:
@@ -306,36 +248,63 @@ def _argument(text: str, call: ast.Call, function: str) -> ast.expr:
     return call.args[0]
 
 
-def _variables(text: str, node: ast.expr, names: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the columns in a numeric expression, after checking that it is one."""
-    found = dict.fromkeys(names.get(name, name) for name in _checked_names(text, node, 0))
-    if not found:
-        raise FormulaError(f"{text!r} uses no column.")
-    return tuple(found)
+def _expression(text: str, tree: ast.expr, names: Mapping[str, str]) -> dict[str, Any]:
+    """Return what a `Factor` has of a numeric expression, after checking that it is one."""
+    variables: dict[str, None] = {}
+    keys = set()
 
+    def read(node: ast.expr, depth: int) -> Compute:
+        if depth > _MAX_DEPTH:
+            raise FormulaError(f"{text[:40]!r}… is nested more than {_MAX_DEPTH} deep.")
+        if isinstance(node, ast.Name):
+            name = names.get(node.id, node.id)
+            variables[name] = None
+            return lambda columns, moments: columns[name]
+        if isinstance(node, ast.Constant) and _is_number(node.value):
+            _finite(text, node.value)
+            # As float64 a power of powers overflows at once; as integers it would take for ever.
+            number = np.asarray(node.value, dtype=np.float64)
+            return lambda columns, moments: number
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
+            inner = read(node.operand, depth + 1)
+            return inner if isinstance(node.op, ast.UAdd) else lambda *given: -inner(*given)
+        if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
+            operator = _BINARY[type(node.op)]
+            left, right = read(node.left, depth + 1), read(node.right, depth + 1)
+            return lambda *given: operator(left(*given), right(*given))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            return read_call(node, node.func.id, depth)
+        raise _not_allowed(text, node)
 
-def _checked_names(text: str, node: ast.expr, depth: int) -> list[str]:
-    if depth > _MAX_DEPTH:
-        raise FormulaError(f"{text[:40]!r}… is nested more than {_MAX_DEPTH} deep.")
-    if isinstance(node, ast.Name):
-        return [node.id]
-    if isinstance(node, ast.Constant) and _is_number(node.value):
-        _finite(text, node.value)
-        return []
-    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.UAdd | ast.USub):
-        return _checked_names(text, node.operand, depth + 1)
-    if isinstance(node, ast.BinOp) and type(node.op) in _BINARY:
-        return _checked_names(text, node.left, depth + 1) + _checked_names(text, node.right, depth + 1)
-    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
-        function = node.func.id
+    def read_call(node: ast.Call, function: str, depth: int) -> Compute:
         if function in _CURVES or function == "C":
             raise FormulaError(f"{text!r}: {function}() gives several columns and cannot be computed with.")
-        if function in _ELEMENTWISE or function in _STANDARDIZING:
-            if len(node.args) != 1 or node.keywords:
-                raise FormulaError(f"{text!r}: {function}() takes one argument.")
-            return _checked_names(text, node.args[0], depth + 1)
-        raise FormulaError(f"{text!r}: there is no function {function}(); there are {', '.join(_FUNCTIONS)}.")
-    raise _not_allowed(text, node)
+        if function not in _ELEMENTWISE and function not in _STANDARDIZING:
+            raise FormulaError(
+                f"{text!r}: there is no function {function}(); there are {', '.join(_FUNCTIONS)}."
+            )
+        if len(node.args) != 1 or node.keywords:
+            raise FormulaError(f"{text!r}: {function}() takes one argument.")
+        inner = read(node.args[0], depth + 1)
+        if function in _ELEMENTWISE:
+            return lambda *given: _ELEMENTWISE[function](inner(*given))
+        key = ast.unparse(node)
+        keys.add(key)
+        return lambda columns, moments: _standardized(function, key, inner(columns, moments), moments)
+
+    compute = read(tree, 0)
+    if not variables:
+        raise FormulaError(f"{text!r} uses no column.")
+    return {"variables": tuple(variables), "compute": compute, "moment_keys": frozenset(keys)}
+
+
+def _standardized(function: str, key: str, value: Vector, moments: dict[str, list[float]]) -> Vector:
+    if key not in moments:
+        finite = value[np.isfinite(value)]
+        deviation = float(finite.std(ddof=1)) if len(finite) > 1 else 0.0
+        moments[key] = [float(finite.mean()) if len(finite) else 0.0, deviation]
+    mean, deviation = moments[key]
+    return (value - mean) / (1.0 if function == "center" else deviation or 1.0)
 
 
 def _finite(text: str, value: float) -> None:
@@ -370,11 +339,11 @@ def _literal(text: str, node: ast.expr) -> Any:
     try:
         value = ast.literal_eval(node)
     except ValueError:
-        raise _not_allowed(text, node) from None
+        value = ...
     if _is_number(value):
         _finite(text, value)
     elif not isinstance(value, str | bool | None):
-        raise _not_allowed(text, node)
+        raise FormulaError(f"{text!r} has an option that is not allowed: give a number or a string.")
     return value
 
 
@@ -403,18 +372,11 @@ def _options(text: str, call: ast.Call, function: str) -> dict[str, Any]:
             "knots": value is None or (isinstance(value, list) and all(map(_is_number, value))),
             "lower_bound": value is None or number,
             "upper_bound": value is None or number,
-            "raw": type(value) is bool,
-            "include_intercept": value is False,
             "constraints": value == "center",
-            "extrapolation": value == "clip",
         }[name]
         if not fits:
-            why = {
-                "include_intercept": "MetadataNorm has the intercept itself",
-                "constraints": "only 'center' leaves the intercept to MetadataNorm",
-                "extrapolation": "values outside the training range move to its ends ('clip')",
-            }.get(name, "it has the wrong type")
-            raise FormulaError(f"{text!r}: {name}={value!r} is not possible: {why}.")
+            only = ": only 'center' leaves the intercept to MetadataNorm" if name == "constraints" else ""
+            raise FormulaError(f"{text!r}: {name}={value!r} is not possible{only}.")
     if options.get("df") is not None and options.get("knots") is not None:
         raise FormulaError(f"{text!r}: give df or knots, not both.")
     return options
@@ -425,25 +387,12 @@ def _is_number(value: object) -> TypeGuard[int | float]:
 
 
 def _category(text: str, call: ast.Call, names: Mapping[str, str]) -> Factor:
-    """Return ``C(x)``, with its options ``reference`` and ``levels``, or ``Treatment(reference)``."""
+    """Return ``C(x)``, with its options ``reference`` and ``levels``."""
     column = _argument(text, call, "C")
     if not isinstance(column, ast.Name):
         raise FormulaError(f"{text!r}: C() takes the name of a column.")
-    arguments = _arguments(text, call, ("contrast", "reference", "levels"))
     options: dict[str, Any] = {}
-    contrast = arguments.pop("contrast", None)
-    if contrast is not None:
-        named = contrast.func if isinstance(contrast, ast.Call) else contrast
-        if not (isinstance(named, ast.Name) and named.id == "Treatment"):
-            raise FormulaError(
-                f"{text!r}: the only contrast is Treatment(reference): others span the same columns, and "
-                "remove the same."
-            )
-        if isinstance(contrast, ast.Call):
-            # The first argument of Treatment is the reference itself.
-            shifted = ast.Call(contrast.func, [column, *contrast.args], contrast.keywords)
-            arguments = {**_arguments(text, shifted, ("reference",)), **arguments}
-    for name, node in arguments.items():
+    for name, node in _arguments(text, call, ("reference", "levels")).items():
         value = _literal(text, node)
         several = name == "levels"
         values = value if several and isinstance(value, list) else [value]
@@ -453,7 +402,7 @@ def _category(text: str, call: ast.Call, names: Mapping[str, str]) -> Factor:
             raise FormulaError(f"{text!r}: {name} must be {what}, got {value!r}.")
         options[name] = value
     variable = names.get(column.id, column.id)
-    return Factor(text, "category", (variable,), "C", options, column, names)
+    return Factor(text, "category", (variable,), "C", options)
 
 
 def in_order(name: str, entries: Any) -> tuple[str, ...]:

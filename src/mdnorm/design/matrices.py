@@ -6,8 +6,9 @@ The intercept is `MetadataNorm`'s own and never among the columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,12 +40,8 @@ from mdnorm.text import warn
 Matrix = NDArray[np.float64]
 
 
-class _Matrices(NamedTuple):
-    metadata: Tensor
-    labels: Tensor | None
-
-
-class DesignMatrices(_Matrices):
+@dataclass(frozen=True, eq=False)
+class DesignMatrices:
     """What `Design.transform` returns; it unpacks as ``metadata, labels``.
 
     Attributes
@@ -56,23 +53,13 @@ class DesignMatrices(_Matrices):
         Of the columns.
     """
 
+    metadata: Tensor
+    labels: Tensor | None
     metadata_names: tuple[str, ...]
     label_names: tuple[str, ...]
 
-    def __new__(
-        cls,
-        metadata: Tensor,
-        labels: Tensor | None,
-        metadata_names: tuple[str, ...] = (),
-        label_names: tuple[str, ...] = (),
-    ) -> DesignMatrices:
-        """Pair the matrices with the names of their columns."""
-        matrices = super().__new__(cls, metadata, labels)
-        matrices.metadata_names, matrices.label_names = metadata_names, label_names
-        return matrices
-
-    def __getnewargs__(self) -> tuple[Any, ...]:
-        return self.metadata, self.labels, self.metadata_names, self.label_names
+    def __iter__(self) -> Iterator[Tensor | None]:
+        return iter((self.metadata, self.labels))
 
 
 class Design:
@@ -205,10 +192,6 @@ class Design:
             f"standardize={self.standardize}): {state}{coded}"
         )
 
-    # ----------------------------------------------------------------------------------------------------
-    # What it gives
-    # ----------------------------------------------------------------------------------------------------
-
     @property
     def metadata_names(self) -> tuple[str, ...]:
         """Names of the metadata columns: factor, basis column or level, as in ``age:C(site)[T.b]``."""
@@ -219,17 +202,14 @@ class Design:
     def label_names(self) -> tuple[str, ...]:
         """Names of the label columns."""
         self._check_fitted()
-        return tuple(
-            name for factor in self._label_factors for name in self._factors[factor.text].names(True)
-        )
+        return tuple(name for fitted in self._fitted_labels() for name in fitted.names(True))
 
     @property
     def terms(self) -> dict[str, tuple[str, ...]]:
         """Names of the columns of each term of the formula, and of each label after them."""
         names = self.metadata_names
         terms = {term: tuple(names[i] for i in at) for term, at in self._terms.of_terms().items()}
-        labels = {f.text: tuple(self._factors[f.text].names(True)) for f in self._label_factors}
-        return terms | labels
+        return terms | {label.factor.text: tuple(label.names(True)) for label in self._fitted_labels()}
 
     @property
     def units(self) -> Matrix:
@@ -262,11 +242,10 @@ class Design:
         column: ``{"dx": {"CN": 0, "AD": 1}}``; of more, the index k is a 1 in its k-th column.
         """
         self._check_fitted()
-        fitted = {factor.text: self._factors[factor.text] for factor in self._label_factors}
         return {
-            text: {level: index for index, level in enumerate(one.levels)}
-            for text, one in fitted.items()
-            if one.kind == "category"
+            label.factor.text: {level: index for index, level in enumerate(label.levels)}
+            for label in self._fitted_labels()
+            if label.kind == "category"
         }
 
     def variables(self, *, labels: bool = True) -> list[str]:
@@ -279,13 +258,12 @@ class Design:
         factors = self._factors_as_written(True)
         return {name for factor in factors if factor.kind == "category" for name in factor.variables}
 
+    def _fitted_labels(self) -> list[FittedFactor]:
+        return [self._factors[factor.text] for factor in self._label_factors]
+
     def _factors_as_written(self, labels: bool) -> list[Factor]:
         factors = [factor for term in self._written_terms for factor in term]
         return [*factors, *(self._label_factors if labels else ())]
-
-    # ----------------------------------------------------------------------------------------------------
-    # Fit and transform
-    # ----------------------------------------------------------------------------------------------------
 
     def fit(self, table: Any) -> Design:
         """Learn levels, knots, means and standard deviations from the training data.
@@ -327,14 +305,12 @@ class Design:
                 raise ValueError(f"column {column.name!r} has no values: take it out of the design.")
         self._kinds = {name: column.kind for name, column in columns.items()}
         check_missing(self, columns)
-        factors = [factor for term in self._written_terms for factor in term] + list(self._label_factors)
-        self._factors = {factor.text: fit_factor(factor, columns) for factor in factors}
-        for factor in self._label_factors:
-            if not self._factors[factor.text].names(True):
-                level = self._factors[factor.text].levels[0]
+        self._factors = {each.text: fit_factor(each, columns) for each in self._factors_as_written(True)}
+        for label in self._fitted_labels():
+            if not label.width(True):
                 raise ValueError(
-                    f"label {factor.text!r} has the single level {level!r}: leave labels out, or give "
-                    "rows of other labels."
+                    f"label {label.factor.text!r} has the single level {label.levels[0]!r}: leave labels "
+                    "out, or give rows of other labels."
                 )
         indicators = [
             name
@@ -475,12 +451,8 @@ class Design:
         """
         return design_from_json(cls.__new__(cls), text)
 
-    # ----------------------------------------------------------------------------------------------------
-    # Checks
-    # ----------------------------------------------------------------------------------------------------
-
     def _check_number_of_labels(self) -> None:
-        number = sum(self._factors[factor.text].width(True) for factor in self._label_factors)
+        number = sum(label.width(True) for label in self._fitted_labels())
         if number > MAX_COLUMNS:
             raise FormulaError(
                 f"the labels would have {number:,} columns, and the limit is {MAX_COLUMNS:,}: is one of them "
@@ -501,10 +473,6 @@ class Design:
         if absent and (wanted or len(absent) < len(set(needed))):
             raise ValueError(f"the table has no label column {absent[0]!r}: add it, or pass labels=False.")
         return not absent
-
-    # ----------------------------------------------------------------------------------------------------
-    # Computing
-    # ----------------------------------------------------------------------------------------------------
 
     def _fit_moments(self, values: TermValues) -> None:
         names = self._terms.names
@@ -529,8 +497,8 @@ class Design:
     def _evaluate(self, columns: Mapping[str, Column]) -> TermValues:
         check_kinds(columns, self._kinds)
         check_missing(self, columns)
-        factors = {factor.text: factor for term in self._written_terms for factor in term}
-        values = {text: self._factors[text].evaluate(columns, unseen=self.unseen) for text in factors}
+        texts = dict.fromkeys(factor.text for factor in self._factors_as_written(False))
+        values = {text: self._factors[text].evaluate(columns, unseen=self.unseen) for text in texts}
         missing = [columns[name].missing for name in self._terms.indicators]
         return TermValues(self._terms, values, missing)
 
@@ -545,10 +513,8 @@ class Design:
         return block
 
     def _label_matrix(self, columns: Mapping[str, Column], num_rows: int) -> Matrix:
-        width = sum(self._factors[factor.text].width(True) for factor in self._label_factors)
-        matrix, at = np.zeros((num_rows, width)), 0
-        for factor in self._label_factors:
-            fitted = self._factors[factor.text]
+        matrix, at = np.zeros((num_rows, sum(label.width(True) for label in self._fitted_labels()))), 0
+        for fitted in self._fitted_labels():
             values, part = fitted.evaluate(columns, label=True).values, fitted.width(True)
             if fitted.kind == "category":
                 found = np.flatnonzero(values > 0)

@@ -28,34 +28,20 @@ _MICROSECONDS_PER_DAY = 86_400_000_000
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a table.
-
-    Attributes
-    ----------
-    name : str
-    kind : str
-        One of `KINDS`, or "empty" where every value is missing.
-    values : (n,) array
-        Integers or float64 for numbers, float64 days since 1970-01-01 for dates; otherwise indices into
-        `distinct`. What stands in a missing row means nothing.
-    missing : (n,) bool array
-    categorical : bool
-        Strings, booleans, and what the table itself calls a category.
-    distinct : tuple or None
-        The different values of strings, booleans and categories, in no particular order.
-    order : tuple or None
-        Levels in the order that the table declares (an ordered categorical, an Enum).
-    declared : tuple
-        All levels that a categorical type declares, whether a row has them or not.
-    """
+    """One column of a table."""
 
     name: str
-    kind: str
+    kind: str  # one of `KINDS`, or "empty" where every value is missing
+    # (n,): integers or float64 for numbers, float64 days since 1970-01-01 for dates; otherwise indices into
+    # `distinct`. What stands in a missing row means nothing.
     values: NDArray[Any]
-    missing: NDArray[np.bool_]
-    categorical: bool
+    missing: NDArray[np.bool_]  # (n,)
+    categorical: bool  # strings, booleans, and what the table itself calls a category
+    # The different values of strings, booleans and categories, in no particular order.
     distinct: tuple[Any, ...] | None = None
+    # Levels in the order that the table declares (an ordered categorical, an Enum).
     order: tuple[Any, ...] | None = None
+    # All levels that a categorical type declares, whether a row has them or not.
     declared: tuple[Any, ...] = ()
 
     def rows(self, index: NDArray[Any]) -> Column:
@@ -169,16 +155,9 @@ def read_table(
 ) -> dict[str, Column]:
     """Return all columns of a table of any kind, by name.
 
-    Parameters
-    ----------
-    table : DataFrame, Series, mapping, tensor, array or nested list
-        Of pandas, polars or pyarrow; or names to columns of length n; or (n,) or (n, K) without names.
-    what : str
-        The argument that it is, for messages.
-    unnamed : str
-        Columns without names are called this and their number, from 0.
-    single : str, optional
-        What the column of an array (n,) or of a Series without a name is called instead.
+    It is a DataFrame or Series (pandas, polars, pyarrow), a mapping from names to columns, or an array or
+    nested list, (n,) or (n, K), and `what` names the argument in messages. Columns without names are called
+    `unnamed` and their number, from 0; the one of an array (n,) or a Series `single`, if that is given.
     """
     if isinstance(table, Mapping):
         columns = {str(name): read_column(str(name), values) for name, values in table.items()}

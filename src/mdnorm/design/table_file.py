@@ -6,54 +6,21 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mdnorm.design.reader import Column
 from mdnorm.extras import requires
 from mdnorm.text import listed
 
 if TYPE_CHECKING:
     import pyarrow
 
+    from mdnorm.design.files import TableFile
+
 
 class TableFileError(ValueError):
     """A file cannot be used as a table; the message says which, why, and what to do."""
-
-
-class TableFile(Protocol):
-    """Columns in a file, to be read in batches of rows."""
-
-    path: Path
-    header: tuple[str, ...]
-    """Names of the columns as the file has them."""
-    names: tuple[str, ...]
-    """The same, all different: a further column of a name has another one, by which nobody asks for it."""
-    repeated: dict[str, str]
-    """Of `names` those of columns that share a name in the file, with that name."""
-    num_rows: int | None
-    index_names: tuple[str, ...]
-    """Columns that are the index of a DataFrame."""
-    categories: set[str]
-    """Columns that are categories whatever they hold."""
-
-    def numeric(self) -> list[str]:
-        """Return the names of the columns that hold integers or floating-point numbers."""
-
-    def sample(self, columns: Sequence[str]) -> dict[str, Column]:
-        """Return the first rows of columns."""
-
-    def batches(
-        self, columns: Sequence[str], batch_rows: int, numbers: Sequence[str] = ()
-    ) -> Iterator[pyarrow.RecordBatch]:
-        """Yield the rows in order; `numbers` are those of `columns` that must be numeric."""
-
-    def typed_batches(self, columns: Sequence[str], batch_rows: int) -> Iterator[pyarrow.RecordBatch]:
-        """Yield the rows in order, every column of the type that its values have in the whole file."""
-
-    def typed(self, batch: pyarrow.RecordBatch, columns: Sequence[str]) -> pyarrow.RecordBatch:
-        """Return columns of one of the `batches` as `typed_batches` would have them."""
 
 
 def check_columns(table: TableFile, columns: Iterable[str]) -> None:
@@ -67,7 +34,10 @@ def check_columns(table: TableFile, columns: Iterable[str]) -> None:
 
 
 def different_names(header: Sequence[str]) -> tuple[tuple[str, ...], dict[str, str]]:
-    """Return names that are all different for the columns of a file, and which of them share one in it."""
+    """Return names that are all different for the columns of a file, and which of them share one in it.
+
+    A further column of a name has another one, by which nobody asks for it.
+    """
     counts = Counter(header)
     seen: Counter[str] = Counter()
     names = []

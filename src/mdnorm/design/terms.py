@@ -41,16 +41,9 @@ _CONSTANT = 1e-12
 
 @dataclass(frozen=True)
 class Product:
-    """Factors that are multiplied, and for each whether its category leaves out the reference.
+    """Factors that are multiplied, and for each whether its category leaves out the reference."""
 
-    Attributes
-    ----------
-    term : str
-        The term of the formula that it is part of.
-    factors : tuple of (FittedFactor, bool)
-    """
-
-    term: str
+    term: str  # of the formula, that it is part of
     factors: tuple[tuple[FittedFactor, bool], ...]
 
     @cached_property
@@ -166,25 +159,11 @@ class Terms:
 
 @dataclass(frozen=True)
 class TermValues:
-    """The columns of a design over a table, to be computed in portions.
-
-    Attributes
-    ----------
-    terms : Terms
-    values : dict from the text of a factor to Evaluated
-    missing : sequence of (n,) bool arrays
-        For each indicator.
-    """
+    """The columns of a design over a table, to be computed in portions."""
 
     terms: Terms
-    values: Mapping[str, Evaluated]
-    missing: Sequence[Mask]
-
-    @cached_property
-    def one_hot(self) -> dict[int, NDArray[np.int64]]:
-        """The codes of each product of categories alone."""
-        products = enumerate(self.terms.products)
-        return {k: each.codes(self.values) for k, each in products if each.is_one_hot and each.width}
+    values: Mapping[str, Evaluated]  # by the text of the factor
+    missing: Sequence[Mask]  # (n,), for each indicator
 
     @property
     def num_rows(self) -> int:
@@ -207,13 +186,7 @@ class TermValues:
                 product = self.terms.products[index]
                 part = block[:, at : at + product.width]
                 at += product.width
-                if index in self.one_hot:
-                    codes = self.one_hot[index][rows]
-                    found = np.flatnonzero(codes >= 0)
-                    part[:] = 0
-                    part[found, codes[found]] = 1
-                    part[codes == -2] = np.nan
-                elif product.width:
+                if product.width:
                     part[:] = product.block(self.values, rows)
             for missing in self.missing:
                 block[:, at] = missing[rows]
@@ -225,9 +198,11 @@ class TermValues:
 
         Some row must have no 1 in it, as those of the reference: the columns are independent then.
         """
-        fit = [index for index, codes in self.one_hot.items() if (codes == -1).any()]
+        products = enumerate(self.terms.products)
+        codes = {k: each.codes(self.values) for k, each in products if each.is_one_hot and each.width}
+        fit = [index for index, of_rows in codes.items() if (of_rows == -1).any()]
         widest = max(fit, key=lambda index: self.terms.products[index].width, default=-1)
-        return widest, self.one_hot.get(widest)
+        return widest, codes.get(widest)
 
     def moments(self) -> tuple[Matrix, Matrix, Matrix]:
         """Return the usable rows, the mean and the standard deviation of each column, each (K,).

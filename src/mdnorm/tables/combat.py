@@ -374,22 +374,13 @@ def _check_design(
 
 
 class Residuals(NamedTuple):
-    """What the design leaves of the features of one site.
-
-    Attributes
-    ----------
-    weight, num_rows : float, int
-    mean, squares : (D,) arrays
-        Mean residual, and sum of squares about it.
-    flat : (D,) array
-        The sum of squares that rounding alone would leave.
-    """
+    """What the design leaves of the features of one site."""
 
     weight: float
     num_rows: int
-    mean: FloatArray
-    squares: FloatArray
-    flat: FloatArray
+    mean: FloatArray  # (D,), of the residuals
+    squares: FloatArray  # (D,), about their mean
+    flat: FloatArray  # (D,), the squares that rounding alone would leave
 
 
 def site_residuals(

@@ -21,22 +21,12 @@ FloatArray = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class CovarianceModel(LocationScale):
-    """ComBat, and what takes the sites out of the principal components of what it leaves.
+    """ComBat, and what takes the sites out of the principal components of what it leaves."""
 
-    Attributes
-    ----------
-    center, unit : (D,) arrays
-        Mean and standard deviation of the residuals; 0 for a feature without residual variance.
-    directions : (K, D) array
-        Principal components of the standardised residuals, the largest first, of length 1.
-    scores : LocationScale
-        Location and scale of the sites in the K scores.
-    """
-
-    center: FloatArray
-    unit: FloatArray
-    directions: FloatArray
-    scores: LocationScale
+    center: FloatArray  # (D,), mean of the residuals
+    unit: FloatArray  # (D,), their standard deviation; 0 for a feature without residual variance
+    directions: FloatArray  # (K, D), components of the standardised residuals, the largest first, of length 1
+    scores: LocationScale  # location and scale of the sites in the K scores
 
     def remove(self, features: NDArray[Any], design: FloatArray, site_index: NDArray[np.intp]) -> FloatArray:
         """Return features without metadata and site effects, covariances too: see `LocationScale.remove`."""
@@ -48,15 +38,7 @@ class CovarianceModel(LocationScale):
         return super().restore(self._changed(features, design, site_index, inverse=True), design, site_index)
 
     def with_rows(self, features: NDArray[Any], design: FloatArray, sites: SiteCodes) -> CovarianceModel:
-        """Return a model that knows the scores of the sites that `with_sites` added last.
-
-        Parameters
-        ----------
-        features : (n, D) array
-        design : (n, K) array
-        sites : SiteCodes
-            Of these rows, none of which is of a site that `scores` knows.
-        """
+        """Return a model that knows the scores of the sites that `with_sites` added last, from their rows."""
         corrected = super().remove(features, design, self.index_of(sites)[0])
         scores = self._scores(corrected, design)
         empty = np.empty((len(scores), 0))
@@ -89,21 +71,9 @@ def fit_covariance(
     weights: FloatArray | None = None,
     reference_site: Hashable | None = None,
 ) -> CovarianceModel:
-    """Estimate what the sites do to the covariances of the features.
+    """Estimate what the sites do to the covariances of the features, beyond a model of the same rows.
 
-    Parameters
-    ----------
-    model : LocationScale
-        Fitted to the same rows, with `scale`.
-    features : (n, D) array
-    design : (n, K) array
-    sites : SiteCodes
-    share : float
-        In (0, 1]. As many components are harmonised as are needed for more than this share of the variance.
-    weights : (n,) array, optional
-        A row of weight 2 counts as two rows, one of weight 0 as none.
-    reference_site : optional
-        Site that all others are brought to.
+    As many components are harmonised as are needed for more than a `share` of the variance, in (0, 1].
 
     References
     ----------

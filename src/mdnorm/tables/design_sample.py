@@ -22,14 +22,7 @@ MAX_DESIGN_ROWS = 2**18
 class DesignSample:
     """Rows that a design is fitted to: all, or a seeded sample with every level, extreme and gap in it.
 
-    Parameters
-    ----------
-    design : Design
-        Not fitted.
-    seed : int or tuple of int
-        The same rows are sampled whatever the blocks they come in.
-    max_rows : int
-        More rows are sampled.
+    The same rows are sampled whatever the blocks they come in.
     """
 
     def __init__(
@@ -58,23 +51,19 @@ class DesignSample:
         if self._kept > 2 * self._max_rows:
             self._thin()
 
-    def merge(self, other: DesignSample) -> DesignSample:
-        """Add the rows of another sample."""
-        self.num_rows += other.num_rows
-        self._tables += other._tables
-        self._keys += other._keys
-        self._kept += other._kept
-        for table in other._witnesses.values():
-            self._find_witnesses(table)
-        self._thin()
-        return self
-
-    def copy(self) -> DesignSample:
-        """Return a copy that can be merged with others while this one stays."""
-        copied = copy.copy(self)
-        copied._tables, copied._keys = list(self._tables), list(self._keys)
-        copied._witnesses, copied._ends = dict(self._witnesses), dict(self._ends)
-        return copied
+    def merged(self, *others: DesignSample) -> DesignSample:
+        """Return a sample of the rows of this one and others, which stay as they are."""
+        total = copy.copy(self)
+        total._witnesses, total._ends = dict(self._witnesses), dict(self._ends)
+        for other in others:
+            total.num_rows += other.num_rows
+            total._tables = total._tables + other._tables
+            total._keys = total._keys + other._keys
+            total._kept += other._kept
+            for table in other._witnesses.values():
+                total._find_witnesses(table)
+            total._thin()
+        return total
 
     def rows(self) -> pyarrow.Table:
         """Return the rows to fit to."""

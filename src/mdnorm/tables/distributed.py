@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
@@ -27,8 +26,11 @@ from mdnorm.tables.model import (
     check_finite,
     design_columns,
     fitted_model,
+    one_thread,
     row_weights,
     skips_missing_features,
+    what_to_remove,
+    without_missing,
 )
 from mdnorm.text import warn
 
@@ -139,8 +141,6 @@ def residualize_dask(
         )
     if metadata is not None and not isinstance(metadata, (da.Array, dd.DataFrame)):
         raise TypeError(f"metadata must be an array or DataFrame of Dask, got {type(metadata).__name__}.")
-    # One name, not its letters.
-    labels = [labels] if isinstance(labels, str) else labels
     if metadata is None and isinstance(features, da.Array):
         raise ValueError("metadata=None, but features is an array, which has no columns for them.")
     if isinstance(features, da.Array):
@@ -148,45 +148,39 @@ def residualize_dask(
     if isinstance(metadata, da.Array):
         metadata = _rows_only(metadata[:, None] if metadata.ndim == 1 else metadata, "metadata")
         if formula is None and site is None and apply is None:
-            formula = [name for name in _array_names(metadata) if name not in (*labels, weights)]
-    specification = None
-    model = apply
-    if model is None:
-        specification = Specification(
-            formula,
-            tuple(labels),
-            site,
-            scale,
-            empirical_bayes,
-            ridge,
-            missing or "error",
-            unseen or "error",
-            weights,
-        )
-        variables = specification.variables
-    else:
-        model = model.with_rules(missing, unseen)
-        variables = model.variables
+            formula = [name for name in _array_names(metadata) if name not in (labels, *labels, weights)]
+    removal = what_to_remove(
+        apply,
+        (missing, unseen),
+        {"feature_names": feature_names},
+        formula=formula,
+        labels=labels,
+        site=site,
+        scale=scale,
+        empirical_bayes=empirical_bayes,
+        ridge=ridge,
+        weights=weights,
+    )
+    variables = removal.variables
+    if isinstance(removal, MetadataModel):
+        feature_names = removal.feature_names
     _check_variables(metadata if metadata is not None else features, variables)
     skips = skips_missing_features(missing_features)
-    names = _feature_names(
-        features, model.feature_names if model is not None else feature_names, variables, metadata is None
-    )
+    names = _feature_names(features, feature_names, variables, metadata is None)
     pairs = _pairs(features, metadata)
-    parts = [_part(block, other, names, variables) for block, other in pairs]
+    parts = [delayed(_read_part)(block, other, names, variables) for block, other in pairs]
 
-    if model is None:
-        assert specification is not None
-        design = specification.design()
+    if isinstance(removal, MetadataModel):
+        model = removal
+    else:
+        design = removal.design()
         if design is not None:
             tables = [block if other is None else other for block, other in pairs]
-            design = _fitted_design(design, tables, specification, seed)
-        shared = delayed((specification, design, skips), traverse=False)
+            design = _fitted_design(design, tables, removal, seed)
+        shared = delayed((removal, design, skips), traverse=False)
         tasks = [delayed(_moments)(part, shared) for part in parts]
         moments = compute(_tree(add_moments, tasks))[0]
-        model = fitted_model(specification, design, moments, names)
-    elif len(model.feature_names) != len(names):
-        raise ValueError(f"features has {len(names)} columns, the model {len(model.feature_names)}.")
+        model = fitted_model(removal, design, moments, names)
 
     # Workers do not need what only the summary does.
     shared = delayed(replace(model, moments=None), traverse=False)
@@ -206,11 +200,6 @@ def residualize_dask(
         for block, rows in zip(changed, features.chunks[0], strict=True)
     ]
     return DaskResiduals(da.concatenate(blocks, axis=0, allow_unknown_chunksizes=True), model)
-
-
-# --------------------------------------------------------------------------------------------------------
-# Partitions
-# --------------------------------------------------------------------------------------------------------
 
 
 def _rows_only(array: Any, name: str) -> Any:
@@ -307,12 +296,6 @@ class _Part(NamedTuple):
     table: Any  # pyarrow.Table
 
 
-def _part(block: Any, other: Any, names: tuple[str, ...], variables: Sequence[str]) -> Any:
-    from dask.delayed import delayed
-
-    return delayed(_read_part)(block, other, names, list(variables))
-
-
 def _read_part(block: Any, other: Any, names: tuple[str, ...], variables: list[str]) -> _Part:
     is_frame = hasattr(block, "columns")
     values = block[list(names)].to_numpy() if is_frame else np.asarray(block)
@@ -337,11 +320,6 @@ def _read_table(block: Any, variables: Sequence[str]) -> Any:
     return pyarrow.Table.from_pandas(block[list(variables)], preserve_index=False)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Tasks
-# --------------------------------------------------------------------------------------------------------
-
-
 def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
     """Return the delayed combination of parts, a few at a time, in their order."""
     from dask.delayed import delayed
@@ -353,20 +331,20 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
 
 def _moments(part: _Part, shared: tuple[Specification, Design | None, bool]) -> SiteMoments:
     specification, design, skips_missing = shared
-    weights = row_weights(part.table, specification.weights)
-    counts = np.ones(len(part.features), dtype=bool) if weights is None else weights > 0
-    if skips_missing:
-        counts &= ~np.isnan(part.features).any(1)
-    if not counts.all():
-        part = _Part(part.features[counts], part.table.filter(counts))
-        weights = None if weights is None else weights[counts]
-    if not len(part.features):
+    features, table = part
+    weights = row_weights(table, specification.weights)
+    if weights is not None:
+        used = weights > 0
+        features, table, weights = features[used], table.filter(used), weights[used]
+    if not len(features):
         return {}
+    if skips_missing:
+        features, weights = without_missing(features, weights)
     metadata, labels, sites = design_columns(
-        design, specification.formula is not None, specification.site, part.table, with_labels=True
+        design, specification.formula is not None, specification.site, table, with_labels=True
     )
     assert labels is not None
-    return site_moments(part.features, metadata, labels, sites, weights)
+    return site_moments(features, metadata, labels, sites, weights)
 
 
 def _fitted_design(design: Design, tables: list[Any], specification: Specification, seed: int) -> Design:
@@ -377,7 +355,7 @@ def _fitted_design(design: Design, tables: list[Any], specification: Specificati
     samples = [
         delayed(_sample)(table, specification, variables, (seed, index)) for index, table in enumerate(tables)
     ]
-    sample: DesignSample = compute(_tree(_merge, samples))[0]
+    sample: DesignSample = compute(_tree(DesignSample.merged, samples))[0]
     if not sample.num_rows:
         raise ValueError("the table has no rows.")
     return design.fit(sample.rows())
@@ -395,23 +373,12 @@ def _sample(
     return sample
 
 
-def _merge(*parts: DesignSample) -> DesignSample:
-    total = parts[0].copy()
-    for part in parts[1:]:
-        total.merge(part)
-    return total
-
-
 def _residuals(part: _Part, block: Any, model: MetadataModel, skips_missing: bool) -> Any:
     if not len(part.features):
         changed = part.features
     else:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        try:
+        with one_thread():
             changed = model.remove(part.features, part.table)
-        finally:
-            torch.set_num_threads(threads)
         check_finite(changed, model.feature_names, skips_missing)
     if not hasattr(block, "columns"):
         return changed

@@ -9,19 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.design.csv_file import CsvFile
 from mdnorm.design.feature_columns import chosen_features
-from mdnorm.design.files import TABLE_FORMATS, ArrayFile, ParquetFile, checked_suffix, open_table
+from mdnorm.design.files import TABLE_FORMATS, ArrayFile, ParquetFile, TableFile, checked_suffix, open_table
 from mdnorm.design.leakage import leaking_features
 from mdnorm.design.roles import stand_in_warning
-from mdnorm.design.table_file import TableFile, TableFileError
+from mdnorm.design.table_file import TableFileError
 
 if TYPE_CHECKING:
     import pyarrow
@@ -34,52 +33,12 @@ _MAX_ROW_GROUP_BYTES = 2**26
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive rows of a table.
+    """Some consecutive rows of a table."""
 
-    Attributes
-    ----------
-    start : int
-        Index of the first row.
-    features : (n, D) float array
-        float32 where all features are of at most that precision. Columns or rows are contiguous.
-    batch : pyarrow.RecordBatch or None
-        The other columns that were asked for; None for an array, which has none.
-    """
-
-    start: int
+    start: int  # index of the first row
+    # (n, D), float32 where all features are of at most that precision. Columns or rows are contiguous.
     features: NDArray[Any]
-    batch: pyarrow.RecordBatch | None
-
-
-class FeatureFile(Protocol):
-    """Features in a file, to be read in blocks of rows, and written anew."""
-
-    path: Path
-    num_rows: int | None
-    feature_names: tuple[str, ...]
-    left_alone: dict[str, str]
-    """Columns that are no features by default, and why."""
-    dtype: np.dtype[Any]
-    """Of the features in a block."""
-
-    def warnings(self) -> list[str]:
-        """Return sentences on what the first rows show: stand-ins for missing values, features that leak."""
-
-    def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
-        """Yield the rows in order, with other columns; None: with all that `writer` needs."""
-
-    def writer(self, path: Path) -> FeatureWriter:
-        """Return a writer of a file of this format."""
-
-
-class FeatureWriter(Protocol):
-    """Writes blocks whose features were changed."""
-
-    def write(self, block: Block, features: NDArray[Any]) -> None:
-        """Add the rows of a block with other features."""
-
-    def close(self) -> None:
-        """Complete the file."""
+    batch: pyarrow.RecordBatch | None  # the other columns that were asked for; None for an array
 
 
 def prefetched(items: Iterator[T]) -> Iterator[T]:
@@ -98,28 +57,7 @@ def open_features(
     reserved: Sequence[str] = (),
     missing_values: Sequence[str] = (),
 ) -> FeatureFile:
-    """Open a file with features.
-
-    Parameters
-    ----------
-    path : Path
-        A table as for `mdnorm.design.files.open_table`, or ``.npy`` of shape (n, …), where every value of a
-        row is a feature.
-    features : sequence of str, optional
-        Names of the columns that are features, or patterns such as ``"voxel_*"``. None: all numbers but the
-        reserved ones, the index of a DataFrame, identifiers (whole numbers that nearly all differ) and codes
-        (few different whole numbers), as the first rows show them; `left_alone` says which were left.
-    reserved : sequence of str
-        Columns that are metadata, labels or the like.
-    missing_values : sequence of str
-        Further texts that stand for a missing value.
-
-    Raises
-    ------
-    TableFileError
-        As for `open_table`; there are no such features; a feature is reserved or not numeric; a column of
-        numbers has an odd cell.
-    """
+    """Open a table with features (see `open_table` and `chosen_features`), or a ``.npy`` file of them."""
     if path.suffix.lower() == ".npy":
         checked_suffix(path, (".npy",))
         if features is not None:
@@ -131,11 +69,6 @@ def open_features(
     checked_suffix(path, (*TABLE_FORMATS, ".npy"))
     table = open_table(path, missing_values)
     return FeatureTable(table, *chosen_features(table, features, reserved))
-
-
-# --------------------------------------------------------------------------------------------------------
-# Columns of a table as features
-# --------------------------------------------------------------------------------------------------------
 
 
 class FeatureTable:
@@ -186,37 +119,23 @@ class FeatureTable:
             yield Block(start, features.T, batch.select(others))
             start += batch.num_rows
 
-    def writer(self, path: Path) -> FeatureWriter:
-        """Return a writer; columns keep their places."""
-        return _FeatureTableWriter(batch_writer(self.table, path, self._types), self)
+    def writer(self, path: Path) -> _ParquetWriter | _CsvWriter:
+        """Return a writer of the same format; columns keep their places."""
+        return batch_writer(self.table, path, self._types)
 
-
-class _FeatureTableWriter:
-    def __init__(self, writer: _BatchWriter, source: FeatureTable) -> None:
-        self._writer = writer
-        self._source = source
-
-    def write(self, block: Block, features: NDArray[Any]) -> None:
+    def changed(self, block: Block, features: NDArray[Any]) -> pyarrow.RecordBatch:
+        """Return what `writer` writes: the rows of a block with other features."""
         import pyarrow
 
-        types = self._source._types
-        position = {name: index for index, name in enumerate(types)}
         assert block.batch is not None
+        columns = dict(zip(self._types, features.T, strict=True))
         arrays = [
-            pyarrow.array(np.ascontiguousarray(features[:, position[name]], types[name].to_pandas_dtype()))
-            if name in types
+            pyarrow.array(np.ascontiguousarray(columns[name], self._types[name].to_pandas_dtype()))
+            if name in columns
             else block.batch.column(name)
-            for name in self._source.table.names
+            for name in self.table.names
         ]
-        self._writer.write(pyarrow.RecordBatch.from_arrays(arrays, names=list(self._source.table.header)))
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-# --------------------------------------------------------------------------------------------------------
-# Arrays
-# --------------------------------------------------------------------------------------------------------
+        return pyarrow.RecordBatch.from_arrays(arrays, names=list(self.table.header))
 
 
 class FeatureArray:
@@ -237,20 +156,49 @@ class FeatureArray:
 
     def blocks(self, batch_rows: int, columns: Sequence[str] | None) -> Iterator[Block]:
         """Yield the rows in order; there are no other columns."""
-        with self.path.open("rb") as file:
-            for start in range(0, self._file.shape[0], batch_rows):
-                rows = min(batch_rows, self._file.shape[0] - start)
-                yield Block(start, self._file.read(file, start, rows).astype(self.dtype, copy=False), None)
+        for start in range(0, self._file.shape[0], batch_rows):
+            rows = min(batch_rows, self._file.shape[0] - start)
+            yield Block(start, self._file.read(start, rows).astype(self.dtype, copy=False), None)
 
-    def writer(self, path: Path) -> FeatureWriter:
+    def writer(self, path: Path) -> _ArrayWriter:
         """Return a writer of the same shape and order."""
         return _ArrayWriter(path, self._file, self.dtype)
 
+    def changed(self, block: Block, features: NDArray[Any]) -> Block:
+        """Return what `writer` writes: the rows of a block with other features."""
+        return replace(block, features=features)
 
-class _ArrayWriter:
+
+FeatureFile = FeatureTable | FeatureArray
+
+
+class _Writer:
+    """Writes one piece at a time in a thread of its own; what goes wrong is raised by the next one."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mdnorm-write")
+        self._writing: Future[Any] | None = None
+
+    def _later(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+        if self._writing is not None:
+            self._writing.result()
+        self._writing = self._pool.submit(write, *arguments, **options)
+
+    def close(self) -> None:
+        """Wait for the last piece and close the file, whatever happened."""
+        try:
+            if self._writing is not None:
+                self._writing.result()
+        finally:
+            self._pool.shutdown()
+            self._file.close()
+
+
+class _ArrayWriter(_Writer):
     def __init__(self, path: Path, source: ArrayFile, dtype: np.dtype[Any]) -> None:
+        super().__init__(path.open("wb"))
         self._source, self._dtype = source, dtype
-        self._file = path.open("wb")
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
             "fortran_order": source.fortran_order,
@@ -258,10 +206,9 @@ class _ArrayWriter:
         }
         np.lib.format.write_array_header_1_0(self._file, header)
         self._offset = self._file.tell()
-        self._background = _Background()
 
-    def write(self, block: Block, features: NDArray[Any]) -> None:
-        self._background(self._write, block.start, features)
+    def write(self, block: Block) -> None:
+        self._later(self._write, block.start, block.features)
 
     def _write(self, start: int, features: NDArray[Any]) -> None:
         values = features.astype(self._dtype, copy=False)
@@ -274,44 +221,10 @@ class _ArrayWriter:
             self._file.seek(self._offset + (index * self._source.shape[0] + start) * size)
             self._file.write(np.ascontiguousarray(column).data.cast("B"))
 
-    def close(self) -> None:
-        self._background.close(self._file)
 
-
-# --------------------------------------------------------------------------------------------------------
-# Writing
-# --------------------------------------------------------------------------------------------------------
-
-
-class _Background:
-    """One piece of writing at a time, in a thread of its own; what goes wrong is raised by the next one."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mdnorm-write")
-        self._writing: Future[Any] | None = None
-
-    def __call__(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._pool.submit(write, *arguments, **options)
-
-    def close(self, file: Any) -> None:
-        """Wait for the last piece and close the file, whatever happened."""
-        try:
-            if self._writing is not None:
-                self._writing.result()
-        finally:
-            self._pool.shutdown()
-            file.close()
-
-
-class _BatchWriter(Protocol):
-    def write(self, batch: pyarrow.RecordBatch) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]) -> _BatchWriter:
+def batch_writer(
+    table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]
+) -> _ParquetWriter | _CsvWriter:
     """Return a writer of a file of the same format and columns; `types` are those of the features."""
     import pyarrow
 
@@ -319,13 +232,12 @@ def batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.DataT
         named = zip(table.names, table.schema, strict=True)
         fields = [field.with_type(types.get(name, field.type)) for name, field in named]
         return _ParquetWriter(path, table, pyarrow.schema(fields, table.schema.metadata), set(types))
-    assert isinstance(table, CsvFile)
     kinds = [types.get(name, pyarrow.string()) for name in table.names]
     schema = pyarrow.schema(list(zip(table.header, kinds, strict=True)))
     return _CsvWriter(path, schema, table.delimiter)
 
 
-class _ParquetWriter:
+class _ParquetWriter(_Writer):
     """Writes the columns, types, schema metadata, codecs and row groups of the file that they come from.
 
     Row groups of more than 64 MiB are split, since they are in memory before they are written.
@@ -347,7 +259,7 @@ class _ParquetWriter:
         codecs = {chunk.path_in_schema: chunk.compression for chunk in chunks}
         version = metadata.format_version
         self._schema = schema
-        self._writer = pyarrow.parquet.ParquetWriter(
+        writer = pyarrow.parquet.ParquetWriter(
             path,
             schema,
             compression={
@@ -357,11 +269,11 @@ class _ParquetWriter:
             use_byte_stream_split=split or False,
             version=version if version in ("1.0", "2.4", "2.6") else "2.6",
         )
+        super().__init__(writer)
         self._ends = self._row_group_ends(source, schema)
         self._end = next(self._ends)
         self._pending: list[pyarrow.RecordBatch] = []
         self._num_rows = 0
-        self._background = _Background()
 
     @staticmethod
     def _row_group_ends(source: ParquetFile, schema: pyarrow.Schema) -> Iterator[int]:
@@ -390,25 +302,22 @@ class _ParquetWriter:
 
         table = pyarrow.Table.from_batches(self._pending, self._schema)
         self._pending = []
-        self._background(self._writer.write_table, table, row_group_size=len(table))
+        self._later(self._file.write_table, table, row_group_size=len(table))
 
     def close(self) -> None:
         try:
             if self._pending:
                 self._flush()
         finally:
-            self._background.close(self._writer)
+            super().close()
 
 
-class _CsvWriter:
+class _CsvWriter(_Writer):
     def __init__(self, path: Path, schema: pyarrow.Schema, delimiter: str) -> None:
         from pyarrow import csv
 
-        self._writer = csv.CSVWriter(path, schema, write_options=csv.WriteOptions(delimiter=delimiter))
-        self._background = _Background()
+        options = csv.WriteOptions(delimiter=delimiter)
+        super().__init__(csv.CSVWriter(path, schema, write_options=options))
 
     def write(self, batch: pyarrow.RecordBatch) -> None:
-        self._background(self._writer.write_batch, batch)
-
-    def close(self) -> None:
-        self._background.close(self._writer)
+        self._later(self._file.write_batch, batch)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Callable, Hashable
+from numbers import Real
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import NotFittedError
+from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from mdnorm.design.leakage import LeakageWarning, leaking_features
@@ -21,6 +23,7 @@ from mdnorm.tables.combat import (
     site_moments,
 )
 from mdnorm.tables.covariance import CovarianceModel, fit_covariance
+from mdnorm.tables.model import without_missing
 from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
 from mdnorm.tables.table_reader import TableReader, TableRows
 from mdnorm.text import warn
@@ -30,6 +33,17 @@ FloatArray = NDArray[np.float64]
 
 class TableFitter(TableReader):
     """Estimates of an estimator of tables: from rows to `Moments` to a model, and the model on rows."""
+
+    _parameter_constraints: ClassVar[dict[str, list[Any]]] = {
+        "metadata_columns": ["array-like", None],
+        "ridge": [Interval(Real, 0, None, closed="left")],
+        "protect_target": [StrOptions({"auto", "categorical", "continuous"}), Options(bool, {False})],
+        "strength": [Interval(Real, 0, 1, closed="both")],
+        "covariance": ["boolean", Interval(Real, 0, 1, closed="both")],
+        "missing": [StrOptions({"error", "mean", "indicator"})],
+        "unseen": [StrOptions({"error", "mean"})],
+        "missing_features": [StrOptions({"error", "skip"})],
+    }
 
     keep_metadata: bool
     ridge: float
@@ -44,40 +58,15 @@ class TableFitter(TableReader):
         return names
 
     def __getattr__(self, name: str) -> Any:
-        # After partial_fit the estimates are made when they are asked for.
-        if name in ESTIMATES and "moments_" in vars(self) and vars(self).get("_model") is None:
-            self._fitted_model()
-            return vars(self)[name]
+        # After partial_fit the model is made when it is asked for.
+        if name in _ESTIMATES and "moments_" in vars(self):
+            return _ESTIMATES[name](self, self._fitted_model())
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def _check_parameters(self) -> None:
-        if isinstance(self.metadata_columns, (str, int)):
-            raise TypeError(
-                f"metadata_columns must be a sequence of columns, got {self.metadata_columns!r}: write "
-                f"metadata_columns=[{self.metadata_columns!r}]."
-            )
-        if not (isinstance(self.ridge, (int, float, np.number)) and 0 <= self.ridge < np.inf):
-            raise ValueError(f"ridge must be a finite number, at least 0, got {self.ridge!r}.")
-        if self.protect_target not in ("auto", "categorical", "continuous", False):
-            raise ValueError(
-                "protect_target must be 'auto', 'categorical', 'continuous' or False, "
-                f"got {self.protect_target!r}."
-            )
-        for name, choices in (
-            ("unseen", ("error", "mean")),
-            ("missing", ("error", "mean", "indicator")),
-            ("missing_features", ("error", "skip")),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}.")
-        for name in ("strength", "covariance"):
-            value = getattr(self, name)
-            is_share = isinstance(value, (int, float, np.number)) and 0 <= value <= 1
-            if not is_share or (name == "strength" and isinstance(value, bool)):
-                raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}.")
-        self._check_combinations()
-
-    def _check_combinations(self) -> None:
+        self._validate_params()
+        if isinstance(self.strength, bool):
+            raise ValueError(f"strength must be a number from 0 to 1, got {self.strength!r}.")
         if self.site is None:
             for name in ("scale", "empirical_bayes", "covariance", "reference_site"):
                 if getattr(self, name) not in (False, None):
@@ -122,17 +111,14 @@ class TableFitter(TableReader):
         if note is not None:
             warn(note, LeakageWarning)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
-        if np.isnan(features).any():
-            weights = (np.ones(num_rows) if weights is None else weights) * ~np.isnan(features).any(1)
-            features = np.nan_to_num(features)
+        features, weights = without_missing(features, weights)
         self._intercepts = self._fitted_intercepts(rows._replace(features=features), weights)
         rows = rows._replace(features=self._without_intercepts(features, rows.subjects))
         moments = self._moments(rows, weights)
         self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
         counts = np.ones(num_rows, dtype=bool) if weights is None else weights > 0
-        table = metadata if self.metadata_columns is None else self._metadata_part(X)
         if self._metadata_table is not None:
-            self._metadata_table.count(table, counts)
+            self._metadata_table.count(self._table(X, metadata), counts)
         if "labels" in self._protected:
             self._protected["labels"].count(labels, counts)
         return rows, weights
@@ -165,10 +151,6 @@ class TableFitter(TableReader):
             return features
         changed: NDArray[Any] = features + sign * self._intercepts.of(subjects)
         return changed
-
-    # ----------------------------------------------------------------------------------------------------
-    # The model
-    # ----------------------------------------------------------------------------------------------------
 
     def _fitted_model(self) -> LocationScale:
         if not hasattr(self, "moments_"):
@@ -203,22 +185,7 @@ class TableFitter(TableReader):
                 weights=weights,
                 reference_site=reference,
             )
-        self._set_model(model)
-
-    def _set_model(self, model: LocationScale) -> None:
         self._model = model
-        self.coef_ = model.coefficients[: self._num_metadata]
-        self.protected_coef_ = model.coefficients[self._num_metadata :]
-        self.metadata_mean_ = model.design_mean[: self._num_metadata]
-        self.mean_ = model.mean
-        self.sites_ = list(model.sites) if self.site is not None else []
-        self.site_location_, self.site_scale_ = model.location, model.scale
-        for name in ("components_", "subject_variance_"):
-            self.__dict__.pop(name, None)
-        if isinstance(model, CovarianceModel):
-            self.components_ = model.directions
-        if self._intercepts is not None:
-            self.subject_variance_ = self._intercepts.variance
 
     def _site_index(self, sites: SiteCodes | None, num_rows: int) -> NDArray[np.intp]:
         if sites is None:
@@ -251,9 +218,7 @@ class TableFitter(TableReader):
             changed = self._in_part(plain, changed, index, inverse)
         out: NDArray[Any] = self._without_intercepts(changed, rows.subjects, 1.0).astype(rows.features.dtype)
         if dropped is None and self.keep_metadata and len(self._metadata_index):
-            is_frame = hasattr(X, "columns") and hasattr(X, "dtypes")
-            names = self._names_of_metadata(X) if is_frame else self._metadata_index
-            dropped = [X[name] if is_frame else np.asarray(X)[:, name] for name in names]
+            dropped = self._metadata_of(X)
         return out if dropped is None else self._together(out, dropped)
 
     def _in_part(
@@ -277,15 +242,17 @@ class TableFitter(TableReader):
 # The share of the variance whose components are harmonised, as Chen et al. (2022) have it.
 _PUBLISHED_SHARE = 0.95
 
-ESTIMATES = (
-    "coef_",
-    "protected_coef_",
-    "metadata_mean_",
-    "mean_",
-    "sites_",
-    "site_location_",
-    "site_scale_",
-)
+_ESTIMATES: dict[str, Callable[[Any, Any], Any]] = {
+    "coef_": lambda fit, model: model.coefficients[: fit._num_metadata],
+    "protected_coef_": lambda fit, model: model.coefficients[fit._num_metadata :],
+    "metadata_mean_": lambda fit, model: model.design_mean[: fit._num_metadata],
+    "mean_": lambda fit, model: model.mean,
+    "sites_": lambda fit, model: [] if fit.site is None else list(model.sites),
+    "site_location_": lambda fit, model: model.location,
+    "site_scale_": lambda fit, model: model.scale,
+    "components_": lambda fit, model: model.directions,
+    "subject_variance_": lambda fit, model: fit._intercepts.variance,
+}
 
 
 def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:

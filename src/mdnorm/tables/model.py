@@ -8,7 +8,8 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +26,7 @@ from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
 from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale
-from mdnorm.tables.summary import Summary, Variable, summarise
+from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_design import site_codes
 
 if TYPE_CHECKING:
@@ -42,25 +43,9 @@ _STEP_VALUES = 2**18
 
 @dataclass(frozen=True)
 class Specification:
-    """What is removed from the features, how, and what is protected.
+    """What is removed from the features, how, and what is protected: see `residualize_file`."""
 
-    Attributes
-    ----------
-    formula : str, sequence of str or None
-        Metadata, as for `mdnorm.Design`; None: only the site.
-    labels : tuple of str
-        Columns or factors that are protected.
-    site : str or None
-        Column that names the site of a row: strings, numbers, or dates, which are named by their ISO text.
-    scale, empirical_bayes, ridge
-        As for `mdnorm.tables.fit_location_scale`.
-    missing, unseen : str
-        As for `mdnorm.Design`; `unseen` holds for sites as well.
-    weights : str or None
-        Column with the weights of the rows.
-    """
-
-    formula: str | Sequence[str] | None = None
+    formula: str | Sequence[str] | None = None  # None: only the site
     labels: tuple[str, ...] = ()
     site: str | None = None
     scale: bool = False
@@ -286,17 +271,17 @@ class MetadataModel:
                 "with a ridge, which leaves coefficients without standard errors. Fit with ridge=0."
             )
         terms = {} if self.design is None else self.design.terms
-        variables = [Variable(name, columns) for name, columns in terms.items()]
         units = np.ones(len(self.location_scale.design_mean))
         if self.design is not None:
             units[: self.design.num_metadata] = self.design.units
         return summarise(
-            self.moments, self.location_scale, variables, self.feature_names, site=self.site, units=units
+            self.moments,
+            self.location_scale,
+            list(terms.items()),
+            self.feature_names,
+            site=self.site,
+            units=units,
         )
-
-    # ----------------------------------------------------------------------------------------------------
-    # Saving
-    # ----------------------------------------------------------------------------------------------------
 
     def save(self, path: str | Path, *, moments: bool = True) -> None:
         """Write the model as a safetensors file, complete or not at all.
@@ -328,10 +313,7 @@ class MetadataModel:
             "site": self.site,
             "unseen": self.unseen,
             "sites": list(model.sites),
-            "num_metadata": model.num_metadata,
-            "has_scale": model.has_scale,
-            "empirical_bayes": model.empirical_bayes,
-            "tolerance": model.tolerance,
+            **{name: getattr(model, name) for name in _NUMBERS},
         }
         tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}
         for site, part in ((self.moments if moments else None) or {}).items():
@@ -408,7 +390,8 @@ class MetadataModel:
             raise ValueError(f"arrays have the shapes {shapes}, expected finite ones of {expected}")
         design = None if state["design"] is None else Design.from_json(state["design"])
         removes = bool(state["removes_design"])
-        num_metadata = int(state["num_metadata"])
+        numbers: dict[str, Any] = {name: kind(state[name]) for name, kind in _NUMBERS.items()}
+        num_metadata = numbers["num_metadata"]
         in_design = 0 if design is None else design.num_metadata + design.num_labels
         removed = design.num_metadata if design is not None and removes else 0
         if in_design != deep or removed != num_metadata:
@@ -423,14 +406,7 @@ class MetadataModel:
         return cls(
             design=design,
             removes_design=removes,
-            location_scale=LocationScale(
-                sites=sites,
-                num_metadata=num_metadata,
-                has_scale=bool(state["has_scale"]),
-                empirical_bayes=bool(state["empirical_bayes"]),
-                tolerance=float(state["tolerance"]),
-                **arrays,
-            ),
+            location_scale=LocationScale(sites=sites, **{**numbers, **arrays}),
             feature_names=tuple(names),
             site=state["site"],
             unseen=str(state["unseen"]),
@@ -438,18 +414,15 @@ class MetadataModel:
         )
 
 
+# Of `LocationScale`.
 _ARRAYS = ("mean", "design_mean", "coefficients", "pooled_scale", "location", "scale")
+_NUMBERS = {"num_metadata": int, "has_scale": bool, "empirical_bayes": bool, "tolerance": float}
 
 
 def check_model_path(path: Path) -> None:
     """Raise TableFileError for another suffix than ``.safetensors``."""
     if path.suffix.lower() != ".safetensors":
         raise TableFileError(f"{path}: coefficients are kept in a .safetensors file, name it so.")
-
-
-# --------------------------------------------------------------------------------------------------------
-# Metadata of some rows
-# --------------------------------------------------------------------------------------------------------
 
 
 # Metadata (n, K_m); protected columns (n, K_y), None where not asked for; sites, None where there are none.
@@ -499,19 +472,16 @@ def design_columns(
     if not removes_design and not with_labels:
         return empty, None, sites
     used = {name: columns[name] for name in design.variables(labels=with_labels)}
-    metadata, labels = design.transform_columns(used, labels=with_labels and design.num_labels > 0)
-    if not removes_design:
-        return empty, metadata, sites
-    if labels is None:
-        return metadata, empty if design.num_labels == 0 else None, sites
-    return metadata, labels, sites
+    metadata, labels = design.transform_columns(used, labels=with_labels or design.num_labels == 0)
+    return (metadata, labels, sites) if removes_design else (empty, metadata, sites)
 
 
 def fitted_model(
     specification: Specification, design: Design | None, moments: SiteMoments, feature_names: tuple[str, ...]
 ) -> MetadataModel:
     """Return the model of a fitted design and the moments of each site; see `fit_location_scale`."""
-    moments = dict(sorted(moments.items(), key=lambda item: (str(type(item[0])), str(item[0]))))
+    sites = sorted(moments, key=lambda site: (str(type(site)), str(site)))
+    moments = {site: moments[site] for site in sites if moments[site].weight > 0}
     names = () if design is None else (*design.metadata_names, *design.label_names)
     model = fit_location_scale(
         moments,
@@ -531,11 +501,56 @@ def fitted_model(
     )
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: others read and write meanwhile, and the products are too thin to share."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def what_to_remove(
+    apply: MetadataModel | None,
+    rules: tuple[str | None, str | None],
+    others: Mapping[str, Any],
+    *,
+    labels: str | Sequence[str],
+    **fits: Any,
+) -> Specification | MetadataModel:
+    """Return what to fit, or the model to apply under the rules for missing metadata and unseen levels.
+
+    With a model everything that says what to fit, `others` included, is a ValueError.
+    """
+    missing, unseen = rules
+    if apply is None:
+        # One name, not its letters.
+        labels = (labels,) if isinstance(labels, str) else tuple(labels)
+        return Specification(labels=labels, missing=missing or "error", unseen=unseen or "error", **fits)
+    given = [name for name, value in {**fits, "labels": labels, **others}.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)}: not with apply=, a model that was fitted before.")
+    return apply.with_rules(missing, unseen)
+
+
 def skips_missing_features(rule: str) -> bool:
     """Return whether rows with missing features are left out; ValueError where there is no such rule."""
     if rule not in ("error", "skip"):
         raise ValueError(f"missing_features must be 'error' or 'skip', got {rule!r}.")
     return rule == "skip"
+
+
+def without_missing(
+    features: NDArray[Any], weights: FloatArray | None
+) -> tuple[NDArray[Any], FloatArray | None]:
+    """Return features without missing values, and weights that are 0 for the rows that have some."""
+    missing = np.isnan(features).any(1)
+    if not missing.any():
+        return features, weights
+    weights = np.ones(len(features)) if weights is None else weights
+    return np.nan_to_num(features, posinf=np.inf, neginf=-np.inf), weights * ~missing
 
 
 def check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:

@@ -18,8 +18,8 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 from mdnorm.design.row_order import check_same_order
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.covariance import CovarianceModel
-from mdnorm.tables.fitting import ESTIMATES, TableFitter
-from mdnorm.tables.summary import Summary, Variable, summarise
+from mdnorm.tables.fitting import TableFitter
+from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_reader import TableRows
 
 FloatArray = NDArray[np.float64]
@@ -184,10 +184,6 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         self.unseen = unseen
         self.missing_features = missing_features
 
-    # ----------------------------------------------------------------------------------------------------
-    # Fitting
-    # ----------------------------------------------------------------------------------------------------
-
     def fit(
         self,
         X: Any,  # noqa: N803
@@ -284,8 +280,6 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
             self._is_partial = True
         self._update(X, y, metadata, labels, sample_weight, classes, reset=first)
         self._model: LocationScale | None = None
-        for name in ESTIMATES:
-            self.__dict__.pop(name, None)
         return self
 
     def fit_transform(
@@ -343,12 +337,8 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         model = model.with_sites(self._moments(TableRows(features, design, codes, None)))
         if isinstance(model, CovarianceModel):
             model = model.with_rows(features, design, codes)
-        self._set_model(model)
+        self._model = model
         return self
-
-    # ----------------------------------------------------------------------------------------------------
-    # Transforming
-    # ----------------------------------------------------------------------------------------------------
 
     def transform(self, X: Any, *, metadata: Any = None, labels: Any = None) -> Any:  # noqa: N803
         """Return the features without the effects of the metadata.
@@ -433,12 +423,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
                     f"sites whose location and scale are removed as a whole. Fit with {name}={plain!r}."
                 )
         tables = [self._metadata_table, *self._protected.values()]
-        variables = [
-            Variable(name, columns)
-            for table in tables
-            if table is not None
-            for name, columns in table.terms.items()
-        ]
+        variables = [term for table in tables if table is not None for term in table.terms.items()]
         labels = self._protected.get("labels")
         return summarise(
             self.moments_,

@@ -12,13 +12,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from mdnorm.bars import stage_bars
@@ -27,7 +26,8 @@ from mdnorm.design.files import check_metadata, open_table
 from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
 from mdnorm.files import atomic_path
-from mdnorm.tables.combat import SiteCodes, SiteMoments, add_moments, site_moments
+from mdnorm.plain import PlainResult
+from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
 from mdnorm.tables.design_sample import DesignSample
 from mdnorm.tables.files import Block, FeatureFile, open_features, prefetched
 from mdnorm.tables.model import (
@@ -38,8 +38,11 @@ from mdnorm.tables.model import (
     check_model_path,
     design_columns,
     fitted_model,
+    one_thread,
     row_weights,
     skips_missing_features,
+    what_to_remove,
+    without_missing,
 )
 from mdnorm.tables.rows import KeptDesign, Rows
 
@@ -55,7 +58,7 @@ _DESIGN_VALUES = 2**22
 
 
 @dataclass(frozen=True)
-class ResidualizeSummary:
+class ResidualizeSummary(PlainResult):
     """What `residualize_file` did.
 
     Attributes
@@ -83,10 +86,6 @@ class ResidualizeSummary:
     sites: tuple[str, ...]
     left_alone: dict[str, str]
     warnings: tuple[str, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return it as plain values, for JSON."""
-        return asdict(self)
 
 
 @contextmanager
@@ -209,98 +208,50 @@ def residualize_file(
     ('volume',)
     """
     source, out = Path(source), Path(out)
-    # One name, not its letters.
-    labels = [labels] if isinstance(labels, str) else labels
     features = [features] if isinstance(features, str) else features
-    fits = {
-        "formula": formula is not None,
-        "labels": bool(labels),
-        "site": site is not None,
-        "scale": scale,
-        "empirical_bayes": empirical_bayes,
-        "ridge": ridge != 0,
-        "fit_rows": fit_rows is not None,
-        "weights": weights is not None,
-        "features": features is not None,
-        "save_model": save_model is not None,
-    }
-    model, specification = apply, None
-    if model is not None:
-        given = [name for name, is_given in fits.items() if is_given]
-        if given:
-            raise ValueError(f"{', '.join(given)}: not with apply=, a model that was fitted before.")
-        model = model.with_rules(missing, unseen)
-        reserved = model.variables
-        features = model.feature_names
-    else:
-        specification = Specification(
-            formula,
-            tuple(labels),
-            site,
-            scale,
-            empirical_bayes,
-            ridge,
-            missing or "error",
-            unseen or "error",
-            weights,
-        )
-        reserved = [*specification.variables, *([fit_rows] if isinstance(fit_rows, str) else [])]
+    removal = what_to_remove(
+        apply,
+        (missing, unseen),
+        {"fit_rows": fit_rows, "features": features, "save_model": save_model},
+        formula=formula,
+        labels=labels,
+        site=site,
+        scale=scale,
+        empirical_bayes=empirical_bayes,
+        ridge=ridge,
+        weights=weights,
+    )
     _check_out(source, out, metadata)
     if save_model is not None:
         check_model_path(Path(save_model))
     skips_missing = skips_missing_features(missing_features)
+    is_array = source.suffix.lower() == ".npy"
+    if isinstance(removal, MetadataModel):
+        design, features = removal.design, None if is_array else removal.feature_names
+    else:
+        design = removal.design()
+    reserved = [*removal.variables, *([fit_rows] if isinstance(fit_rows, str) else [])]
     table = None if metadata is None else open_table(Path(metadata), missing_values)
-    taken = reserved if table is None else []
-    if key is not None:
-        taken = [*taken, key]
-    named = None if source.suffix.lower() == ".npy" and model is not None else features
-    file: FeatureFile = open_features(source, named, taken, missing_values)
-    if model is not None and (
-        len(file.feature_names) != len(model.feature_names)
-        if named is None
-        else file.feature_names != model.feature_names
-    ):
-        raise TableFileError(
-            f"{source} has the features {list(file.feature_names[:5])}… ({len(file.feature_names)}), the "
-            f"coefficients are of {list(model.feature_names[:5])}… ({len(model.feature_names)}) in that "
-            "order."
-        )
+    taken = [*(reserved if table is None else []), *([] if key is None else [key])]
+    file: FeatureFile = open_features(source, features, taken, missing_values)
+    if isinstance(removal, MetadataModel):
+        names, expected = file.feature_names, removal.feature_names
+        if len(names) != len(expected) or (names != expected and not is_array):
+            raise TableFileError(
+                f"{source} has the features {list(names[:5])}… ({len(names)}), the coefficients are of "
+                f"{list(expected[:5])}… ({len(expected)}) in that order."
+            )
     rows = Rows(file, table, key)
     check_metadata(rows.table, reserved)
-    design = specification.design() if specification is not None else model.design if model else None
     rows.table.categories |= set() if design is None else design.declared_categories()
-    rows.table.categories |= {
-        name for name in (site, key, None if model is None else model.site) if name is not None
-    }
+    rows.table.categories |= {name for name in (removal.site, key) if name is not None}
     if batch_rows is None:
         batch_rows = min(max(_BLOCK_VALUES // len(file.feature_names), 256), 2**18)
     elif batch_rows < 1:
         raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
 
-    with _one_thread(), _cleaned_up_at_termination(), stage_bars(progress) as show:
-        return _residualize(
-            rows,
-            specification,
-            model,
-            fit_rows,
-            skips_missing,
-            out,
-            save_model,
-            batch_rows,
-            seed,
-            show,
-        )
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compute in one thread: others read and write meanwhile, and the products are too thin to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+    with one_thread(), _cleaned_up_at_termination(), stage_bars(progress) as show:
+        return _Passes(rows, out, fit_rows, skips_missing, batch_rows, seed, show).run(removal, save_model)
 
 
 @contextmanager
@@ -329,52 +280,6 @@ def _cleaned_up_at_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _residualize(
-    rows: Rows,
-    specification: Specification | None,
-    model: MetadataModel | None,
-    fit_rows: str | float | None,
-    skips_missing: bool,
-    out: Path,
-    save_model: str | Path | None,
-    batch_rows: int,
-    seed: int,
-    progress: Progress,
-) -> ResidualizeSummary:
-    num_fitted = 0
-    notes: list[str] = []
-    with ExitStack() as stack:
-        kept: KeptDesign | None = None
-        if specification is not None:
-            # Rows that are not fitted to have no design matrix yet.
-            if fit_rows is None and specification.weights is None:
-                kept = KeptDesign(out.parent, rows.features, specification.scale)
-                stack.callback(kept.close)
-            model, num_fitted, notes = _fit(
-                rows, specification, fit_rows, skips_missing, kept, batch_rows, seed, progress
-            )
-            if save_model is not None:
-                model.save(Path(save_model))
-        assert model is not None
-        num_rows = _write(rows, model, skips_missing, kept, out, batch_rows, progress)
-    design = model.design
-    removed = () if design is None or not model.removes_design else design.metadata_names
-    protected: tuple[str, ...] = ()
-    if design is not None:
-        protected = design.label_names if model.removes_design else design.metadata_names
-    return ResidualizeSummary(
-        num_rows=num_rows,
-        num_features=len(model.feature_names),
-        num_rows_fitted=num_fitted,
-        feature_names=model.feature_names,
-        metadata_names=removed,
-        label_names=protected,
-        sites=() if model.site is None else tuple(map(str, model.location_scale.sites)),
-        left_alone=dict(rows.features.left_alone),
-        warnings=(*rows.features.warnings(), *notes),
-    )
-
-
 def _check_out(source: Path, out: Path, metadata: str | Path | None) -> None:
     if out.suffix.lower() != source.suffix.lower():
         raise TableFileError(
@@ -387,30 +292,72 @@ def _check_out(source: Path, out: Path, metadata: str | Path | None) -> None:
         raise TableFileError(f"the folder {out.parent} does not exist.")
 
 
-def _fit(
-    rows: Rows,
-    specification: Specification,
-    fit_rows: str | float | None,
-    skips_missing: bool,
-    kept: KeptDesign | None,
-    batch_rows: int,
-    seed: int,
-    progress: Progress,
-) -> tuple[MetadataModel, int, list[str]]:
-    notes: list[str] = []
-    design = specification.design()
-    weights = specification.weights
-    chosen = [name for name in (fit_rows, weights) if isinstance(name, str)]
-    variables = [] if design is None else design.variables()
-    no_rows = f"{rows.table.path}: fit_rows={fit_rows!r} (weights={weights!r}) chooses no row to fit to."
-    if design is not None:
-        sample = DesignSample(design, seed)
-        fits_all = fit_rows is None and weights is None
-        everything = sample if fits_all else DesignSample(design, seed, max_rows=1)
-        chooser = _RowChooser(fit_rows, weights, seed)
-        columns = list(dict.fromkeys([*variables, *chosen]))
-        for start, table in rows.metadata(columns, max(batch_rows, 2**16)):
-            with _at_rows(rows.table.path, start, table.num_rows):
+@dataclass(frozen=True)
+class _Passes:
+    """The passes over the rows of a file, each in blocks of rows."""
+
+    rows: Rows
+    out: Path
+    fit_rows: str | float | None
+    skips_missing: bool
+    batch_rows: int
+    seed: int
+    progress: Progress
+
+    def run(
+        self, removal: Specification | MetadataModel, save_model: str | Path | None
+    ) -> ResidualizeSummary:
+        """Fit where there is no model yet, and write."""
+        num_fitted, notes, kept = 0, list[str](), None
+        with ExitStack() as stack:
+            if isinstance(removal, MetadataModel):
+                model = removal
+            else:
+                # Rows that are not fitted to have no design matrix yet.
+                if self.fit_rows is None and removal.weights is None:
+                    kept = KeptDesign(self.out.parent, self.rows.features, removal.scale)
+                    stack.callback(kept.close)
+                design, notes = self._fitted_design(removal)
+                model, num_fitted = self._fit(removal, design, kept)
+                if save_model is not None:
+                    model.save(Path(save_model))
+            num_rows = self._write(model, kept)
+        names = () if model.design is None else model.design.metadata_names
+        labels = () if model.design is None else model.design.label_names
+        return ResidualizeSummary(
+            num_rows=num_rows,
+            num_features=len(model.feature_names),
+            num_rows_fitted=num_fitted,
+            feature_names=model.feature_names,
+            metadata_names=names if model.removes_design else (),
+            label_names=labels if model.removes_design else names,
+            sites=() if model.site is None else tuple(map(str, model.location_scale.sites)),
+            left_alone=dict(self.rows.features.left_alone),
+            warnings=(*self.rows.features.warnings(), *notes),
+        )
+
+    def _chosen_columns(self, specification: Specification) -> list[str]:
+        return [name for name in (self.fit_rows, specification.weights) if isinstance(name, str)]
+
+    def _no_rows(self, specification: Specification) -> TableFileError:
+        return TableFileError(
+            f"{self.rows.table.path}: fit_rows={self.fit_rows!r} (weights={specification.weights!r}) chooses "
+            "no row to fit to."
+        )
+
+    def _fitted_design(self, specification: Specification) -> tuple[Design | None, list[str]]:
+        """Return the design, fitted in a pass over the metadata alone, and what it warned of."""
+        design, weights, path = specification.design(), specification.weights, self.rows.table.path
+        if design is None:
+            return None, []
+        variables = design.variables()
+        sample = DesignSample(design, self.seed)
+        fits_all = self.fit_rows is None and weights is None
+        everything = sample if fits_all else DesignSample(design, self.seed, max_rows=1)
+        chooser = _RowChooser(self.fit_rows, weights, self.seed)
+        columns = list(dict.fromkeys([*variables, *self._chosen_columns(specification)]))
+        for start, table in self.rows.metadata(columns, max(self.batch_rows, 2**16)):
+            with _at_rows(path, start, table.num_rows):
                 mask = chooser.mask(table)
                 table = table.select(variables)
                 if specification.missing == "error":
@@ -418,75 +365,101 @@ def _fit(
                 sample.add(table if mask is None else table.filter(mask))
                 if everything is not sample:
                     everything.add(table)
-            progress("metadata", start + table.num_rows, rows.table.num_rows)
+            self.progress("metadata", start + table.num_rows, self.rows.table.num_rows)
         if sample.num_rows == 0:
-            raise TableFileError(no_rows)
+            raise self._no_rows(specification)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             design.fit(sample.rows())
-        said = (ConfoundedDesignWarning, TableWarning)
-        notes += [str(entry.message) for entry in caught if issubclass(entry.category, said)]
         if everything is not sample:
             # Now, not after an hour: a level or a gap that only other rows have.
             try:
                 design.transform(everything.witnesses(), labels=False)
             except (TypeError, ValueError) as error:
                 raise TableFileError(
-                    f"{rows.table.path} has rows beside those of fit_rows={fit_rows!r} (weights={weights!r}) "
+                    f"{path} has rows beside those of fit_rows={self.fit_rows!r} (weights={weights!r}) "
                     f"that cannot be corrected (one row of each kind was looked at): {error}"
                 ) from error
-    batch_rows = _rows_of_design(design, batch_rows)
-    wanted = [*variables, *([] if specification.site is None else [specification.site]), *chosen]
-    chooser = _RowChooser(fit_rows, weights, seed)
-    moments: SiteMoments = {}
-    removes = specification.formula is not None
+        said = (ConfoundedDesignWarning, TableWarning)
+        return design, [str(entry.message) for entry in caught if issubclass(entry.category, said)]
 
-    def designed() -> Iterator[tuple[Block, NDArray[Any], DesignColumns, NDArray[np.float64] | None]]:
-        for block, table in rows.blocks(list(dict.fromkeys(wanted)), batch_rows):
-            with _at_rows(rows.table.path, block.start, len(block.features)):
-                features, mask = block.features, chooser.mask(table)
-                if mask is not None:
-                    features, table = features.T[:, mask].T, table.filter(mask)
-                columns = design_columns(design, removes, specification.site, table, with_labels=True)
-            if kept is not None:
-                kept.add(columns)
-            weight = row_weights(table, weights)
-            if skips_missing:
-                complete = ~np.isnan(features).any(1)
-                features, weight = features[complete], None if weight is None else weight[complete]
-                columns = _some_rows(columns, complete)
-            yield block, features, columns, weight
+    def _fit(
+        self, specification: Specification, design: Design | None, kept: KeptDesign | None
+    ) -> tuple[MetadataModel, int]:
+        """Return the model, and how many rows it is fitted to."""
+        site, removes, features_of = specification.site, specification.formula is not None, self.rows.features
+        variables = [] if design is None else design.variables()
+        wanted = [*variables, *([] if site is None else [site]), *self._chosen_columns(specification)]
+        chooser = _RowChooser(self.fit_rows, specification.weights, self.seed)
+        moments: SiteMoments = {}
 
-    # One thread reads, one makes the design, this one sums.
-    for block, features, (metadata, labels, sites), weight in prefetched(designed()):
-        assert labels is not None
-        with _at_rows(rows.features.path, block.start, len(block.features)):
+        def designed() -> Iterator[tuple[Block, NDArray[Any], DesignColumns, NDArray[np.float64] | None]]:
+            for block, table in self.rows.blocks(list(dict.fromkeys(wanted)), self._rows_at_once(design)):
+                with _at_rows(self.rows.table.path, block.start, len(block.features)):
+                    features, mask = block.features, chooser.mask(table)
+                    if mask is not None:
+                        features, table = features.T[:, mask].T, table.filter(mask)
+                    columns = design_columns(design, removes, site, table, with_labels=True)
+                if kept is not None:
+                    kept.add(columns)
+                weight = row_weights(table, specification.weights)
+                if self.skips_missing:
+                    features, weight = without_missing(features, weight)
+                yield block, features, columns, weight
+
+        # One thread reads, one makes the design, this one sums.
+        for block, features, (metadata, labels, sites), weight in prefetched(designed()):
+            assert labels is not None
+            with _at_rows(features_of.path, block.start, len(block.features)):
+                try:
+                    part = site_moments(features, metadata, labels, sites, weight) if len(features) else {}
+                except ValueError:
+                    check_finite(features, features_of.feature_names)  # Knows the names of the columns.
+                    raise
+                moments = add_moments(moments, part)
+            self.progress("fit", block.start + len(block.features), features_of.num_rows)
+        num_fitted = sum(part.num_rows for part in moments.values())
+        if num_fitted == 0:
+            raise self._no_rows(specification)
+        return fitted_model(specification, design, moments, features_of.feature_names), num_fitted
+
+    def _write(self, model: MetadataModel, kept: KeptDesign | None) -> int:
+        """Write the result, and return its number of rows."""
+        features, num_rows = self.rows.features, 0
+        batch_rows = self._rows_at_once(model.design)
+
+        def designed() -> Iterator[tuple[Block, DesignColumns]]:
+            if kept is not None and kept.is_kept:
+                kept.rewind()
+                for block in features.blocks(batch_rows, None):
+                    yield block, kept.take(len(block.features))
+                return
+            for block, table in self.rows.blocks(model.variables, batch_rows, whole=True):
+                with _at_rows(self.rows.table.path, block.start, len(block.features)):
+                    columns = model.columns(table)
+                yield block, columns
+
+        with atomic_path(self.out) as temporary:
+            writer = features.writer(temporary)
             try:
-                part = site_moments(features, metadata, labels, sites, weight) if len(features) else {}
-            except ValueError:
-                check_finite(features, rows.features.feature_names)  # Knows the names of the columns.
+                for block, columns in prefetched(designed()):
+                    with _at_rows(features.path, block.start, len(block.features)):
+                        residuals = model.remove_columns(block.features, columns, overwrite=True)
+                        check_finite(residuals, features.feature_names, self.skips_missing)
+                    writer.write(features.changed(block, residuals))
+                    num_rows = block.start + len(block.features)
+                    self.progress("write", num_rows, features.num_rows)
+            except BaseException:
+                with suppress(Exception):
+                    writer.close()
                 raise
-            moments = add_moments(moments, part)
-        progress("fit", block.start + len(block.features), rows.features.num_rows)
-    num_fitted = sum(part.num_rows for part in moments.values())
-    if num_fitted == 0:
-        raise TableFileError(no_rows)
-    return fitted_model(specification, design, moments, rows.features.feature_names), num_fitted, notes
+            writer.close()
+        return num_rows
 
-
-def _some_rows(columns: DesignColumns, where: NDArray[np.bool_]) -> DesignColumns:
-    metadata, labels, sites = columns
-    return (
-        metadata[where],
-        None if labels is None else labels[where],
-        None if sites is None else SiteCodes(sites.codes[where], sites.levels),
-    )
-
-
-def _rows_of_design(design: Design | None, batch_rows: int) -> int:
-    """Return how many rows a block has at most, so that its design stays small whatever its width."""
-    width = 0 if design is None else design.num_metadata + design.num_labels
-    return min(batch_rows, max(_DESIGN_VALUES // max(width, 1), 256))
+    def _rows_at_once(self, design: Design | None) -> int:
+        """Return how many rows a block has at most, so that its design stays small whatever its width."""
+        width = 0 if design is None else design.num_metadata + design.num_labels
+        return min(self.batch_rows, max(_DESIGN_VALUES // max(width, 1), 256))
 
 
 class _RowChooser:
@@ -525,43 +498,3 @@ def _check_complete(table: pyarrow.Table) -> None:
                 f"column {name!r} is missing in row(s) {np.flatnonzero(missing)[:5].tolist()}: drop or fill "
                 "these rows, or set missing='mean' (no correction beyond the average) or 'indicator'."
             )
-
-
-def _write(
-    rows: Rows,
-    model: MetadataModel,
-    skips_missing: bool,
-    kept: KeptDesign | None,
-    out: Path,
-    batch_rows: int,
-    progress: Progress,
-) -> int:
-    num_rows, batch_rows = 0, _rows_of_design(model.design, batch_rows)
-
-    def designed() -> Iterator[tuple[Block, DesignColumns]]:
-        if kept is not None and kept.is_kept:
-            kept.rewind()
-            for block in rows.features.blocks(batch_rows, None):
-                yield block, kept.take(len(block.features))
-            return
-        for block, table in rows.blocks(model.variables, batch_rows, whole=True):
-            with _at_rows(rows.table.path, block.start, len(block.features)):
-                columns = model.columns(table)
-            yield block, columns
-
-    with atomic_path(out) as temporary:
-        writer = rows.features.writer(temporary)
-        try:
-            for block, columns in prefetched(designed()):
-                with _at_rows(rows.features.path, block.start, len(block.features)):
-                    residuals = model.remove_columns(block.features, columns, overwrite=True)
-                    check_finite(residuals, rows.features.feature_names, skips_missing)
-                writer.write(block, residuals)
-                num_rows = block.start + len(block.features)
-                progress("write", num_rows, rows.features.num_rows)
-        except BaseException:
-            with suppress(Exception):
-                writer.close()
-            raise
-        writer.close()
-    return num_rows

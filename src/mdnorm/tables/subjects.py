@@ -40,24 +40,12 @@ _STEP_VALUES = 2**22
 
 @dataclass(frozen=True)
 class RandomIntercepts:
-    """What subjects have of their own in each feature.
-
-    Attributes
-    ----------
-    subjects : tuple
-        Names of the subjects, in the order of `effects`.
-    effects : (N, D) array
-        Best linear unbiased predictions of the intercepts, in the units of the features.
-    variance : (D,) array
-        Variance of the intercepts between subjects.
-    residual_scale : (D,) array
-        σ, the standard deviation within subjects; 0 for a feature that does not vary there.
-    """
+    """What subjects have of their own in each feature."""
 
     subjects: tuple[Hashable, ...]
-    effects: FloatArray
-    variance: FloatArray
-    residual_scale: FloatArray
+    effects: FloatArray  # (N, D), best linear unbiased predictions of the intercepts of the subjects
+    variance: FloatArray  # (D,), of the intercepts between subjects
+    residual_scale: FloatArray  # (D,), σ, the deviation within subjects; 0 for a feature without one
 
     def of(self, subjects: SiteCodes) -> FloatArray:
         """Return the (n, D) intercepts of rows: 0, the mean of all, for a subject that is not known."""
@@ -69,20 +57,9 @@ class RandomIntercepts:
 def fit_random_intercepts(
     features: NDArray[Any], design: FloatArray, sites: SiteCodes | None, subjects: SiteCodes
 ) -> RandomIntercepts:
-    """Fit the mixed model of each feature.
+    """Fit the mixed model of each feature (n, D) on metadata and protected columns (n, K), and the sites.
 
-    Parameters
-    ----------
-    features : (n, D) array
-    design : (n, K) array
-        Metadata and protected columns.
-    sites : SiteCodes or None
-    subjects : SiteCodes
-
-    Raises
-    ------
-    ValueError
-        Rows are too few, no subject has two, or the design determines the subjects or all rows of them.
+    Too few rows, no subject with two, or a design that determines the subjects are ValueErrors.
 
     References
     ----------
@@ -136,7 +113,10 @@ class _Problem:
         rows = np.bincount(codes)
         self.sizes, group, self.counts = np.unique(rows, return_inverse=True, return_counts=True)
         self.num_rows, self.num_columns = basis.shape
-        self._columns, self._means = (_sums(part, codes) / rows[:, None] for part in (basis, residual))
+        self._columns, self._means = (
+            np.stack([np.bincount(codes, column) for column in part.T], 1) / rows[:, None]
+            for part in (basis, residual)
+        )
         left, right = basis - self._columns[codes], residual - self._means[codes]
         self._gram, self._cross = left.T @ left, left.T @ right
         self._squares = np.square(right).sum(0)
@@ -217,11 +197,3 @@ class _Problem:
             - np.einsum("dij,gji,dg->d", inverse, self._grams, weight**2, optimize=True)
         )
         return objective, derivative, squares, coefficients
-
-
-def _sums(rows: FloatArray, codes: NDArray[np.intp]) -> FloatArray:
-    """Return the sums of the rows (n, C) of each code, (N, C)."""
-    order = np.argsort(codes, kind="stable")
-    starts = np.cumsum(np.bincount(codes)) - np.bincount(codes)
-    sums: FloatArray = np.add.reduceat(rows[order], starts, axis=0)
-    return sums

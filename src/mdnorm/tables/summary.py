@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,13 +29,6 @@ _OWN = 1e-6
 
 # Features in the text for each variable; one for each where there are more variables than that.
 _SHOWN_FEATURES, _MANY = 5, 20
-
-
-class Variable(NamedTuple):
-    """Columns of a design that are tested together, such as the levels of a category."""
-
-    name: str
-    columns: Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,38 +220,19 @@ def _cell(value: Any) -> str:
 def summarise(
     moments: SiteMoments,
     model: LocationScale,
-    variables: Sequence[Variable],
+    variables: Sequence[tuple[str, Sequence[str]]],
     feature_names: Sequence[Any],
     *,
     site: str | None = None,
     units: FloatArray | None = None,
     num_known: int | None = None,
 ) -> Summary:
-    """Return the summary of a regression without a ridge.
+    """Return the summary of a regression without a ridge, from the moments of all rows it was fitted to.
 
-    Parameters
-    ----------
-    moments : dict from site to Moments
-        Of all rows that `model` was fitted to.
-    model : LocationScale
-    variables : sequence of Variable
-        Together the K columns of the design, those that are removed first.
-    feature_names : sequence of length D
-    site : str, optional
-        Name of the column that has the sites; None without.
-    units : (K,) array, optional
-        What a column of the design was divided by: coefficients are given for one unit of what it was before.
-    num_known : int, optional
-        The first so many columns are known where effects are removed; the others are at their mean there.
-
-    Raises
-    ------
-    ValueError
-        There are no more rows than linearly independent columns.
-
-    References
-    ----------
-    Searle, Casella & McCulloch, Variance Components (1992), chapter 3, for the intraclass correlation.
+    The variables are names and the columns that are tested together, such as the levels of a category. All
+    have together the K columns of the design, those that are removed first; `units` (K,) are
+    what these were divided by: coefficients are for one unit of what they were before. The first `num_known`
+    columns are known where effects are removed; the others are at their mean there.
     """
     moments = {name: part for name, part in moments.items() if part.weight > 0}
     names = np.fromiter(map(str, feature_names), object)
@@ -287,9 +261,9 @@ def summarise(
     identified = np.abs(lost).max(axis=1, initial=0.0) < _OWN
     errors = np.sqrt(np.where(identified, np.diagonal(inverse), np.nan)[:, None] * variance)
     unit = np.ones((len(own), 1)) if units is None else units[:, None]
-    columns = [column for variable in variables for column in variable.columns]
+    columns = [column for _, together in variables for column in together]
     roles = ["removed"] * model.num_metadata + ["protected"] * (len(own) - model.num_metadata)
-    owners = [variable.name for variable in variables for _ in variable.columns]
+    owners = [name for name, together in variables for _ in together]
     t = beta / errors
     tables = {
         "coefficients": _table(
@@ -309,15 +283,15 @@ def summarise(
         without = site_residuals(total, everything.feature_mean, model.design_mean, total.solve()).squares
         tests.append((str(site), "removed", rank + num_sites - 1 - rank_without, without - residual))
     covariance, start = inverse * size * size[:, None], 0
-    for variable in variables:
-        at = slice(start, start := start + len(variable.columns))
+    for name, together in variables:
+        at = slice(start, start := start + len(together))
         # Only combinations of its coefficients that no other column can change are tested.
         directions, sizes, _ = np.linalg.svd(lost[at], full_matrices=False)
         chosen = directions[:, sizes < _OWN]
         effect = chosen.T @ (beta[at] * size[at, None])
         explained = effect * np.linalg.solve(chosen.T @ covariance[at, at] @ chosen, effect)
         role = "removed" if at.start < model.num_metadata else "protected"
-        tests.append((variable.name, role, chosen.shape[1], explained.sum(0)))
+        tests.append((name, role, chosen.shape[1], explained.sum(0)))
     named, tested, counts, sums = zip(*tests, strict=True) if tests else ((), (), (), ())
     free, squares = np.array(counts, int).reshape(-1, 1), np.reshape(sums, (-1, len(names)))
     f = np.where(free > 0, squares / np.maximum(free, 1), np.nan) / variance

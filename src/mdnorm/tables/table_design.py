@@ -18,21 +18,11 @@ FloatArray = NDArray[np.float64]
 
 
 class TableDesign:
-    """Turns the tables that one argument gets into design columns, sites and subjects, always alike.
+    """Turns the tables that the argument `what` gets into design columns, sites and subjects, always alike.
 
-    Parameters
-    ----------
-    what : str
-        The argument that the tables come from, for messages.
-    formula : str or sequence of str, optional
-        As for `mdnorm.Design`. None: every column of the table but those of `keys`.
-    keys : mapping, optional
-        What names the "site" and the "subject" of each row: the name (or position) of a column, or for
-        combinations of several columns a sequence of such.
-    missing, unseen : str
-        As for `mdnorm.Design`.
-    protected : bool
-        Whether the columns stay in the features: then a missing value is always an error.
+    Without a formula every column has a part but those of `keys`, which say what names the "site" and the
+    "subject" of each row: a column by name or position, or a sequence of columns. In `protected` columns a
+    missing value is always an error.
     """
 
     def __init__(
@@ -53,20 +43,9 @@ class TableDesign:
         self._counts: dict[str, dict[Any, int]] = {}
 
     def fit(self, table: Any, num_rows: int, *, declared: bool = False) -> None:
-        """Learn columns, levels and means.
+        """Learn columns, levels and means; also levels that a type has `declared`, although no row has them.
 
-        Parameters
-        ----------
-        table : (n,) or (n, K) array, DataFrame or mapping
-        num_rows : int
-            The n that is expected.
-        declared : bool
-            Whether the levels that a categorical type declares get columns, although no row has them yet.
-
-        Raises
-        ------
-        TypeError, ValueError
-            As for `mdnorm.Design`; site or subject are no columns of the table; another number of rows.
+        Another number of rows than `num_rows` is a ValueError.
         """
         columns = self._read(table, num_rows)
         self._columns = list(columns)
@@ -132,14 +111,7 @@ class TableDesign:
     def transform(
         self, table: Any, num_rows: int, *, training: bool = False
     ) -> tuple[FloatArray, dict[str, SiteCodes]]:
-        """Return the design columns (n, K), float64, and what the `keys` say of the rows.
-
-        Raises
-        ------
-        TypeError, ValueError
-            Another number of rows than `num_rows`, columns of `fit` that are not there, values that the
-            design cannot use (see `mdnorm.Design`), a missing site or subject.
-        """
+        """Return the design columns (n, K), float64, and what the `keys` say of the rows."""
         columns = self._read(table, num_rows)
         variables = [] if self.design is None else self.design.variables()
         needed = [*variables, *(name for names in self._keys.values() for name in names)]
@@ -221,13 +193,7 @@ def _combined(parts: Sequence[SiteCodes]) -> SiteCodes:
 
 
 def site_codes(column: Column, what: str = "site") -> SiteCodes:
-    """Return the sites that a column names: texts, numbers and booleans as they are, dates as ISO texts.
-
-    Raises
-    ------
-    ValueError
-        A site is missing.
-    """
+    """Return the sites that a column names: texts, numbers and booleans as they are, dates as ISO texts."""
     if column.missing.any():
         raise ValueError(
             f"column {column.name!r}, the {what}, is missing in {shown_rows(column.missing)}: drop or fill "

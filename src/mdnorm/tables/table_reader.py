@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils._set_output import _get_output_config
-from sklearn.utils.validation import _check_feature_names_in, check_array, validate_data
+from sklearn.utils.validation import _check_feature_names_in, _num_samples, check_array, validate_data
 
 from mdnorm.design.reader import Column, read_column, shown, shown_rows
 from mdnorm.tables.combat import LocationScale, SiteCodes
@@ -68,7 +68,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 "by metadata routing) or name metadata_columns=; metadata_columns=() says that it is meant.",
                 UserWarning,
             )
-        table = self._metadata_part(X) if self.metadata_columns is not None else metadata
+        table = self._table(X, metadata)
         self._metadata_table = None
         if table is not None:
             keys = {"site": self.site, "subject": self.subject}
@@ -119,7 +119,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
 
     def _select(self, X: Any) -> int:  # noqa: N803
         """Record the columns of X and which of them are features; return the number of rows."""
-        num_rows = len(self._checked(X, reset=True)[0])
+        self._validated(X, reset=True)
         chosen = [] if self.metadata_columns is None else list(self.metadata_columns)
         names = list(getattr(self, "feature_names_in_", []))
         index = []
@@ -139,20 +139,30 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 index.append(int(column) % self.n_features_in_)
         self._metadata_index = np.array(index, dtype=np.intp)
         self._feature_index = np.setdiff1d(np.arange(self.n_features_in_), self._metadata_index)
-        return num_rows
+        return int(_num_samples(X))
 
-    def _checked(self, X: Any, *, reset: bool) -> tuple[NDArray[Any], bool]:  # noqa: N803
-        """Return the checked features, and whether they are all of X or what is left without metadata."""
-        if self.metadata_columns is not None and hasattr(X, "columns") and hasattr(X, "dtypes"):
-            # A DataFrame may hold metadata that are no numbers: only the features must be.
+    def _is_mixed(self, X: Any) -> bool:  # noqa: N803
+        """Whether X is a DataFrame that may hold metadata that are no numbers: only the features must be."""
+        return self.metadata_columns is not None and hasattr(X, "columns") and hasattr(X, "dtypes")
+
+    def _validated(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
+        """Return X as a checked array; as it is where it is a DataFrame with metadata."""
+        if self._is_mixed(X):
             validate_data(self, X, reset=reset, skip_check_array=True)
-            names = [column for column in X.columns if column not in self._names_of_metadata(X)]
-            if names:
-                return self._finite(check_array(X[names], **_FEATURES), names), False
+            return X
         checked = validate_data(self, X, reset=reset, **_FEATURES)
-        return self._finite(checked, list(getattr(self, "feature_names_in_", range(checked.shape[1])))), True
+        return self._finite(checked, np.arange(self.n_features_in_))
 
-    def _finite(self, features: NDArray[Any], names: list[Any]) -> NDArray[Any]:
+    def _checked(self, X: Any) -> NDArray[Any]:  # noqa: N803
+        """Return the features, checked."""
+        X = self._validated(X, reset=False)  # noqa: N806
+        if self._is_mixed(X):
+            columns = X[[X.columns[place] for place in self._feature_index]]
+            return self._finite(check_array(columns, **_FEATURES), self._feature_index)
+        features: NDArray[Any] = X[:, self._feature_index] if len(self._metadata_index) else X
+        return features
+
+    def _finite(self, features: NDArray[Any], places: NDArray[np.intp]) -> NDArray[Any]:
         """Return features after a check for missing and infinite values, as scikit-learn words them."""
         if np.isfinite(features.sum()):
             return features
@@ -160,7 +170,8 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         if self.missing_features == "error":
             bad |= np.isnan(features)
         if bad.any():
-            columns = [names[place] for place in np.flatnonzero(bad.any(0))]
+            names = getattr(self, "feature_names_in_", range(self.n_features_in_))
+            columns = [names[places[index]] for index in np.flatnonzero(bad.any(0))]
             kind = "infinity" if np.isinf(features).any() else "NaN"
             raise ValueError(
                 f"Input X contains {kind}: column(s) {shown(map(repr, columns))} in "
@@ -169,23 +180,18 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
             )
         return features
 
-    def _names_of_metadata(self, X: Any) -> list[Any]:  # noqa: N803
-        columns = list(X.columns)
-        return [
-            column if isinstance(column, str) else columns[column]
-            for column in self.metadata_columns or ()
-            if isinstance(column, str) or -len(columns) <= column < len(columns)
-        ]
+    def _metadata_of(self, X: Any) -> list[Any]:  # noqa: N803
+        """Return the columns of X that are metadata."""
+        if self._is_mixed(X):
+            return [X[X.columns[place]] for place in self._metadata_index]
+        return list(np.asarray(X)[:, self._metadata_index].T)
 
-    def _metadata_part(self, X: Any) -> Any:  # noqa: N803
-        names = list(self.metadata_columns or ())
-        if not names:
-            return None
-        if hasattr(X, "columns") and hasattr(X, "dtypes"):
-            columns = [X[name] for name in self._names_of_metadata(X)]
-        else:
-            columns = list(np.asarray(X)[:, self._metadata_index].T)
-        return dict(zip(map(str, names), columns, strict=True))
+    def _table(self, X: Any, metadata: Any) -> Any:  # noqa: N803
+        """Return the table of metadata, whichever argument it is in; None where there is none."""
+        if self.metadata_columns is None:
+            return metadata
+        names = list(map(str, self.metadata_columns))
+        return dict(zip(names, self._metadata_of(X), strict=True)) if names else None
 
     def _read(
         self,
@@ -196,12 +202,10 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         training: bool = False,
     ) -> TableRows:
         """Return rows as they are in the regression; unknown protected columns at their mean."""
-        checked, whole = self._checked(X, reset=False)
+        features = self._checked(X)
         if self.metadata_columns is not None and metadata is not None:
             raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
-        table = metadata if self.metadata_columns is None else self._metadata_part(X)
-        features = checked[:, self._feature_index] if whole and len(self._metadata_index) else checked
-        return TableRows(features, *self._design(table, given, len(features), training))
+        return TableRows(features, *self._design(self._table(X, metadata), given, len(features), training))
 
     def _design(
         self, table: Any, given: dict[str, Any], num_rows: int, training: bool
@@ -263,11 +267,11 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
     def _read_dropped(self, X: Any, metadata: Any) -> tuple[NDArray[Any], list[Any]]:  # noqa: N803
         """Read what `transform` returned, with the columns that it had left out."""
         features = check_array(X, **_FEATURES)
-        features = self._finite(features, list(range(features.shape[1])))
         if features.shape[1] != len(self._feature_index):
             raise ValueError(
                 f"X has {features.shape[1]} features, but transform returns {len(self._feature_index)}."
             )
+        features = self._finite(features, self._feature_index)
         names = list(self.metadata_columns or ())
         if metadata is None:
             raise ValueError(f"metadata=None, but transform left out the columns {names}: pass them.")
