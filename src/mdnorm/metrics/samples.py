@@ -108,7 +108,7 @@ def as_rows(values: Tensor | ArrayLike, name: str) -> Tensor:
     return rows
 
 
-def check_finite(rows: Tensor, name: str, all_names: str) -> None:
+def check_finite(rows: Tensor, name: str, all_names: str, where: str = "") -> None:
     """Raise ValueError where rows have NaN or infinite values."""
     # A sum that is finite has no NaN or infinity in it, and needs no table of flags.
     if bool(torch.isfinite(rows.sum())):
@@ -116,7 +116,7 @@ def check_finite(rows: Tensor, name: str, all_names: str) -> None:
     bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"{name} has NaN or infinite values in row(s) {listed(bad)} ({len(bad)} of {rows.shape[0]} "
+            f"{name} has NaN or infinite values {where}in row(s) {listed(bad)} ({len(bad)} of {len(rows)} "
             f"rows): drop these rows from {all_names}, or impute them."
         )
 
