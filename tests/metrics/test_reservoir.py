@@ -111,11 +111,17 @@ def test_shapes_and_types_that_rows_take() -> None:
 @pytest.mark.parametrize(
     ("features", "metadata", "labels", "error", "message"),
     [
-        (torch.zeros(4, 2), torch.zeros(3), None, ValueError, r"features have 4 row\(s\) but metadata 3"),
-        (torch.zeros(4, 2), torch.zeros(4), [0, 1], ValueError, r"features have 4 row\(s\) but labels 2"),
+        (torch.zeros(4, 2), torch.zeros(3), None, ValueError, "got 4 rows in features and 3 in metadata"),
+        (torch.zeros(4, 2), torch.zeros(4), [0, 1], ValueError, "got 4 rows in features and 2 in labels"),
         (torch.tensor(1.0), torch.zeros(1), None, ValueError, "features must have one row per sample"),
         (torch.zeros(4, 0), torch.zeros(4), None, ValueError, "features have no values"),
-        (torch.zeros(4, 2), torch.zeros(4, 0), None, ValueError, r"metadata have no columns \(shape \(4, 0"),
+        (
+            torch.zeros(4, 2),
+            torch.zeros(4, 0),
+            None,
+            ValueError,
+            r"metadata must have at least one column, got shape \(4, 0",
+        ),
         (torch.zeros(4, 2), torch.zeros(4, 1, 1), None, ValueError, r"metadata must have .* got \(4, 1, 1\)"),
         (torch.zeros(4, 2), torch.zeros(()), None, ValueError, r"metadata must have .* got \(\)"),
         (

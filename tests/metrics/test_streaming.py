@@ -306,7 +306,7 @@ def test_a_constant_has_no_dependence() -> None:
         ({"within_labels": True}, (torch.zeros(4, 6), torch.zeros(4, 2)), ValueError, "labels are needed"),
         ({}, (torch.zeros(4, 5), torch.zeros(4, 2)), ValueError, r"features have 5 .*, but 6 .*Average"),
         ({}, (torch.zeros(4, 6), torch.zeros(4)), ValueError, r"metadata have 1 value\(s\) a sample, but 2"),
-        ({}, (torch.zeros(4, 6), torch.zeros(3, 2)), ValueError, r"features have 4 row\(s\) but metadata 3"),
+        ({}, (torch.zeros(4, 6), torch.zeros(3, 2)), ValueError, "got 4 rows in features and 3 in metadata"),
         ({}, (torch.zeros(4, 6), torch.full((4, 2), torch.nan)), ValueError, "metadata has NaN"),
         ({"column_names": ["a"]}, (torch.zeros(4, 6), torch.zeros(4, 2)), ValueError, r"1 name\(s\) \(a\)"),
     ],
@@ -489,8 +489,16 @@ def test_collections_keep_thresholds_apart() -> None:
         ((torch.tensor([0, 1]), torch.tensor([0, -1]), [0, 1]), ValueError, "target .*, got -1 in row 1"),
         ((torch.tensor([0, 1]), torch.tensor([0.0, 0.5]), [0, 1]), ValueError, "target .*, got 0.5 in row 1"),
         ((torch.tensor([0, 1]), torch.tensor([0, 1]), [0, 5]), ValueError, r"groups has 5 \(1 of 2 rows\)"),
-        ((torch.tensor([0, 1]), torch.tensor([0, 1]), [0]), ValueError, r"2 row\(s\) but groups 1"),
-        ((torch.tensor([0, 1]), torch.tensor([0]), [0, 1]), ValueError, r"2 row\(s\) but target 1"),
+        (
+            (torch.tensor([0, 1]), torch.tensor([0, 1]), [0]),
+            ValueError,
+            "2 rows in preds, 2 in target and 1 in groups",
+        ),
+        (
+            (torch.tensor([0, 1]), torch.tensor([0]), [0, 1]),
+            ValueError,
+            "2 rows in preds, 1 in target and 2 in groups",
+        ),
         ((torch.tensor([0.1, torch.nan]), torch.tensor([0, 1]), [0, 1]), ValueError, "preds have NaN"),
         ((torch.zeros(2, 3), torch.tensor([0, 1]), [0, 1]), ValueError, r"\(n,\) or \(n, 2\), got \(2, 3\)"),
         (

@@ -21,7 +21,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, statistics_dtype
+from mdnorm.metrics import samples
+from mdnorm.metrics.checks import check_same_rows
 from mdnorm.metrics.distance_correlation import distance_correlation_sqr
 from mdnorm.metrics.samples import MIN_SAMPLES, check_finite
 
@@ -83,9 +85,7 @@ def _check_widths(pieces: Sequence[Rows]) -> None:
             )
 
 
-# --------------------------------------------------------------------------------------------------------
-# Settings
-# --------------------------------------------------------------------------------------------------------
+# -- settings ---------------------------------------------------------------------------------------------
 
 
 def check_settings(max_samples: int | None, seed: int) -> None:
@@ -157,9 +157,7 @@ def column_groups(
     return {name: list(columns) for name, columns in column_names.items()}
 
 
-# --------------------------------------------------------------------------------------------------------
-# Batches
-# --------------------------------------------------------------------------------------------------------
+# -- batches ----------------------------------------------------------------------------------------------
 
 
 def as_rows(
@@ -170,34 +168,21 @@ def as_rows(
 ) -> Rows:
     """Check a batch, as of `DistanceCorrelation.update`, and return a copy of it as rows of key 0."""
     features = as_real_tensor(features, "features").detach()
-    metadata = as_real_tensor(metadata, "metadata").detach()
     if features.ndim == 0:
         raise ValueError("features must have one row per sample, shape (n, ...), got a single number.")
     num_samples = features.shape[0]
     features = features.reshape(num_samples, features.shape[1:].numel())
     if features.shape[1] == 0:
         raise ValueError("features have no values in a sample: check how they were selected.")
-    if metadata.ndim not in (1, 2):
-        raise ValueError(
-            f"metadata must have shape (n,) or (n, number of columns), got {tuple(metadata.shape)}: flatten "
-            "what belongs to one sample."
-        )
-    if metadata.ndim == 1:
-        metadata = metadata.unsqueeze(1)
-    if metadata.shape[1] == 0:
-        raise ValueError(f"metadata have no columns (shape {tuple(metadata.shape)}).")
+    metadata = samples.as_rows(metadata, "metadata")
+    check_same_rows(features=num_samples, metadata=len(metadata))
     if labels is not None:
         labels = as_class_indices(labels)
-    for name, values in (("metadata", metadata), ("labels", labels)):
-        if isinstance(values, Tensor) and values.shape[0] != num_samples:
-            raise ValueError(
-                f"features have {num_samples} row(s) but {name} {values.shape[0]}: pass the same samples in "
-                "the same order."
-            )
+        check_same_rows(features=num_samples, labels=len(labels))
     # A copy: the layer behind may work in place on what it was given.
     features = features.to(device, torch.float32, copy=True)
     metadata = metadata.to("cpu" if device.type == "mps" else device)
-    metadata = metadata.to(torch.float32 if device.type == "mps" else torch.float64, copy=True).to(device)
+    metadata = metadata.to(statistics_dtype(device), copy=True).to(device)
     every = "features and metadata"
     check_finite(features, "features", every, "in float32, in which they are kept, ")
     check_finite(metadata, "metadata", every)
@@ -225,9 +210,7 @@ def as_class_indices(labels: Tensor | ArrayLike, name: str = "labels") -> Tensor
     return indices
 
 
-# --------------------------------------------------------------------------------------------------------
-# Samples
-# --------------------------------------------------------------------------------------------------------
+# -- samples ----------------------------------------------------------------------------------------------
 
 
 def sample_keys(start: int, count: int, *, seed: int, rank: int = 0) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from mdnorm.arrays import as_real_tensor, statistics_dtype
 from mdnorm.extras import requires
 from mdnorm.metrics import reservoir
+from mdnorm.metrics.checks import check_same_rows
 from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling
 
 with requires("metrics"):
@@ -320,12 +321,7 @@ class GroupRates(Metric):
         preds = self._classes(as_real_tensor(preds, "preds").detach().to(self.device), "preds")
         target = self._classes(as_real_tensor(target, "target").detach().to(self.device), "target")
         members = self._groups(groups).to(self.device)
-        for name, values in (("target", target), ("groups", members)):
-            if values.shape[0] != preds.shape[0]:
-                raise ValueError(
-                    f"preds have {preds.shape[0]} row(s) but {name} {values.shape[0]}: pass the same samples "
-                    "in the same order."
-                )
+        check_same_rows(preds=len(preds), target=len(target), groups=len(members))
         cells = (members * self.num_classes + target) * self.num_classes + preds
         counts = torch.bincount(cells, minlength=self.confusion.numel())
         self.confusion = self.confusion + counts.reshape(self.confusion.shape)
