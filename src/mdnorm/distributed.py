@@ -279,11 +279,11 @@ def world_size(group: ProcessGroup | None) -> int:
 def eager(function: Callable[..., T]) -> Callable[..., T]:
     """Keep torch.compile out of a function that communicates."""
     # Not a decorator: torch.compiler.disable imports the compiler, which takes seconds.
-    return cast("Callable[..., T]", torch.compiler.disable(function)) if _compiling() else function
-
-
-def _compiling() -> bool:
-    return torch.compiler.is_compiling()
+    return (
+        cast("Callable[..., T]", torch.compiler.disable(function))
+        if torch.compiler.is_compiling()
+        else function
+    )
 
 
 # -- collectives ------------------------------------------------------------------------------------------

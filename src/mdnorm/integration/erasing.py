@@ -26,12 +26,9 @@ def erase(
     loader: Iterable[Any],
     *,
     output: Selector | None = None,
-    num_labels: int | None = None,
-    channel_dim: int = 1,
-    within_labels: bool = True,
-    preserve_labels: bool = False,
     keys: Keys | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> Eraser:
     """Fit an eraser on the output of a module, and put it behind the module, in place.
 
@@ -52,12 +49,13 @@ def erase(
         (`mdnorm.attach_design`).
     output : str, int or callable, optional
         Which part of the module's output is erased, as in `mdnorm.insert`; by default its first tensor.
-    num_labels, channel_dim, within_labels, preserve_labels
-        As of `mdnorm.erasure.EraserFitter`. For tokens (N, T, D) ``channel_dim=-1``.
     keys : mapping, optional
         Where the parts of a batch are, as of `mdnorm.recalibrate`; without "mask": give padding the weight 0.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
+    **options
+        Of `mdnorm.erasure.EraserFitter`: `num_labels`, `channel_dim` (−1 for tokens (N, T, D)),
+        `within_labels`, `preserve_labels`.
 
     Returns
     -------
@@ -94,12 +92,7 @@ def erase(
     """
     parts = checked_keys(keys)
     name, module = _target(model, after, output)
-    fitter = EraserFitter(
-        num_labels=num_labels,
-        channel_dim=channel_dim,
-        within_labels=within_labels,
-        preserve_labels=preserve_labels,
-    )
+    fitter = EraserFitter(**options)
     given: dict[str, Any] = {}
     outputs: list[Tensor] = []
     is_output = False
