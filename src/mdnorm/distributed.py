@@ -105,10 +105,7 @@ def global_mean(losses: Tensor, process_group: ProcessGroupSetting = "world") ->
 
 
 def even_batches(
-    loader: Iterable[T],
-    process_group: ProcessGroupSetting = "world",
-    *,
-    device: torch.device | str = "cpu",
+    loader: Iterable[T], process_group: ProcessGroupSetting = "world", *, device: torch.device | str = "cpu"
 ) -> Iterator[T]:
     """Iterate until the loaders of all processes have ended, with empty batches where this one has before.
 

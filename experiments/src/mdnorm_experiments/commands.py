@@ -110,8 +110,7 @@ def _run_setting(
         int | None, typer.Option(min=4, help="Held-out images a group (and stage). [default: 2000 or 500]")
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the real data set in its published layout. [default: none]"),
+        Path | None, typer.Option(help="Folder of the real data set in its published layout. [default: none]")
     ] = None,
     columns: Annotated[
         str,

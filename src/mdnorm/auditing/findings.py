@@ -252,10 +252,7 @@ class _Judge:
         """Whether the intervals of probe and dependence are both below those before."""
         return all(
             _upper(now) < (was.low if was.low is not None else -np.inf)
-            for was, now in (
-                (old.shown_probe, new.shown_probe),
-                (old.shown_dependence, new.shown_dependence),
-            )
+            for was, now in ((old.shown_probe, new.shown_probe), (old.shown_dependence, new.shown_dependence))
         )
 
     def _kept(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:

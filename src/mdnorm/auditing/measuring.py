@@ -388,11 +388,7 @@ def _as_measure(
 
 
 def _group_gaps(
-    label: Column,
-    predictions: Predictions,
-    column: Column,
-    subjects: NDArray[Any] | None,
-    settings: Settings,
+    label: Column, predictions: Predictions, column: Column, subjects: NDArray[Any] | None, settings: Settings
 ) -> GroupGaps:
     """Return the rates by group; a continuous column is cut in four."""
     classes = np.unique(label.values)

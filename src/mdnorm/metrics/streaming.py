@@ -276,11 +276,7 @@ class GroupRates(Metric):
     confusion: Tensor
 
     def __init__(
-        self,
-        groups: int | Iterable[Hashable],
-        num_classes: int = 2,
-        threshold: float = 0.5,
-        **kwargs: Any,
+        self, groups: int | Iterable[Hashable], num_classes: int = 2, threshold: float = 0.5, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         if type(num_classes) is not int or num_classes < 2:

@@ -44,10 +44,7 @@ def column_names(
 
 
 def read_rows(
-    path: Path,
-    delimiter: str,
-    wanted: Mapping[str, Sequence[str]],
-    given: Mapping[str, str] | None = None,
+    path: Path, delimiter: str, wanted: Mapping[str, Sequence[str]], given: Mapping[str, str] | None = None
 ) -> list[tuple[str, dict[str, str]]]:
     """Return where each row of a table stands ("line 7 of labels.csv"), and its cells by what they hold.
 
