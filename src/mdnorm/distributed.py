@@ -211,10 +211,8 @@ class GroupSetting:
 def active_group(setting: Any) -> ProcessGroup | None:
     """Return the group to communicate in now, None where this process is on its own.
 
-    Raises
-    ------
-    RuntimeError
-        Inside ``DistributedDataParallel.join``, which would hang; or "auto" cannot be told with this torch.
+    RuntimeError inside ``DistributedDataParallel.join``, which would hang, and where this torch cannot tell
+    "auto".
     """
     # The first two are constants to torch.compile, so a model in one process is traced as a whole.
     if not torch.distributed.is_available() or not torch.distributed.is_initialized() or setting == "local":
@@ -228,7 +226,8 @@ def active_group(setting: Any) -> ProcessGroup | None:
                 "call mdnorm.distributed.synchronize(model, process_group), or with 'local', before training."
             )
         wrapper = None
-    if wrapper is not None and _would_hang_in_join(wrapper):
+    config = getattr(wrapper, "_join_config", None)
+    if config is not None and config.enable and not config.throw_on_early_termination:
         raise RuntimeError(
             "DistributedDataParallel.join cannot stand in for the collectives of metadata layers, so "
             "processes that still have batches would wait for ever: iterate over "
@@ -243,21 +242,11 @@ def active_group(setting: Any) -> ProcessGroup | None:
     return group if torch.distributed.get_world_size(group) > 1 else None
 
 
-def _would_hang_in_join(wrapper: Any) -> bool:
-    config = getattr(wrapper, "_join_config", None)
-    return config is not None and config.enable and not config.throw_on_early_termination
-
-
 def group_of(model: nn.Module, setting: Any) -> tuple[nn.Module, ProcessGroup | None]:
     """Return the model without its `DistributedDataParallel` and the group for work outside a forward pass.
 
     "auto" is the wrapper's group, and none without a wrapper. The wrapper's own forward pass would exchange
-    buffers, so processes with more batches than others would wait for them.
-
-    Raises
-    ------
-    TypeError
-        `model` is not a module, or `setting` neither a process group nor one of the names.
+    buffers, so processes with more batches than others would wait for them. TypeError for wrong arguments.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -315,14 +304,8 @@ def gather_objects(item: T, group: ProcessGroup) -> list[T]:
 def gather_results(work: Callable[[], T], group: ProcessGroup, empty: type[Exception]) -> list[T | None]:
     """Return what the work gives on each process, None where it raises `empty`.
 
-    Where it fails on some process, raise on all, so that none waits for it.
-
-    Raises
-    ------
-    Exception
-        The process's own error.
-    RuntimeError
-        The error of another process.
+    Where it fails on some process, raise on all, so that none waits for it: the process's own error, or a
+    RuntimeError with that of another.
     """
     result: T | None = None
     failure: Exception | None = None

@@ -39,20 +39,14 @@ class TooFewSamplesError(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one or several batches.
+    """Rows of one or several batches."""
 
-    Attributes
-    ----------
-    features : (n, D) float32
-    metadata : (n, K) float64 (float32 on a device without it)
-    labels : (n,) int64, 0 where they do not matter
-    keys : (n,) int64
-        Random keys, distinct and not negative; 0 where all rows are kept.
-    """
-
+    # (n, D) float32, and (n, K) float64 (float32 on a device without it).
     features: Tensor
     metadata: Tensor
+    # (n,) int64, 0 where they do not matter.
     labels: Tensor
+    # (n,) int64, random, distinct and not negative; 0 where all rows are kept.
     keys: Tensor
 
     def __len__(self) -> int:

@@ -20,22 +20,15 @@ UNDEFINED = "the bias-corrected estimate is not defined for fewer samples"
 
 @dataclass(frozen=True)
 class Samples:
-    """Variables of the same samples.
+    """Variables of the same samples."""
 
-    Attributes
-    ----------
-    rows : tuple of Tensor, (n, p) float64 each
-        Without their constant columns, which add nothing to a distance, and scaled by a power of two to
-        absolute values of at most 1. Squares of squares can then neither overflow nor vanish, and no value
-        is rounded. A variable that is constant has no column left.
-    exponents : tuple of int
-        The values of variable k were divided by ``2 ** exponents[k]``.
-    returns_tensor : bool
-        Whether one of the variables came as a tensor.
-    """
-
+    # (n, p) float64 each, without their constant columns, which add nothing to a distance, and scaled by a
+    # power of two to absolute values of at most 1. Squares of squares can then neither overflow nor vanish,
+    # and no value is rounded. A variable that is constant has no column left.
     rows: tuple[Tensor, ...]
+    # The values of variable k were divided by ``2 ** exponents[k]``.
     exponents: tuple[int, ...]
+    # Whether one of the variables came as a tensor.
     returns_tensor: bool
 
     @property
