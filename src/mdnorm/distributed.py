@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mdnorm.context import slots_of
 
@@ -156,23 +157,15 @@ def even_batches(
             yield cast(T, empty)
             continue
         if empty is None:
-            empty = _emptied(batch)
+            empty = tree_map(_emptied, batch)
         yield batch
 
 
-def _emptied(batch: Any) -> Any:
-    if isinstance(batch, Tensor) and batch.ndim:
-        return batch[:0]
-    if isinstance(batch, dict):
-        return {key: _emptied(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(_emptied, batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map(_emptied, batch))
-    if hasattr(batch, "__array__") and getattr(batch, "ndim", None):
-        return batch[:0]
+def _emptied(values: Any) -> Any:
+    if getattr(values, "ndim", 0):
+        return values[:0]
     raise TypeError(
-        f"a batch holds a {type(batch).__name__}, which has no samples to take away: even_batches takes "
+        f"a batch holds a {type(values).__name__}, which has no samples to take away: even_batches takes "
         "tensors and tuples, lists and dicts of them."
     )
 
