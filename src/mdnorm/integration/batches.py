@@ -182,13 +182,9 @@ def _labels_at(model: nn.Module, batch: Any, labels: Selector | list[Selector] |
     return None if labels is None else select(batch, labels, _BATCH)
 
 
-def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Tensor:
+def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Any:
     metadata = columns_at(batch, selector)
-    device = _device_of(model) or getattr(model, "device", None) or metadata.device
-    if isinstance(selector, (list, tuple)):
-        # Columns that were put together in float64, which not every device has.
-        metadata = metadata.to(statistics_dtype(device))
-    return metadata.to(device)
+    return _moved(metadata, _device_of(model) or getattr(model, "device", None) or metadata.device)
 
 
 def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:
