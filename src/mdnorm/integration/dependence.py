@@ -97,31 +97,24 @@ class LayerOutputs:
     def __init__(self, model: nn.Module, layer: str | nn.Module, output: Selector | None = None) -> None:
         self.name, self.module = find_layer(model, layer)
         self._output = output
-        self._open: ExitStack | None = None
+        self._hooks = ExitStack()
+        self.is_open = False
         self.outputs: list[Tensor] = []
-
-    @property
-    def is_open(self) -> bool:
-        """Whether outputs are collected."""
-        return self._open is not None
 
     def open(self) -> None:
         """Begin to collect."""
         self.close()
         self.clear()
-        stack = ExitStack()
         # A compiled graph would pass by the hook. What was not imported has compiled nothing.
         if "torch._dynamo" in sys.modules:
-            stack.enter_context(uncompiled())
-        handle = self.module.register_forward_hook(self._collect)
-        stack.callback(handle.remove)
-        self._open = stack
+            self._hooks.enter_context(uncompiled())
+        self._hooks.callback(self.module.register_forward_hook(self._collect).remove)
+        self.is_open = True
 
     def close(self) -> None:
         """Stop collecting; what was collected stays."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        self._hooks.close()
+        self.is_open = False
 
     def clear(self) -> None:
         """Forget what was collected."""
