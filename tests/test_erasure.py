@@ -521,6 +521,9 @@ def test_keys_say_where_the_parts_of_a_batch_are():
     keys = {"inputs": "scan", "metadata": ["age", "site"], "labels": "dx"}
     found = mdnorm.erase(copy.deepcopy(model), "encoder", named, keys=keys)
     torch.testing.assert_close(found.state_dict(), expected)
+    several = keys | {"inputs": ["scan", lambda batch: 1.0]}
+    found = mdnorm.erase(copy.deepcopy(model), "encoder", named, keys=several)
+    torch.testing.assert_close(found.state_dict(), expected)
     placed = [(m, "a.nii", x, y) for x, m, y in loader]
     found = mdnorm.erase(
         copy.deepcopy(model), "encoder", placed, keys={"inputs": 2, "metadata": 0, "labels": 3}
@@ -532,7 +535,7 @@ def test_keys_say_where_the_parts_of_a_batch_are():
     found = mdnorm.erase(copy.deepcopy(model), "encoder", doubled, keys=keys | {"weights": "weight"})
     torch.testing.assert_close(found.state_dict(), expected)
     for wrong, error, message in (
-        ({"mask": "m"}, ValueError, "give padding the weight 0"),
+        (keys | {"mask": "age"}, ValueError, "give padding the weight 0"),
         ({"input": "scan"}, ValueError, "its names are 'inputs', 'metadata'"),
         (keys | {"metadata": "years"}, KeyError, "years"),
     ):

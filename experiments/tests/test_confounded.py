@@ -31,7 +31,7 @@ from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.settings import build, get_setting, plan, train, write_outputs
-from mdnorm_experiments.training import fit, num_steps
+from mdnorm_experiments.training import fit, in_batches
 
 
 def make_samples(size: int, seed: int, share: float) -> Samples:
@@ -252,7 +252,7 @@ def test_the_learning_rate_rises_during_the_warmup_and_falls_to_zero(warmup_epoc
     [(100, 20, 3 * 5), (101, 20, 3 * 5), (102, 20, 3 * 6), (1, 20, 3), (19, 20, 3), (7, 1, 3 * 7)],
 )
 def test_steps_are_counted_as_they_are_made(num_samples, batch_size, expected):
-    assert num_steps(num_samples, batch_size, 3) == expected
+    assert 3 * len(in_batches(torch.arange(num_samples), batch_size)) == expected
 
 
 def trained(method, data):

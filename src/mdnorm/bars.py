@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 
-def with_bar(loader: Iterable[Any], description: str, progress: bool) -> Iterable[Any]:
-    """Return the batches of a loader, with a progress bar where there is a terminal to show it."""
-    bar = _bar(_length(loader), description) if progress else None
-    return loader if bar is None else _counted(loader, bar)
+def with_bar(loader: Iterable[Any], description: str, progress: bool) -> Iterator[Any]:
+    """Yield the batches of a loader, with a progress bar where there is a terminal to show it."""
+    bar = _bar(operator.length_hint(loader) or None, description) if progress else None
+    if bar is None:
+        yield from loader
+        return
+    # Not tqdm(loader): that calls iter() twice, which starts the workers of a DataLoader twice.
+    with bar:
+        for batch in loader:
+            yield batch
+            bar.update()
 
 
 @contextmanager
@@ -66,18 +74,3 @@ def _bar(total: int | None, description: str) -> Any:
     except ImportError:
         return None
     return tqdm(total=total, desc=description, disable=None, leave=False)
-
-
-def _counted(loader: Iterable[Any], bar: Any) -> Iterable[Any]:
-    # Not tqdm(loader): that calls iter() twice, which starts the workers of a DataLoader twice.
-    with bar:
-        for batch in loader:
-            yield batch
-            bar.update()
-
-
-def _length(loader: Iterable[Any]) -> int | None:
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None

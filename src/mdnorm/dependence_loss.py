@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mdnorm.arrays import (
-    as_real_tensor,
-    check_finite_columns,
-    columns_of,
-    plain_features,
-    statistics_dtype,
-)
+from mdnorm.arrays import as_real_tensor, check_finite_columns, columns_of, plain_features, statistics_dtype
 from mdnorm.distributed import GroupSetting, active_group, all_reduce_sum, eager, world_size
 from mdnorm.metrics.checks import check_integer
 from mdnorm.metrics.kernels import median_distance

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mdnorm.context import slots_of
 
@@ -105,10 +106,7 @@ def global_mean(losses: Tensor, process_group: ProcessGroupSetting = "world") ->
 
 
 def even_batches(
-    loader: Iterable[T],
-    process_group: ProcessGroupSetting = "world",
-    *,
-    device: torch.device | str = "cpu",
+    loader: Iterable[T], process_group: ProcessGroupSetting = "world", *, device: torch.device | str = "cpu"
 ) -> Iterator[T]:
     """Iterate until the loaders of all processes have ended, with empty batches where this one has before.
 
@@ -159,30 +157,20 @@ def even_batches(
             yield cast(T, empty)
             continue
         if empty is None:
-            empty = _emptied(batch)
+            empty = tree_map(_emptied, batch)
         yield batch
 
 
-def _emptied(batch: Any) -> Any:
-    if isinstance(batch, Tensor) and batch.ndim:
-        return batch[:0]
-    if isinstance(batch, dict):
-        return {key: _emptied(value) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*map(_emptied, batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(map(_emptied, batch))
-    if hasattr(batch, "__array__") and getattr(batch, "ndim", None):
-        return batch[:0]
+def _emptied(values: Any) -> Any:
+    if getattr(values, "ndim", 0):
+        return values[:0]
     raise TypeError(
-        f"a batch holds a {type(batch).__name__}, which has no samples to take away: even_batches takes "
+        f"a batch holds a {type(values).__name__}, which has no samples to take away: even_batches takes "
         "tensors and tuples, lists and dicts of them."
     )
 
 
-# --------------------------------------------------------------------------------------------------------
-# Process groups
-# --------------------------------------------------------------------------------------------------------
+# -- process groups ---------------------------------------------------------------------------------------
 
 
 class GroupSetting:
@@ -216,10 +204,8 @@ class GroupSetting:
 def active_group(setting: Any) -> ProcessGroup | None:
     """Return the group to communicate in now, None where this process is on its own.
 
-    Raises
-    ------
-    RuntimeError
-        Inside ``DistributedDataParallel.join``, which would hang; or "auto" cannot be told with this torch.
+    RuntimeError inside ``DistributedDataParallel.join``, which would hang, and where this torch cannot tell
+    "auto".
     """
     # The first two are constants to torch.compile, so a model in one process is traced as a whole.
     if not torch.distributed.is_available() or not torch.distributed.is_initialized() or setting == "local":
@@ -233,7 +219,8 @@ def active_group(setting: Any) -> ProcessGroup | None:
                 "call mdnorm.distributed.synchronize(model, process_group), or with 'local', before training."
             )
         wrapper = None
-    if wrapper is not None and _would_hang_in_join(wrapper):
+    config = getattr(wrapper, "_join_config", None)
+    if config is not None and config.enable and not config.throw_on_early_termination:
         raise RuntimeError(
             "DistributedDataParallel.join cannot stand in for the collectives of metadata layers, so "
             "processes that still have batches would wait for ever: iterate over "
@@ -248,21 +235,11 @@ def active_group(setting: Any) -> ProcessGroup | None:
     return group if torch.distributed.get_world_size(group) > 1 else None
 
 
-def _would_hang_in_join(wrapper: Any) -> bool:
-    config = getattr(wrapper, "_join_config", None)
-    return config is not None and config.enable and not config.throw_on_early_termination
-
-
 def group_of(model: nn.Module, setting: Any) -> tuple[nn.Module, ProcessGroup | None]:
     """Return the model without its `DistributedDataParallel` and the group for work outside a forward pass.
 
     "auto" is the wrapper's group, and none without a wrapper. The wrapper's own forward pass would exchange
-    buffers, so processes with more batches than others would wait for them.
-
-    Raises
-    ------
-    TypeError
-        `model` is not a module, or `setting` neither a process group nor one of the names.
+    buffers, so processes with more batches than others would wait for them. TypeError for wrong arguments.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
@@ -281,16 +258,14 @@ def world_size(group: ProcessGroup | None) -> int:
 def eager(function: Callable[..., T]) -> Callable[..., T]:
     """Keep torch.compile out of a function that communicates."""
     # Not a decorator: torch.compiler.disable imports the compiler, which takes seconds.
-    return cast("Callable[..., T]", torch.compiler.disable(function)) if _compiling() else function
+    return (
+        cast("Callable[..., T]", torch.compiler.disable(function))
+        if torch.compiler.is_compiling()
+        else function
+    )
 
 
-def _compiling() -> bool:
-    return torch.compiler.is_compiling()
-
-
-# --------------------------------------------------------------------------------------------------------
-# Collectives
-# --------------------------------------------------------------------------------------------------------
+# -- collectives ------------------------------------------------------------------------------------------
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -322,14 +297,8 @@ def gather_objects(item: T, group: ProcessGroup) -> list[T]:
 def gather_results(work: Callable[[], T], group: ProcessGroup, empty: type[Exception]) -> list[T | None]:
     """Return what the work gives on each process, None where it raises `empty`.
 
-    Where it fails on some process, raise on all, so that none waits for it.
-
-    Raises
-    ------
-    Exception
-        The process's own error.
-    RuntimeError
-        The error of another process.
+    Where it fails on some process, raise on all, so that none waits for it: the process's own error, or a
+    RuntimeError with that of another.
     """
     result: T | None = None
     failure: Exception | None = None

@@ -14,6 +14,8 @@ mean there.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
@@ -339,11 +341,7 @@ def fit(
     metadata: Tensor | ArrayLike,
     labels: Tensor | ArrayLike | None = None,
     weights: Tensor | ArrayLike | None = None,
-    *,
-    num_labels: int | None = None,
-    channel_dim: int = 1,
-    within_labels: bool = True,
-    preserve_labels: bool = False,
+    **options: Any,
 ) -> Eraser:
     """Return the eraser of metadata for these features: `EraserFitter` in one call.
 
@@ -351,8 +349,9 @@ def fit(
     ----------
     features, metadata, labels, weights
         As of `EraserFitter.update`.
-    num_labels, channel_dim, within_labels, preserve_labels
-        As of `EraserFitter`, which says what is promised.
+    **options
+        Of `EraserFitter`, which says what is promised: `num_labels`, `channel_dim`, `within_labels`,
+        `preserve_labels`.
 
     Returns
     -------
@@ -376,13 +375,7 @@ def fit(
     >>> torch.corrcoef(torch.stack([erased.mean(1), age]))[0, 1].abs() < 1e-4
     tensor(True)
     """
-    fitter = EraserFitter(
-        num_labels=num_labels,
-        channel_dim=channel_dim,
-        within_labels=within_labels,
-        preserve_labels=preserve_labels,
-    )
-    return fitter.update(features, metadata, labels, weights).eraser()
+    return EraserFitter(**options).update(features, metadata, labels, weights).eraser()
 
 
 def _channels_last(features: Tensor, channel_dim: int) -> Tensor:

@@ -73,8 +73,6 @@ def test_the_sample_is_that_of_the_smallest_keys_in_bounded_memory(
         assert start == 0
         return
     rows = reservoir.sample(pieces, max_samples)
-    assert rows.labels is not None
-    assert rows.keys is not None
     assert rows.labels.tolist() == expected.tolist()
     assert rows.features[:, 0].tolist() == expected.tolist()
     assert rows.metadata[:, 0].tolist() == expected.tolist()
@@ -94,7 +92,6 @@ def test_rows_are_copies() -> None:
         part.zero_()
     assert torch.equal(rows.features, expected[0])
     assert torch.equal(rows.metadata, expected[1])
-    assert rows.labels is not None
     assert torch.equal(rows.labels, expected[2])
 
 
@@ -104,7 +101,6 @@ def test_shapes_and_types_that_rows_take() -> None:
     assert rows.features.dtype == torch.float32
     assert rows.metadata.tolist() == [[1.0], [0.0], [1.0]]
     assert rows.metadata.dtype == torch.float64
-    assert rows.labels is not None
     assert rows.labels.tolist() == [0, 2, -1]
     assert reservoir.as_rows(np.zeros(3), np.zeros((3, 2)), None, CPU).features.shape == (3, 1)
     assert len(reservoir.as_rows(torch.zeros(0, 7), torch.zeros(0, 2), torch.zeros(0), CPU)) == 0
@@ -115,11 +111,17 @@ def test_shapes_and_types_that_rows_take() -> None:
 @pytest.mark.parametrize(
     ("features", "metadata", "labels", "error", "message"),
     [
-        (torch.zeros(4, 2), torch.zeros(3), None, ValueError, r"features have 4 row\(s\) but metadata 3"),
-        (torch.zeros(4, 2), torch.zeros(4), [0, 1], ValueError, r"features have 4 row\(s\) but labels 2"),
+        (torch.zeros(4, 2), torch.zeros(3), None, ValueError, "got 4 rows in features and 3 in metadata"),
+        (torch.zeros(4, 2), torch.zeros(4), [0, 1], ValueError, "got 4 rows in features and 2 in labels"),
         (torch.tensor(1.0), torch.zeros(1), None, ValueError, "features must have one row per sample"),
         (torch.zeros(4, 0), torch.zeros(4), None, ValueError, "features have no values"),
-        (torch.zeros(4, 2), torch.zeros(4, 0), None, ValueError, r"metadata have no columns \(shape \(4, 0"),
+        (
+            torch.zeros(4, 2),
+            torch.zeros(4, 0),
+            None,
+            ValueError,
+            r"metadata must have at least one column, got shape \(4, 0",
+        ),
         (torch.zeros(4, 2), torch.zeros(4, 1, 1), None, ValueError, r"metadata must have .* got \(4, 1, 1\)"),
         (torch.zeros(4, 2), torch.zeros(()), None, ValueError, r"metadata must have .* got \(\)"),
         (
@@ -127,10 +129,10 @@ def test_shapes_and_types_that_rows_take() -> None:
             torch.zeros(3),
             None,
             ValueError,
-            r"features have NaN .* in row\(s\) 1, 2 of this batch \(2 of 3\)",
+            r"features has NaN .* in row\(s\) 1, 2 \(2 of 3 rows\): drop these rows from features and",
         ),
-        (np.array([1e300, 1.0]), np.zeros(2), None, ValueError, r"features have .* in float32.*row\(s\) 0 "),
-        (np.zeros(2), np.array([0, np.nan]), None, ValueError, r"metadata have NaN .* in row\(s\) 1 of"),
+        (np.array([1e300, 1.0]), np.zeros(2), None, ValueError, r"features has .* in float32.*row\(s\) 0 "),
+        (np.zeros(2), np.array([0, np.nan]), None, ValueError, r"metadata has NaN .* in row\(s\) 1 \("),
         (np.zeros(2), np.array(["a", "b"]), None, TypeError, "metadata must be real and numeric.*one-hot"),
         (np.zeros(2), None, None, TypeError, "metadata must be a tensor or an array, got None"),
         (np.zeros(2, dtype=complex), np.zeros(2), None, TypeError, "features must be real.*complex"),

@@ -56,9 +56,10 @@ class Adversary:
         inside = labels == 0
         current, target = features[inside], confounder[inside]
         past = slice(max(len(self._features) + len(current) - self.memory, 0), None)
-        remembered, known_before = self._features[past], self._confounder[past]
-        self._remember(current.detach(), target)
-        seen, known = torch.cat([remembered, current.detach()]), torch.cat([known_before, target])
+        remembered = self._features[past]
+        seen, known = torch.cat([remembered, current.detach()]), torch.cat([self._confounder[past], target])
+        last = slice(max(len(known) - self.memory, 0), None)
+        self._features, self._confounder = seen[last], known[last]
         if len(known) < 3 or len(current) == 0:
             return features.new_zeros(())
         for _ in range(self.steps):
@@ -75,9 +76,3 @@ class Adversary:
         for parameter in self.predictor.parameters():
             parameter.requires_grad_(True)
         return term
-
-    def _remember(self, features: Tensor, confounder: Tensor) -> None:
-        features = torch.cat([self._features, features])
-        confounder = torch.cat([self._confounder, confounder])
-        last = slice(max(len(confounder) - self.memory, 0), None)
-        self._features, self._confounder = features[last], confounder[last]

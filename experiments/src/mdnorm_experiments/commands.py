@@ -110,8 +110,7 @@ def _run_setting(
         int | None, typer.Option(min=4, help="Held-out images a group (and stage). [default: 2000 or 500]")
     ] = None,
     data: Annotated[
-        Path | None,
-        typer.Option(help="Folder of the real data set in its published layout. [default: none]"),
+        Path | None, typer.Option(help="Folder of the real data set in its published layout. [default: none]")
     ] = None,
     columns: Annotated[
         str,
@@ -262,7 +261,7 @@ for _name, (_options, *_text) in _COMMANDS.items():
 
 def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None) -> tuple[list[Row], Path]:
     """Train what is missing, write the outputs, and return the rows and the path of the report."""
-    from mdnorm_experiments.results import ResultsError, ResultStore, SharedResultStore
+    from mdnorm_experiments.results import ResultsError, ResultStore
     from mdnorm_experiments.runner import RunFailedError, Runner
     from mdnorm_experiments.settings import train, write_outputs
 
@@ -272,11 +271,8 @@ def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None)
         fail(f"--jobs {jobs} under torchrun: say --nproc-per-node {jobs} instead.", BAD_INPUT)
     try:
         with _sigterm_as_ctrl_c(), only_writer(out) if rank == 0 else nullcontext():
-            runner: Runner[Run]
-            if world_size > 1:
-                runner = Runner(SharedResultStore(out / "results.json"), train)
-            else:
-                runner = Runner(ResultStore(out / "results.json"), train, jobs or os.cpu_count() or 1)
+            store = ResultStore(out / "results.json", shared=world_size > 1)
+            runner = Runner(store, train, 1 if store.is_shared else jobs or os.cpu_count() or 1)
             pending = runner.pending(runs)
             if len(pending) < len(runs) and rank == 0:
                 errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")
@@ -285,8 +281,7 @@ def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None)
                 rows = runner.run(runs, progress)
             if rank > 0:
                 raise typer.Exit
-            if isinstance(runner.store, SharedResultStore):
-                runner.store.clear_claims()
+            store.clear_claims()
     except ResultsError as error:
         fail(str(error), BAD_INPUT)
     except RunFailedError as error:

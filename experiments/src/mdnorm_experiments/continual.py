@@ -83,11 +83,7 @@ def make_samples(stage: int, group_size: int, degree: int, *, seed: int, stratif
 class ContinualSetting(SyntheticSetting):
     """The synthetic images in five stages, and the distances of a network from the limits."""
 
-    row_names: ClassVar = {
-        "epochs": "epochs_per_stage",
-        "size": "group_size",
-        "test_size": "test_group_size",
-    }
+    row_names: ClassVar = {"epochs": "epochs_per_stage", "size": "group_size", "test_size": "test_group_size"}
     variants: ClassVar[tuple[str, ...]] = ("plain",)
     num_stages: ClassVar = NUM_STAGES
     seeds: ClassVar = 3

@@ -73,11 +73,7 @@ def make_digit_data(size: int, seed: int) -> ConfoundedData:
     order = torch.randperm(digits.COUNT, generator=torch.Generator().manual_seed(seed))
 
     def colour(rows: Tensor, part: int, correlation: float) -> Samples:
-        coloured = digits.colour_digits(rows, seed=part_seed(seed, part), correlation=correlation)
-        colour = coloured.colour
-        powers = polynomial(colour, 3, low=0, high=1)
-        groups = (colour > 0.5).long()
-        return Samples(coloured.images, coloured.labels, powers, colour.unsqueeze(1), groups)
+        return digits.colour_digits(rows, seed=part_seed(seed, part), correlation=correlation)
 
     parts = (colour(order[:size], 0, 0.6), colour(order[size:], 1, 0.6), colour(order[size:], 2, 0.0))
     # Every digit is taken: none is left for `held_out`.

@@ -83,18 +83,17 @@ class ReportFigure:
 def write_page(
     out: Path,
     *,
-    title: str,
-    introduction: Sequence[str],
     tables: Sequence[ReportTable],
     figures: Sequence[ReportFigure],
     rows: Sequence[Row],
     row_names: Mapping[str, str],
-    command: str,
+    **texts: str | Sequence[str],
 ) -> Path:
     """Write ``table.md``, the figures and ``report.html``: one file, nothing loaded from elsewhere.
 
     `out` exists; the settings of the finished `rows` are listed at the end, by `row_names` (see `Setting`),
-    beside the `command` that makes the page. Returns the path of the page.
+    beside the command that makes the page; `texts` are "title", "introduction" and "command". Returns the
+    path of the page.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -110,14 +109,8 @@ def write_page(
         image = save_figure(shown.figure, folder / f"{shown.name}.png").read_bytes()
         source = "data:image/png;base64," + base64.b64encode(image).decode("ascii")
         embedded.append((shown, source))
-    page = environment.get_template("report.html").render(
-        title=title,
-        introduction=introduction,
-        tables=tables,
-        figures=embedded,
-        settings=_settings(rows, row_names),
-        command=command,
-    )
+    template, settings = environment.get_template("report.html"), _settings(rows, row_names)
+    page = template.render(tables=tables, figures=embedded, settings=settings, **texts)
     path = out / "report.html"
     write_text_atomically(path, page)
     return path

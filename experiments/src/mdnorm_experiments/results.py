@@ -6,9 +6,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from mdnorm.files import write_text_atomically
 
@@ -25,13 +27,25 @@ class ResultStore:
     Each row holds the settings of its run and what was measured. A run counts as finished when a row agrees
     with all of its settings, so a changed setting is a new run and old rows stay. ResultsError for a file
     that is truncated or holds something else than a list of rows; it is never overwritten.
+
+    To a `shared` store several processes add rows, each run claimed by one of them. Rows of the others are
+    seen after `refresh`. Claims are files in the folder ``.claims`` beside the rows; what a process holds is
+    free again when it dies, however it dies: the operating system gives up its locks.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
         self.path = path
+        self.is_shared = shared
+        self.claims = path.parent / ".claims"
         self.rows: list[Row] = []
-        if path.exists():
-            self.rows = _read(path)
+        if shared:
+            self.claims.mkdir(exist_ok=True)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the rows that all processes have added so far."""
+        if self.path.exists():
+            self.rows = _read(self.path)
 
     def find(self, settings: Mapping[str, Any]) -> Row | None:
         """Return the row of the run with these settings, or None."""
@@ -43,51 +57,21 @@ class ResultStore:
 
         Raises ValueError, and writes nothing, where a value is not finite or no JSON value.
         """
-        rows = [*self.rows, row]
-        # One row a line: a file of thousands of rows stays readable and diffs well.
-        lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
-        write_text_atomically(self.path, f"[\n{lines}\n]\n")
-        self.rows = rows
-
-    def refresh(self) -> None:
-        """Look at the rows that other processes have added; there are none."""
-
-    @contextmanager
-    def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
-        """Hold the run with these settings; False where another process does."""
-        yield True
-
-
-class SharedResultStore(ResultStore):
-    """A store to which several processes add rows, each run claimed by one of them.
-
-    Rows of the others are seen after `refresh`. Claims are files in the folder ``.claims`` beside the rows;
-    what a process holds is free again when it dies, however it dies: the operating system gives up its locks.
-    """
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.claims = path.parent / ".claims"
-        self.claims.mkdir(exist_ok=True)
-
-    def refresh(self) -> None:
-        """Read the rows that all processes have added so far."""
-        if self.path.exists():
-            self.rows = _read(self.path)
-
-    def add(self, row: Row) -> None:
-        """Append a row to those of all processes."""
-        from filelock import FileLock
-
-        with FileLock(self.claims / "results.lock"):
-            self.refresh()
-            super().add(row)
+        with FileLock(self.claims / "results.lock") if self.is_shared else nullcontext():
+            if self.is_shared:
+                self.refresh()
+            rows = [*self.rows, row]
+            # One row a line: a file of thousands of rows stays readable and diffs well.
+            lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
+            write_text_atomically(self.path, f"[\n{lines}\n]\n")
+            self.rows = rows
 
     @contextmanager
     def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
         """Hold the run with these settings; False where another process does."""
-        from filelock import FileLock, Timeout
-
+        if not self.is_shared:
+            yield True
+            return
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
         lock = FileLock(self.claims / f"{name}.lock")
         try:

@@ -11,25 +11,19 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from mdnorm_experiments.results import ResultStore, Row, SharedResultStore
+from mdnorm_experiments.results import ResultStore, Row
+
+if TYPE_CHECKING:
+    from mdnorm_experiments.settings import Run
 
 _PATIENCE = 0.5  # seconds between looks at what other processes have finished
 
 
-class Run(Protocol):
-    """One training."""
-
-    def settings(self) -> Row:
-        """Return all settings, JSON values only."""
-        ...
-
-
-RunT = TypeVar("RunT", bound=Run)
-Train = Callable[[RunT, Callable[[], None]], Row]
+Train = Callable[["Run", Callable[[], None]], Row]
 """Trains one run, calls the second argument after each epoch, and returns the measured values."""
 
 
@@ -53,18 +47,18 @@ class _Silent(Progress):
     pass
 
 
-class Runner(Generic[RunT]):
+class Runner:
     """Trains what the store does not hold yet and stores each row as soon as it is there.
 
     Every run has one thread to itself, so a row does not depend on how many run beside it. `train` is a
     module-level function, since the `jobs` worker processes import it; one job trains in this process. With a
-    `SharedResultStore` other processes train beside this one, and `jobs` is 1.
+    shared store other processes train beside this one, and `jobs` is 1.
     """
 
-    def __init__(self, store: ResultStore, train: Train[RunT], jobs: int = 1) -> None:
+    def __init__(self, store: ResultStore, train: Train, jobs: int = 1) -> None:
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}.")
-        if jobs > 1 and isinstance(store, SharedResultStore):
+        if jobs > 1 and store.is_shared:
             raise ValueError(
                 f"jobs must be 1 where processes share the store, got {jobs}: start more of them."
             )
@@ -72,11 +66,11 @@ class Runner(Generic[RunT]):
         self.train = train
         self.jobs = jobs
 
-    def pending(self, runs: Sequence[RunT]) -> list[RunT]:
+    def pending(self, runs: Sequence[Run]) -> list[Run]:
         """Return the runs without a row."""
         return [run for run in runs if self.store.find(run.settings()) is None]
 
-    def run(self, runs: Sequence[RunT], progress: Progress | None = None) -> list[Row]:
+    def run(self, runs: Sequence[Run], progress: Progress | None = None) -> list[Row]:
         """Train the pending runs and return the rows of all, in the order of `runs`.
 
         RunFailedError: some raised or their process died, and the others were finished and stored first.
@@ -90,7 +84,7 @@ class Runner(Generic[RunT]):
         rows = [self.store.find(run.settings()) for run in runs]
         return [row for row in rows if row is not None]
 
-    def _finish(self, run: RunT, measure: Callable[[], Row], progress: Progress) -> list[str]:
+    def _finish(self, run: Run, measure: Callable[[], Row], progress: Progress) -> list[str]:
         """Store what `measure` returns; a failure becomes a message, so that it costs no other run."""
         try:
             row = run.settings() | measure()
@@ -103,7 +97,7 @@ class Runner(Generic[RunT]):
         progress.run_done(row)
         return []
 
-    def _in_process(self, runs: Sequence[RunT], progress: Progress) -> list[str]:
+    def _in_process(self, runs: Sequence[Run], progress: Progress) -> list[str]:
         """Train what no other process has claimed until every run has a row or has failed here."""
         store = self.store
         failures: list[str] = []
@@ -128,7 +122,7 @@ class Runner(Generic[RunT]):
                 waiting = [run for run in held_by_others if store.find(run.settings()) is None]
         return failures
 
-    def _in_workers(self, runs: Sequence[RunT], progress: Progress) -> list[str]:
+    def _in_workers(self, runs: Sequence[Run], progress: Progress) -> list[str]:
         if not runs:
             return []
         # Spawned, not forked: a fork of a process with running torch threads can hang.
@@ -139,7 +133,7 @@ class Runner(Generic[RunT]):
             min(self.jobs, len(runs)), context, initializer=_start_worker, initargs=(epochs,)
         )
         try:
-            futures: dict[Future[Row], RunT] = {
+            futures: dict[Future[Row], Run] = {
                 pool.submit(_train_in_worker, self.train, run): run for run in runs
             }
             while futures:

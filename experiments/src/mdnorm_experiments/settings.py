@@ -342,14 +342,7 @@ def train_network(
     if method.dependence is not None:
         method = replace(method, dependence=method.dependence | {"variables": data.confounders})
     network = build(get_setting(run.setting), method, data, run.seed)
-    measured = fit(
-        network,
-        method,
-        samples,
-        **run.schedule,
-        seed=run.seed,
-        epoch_done=epoch_done,
-    )
+    measured = fit(network, method, samples, **run.schedule, seed=run.seed, epoch_done=epoch_done)
     if method.head:
         refit(
             network, lambda rows: outputs(network, rows)[0], samples, held_out, seed=run.seed, **method.head

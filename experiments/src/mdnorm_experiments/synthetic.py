@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -214,7 +215,9 @@ class SyntheticSetting(Setting):
                 recalibrated = [row["recalibrated"] for row in members if "recalibrated" in row]
                 if len(recalibrated) < len(members):  # a mean over fewer seeds than the line says
                     recalibrated = []
-                means = [_mean(recalibrated, group) for group in GROUPS if recalibrated]
+                means = [
+                    fmean(row["dcor2"][group] for row in recalibrated) for group in GROUPS if recalibrated
+                ]
                 seconds = [row["seconds_per_epoch"] for row in members if "seconds_per_epoch" in row]
                 lines.append(
                     (
@@ -222,11 +225,11 @@ class SyntheticSetting(Setting):
                         str(size),
                         str(len(members)),
                         mean_with_deviation([100 * value for value in accuracy], 1),
-                        verdict(sum(accuracy) / len(accuracy)) if limited else "–",
+                        verdict(fmean(accuracy)) if limited else "–",
                         *(mean_with_deviation([row["dcor2"][g] for row in members], 3) for g in GROUPS),
                         mean_with_deviation([100 * row["bacc"] for row in recalibrated], 1),
                         " / ".join(mean_with_deviation([mean], 3) for mean in means) or "–",
-                        mean_with_deviation([sum(seconds) / len(seconds)] if seconds else [], 1),
+                        mean_with_deviation([fmean(seconds)] if seconds else [], 1),
                     )
                 )
         return [ReportTable(HEADINGS, lines, LIMITS if limited else NO_LIMITS, LEGEND, section=1)]
@@ -300,10 +303,6 @@ class SyntheticSetting(Setting):
 
 def _has_limits(rows: Sequence[Row]) -> bool:
     return not any(row.get("variant") in WITHOUT_LIMITS for row in rows)
-
-
-def _mean(rows: Sequence[Row], group: str) -> float:
-    return sum(float(row["dcor2"][group]) for row in rows) / len(rows)
 
 
 def _kept(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Tensor]]]:

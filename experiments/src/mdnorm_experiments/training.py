@@ -62,11 +62,12 @@ def sample_weights(method: Method, samples: Samples) -> Tensor | None:
     return balancing_weights(samples.labels, samples.metadata, method="propensity").weights.float()
 
 
-def num_steps(num_samples: int, batch_size: int, epochs: int) -> int:
-    """Return how many batches a training has: a last one of a single sample joins the one before."""
-    full, rest = divmod(num_samples, batch_size)
-    joined = full > 0 and rest < min(_LEAST_BATCH, batch_size)
-    return epochs * (full if joined or rest == 0 else full + 1)
+def in_batches(rows: Tensor, batch_size: int) -> list[Tensor]:
+    """Return rows in batches; a last one of a single sample joins the one before."""
+    parts = list(rows.split(batch_size))
+    if len(parts) > 1 and len(parts[-1]) < min(_LEAST_BATCH, batch_size):
+        parts[-2:] = [torch.cat(parts[-2:])]
+    return parts
 
 
 def fit(
@@ -87,7 +88,8 @@ def fit(
     "penalty" have an optimiser of their own (see `Method`). `seed` is that of the order of the samples;
     `epoch_done` is called after each epoch. Returns "train_loss" of the last epoch and "seconds_per_epoch".
     """
-    steps, warmup_steps = (num_steps(len(samples), batch_size, count) for count in (epochs, warmup_epochs))
+    steps_of_epoch = len(in_batches(torch.arange(len(samples)), batch_size))
+    steps, warmup_steps = epochs * steps_of_epoch, warmup_epochs * steps_of_epoch
     optimizers: list[torch.optim.Optimizer] = []
     parameters: Any = network.parameters()
     if method.penalty:
@@ -104,10 +106,7 @@ def fit(
     loss_sum = 0.0
     for _ in range(epochs):
         loss_sum = 0.0
-        parts = list(torch.randperm(len(samples), generator=generator).split(batch_size))
-        if len(parts) > 1 and len(parts[-1]) < min(_LEAST_BATCH, batch_size):
-            parts[-2:] = [torch.cat(parts[-2:])]
-        for rows in parts:
+        for rows in in_batches(torch.randperm(len(samples), generator=generator), batch_size):
             for each in optimizers:
                 each.zero_grad()
             task_loss, loss = losses(rows)

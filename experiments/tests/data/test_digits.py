@@ -24,13 +24,13 @@ def test_pixels_are_the_digit_times_its_colour(rows, seed, correlation):
     coloured = colour_digits(torch.tensor(rows, dtype=torch.int64), seed=seed, correlation=correlation)
     grey = load_digits().images[rows].reshape(-1, 8, 8) / 16
     grey = np.kron(grey, np.ones((1, 2, 2)))
-    colour = coloured.colour.double().numpy()
+    colour = coloured.confounders[:, 0].double().numpy()
     tint = np.stack([1 - colour, colour, np.full_like(colour, 0.2)], 1)
     expected = grey[:, None] * tint[:, :, None, None]
-    assert coloured.images.dtype == torch.float32
-    assert coloured.images.shape == expected.shape
-    np.testing.assert_allclose(coloured.images.numpy(), expected, atol=1e-6)
-    assert bool(((coloured.colour >= 0) & (coloured.colour <= 1)).all())
+    assert coloured.inputs.dtype == torch.float32
+    assert coloured.inputs.shape == expected.shape
+    np.testing.assert_allclose(coloured.inputs.numpy(), expected, atol=1e-6)
+    assert bool(((coloured.confounders[:, 0] >= 0) & (coloured.confounders[:, 0] <= 1)).all())
 
 
 def test_a_quarter_of_the_labels_is_wrong():
@@ -44,14 +44,14 @@ def test_a_quarter_of_the_labels_is_wrong():
 @pytest.mark.parametrize("correlation", [0.0, 0.5, 0.8, 1.0])
 def test_the_colour_goes_with_the_label_as_it_stands(correlation):
     coloured = colour_digits(torch.arange(COUNT), seed=1, correlation=correlation)
-    agrees = ((coloured.colour > 0.5) == (coloured.labels == 1)).double().mean()
+    agrees = ((coloured.confounders[:, 0] > 0.5) == (coloured.labels == 1)).double().mean()
     share = 0.5 + correlation / 2
     assert float(agrees) == pytest.approx(share, abs=4 * (share * (1 - share) / COUNT) ** 0.5)
     # The colour knows no more of the digit than the noisy label tells.
     digits = torch.from_numpy(load_digits().target)
     for label in (0, 1):
         inside = coloured.labels == label
-        high, low = (coloured.colour[inside & side].double() for side in (digits > 4, digits <= 4))
+        high, low = (coloured.confounders[:, 0][inside & side].double() for side in (digits > 4, digits <= 4))
         error = (high.var() / len(high) + low.var() / len(low)) ** 0.5
         assert abs(float(high.mean() - low.mean())) < 4 * float(error)
 
@@ -59,9 +59,9 @@ def test_the_colour_goes_with_the_label_as_it_stands(correlation):
 def test_the_seed_decides():
     rows = torch.arange(50)
     first, again, other = (colour_digits(rows, seed=seed) for seed in (3, 3, 4))
-    assert torch.equal(first.images, again.images)
+    assert torch.equal(first.inputs, again.inputs)
     assert torch.equal(first.labels, again.labels)
-    assert not torch.equal(first.colour, other.colour)
+    assert not torch.equal(first.confounders, other.confounders)
 
 
 @pytest.mark.parametrize(

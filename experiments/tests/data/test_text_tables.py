@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from mdnorm_experiments.data.tables import column_names, is_missing, read_text_table
+from mdnorm_experiments.data.tables import column_names, is_missing, read_rows
 
 
 def rows(path, names, delimiter=","):
-    return list(read_text_table(path, delimiter).walk(names))
+    return read_rows(path, delimiter, {part: (name,) for part, name in names.items()})
 
 
 def test_cells_are_text_and_rows_know_their_line(tmp_path):
@@ -45,7 +45,7 @@ def test_what_cannot_be_read(tmp_path, content, message):
     with pytest.raises(
         ValueError, match=rf"table\.csv cannot be read as a table \(UTF-8.*','\): .*{message}"
     ):
-        read_text_table(path, ",")
+        read_rows(path, ",", {})
 
 
 def test_a_column_that_is_there_twice(tmp_path):

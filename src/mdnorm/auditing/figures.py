@@ -9,14 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mdnorm.auditing.columns import Column
-from mdnorm.auditing.plots import (
-    CLASS_COLOURS,
-    COLOURS,
-    class_groups,
-    ellipse,
-    overview_plots,
-    padded,
-)
+from mdnorm.auditing.plots import CLASS_COLOURS, COLOURS, class_groups, ellipse, overview_plots, padded
 from mdnorm.auditing.results import ColumnAudit, FeatureSet, Projection
 from mdnorm.extras import requires
 from mdnorm.text import short

@@ -124,9 +124,7 @@ class _Judge:
             )
             yield Finding("confounding", "note", "note", text, column.name)
 
-    # ----------------------------------------------------------------------------------------------------
-    # What is found at all
-    # ----------------------------------------------------------------------------------------------------
+    # -- what is found at all -----------------------------------------------------------------------------
 
     def is_found(self, column: ColumnAudit, key: str) -> bool:
         """Whether any measure is above chance, by Holm's method over the columns that are to be removed."""
@@ -196,9 +194,7 @@ class _Judge:
             )
         return text
 
-    # ----------------------------------------------------------------------------------------------------
-    # Level, badge and sentence
-    # ----------------------------------------------------------------------------------------------------
+    # -- level, badge and sentence ------------------------------------------------------------------------
 
     def _dependence(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:
         part, title = column.representations[key], self.sets[key].in_a_sentence
@@ -256,10 +252,7 @@ class _Judge:
         """Whether the intervals of probe and dependence are both below those before."""
         return all(
             _upper(now) < (was.low if was.low is not None else -np.inf)
-            for was, now in (
-                (old.shown_probe, new.shown_probe),
-                (old.shown_dependence, new.shown_dependence),
-            )
+            for was, now in ((old.shown_probe, new.shown_probe), (old.shown_dependence, new.shown_dependence))
         )
 
     def _kept(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:

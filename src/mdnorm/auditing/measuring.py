@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -170,16 +170,6 @@ def _one_row_each(subjects: NDArray[Any] | None, num_rows: int, seed: int) -> ND
 
 
 @dataclass(frozen=True)
-class _GivenLabel:
-    """What is measured given the label, and the strata (n,) within which rows can be exchanged."""
-
-    dependence: Measure | None = None
-    by_class: Mapping[str, Measure] = field(default_factory=dict)
-    whitened: Measure | None = None
-    strata: NDArray[Any] | None = None
-
-
-@dataclass(frozen=True)
 class _Measuring:
     """One column against one set of features, on the rows where both and the label are there."""
 
@@ -192,50 +182,51 @@ class _Measuring:
     notes: list[str]
 
     def representation(self, step: Callable[[str], None]) -> Representation:
-        column, label = self.column, self.label
-        single = _one_row_each(self.subjects, len(self.features), self.settings.seed)
+        column, label, settings = self.column, self.label, self.settings
+        single = _one_row_each(self.subjects, len(self.features), settings.seed)
         values = column.design_matrix()
-        classes = None
-        # What a continuous label leaves of features and column, for the probes.
-        rest: tuple[NDArray[np.float64], Column] | None = None
-        if label is None:
-            given = _GivenLabel(whitened=self._whitened(values, single))
-        elif label.kind == "categorical":
+        # What is measured given the label, within which rows, and strata of rows that can be exchanged there.
+        features, whitened, rest, parts = self.features, self.whitened, values, {"": single}
+        classes = tenths = None
+        if label is not None and label.kind == "categorical":
             classes = label.values
-            given = self._given_classes(classes, values, single)
-        else:
-            left, left_of_column = (residuals_given(part, label.values) for part in (self.features, values))
-            rest = left, column
-            if column.kind == "continuous":
-                rest = left, replace(column, values=left_of_column[:, 0])
-            given = self._given_number(label.values, left, left_of_column, single)
+            parts = self._rows_of_classes(classes, single)
+        elif label is not None:
+            tenths = np.argsort(np.argsort(label.values, kind="stable")) * 10 // len(values)
+            features, rest = (residuals_given(part, label.values) for part in (features, values))
+            whitened = None if whitened is None else residuals_given(whitened, label.values)
+        within, flat = {}, []
+        for name, rows in parts.items():
+            if label is not None:
+                within[name] = self._dependence(features, rest, rows, strata=tenths)
+            if whitened is not None:
+                flat.append(self._dependence(whitened, rest, rows, strata=tenths, interval=False))
         probes: dict[str, Measure] = {}
         probes_within: dict[str, Measure] = {}
         for model in MODELS:
-            probes[model], within = _probe(
-                self.features, column, model, classes, self.subjects, self.settings
-            )
-            if rest is not None:
-                within = _probe(*rest, model, None, self.subjects, self.settings)[0]
-            if within is not None and given.dependence is not None:
-                probes_within[model] = within
+            probes[model], score = _probe(self.features, column, model, classes, self.subjects, settings)
+            if tenths is not None:
+                is_number = column.kind == "continuous"
+                target = replace(column, values=rest[:, 0]) if is_number else column
+                score = _probe(features, target, model, None, self.subjects, settings)[0]
+            if score is not None and within:
+                probes_within[model] = score
             step(f"{column.name}, {model} probe")
         return Representation(
             self._dependence(self.features, values, single),
-            given.dependence,
-            given.by_class,
-            given.whitened,
+            _pooled(within.values()),
+            within if classes is not None else {},
+            _pooled(flat),
             probes,
             probes_within,
-            _association_z(self.features, values, given.strata, self.settings.seed),
+            _association_z(self.features, values, tenths if classes is None else classes, settings.seed),
         )
 
-    def _given_classes(
-        self, classes: NDArray[np.str_], values: NDArray[np.float64], single: NDArray[np.int64]
-    ) -> _GivenLabel:
-        """Measure within every class of the label that has enough rows of more than one value."""
-        by_class: dict[str, Measure] = {}
-        whitened = []
+    def _rows_of_classes(
+        self, classes: NDArray[np.str_], single: NDArray[np.int64]
+    ) -> dict[str, NDArray[np.int64]]:
+        """Return the rows of every class of the label that has enough rows of more than one value."""
+        found = {}
         for name in map(str, np.unique(classes[single])):
             inside = single[classes[single] == name]
             if len(inside) < MIN_ROWS:
@@ -245,33 +236,8 @@ class _Measuring:
             elif len(np.unique(self.column.values[inside])) < 2:
                 self.notes.append(f"Within class {name} of the label, {self.column.name} never changes.")
             else:
-                by_class[name] = self._dependence(self.features, values, inside)
-                whitened.append(self._whitened(values, inside))
-        return _GivenLabel(_pooled(by_class.values()), by_class, _pooled(whitened), classes)
-
-    def _given_number(
-        self,
-        label: NDArray[np.float64],
-        rest: NDArray[np.float64],
-        rest_of_column: NDArray[np.float64],
-        single: NDArray[np.int64],
-    ) -> _GivenLabel:
-        """Measure what smooth functions of a continuous label leave."""
-        # Rows are exchanged within tenths of the label.
-        strata = np.argsort(np.argsort(label, kind="stable")) * 10 // len(label)
-        whitened = None if self.whitened is None else residuals_given(self.whitened, label)
-        return _GivenLabel(
-            self._dependence(rest, rest_of_column, single, strata=strata),
-            whitened=None
-            if whitened is None
-            else self._dependence(whitened, rest_of_column, single, interval=False),
-            strata=strata,
-        )
-
-    def _whitened(self, values: NDArray[np.float64], rows: NDArray[np.int64]) -> Measure | None:
-        if self.whitened is None:
-            return None
-        return self._dependence(self.whitened, values, rows, interval=False)
+                found[name] = inside
+        return found
 
     def _dependence(
         self,
@@ -422,11 +388,7 @@ def _as_measure(
 
 
 def _group_gaps(
-    label: Column,
-    predictions: Predictions,
-    column: Column,
-    subjects: NDArray[Any] | None,
-    settings: Settings,
+    label: Column, predictions: Predictions, column: Column, subjects: NDArray[Any] | None, settings: Settings
 ) -> GroupGaps:
     """Return the rates by group; a continuous column is cut in four."""
     classes = np.unique(label.values)

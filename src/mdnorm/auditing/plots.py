@@ -44,9 +44,7 @@ class Plot:
     caption: str = ""
 
 
-# --------------------------------------------------------------------------------------------------------
-# Points with intervals
-# --------------------------------------------------------------------------------------------------------
+# -- points with intervals --------------------------------------------------------------------------------
 
 # Of each set of features the rows with what they show.
 _Series = dict[str, dict[str, Measure]]
@@ -61,10 +59,10 @@ def overview_plots(
         return []
     where = f" given {short(label)}" if label else ""
     parts = {key: {column.name: column.representations[key] for column in audited} for key in sets}
-    dependence = {
-        key: {name: part.shown_dependence for name, part in found.items()} for key, found in parts.items()
-    }
-    probes = {key: {name: part.shown_probe for name, part in found.items()} for key, found in parts.items()}
+    dependence, probes = (
+        {key: {name: getattr(part, shown) for name, part in found.items()} for key, found in parts.items()}
+        for shown in ("shown_dependence", "shown_probe")
+    )
     axis = "share of the way to perfect"
     return [
         _row_plot("overview-dependence", f"Dependence{where}", dependence, sets, "dcor²", _INDEPENDENT),
@@ -223,9 +221,7 @@ def _escaped(text: str) -> str:
     return text.replace("%{", "%&#123;")
 
 
-# --------------------------------------------------------------------------------------------------------
-# Principal components
-# --------------------------------------------------------------------------------------------------------
+# -- principal components ---------------------------------------------------------------------------------
 
 
 def projection_plots(

@@ -174,19 +174,14 @@ def _chosen_key(names: list[str], key: str | None, path: Path) -> str:
 
 
 def matching(names: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:
-    """Return the names that agree with any of the patterns ("age", "voxel_*").
-
-    Raises
-    ------
-    InputError
-        A pattern agrees with none.
-    """
+    """Return the names that agree with any of the patterns ("age", "voxel_*"), each of which has some."""
+    found: set[str] = set()
     for pattern in patterns:
-        if not any(name == pattern or fnmatchcase(name, pattern) for name in names):
+        agreeing = [name for name in names if name == pattern or fnmatchcase(name, pattern)]
+        if not agreeing:
             raise InputError(f"no {where} {pattern!r}; there are {', '.join(map(repr, names))}.")
-    return [
-        name for name in names if any(name == pattern or fnmatchcase(name, pattern) for pattern in patterns)
-    ]
+        found |= {*agreeing}
+    return [name for name in names if name in found]
 
 
 def _read_columns(path: Path, columns: Sequence[str], missing_values: Sequence[str]) -> NDArray[Any]:

@@ -124,8 +124,6 @@ def audit(
     'strong'
     """
     settings = settings or Settings()
-
-    # Read.
     treatments = dict(features) if isinstance(features, Mapping) else {"features": features}
     with as_input_error():
         check_same_order(
@@ -144,10 +142,8 @@ def audit(
     columns = [column for column in (*table.columns, *crossed) if column.name not in table.used]
     inputs = Inputs(given, titles, columns, label, predicted, owners, is_held_out)
 
-    # Align.
     inputs, notes = aligned(inputs, max_rows, settings)
 
-    # Measure.
     sets = feature_sets(inputs.features, titles, inputs.held_out, standardize=settings.standardize)
     audited = [column for column in (*inputs.columns, inputs.label) if column and column.is_auditable]
     with step_bar(len(audited) * len(sets) * (1 + len(MODELS)) + 1, "audit", progress) as step:
@@ -155,7 +151,6 @@ def audit(
         step("projection and similarity")
         projections = projections_of(inputs.features, _PROJECTED_ROWS, settings.seed)
 
-    # Report.
     notes += [f"{column.name} was left out: {column.note}" for column in left_out]
     label_name = None if inputs.label is None else inputs.label.name
     findings = find(measured, sets, label_name, settings)

@@ -232,10 +232,7 @@ class FirstPass:
 
     def __init__(self, model: nn.Module) -> None:
         self.unwatch(model)
-        self.handles = [
-            model.register_forward_pre_hook(self.begin),
-            model.register_forward_hook(self.end),
-        ]
+        self.handles = [model.register_forward_pre_hook(self.begin), model.register_forward_hook(self.end)]
         self.of_layers: list[Any] = []
         self.outputs: dict[str, list[Tensor]] = {}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -56,19 +56,14 @@ def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = Non
     batch = on_device_of(model, batch)
     wraps = any(isinstance(module, WithMetadata) for module in model.modules())
     is_inserted = any(getattr(module, "inserted_after", None) is not None for module in model.modules())
-    if keys is None:
-        keys = usual_keys(model, batch)
-    if keys is not None:
-        inputs, keywords = inputs_at(batch, keys)
-        given = given_at(model, batch, keys) if context.slots_of(model) else {}
-    elif wraps or is_inserted or not _takes_batch(model, batch):
-        inputs, keywords, given = _parts_of(model, batch, wraps)
-    else:
+    is_whole = keys is None and not (wraps or is_inserted or _has_image(model, batch))
+    if is_whole and _takes_batch(model, batch):
         return call_on(model, batch)
+    inputs, keywords, given = parts_of(model, batch, keys, bool(context.slots_of(model)))
     if wraps:
         return model(*inputs, **given, **keywords)
     parameters = _signature(model).parameters
-    if keys is not None and not is_inserted and "metadata" in parameters:
+    if not is_inserted and "metadata" in parameters:
         # A forward of one's own that hands the metadata on.
         columns = context.columns_by_design(model, given.get("metadata"), given.get("labels"))
         given |= dict(zip(("metadata", "labels"), columns, strict=True))
@@ -83,96 +78,62 @@ def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = Non
 # -- parts of a batch -----------------------------------------------------------------------------------
 
 
-def usual_keys(model: nn.Module, batch: Any) -> dict[str, Any] | None:
-    """Return the keys of a dictionary as MONAI has them, where the model does not take it as it is."""
-    if not isinstance(batch, Mapping) or "image" not in batch:
-        return None
-    parameters = _signature(model.model if isinstance(model, WithMetadata) else model).parameters
-    if "image" in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values()):
-        return None
-    keys: dict[str, Any] = {"inputs": "image"}
-    for name, others in (("labels", ("labels", "label")), ("weights", ("weights",)), ("mask", ("mask",))):
-        found = [other for other in others if other in batch]
-        keys |= {name: found[0]} if found else {}
-    if "metadata" in batch:
-        keys["metadata"] = "metadata"
-    return keys
+def parts_of(
+    model: nn.Module, batch: Any, keys: Mapping[str, Any] | None, has_metadata: bool
+) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Return what a model is called with, positional and by name, and "metadata" and more for its layers.
 
-
-def inputs_at(batch: Any, keys: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return what a model is called with, positional and by name.
-
-    Parameters
-    ----------
-    batch : tuple, list or mapping
-    keys : mapping
-        What `checked_keys` returned.
-
-    Raises
-    ------
-    KeyError, IndexError
-        No such key or index in the batch.
+    `keys` are what `checked_keys` returned; None: the usual ones. Without `has_metadata` there are none for
+    layers. Raises KeyError or IndexError where a key or index is not in the batch, and what `metadata_at`
+    raises.
     """
-    if (wanted := keys.get("inputs")) is not None:
-        several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
-        return tuple(select(batch, key, _BATCH) for key in several), {}
-    if isinstance(batch, Mapping) and "image" not in batch:
+    keys = _usual_keys(model, batch, has_metadata) if keys is None else keys
+    wanted = keys.get("inputs", ("image" if "image" in batch else None) if isinstance(batch, Mapping) else 0)
+    inputs, keywords = (), {}
+    if wanted is None:
         lists = (key if isinstance(key, (list, tuple)) else [key] for key in keys.values())
         named = {key for part in lists for key in part if not callable(key)}
-        return (), {name: value for name, value in batch.items() if name not in named}
-    return (select(batch, "image" if isinstance(batch, Mapping) else 0, _BATCH),), {}
-
-
-def given_at(model: nn.Module, batch: Any, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Return "metadata" of a batch, and "labels", "weights" and "mask" where `keys` names them.
-
-    Raises what `metadata_at` raises.
-    """
+        keywords = {name: value for name, value in batch.items() if name not in named}
+    else:
+        several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
+        inputs = tuple(select(batch, key, _BATCH) for key in several)
+    if not has_metadata:
+        return inputs, keywords, {}
     metadata, labels = metadata_at(model, batch, keys.get("metadata"), keys.get("labels"))
     given = {"metadata": metadata} | ({} if labels is None else {"labels": labels})
-    return given | {key: select(batch, keys[key], _BATCH) for key in ("weights", "mask") if key in keys}
-
-
-def _parts_of(
-    model: nn.Module, batch: Any, wraps: bool
-) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    names = {"metadata", "labels"} | ({"weights", "mask"} - _signature(model).parameters.keys())
-    names |= {"weights", "mask"} if wraps else set()
-    if not context.slots_of(model):
-        # Nothing takes metadata: the input is all that counts.
-        if isinstance(batch, Mapping):
-            return (), {name: value for name, value in batch.items() if name not in names}, {}
-        return (batch[0],) if isinstance(batch, (tuple, list)) else (batch,), {}, {}
-    try:
-        return split_batch(batch, names)
-    except ValueError as error:
-        raise ValueError(
-            f"{error} for a model whose layers take metadata from a context: give keys=, the names of its "
-            "parts, or forward= a function of model and batch that enters mdnorm.metadata."
-        ) from error
-
-
-def split_batch(batch: Any, names: Collection[str]) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    """Return what a model is called with, positional and by name, and what a batch has beside that.
-
-    A batch is (input, metadata), (input, metadata, labels), or a mapping, of which `names` are not the
-    model's; a ValueError says so of any other.
-    """
-    given: dict[str, Any] = {}
-    inputs: tuple[Any, ...] = ()
-    keywords: dict[str, Any] = {}
-    if isinstance(batch, Mapping):
-        given = {name: batch[name] for name in names if name in batch}
-        keywords = {name: value for name, value in batch.items() if name not in names}
-    elif isinstance(batch, (tuple, list)) and 2 <= len(batch) <= 3:
-        inputs, given = (batch[0],), dict(zip(("metadata", "labels"), batch[1:], strict=False))
-    if given.get("metadata") is None:
-        missing = ", without 'metadata'" if isinstance(batch, Mapping) and "metadata" not in batch else ""
-        raise ValueError(
-            f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, "
-            "labels) or a dict with the key 'metadata'"
-        )
+    given |= {key: select(batch, keys[key], _BATCH) for key in ("weights", "mask") if key in keys}
     return inputs, keywords, given
+
+
+def _has_image(model: nn.Module, batch: Any) -> bool:
+    """Whether a batch is a dictionary of MONAI's that the model does not take as it is."""
+    if not isinstance(batch, Mapping) or "image" not in batch:
+        return False
+    parameters = _signature(model.model if isinstance(model, WithMetadata) else model).parameters
+    return "image" not in parameters and all(one.kind is not one.VAR_KEYWORD for one in parameters.values())
+
+
+def _usual_keys(model: nn.Module, batch: Any, has_metadata: bool) -> dict[str, Any]:
+    """Return the keys of (input, metadata), (input, metadata, labels), and of a mapping with usual names."""
+    if isinstance(batch, Mapping):
+        if _has_image(model, batch):
+            label = next((name for name in ("labels", "label") if name in batch), None)
+            keys = {name: name for name in ("metadata", "weights", "mask") if name in batch}
+            return keys | {"inputs": "image"} | ({} if label is None else {"labels": label})
+        # What the forward of the model itself takes is its own.
+        wraps = any(isinstance(module, WithMetadata) for module in model.modules())
+        own = set() if wraps else _signature(model).parameters.keys() & {"weights", "mask"}
+        if batch.get("metadata") is not None or not has_metadata:
+            return {name: name for name in _GIVEN if name in batch and name not in own} | {"inputs": None}
+    elif not has_metadata:
+        return {"inputs": 0 if isinstance(batch, (tuple, list)) else lambda batch: batch}
+    elif isinstance(batch, (tuple, list)) and 2 <= len(batch) <= 3:
+        return dict(zip(("inputs", "metadata", "labels"), range(len(batch)), strict=False))
+    missing = ", without 'metadata'" if isinstance(batch, Mapping) and "metadata" not in batch else ""
+    raise ValueError(
+        f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, labels) "
+        "or a dict with the key 'metadata': give keys=, where its parts are."
+    )
 
 
 # -- metadata of a batch --------------------------------------------------------------------------------
@@ -221,13 +182,9 @@ def _labels_at(model: nn.Module, batch: Any, labels: Selector | list[Selector] |
     return None if labels is None else select(batch, labels, _BATCH)
 
 
-def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Tensor:
+def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Any:
     metadata = columns_at(batch, selector)
-    device = _device_of(model) or getattr(model, "device", None) or metadata.device
-    if isinstance(selector, (list, tuple)):
-        # Columns that were put together in float64, which not every device has.
-        metadata = metadata.to(statistics_dtype(device))
-    return metadata.to(device)
+    return _moved(metadata, _device_of(model) or getattr(model, "device", None) or metadata.device)
 
 
 def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:

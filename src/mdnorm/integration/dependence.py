@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from mdnorm.arrays import as_real_tensor, plain_tensor
 from mdnorm.integration.places import near_names
 from mdnorm.integration.uncompiled import uncompiled
-from mdnorm.metrics import reservoir
-from mdnorm.metrics.reservoir import ColumnNames, Rows
+from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling, add_rows
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -98,31 +97,24 @@ class LayerOutputs:
     def __init__(self, model: nn.Module, layer: str | nn.Module, output: Selector | None = None) -> None:
         self.name, self.module = find_layer(model, layer)
         self._output = output
-        self._open: ExitStack | None = None
+        self._hooks = ExitStack()
+        self.is_open = False
         self.outputs: list[Tensor] = []
-
-    @property
-    def is_open(self) -> bool:
-        """Whether outputs are collected."""
-        return self._open is not None
 
     def open(self) -> None:
         """Begin to collect."""
         self.close()
         self.clear()
-        stack = ExitStack()
         # A compiled graph would pass by the hook. What was not imported has compiled nothing.
         if "torch._dynamo" in sys.modules:
-            stack.enter_context(uncompiled())
-        handle = self.module.register_forward_hook(self._collect)
-        stack.callback(handle.remove)
-        self._open = stack
+            self._hooks.enter_context(uncompiled())
+        self._hooks.callback(self.module.register_forward_hook(self._collect).remove)
+        self.is_open = True
 
     def close(self) -> None:
         """Stop collecting; what was collected stays."""
-        if self._open is not None:
-            self._open.close()
-            self._open = None
+        self._hooks.close()
+        self.is_open = False
 
     def clear(self) -> None:
         """Forget what was collected."""
@@ -245,13 +237,8 @@ class DependenceRecorder:
         max_samples: int | None = 2000,
         seed: int = 0,
     ) -> None:
-        reservoir.check_settings(max_samples, seed)
-        reservoir.check_column_names(column_names)
+        self._sampling = Sampling(within_labels, max_samples, seed, column_names)
         self._outputs = LayerOutputs(model, layer, output)
-        self.within_labels = within_labels
-        self.column_names = column_names
-        self.max_samples = max_samples
-        self.seed = seed
         self._pieces: list[Rows] = []
         self._num_seen = 0
 
@@ -304,29 +291,13 @@ class DependenceRecorder:
         """
         if not self._outputs.is_open:
             raise RuntimeError("update outside of the recorder's block: `with recorder:` around the pass.")
-        if not self.within_labels:
-            labels = None
-        elif labels is None:
-            raise ValueError("labels are needed with within_labels=True: update(metadata, labels).")
         metadata = as_real_tensor(metadata, "metadata")
         if metadata.ndim == 0:
             raise ValueError("metadata must have one row per sample, got a single number.")
         features = self._outputs.take(metadata.shape[0])
-        rows = reservoir.as_rows(features, metadata, labels, features.device)
-        reservoir.column_groups(self.column_names, rows.metadata.shape[1])
-        for name in ("features", "metadata"):
-            width = getattr(rows, name).shape[1]
-            known = getattr(self._pieces[0], name).shape[1] if self._pieces else width
-            if width != known:
-                raise ValueError(
-                    f"{name} have {width} value(s) a sample, but {known} in the updates before: all must "
-                    "have the same."
-                )
-        if self.max_samples is not None:
-            keys = reservoir.sample_keys(self._num_seen, len(rows), seed=self.seed)
-            rows = Rows(rows.features, rows.metadata, rows.labels, keys.to(features.device))
-        self._num_seen += features.shape[0]
-        self._pieces = reservoir.add_rows(self._pieces, rows, self.max_samples)
+        rows = self._sampling.rows(features, metadata, labels, features.device, start=self._num_seen)
+        self._pieces = add_rows(self._pieces, rows, self._sampling.max_samples)
+        self._num_seen += len(rows)
 
     def compute(self) -> dict[str, float]:
         """Return the dependence in all samples of the pass.
@@ -342,13 +313,6 @@ class DependenceRecorder:
         TooFewSamplesError
             A `ValueError`: fewer than 4 samples, in all or of a class.
         """
-        if not self._pieces:
-            raise reservoir.TooFewSamplesError(
-                "the recorder has no samples: run the model inside its block, with an update after each "
-                "forward pass."
-            )
-        rows = reservoir.sample(self._pieces, self.max_samples)
-        groups = reservoir.column_groups(self.column_names, rows.metadata.shape[1])
-        values = reservoir.dependence(rows, groups, within_labels=self.within_labels)
+        values = self._sampling.dependence(self._pieces)
         assert isinstance(values, dict)
         return {name: float(value) for name, value in values.items()}

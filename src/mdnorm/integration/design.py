@@ -21,14 +21,7 @@ class AttachedDesign(nn.Module):
     A checkpoint has only tensors then (``torch.load(weights_only=True)``, safetensors). Bytes are left alone
     by ``.half()`` and ``.to(dtype)``, and loading takes those of the checkpoint whatever their number.
 
-    Parameters
-    ----------
-    design : Design, optional
-        A fitted one; without it, the module waits for a checkpoint.
-
-    Attributes
-    ----------
-    json : (number of bytes,) uint8 Tensor
+    Without a (fitted) design it waits for a checkpoint.
     """
 
     json: Tensor
@@ -50,15 +43,7 @@ class AttachedDesign(nn.Module):
         return features
 
     def design(self) -> Design:
-        """Return the design.
-
-        Raises
-        ------
-        RuntimeError
-            There is none yet.
-        ValueError
-            The bytes are no design.
-        """
+        """Return the design; RuntimeError where there is none yet, ValueError where the bytes are none."""
         if self.json.is_meta or self.json.numel() == 0:
             raise RuntimeError(
                 "the model has room for a design but none in it: load a checkpoint, or attach_design(model, "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -13,21 +13,11 @@ from mdnorm.context import columns_by_design
 from mdnorm.erasure import Eraser, EraserFitter
 from mdnorm.integration import places
 from mdnorm.integration.applied import call_on, find_features, is_in, replaced, warn_of_output
-from mdnorm.integration.batches import (
-    Keys,
-    checked_keys,
-    evaluating,
-    given_at,
-    inputs_at,
-    on_device_of,
-    split_batch,
-    usual_keys,
-)
+from mdnorm.integration.batches import Keys, checked_keys, evaluating, on_device_of, parts_of
 from mdnorm.integration.dependence import Selector
 from mdnorm.moments import NoSamplesError
 
 _NAME = "eraser"
-_GIVEN = ("metadata", "labels", "weights")
 
 
 def erase(
@@ -36,12 +26,9 @@ def erase(
     loader: Iterable[Any],
     *,
     output: Selector | None = None,
-    num_labels: int | None = None,
-    channel_dim: int = 1,
-    within_labels: bool = True,
-    preserve_labels: bool = False,
     keys: Keys | None = None,
     progress: bool = True,
+    **options: Any,
 ) -> Eraser:
     """Fit an eraser on the output of a module, and put it behind the module, in place.
 
@@ -62,12 +49,13 @@ def erase(
         (`mdnorm.attach_design`).
     output : str, int or callable, optional
         Which part of the module's output is erased, as in `mdnorm.insert`; by default its first tensor.
-    num_labels, channel_dim, within_labels, preserve_labels
-        As of `mdnorm.erasure.EraserFitter`. For tokens (N, T, D) ``channel_dim=-1``.
     keys : mapping, optional
         Where the parts of a batch are, as of `mdnorm.recalibrate`; without "mask": give padding the weight 0.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
+    **options
+        Of `mdnorm.erasure.EraserFitter`: `num_labels`, `channel_dim` (−1 for tokens (N, T, D)),
+        `within_labels`, `preserve_labels`.
 
     Returns
     -------
@@ -103,17 +91,8 @@ def erase(
     torch.Size([3, 1])
     """
     parts = checked_keys(keys)
-    if parts is not None and "mask" in parts:
-        raise ValueError(
-            "keys has 'mask', which an eraser does not take: give padding the weight 0, 'weights'."
-        )
     name, module = _target(model, after, output)
-    fitter = EraserFitter(
-        num_labels=num_labels,
-        channel_dim=channel_dim,
-        within_labels=within_labels,
-        preserve_labels=preserve_labels,
-    )
+    fitter = EraserFitter(**options)
     given: dict[str, Any] = {}
     outputs: list[Tensor] = []
     is_output = False
@@ -127,10 +106,12 @@ def erase(
     try:
         with evaluating(model), torch.no_grad():
             for batch in with_bar(loader, f"erase after {name or 'the model'}", progress):
-                inputs, keywords, given = _parts_of(model, on_device_of(model, batch), parts)
+                inputs, keywords, given = parts_of(model, on_device_of(model, batch), parts, True)
+                if "mask" in given:
+                    raise ValueError("an eraser takes no mask: give padding the weight 0, 'weights'.")
                 columns = columns_by_design(model, given["metadata"], given.get("labels"))
                 given |= dict(zip(("metadata", "labels"), columns, strict=True))
-                result = call_on(model, inputs[0]) if inputs else model(**keywords)
+                result = call_on(model, inputs[0]) if len(inputs) == 1 else model(*inputs, **keywords)
                 if not outputs:
                     raise ValueError(
                         f"{name!r} did not run: an eraser there would erase nothing. Give a module that the "
@@ -147,15 +128,6 @@ def erase(
     if is_output and name:
         warn_of_output(model, name)
     return insert_eraser(model, module, fitter.eraser(), output=output)
-
-
-def _parts_of(
-    model: nn.Module, batch: Any, keys: Mapping[str, Any] | None
-) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
-    keys = usual_keys(model, batch) if keys is None else keys
-    if keys is None:
-        return split_batch(batch, _GIVEN)
-    return *inputs_at(batch, keys), given_at(model, batch, keys)
 
 
 def insert_eraser(

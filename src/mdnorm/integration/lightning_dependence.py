@@ -13,8 +13,7 @@ from mdnorm.arrays import as_real_tensor
 from mdnorm.extras import requires
 from mdnorm.integration.batches import columns_at
 from mdnorm.integration.dependence import LayerOutputs, Selector, select
-from mdnorm.metrics import reservoir
-from mdnorm.metrics.reservoir import ColumnNames
+from mdnorm.metrics.reservoir import ColumnNames, TooFewSamplesError, as_class_indices
 from mdnorm.text import warn
 
 with requires("lightning"):
@@ -96,23 +95,22 @@ class DependenceCallback(Callback):
         prefix: str = "dcor2",
     ) -> None:
         super().__init__()
-        reservoir.check_settings(max_samples, seed)
         if isinstance(metadata, (list, tuple)):
             if not metadata:
                 raise ValueError("metadata is an empty list: give at least one key of the batch.")
             if column_names is None and all(isinstance(part, str) for part in metadata):
                 column_names = [str(part) for part in metadata]
-        reservoir.check_column_names(column_names)
         self.layer = layer
         self.metadata = metadata
         self.labels = labels
         self.column_names = column_names
         self.output = output
-        self.max_samples = max_samples
-        self.seed = seed
         self.prefix = prefix
+        self._metric = DistanceCorrelation(
+            labels is not None, max_samples, seed, per_column=True, column_names=column_names
+        )
+        # While a validation is recorded.
         self._outputs: LayerOutputs | None = None
-        self._metric: DistanceCorrelation | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the layer, so that a wrong name fails before training."""
@@ -122,13 +120,7 @@ class DependenceCallback(Callback):
         """Begin to record, unless this is the sanity check."""
         if trainer.sanity_checking:
             return
-        self._metric = DistanceCorrelation(
-            within_labels=self.labels is not None,
-            max_samples=self.max_samples,
-            seed=self.seed,
-            per_column=True,
-            column_names=self.column_names,
-        ).to(pl_module.device)
+        self._metric.to(pl_module.device)
         self._outputs = LayerOutputs(pl_module, self.layer, self.output)
         self._outputs.open()
 
@@ -147,7 +139,7 @@ class DependenceCallback(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         """Add the batch."""
-        if self._outputs is None or self._metric is None:
+        if self._outputs is None:
             return
         if dataloader_idx:
             self._outputs.clear()
@@ -158,19 +150,18 @@ class DependenceCallback(Callback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values."""
-        if self._metric is None:
+        if self._outputs is None:
             return
-        metric, self._metric = self._metric, None
-        self.close()
         with warnings.catch_warnings():
             # A process whose loader is empty takes part with no samples of its own.
             warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
             try:
-                values: Any = metric.compute()
-            except reservoir.TooFewSamplesError as error:
+                values: Any = self._metric.compute()
+            except TooFewSamplesError as error:
                 # All processes have the same samples by now, and so come here together.
                 values = error
-        if isinstance(values, reservoir.TooFewSamplesError):
+        self.close()
+        if isinstance(values, TooFewSamplesError):
             if trainer.is_global_zero:
                 warn(f"{self.prefix} of {self.layer!r} is not logged: {values}")
             return
@@ -187,6 +178,7 @@ class DependenceCallback(Callback):
         if self._outputs is not None:
             self._outputs.close()
             self._outputs = None
+        self._metric.reset()
 
     on_exception = teardown = close
 
@@ -208,6 +200,7 @@ class InsertedDependence(DependenceCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to record."""
         self._are_classes = True
+        self._metric.sampling.within_labels = self.labels is not None
         super().on_validation_start(trainer, pl_module)
 
     def _classes(self, labels: Any) -> Tensor:
@@ -220,8 +213,8 @@ class InsertedDependence(DependenceCallback):
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the values, within classes if the labels were some on all processes."""
-        if self._metric is not None and self.labels is not None:
-            self._metric.within_labels = trainer.strategy.reduce_boolean_decision(self._are_classes)
+        if self._outputs is not None and self.labels is not None:
+            self._metric.sampling.within_labels = trainer.strategy.reduce_boolean_decision(self._are_classes)
         super().on_validation_epoch_end(trainer, pl_module)
 
 
@@ -230,8 +223,7 @@ def _class_indices(labels: Tensor) -> Tensor | None:
     if labels.ndim == 2 and labels.shape[1] > 1:
         is_one_hot = bool(((labels == 0) | (labels == 1)).all()) and bool((labels.sum(1) == 1).all())
         return labels.to(torch.int64).argmax(1) if is_one_hot else None
-    if labels.ndim not in (1, 2):
+    try:
+        return as_class_indices(labels)
+    except ValueError:
         return None
-    labels = labels.reshape(-1)
-    indices = labels.to(torch.int64)
-    return indices if bool((indices == labels).all()) else None

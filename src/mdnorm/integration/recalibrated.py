@@ -4,33 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from mdnorm.distributed import group_of
-from mdnorm.integration.batches import Forward, Keys, evaluating
+from mdnorm.integration.batches import evaluating
 from mdnorm.integration.loader_state import unchanged_loaders
 from mdnorm.integration.recalibrate import recalibrate
 from mdnorm.integration.recalibration import Recalibration
 from mdnorm.layer import MetadataNorm
 
-if TYPE_CHECKING:
-    from mdnorm.distributed import ProcessGroupSetting
-
 
 @contextmanager
 def recalibrated(
-    model: nn.Module,
-    loader: Iterable[Any],
-    *,
-    held_out: Iterable[Any] | None = None,
-    shrink: bool = True,
-    forward: Forward | None = None,
-    keys: Keys | None = None,
-    progress: bool = True,
-    process_group: ProcessGroupSetting = "auto",
+    model: nn.Module, loader: Iterable[Any], *, held_out: Iterable[Any] | None = None, **options: Any
 ) -> Iterator[Recalibration]:
     """Evaluate with the coefficients of a whole data set, in the midst of training.
 
@@ -45,8 +34,8 @@ def recalibrated(
 
     Parameters
     ----------
-    model, loader, held_out, shrink, forward, keys, progress, process_group
-        As of `mdnorm.recalibrate`.
+    model, loader, held_out, **options
+        As of `mdnorm.recalibrate`: `shrink`, `forward`, `keys`, `progress`, `process_group`.
 
     Returns
     -------
@@ -80,7 +69,7 @@ def recalibrated(
     >>> bool(model[0].metadata_norm.training)
     True
     """
-    group_of(model, process_group)  # Says what is wrong with the arguments.
+    group_of(model, options.get("process_group", "auto"))  # Says what is wrong with the arguments.
     layers = [module for module in model.modules() if isinstance(module, MetadataNorm)]
     with ExitStack() as stack:
         for layer in layers:
@@ -88,16 +77,7 @@ def recalibrated(
         # Modes come back before the layers: a change of the mode may change coefficients.
         stack.enter_context(evaluating(model))
         with unchanged_loaders(loader, held_out), _unchanged_buffers(model, layers):
-            report = recalibrate(
-                model,
-                loader,
-                held_out=held_out,
-                shrink=shrink,
-                forward=forward,
-                keys=keys,
-                progress=progress,
-                process_group=process_group,
-            )
+            report = recalibrate(model, loader, held_out=held_out, **options)
         yield report
 
 

@@ -59,11 +59,7 @@ def _typed(function: Callable[..., Tensor | float]) -> _Measure:
 
 @_typed
 def hsic(
-    x: Tensor | ArrayLike,
-    y: Tensor | ArrayLike,
-    *,
-    kernel: Kernel = "rbf",
-    bandwidth: Bandwidth = None,
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, kernel: Kernel = "rbf", bandwidth: Bandwidth = None
 ) -> Tensor | float:
     """Return the unbiased Hilbert–Schmidt independence criterion of two samples.
 
@@ -130,11 +126,7 @@ def hsic(
 
 @_typed
 def cka(
-    x: Tensor | ArrayLike,
-    y: Tensor | ArrayLike,
-    *,
-    kernel: Kernel = "linear",
-    bandwidth: Bandwidth = None,
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, kernel: Kernel = "linear", bandwidth: Bandwidth = None
 ) -> Tensor | float:
     """Return the debiased centred kernel alignment of two samples.
 

@@ -12,18 +12,20 @@ item) selection techniques and digital computers. Journal of the American Statis
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, statistics_dtype
+from mdnorm.metrics import samples
+from mdnorm.metrics.checks import check_same_rows
 from mdnorm.metrics.distance_correlation import distance_correlation_sqr
-from mdnorm.metrics.samples import MIN_SAMPLES
-from mdnorm.text import listed
+from mdnorm.metrics.samples import MIN_SAMPLES, check_finite
 
 ColumnNames = Sequence[str] | Mapping[str, Sequence[int]]
 
@@ -37,48 +39,47 @@ class TooFewSamplesError(ValueError):
 
 @dataclass(frozen=True)
 class Rows:
-    """Rows of one or several batches.
+    """Rows of one or several batches."""
 
-    Attributes
-    ----------
-    features : (n, D) float32
-    metadata : (n, K) float64 (float32 on a device without it)
-    labels : (n,) int64, or None
-    keys : (n,) int64, or None
-        Random keys, distinct and not negative.
-    """
-
+    # (n, D) float32, and (n, K) float64 (float32 on a device without it).
     features: Tensor
     metadata: Tensor
-    labels: Tensor | None = None
-    keys: Tensor | None = None
+    # (n,) int64, 0 where they do not matter.
+    labels: Tensor
+    # (n,) int64, random, distinct and not negative; 0 where all rows are kept.
+    keys: Tensor
 
     def __len__(self) -> int:
         return self.features.shape[0]
 
-    def take(self, index: Tensor) -> Rows:
-        """Return the rows that a mask or an index selects, as a copy."""
-        return Rows(*(None if part is None else part[index] for part in self))  # type: ignore[arg-type]
+    def map(self, change: Callable[[Tensor], Tensor]) -> Rows:
+        """Return the rows with each part changed."""
+        return Rows(*map(change, vars(self).values()))
 
-    def to(self, device: torch.device) -> Rows:
-        """Return the rows on a device."""
-        return Rows(*(None if part is None else part.to(device) for part in self))  # type: ignore[arg-type]
-
-    def __iter__(self) -> Iterator[Tensor | None]:
-        return iter((self.features, self.metadata, self.labels, self.keys))
+    def take(self, chosen: Tensor) -> Rows:
+        """Return the rows that a mask selects."""
+        return self.map(lambda part: part[chosen])
 
     @staticmethod
     def cat(pieces: Sequence[Rows]) -> Rows:
-        """Return the rows of all pieces, which agree in their columns; at least one piece."""
-        if len(pieces) == 1:
-            return pieces[0]
-        parts = zip(*pieces, strict=True)
-        return Rows(*(None if part[0] is None else torch.cat(part) for part in parts))  # type: ignore[arg-type]
+        """Return the rows of all pieces; at least one."""
+        _check_widths(pieces)
+        parts = zip(*(vars(piece).values() for piece in pieces), strict=True)
+        return pieces[0] if len(pieces) == 1 else Rows(*map(torch.cat, parts))
 
 
-# --------------------------------------------------------------------------------------------------------
-# Settings
-# --------------------------------------------------------------------------------------------------------
+def _check_widths(pieces: Sequence[Rows]) -> None:
+    for name in ("features", "metadata"):
+        *others, last = (getattr(piece, name).shape[1] for piece in pieces)
+        for width in set(others) - {last}:
+            raise ValueError(
+                f"{name} have {last} value(s) a sample, but {width} in other batches (of all processes): all "
+                "must have the same, after flattening."
+                + (" Average over positions whose number varies." if name == "features" else "")
+            )
+
+
+# -- settings ---------------------------------------------------------------------------------------------
 
 
 def check_settings(max_samples: int | None, seed: int) -> None:
@@ -150,9 +151,7 @@ def column_groups(
     return {name: list(columns) for name, columns in column_names.items()}
 
 
-# --------------------------------------------------------------------------------------------------------
-# Batches
-# --------------------------------------------------------------------------------------------------------
+# -- batches ----------------------------------------------------------------------------------------------
 
 
 def as_rows(
@@ -161,39 +160,28 @@ def as_rows(
     labels: Tensor | ArrayLike | None,
     device: torch.device,
 ) -> Rows:
-    """Check a batch, as of `DistanceCorrelation.update`, and return a copy of it as rows without keys."""
+    """Check a batch, as of `DistanceCorrelation.update`, and return a copy of it as rows of key 0."""
     features = as_real_tensor(features, "features").detach()
-    metadata = as_real_tensor(metadata, "metadata").detach()
     if features.ndim == 0:
         raise ValueError("features must have one row per sample, shape (n, ...), got a single number.")
     num_samples = features.shape[0]
     features = features.reshape(num_samples, features.shape[1:].numel())
     if features.shape[1] == 0:
         raise ValueError("features have no values in a sample: check how they were selected.")
-    if metadata.ndim not in (1, 2):
-        raise ValueError(
-            f"metadata must have shape (n,) or (n, number of columns), got {tuple(metadata.shape)}: flatten "
-            "what belongs to one sample."
-        )
-    if metadata.ndim == 1:
-        metadata = metadata.unsqueeze(1)
-    if metadata.shape[1] == 0:
-        raise ValueError(f"metadata have no columns (shape {tuple(metadata.shape)}).")
+    metadata = samples.as_rows(metadata, "metadata")
+    check_same_rows(features=num_samples, metadata=len(metadata))
     if labels is not None:
         labels = as_class_indices(labels)
-    for name, values in (("metadata", metadata), ("labels", labels)):
-        if isinstance(values, Tensor) and values.shape[0] != num_samples:
-            raise ValueError(
-                f"features have {num_samples} row(s) but {name} {values.shape[0]}: pass the same samples in "
-                "the same order."
-            )
+        check_same_rows(features=num_samples, labels=len(labels))
     # A copy: the layer behind may work in place on what it was given.
     features = features.to(device, torch.float32, copy=True)
     metadata = metadata.to("cpu" if device.type == "mps" else device)
-    metadata = metadata.to(torch.float32 if device.type == "mps" else torch.float64, copy=True).to(device)
-    _check_finite(features, "features", "in float32, in which they are kept, ")
-    _check_finite(metadata, "metadata")
-    return Rows(features, metadata, None if labels is None else labels.to(device))
+    metadata = metadata.to(statistics_dtype(device), copy=True).to(device)
+    every = "features and metadata"
+    check_finite(features, "features", every, "in float32, in which they are kept, ")
+    check_finite(metadata, "metadata", every)
+    zeros = torch.zeros(num_samples, dtype=torch.int64, device=device)
+    return Rows(features, metadata, zeros if labels is None else labels.to(device), zeros)
 
 
 def as_class_indices(labels: Tensor | ArrayLike, name: str = "labels") -> Tensor:
@@ -216,19 +204,7 @@ def as_class_indices(labels: Tensor | ArrayLike, name: str = "labels") -> Tensor
     return indices
 
 
-def _check_finite(rows: Tensor, name: str, where: str = "") -> None:
-    if bool(torch.isfinite(rows).all()):
-        return
-    bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
-    raise ValueError(
-        f"{name} have NaN or infinite values {where}in row(s) {listed(bad)} of this batch ({len(bad)} of "
-        f"{rows.shape[0]}): drop these rows, or impute them."
-    )
-
-
-# --------------------------------------------------------------------------------------------------------
-# Samples
-# --------------------------------------------------------------------------------------------------------
+# -- samples ----------------------------------------------------------------------------------------------
 
 
 def sample_keys(start: int, count: int, *, seed: int, rank: int = 0) -> Tensor:
@@ -250,81 +226,90 @@ def sample_keys(start: int, count: int, *, seed: int, rank: int = 0) -> Tensor:
 
 
 def add_rows(pieces: Sequence[Rows], new: Rows, max_samples: int | None) -> list[Rows]:
-    """Return the pieces with new rows added, without most of those that are not in the sample any more.
+    """Return the pieces with new rows added, at most ``2·max_samples`` rows.
 
-    At most ``2·max_samples`` rows are kept: to drop every row at once would copy the sample for every batch.
+    To drop every row at once would copy the sample for every batch.
     """
+    _check_widths([*pieces[:1], new])
     if len(new) == 0:
         return list(pieces)
-    pieces = [piece for piece in pieces if len(piece)]
-    if pieces and new.features.device != pieces[0].features.device:
-        new = new.to(pieces[0].features.device)
-    if max_samples is None:
-        return [*pieces, new]
-    threshold = _threshold([*pieces, new], max_samples)
-    if threshold is not None and new.keys is not None:
-        new = new.take(new.keys <= threshold)
-    pieces = [*pieces, new] if len(new) else pieces
-    return [sample(pieces, max_samples)] if sum(map(len, pieces)) > 2 * max_samples else pieces
-
-
-def _threshold(pieces: Sequence[Rows], max_samples: int) -> Tensor | None:
-    """The largest key in the sample, or None where all rows are in it."""
-    keys = torch.cat([piece.keys for piece in pieces if piece.keys is not None])
-    return keys.kthvalue(max_samples).values if keys.shape[0] > max_samples else None
+    device = pieces[0].features.device if pieces else new.features.device
+    pieces = [*pieces, new.map(lambda part: part.to(device))]
+    is_full = max_samples is not None and sum(map(len, pieces)) > 2 * max_samples
+    return [sample(pieces, max_samples)] if is_full else pieces
 
 
 def sample(pieces: Sequence[Rows], max_samples: int | None) -> Rows:
     """Return the rows of the sample; at least one piece."""
     rows = Rows.cat(pieces)
-    threshold = None if max_samples is None else _threshold(pieces, max_samples)
-    return rows if threshold is None or rows.keys is None else rows.take(rows.keys <= threshold)
+    if max_samples is None or len(rows) <= max_samples:
+        return rows
+    return rows.take(rows.keys <= rows.keys.kthvalue(max_samples).values)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Dependence
-# --------------------------------------------------------------------------------------------------------
+@dataclass
+class Sampling:
+    """How a stream is sampled, and what of it is measured; for the settings see `DistanceCorrelation`."""
 
+    within_labels: bool
+    max_samples: int | None
+    seed: int
+    column_names: ColumnNames | None
+    per_column: bool = True
 
-def dependence(
-    rows: Rows, groups: Mapping[str, Sequence[int]] | None, *, within_labels: bool
-) -> Tensor | dict[str, Tensor]:
-    """Return the bias-corrected dcor² of features and metadata, as `DistanceCorrelation.compute` does.
+    def __post_init__(self) -> None:
+        check_settings(self.max_samples, self.seed)
+        check_column_names(self.column_names)
 
-    There is a value for each of the `groups` of columns, and for all columns together where these are
-    several; without groups for all together only.
-    """
-    if len(rows) < MIN_SAMPLES:
-        raise TooFewSamplesError(
-            f"there are only {len(rows)} sample(s): the bias-corrected distance correlation needs at least "
-            f"{MIN_SAMPLES}, update with more of them first."
-        )
-    if groups is None:
-        columns = {"": list(range(rows.metadata.shape[1]))}
-    else:
-        columns = {name: list(group) for name, group in groups.items()}
-        if len(columns) > 1:
-            columns[JOINT] = sorted({column for group in columns.values() for column in group})
-    members = {"": rows}
-    if within_labels and rows.labels is not None:
-        classes = rows.labels.unique().tolist()
-        members = {f"label_{label}": rows.take(rows.labels == label) for label in classes}
-    too_small = [
-        f"{name.removeprefix('label_')} ({len(part)})"
-        for name, part in members.items()
-        if len(part) < MIN_SAMPLES
-    ]
-    if too_small:
-        raise TooFewSamplesError(
-            f"label class(es) {', '.join(too_small)} have fewer than {MIN_SAMPLES} samples of "
-            f"{len(rows)}: within these classes the bias-corrected distance correlation is not defined. "
-            "Update with more samples, raise max_samples, or measure without within_labels."
-        )
-    values = {
-        "/".join(filter(None, (name, of_class))): distance_correlation_sqr(
-            part.features, part.metadata[:, group]
-        )
-        for name, group in columns.items()
-        for of_class, part in members.items()
-    }
-    return values.get("", values)
+    def rows(
+        self, features: Any, metadata: Any, labels: Any, device: torch.device, *, start: int, rank: int = 0
+    ) -> Rows:
+        """Check a batch, the first row of which is number `start` of the stream, and return a copy of it."""
+        if self.within_labels and labels is None:
+            raise ValueError("labels are needed with within_labels=True: the last argument of update.")
+        rows = as_rows(features, metadata, labels if self.within_labels else None, device)
+        self._groups(rows)
+        if self.max_samples is None:
+            return rows
+        return replace(rows, keys=sample_keys(start, len(rows), seed=self.seed, rank=rank).to(device))
+
+    def _groups(self, rows: Rows) -> dict[str, list[int]]:
+        """Return the columns of each value, by its name."""
+        columns = range(rows.metadata.shape[1])
+        if not self.per_column:
+            return {"": list(columns)}
+        groups = column_groups(self.column_names, len(columns))
+        together = {column for group in groups.values() for column in group}
+        return groups | ({JOINT: sorted(together)} if len(groups) > 1 else {})
+
+    def dependence(self, pieces: Sequence[Rows]) -> Tensor | dict[str, Tensor]:
+        """Return the bias-corrected dcor² of features and metadata, as `DistanceCorrelation.compute` does."""
+        if sum(map(len, pieces)) < MIN_SAMPLES:
+            raise TooFewSamplesError(
+                f"there are only {sum(map(len, pieces))} sample(s): the bias-corrected distance correlation "
+                f"needs at least {MIN_SAMPLES}, call update with more of them first."
+            )
+        rows = sample(pieces, self.max_samples)
+        members = {"": rows}
+        if self.within_labels:
+            classes = rows.labels.unique().tolist()
+            members = {f"label_{label}": rows.take(rows.labels == label) for label in classes}
+        too_small = [
+            f"{name.removeprefix('label_')} ({len(part)})"
+            for name, part in members.items()
+            if len(part) < MIN_SAMPLES
+        ]
+        if too_small:
+            raise TooFewSamplesError(
+                f"label class(es) {', '.join(too_small)} have fewer than {MIN_SAMPLES} samples of "
+                f"{len(rows)}: within these classes the bias-corrected distance correlation is not defined. "
+                "Update with more samples, raise max_samples, or measure without within_labels."
+            )
+        values = {
+            "/".join(filter(None, (name, of_class))): distance_correlation_sqr(
+                part.features, part.metadata[:, group]
+            )
+            for name, group in self._groups(rows).items()
+            for of_class, part in members.items()
+        }
+        return values.get("", values)

@@ -23,28 +23,19 @@ Weights: TypeAlias = Tensor | ArrayLike | None
 
 @dataclass(frozen=True)
 class Samples:
-    """Variables of the same samples.
+    """Variables of the same samples."""
 
-    Attributes
-    ----------
-    rows : tuple of Tensor, (n, p) float64 each
-        Without their constant columns, which add nothing to a distance, and scaled by a power of two to
-        absolute values of at most 1. Squares of squares can then neither overflow nor vanish, and no value
-        is rounded. A variable that is constant has no column left.
-    exponents : tuple of int
-        The values of variable k were divided by ``2 ** exponents[k]``.
-    returns_tensor : bool
-        Whether one of the variables came as a tensor.
-    kept : Tensor, (number of rows given,) bool
-        Rows that are here: all but those of weight 0.
-    weights : Tensor, (n,) float64, or None
-        Above 0, the largest 1.
-    """
-
+    # (n, p) float64 each, without their constant columns, which add nothing to a distance, and scaled by a
+    # power of two to absolute values of at most 1. Squares of squares can then neither overflow nor vanish,
+    # and no value is rounded. A variable that is constant has no column left.
     rows: tuple[Tensor, ...]
+    # The values of variable k were divided by ``2 ** exponents[k]``.
     exponents: tuple[int, ...]
+    # Whether one of the variables came as a tensor.
     returns_tensor: bool
+    # Rows given, (number of them,) bool, that are here: all but those of weight 0.
     kept: Tensor
+    # (n,) float64, above 0, the largest 1.
     weights: Tensor | None = None
 
     @property
@@ -135,7 +126,7 @@ def as_rows(values: Tensor | ArrayLike, name: str) -> Tensor:
     return rows
 
 
-def check_finite(rows: Tensor, name: str, all_names: str) -> None:
+def check_finite(rows: Tensor, name: str, all_names: str, where: str = "") -> None:
     """Raise ValueError where rows have NaN or infinite values."""
     # A sum that is finite has no NaN or infinity in it, and needs no table of flags.
     if bool(torch.isfinite(rows.sum())):
@@ -143,7 +134,7 @@ def check_finite(rows: Tensor, name: str, all_names: str) -> None:
     bad = (~torch.isfinite(rows).all(dim=1)).nonzero().flatten().tolist()
     if bad:
         raise ValueError(
-            f"{name} has NaN or infinite values in row(s) {listed(bad)} ({len(bad)} of {rows.shape[0]} "
+            f"{name} has NaN or infinite values {where}in row(s) {listed(bad)} ({len(bad)} of {len(rows)} "
             f"rows): drop these rows from {all_names}, or impute them."
         )
 

@@ -6,20 +6,25 @@ Importing this module needs torchmetrics (``pip install 'mdnorm[metrics]'``).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor
+from mdnorm.arrays import as_real_tensor, statistics_dtype
 from mdnorm.extras import requires
 from mdnorm.metrics import reservoir
-from mdnorm.metrics.reservoir import ColumnNames, Rows
+from mdnorm.metrics.checks import check_same_rows
+from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling
 
 with requires("metrics"):
     from torchmetrics import Metric
+
+
+_PARTS = tuple(part.name for part in fields(Rows))
 
 
 def _fingerprint(*settings: object) -> Tensor:
@@ -91,11 +96,6 @@ class DistanceCorrelation(Metric):
     plot_upper_bound = 1.0
 
     features: list[Tensor]
-    metadata: list[Tensor]
-    labels: list[Tensor]
-    keys: list[Tensor]
-    num_features: Tensor
-    num_metadata: Tensor
     num_seen: Tensor
 
     def __init__(
@@ -109,19 +109,10 @@ class DistanceCorrelation(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        reservoir.check_settings(max_samples, seed)
-        reservoir.check_column_names(column_names)
-        self.within_labels = within_labels
-        self.max_samples = max_samples
-        self.seed = seed
-        self.per_column = per_column or column_names is not None
-        self.column_names = column_names
-        # Pieces of a batch each, flattened: a process without samples, which does not know the number of
-        # columns, can then take part in the synchronisation.
-        for name in ("features", "metadata", "labels", "keys"):
-            self.add_state(name, [], dist_reduce_fx="cat")
-        self.add_state("num_features", torch.tensor(0), dist_reduce_fx=None)
-        self.add_state("num_metadata", torch.tensor(0), dist_reduce_fx=None)
+        per_column = per_column or column_names is not None
+        self.sampling = Sampling(within_labels, max_samples, seed, column_names, per_column)
+        for name in _PARTS:
+            self.add_state(name, [], dist_reduce_fx=None)
         self.add_state("num_seen", torch.tensor(0), dist_reduce_fx="sum")
         self.add_state("settings", _fingerprint(within_labels, max_samples, seed), dist_reduce_fx="max")
 
@@ -150,19 +141,10 @@ class DistanceCorrelation(Metric):
             Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing or not
             whole numbers.
         """
-        if not self.within_labels:
-            labels = None
-        elif labels is None:
-            raise ValueError("labels are needed with within_labels=True: update(features, metadata, labels).")
-        rows = reservoir.as_rows(features, metadata, labels, self.device)
-        if self.per_column:
-            reservoir.column_groups(self.column_names, rows.metadata.shape[1])
-        self._take_widths(rows)
-        if self.max_samples is not None:
-            keys = reservoir.sample_keys(int(self.num_seen), len(rows), seed=self.seed, rank=_rank())
-            rows = Rows(rows.features, rows.metadata, rows.labels, keys.to(self.device))
+        start, rank = int(self.num_seen), _rank()
+        rows = self.sampling.rows(features, metadata, labels, self.device, start=start, rank=rank)
+        self._add(rows)
         self.num_seen = self.num_seen + len(rows)
-        self._set_pieces(reservoir.add_rows(self._pieces(), rows, self.max_samples))
 
     def compute(self) -> Tensor | dict[str, Tensor]:
         """Return the dependence in all that was added, by all processes.
@@ -181,24 +163,12 @@ class DistanceCorrelation(Metric):
             The processes differ in their number of columns.
         """
         try:
-            return self._dependence()
+            return self.sampling.dependence(self._pieces(self.metric_state))
         except ValueError:
             # torchmetrics leaves the state of all processes in place when its compute fails.
             if self._is_synced and self._should_unsync:
                 self.unsync()
             raise
-
-    def _dependence(self) -> Tensor | dict[str, Tensor]:
-        pieces = self._pieces()
-        if not pieces:
-            raise reservoir.TooFewSamplesError(
-                "DistanceCorrelation has no samples: call update before compute, or see why there are none."
-            )
-        rows = reservoir.sample(pieces, self.max_samples)
-        groups = None
-        if self.per_column:
-            groups = reservoir.column_groups(self.column_names, rows.metadata.shape[1])
-        return reservoir.dependence(rows, groups, within_labels=self.within_labels)
 
     def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
         """Add what another metric, or its state, has collected.
@@ -213,7 +183,7 @@ class DistanceCorrelation(Metric):
         """
         if isinstance(incoming_state, DistanceCorrelation):
             for name in ("within_labels", "max_samples"):
-                mine, other = getattr(self, name), getattr(incoming_state, name)
+                mine, other = (getattr(each.sampling, name) for each in (self, incoming_state))
                 if mine != other:
                     raise ValueError(
                         f"the metrics differ in {name} ({mine} and {other}): build both with the same."
@@ -227,87 +197,39 @@ class DistanceCorrelation(Metric):
         incoming = self._pieces(incoming_state)
         if not incoming:
             return
-        rows = Rows.cat(incoming)
-        if self.max_samples is not None:
-            keys = torch.cat([piece.keys for piece in [*self._pieces(), rows] if piece.keys is not None])
-            if keys.unique().shape[0] < keys.shape[0]:
-                raise ValueError(
-                    f"both metrics drew their samples with seed={self.seed} in the same process, so the "
-                    "samples are not independent: give each its own seed."
-                )
-        self._take_widths(rows)
+        rows = Rows.cat(incoming).map(lambda part: part.to(self.device))
+        own = [piece.keys.to(self.device) for piece in self._pieces(self.metric_state)]
+        if self.sampling.max_samples is not None and any(torch.isin(rows.keys, keys).any() for keys in own):
+            raise ValueError(
+                f"both metrics drew their samples with seed={self.sampling.seed} in the same process, so the "
+                "samples are not independent: give each its own seed."
+            )
+        self._add(rows)
         self.num_seen = self.num_seen + incoming_state["num_seen"].to(self.num_seen.device)
         self._computed = None
         self._update_count += 1
-        self._set_pieces(reservoir.add_rows(self._pieces(), rows.to(self.device), self.max_samples))
 
-    def sync(
-        self,
-        dist_sync_fn: Callable[..., Any] | None = None,
-        process_group: Any | None = None,
-        should_sync: bool = True,
-        distributed_available: Callable[..., Any] | None = None,
-    ) -> None:
+    def sync(self, *args: Any, **kwargs: Any) -> None:
         """Gather the states of all processes; see `torchmetrics.Metric.sync`."""
-        if not self.features:
-            # What torchmetrics puts in for a process without samples is float32, whatever the state is.
-            rows_dtype = torch.float32 if self.device.type == "mps" else torch.float64
-            dtypes = {"features": torch.float32, "metadata": rows_dtype}
-            for name, dtype in {**dtypes, "labels": torch.int64, "keys": torch.int64}.items():
-                setattr(self, name, [torch.empty(0, dtype=dtype, device=self.device)])
-        super().sync(dist_sync_fn, process_group, should_sync, distributed_available)
+        # Each process gives one piece; one without samples does not know how many columns there are.
+        pieces = self._pieces(self.metric_state)
+        empty, keys = torch.empty(0, 0, device=self.device), torch.empty(0, device=self.device).long()
+        none = Rows(empty, empty.to(statistics_dtype(self.device)), keys, keys)
+        self._set([Rows.cat(pieces) if pieces else none])
+        super().sync(*args, **kwargs)
 
-    def _take_widths(self, rows: Rows) -> None:
-        """Keep the numbers of features and metadata, which must be those of what was added before."""
-        widths = {"features": rows.features.shape[1], "metadata": rows.metadata.shape[1]}
-        for name, width in widths.items():
-            known = int(getattr(self, f"num_{name}"))
-            if known not in (0, width):
-                raise ValueError(
-                    f"{name} have {width} value(s) a sample, but {known} in what was added before: every "
-                    "batch must have the same, after flattening."
-                    + (" Average over positions whose number varies." if name == "features" else "")
-                )
-        self.num_features = torch.full_like(self.num_features, widths["features"])
-        self.num_metadata = torch.full_like(self.num_metadata, widths["metadata"])
+    @staticmethod
+    def _pieces(state: Mapping[str, Any]) -> list[Rows]:
+        """Return the state as rows; after a synchronisation, that of all processes."""
+        pieces = [Rows(*parts) for parts in zip(*(state[name] for name in _PARTS), strict=True)]
+        return [piece for piece in pieces if len(piece)]
 
-    def _pieces(self, incoming_state: Mapping[str, Any] | None = None) -> list[Rows]:
-        """The state as rows; after a synchronisation, that of all processes."""
-        state: Mapping[str, Any] = self.metric_state if incoming_state is None else incoming_state
-        widths: dict[str, int] = {}
-        for name in ("features", "metadata"):
-            found = set(state[f"num_{name}"].flatten().tolist()) - {0}
-            if not found:
-                return []
-            if len(found) > 1:
-                raise ValueError(
-                    f"the processes have {' and '.join(map(str, sorted(found)))} values a sample in {name}: "
-                    "all must have the same."
-                )
-            widths[name] = found.pop()
-        # Where the state is not in use, it is empty, or an empty tensor after a synchronisation.
-        features, metadata, labels, keys = (
-            [state[name]] if isinstance(state[name], Tensor) else list(state[name])
-            for name in ("features", "metadata", "labels", "keys")
-        )
-        unused = [None] * len(features)
-        pieces = zip(
-            features,
-            metadata,
-            labels if self.within_labels else unused,
-            unused if self.max_samples is None else keys,
-            strict=True,
-        )
-        return [
-            Rows(x.reshape(-1, widths["features"]), z.reshape(-1, widths["metadata"]), y, k)
-            for x, z, y, k in pieces
-        ]
+    def _add(self, rows: Rows) -> None:
+        self._set(reservoir.add_rows(self._pieces(self.metric_state), rows, self.sampling.max_samples))
 
-    def _set_pieces(self, pieces: Sequence[Rows]) -> None:
-        self.features = [piece.features.flatten() for piece in pieces]
-        self.metadata = [piece.metadata.flatten() for piece in pieces]
-        self.labels = [piece.labels for piece in pieces if piece.labels is not None]
-        self.keys = [piece.keys for piece in pieces if piece.keys is not None]
+    def _set(self, pieces: Sequence[Rows]) -> None:
+        for name in _PARTS:
+            setattr(self, name, [getattr(piece, name) for piece in pieces])
 
 
 def _rank() -> int:
@@ -354,11 +276,7 @@ class GroupRates(Metric):
     confusion: Tensor
 
     def __init__(
-        self,
-        groups: int | Iterable[Hashable],
-        num_classes: int = 2,
-        threshold: float = 0.5,
-        **kwargs: Any,
+        self, groups: int | Iterable[Hashable], num_classes: int = 2, threshold: float = 0.5, **kwargs: Any
     ) -> None:
         super().__init__(**kwargs)
         if type(num_classes) is not int or num_classes < 2:
@@ -399,12 +317,7 @@ class GroupRates(Metric):
         preds = self._classes(as_real_tensor(preds, "preds").detach().to(self.device), "preds")
         target = self._classes(as_real_tensor(target, "target").detach().to(self.device), "target")
         members = self._groups(groups).to(self.device)
-        for name, values in (("target", target), ("groups", members)):
-            if values.shape[0] != preds.shape[0]:
-                raise ValueError(
-                    f"preds have {preds.shape[0]} row(s) but {name} {values.shape[0]}: pass the same samples "
-                    "in the same order."
-                )
+        check_same_rows(preds=len(preds), target=len(target), groups=len(members))
         cells = (members * self.num_classes + target) * self.num_classes + preds
         counts = torch.bincount(cells, minlength=self.confusion.numel())
         self.confusion = self.confusion + counts.reshape(self.confusion.shape)

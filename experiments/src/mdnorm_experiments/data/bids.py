@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from mdnorm.extras import requires
 from mdnorm_experiments.data.brains import SHAPE, SPACING
 from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import TextTable, column_names, is_missing, read_text_table
+from mdnorm_experiments.data.tables import is_missing, read_rows
 
 COLUMNS = {
     "subject": ("participant_id",),
@@ -119,12 +119,11 @@ def load_bids(
         raise ValueError(
             f"spacing must be positive and shape three positive numbers, got {spacing} and {shape}."
         )
-    data = read_text_table(table, "\t")
-    names = column_names(table, data.columns, COLUMNS, columns)
+    rows = [(where, _subject(row["subject"]), row) for where, row in read_rows(table, "\t", COLUMNS, columns)]
     problems = Problems()
-    participants, listed = _participants(data, names, problems)
+    participants = _participants(rows, problems)
     images = _images(folder)
-    for subject in sorted(images.keys() - listed):
+    for subject in sorted(images.keys() - {subject for _, subject, _ in rows}):
         problems.add("no row", subject, f"not in {table.name}")
     found: list[tuple[_Participant, Tensor]] = []
     for participant in participants:
@@ -160,38 +159,27 @@ def _subject(text: str) -> str:
 
 
 def _participants(
-    table: TextTable, names: Mapping[str, str], problems: Problems
-) -> tuple[list[_Participant], set[str]]:
-    """Return the rows that can be used, and the subjects of all rows.
-
-    Which of several rows of a subject is right, nobody can say.
-    """
+    rows: Sequence[tuple[str, str, Mapping[str, str]]], problems: Problems
+) -> list[_Participant]:
+    """Return those of the rows (place, subject, cells) that can be used."""
     found = []
-    rows = [(where, _subject(row["subject"]), row) for where, row in table.walk(names)]
     count = Counter(subject for _, subject, _ in rows)
     for where, subject, row in rows:
         if not subject:
             problems.add("no subject", where, "the cell is empty")
             continue
         if count[subject] > 1:
+            # Which of several rows of a subject is right, nobody can say.
             problems.add("duplicate row", subject, where)
             continue
         age, sex = _age(row["age"]), _SEXES.get(row["sex"].lower())
-        wrong = [
-            part
-            for part, valid in (
-                ("age", age is not None),
-                ("sex", sex is not None),
-                ("site", not is_missing(row["site"])),
-                ("label", not is_missing(row["label"])),
-            )
-            if not valid
-        ]
-        for part in wrong:
+        bad = {"age": age is None, "sex": sex is None}
+        bad |= {part: is_missing(row[part]) for part in ("site", "label")}
+        for part in (part for part, is_bad in bad.items() if is_bad):
             problems.add(f"bad {part}", subject, f"{row[part]!r} in {where}")
-        if not wrong and age is not None and sex is not None:
+        if age is not None and sex is not None and not any(bad.values()):
             found.append(_Participant(subject, age, sex, row["site"], row["label"]))
-    return found, set(count)
+    return found
 
 
 def _age(text: str) -> float | None:

@@ -226,14 +226,8 @@ def write_bids(folder: Path, brains: Brains) -> None:
             "BIDSVersion": "1.9.0",
             "DatasetType": "raw",
         }
-        columns = {
-            "age": {"Description": "Age", "Units": "year"},
-            "sex": {"Description": "Sex", "Levels": {"F": "female", "M": "male"}},
-            "site": {"Description": "Site of acquisition"},
-            "diagnosis": {"Description": "Diagnosis", "Levels": {name: name for name in CLASSES}},
-        }
-        for name, content in (("dataset_description.json", description), ("participants.json", columns)):
-            (partial / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        path = partial / "dataset_description.json"
+        path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         lines = ["participant_id\tage\tsex\tsite\tdiagnosis"]
         for row in range(len(brains)):
             subject = f"sub-{row + 1:04d}"

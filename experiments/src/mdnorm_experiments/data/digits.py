@@ -8,12 +8,12 @@ colour is continuous.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from mdnorm.design import polynomial
 from mdnorm.extras import requires
+from mdnorm_experiments.data.confounded import Samples
 
 CLASSES = ("0 to 4", "5 to 9")
 COUNT = 1797
@@ -21,24 +21,14 @@ LABEL_NOISE = 0.25
 _SCALE = 2
 
 
-@dataclass(frozen=True)
-class ColouredDigits:
-    """N digits: images (N, 3, 16, 16) from 0 to 1, labels (N,), numbers in `CLASSES`, and colours.
-
-    A share `LABEL_NOISE` of the labels is wrong; `colour` (N,) is from 0 (red) to 1 (green).
-    """
-
-    images: Tensor
-    labels: Tensor
-    colour: Tensor
-
-
-def colour_digits(rows: Tensor, *, seed: int, correlation: float = 0.8) -> ColouredDigits:
+def colour_digits(rows: Tensor, *, seed: int, correlation: float = 0.8) -> Samples:
     """Colour some of the digits; `rows` (N,) int64 are numbers below `COUNT`.
 
-    A share `correlation`, from 0 to 1, of them has its colour from the label's half of the scale, the others
-    from the whole scale; `seed` is that of label noise and colours. ValueError for a row or a correlation out
-    of range, MissingExtraError without scikit-learn.
+    Images are (N, 3, 16, 16), the one confounder is the colour from 0 (red) to 1 (green). A share
+    `LABEL_NOISE` of the labels, numbers in `CLASSES`, is wrong. A share `correlation`, from 0 to 1, of the
+    digits has its colour from the label's half of the scale, the others from the whole scale; `seed` is that
+    of label noise and colours. ValueError for a row or a correlation out of range, MissingExtraError without
+    scikit-learn.
     """
     with requires("image", "mdnorm-experiments"):
         from sklearn.datasets import load_digits
@@ -60,4 +50,5 @@ def colour_digits(rows: Tensor, *, seed: int, correlation: float = 0.8) -> Colou
     uniform = torch.rand(len(rows), generator=generator)
     colour = torch.where(decided, 0.5 * labels + 0.5 * uniform, uniform)
     tint = torch.stack([1 - colour, colour, torch.full_like(colour, 0.2)], 1)
-    return ColouredDigits(grey * tint[:, :, None, None], labels, colour)
+    powers = polynomial(colour, 3, low=0, high=1)
+    return Samples(grey * tint[:, :, None, None], labels, powers, colour.unsqueeze(1), (colour > 0.5).long())

@@ -19,7 +19,7 @@ from mdnorm.design.csv_file import csv_delimiter
 from mdnorm.extras import requires
 from mdnorm_experiments.data.faces import SHADES
 from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import column_names, is_missing, read_text_table
+from mdnorm_experiments.data.tables import is_missing, read_rows
 
 COLUMNS = {
     "file": ("filename", "file", "image"),
@@ -68,8 +68,7 @@ def load_image_folder(
     MissingExtraError: Pillow is not installed.
     """
     table = _table(folder, table)
-    data = read_text_table(table, csv_delimiter(table))
-    names = column_names(table, data.columns, COLUMNS, columns)
+    rows = read_rows(table, csv_delimiter(table), COLUMNS, columns)
     available: dict[str, list[Path]] = {}
     for path in sorted(folder.rglob("*")):
         if path.suffix.lower() in _SUFFIXES:
@@ -80,7 +79,7 @@ def load_image_folder(
             problems.add("duplicate image", name, f"in {', '.join(str(p.parent) for p in paths)}")
     found: list[tuple[str, str, int, np.ndarray[Any, Any]]] = []
     seen: set[str] = set()
-    for where, row in data.walk(names):
+    for where, row in rows:
         name = Path(row["file"]).name
         if not name:
             problems.add("no file name", where, "the cell is empty")

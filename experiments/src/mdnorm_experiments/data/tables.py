@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _MISSING = frozenset({"", "n/a", "na", "nan", "none", "null"})
@@ -44,55 +43,39 @@ def column_names(
     return found
 
 
-@dataclass(frozen=True)
-class TextTable:
-    """A table as it was read: the header, and of each row its line and a stripped cell for each column."""
+def read_rows(
+    path: Path, delimiter: str, wanted: Mapping[str, Sequence[str]], given: Mapping[str, str] | None = None
+) -> list[tuple[str, dict[str, str]]]:
+    """Return where each row of a table stands ("line 7 of labels.csv"), and its cells by what they hold.
 
-    path: Path
-    columns: tuple[str, ...]
-    rows: tuple[tuple[int, tuple[str, ...]], ...]
-
-    def walk(self, names: Mapping[str, str]) -> Iterator[tuple[str, dict[str, str]]]:
-        """Yield where each row stands ("line 7 of labels.csv") and its cells, by what they are to be called.
-
-        `names` maps that to the column. Raises ValueError where several columns have one of the names.
-        """
-        repeated = [name for name in names.values() if self.columns.count(name) > 1]
-        if repeated:
-            raise ValueError(f"{self.path} has more than one column of the name {', '.join(repeated)}.")
-        positions = {part: self.columns.index(name) for part, name in names.items()}
-        for line, cells in self.rows:
-            yield (
-                f"line {line} of {self.path.name}",
-                {part: cells[position] for part, position in positions.items()},
-            )
-
-
-def read_text_table(path: Path, delimiter: str) -> TextTable:
-    """Read a table with a header; blank lines are left out, cells that a row lacks at its end are empty.
-
-    Raises ValueError where the file is empty or not UTF-8, a quotation has no end, or a row has more cells
-    than the header.
+    See `column_names` for what is looked for. Cells are stripped; blank lines are left out, and cells that a
+    row lacks at its end are empty. Raises ValueError where the file is empty or not UTF-8, a quotation has no
+    end, a row has more cells than the header, or a column is missing or there twice.
     """
-    rows: list[tuple[int, tuple[str, ...]]] = []
+    rows: list[tuple[str, list[str]]] = []
     separator = "tabs" if delimiter == "\t" else f"{delimiter!r}"
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file, delimiter=delimiter, skipinitialspace=True, strict=True)
-            columns = tuple(name.strip() for name in next(reader, []))
-            if not any(columns):
+            header = [name.strip() for name in next(reader, [])]
+            if not any(header):
                 raise ValueError("there is no header")
             line = reader.line_num
             for cells in reader:
                 stripped = [cell.strip() for cell in cells]
-                if any(stripped[len(columns) :]):
-                    raise ValueError(f"line {line + 1} has {len(cells)} cells, the header {len(columns)}")
+                if any(stripped[len(header) :]):
+                    raise ValueError(f"line {line + 1} has {len(cells)} cells, the header {len(header)}")
                 if any(stripped):
-                    lacking = [""] * (len(columns) - len(stripped))
-                    rows.append((line + 1, tuple([*stripped, *lacking][: len(columns)])))
+                    lacking = [""] * (len(header) - len(stripped))
+                    rows.append((f"line {line + 1} of {path.name}", stripped + lacking))
                 line = reader.line_num
     except (csv.Error, ValueError) as error:
         raise ValueError(
             f"{path} cannot be read as a table (UTF-8, a header, columns separated by {separator}): {error}."
         ) from error
-    return TextTable(path, columns, tuple(rows))
+    names = column_names(path, header, wanted, given)
+    repeated = [name for name in names.values() if header.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{path} has more than one column of the name {', '.join(repeated)}.")
+    places = {part: header.index(name) for part, name in names.items()}
+    return [(where, {part: cells[place] for part, place in places.items()}) for where, cells in rows]
