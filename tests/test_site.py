@@ -8,9 +8,8 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from bs4 import BeautifulSoup
-from playwright.sync_api import sync_playwright
 
-from chromium import BROWSER, OPTIONS, needs_chromium, record_problems
+from chromium import needs_chromium, record_problems
 
 ROOT = Path(__file__).parent.parent
 MAIN_PAGES = (
@@ -88,10 +87,8 @@ def test_mathematics_needs_no_script(built):
 @needs_chromium
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_pages_work_in_a_browser_from_the_disk(built, width, scheme):
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=list(OPTIONS))
-        context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+def test_pages_work_in_a_browser_from_the_disk(browser, built, width, scheme):
+    with browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme) as context:
         page = context.new_page()
         problems = record_problems(page)
         for name in MAIN_PAGES:
@@ -107,7 +104,6 @@ def test_pages_work_in_a_browser_from_the_disk(built, width, scheme):
         page.locator("input.md-search__input").press_sequentially("recalibrate", delay=60)
         page.wait_for_selector(".md-search-result__item a", state="attached", timeout=60_000)
         assert problems == []
-        browser.close()
 
 
 # What would have to be scrolled to be read.
@@ -117,16 +113,13 @@ CUT = """() => [...document.querySelectorAll(".md-content :is(pre, pre code, .md
 
 
 @needs_chromium
-def test_no_code_and_no_table_is_cut_at_1280_pixels(built):
+def test_no_code_and_no_table_is_cut_at_1280_pixels(browser, built):
     pages = [page for page in built.rglob("*.html") if "source" not in page.relative_to(built).parts]
     assert len(pages) > 40
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=list(OPTIONS))
-        page = browser.new_page(viewport={"width": 1280, "height": 900})
-        cut = {}
+    cut = {}
+    with browser.new_page(viewport={"width": 1280, "height": 900}) as page:
         for path in pages:
             page.goto(path.as_uri())
             page.wait_for_selector("h1")
             cut |= {path.name: found} if (found := page.evaluate(CUT)) else {}
-        browser.close()
     assert cut == {}

@@ -18,8 +18,8 @@ SETTING = continual.SETTING
 
 
 def small(method="mdn-last-dataset", **options):
-    settings = {"batch_size": 32, "seed": 0, "epochs": 1, "learning_rate": 1e-3, "size": 25}
-    return Run("continual", method, **(settings | {"test_size": 20} | options))
+    settings = {"batch_size": 16, "seed": 0, "epochs": 1, "learning_rate": 1e-3, "size": 10}
+    return Run("continual", method, **(settings | {"test_size": 8} | options))
 
 
 def without_times(row):

@@ -3,9 +3,8 @@
 import plotly.graph_objects as go
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
 
-from chromium import BROWSER, OPTIONS, needs_chromium, record_problems
+from chromium import needs_chromium, record_problems
 
 pytestmark = needs_chromium
 
@@ -16,14 +15,6 @@ def view_name(view):
 
 VIEWS = [(1280, "light"), (1280, "dark"), (390, "light"), (390, "dark")]
 two_views = pytest.mark.parametrize("page", [VIEWS[0], VIEWS[3]], ids=view_name, indirect=True)
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=BROWSER, args=list(OPTIONS))
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

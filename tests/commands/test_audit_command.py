@@ -41,6 +41,10 @@ def quick(files, *arguments):
     )
 
 
+# Where a test looks at no other than the site.
+ONE_COLUMN = [part for name in ("diagnosis", "age", "predicted") for part in ("--ignore", name)]
+
+
 def test_from_files_to_report(files):
     result = quick(
         files,
@@ -152,19 +156,20 @@ def test_bad_files_exit_with_2(files):
 
 
 def test_columns_that_are_no_features_are_said(files):
-    result = call(files / "metadata.csv", files / "metadata.csv", "--out", files / "out")
+    table = files / "metadata.csv"
+    result = call(table, table, "--permutations", 20, "--out", files / "out")
     assert result.exit_code == 0, result.stderr
     assert re.search(r"taken for no features: .*\(text\)", " ".join(result.stderr.split()))
 
 
 def test_outputs_that_cannot_be_written_exit_with_2(files):
     (files / "taken").write_text("a file")
-    result = call(files / "before.npy", files / "metadata.csv", "--out", files / "taken")
+    result = quick(files, *ONE_COLUMN, "--out", files / "taken")
     assert result.exit_code == 2
     assert "cannot write to" in result.stderr
     (files / "out").mkdir()
     with FileLock(files / "out" / ".lock"):
-        result = quick(files)
+        result = quick(files, *ONE_COLUMN)
     assert result.exit_code == 2
     assert "another process is writing" in " ".join(result.stderr.split())
 
@@ -212,7 +217,7 @@ def test_conditions_decide_the_exit_code(files):
         ("sight: gap > 0.05", 2, "a condition is about 'sight'"),
         ("site < 3", 2, "is no condition"),
     ]:
-        result = quick(files, "--fail-on", condition, "--ignore", "age")
+        result = quick(files, "--fail-on", condition, *ONE_COLUMN)
         assert result.exit_code == code, (condition, result.output)
         assert word in " ".join(result.stderr.split())
 
@@ -227,7 +232,7 @@ def test_the_page_is_printed_where_there_is_a_browser(files, monkeypatch):
     broken.write_text("#!/bin/sh\necho no display >&2\nexit 1\n")
     broken.chmod(0o755)
     monkeypatch.setattr("shutil.which", lambda name: str(broken))
-    result = quick(files, "--pdf", "--ignore", "age")
+    result = quick(files, "--pdf", *ONE_COLUMN)
     assert result.exit_code == 2
     assert "could not print the page: no display" in " ".join(result.stderr.split())
     assert (files / "out" / "report.html").exists()
