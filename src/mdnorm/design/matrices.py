@@ -6,9 +6,8 @@ The intercept is `MetadataNorm`'s own and never among the columns.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -40,8 +39,12 @@ from mdnorm.text import warn
 Matrix = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
-class DesignMatrices:
+class _Matrices(NamedTuple):
+    metadata: Tensor
+    labels: Tensor | None
+
+
+class DesignMatrices(_Matrices):
     """What `Design.transform` returns; it unpacks as ``metadata, labels``.
 
     Attributes
@@ -53,13 +56,8 @@ class DesignMatrices:
         Of the columns.
     """
 
-    metadata: Tensor
-    labels: Tensor | None
-    metadata_names: tuple[str, ...]
-    label_names: tuple[str, ...]
-
-    def __iter__(self) -> Iterator[Tensor | None]:
-        return iter((self.metadata, self.labels))
+    metadata_names: tuple[str, ...] = ()
+    label_names: tuple[str, ...] = ()
 
 
 class Design:
@@ -375,7 +373,9 @@ class Design:
         if with_labels:
             label_matrix = torch.from_numpy(self._label_matrix(columns, num_rows)).to(dtype)
             check_fits(label_matrix, self.label_names)
-        return DesignMatrices(metadata, label_matrix, self.metadata_names, self.label_names)
+        matrices = DesignMatrices(metadata, label_matrix)
+        matrices.metadata_names, matrices.label_names = self.metadata_names, self.label_names
+        return matrices
 
     def transform_columns(
         self, columns: Mapping[str, Column], *, labels: bool
