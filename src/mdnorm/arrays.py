@@ -43,16 +43,26 @@ def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
     they are, as int64 or, with fractions or gaps (NaN), float64. What is complex or not numeric is a
     TypeError that names the argument, and the columns of a DataFrame.
     """
-    array = np.asarray(values)
-    wrong: list[Any] = []
-    if array.dtype.kind == "O":
-        # DataFrames of pandas and of polars; the columns of other tables have no names there.
-        columns = list(getattr(values, "columns", ())) if hasattr(values, "dtypes") else []
+    if isinstance(values, (list, tuple)) and any(isinstance(part, Tensor) and part.ndim for part in values):
+        raise TypeError(
+            f"{name} is a {type(values).__name__} of tensors, which may be its columns or its rows: give one "
+            "tensor, torch.stack(columns, 1) of columns."
+        )
+    # NumPy would take what lies behind a mask for data.
+    masked: Any = values
+    array = np.array(masked.tolist(), dtype=object) if np.ma.is_masked(values) else np.asarray(values)
+    # DataFrames of pandas and of polars; the columns of other tables have no names there.
+    dtypes = getattr(values, "dtypes", None)
+    columns = list(getattr(values, "columns", ())) if dtypes is not None else []
+    # Categories of numbers are numbers to NumPy. Of labels they are the classes.
+    kinds = [] if dtypes is None or name == "labels" else list(map(str, np.atleast_1d(dtypes)))
+    wrong = [name for name, kind in zip(columns or [name], kinds, strict=False) if kind == "category"]
+    if array.dtype.kind == "O" and not wrong:
         if array.ndim == 2 and len(columns) == array.shape[1]:
             wrong = [name for name, column in zip(columns, array.T, strict=True) if not _is_numeric(column)]
         if not wrong and _is_numeric(array):
             array = _as_numbers(array)
-    if array.dtype.kind not in "biuf":
+    if array.dtype.kind not in "biuf" or wrong:
         what = f"got an array of dtype {array.dtype}"
         if wrong:
             what = f"but the column(s) {listed(wrong)} are not"
@@ -319,3 +329,31 @@ def position_mask(mask: Tensor | ArrayLike, features: Tensor, dims: tuple[int, .
         raise ValueError(f"mask is on {tensor.device} but the features are on {features.device}.")
     (channel,) = set(range(1, features.ndim)) - set(dims)
     return (tensor if tensor.dtype == torch.bool else tensor != 0).unsqueeze(channel)
+
+
+def check_same_order(**tables: Any) -> None:
+    """Refuse pandas objects of which the same row labels come in another order.
+
+    Rows belong together by position. Where two indexes hold the same labels in different orders, one of them
+    was sorted or shuffled, and by position every row would get the values of another one. Indexes with other
+    labels say nothing: features often come out of a model without any. What has no
+    index is not looked at. The names are those of the arguments, for the message.
+    """
+    known: dict[str, Any] = {}
+    for name, table in tables.items():
+        index = getattr(table, "index", None)
+        # The method of a list, or of polars' frames, is no index.
+        if index is None or callable(index) or not hasattr(index, "equals"):
+            continue
+        for other, labels in known.items():
+            if len(index) == len(labels) and not index.equals(labels):
+                same = index.is_unique and labels.is_unique and not len(index.difference(labels))
+                if same:
+                    row = int(np.flatnonzero(np.asarray(index != labels))[0])
+                    raise ValueError(
+                        f"{name} has the same row labels as {other}, but in another order (row {row}: "
+                        f"{index[row]!r} and {labels[row]!r}): bring them into one order, for example with "
+                        f"{name}.loc[{other}.index], or drop the labels with reset_index(drop=True) where "
+                        "rows do belong together by position."
+                    )
+        known[name] = index

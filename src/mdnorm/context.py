@@ -12,6 +12,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from mdnorm.arrays import check_same_order, is_traced
 from mdnorm.text import warn
 
 
@@ -178,6 +179,20 @@ def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
     return found
 
 
+def _warn_of_idle(layers: list[tuple[nn.Module, MetadataSlot]]) -> None:
+    """Warn where a model seems to be trained while a layer of it, in evaluation mode, does nothing."""
+    for layer, _ in layers:
+        parts: Any = getattr(layer, "parts", ())
+        if not layer.training and not any(bool(part.is_standardised) for part in parts):
+            name = getattr(layer, "inserted_after", None)
+            warn(
+                f"the MetadataNorm {'of the model' if name is None else f'after {name!r}'} is in evaluation mode "
+                "and has seen no data: it corrects nothing and learns nothing. Call model.train() before "
+                "training; where a part of the model stays in evaluation mode, the train() of the layer inside "
+                "of it. An evaluation runs in torch.no_grad()."
+            )
+
+
 @contextmanager
 def metadata(
     model: nn.Module,
@@ -250,6 +265,10 @@ def metadata(
             "there."
         )
     is_training = any(layer.training for layer, _ in layers)
+    if (labels is not None or model.training) and torch.is_grad_enabled() and not is_traced():
+        _warn_of_idle(layers)
+    if labels is not None and is_table(metadata):
+        check_same_order(metadata=metadata, labels=labels, weights=weights)
     metadata, labels = columns_by_design(model, metadata, labels, with_labels=is_training)
     if labels is not None and is_training and all(layer.num_labels == 0 for layer, _ in layers):
         raise ValueError(

@@ -12,10 +12,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from mdnorm.arrays import check_same_order
 from mdnorm.design import Design, TableWarning
 from mdnorm.design.reader import read_column, read_columns, read_table
 from mdnorm.design.roles import odd_cell, why_no_feature
-from mdnorm.design.row_order import check_same_order
 
 N = 40
 

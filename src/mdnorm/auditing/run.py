@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mdnorm.arrays import check_same_order
 from mdnorm.auditing.columns import Column, intersection, printable
 from mdnorm.auditing.findings import find
 from mdnorm.auditing.inputs import Inputs, Metadata, aligned, as_treatments, by_treatment
@@ -21,7 +22,6 @@ from mdnorm.auditing.report import Report
 from mdnorm.auditing.sets import feature_sets, projections_of
 from mdnorm.auditing.settings import Settings
 from mdnorm.bars import step_bar
-from mdnorm.design.row_order import check_same_order
 from mdnorm.metrics import cka
 from mdnorm.version import __version__
 

@@ -12,9 +12,8 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor, columns_of
+from mdnorm.arrays import as_real_tensor, check_same_order, columns_of
 from mdnorm.balance.problem import Problem, distance, entropy, propensity
-from mdnorm.design.row_order import check_same_order
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_same_rows
 from mdnorm.metrics.columns import as_categories

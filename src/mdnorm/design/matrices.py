@@ -31,7 +31,7 @@ from mdnorm.design.formula import (
     parse_formula,
 )
 from mdnorm.design.reader import Column, column_names, read_columns
-from mdnorm.design.roles import TableWarning, stand_in_warning
+from mdnorm.design.roles import TableWarning, code_warning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
 from mdnorm.design.terms import Terms, TermValues, scoped_products
 from mdnorm.text import warn
@@ -290,7 +290,7 @@ class Design:
         ConfoundedDesignWarning
             Label and metadata can hardly be told apart: see `diagnose`.
         TableWarning
-            Numbers such as −9999 seem to stand for missing values.
+            Numbers such as −9999 seem to stand for missing values, or few different integers for a category.
         """
         self._is_fitted = False
         columns, num_rows = read_columns(table, self.variables())
@@ -321,7 +321,10 @@ class Design:
         self._fit_moments(values)
         self._is_fitted = True
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
-        for note in filter(None, map(stand_in_warning, columns.values())):
+        declared = self.declared_categories()
+        notes = [stand_in_warning(column) for column in columns.values()]
+        notes += [code_warning(column) for name, column in columns.items() if name not in declared]
+        for note in filter(None, notes):
             warn(note, TableWarning)
         if diagnosis.warnings:
             warn(

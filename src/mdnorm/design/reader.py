@@ -306,6 +306,8 @@ def _of_array(name: str, values: NDArray[Any]) -> Column:
             f"column {name!r} must have shape (number of rows,), got {values.shape}: give each column of it "
             "a name of its own."
         )
+    if np.ma.is_masked(values):  # None, where the mask is
+        return _of_objects(name, values.tolist())
     if values.dtype.kind in "iuf":
         return _of_numbers(name, values)
     if values.dtype.kind in "mM":

@@ -108,6 +108,20 @@ def stand_in_warning(column: Column) -> str | None:
     )
 
 
+def code_warning(column: Column) -> str | None:
+    """Return a sentence where integers that count as a measure may be codes of a category; otherwise None."""
+    if column.kind != "number" or column.categorical or column.values.dtype.kind not in "iu":
+        return None
+    values = column.as_float()[~column.missing]
+    count = len(np.unique(values))
+    if count < 3 or not is_code(values):
+        return None
+    return (
+        f"column {column.name!r} has {count} different integers, which count as a measure: write "
+        f"C({column.name}) where they are codes of a category, or make them floats where they are none."
+    )
+
+
 def odd_cell(column: Column) -> str | None:
     """Return what is wrong with a column of text most of whose values are numbers; None for all others.
 

@@ -223,7 +223,8 @@ def warn_of_output(model: nn.Module, name: str) -> None:
     warn(
         f"the output of {name!r} is that of the {type(model).__name__}: logits would be corrected, and what "
         "the metadata rightly say about the label taken out of them. Insert after the last hidden layer; or "
-        "after '' where the model is an encoder, and its output are features."
+        "after '' where the model is an encoder, and its output are features. Where the model returns these "
+        "features beside its logits, all is well."
     )
 
 

@@ -17,6 +17,7 @@ from mdnorm.integration.applied import call_on
 from mdnorm.integration.dependence import Selector, described, select
 from mdnorm.integration.design import designs_in
 from mdnorm.integration.wrapper import WithMetadata
+from mdnorm.text import listed
 
 Forward = Callable[[nn.Module, Any], Any]
 Keys = Mapping[str, Selector | list[Selector] | None]
@@ -94,6 +95,13 @@ def parts_of(
         lists = (key if isinstance(key, (list, tuple)) else [key] for key in keys.values())
         named = {key for part in lists for key in part if not callable(key)}
         keywords = {name: value for name, value in batch.items() if name not in named}
+        taken = _signature(model.model if isinstance(model, WithMetadata) else model).parameters
+        unknown = [name for name in keywords if name not in taken]
+        if unknown and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+            raise TypeError(
+                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=, "
+                "where the parts of the batch are that are needed."
+            )
     else:
         several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
         inputs = tuple(select(batch, key, _BATCH) for key in several)

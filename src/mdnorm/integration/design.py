@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -31,9 +32,10 @@ class AttachedDesign(nn.Module):
     def __init__(self, design: Design | None = None) -> None:
         super().__init__()
         self._parsed: tuple[Tensor, int, Design] | None = None
-        text = "" if design is None else design.to_json()
-        # bytearray, since a tensor cannot share memory that is read-only.
-        encoded = bytearray(text.encode("ascii"))
+        text = b"" if design is None else design.to_json().encode("ascii")
+        # With a checksum: what averages the buffers of a model makes other bytes of these. As a bytearray,
+        # since a tensor cannot share memory that is read-only.
+        encoded = bytearray(b"%08x" % zlib.crc32(text) + text if text else b"")
         self.register_buffer(
             "json", torch.frombuffer(encoded, dtype=torch.uint8).clone() if encoded else torch.empty(0).byte()
         )
@@ -49,10 +51,13 @@ class AttachedDesign(nn.Module):
                 "the model has room for a design but none in it: load a checkpoint, or attach_design(model, "
                 "design)."
             )
-        try:
-            return Design.from_json(bytes(self.json.cpu().tolist()).decode("ascii"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"the design in this model is damaged: {error}") from error
+        encoded = bytes(self.json.cpu().tolist())
+        if encoded[:8] != b"%08x" % zlib.crc32(encoded[8:]):
+            raise ValueError(
+                "the design in this model is damaged. An average of the model's buffers does that (an EMA of "
+                "them): average the parameters alone, or attach_design(model, design) again."
+            )
+        return Design.from_json(encoded[8:].decode("ascii"))
 
     def parsed(self) -> Design:
         """Return the design as `design` does, read only once: not to be changed."""

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from mdnorm.bars import with_bar
 from mdnorm.distributed import group_of
+from mdnorm.integration.applied import layer_of, samples_first
 from mdnorm.integration.batches import Forward, Keys, evaluating, runner
 from mdnorm.integration.dependence import LayerOutputs, Selector
 from mdnorm.moments import NoSamplesError
@@ -59,8 +60,8 @@ def features(
     Warns
     -----
     UserWarning
-        The loader shuffles, so that rows do not follow those of a table; or leaves out the last samples
-        (``drop_last=True``).
+        The loader shuffles or has a sampler, so that rows do not follow those of a table; or it leaves out
+        the last samples (``drop_last=True``).
 
     Raises
     ------
@@ -83,6 +84,7 @@ def features(
     run = runner(forward, keys)
     collected = LayerOutputs(model, layer, output)
     name, parts = collected.name, []
+    inserted_there = layer_of(collected.module)
     _warn_of_order(loader)
     collected.open()
     with closing(collected), evaluating(model), torch.no_grad():
@@ -94,6 +96,8 @@ def features(
                     "a module that the forward pass calls once (as a module, not by its weights)."
                 )
             rows = collected.outputs.pop()
+            if inserted_there is not None:
+                rows = samples_first(rows, inserted_there[1].sample_dim, name)
             if rows.is_nested:
                 raise TypeError(
                     f"the output of {name!r} is a nested tensor, not one of one row per sample: give output= "
@@ -113,14 +117,17 @@ def features(
 
 
 def _warn_of_order(loader: Iterable[Any]) -> None:
-    if not isinstance(loader, DataLoader):
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
         return
-    if isinstance(loader.sampler, RandomSampler):
+    # A batch sampler of the user's own has the sampler inside, where it is made of one.
+    batches: Any = loader.batch_sampler or loader
+    sampler = getattr(batches, "sampler", batches)
+    if not isinstance(sampler, SequentialSampler):
         warn(
-            "the loader shuffles: the features come in an order of their own, not in that of a table. Give a "
-            "DataLoader with shuffle=False."
+            f"the loader takes its samples by a {type(sampler).__name__}: the features come in an order of "
+            "their own, not in that of a table. Give a DataLoader without shuffle=True and without a sampler."
         )
-    if loader.drop_last:
+    if getattr(batches, "drop_last", False):
         warn(
             "the loader leaves out what fills no batch (drop_last=True): give one with drop_last=False for "
             "features of all samples."

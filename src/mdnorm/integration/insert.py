@@ -31,7 +31,7 @@ from mdnorm.integration.dependence import Selector
 from mdnorm.integration.design import DESIGN_NAME, attach_design, designs_in, remove_designs
 from mdnorm.integration.places import Target
 from mdnorm.layer import MetadataNorm
-from mdnorm.text import aligned
+from mdnorm.text import aligned, warn
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +167,12 @@ def insert(
     settings = {"num_metadata": num_metadata, "num_labels": num_labels, "output": output}
     settings |= {"sample_dim": sample_dim} | options
     fresh = without_layer(model, targets, settings)
+    for name, module in fresh.items() if sample_dim == 0 and not callable(output) else ():
+        if not next((part.batch_first for part in module.modules() if hasattr(part, "batch_first")), True):
+            warn(
+                f"{name!r} is a {type(module).__name__} with batch_first=False, whose samples are in the "
+                "second dimension: give sample_dim=1, or the steps of the sequences are taken for samples."
+            )
     shapes: dict[str, torch.Size] = {}
     if example is not None:
         shapes = _shapes_of_example(model, fresh, output, sample_dim, example)

@@ -174,6 +174,10 @@ def refuse_unusable(model: nn.Module, name: str, module: nn.Module, takes_apart:
 
     `takes_apart` says whether the output is to be taken apart or turned (`output`, `sample_dim`).
     """
+    if isinstance(getattr(module, LAYER_NAME, None), MetadataNorm):
+        raise ValueError(
+            f"{name!r} has a MetadataNorm behind it already: name another module, or mdnorm.remove it first."
+        )
     if hasattr(module, LAYER_NAME):
         raise ValueError(f"{name!r} has something else of the name {LAYER_NAME!r}: rename it.")
     caller = lenders(model).get(id(module))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import itertools
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from mdnorm import context
 from mdnorm.arrays import plain_features, statistics_dtype
@@ -65,9 +66,9 @@ def recalibrate(
     model : nn.Module
         With `MetadataNorm` layers; left in the mode (train or eval) it came in.
     loader : iterable of batches
-        The training rows; others where there are no training rows any more. Iterated once for each pass, and
-        for a first batch, so it must not be exhausted after one pass (a `DataLoader`, a list; not a
-        generator). Labels must reach the layers that have label columns.
+        The training rows; others where there are no training rows any more. Iterated once for each pass, so
+        it must not be exhausted after one (a `DataLoader`, a list; not a generator). Labels must
+        reach the layers that have label columns.
     held_out : iterable of batches, optional
         Rows that the network was not trained on, in the same form; some hundred are enough to tell whether it
         memorised. Do not measure its accuracy on the same rows afterwards.
@@ -155,6 +156,7 @@ def recalibrate(
     # A compiled graph would pass by the hooks that see a layer's input.
     with evaluating(model), torch.no_grad(), uncompiled(), context.labels_of_tables(), _hooked(layers, note):
         agreeing = functools.partial(_agree, order, group)
+        loader = _Opened(loader)
         waiting = _passes(model, loader, run, layers, order, agreeing)
         if not waiting:
             raise ValueError("no MetadataNorm layer ran in the forward pass.")
@@ -203,9 +205,35 @@ def _hooked(layers: Mapping[str, MetadataNorm], before: Callable[..., None]) -> 
         yield
 
 
+class _Opened:
+    """A loader of which the first batch is looked at before the first pass, which goes on from there.
+
+    A stream that begins anew for no pass would else lose its first batch in silence.
+    """
+
+    def __init__(self, loader: Iterable[Any]) -> None:
+        self.loader, self.first, self.rest = loader, list[Any](), iter(())
+
+    def look(self) -> list[Any]:
+        """Open the loader and return its first batch, in a list that is empty where there is none."""
+        self.rest = iter(self.loader)
+        self.first = list(itertools.islice(self.rest, 1))
+        return self.first
+
+    def __iter__(self) -> Iterator[Any]:
+        if not self.first:
+            return iter(self.loader)
+        batches = itertools.chain(self.first, self.rest)
+        self.first = []
+        return batches
+
+    def __length_hint__(self) -> int:
+        return operator.length_hint(self.loader)
+
+
 def _passes(
     model: nn.Module,
-    loader: Iterable[Any],
+    loader: _Opened,
     run: Forward,
     layers: dict[str, MetadataNorm],
     order: list[str],
@@ -216,7 +244,7 @@ def _passes(
     plain: dict[str, list[Any]] = {}
 
     def first_run() -> None:
-        batches.extend(itertools.islice(loader, 1))
+        batches.extend(loader.look())
         if not batches:
             raise NoSamplesError("no samples: the loader is empty.")
         plain.update(_inputs(model, batches[0], run, layers, changing=False))
@@ -260,8 +288,8 @@ def _inputs(
     with ExitStack() as stack, _hooked(layers, note):
         for layer in layers.values() if changing else ():
             stack.callback(layer.register_forward_hook(change).remove)
-        # A forward of the user's may take things out of the batch.
-        run(model, copy.copy(batch) if isinstance(batch, (dict, list)) else batch)
+        # A forward of the user's may take things out of the batch, or change its tensors in place.
+        run(model, tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch))
     return seen
 
 

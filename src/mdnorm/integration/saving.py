@@ -22,7 +22,7 @@ from mdnorm.files import atomic_path
 from mdnorm.integration.applied import inserted
 from mdnorm.integration.design import AttachedDesign, designs_in, device_for_design, remove_designs
 from mdnorm.integration.insert import put_behind, remove, without_layer
-from mdnorm.integration.places import LAYER_NAME, refuse_wrapped, targets
+from mdnorm.integration.places import LAYER_NAME, named, refuse_wrapped, targets
 from mdnorm.integration.wrapper import WithMetadata
 from mdnorm.layer import MetadataNorm
 from mdnorm.text import listed
@@ -244,7 +244,10 @@ def _check_plain(model: nn.Module, state: dict[str, Any], tensors: dict[str, Ten
     """Raise ValueError where the file has weights of another model."""
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         raise ValueError("the model has no memory (device meta): model.to_empty(device=…) first")
-    ours = [f"{layer['after']}.{LAYER_NAME}.".lstrip(".") for layer in state["layers"]]
+    # A module that the model has in several places has as many names, and so has the layer behind it.
+    after = {layer["after"] for layer in state["layers"]}
+    places = [names for _, names in named(model).values() if after & set(names)]
+    ours = [f"{name}.{LAYER_NAME}.".lstrip(".") for names in places for name in names]
     ours += [f"{name}." for name in state["designs"]]
     # Layers of the model's own may get their sizes from the file.
     ours += [f"{name}.".lstrip(".") for name, part in model.named_modules() if isinstance(part, MetadataNorm)]

@@ -16,8 +16,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mdnorm.arrays import as_real_tensor, checked_weights
-from mdnorm.design.row_order import check_same_order
+from mdnorm.arrays import as_real_tensor, check_same_order, checked_weights
 from mdnorm.metrics.checks import check_confidence, check_integer, check_same_rows
 from mdnorm.metrics.columns import Categories, as_categories
 from mdnorm.metrics.group_rates import Estimate, Problem, Rate, estimates

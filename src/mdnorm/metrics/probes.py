@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from mdnorm.design.row_order import check_same_order
+from mdnorm.arrays import check_same_order
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations, check_same_rows
 from mdnorm.metrics.columns import as_categories, as_column

@@ -12,8 +12,8 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
+from mdnorm.arrays import check_same_order
 from mdnorm.design.leakage import LeakageWarning, leaking_features
-from mdnorm.design.row_order import check_same_order
 from mdnorm.tables.combat import (
     LocationScale,
     SiteCodes,

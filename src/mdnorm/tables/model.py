@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mdnorm.arrays import check_same_order
 from mdnorm.design import Design
 from mdnorm.design.reader import column_names, read_columns, shown
-from mdnorm.design.row_order import check_same_order
 from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path

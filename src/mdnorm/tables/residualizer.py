@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from sklearn.base import TransformerMixin
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
-from mdnorm.design.row_order import check_same_order
+from mdnorm.arrays import check_same_order
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.covariance import CovarianceModel
 from mdnorm.tables.fitting import TableFitter
