@@ -1,5 +1,7 @@
 """Shared settings: seeded randomness, hypothesis without a time limit on a loaded machine, errors seen."""
 
+import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +17,14 @@ settings.load_profile("mdnorm")
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _without_waiting_for_the_disk() -> Iterator[None]:
+    """No test cuts the power, and some write thousands of small files, each of which would wait."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
 
 
 # As it is before any module of tests is imported: some packages change it at import, others when they train.

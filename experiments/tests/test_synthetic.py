@@ -167,9 +167,9 @@ class TestTraining:
 
     def test_the_effect_shows(self):
         """A short training already separates the two: the network without correction uses the confounder."""
-        options = {"batch_size": 200, "epochs": 5, "learning_rate": 3e-4, "size": 1000}
+        options = {"batch_size": 100, "epochs": 7, "learning_rate": 3e-4, "size": 500}
         rows = {
-            method: train(small(method, **options, test_size=500), lambda: None)
+            method: train(small(method, **options, test_size=400), lambda: None)
             for method in ("none", "mdn-last-dataset")
         }
         assert rows["none"]["bacc"] > 0.91
