@@ -11,6 +11,7 @@ import torch
 import mdnorm
 from mdnorm import metadata_norm
 from mdnorm.arrays import as_real_tensor, check_finite_columns, columns_of, label_columns, plain_tensor
+from mdnorm.design.reader import read_column
 
 AGES = [20.5, 30.0, 40.25]
 
@@ -35,6 +36,18 @@ def test_numbers_of_several_types(table, expected):
     assert tensor.double().tolist() == np.array(rows, dtype=np.float64).tolist()
 
 
+def test_categories_of_numbers_are_classes_as_labels():
+    assert label_columns(pd.Series([1, 0, 2], dtype="category"), 3).long().argmax(1).tolist() == [1, 0, 2]
+
+
+@pytest.mark.parametrize("values", [AGES, [20, 30, 40]])
+def test_what_is_masked_is_missing(values):
+    masked = np.ma.masked_array(values, [False, True, False])
+    assert as_real_tensor(masked, "metadata").isnan().tolist() == [False, True, False]
+    assert read_column("age", masked).missing.tolist() == [False, True, False]
+    assert as_real_tensor(np.ma.masked_array(values), "metadata").tolist() == values
+
+
 def test_missing_values_are_named_by_who_looks_at_them():
     table = pd.DataFrame({"count": pd.array([1, None, 3], "Int64"), "age": AGES})
     tensor = as_real_tensor(table, "metadata")
@@ -53,6 +66,8 @@ def test_missing_values_are_named_by_who_looks_at_them():
             pd.DataFrame({"sex": list("mfm"), "day": [pd.Timestamp(0)] * 3}),
             r"the column\(s\) 'sex', 'day' are",
         ),
+        (pd.DataFrame({"age": AGES, "site": pd.Categorical([1, 2, 1])}), r"the column\(s\) 'site' are not"),
+        (pd.Series([1, 2, 1], dtype="category"), r"the column\(s\) 'metadata' are not: encode categories"),
         (np.array([None, None]), "got an array of dtype object: encode"),
         (np.array(["a", "b"]), "got an array of dtype <U1: encode"),
         ([1 + 2j], "got an array of dtype complex128"),
@@ -61,6 +76,13 @@ def test_missing_values_are_named_by_who_looks_at_them():
 def test_what_is_not_numeric_is_named(table, message):
     with pytest.raises(TypeError, match=f"metadata must be real and numeric, (but )?{message}"):
         as_real_tensor(table, "metadata")
+
+
+def test_a_list_of_tensors_is_refused():
+    """What a loader makes of several columns; where there are as many as rows, both would be possible."""
+    with pytest.raises(TypeError, match=r"labels is a list of tensors.*torch\.stack\(columns, 1\)"):
+        as_real_tensor([torch.zeros(2), torch.ones(2)], "labels")
+    assert as_real_tensor([torch.tensor(1.0), torch.tensor(2.0)], "labels").tolist() == [1, 2]
 
 
 class TestColumns:

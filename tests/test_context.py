@@ -2,6 +2,7 @@ import copy
 import pickle
 import threading
 
+import pandas as pd
 import pytest
 import torch
 from torch import nn
@@ -35,7 +36,7 @@ def explicit(model, images, metadata, labels=None):
 def test_the_context_gives_what_arguments_give(training):
     images, metadata, labels = data()
     model, twin = make_model().train(training), make_model().train(training)
-    with mdnorm.metadata(model, metadata, labels):
+    with torch.set_grad_enabled(training), mdnorm.metadata(model, metadata, labels):
         out = model(images)
     assert torch.equal(out, explicit(twin, images, metadata, labels))
     for name, value in model.state_dict().items():
@@ -143,7 +144,7 @@ def test_errors():
     unlabelled = nn.Sequential(MetadataNorm(6, 2))
     with pytest.raises(ValueError, match="num_labels=0"), mdnorm.metadata(unlabelled, metadata, labels):
         pass
-    with mdnorm.metadata(unlabelled.eval(), metadata, labels):
+    with torch.no_grad(), mdnorm.metadata(unlabelled.eval(), metadata, labels):
         assert torch.equal(unlabelled(images), images)
     model = make_model()
     with (
@@ -308,6 +309,45 @@ def test_compiled_the_metadata_are_inputs_of_one_graph(training):
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for seed in range(3):
         _, metadata, labels = data(seed=seed)
-        with mdnorm.metadata(compiled, metadata, labels), mdnorm.metadata(twin, metadata, labels):
+        contexts = mdnorm.metadata(compiled, metadata, labels), mdnorm.metadata(twin, metadata, labels)
+        with torch.set_grad_enabled(training), contexts[0], contexts[1]:
             torch.testing.assert_close(compiled(images), twin(images))
     assert len(graphs) == 1
+
+
+# -- what is easily overlooked ----------------------------------------------------------------------------
+
+
+def test_a_layer_in_evaluation_while_the_model_trains_is_warned_of():
+    images, metadata, labels = data()
+    model = make_model(estimator="running")
+    model[1].eval()
+    with (
+        pytest.warns(UserWarning, match="is in evaluation mode and has seen no data"),
+        mdnorm.metadata(model, metadata),
+    ):
+        pass
+    with (
+        pytest.warns(UserWarning, match=r"Call model\.train\(\)"),
+        mdnorm.metadata(model.eval(), metadata, labels),
+    ):
+        pass
+    # Neither where it knows coefficients that are to stay, nor in an evaluation.
+    with torch.no_grad(), mdnorm.metadata(model, metadata, labels):
+        pass
+    with mdnorm.metadata(model.train(), metadata, labels):
+        model(images)
+    model[1].eval()
+    with mdnorm.metadata(model, metadata, labels):
+        pass
+
+
+def test_labels_in_another_order_than_the_table_are_refused():
+    _, metadata, labels = data()
+    table = pd.DataFrame(metadata.numpy())
+    shuffled = pd.Series(labels[:, 0].numpy()).sample(frac=1, random_state=0)
+    with (
+        pytest.raises(ValueError, match="labels has the same row labels as metadata, but in another order"),
+        mdnorm.metadata(make_model(), table, shuffled),
+    ):
+        pass

@@ -185,11 +185,11 @@ def _warn_of_idle(layers: list[tuple[nn.Module, MetadataSlot]]) -> None:
         parts: Any = getattr(layer, "parts", ())
         if not layer.training and not any(bool(part.is_standardised) for part in parts):
             name = getattr(layer, "inserted_after", None)
+            where = "of the model" if name is None else f"after {name!r}"
             warn(
-                f"the MetadataNorm {'of the model' if name is None else f'after {name!r}'} is in evaluation mode "
-                "and has seen no data: it corrects nothing and learns nothing. Call model.train() before "
-                "training; where a part of the model stays in evaluation mode, the train() of the layer inside "
-                "of it. An evaluation runs in torch.no_grad()."
+                f"the MetadataNorm {where} is in evaluation mode and has seen no data: it does nothing, and "
+                "learns nothing. Call model.train() before training; where a part of the model stays in "
+                "evaluation mode, the train() of the layer in it. Evaluate in torch.no_grad()."
             )
 
 

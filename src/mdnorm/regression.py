@@ -505,14 +505,12 @@ class _Regress(torch.autograd.Function):
                     total, left = matrix * sharing, left / sharing
                 batch = basis.mT @ total
                 if adjoint is not None:
-                    # A second pass over a retained graph would enter the running mean as another batch.
-                    if torch.is_grad_enabled() or (eager and getattr(ctx, "was_run", False)):
+                    if torch.is_grad_enabled():
                         raise RuntimeError(
                             "estimator='running' keeps state in the backward pass, which can therefore be "
                             "differentiated only once: for second derivatives take 'batch', 'dataset' or "
                             "'recursive'."
                         )
-                    ctx.was_run = True
                     # Of several processes, or of weights, the number is a tensor in float64.
                     samples = samples.to(batch.dtype) if isinstance(samples, Tensor) else samples
                     scaled = isinstance(samples, Tensor) or samples != 1

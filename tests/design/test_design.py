@@ -508,7 +508,7 @@ def test_a_reference_of_a_label_that_is_not_there() -> None:
 
 
 def test_levels_of_labels_of_other_kinds() -> None:
-    table = {"age": np.arange(40.0), "score": np.arange(40) % 3, "sex": ["f", "m"] * 20}
+    table = {"age": np.arange(40.0), "score": np.arange(40) % 3.0, "sex": ["f", "m"] * 20}
     table["kind"] = [chr(97 + i % 8) for i in range(40)]
     design = Design("age", labels=["score", "C(kind)", "sex"]).fit(table)
     assert list(design.label_levels) == ["C(kind)", "sex"]

@@ -5,7 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    SequentialSampler,
+    SubsetRandomSampler,
+    TensorDataset,
+)
 
 import mdnorm
 from mdnorm import features, fit_gram, recalibrate, recalibrated
@@ -82,10 +88,35 @@ class TestFeatures:
 
     def test_order_and_completeness_are_warned_of(self):
         dataset = TensorDataset(*rows())
-        with pytest.warns(UserWarning, match="the loader shuffles"):
-            features(make_model(), "0", DataLoader(dataset, batch_size=16, shuffle=True))
-        with pytest.warns(UserWarning, match="drop_last=True"):
-            assert len(features(make_model(), "0", DataLoader(dataset, batch_size=16, drop_last=True))) == 48
+        subset = SubsetRandomSampler(range(50))
+        for options in (
+            {"batch_size": 16, "shuffle": True},
+            {"batch_size": 16, "sampler": subset},
+            {"batch_sampler": BatchSampler(subset, 16, False)},
+        ):
+            with pytest.warns(UserWarning, match="takes its samples by a .*RandomSampler: the features"):
+                features(make_model(), "0", DataLoader(dataset, **options))
+        for options in (
+            {"batch_size": 16, "drop_last": True},
+            {"batch_sampler": BatchSampler(SequentialSampler(dataset), 16, True)},
+        ):
+            with pytest.warns(UserWarning, match="drop_last=True"):
+                assert len(features(make_model(), "0", DataLoader(dataset, **options))) == 48
+
+    def test_samples_in_the_second_dimension(self):
+        """Behind a layer that says so, rows are samples and not the steps of sequences."""
+
+        class Recurrent(nn.Sequential):
+            def forward(self, sequences):
+                return self[1](self[0](sequences)[0])
+
+        model = Recurrent(nn.LSTM(3, 4), nn.Linear(4, 2))
+        mdnorm.insert(model, "0", num_metadata=1, sample_dim=1)
+        sequences, age = torch.randn(5, 20, 3), torch.randn(20)
+        batches = [(sequences[:, part], age[part]) for part in (slice(0, 12), slice(12, 20))]
+        found = features(model, "0", batches, output=0)
+        with torch.no_grad(), mdnorm.metadata(model.eval(), age):
+            torch.testing.assert_close(found, model[0](sequences)[0].transpose(0, 1))
 
     def test_errors(self):
         image, age, _ = rows()

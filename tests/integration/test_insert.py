@@ -406,7 +406,8 @@ class TestOutputs:
     def test_an_lstm_whose_second_dimension_counts_the_samples(self):
         model = nn.LSTM(3, 4).double()
         features, metadata, _ = data(shape=(5, 3))
-        mdnorm.insert(model, "")
+        with pytest.warns(UserWarning, match=r"'' is a LSTM with batch_first=False.*: give sample_dim=1"):
+            mdnorm.insert(model, "")
         with (
             pytest.raises(ValueError, match="after '': metadata has 40 rows"),
             mdnorm.metadata(model, metadata),
@@ -680,7 +681,8 @@ def test_compiled_to_one_graph(training):
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     for seed in range(3):
         images, metadata, labels = data(seed=seed)
-        with mdnorm.metadata(compiled, metadata, labels), mdnorm.metadata(twin, metadata, labels):
+        contexts = mdnorm.metadata(compiled, metadata, labels), mdnorm.metadata(twin, metadata, labels)
+        with torch.set_grad_enabled(training), contexts[0], contexts[1]:
             torch.testing.assert_close(compiled(images), twin(images))
     assert len(graphs) == 1
 

@@ -220,6 +220,31 @@ def test_models_with_layers_of_their_own_tied_weights_and_no_design(tmp_path):
     assert torch.equal(predict(fresh.eval(), x, metadata), predict(model.eval(), x, metadata))
 
 
+class TwoNames(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 4), nn.Linear(4, 2)
+        self.layers = nn.ModuleList([self.first, self.second])
+
+    def forward(self, images):
+        return self.layers[1](self.layers[0](images).relu())
+
+
+@pytest.mark.parametrize("after", ["first", "layers.0"])
+def test_a_module_that_has_two_names(tmp_path, after):
+    torch.manual_seed(0)
+    model, images, age = TwoNames(), torch.randn(20, 6), torch.randn(20)
+    mdnorm.insert(model, after, num_metadata=1, example=images)
+    mdnorm.recalibrate(model, [(images, age)], shrink=False)
+    mdnorm.save(model, tmp_path / "model.safetensors")
+    loaded = mdnorm.load(TwoNames(), tmp_path / "model.safetensors")
+    outputs = []
+    for each in (model.eval(), loaded.eval()):
+        with torch.no_grad(), mdnorm.metadata(each, age):
+            outputs.append(each(images))
+    assert torch.equal(*outputs)
+
+
 def test_a_layer_that_has_not_run_has_no_state_yet(tmp_path):
     model = Network()
     mdnorm.insert(model, "encoder.0", window=70)
