@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, TensorDataset
 
-from mdnorm.design import ConfoundedDesignWarning, Design, FormulaError
+from mdnorm.design import ConfoundedDesignWarning, Design, FormulaError, TableWarning
 from mdnorm.design.reader import read_columns
 from mdnorm.layer import MetadataNorm
 
@@ -505,6 +505,15 @@ def test_a_reference_of_a_label_that_is_not_there() -> None:
         Design("age", labels="C(dx, reference='HC')").fit(table)
     with pytest.raises(ValueError, match="levels= does not list"):
         Design("age", labels="C(dx, levels=['CN', 'MCI'])").fit(table)
+
+
+def test_classes_that_count_as_a_measure_are_warned_of() -> None:
+    """Integers 0, 1, 2 as one column make a ranking of three classes; floats say that it is meant."""
+    table = {"age": np.arange(40.0), "dx": np.arange(40) % 3}
+    with pytest.warns(TableWarning, match=r"label 'dx' has 3 different integers.*: write C\(dx\) where"):
+        Design("age", labels="dx").fit(table)
+    for labels, values in (("C(dx)", table["dx"]), ("dx", table["dx"] * 1.0), ("dx", table["dx"] % 2)):
+        Design("age", labels=labels).fit(table | {"dx": values})
 
 
 def test_levels_of_labels_of_other_kinds() -> None:

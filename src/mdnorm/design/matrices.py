@@ -290,7 +290,7 @@ class Design:
         ConfoundedDesignWarning
             Label and metadata can hardly be told apart: see `diagnose`.
         TableWarning
-            Numbers such as −9999 seem to stand for missing values, or few different integers for a category.
+            Numbers such as −9999 seem to stand for missing values, or integers of a label for classes.
         """
         self._is_fitted = False
         columns, num_rows = read_columns(table, self.variables())
@@ -321,9 +321,10 @@ class Design:
         self._fit_moments(values)
         self._is_fitted = True
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
-        declared = self.declared_categories()
         notes = [stand_in_warning(column) for column in columns.values()]
-        notes += [code_warning(column) for name, column in columns.items() if name not in declared]
+        notes += [
+            code_warning(columns[factor.text]) for factor in self._label_factors if factor.text in columns
+        ]
         for note in filter(None, notes):
             warn(note, TableWarning)
         if diagnosis.warnings:
