@@ -12,24 +12,10 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score_loss, recall_score
 from statsmodels.api import WLS
 from statsmodels.stats.proportion import proportion_confint
+from test_group_gaps import _data
 
 from mdnorm.metrics import group_gaps
 from mdnorm.metrics.rates import effective_rows
-
-
-def _data(
-    n: int = 600, num_classes: int = 2, seed: int = 0
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Labels, predictions, groups and scores; the third group is predicted worse."""
-    rng = np.random.default_rng(seed)
-    y = rng.integers(0, num_classes, n)
-    groups = np.array(["a", "b", "c"])[rng.choice(3, n, p=[0.5, 0.3, 0.2])]
-    logits = (
-        rng.standard_normal((n, num_classes))
-        + np.where(groups == "c", 0.5, 2)[:, None] * np.eye(num_classes)[y]
-    )
-    scores = np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
-    return y, scores.argmax(axis=1), groups, scores
 
 
 @pytest.mark.parametrize("num_classes", [2, 3])
