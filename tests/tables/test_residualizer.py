@@ -968,7 +968,12 @@ def test_digits_from_two_scanners() -> None:
         ),
         ({}, {"metadata": np.eye(90)}, ValueError, "n_samples=90.* for 90 linearly independent.*ridge="),
         ({}, {"metadata": np.zeros(90), "sample_weight": -np.ones(90)}, ValueError, "not negative"),
-        ({"metadata_columns": [0]}, {"metadata": np.zeros(90)}, ValueError, "were both given"),
+        (
+            {"metadata_columns": [0]},
+            {"metadata": np.zeros(90)},
+            ValueError,
+            r"metadata are in X \(metadata_columns",
+        ),
         (
             {"metadata_columns": ["age"]},
             {},

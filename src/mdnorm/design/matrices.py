@@ -292,8 +292,15 @@ class Design:
         TableWarning
             Numbers such as −9999 seem to stand for missing values.
         """
+        return self.fit_columns(read_columns(table, self.variables())[0])
+
+    def fit_columns(self, columns: Mapping[str, Column], weights: Matrix | None = None) -> Design:
+        """Do what `fit` does, with columns that were read before, all of `variables`.
+
+        With `weights` (n,), all positive, means and deviations are weighted; knots are not.
+        """
         self._is_fitted = False
-        columns, num_rows = read_columns(table, self.variables())
+        num_rows = len(next(iter(columns.values())).missing)
         if num_rows < 2:
             raise ValueError(
                 f"the table has {num_rows} row(s): fit needs at least 2, and many more to be of use."
@@ -318,7 +325,7 @@ class Design:
         self._terms = Terms(scoped_products(self._written_terms, self._factors), indicators)
         self._check_number_of_labels()
         values = self._evaluate(columns)
-        self._fit_moments(values)
+        self._fit_moments(values, weights)
         self._is_fitted = True
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         for note in filter(None, map(stand_in_warning, columns.values())):
@@ -474,14 +481,14 @@ class Design:
             raise ValueError(f"the table has no label column {absent[0]!r}: add it, or pass labels=False.")
         return not absent
 
-    def _fit_moments(self, values: TermValues) -> None:
+    def _fit_moments(self, values: TermValues, weights: Matrix | None) -> None:
         names = self._terms.names
         if not self._terms.width - len(self._terms.indicators):
             raise ValueError(
                 "the design has no columns: every variable of it is a category with a single level. There is "
                 "nothing to correct for."
             )
-        count, mean, deviation = values.moments()
+        count, mean, deviation = values.moments(weights)
         if (count == 0).any():
             name = names[int(np.flatnonzero(count == 0)[0])]
             raise ValueError(

@@ -45,8 +45,13 @@ class Column:
     declared: tuple[Any, ...] = ()
 
     def rows(self, index: NDArray[Any]) -> Column:
-        """Return the column with these rows only: a mask, or indices."""
-        return replace(self, values=self.values[index], missing=self.missing[index])
+        """Return the column with these rows only, a mask or indices, and their `distinct` values."""
+        values, missing, distinct = self.values[index], self.missing[index], self.distinct
+        if distinct is not None:
+            there, values = np.unique(values, return_inverse=True)
+            distinct = tuple(distinct[place] for place in there)
+        kind = "empty" if len(missing) and missing.all() else self.kind
+        return replace(self, kind=kind, values=values, missing=missing, distinct=distinct)
 
     def with_declared(self) -> Column:
         """Return the column with all declared levels among the `distinct` ones, so that they are `levels`."""

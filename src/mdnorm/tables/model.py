@@ -542,6 +542,16 @@ def skips_missing_features(rule: str) -> bool:
     return rule == "skip"
 
 
+def all_skipped(is_empty: NDArray[np.bool_], names: Sequence[Any]) -> str:
+    """Return for a message why missing_features="skip" leaves no row: which (D,) features have no value."""
+    empty = [name for name, gone in zip(names, is_empty, strict=True) if gone]
+    why = f"feature(s) {shown(map(repr, empty))} have no value at all" if empty else "every row lacks some"
+    return (
+        "no row to fit to: missing_features='skip' leaves all of them out, since "
+        f"{why}. Leave such features out, or impute them."
+    )
+
+
 def without_missing(
     features: NDArray[Any], weights: FloatArray | None
 ) -> tuple[NDArray[Any], FloatArray | None]:

@@ -19,6 +19,7 @@ from mdnorm.design.row_order import check_same_order
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.covariance import CovarianceModel
 from mdnorm.tables.fitting import TableFitter
+from mdnorm.tables.model import all_skipped
 from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_reader import TableRows
 
@@ -226,8 +227,6 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
             is left of them.
         """
         self._check_parameters()
-        if sample_weight is not None and not np.any(np.asarray(sample_weight)):
-            raise ValueError("Sample weights must contain at least one non-zero number: all are zero.")
         self._is_partial = False
         self._solve(*self._update(X, y, metadata, labels, sample_weight, None, reset=True))
         return self
@@ -332,6 +331,10 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         new = model.index_of(rows.sites)[0] < 0
         if not new.any():
             raise ValueError(f"all rows are of sites that are known already, {list(model.sites)}.")
+        complete = ~np.isnan(rows.features).any(1)
+        if not (new & complete).any():
+            raise ValueError(all_skipped(np.isnan(rows.features[new]).all(0), self._feature_names()))
+        new &= complete
         features = self._without_intercepts(rows.features, rows.subjects)[new]
         codes, design = SiteCodes(rows.sites.codes[new], rows.sites.levels), rows.design[new]
         model = model.with_sites(self._moments(TableRows(features, design, codes, None)))

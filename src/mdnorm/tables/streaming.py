@@ -34,6 +34,7 @@ from mdnorm.tables.model import (
     DesignColumns,
     MetadataModel,
     Specification,
+    all_skipped,
     check_finite,
     check_model_path,
     design_columns,
@@ -340,10 +341,26 @@ class _Passes:
         return [name for name in (self.fit_rows, specification.weights) if isinstance(name, str)]
 
     def _no_rows(self, specification: Specification) -> TableFileError:
+        if self.skips_missing:
+            features = self.rows.features
+            empty = [np.isnan(part.features).all(0) for part in features.blocks(self.batch_rows, [])]
+            why = all_skipped(np.all(empty, axis=0), features.feature_names)
+            return TableFileError(f"{features.path}: {why}")
         return TableFileError(
             f"{self.rows.table.path}: fit_rows={self.fit_rows!r} (weights={specification.weights!r}) chooses "
             "no row to fit to."
         )
+
+    def _metadata(
+        self, columns: Sequence[str]
+    ) -> Iterator[tuple[int, pyarrow.Table, NDArray[np.bool_] | None]]:
+        """Yield metadata with the index of the first row, and which rows have all features (None: all)."""
+        rows = max(self.batch_rows, 2**16)
+        if not self.skips_missing:
+            yield from ((start, table, None) for start, table in self.rows.metadata(columns, rows))
+            return
+        for block, table in self.rows.blocks(columns, self.batch_rows):
+            yield block.start, table, ~np.isnan(block.features).any(1)
 
     def _fitted_design(self, specification: Specification) -> tuple[Design | None, list[str]]:
         """Return the design, fitted in a pass over the metadata alone, and what it warned of."""
@@ -352,32 +369,35 @@ class _Passes:
             return None, []
         variables = design.variables()
         sample = DesignSample(design, self.seed)
-        fits_all = self.fit_rows is None and weights is None
+        fits_all = self.fit_rows is None and weights is None and not self.skips_missing
         everything = sample if fits_all else DesignSample(design, self.seed, max_rows=1)
         chooser = _RowChooser(self.fit_rows, weights, self.seed)
         columns = list(dict.fromkeys([*variables, *self._chosen_columns(specification)]))
-        for start, table in self.rows.metadata(columns, max(self.batch_rows, 2**16)):
+        kept = [*variables, *([] if weights is None else [weights])]
+        for start, table, complete in self._metadata(columns):
             with _at_rows(path, start, table.num_rows):
                 mask = chooser.mask(table)
-                table = table.select(variables)
+                if complete is not None:
+                    mask = complete if mask is None else mask & complete
                 if specification.missing == "error":
-                    _check_complete(table)
-                sample.add(table if mask is None else table.filter(mask))
+                    _check_complete(table.select(variables))
+                sample.add(table.select(kept) if mask is None else table.select(kept).filter(mask))
                 if everything is not sample:
-                    everything.add(table)
+                    everything.add(table.select(variables))
             self.progress("metadata", start + table.num_rows, self.rows.table.num_rows)
         if sample.num_rows == 0:
             raise self._no_rows(specification)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            design.fit(sample.rows())
+            sample.fit(design, weights)
         if everything is not sample:
             # Now, not after an hour: a level or a gap that only other rows have.
             try:
                 design.transform(everything.witnesses(), labels=False)
             except (TypeError, ValueError) as error:
                 raise TableFileError(
-                    f"{path} has rows beside those of fit_rows={self.fit_rows!r} (weights={weights!r}) "
+                    f"{path} has rows beside those that are fitted to (fit_rows={self.fit_rows!r}, "
+                    f"weights={weights!r}, missing_features={'skip' if self.skips_missing else 'error'!r}) "
                     f"that cannot be corrected (one row of each kind was looked at): {error}"
                 ) from error
         said = (ConfoundedDesignWarning, TableWarning)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils._set_output import _get_output_config
-from sklearn.utils.validation import _check_feature_names_in, _num_samples, check_array, validate_data
+from sklearn.utils.validation import _check_feature_names_in, check_array, validate_data
 
 from mdnorm.design.reader import Column, read_column, shown, shown_rows
 from mdnorm.tables.combat import LocationScale, SiteCodes
@@ -54,21 +55,17 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
     def _fitted_model(self) -> LocationScale:
         raise NotImplementedError
 
-    def _start(self, X: Any, metadata: Any, given: dict[str, Any], classes: Any) -> None:  # noqa: N803
-        """Fix what the first rows fix: columns, levels, classes."""
-        if metadata is not None and self.metadata_columns is not None:
-            raise ValueError(
-                "metadata= and metadata_columns= were both given: metadata come from one of them."
-            )
+    def _start(
+        self, table: Any, given: dict[str, Any], classes: Any, num_rows: int, weights: FloatArray | None
+    ) -> None:
+        """Fix what the first rows that are fitted to fix: columns, levels, means, classes."""
         self._model = None
-        num_rows = self._select(X)
-        if metadata is None and self.metadata_columns is None:
+        if table is None and self.metadata_columns is None:
             warn(
                 "no metadata: X is returned unchanged. Pass metadata= to fit and transform (in a pipeline: "
                 "by metadata routing) or name metadata_columns=; metadata_columns=() says that it is meant.",
                 UserWarning,
             )
-        table = self._table(X, metadata)
         self._metadata_table = None
         if table is not None:
             keys = {"site": self.site, "subject": self.subject}
@@ -79,7 +76,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 missing=self.missing,
                 unseen=self.unseen,
             )
-            self._metadata_table.fit(table, num_rows, declared=self._is_partial)
+            self._metadata_table.fit(table, num_rows, declared=self._is_partial, weights=weights)
         else:
             for name in ("site", "subject", "formula"):
                 if getattr(self, name) is not None:
@@ -117,8 +114,8 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         several = values.ndim > 1 and values.shape[1] > 1 and values.dtype.kind in "biuf"
         return not several and (values.dtype.kind != "f" or classes is not None)
 
-    def _select(self, X: Any) -> int:  # noqa: N803
-        """Record the columns of X and which of them are features; return the number of rows."""
+    def _select(self, X: Any) -> None:  # noqa: N803
+        """Record the columns of X and which of them are features."""
         self._validated(X, reset=True)
         chosen = [] if self.metadata_columns is None else list(self.metadata_columns)
         names = list(getattr(self, "feature_names_in_", []))
@@ -139,7 +136,6 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 index.append(int(column) % self.n_features_in_)
         self._metadata_index = np.array(index, dtype=np.intp)
         self._feature_index = np.setdiff1d(np.arange(self.n_features_in_), self._metadata_index)
-        return int(_num_samples(X))
 
     def _is_mixed(self, X: Any) -> bool:  # noqa: N803
         """Whether X is a DataFrame that may hold metadata that are no numbers: only the features must be."""
@@ -190,25 +186,18 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         """Return the table of metadata, whichever argument it is in; None where there is none."""
         if self.metadata_columns is None:
             return metadata
+        if metadata is not None:
+            raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
         names = list(map(str, self.metadata_columns))
         return dict(zip(names, self._metadata_of(X), strict=True)) if names else None
 
-    def _read(
-        self,
-        X: Any,  # noqa: N803
-        metadata: Any,
-        given: dict[str, Any],
-        *,
-        training: bool = False,
-    ) -> TableRows:
+    def _read(self, X: Any, metadata: Any, given: dict[str, Any]) -> TableRows:  # noqa: N803
         """Return rows as they are in the regression; unknown protected columns at their mean."""
         features = self._checked(X)
-        if self.metadata_columns is not None and metadata is not None:
-            raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
-        return TableRows(features, *self._design(self._table(X, metadata), given, len(features), training))
+        return TableRows(features, *self._design(self._table(X, metadata), given, len(features)))
 
     def _design(
-        self, table: Any, given: dict[str, Any], num_rows: int, training: bool
+        self, table: Any, given: dict[str, Any], num_rows: int, training: bool = False
     ) -> tuple[FloatArray, SiteCodes | None, SiteCodes | None]:
         if table is None and self._metadata_table is not None:
             raise ValueError(
@@ -288,7 +277,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
 def _target_table(y: Any, is_class: bool) -> dict[str, Column]:
     """Return the columns of a target: "y", or "y0", "y1", … where there are several."""
     values = np.asarray(y)
-    matrix = values.reshape(len(values), -1)
+    matrix = values.reshape(len(values), math.prod(values.shape[1:]))
     if matrix.shape[1] > 1 and is_class:
         raise TypeError(
             f"y has {matrix.shape[1]} columns of dtype {values.dtype}: categories can be protected as one "
