@@ -726,6 +726,7 @@ def test_scale_is_equal_across_sites_afterwards_and_labels_stay() -> None:
         np.testing.assert_allclose(effect, 2.0, atol=0.5)
 
 
+@pytest.mark.filterwarnings("ignore:.*rows have a (site|subject) that was not in the fit")
 def test_a_site_that_was_not_in_fit() -> None:
     features, frame, _ = _table()
     known = (frame["site"] != "rome").to_numpy()

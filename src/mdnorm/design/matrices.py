@@ -292,6 +292,7 @@ class Design:
         TableWarning
             Numbers such as −9999 seem to stand for missing values.
         """
+        self._is_fitted = False
         return self.fit_columns(read_columns(table, self.variables())[0])
 
     def fit_columns(self, columns: Mapping[str, Column], weights: Matrix | None = None) -> Design:

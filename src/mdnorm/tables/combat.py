@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.moments import Moments, NoSamplesError
+from mdnorm.text import listed
 
 FloatArray = NDArray[np.float64]
 SiteMoments = dict[Hashable, Moments]
@@ -56,11 +57,29 @@ class SiteCodes:
     levels: list[Hashable]
 
     def index_in(self, known: Sequence[Hashable]) -> tuple[NDArray[np.intp], list[Hashable]]:
-        """Return the (n,) place of each row's level among known ones, −1 where it is not, and such levels."""
-        position = {level: index for index, level in enumerate(known)}
-        of_level = np.array([position.get(level, -1) for level in self.levels], dtype=np.intp)
+        """Return the (n,) place of each row's level among known ones, −1 where it is not, and such levels.
+
+        The integer 1 and the text "1" are the same level: one other cell makes texts of a column in a file.
+        """
+        position = {_as_text(level): index for index, level in enumerate(known)}
+        of_level = np.array([position.get(_as_text(level), -1) for level in self.levels], dtype=np.intp)
         unknown = [level for level, index in zip(self.levels, of_level, strict=True) if index < 0]
         return of_level[self.codes] if len(of_level) else np.zeros(0, np.intp), unknown
+
+
+def _as_text(level: Hashable) -> Hashable:
+    """Return a level with integers as texts, also in a combination of several."""
+    if isinstance(level, tuple):
+        return tuple(map(_as_text, level))
+    return str(level) if isinstance(level, int) and not isinstance(level, bool) else level
+
+
+def unknown_note(what: str, index: NDArray[np.intp], unknown: Sequence[Hashable], num_rows: int) -> str:
+    """Return a sentence on rows whose site or subject was not in the fit: those with the index −1."""
+    return (
+        f"{np.count_nonzero(index < 0)} of {num_rows} rows have a {what} that was not in the fit "
+        f"({listed(unknown)}): they are taken as the average {what}."
+    )
 
 
 def site_moments(
@@ -92,9 +111,11 @@ def site_moments(
 def add_moments(*parts: SiteMoments) -> SiteMoments:
     """Return the moments of the rows of all parts together."""
     total: SiteMoments = {}
+    names: dict[Hashable, Hashable] = {}
     for part in parts:
         for site, moments in part.items():
-            total[site] = total[site].merge(moments) if site in total else moments
+            name = names.setdefault(_as_text(site), site)
+            total[name] = total[name].merge(moments) if name in total else moments
     return total
 
 

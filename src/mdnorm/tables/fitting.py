@@ -16,6 +16,7 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from mdnorm.design.leakage import LeakageWarning, leaking_features
 from mdnorm.design.reader import shown_rows
+from mdnorm.design.roles import TableWarning
 from mdnorm.design.row_order import check_same_order
 from mdnorm.moments import NoSamplesError
 from mdnorm.tables.combat import (
@@ -25,6 +26,7 @@ from mdnorm.tables.combat import (
     add_moments,
     fit_location_scale,
     site_moments,
+    unknown_note,
 )
 from mdnorm.tables.covariance import CovarianceModel, fit_covariance
 from mdnorm.tables.model import all_skipped
@@ -222,6 +224,8 @@ class TableFitter(TableReader):
                 f"site(s) {unknown[:5]} were not in fit ({[str(s) for s in model.sites][:10]}). Call adapt "
                 "with rows of theirs, or set unseen='mean' to correct them as the average site."
             )
+        if unknown:
+            warn(unknown_note("site", index, unknown, num_rows), TableWarning)
         return index
 
     def _apply(self, X: Any, metadata: Any, labels: Any, *, inverse: bool) -> Any:  # noqa: N803
@@ -238,6 +242,10 @@ class TableFitter(TableReader):
             rows = self._read(X, metadata, given)
         index = self._site_index(rows.sites, len(rows.features))
         plain = self._without_intercepts(rows.features, rows.subjects)
+        if self._intercepts is not None and rows.subjects is not None and self.unseen == "mean":
+            places, new = rows.subjects.index_in(self._intercepts.subjects)
+            if new:
+                warn(unknown_note("subject", places, new, len(places)), TableWarning)
         changed = (model.restore if inverse else model.remove)(plain, rows.design, index)
         if self.strength != 1:
             changed = self._in_part(plain, changed, index, inverse)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,14 +20,16 @@ from numpy.typing import NDArray
 
 from mdnorm.design import Design
 from mdnorm.design.reader import column_names, read_columns, shown
+from mdnorm.design.roles import TableWarning
 from mdnorm.design.row_order import check_same_order
 from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
-from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale
+from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale, unknown_note
 from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_design import site_codes
+from mdnorm.text import warn
 
 if TYPE_CHECKING:
     import pyarrow
@@ -186,6 +188,8 @@ class MetadataModel:
                 f"features has {len(features)} rows and the metadata {len(columns[0])}: one row each is "
                 "needed."
             )
+        if columns[2] is not None and (found := self.site_index(columns[2]))[1]:
+            warn(unknown_note("site", *found, len(features)), TableWarning)
         return self.remove_columns(features, columns, overwrite=overwrite)
 
     def _remove_named(self, frame: Any, table: Any) -> NDArray[Any]:
@@ -211,7 +215,7 @@ class MetadataModel:
     ) -> NDArray[Any]:
         """Do what `remove` does, with columns that are there already and features of floats."""
         model, (metadata, labels, sites) = self.location_scale, columns
-        index = np.zeros(len(features), np.intp) if sites is None else self._site_index(sites)
+        index = np.zeros(len(features), np.intp) if sites is None else self.site_index(sites)[0]
         if len(model.sites) == 1 and not model.has_scale and not (index < 0).any():
             return self._subtract(features, metadata, overwrite)
         if labels is None:
@@ -241,7 +245,8 @@ class MetadataModel:
         result: NDArray[Any] = out.T.numpy() if by_columns else out.numpy()
         return result
 
-    def _site_index(self, sites: SiteCodes) -> NDArray[np.intp]:
+    def site_index(self, sites: SiteCodes) -> tuple[NDArray[np.intp], list[Hashable]]:
+        """Return the place of each row's site, −1 where it is new, and new sites, an error if not allowed."""
         index, unknown = self.location_scale.index_of(sites)
         if unknown and self.unseen == "error":
             raise ValueError(
@@ -249,7 +254,7 @@ class MetadataModel:
                 f"({list(self.location_scale.sites)[:10]}): leave these rows out, or correct them as the "
                 "average site with unseen='mean'."
             )
-        return index
+        return index, unknown
 
     def summary(self) -> Summary:
         """Return coefficients with standard errors, F tests, and what the sites were before and after.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +27,7 @@ from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
 from mdnorm.files import atomic_path
 from mdnorm.plain import PlainResult
-from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
+from mdnorm.tables.combat import SiteMoments, add_moments, site_moments, unknown_note
 from mdnorm.tables.design_sample import DesignSample
 from mdnorm.tables.files import Block, FeatureFile, open_features, prefetched
 from mdnorm.tables.model import (
@@ -322,7 +322,7 @@ class _Passes:
                 model, num_fitted = self._fit(removal, design, kept)
                 if save_model is not None:
                     model.save(Path(save_model))
-            num_rows = self._write(model, kept)
+            num_rows = self._write(model, kept, notes)
         names = () if model.design is None else model.design.metadata_names
         labels = () if model.design is None else model.design.label_names
         return ResidualizeSummary(
@@ -443,9 +443,10 @@ class _Passes:
             raise self._no_rows(specification)
         return fitted_model(specification, design, moments, features_of.feature_names), num_fitted
 
-    def _write(self, model: MetadataModel, kept: KeptDesign | None) -> int:
-        """Write the result, and return its number of rows."""
+    def _write(self, model: MetadataModel, kept: KeptDesign | None, notes: list[str]) -> int:
+        """Write the result, return its number of rows, and note how many are of unknown sites."""
         features, num_rows = self.rows.features, 0
+        places, unknown = [np.empty(0, np.intp)], dict[Hashable, None]()
         batch_rows = self._rows_at_once(model.design)
 
         def designed() -> Iterator[tuple[Block, DesignColumns]]:
@@ -464,6 +465,10 @@ class _Passes:
             try:
                 for block, columns in prefetched(designed()):
                     with _at_rows(features.path, block.start, len(block.features)):
+                        if columns[2] is not None:
+                            index, new = model.site_index(columns[2])
+                            places.append(index[index < 0])
+                            unknown |= dict.fromkeys(new)
                         residuals = model.remove_columns(block.features, columns, overwrite=True)
                         check_finite(residuals, features.feature_names, self.skips_missing)
                     writer.write(features.changed(block, residuals))
@@ -474,6 +479,8 @@ class _Passes:
                     writer.close()
                 raise
             writer.close()
+        if unknown:
+            notes.append(unknown_note("site", np.concatenate(places), list(unknown), num_rows))
         return num_rows
 
     def _rows_at_once(self, design: Design | None) -> int:
