@@ -182,3 +182,48 @@ def test_adapt_leaves_rows_out_that_lack_a_feature() -> None:
     np.testing.assert_allclose(model.site_location_[-1], features[rest].mean(0) - model.mean_, atol=1e-12)
     out = model.transform(partly, metadata=new)
     np.testing.assert_allclose(np.nanmean(out[rest], 0), model.mean_)
+
+
+@pytest.mark.parametrize("kind", [int, "Int64", object])
+def test_whole_numbers_that_are_no_classes_are_refused(kind: Any) -> None:
+    frame = table()
+    y = pd.Series(np.random.default_rng(5).integers(0, 1000, 200)).astype(kind)
+    number = y.nunique()
+    for settings in ({}, {"ridge": 1.0}):
+        with pytest.raises(
+            ValueError, match=rf"y has {number} different whole numbers in 200 rows.*continuous"
+        ):
+            MetadataResidualizer(**settings).fit(frame[NAMES], y, metadata=frame["age"])
+    model = MetadataResidualizer(protect_target="continuous").fit(frame[NAMES], y, metadata=frame["age"])
+    design = np.column_stack([np.ones(200), frame["age"], y.astype(float)])
+    wanted = np.linalg.lstsq(design, frame[NAMES].to_numpy(), rcond=None)[0]
+    np.testing.assert_allclose(model.coef_, wanted[1:2])
+    fractions = (y.astype(float) / 7).astype(object)  # numbers, whatever numpy calls them
+    same = MetadataResidualizer().fit(frame[NAMES], fractions, metadata=frame["age"])
+    assert same.protected_names_ == ["y"]
+    np.testing.assert_allclose(same.coef_, wanted[1:2])
+
+
+@pytest.mark.parametrize(
+    ("classes", "rows", "fits"), [(20, 200, True), (21, 200, False), (5, 20, True), (6, 20, False)]
+)
+def test_how_many_whole_numbers_are_classes(classes: int, rows: int, fits: bool) -> None:
+    frame, y = table(rows=rows), np.arange(rows) % classes
+    model = MetadataResidualizer(ridge=1.0)
+    if fits:
+        assert len(model.fit(frame[NAMES], y, metadata=frame["age"]).protected_names_) == classes - 1
+        return
+    with pytest.raises(ValueError, match=f"y has {classes} different whole numbers in {rows} rows"):
+        model.fit(frame[NAMES], y, metadata=frame["age"])
+    model.partial_fit(frame[NAMES], y, metadata=frame["age"], classes=range(classes))
+    assert len(model.protected_names_) == classes - 1
+
+
+@pytest.mark.parametrize("ridge", [0.0, 1.0])
+def test_no_ridge_is_advised_against_protected_columns(ridge: float) -> None:
+    frame, y = table(), np.arange(200)
+    model = MetadataResidualizer(ridge=ridge, protect_target="categorical")
+    with pytest.raises(
+        ValueError, match=r"200 row\(s\) for 200 .* columns of protected .*fewer protected columns\.$"
+    ):
+        model.fit(frame[NAMES], y, metadata=frame["age"])

@@ -371,16 +371,19 @@ def _check_design(
     assert total.units is not None
     scale = total.units.scale / total.weight**0.5
 
-    def rank(gram: Tensor, first: int = 0) -> int:
-        scaled = (gram * scale * scale.unsqueeze(1))[first:, first:]
+    def rank(gram: Tensor, first: int = 0, last: int | None = None) -> int:
+        scaled = (gram * scale * scale.unsqueeze(1))[first:last, first:last]
         return int(torch.linalg.matrix_rank(scaled, atol=_COLLINEAR, hermitian=True))
 
-    rows, needed = total.num_rows, rank(within.gram) + num_sites
-    if rows <= needed and ridge == 0 and (k or num_sites > 1):
+    rows, kept, needed = total.num_rows, rank(within.gram, 0, p) + num_sites, rank(within.gram) + num_sites
+    # A ridge holds the metadata back, but not what is protected.
+    if (k or num_sites > 1) and (rows <= kept or (rows <= needed and ridge == 0)):
+        alone = rows <= kept and p > 1
         raise ValueError(
-            f"too few rows (n_samples={rows}): {rows} row(s) for {needed} linearly independent columns of "
-            "metadata, protected columns and intercept (sites included) would explain every feature. Use "
-            "more rows, fewer columns, or ridge=."
+            f"too few rows (n_samples={rows}): {rows} row(s) for {kept if alone else needed} linearly "
+            f"independent columns of {'' if alone else 'metadata, '}protected columns and intercept (sites "
+            "included) would explain every feature. Use more rows, or fewer "
+            f"{'protected columns' if alone else 'columns, or ridge='}."
         )
     if num_sites == 1 or rank(within.gram) - rank(within.gram, p) == rank(total.gram) - rank(total.gram, p):
         return

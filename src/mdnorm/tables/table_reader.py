@@ -26,6 +26,10 @@ _FEATURES: dict[str, Any] = {
     "ensure_all_finite": False,
 }
 
+# Whole numbers are classes up to _MOST_CLASSES of them with so many rows each on average; up to _FEW_CLASSES
+# whatever the rows.
+_FEW_CLASSES, _MOST_CLASSES, _ROWS_OF_A_CLASS = 5, 20, 5
+
 
 class TableRows(NamedTuple):
     """Rows of a table: features (n, D), design columns (n, K), and whose they are where that is asked for."""
@@ -110,9 +114,21 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         if self.protect_target != "auto":
             return self.protect_target == "categorical"
         values = np.asarray(y)
+        if values.dtype.kind == "O":  # Numbers among Python's objects are numbers.
+            values = np.array(values.tolist())
         # More than one column of integers is an indicator or a multi-output table already.
         several = values.ndim > 1 and values.shape[1] > 1 and values.dtype.kind in "biuf"
-        return not several and (values.dtype.kind != "f" or classes is not None)
+        if several or (values.dtype.kind == "f" and classes is None):
+            return False
+        if values.dtype.kind in "iu" and classes is None:
+            number = len(np.unique(values))
+            if number > max(_FEW_CLASSES, min(_MOST_CLASSES, len(values) / _ROWS_OF_A_CLASS)):
+                raise ValueError(
+                    f"y has {number} different whole numbers in {len(values)} rows, and "
+                    "protect_target='auto' would make a category of each: say protect_target='continuous' "
+                    "for a quantity, or 'categorical' for classes."
+                )
+        return True
 
     def _select(self, X: Any) -> None:  # noqa: N803
         """Record the columns of X and which of them are features."""
