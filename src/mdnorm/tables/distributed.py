@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -73,7 +74,7 @@ def residualize_dask(
     unseen: str | None = None,
     missing_features: str = "error",
     weights: str | None = None,
-    apply: MetadataModel | None = None,
+    apply: MetadataModel | str | Path | None = None,
     seed: int = 0,
 ) -> DaskResiduals:
     """Return a Dask collection like another one, in which metadata explain nothing of the features.
@@ -106,8 +107,8 @@ def residualize_dask(
         As for `residualize_file`.
     weights : str, optional
         Column with the weights of the rows, as for `mdnorm.tables.residualize_file`.
-    apply : MetadataModel, optional
-        Coefficients fitted before; nothing is computed.
+    apply : MetadataModel or path, optional
+        Coefficients fitted before, or the file that `MetadataModel.save` wrote; nothing is computed.
     seed : int
         Of the rows that a design is fitted to where there are more than 262 144.
 

@@ -80,8 +80,6 @@ class TableFitter(TableReader):
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} needs site=, the column that names the site."
                     )
-        elif isinstance(self.site, (list, tuple)) and not self.site:
-            raise ValueError(f"site={self.site!r} names no column: name one or more, or say site=None.")
         if self.covariance and not self.scale:
             raise ValueError(
                 f"covariance={self.covariance!r} needs scale=True: variances come before covariances."
@@ -193,7 +191,7 @@ class TableFitter(TableReader):
         for what, table in self._protected.items():
             names += [name if what == "y" else f"labels column {name!r}" for name in table.names]
         reference = self.reference_site
-        reference = tuple(reference) if isinstance(reference, list) else reference
+        reference = tuple(reference) if isinstance(reference, (list, np.ndarray)) else reference
         model = fit_location_scale(
             self.moments_,
             ridge=self.ridge,
@@ -236,7 +234,8 @@ class TableFitter(TableReader):
         dropped: list[Any] | None = None
         if inverse and len(self._metadata_index) and not self.keep_metadata:
             features, dropped = self._read_dropped(X, metadata)
-            table = dict(zip(map(str, self.metadata_columns or ()), dropped, strict=True))
+            assert self.metadata_columns is not None
+            table = dict(zip(map(str, self.metadata_columns), dropped, strict=True))
             rows = TableRows(features, *self._design(table, given, len(features), training=False))
         else:
             rows = self._read(X, metadata, given)

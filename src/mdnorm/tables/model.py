@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
+from mdnorm.design.formula import in_order
 from mdnorm.design.reader import column_names, read_columns, shown
 from mdnorm.design.roles import TableWarning
 from mdnorm.design.row_order import check_same_order
@@ -518,25 +519,36 @@ def one_thread() -> Iterator[None]:
 
 
 def what_to_remove(
-    apply: MetadataModel | None,
+    apply: MetadataModel | str | Path | None,
     rules: tuple[str | None, str | None],
     others: Mapping[str, Any],
     *,
+    formula: str | Sequence[str] | None,
     labels: str | Sequence[str],
     **fits: Any,
 ) -> Specification | MetadataModel:
-    """Return what to fit, or the model to apply under the rules for missing metadata and unseen levels.
+    """Return what to fit, or the model, or that in a file, to apply under rules for missing and unseen values.
 
     With a model everything that says what to fit, `others` included, is a ValueError.
     """
     missing, unseen = rules
+    # One name, not its letters.
+    labels = (labels,) if isinstance(labels, str) else in_order("labels", labels)
+    formula = formula if formula is None or isinstance(formula, str) else in_order("formula", formula)
+    fits |= {"formula": formula, "labels": labels}
     if apply is None:
-        # One name, not its letters.
-        labels = (labels,) if isinstance(labels, str) else tuple(labels)
-        return Specification(labels=labels, missing=missing or "error", unseen=unseen or "error", **fits)
-    given = [name for name, value in {**fits, "labels": labels, **others}.items() if value]
+        return Specification(missing=missing or "error", unseen=unseen or "error", **fits)
+    given = [
+        name
+        for name, value in {**fits, **others}.items()
+        if (len(value) if hasattr(value, "__len__") else value)
+    ]
     if given:
         raise ValueError(f"{', '.join(given)}: not with apply=, a model that was fitted before.")
+    if isinstance(apply, str | Path):
+        apply = MetadataModel.load(apply)
+    if not isinstance(apply, MetadataModel):
+        raise TypeError(f"apply must be a MetadataModel or the path of one, got {type(apply).__name__}.")
     return apply.with_rules(missing, unseen)
 
 

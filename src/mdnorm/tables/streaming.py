@@ -120,7 +120,7 @@ def residualize_file(
     missing_values: Sequence[str] = (),
     fit_rows: str | float | None = None,
     weights: str | None = None,
-    apply: MetadataModel | None = None,
+    apply: MetadataModel | str | Path | None = None,
     save_model: str | Path | None = None,
     batch_rows: int | None = None,
     seed: int = 0,
@@ -169,8 +169,8 @@ def residualize_file(
     weights : str, optional
         Column with the weights of the rows: one of weight 2 counts as two rows in the coefficients, one of
         weight 0 is not fitted to.
-    apply : MetadataModel, optional
-        Coefficients fitted before; nothing is estimated. Excludes all that says what to fit.
+    apply : MetadataModel or path, optional
+        Coefficients fitted before, or the file that `MetadataModel.save` wrote; nothing is estimated. Excludes all that says what to fit.
     save_model : path, optional
         ``.safetensors`` file to save the fitted model to, see `MetadataModel.load`.
     batch_rows : int, optional

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
+from mdnorm.design.formula import in_order
 from mdnorm.design.reader import Column, read_columns, read_table, shown, shown_rows
 from mdnorm.tables.combat import SiteCodes
 
@@ -77,13 +79,16 @@ class TableDesign:
 
     def _key_columns(self, what: str, key: Any) -> list[str]:
         names = []
-        for column in key if isinstance(key, (list, tuple)) else [key]:
+        several = isinstance(key, Iterable) and not isinstance(key, str)
+        for column in in_order(what, key) if several else (key,):
             if str(column) in self._columns:
                 names.append(str(column))
-            elif isinstance(column, int) and 0 <= column < len(self._columns):
-                names.append(self._columns[column])
+            elif isinstance(column, Integral) and 0 <= column < len(self._columns):
+                names.append(self._columns[int(column)])
             else:
                 raise ValueError(f"{what}={column!r} is not a column of {self.what}; it has {self._columns}.")
+        if not names:
+            raise ValueError(f"{what}={key!r} names no column: name one or more, or say {what}=None.")
         return names
 
     @property

@@ -277,7 +277,8 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 f"X has {features.shape[1]} features, but transform returns {len(self._feature_index)}."
             )
         features = self._finite(features, self._feature_index)
-        names = list(self.metadata_columns or ())
+        assert self.metadata_columns is not None
+        names = list(self.metadata_columns)
         if metadata is None:
             raise ValueError(f"metadata=None, but transform left out the columns {names}: pass them.")
         if hasattr(metadata, "columns"):
