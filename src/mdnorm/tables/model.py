@@ -527,7 +527,7 @@ def what_to_remove(
     labels: str | Sequence[str],
     **fits: Any,
 ) -> Specification | MetadataModel:
-    """Return what to fit, or the model, or that in a file, to apply under rules for missing and unseen values.
+    """Return what to fit, or the model, or that in a file, to apply under the rules for its values.
 
     With a model everything that says what to fit, `others` included, is a ValueError.
     """
@@ -535,7 +535,7 @@ def what_to_remove(
     # One name, not its letters.
     labels = (labels,) if isinstance(labels, str) else in_order("labels", labels)
     formula = formula if formula is None or isinstance(formula, str) else in_order("formula", formula)
-    fits |= {"formula": formula, "labels": labels}
+    fits = {"formula": formula, "labels": labels, **fits}
     if apply is None:
         return Specification(missing=missing or "error", unseen=unseen or "error", **fits)
     given = [

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from mdnorm.bars import stage_bars
 from mdnorm.design import ConfoundedDesignWarning, Design
-from mdnorm.design.files import check_metadata, open_table
+from mdnorm.design.files import TABLE_FORMATS, check_metadata, checked_suffix, open_table
 from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
 from mdnorm.files import atomic_path
@@ -170,7 +170,8 @@ def residualize_file(
         Column with the weights of the rows: one of weight 2 counts as two rows in the coefficients, one of
         weight 0 is not fitted to.
     apply : MetadataModel or path, optional
-        Coefficients fitted before, or the file that `MetadataModel.save` wrote; nothing is estimated. Excludes all that says what to fit.
+        Coefficients fitted before, or the file that `MetadataModel.save` wrote; nothing is estimated.
+        Excludes all that says what to fit.
     save_model : path, optional
         ``.safetensors`` file to save the fitted model to, see `MetadataModel.load`.
     batch_rows : int, optional
@@ -222,9 +223,7 @@ def residualize_file(
         ridge=ridge,
         weights=weights,
     )
-    _check_out(source, out, metadata)
-    if save_model is not None:
-        check_model_path(Path(save_model))
+    _check_out(source, out, metadata, save_model)
     skips_missing = skips_missing_features(missing_features)
     is_array = source.suffix.lower() == ".npy"
     if isinstance(removal, MetadataModel):
@@ -246,6 +245,7 @@ def residualize_file(
     check_metadata(rows.table, reserved)
     rows.table.categories |= set() if design is None else design.declared_categories()
     rows.table.categories |= {name for name in (removal.site, key) if name is not None}
+    rows.table.categories |= rows.compared - set(reserved)
     if batch_rows is None:
         batch_rows = min(max(_BLOCK_VALUES // len(file.feature_names), 256), 2**18)
     elif batch_rows < 1:
@@ -281,7 +281,13 @@ def _cleaned_up_at_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _check_out(source: Path, out: Path, metadata: str | Path | None) -> None:
+def _check_out(source: Path, out: Path, metadata: str | Path | None, save_model: str | Path | None) -> None:
+    checked_suffix(source, (*TABLE_FORMATS, ".npy"))
+    if save_model is not None:
+        check_model_path(Path(save_model))
+    for path in (out, *([] if save_model is None else [Path(save_model)])):
+        if path.is_dir():
+            raise TableFileError(f"{path} is a folder: give the name of a file to write.")
     if out.suffix.lower() != source.suffix.lower():
         raise TableFileError(
             f"{out}: the result has the format of the table, name it {out.with_suffix(source.suffix).name}."
