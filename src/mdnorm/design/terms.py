@@ -222,11 +222,13 @@ class TermValues:
             largest = np.maximum(largest, np.abs(values).max(0))
         mass = np.where(count > 0, count, 1)
         mean = total / mass
+        # The squares of very small numbers are 0, but not in units of the largest one (a power of 2).
+        unit = np.exp2(np.floor(np.log2(np.clip(largest, np.finfo(np.float64).tiny, 1))))
         for rows, block in self.chunks():
             weight = 1.0 if weights is None else weights[rows, None]
             with np.errstate(over="ignore"):
-                squares += (weight * np.where(np.isnan(block), 0.0, block - mean) ** 2).sum(0)
-        deviation = np.sqrt(squares / mass)
+                squares += (weight * np.where(np.isnan(block), 0.0, (block - mean) / unit) ** 2).sum(0)
+        deviation = np.sqrt(squares / mass) * unit
         return count, mean, np.where(deviation <= _CONSTANT * largest, 0.0, deviation)
 
 

@@ -45,6 +45,9 @@ _MAX_ITERATIONS = 10_000
 _FLAT_DEVIATION = 1e-12
 _FLAT_SHARE = 1e-13
 
+# Squares of deviations below this lose digits.
+_SMALLEST = 1e-150
+
 # A direction of the design with a smaller share of its columns' variance is collinear.
 _COLLINEAR = 1e-11
 
@@ -319,6 +322,7 @@ def fit_location_scale(
     if reference_site is not None and reference_site not in moments:
         raise ValueError(f"reference_site={reference_site!r} has no rows; the sites are {list(moments)}.")
     total, within = total_and_within(moments)
+    _check_sizes(total, column_names, with_features=scale or empirical_bayes or pooled_scale is not None)
     _check_design(total, within, len(moments), ridge, column_names)
     coefficients = within.solve(ridge, total.units)
 
@@ -361,6 +365,23 @@ def total_and_within(moments: Mapping[Hashable, Moments]) -> tuple[Moments, Mome
     # Sums about the means of the sites are what columns of sites in the regression would leave.
     sums = {name: sum(getattr(part, name) for part in parts) for name in ("gram", "cross", "squares")}
     return total, replace(total, **sums)
+
+
+def _check_sizes(total: Moments, names: Sequence[str] | None, with_features: bool) -> None:
+    """Raise where the values of a column are so small that their squares are no longer numbers."""
+    part = total.products()
+    columns = names or range(len(part.design_mean))
+    checked = [("design column", columns, part.design_mean, part.gram.diagonal())]
+    if with_features:
+        checked.append(("feature", range(len(part.squares)), part.feature_mean, part.squares))
+    for what, which, mean, squares in checked:
+        small = (squares < total.weight * _SMALLEST**2) & (np.abs(mean) < _SMALLEST)
+        small &= (squares > 0) | (mean != 0)
+        if small.any():
+            raise ValueError(
+                f"{what}(s) {listed(np.array(which)[small].tolist())} have values below {_SMALLEST:g}, whose "
+                "squares are too small for a number: give them in a smaller unit."
+            )
 
 
 def _check_design(

@@ -15,7 +15,7 @@ from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from mdnorm.design.leakage import LeakageWarning, leaking_features
-from mdnorm.design.reader import shown_rows
+from mdnorm.design.reader import refuse_no_table, shown_rows
 from mdnorm.design.roles import TableWarning
 from mdnorm.design.row_order import check_same_order
 from mdnorm.moments import NoSamplesError
@@ -107,6 +107,7 @@ class TableFitter(TableReader):
     ) -> tuple[TableRows, FloatArray | None]:
         """Add rows to the moments; return them, without the intercepts of subjects, and their weights."""
         check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
+        refuse_no_table(y, "y")
         given = {"labels": labels, "y": None if self.protect_target is False else y}
         if reset:
             self._select(X)

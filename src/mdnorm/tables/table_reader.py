@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import _check_feature_names_in, check_array, validate_data
 
-from mdnorm.design.reader import Column, read_column, shown, shown_rows
+from mdnorm.design.reader import Column, read_column, refuse_no_table, shown, shown_rows
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.table_design import TableDesign
 from mdnorm.text import warn
@@ -159,6 +159,11 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
 
     def _validated(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
         """Return X as a checked array; as it is where it is a DataFrame with metadata."""
+        refuse_no_table(X, "X")
+        if isinstance(X, Mapping) and not hasattr(X, "shape"):  # not the sparse matrices that are one
+            raise TypeError("X is a mapping from names to columns: make a table of it, pandas.DataFrame(X).")
+        if isinstance(X, np.ma.MaskedArray):  # What lies under the mask is no value.
+            X = np.ma.filled(X if X.dtype.kind == "f" else X.astype(np.float64), np.nan)  # noqa: N806
         if self._is_mixed(X):
             validate_data(self, X, reset=reset, skip_check_array=True)
             return X
