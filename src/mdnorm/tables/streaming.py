@@ -74,8 +74,8 @@ class ResidualizeSummary(PlainResult):
         Columns that are neither features nor metadata and stayed as they are, with the reason; where
         `features` named the features, no reasons are given and it is empty.
     warnings : tuple of str
-        Such as a design in which labels and metadata can hardly be told apart, or numbers that seem to stand
-        for missing values.
+        Such as a design in which labels and metadata can hardly be told apart, numbers that seem to stand
+        for missing values, or how many rows have a site that was not in the fit.
     """
 
     num_rows: int
@@ -146,9 +146,9 @@ def residualize_file(
         Column that names the site, batch or scanner of a row; its effect is removed.
     metadata : path, optional
         Table (not ``.npy``) with the metadata, labels and sites of the same rows in the same order. None:
-        they are columns of `source`.
+        they are columns of `source`. A column that both tables have must be the same in both.
     key : str, optional
-        Column of both tables that must have the same values in the same order.
+        Column of both tables that must have the same values in the same order; others may then differ.
     features : str or sequence of str, optional
         Features by name or pattern (``"voxel_*"``). None: the numbers that are not used otherwise, but the
         index of a DataFrame, identifiers (whole numbers that nearly all differ) and codes (few different

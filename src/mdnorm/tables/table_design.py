@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -83,7 +82,7 @@ class TableDesign:
         for column in in_order(what, key) if several else (key,):
             if str(column) in self._columns:
                 names.append(str(column))
-            elif isinstance(column, Integral) and 0 <= column < len(self._columns):
+            elif isinstance(column, int | np.integer) and 0 <= column < len(self._columns):
                 names.append(self._columns[int(column)])
             else:
                 raise ValueError(f"{what}={column!r} is not a column of {self.what}; it has {self._columns}.")
