@@ -133,6 +133,7 @@ def test_a_weight_is_a_number_of_rows() -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*rows have a (site|subject) that was not in the fit")
 def test_a_new_site_is_brought_to_the_others_or_left_as_the_average_one() -> None:
     features, frame = _table(400)
     new = (frame["site"] == "rome").to_numpy()

@@ -761,6 +761,7 @@ def test_values_that_cannot_be_used_are_named_with_their_rows(folder) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:.*rows have a (site|subject) that was not in the fit")
 def test_rows_that_the_fit_did_not_see_are_checked_before_the_long_pass(folder) -> None:
     table = people().assign(train=np.arange(N) < 400)
     table.loc[600, "site"] = "bern"
@@ -768,7 +769,7 @@ def test_rows_that_the_fit_did_not_see_are_checked_before_the_long_pass(folder) 
     stages = []
     fails(
         folder,
-        "beside those of fit_rows='train' .* 'bern'",
+        "beside those that are fitted to .*fit_rows='train'.* 'bern'",
         "fortran.npy",
         fit_rows="train",
         progress=lambda stage, done, total: stages.append(stage),
@@ -797,6 +798,7 @@ def test_bars_on_a_terminal(progress, folder, monkeypatch, capsys) -> None:
     assert progress or shown == ""
 
 
+@pytest.mark.filterwarnings("ignore:.*rows have a (site|subject) that was not in the fit")
 def test_unseen_sites(folder) -> None:
     table = people().assign(train=np.arange(N) < 400)
     table.loc[600, "site"] = "bern"

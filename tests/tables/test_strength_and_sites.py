@@ -43,6 +43,7 @@ def test_a_part_is_that_of_fairlearn(strength: float) -> None:
 
 @pytest.mark.parametrize("extra", [{}, {"subject": "who"}, {"covariance": True}, {"unseen": "mean"}])
 @pytest.mark.parametrize("strength", [0.0, 0.4])
+@pytest.mark.filterwarnings("ignore:.*rows have a (site|subject) that was not in the fit")
 def test_a_part_lies_between_and_is_undone(extra: dict[str, Any], strength: float) -> None:
     features, frame = _table()
     frame = frame.assign(who=np.arange(200) // 3)[["site", "dose", *(["who"] if "subject" in extra else [])]]

@@ -82,7 +82,6 @@ def residualize(
     inputs cannot be used, and the message says why.
     """
     try:
-        from mdnorm.tables.model import MetadataModel
         from mdnorm.tables.streaming import residualize_file
 
         for path in (out, *([] if save_model is None else [save_model])):
@@ -105,7 +104,7 @@ def residualize(
             missing_values=missing_values or [],
             weights=weights,
             fit_rows=_share_or_column(fit_rows),
-            apply=None if apply is None else MetadataModel.load(apply),
+            apply=apply,
             save_model=save_model,
             batch_rows=batch_rows,
             seed=seed,

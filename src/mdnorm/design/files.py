@@ -71,6 +71,8 @@ def read_table_file(path: Path, missing_values: Sequence[str] = ()) -> pyarrow.T
 def checked_suffix(path: Path, formats: tuple[str, ...], what: str = "tables") -> str:
     """Return the suffix of a file that is there and not empty, in lower case; TableFileError otherwise."""
     suffix = path.suffix.lower()
+    if path.is_dir():
+        raise TableFileError(f"{path} is not a file but a folder.")
     if suffix not in formats:
         raise TableFileError(
             f"{path}: {what} can be read from {', '.join(formats)}, not from {suffix or 'this'}."

@@ -293,7 +293,15 @@ class Design:
             Numbers such as −9999 seem to stand for missing values, or integers of a label for classes.
         """
         self._is_fitted = False
-        columns, num_rows = read_columns(table, self.variables())
+        return self.fit_columns(read_columns(table, self.variables())[0])
+
+    def fit_columns(self, columns: Mapping[str, Column], weights: Matrix | None = None) -> Design:
+        """Do what `fit` does, with columns that were read before, all of `variables`.
+
+        With `weights` (n,), all positive, means and deviations are weighted; knots are not.
+        """
+        self._is_fitted = False
+        num_rows = len(next(iter(columns.values())).missing)
         if num_rows < 2:
             raise ValueError(
                 f"the table has {num_rows} row(s): fit needs at least 2, and many more to be of use."
@@ -318,7 +326,7 @@ class Design:
         self._terms = Terms(scoped_products(self._written_terms, self._factors), indicators)
         self._check_number_of_labels()
         values = self._evaluate(columns)
-        self._fit_moments(values)
+        self._fit_moments(values, weights)
         self._is_fitted = True
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         notes = [stand_in_warning(column) for column in columns.values()]
@@ -478,23 +486,25 @@ class Design:
             raise ValueError(f"the table has no label column {absent[0]!r}: add it, or pass labels=False.")
         return not absent
 
-    def _fit_moments(self, values: TermValues) -> None:
+    def _fit_moments(self, values: TermValues, weights: Matrix | None) -> None:
         names = self._terms.names
         if not self._terms.width - len(self._terms.indicators):
             raise ValueError(
                 "the design has no columns: every variable of it is a category with a single level. There is "
                 "nothing to correct for."
             )
-        count, mean, deviation = values.moments()
+        count, mean, deviation = values.moments(weights)
         if (count == 0).any():
             name = names[int(np.flatnonzero(count == 0)[0])]
             raise ValueError(
                 f"column {name!r} has no row in which all of its variables are there: take it out."
             )
         too_large = ~(np.isfinite(mean) & np.isfinite(deviation))
-        if too_large.any():
-            name = names[int(np.flatnonzero(too_large)[0])]
-            raise ValueError(f"column {name!r} has values too large to be squared: rescale its variables.")
+        too_small = (deviation > 0) & (deviation < np.finfo(np.float64).tiny)  # Their inverse overflows.
+        for bad, what in ((too_large, "large to be squared"), (too_small, "small to be divided by")):
+            if bad.any():
+                name = names[int(np.flatnonzero(bad)[0])]
+                raise ValueError(f"column {name!r} has values too {what}: rescale its variables.")
         # Nothing was learnt about a constant column, one of deviation 0: it stays 0 whatever comes.
         self._mean, self._scale = mean, deviation
 

@@ -45,8 +45,13 @@ class Column:
     declared: tuple[Any, ...] = ()
 
     def rows(self, index: NDArray[Any]) -> Column:
-        """Return the column with these rows only: a mask, or indices."""
-        return replace(self, values=self.values[index], missing=self.missing[index])
+        """Return the column with these rows only, a mask or indices, and their `distinct` values."""
+        values, missing, distinct = self.values[index], self.missing[index], self.distinct
+        if distinct is not None:
+            there, values = np.unique(values, return_inverse=True)
+            distinct = tuple(distinct[place] for place in there)
+        kind = "empty" if len(missing) and missing.all() else self.kind
+        return replace(self, kind=kind, values=values, missing=missing, distinct=distinct)
 
     def with_declared(self) -> Column:
         """Return the column with all declared levels among the `distinct` ones, so that they are `levels`."""
@@ -159,6 +164,7 @@ def read_table(
     nested list, (n,) or (n, K), and `what` names the argument in messages. Columns without names are called
     `unnamed` and their number, from 0; the one of an array (n,) or a Series `single`, if that is given.
     """
+    refuse_no_table(table, what)
     if isinstance(table, Mapping):
         columns = {str(name): read_column(str(name), values) for name, values in table.items()}
     elif isinstance(table, Tensor | np.ndarray | list | tuple):
@@ -187,6 +193,18 @@ def read_table(
         columns = {name: _of_series(name, frame[name]) for name in frame.columns}
     _check_lengths(columns, f"the columns of {what}")
     return columns
+
+
+def refuse_no_table(values: Any, what: str) -> None:
+    """Raise TypeError where the argument `what` is a lazy frame or records, and say how to make a table."""
+    first = values[0] if isinstance(values, list | tuple) and values else None
+    if hasattr(values, "collect") and hasattr(values, "lazy"):
+        raise TypeError(f"{what} is a lazy frame, {type(values).__name__}: collect() it first.")
+    if isinstance(first, Mapping) or (isinstance(values, np.ndarray) and values.dtype.names):
+        raise TypeError(
+            f"{what} has records, each with the values of a row: make a table of them, "
+            f"pandas.DataFrame({what})."
+        )
 
 
 def _check_lengths(columns: Mapping[str, Column], what: str) -> int:
@@ -251,7 +269,8 @@ def _frame(table: Any, names: Sequence[str] | None) -> Any:
     except TypeError as error:
         raise TypeError(
             "table must be a DataFrame (pandas, polars), a pyarrow table or a mapping from names to columns, "
-            f"got {type(table).__name__}: collect() a lazy one first, and give a single row as a dict."
+            f"got {type(table).__name__}: collect() a lazy one first, make a pandas.DataFrame of "
+            "records, and give a single row as a dict."
         ) from error
     except ValueError as error:
         raise ValueError(f"the table cannot be read: {error}") from error

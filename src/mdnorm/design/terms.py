@@ -204,24 +204,31 @@ class TermValues:
         widest = max(fit, key=lambda index: self.terms.products[index].width, default=-1)
         return widest, codes.get(widest)
 
-    def moments(self) -> tuple[Matrix, Matrix, Matrix]:
-        """Return the usable rows, the mean and the standard deviation of each column, each (K,).
+    def moments(self, weights: Matrix | None = None) -> tuple[Matrix, Matrix, Matrix]:
+        """Return the weight of usable rows, the mean and the standard deviation of each column, each (K,).
+
+        Without `weights` (n,), which are positive, each row weighs 1.
 
         The deviation is 0 where it is so up to rounding.
         """
         count, total, squares, largest = np.zeros((4, self.terms.width))
-        for _, block in self.chunks():
+        for rows, block in self.chunks():
+            weight = 1.0 if weights is None else weights[rows, None]
             usable = ~np.isnan(block)
             values = np.where(usable, block, 0)
-            count += usable.sum(0)
+            count += (weight * usable).sum(0)
             with np.errstate(over="ignore"):
-                total += values.sum(0)
+                total += (weight * values).sum(0)
             largest = np.maximum(largest, np.abs(values).max(0))
-        mean = total / np.maximum(count, 1)
-        for _, block in self.chunks():
+        mass = np.where(count > 0, count, 1)
+        mean = total / mass
+        # The squares of very small numbers are 0, but not in units of the largest one (a power of 2).
+        unit = np.exp2(np.floor(np.log2(np.clip(largest, np.finfo(np.float64).tiny, 1))))
+        for rows, block in self.chunks():
+            weight = 1.0 if weights is None else weights[rows, None]
             with np.errstate(over="ignore"):
-                squares += (np.where(np.isnan(block), 0.0, block - mean) ** 2).sum(0)
-        deviation = np.sqrt(squares / np.maximum(count, 1))
+                squares += (weight * np.where(np.isnan(block), 0.0, (block - mean) / unit) ** 2).sum(0)
+        deviation = np.sqrt(squares / mass) * unit
         return count, mean, np.where(deviation <= _CONSTANT * largest, 0.0, deviation)
 
 

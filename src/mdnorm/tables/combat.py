@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.moments import Moments, NoSamplesError
+from mdnorm.text import listed
 
 FloatArray = NDArray[np.float64]
 SiteMoments = dict[Hashable, Moments]
@@ -43,6 +44,9 @@ _MAX_ITERATIONS = 10_000
 # variance within the sites, is rounding.
 _FLAT_DEVIATION = 1e-12
 _FLAT_SHARE = 1e-13
+
+# Squares of deviations below this lose digits.
+_SMALLEST = 1e-150
 
 # A direction of the design with a smaller share of its columns' variance is collinear.
 _COLLINEAR = 1e-11
@@ -56,11 +60,29 @@ class SiteCodes:
     levels: list[Hashable]
 
     def index_in(self, known: Sequence[Hashable]) -> tuple[NDArray[np.intp], list[Hashable]]:
-        """Return the (n,) place of each row's level among known ones, −1 where it is not, and such levels."""
-        position = {level: index for index, level in enumerate(known)}
-        of_level = np.array([position.get(level, -1) for level in self.levels], dtype=np.intp)
+        """Return the (n,) place of each row's level among known ones, −1 where it is not, and such levels.
+
+        The integer 1 and the text "1" are the same level: one other cell makes texts of a column in a file.
+        """
+        position = {_as_text(level): index for index, level in enumerate(known)}
+        of_level = np.array([position.get(_as_text(level), -1) for level in self.levels], dtype=np.intp)
         unknown = [level for level, index in zip(self.levels, of_level, strict=True) if index < 0]
         return of_level[self.codes] if len(of_level) else np.zeros(0, np.intp), unknown
+
+
+def _as_text(level: Hashable) -> Hashable:
+    """Return a level with integers as texts, also in a combination of several."""
+    if isinstance(level, tuple):
+        return tuple(map(_as_text, level))
+    return str(level) if isinstance(level, int) and not isinstance(level, bool) else level
+
+
+def unknown_note(what: str, index: NDArray[np.intp], unknown: Sequence[Hashable], num_rows: int) -> str:
+    """Return a sentence on rows whose site or subject was not in the fit: those with the index −1."""
+    return (
+        f"{np.count_nonzero(index < 0)} of {num_rows} rows have a {what} that was not in the fit "
+        f"({listed(unknown)}): they are taken as the average {what}."
+    )
 
 
 def site_moments(
@@ -92,9 +114,11 @@ def site_moments(
 def add_moments(*parts: SiteMoments) -> SiteMoments:
     """Return the moments of the rows of all parts together."""
     total: SiteMoments = {}
+    names: dict[Hashable, Hashable] = {}
     for part in parts:
         for site, moments in part.items():
-            total[site] = total[site].merge(moments) if site in total else moments
+            name = names.setdefault(_as_text(site), site)
+            total[name] = total[name].merge(moments) if name in total else moments
     return total
 
 
@@ -298,6 +322,7 @@ def fit_location_scale(
     if reference_site is not None and reference_site not in moments:
         raise ValueError(f"reference_site={reference_site!r} has no rows; the sites are {list(moments)}.")
     total, within = total_and_within(moments)
+    _check_sizes(total, column_names, with_features=scale or empirical_bayes or pooled_scale is not None)
     _check_design(total, within, len(moments), ridge, column_names)
     coefficients = within.solve(ridge, total.units)
 
@@ -342,6 +367,23 @@ def total_and_within(moments: Mapping[Hashable, Moments]) -> tuple[Moments, Mome
     return total, replace(total, **sums)
 
 
+def _check_sizes(total: Moments, names: Sequence[str] | None, with_features: bool) -> None:
+    """Raise where the values of a column are so small that their squares are no longer numbers."""
+    part = total.products()
+    columns = names or range(len(part.design_mean))
+    checked = [("design column", columns, part.design_mean, part.gram.diagonal())]
+    if with_features:
+        checked.append(("feature", range(len(part.squares)), part.feature_mean, part.squares))
+    for what, which, mean, squares in checked:
+        small = (squares < total.weight * _SMALLEST**2) & (np.abs(mean) < _SMALLEST)
+        small &= (squares > 0) | (mean != 0)
+        if small.any():
+            raise ValueError(
+                f"{what}(s) {listed(np.array(which)[small].tolist())} have values below {_SMALLEST:g}, whose "
+                "squares are too small for a number: give them in a smaller unit."
+            )
+
+
 def _check_design(
     total: Moments, within: Moments, num_sites: int, ridge: float, names: Sequence[str] | None
 ) -> None:
@@ -350,16 +392,19 @@ def _check_design(
     assert total.units is not None
     scale = total.units.scale / total.weight**0.5
 
-    def rank(gram: Tensor, first: int = 0) -> int:
-        scaled = (gram * scale * scale.unsqueeze(1))[first:, first:]
+    def rank(gram: Tensor, first: int = 0, last: int | None = None) -> int:
+        scaled = (gram * scale * scale.unsqueeze(1))[first:last, first:last]
         return int(torch.linalg.matrix_rank(scaled, atol=_COLLINEAR, hermitian=True))
 
-    rows, needed = total.num_rows, rank(within.gram) + num_sites
-    if rows <= needed and ridge == 0 and (k or num_sites > 1):
+    rows, kept, needed = total.num_rows, rank(within.gram, 0, p) + num_sites, rank(within.gram) + num_sites
+    # A ridge holds the metadata back, but not what is protected.
+    if (k or num_sites > 1) and (rows <= kept or (rows <= needed and ridge == 0)):
+        alone = rows <= kept and p > 1
         raise ValueError(
-            f"too few rows (n_samples={rows}): {rows} row(s) for {needed} linearly independent columns of "
-            "metadata, protected columns and intercept (sites included) would explain every feature. Use "
-            "more rows, fewer columns, or ridge=."
+            f"too few rows (n_samples={rows}): {rows} row(s) for {kept if alone else needed} linearly "
+            f"independent columns of {'' if alone else 'metadata, '}protected columns and intercept (sites "
+            "included) would explain every feature. Use more rows, or fewer "
+            f"{'protected columns' if alone else 'columns, or ridge='}."
         )
     if num_sites == 1 or rank(within.gram) - rank(within.gram, p) == rank(total.gram) - rank(total.gram, p):
         return

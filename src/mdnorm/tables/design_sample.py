@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from mdnorm.design import Design
 from mdnorm.design.reader import read_columns
+from mdnorm.tables.model import row_weights
 
 if TYPE_CHECKING:
     import pyarrow
@@ -74,6 +75,11 @@ class DesignSample:
         return pyarrow.concat_tables(
             [*self._tables, *([] if complete else self._witnesses.values())], promote_options="permissive"
         )
+
+    def fit(self, design: Design, weights: str | None) -> Design:
+        """Fit a design to the rows; a column of them may have their weights."""
+        rows = self.rows()
+        return design.fit_columns(read_columns(rows, design.variables())[0], row_weights(rows, weights))
 
     def witnesses(self) -> pyarrow.Table:
         """Return a few rows that together have every level, extreme and gap."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -18,11 +19,13 @@ from mdnorm.design import Design
 from mdnorm.design.reader import read_columns, shown
 from mdnorm.design.roles import TableWarning, why_no_feature
 from mdnorm.extras import requires
+from mdnorm.moments import NoSamplesError
 from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
 from mdnorm.tables.design_sample import MAX_DESIGN_ROWS, DesignSample
 from mdnorm.tables.model import (
     MetadataModel,
     Specification,
+    all_skipped,
     check_finite,
     design_columns,
     fitted_model,
@@ -30,7 +33,6 @@ from mdnorm.tables.model import (
     row_weights,
     skips_missing_features,
     what_to_remove,
-    without_missing,
 )
 from mdnorm.text import warn
 
@@ -72,7 +74,7 @@ def residualize_dask(
     unseen: str | None = None,
     missing_features: str = "error",
     weights: str | None = None,
-    apply: MetadataModel | None = None,
+    apply: MetadataModel | str | Path | None = None,
     seed: int = 0,
 ) -> DaskResiduals:
     """Return a Dask collection like another one, in which metadata explain nothing of the features.
@@ -105,8 +107,8 @@ def residualize_dask(
         As for `residualize_file`.
     weights : str, optional
         Column with the weights of the rows, as for `mdnorm.tables.residualize_file`.
-    apply : MetadataModel, optional
-        Coefficients fitted before; nothing is computed.
+    apply : MetadataModel or path, optional
+        Coefficients fitted before, or the file that `MetadataModel.save` wrote; nothing is computed.
     seed : int
         Of the rows that a design is fitted to where there are more than 262 144.
 
@@ -174,13 +176,20 @@ def residualize_dask(
         model = removal
     else:
         design = removal.design()
-        if design is not None:
-            tables = [block if other is None else other for block, other in pairs]
-            design = _fitted_design(design, tables, removal, seed)
-        shared = delayed((removal, design, skips), traverse=False)
-        tasks = [delayed(_moments)(part, shared) for part in parts]
-        moments = compute(_tree(add_moments, tasks))[0]
-        model = fitted_model(removal, design, moments, names)
+        try:
+            if design is not None:
+                tables = [block if other is None else other for block, other in pairs]
+                # Features are looked at only where rows that lack some are left out.
+                read = parts if skips else [delayed(_read_part)(each, None, (), variables) for each in tables]
+                design = _fitted_design(design, read, removal, seed, skips)
+            shared = delayed((removal, design, skips), traverse=False)
+            tasks = [delayed(_moments)(part, shared) for part in parts]
+            model = fitted_model(removal, design, compute(_tree(add_moments, tasks))[0], names)
+        except NoSamplesError as error:
+            if not skips:
+                raise
+            empty = compute(_tree(_all_of, [delayed(_empty_features)(part) for part in parts]))[0]
+            raise NoSamplesError(all_skipped(empty, names)) from error
 
     # Workers do not need what only the summary does.
     shared = delayed(replace(model, moments=None), traverse=False)
@@ -329,17 +338,31 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
     return parts[0]
 
 
+def _used(part: _Part, specification: Specification, skips_missing: bool) -> _Part:
+    """Return the rows that are fitted to."""
+    weights = row_weights(part.table, specification.weights)
+    used = np.ones(len(part.features), bool) if weights is None else weights > 0
+    if skips_missing:
+        used &= ~np.isnan(part.features).any(1)
+    return part if used.all() else _Part(part.features[used], part.table.filter(used))
+
+
+def _empty_features(part: _Part) -> NDArray[np.bool_]:
+    empty: NDArray[np.bool_] = np.isnan(part.features).all(0)
+    return empty
+
+
+def _all_of(*parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    all_of: NDArray[np.bool_] = np.logical_and.reduce(parts)
+    return all_of
+
+
 def _moments(part: _Part, shared: tuple[Specification, Design | None, bool]) -> SiteMoments:
     specification, design, skips_missing = shared
-    features, table = part
-    weights = row_weights(table, specification.weights)
-    if weights is not None:
-        used = weights > 0
-        features, table, weights = features[used], table.filter(used), weights[used]
+    features, table = _used(part, specification, skips_missing)
     if not len(features):
         return {}
-    if skips_missing:
-        features, weights = without_missing(features, weights)
+    weights = row_weights(table, specification.weights)
     metadata, labels, sites = design_columns(
         design, specification.formula is not None, specification.site, table, with_labels=True
     )
@@ -347,29 +370,30 @@ def _moments(part: _Part, shared: tuple[Specification, Design | None, bool]) -> 
     return site_moments(features, metadata, labels, sites, weights)
 
 
-def _fitted_design(design: Design, tables: list[Any], specification: Specification, seed: int) -> Design:
+def _fitted_design(
+    design: Design, parts: list[Any], specification: Specification, seed: int, skips_missing: bool
+) -> Design:
     from dask.base import compute
     from dask.delayed import delayed
 
-    variables = design.variables()
     samples = [
-        delayed(_sample)(table, specification, variables, (seed, index)) for index, table in enumerate(tables)
+        delayed(_sample)(part, specification, (seed, index), skips_missing)
+        for index, part in enumerate(parts)
     ]
     sample: DesignSample = compute(_tree(DesignSample.merged, samples))[0]
     if not sample.num_rows:
-        raise ValueError("the table has no rows.")
-    return design.fit(sample.rows())
+        raise NoSamplesError("the table has no rows to fit to.")
+    return sample.fit(design, specification.weights)
 
 
 def _sample(
-    table: Any, specification: Specification, variables: list[str], seed: tuple[int, int]
+    part: _Part, specification: Specification, seed: tuple[int, int], skips_missing: bool
 ) -> DesignSample:
     design = specification.design()
     assert design is not None
     sample = DesignSample(design, seed, MAX_DESIGN_ROWS)
-    rows = _read_table(table, [*variables, *filter(None, [specification.weights])])
-    weights = row_weights(rows, specification.weights)
-    sample.add((rows if weights is None else rows.filter(weights > 0)).select(variables))
+    variables = [*design.variables(), *filter(None, [specification.weights])]
+    sample.add(_used(part, specification, skips_missing).table.select(variables))
     return sample
 
 

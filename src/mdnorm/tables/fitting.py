@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from sklearn.exceptions import NotFittedError
+from sklearn.utils import _safe_indexing, check_consistent_length
 from sklearn.utils._param_validation import Interval, Options, StrOptions
 from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from mdnorm.arrays import check_same_order
 from mdnorm.design.leakage import LeakageWarning, leaking_features
+from mdnorm.design.reader import refuse_no_table, shown_rows
+from mdnorm.design.roles import TableWarning
+from mdnorm.moments import NoSamplesError
 from mdnorm.tables.combat import (
     LocationScale,
     SiteCodes,
@@ -21,10 +26,12 @@ from mdnorm.tables.combat import (
     add_moments,
     fit_location_scale,
     site_moments,
+    unknown_note,
 )
 from mdnorm.tables.covariance import CovarianceModel, fit_covariance
-from mdnorm.tables.model import without_missing
+from mdnorm.tables.model import all_skipped
 from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
+from mdnorm.tables.table_design import read_rows
 from mdnorm.tables.table_reader import TableReader, TableRows
 from mdnorm.text import warn
 
@@ -73,8 +80,6 @@ class TableFitter(TableReader):
                     raise ValueError(
                         f"{name}={getattr(self, name)!r} needs site=, the column that names the site."
                     )
-        elif isinstance(self.site, (list, tuple)) and not self.site:
-            raise ValueError(f"site={self.site!r} names no column: name one or more, or say site=None.")
         if self.covariance and not self.scale:
             raise ValueError(
                 f"covariance={self.covariance!r} needs scale=True: variances come before covariances."
@@ -102,26 +107,53 @@ class TableFitter(TableReader):
     ) -> tuple[TableRows, FloatArray | None]:
         """Add rows to the moments; return them, without the intercepts of subjects, and their weights."""
         check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
+        refuse_no_table(y, "y")
         given = {"labels": labels, "y": None if self.protect_target is False else y}
         if reset:
-            self._start(X, metadata, given, classes)
-        rows = self._read(X, metadata, given, training=True)
-        features, num_rows = rows.features, len(rows.features)
+            self._select(X)
+        features, table = self._checked(X), self._table(X, metadata)
+        weights = None if sample_weight is None else _as_sample_weight(sample_weight, len(features))
+        used = np.ones(len(features), bool) if weights is None else weights > 0
+        if reset and not used.any():
+            raise NoSamplesError("Sample weights must contain at least one non-zero number: all are zero.")
+        complete = ~np.isnan(features).any(1)
+        if reset and not (used & complete).any():
+            raise NoSamplesError(all_skipped(np.isnan(features[used]).all(0), self._feature_names()))
+        used &= complete
+        with _counting_from(used):
+            if not used.all():
+                table, given = self._used(table, given, used)
+                features, weights = features[used], None if weights is None else weights[used]
+            num_rows = len(features)
+            if reset:
+                self._start(table, given, classes, num_rows, weights)
+            rows = TableRows(features, *self._design(table, given, num_rows, training=True))
         note = leaking_features(features, self._feature_names()) if reset and self._num_metadata else None
         if note is not None:
             warn(note, LeakageWarning)
-        weights = None if sample_weight is None else _as_sample_weight(sample_weight, num_rows)
-        features, weights = without_missing(features, weights)
-        self._intercepts = self._fitted_intercepts(rows._replace(features=features), weights)
+        self._intercepts = self._fitted_intercepts(rows, weights)
         rows = rows._replace(features=self._without_intercepts(features, rows.subjects))
         moments = self._moments(rows, weights)
         self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
-        counts = np.ones(num_rows, dtype=bool) if weights is None else weights > 0
         if self._metadata_table is not None:
-            self._metadata_table.count(self._table(X, metadata), counts)
+            self._metadata_table.count(table, num_rows)
         if "labels" in self._protected:
-            self._protected["labels"].count(labels, counts)
+            self._protected["labels"].count(given["labels"], num_rows)
         return rows, weights
+
+    def _used(self, table: Any, given: dict[str, Any], used: NDArray[np.bool_]) -> tuple[Any, dict[str, Any]]:
+        """Return the tables with only the rows that are fitted to: levels of others are not known."""
+        tables = {"metadata": table, "labels": given["labels"]}
+        part = {
+            what: {name: column.rows(used) for name, column in read_rows(each, what, len(used)).items()}
+            for what, each in tables.items()
+            if each is not None
+        }
+        y = given["y"]
+        if y is not None:
+            check_consistent_length(used, y)
+            y = _safe_indexing(y, np.flatnonzero(used))
+        return part.get("metadata"), {"labels": part.get("labels"), "y": y}
 
     def _moments(self, rows: TableRows, weights: FloatArray | None = None) -> SiteMoments:
         metadata, labels = np.split(rows.design, [self._num_metadata], axis=1)
@@ -130,18 +162,12 @@ class TableFitter(TableReader):
     def _fitted_intercepts(self, rows: TableRows, weights: FloatArray | None) -> RandomIntercepts | None:
         if rows.subjects is None:
             return None
-        used = np.ones(len(rows.features), bool) if weights is None else weights > 0
-        if weights is not None and (weights[used] != 1).any():
+        if weights is not None and (weights != 1).any():
             raise ValueError(
                 f"subject={self.subject!r} fits a mixed model, in which rows have no weights: leave "
                 "sample_weight out, or give weights of 0 and 1."
             )
-        sites, subjects = (
-            None if part is None else SiteCodes(part.codes[used], part.levels)
-            for part in (rows.sites, rows.subjects)
-        )
-        assert subjects is not None
-        return fit_random_intercepts(rows.features[used], rows.design[used], sites, subjects)
+        return fit_random_intercepts(rows.features, rows.design, rows.sites, rows.subjects)
 
     def _without_intercepts(
         self, features: NDArray[Any], subjects: SiteCodes | None, sign: float = -1.0
@@ -166,7 +192,7 @@ class TableFitter(TableReader):
         for what, table in self._protected.items():
             names += [name if what == "y" else f"labels column {name!r}" for name in table.names]
         reference = self.reference_site
-        reference = tuple(reference) if isinstance(reference, list) else reference
+        reference = tuple(reference) if isinstance(reference, (list, np.ndarray)) else reference
         model = fit_location_scale(
             self.moments_,
             ridge=self.ridge,
@@ -197,6 +223,8 @@ class TableFitter(TableReader):
                 f"site(s) {unknown[:5]} were not in fit ({[str(s) for s in model.sites][:10]}). Call adapt "
                 "with rows of theirs, or set unseen='mean' to correct them as the average site."
             )
+        if unknown:
+            warn(unknown_note("site", index, unknown, num_rows), TableWarning)
         return index
 
     def _apply(self, X: Any, metadata: Any, labels: Any, *, inverse: bool) -> Any:  # noqa: N803
@@ -207,12 +235,17 @@ class TableFitter(TableReader):
         dropped: list[Any] | None = None
         if inverse and len(self._metadata_index) and not self.keep_metadata:
             features, dropped = self._read_dropped(X, metadata)
-            table = dict(zip(map(str, self.metadata_columns or ()), dropped, strict=True))
+            assert self.metadata_columns is not None
+            table = dict(zip(map(str, self.metadata_columns), dropped, strict=True))
             rows = TableRows(features, *self._design(table, given, len(features), training=False))
         else:
             rows = self._read(X, metadata, given)
         index = self._site_index(rows.sites, len(rows.features))
         plain = self._without_intercepts(rows.features, rows.subjects)
+        if self._intercepts is not None and rows.subjects is not None and self.unseen == "mean":
+            places, new = rows.subjects.index_in(self._intercepts.subjects)
+            if new:
+                warn(unknown_note("subject", places, new, len(places)), TableWarning)
         changed = (model.restore if inverse else model.remove)(plain, rows.design, index)
         if self.strength != 1:
             changed = self._in_part(plain, changed, index, inverse)
@@ -259,4 +292,21 @@ def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
     weights = np.asarray(sample_weight, dtype=np.float64)
     if weights.shape != (num_rows,):
         raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(num_rows,)}!")
+    bad = ~(np.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        raise ValueError(f"sample_weight must be finite and not negative, it is not in {shown_rows(bad)}.")
     return weights
+
+
+@contextmanager
+def _counting_from(used: NDArray[np.bool_]) -> Iterator[None]:
+    """Say in errors among which rows they count."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        if not used.all():
+            error.args = (
+                f"{error} (Rows are counted among the {used.sum()} of {len(used)} that are fitted to: of "
+                "positive weight, with all features.)",
+            )
+        raise

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,14 +20,17 @@ from numpy.typing import NDArray
 
 from mdnorm.arrays import check_same_order
 from mdnorm.design import Design
+from mdnorm.design.formula import in_order
 from mdnorm.design.reader import column_names, read_columns, shown
+from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
-from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale
+from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale, unknown_note
 from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_design import site_codes
+from mdnorm.text import warn
 
 if TYPE_CHECKING:
     import pyarrow
@@ -186,6 +189,8 @@ class MetadataModel:
                 f"features has {len(features)} rows and the metadata {len(columns[0])}: one row each is "
                 "needed."
             )
+        if columns[2] is not None and (found := self.site_index(columns[2]))[1]:
+            warn(unknown_note("site", *found, len(features)), TableWarning)
         return self.remove_columns(features, columns, overwrite=overwrite)
 
     def _remove_named(self, frame: Any, table: Any) -> NDArray[Any]:
@@ -211,7 +216,7 @@ class MetadataModel:
     ) -> NDArray[Any]:
         """Do what `remove` does, with columns that are there already and features of floats."""
         model, (metadata, labels, sites) = self.location_scale, columns
-        index = np.zeros(len(features), np.intp) if sites is None else self._site_index(sites)
+        index = np.zeros(len(features), np.intp) if sites is None else self.site_index(sites)[0]
         if len(model.sites) == 1 and not model.has_scale and not (index < 0).any():
             return self._subtract(features, metadata, overwrite)
         if labels is None:
@@ -241,7 +246,8 @@ class MetadataModel:
         result: NDArray[Any] = out.T.numpy() if by_columns else out.numpy()
         return result
 
-    def _site_index(self, sites: SiteCodes) -> NDArray[np.intp]:
+    def site_index(self, sites: SiteCodes) -> tuple[NDArray[np.intp], list[Hashable]]:
+        """Return the place of each row's site, −1 where it is new, and new sites, an error if not allowed."""
         index, unknown = self.location_scale.index_of(sites)
         if unknown and self.unseen == "error":
             raise ValueError(
@@ -249,7 +255,7 @@ class MetadataModel:
                 f"({list(self.location_scale.sites)[:10]}): leave these rows out, or correct them as the "
                 "average site with unseen='mean'."
             )
-        return index
+        return index, unknown
 
     def summary(self) -> Summary:
         """Return coefficients with standard errors, F tests, and what the sites were before and after.
@@ -513,25 +519,36 @@ def one_thread() -> Iterator[None]:
 
 
 def what_to_remove(
-    apply: MetadataModel | None,
+    apply: MetadataModel | str | Path | None,
     rules: tuple[str | None, str | None],
     others: Mapping[str, Any],
     *,
+    formula: str | Sequence[str] | None,
     labels: str | Sequence[str],
     **fits: Any,
 ) -> Specification | MetadataModel:
-    """Return what to fit, or the model to apply under the rules for missing metadata and unseen levels.
+    """Return what to fit, or the model, or that in a file, to apply under the rules for its values.
 
     With a model everything that says what to fit, `others` included, is a ValueError.
     """
     missing, unseen = rules
+    # One name, not its letters.
+    labels = (labels,) if isinstance(labels, str) else in_order("labels", labels)
+    formula = formula if formula is None or isinstance(formula, str) else in_order("formula", formula)
+    fits = {"formula": formula, "labels": labels, **fits}
     if apply is None:
-        # One name, not its letters.
-        labels = (labels,) if isinstance(labels, str) else tuple(labels)
-        return Specification(labels=labels, missing=missing or "error", unseen=unseen or "error", **fits)
-    given = [name for name, value in {**fits, "labels": labels, **others}.items() if value]
+        return Specification(missing=missing or "error", unseen=unseen or "error", **fits)
+    given = [
+        name
+        for name, value in {**fits, **others}.items()
+        if (len(value) if hasattr(value, "__len__") else value)
+    ]
     if given:
         raise ValueError(f"{', '.join(given)}: not with apply=, a model that was fitted before.")
+    if isinstance(apply, str | Path):
+        apply = MetadataModel.load(apply)
+    if not isinstance(apply, MetadataModel):
+        raise TypeError(f"apply must be a MetadataModel or the path of one, got {type(apply).__name__}.")
     return apply.with_rules(missing, unseen)
 
 
@@ -540,6 +557,16 @@ def skips_missing_features(rule: str) -> bool:
     if rule not in ("error", "skip"):
         raise ValueError(f"missing_features must be 'error' or 'skip', got {rule!r}.")
     return rule == "skip"
+
+
+def all_skipped(is_empty: NDArray[np.bool_], names: Sequence[Any]) -> str:
+    """Return for a message why missing_features="skip" leaves no row: which (D,) features have no value."""
+    empty = [name for name, gone in zip(names, is_empty, strict=True) if gone]
+    why = f"feature(s) {shown(map(repr, empty))} have no value at all" if empty else "every row lacks some"
+    return (
+        "no row to fit to: missing_features='skip' leaves all of them out, since "
+        f"{why}. Leave such features out, or impute them."
+    )
 
 
 def without_missing(

@@ -19,6 +19,7 @@ from mdnorm.arrays import check_same_order
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.covariance import CovarianceModel
 from mdnorm.tables.fitting import TableFitter
+from mdnorm.tables.model import all_skipped
 from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_reader import TableRows
 
@@ -52,7 +53,8 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         columns and sites.
     protect_target : "auto", "categorical", "continuous" or False
         Whether and how `y` is protected: part of the regression in `fit`, never removed. "auto": floats are
-        continuous, anything else categories.
+        continuous, anything else categories; whole numbers that can hardly be categories (more than 20
+        values, or more than 5 with fewer than 5 rows each) are an error.
     strength : float
         From 0, features as they are, to 1, all is removed: what is returned is
         ``(1 − strength) · x + strength · out``.
@@ -64,7 +66,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         The metadata column that says whom a row is from, where there are several rows of a subject. Each has
         a random intercept in each feature then, which stays: a mixed model, fitted by REML, and with `site`,
         `scale` and `empirical_bayes` longitudinal ComBat (Beer et al. 2020). Subjects that were not in `fit`
-        have the intercept 0.
+        have the intercept 0. As for sites, the number 1 and the text "1" are the same.
     scale : bool
         Remove effects of the site on the scale of the features, too.
     covariance : bool or float
@@ -79,9 +81,10 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
     missing : "error", "mean" or "indicator"
         What a missing value of the metadata does, as for `mdnorm.Design`. The site is never missing.
     unseen : "error" or "mean"
-        What `transform` does with a level or a site that no row of `fit` had: raise, or correct it as the
-        average one, so that only the effects of the other metadata are removed, location and scale stay.
-        For a site a third way is to call `adapt` first.
+        What `transform` does with a level or a site that no row had which `fit` used (of positive weight and
+        with all features): raise, or correct it as the average one, so that only the effects of the other
+        metadata are removed, location and scale stay. Rows of such sites, and of new subjects, are then
+        counted in a `TableWarning`. For a site a third way is to call `adapt` first.
     missing_features : "error" or "skip"
         What a missing value of a feature does: raise, naming the columns; or its row is left out of the fit,
         it stays missing, and the other features of the row are corrected.
@@ -226,8 +229,6 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
             is left of them.
         """
         self._check_parameters()
-        if sample_weight is not None and not np.any(np.asarray(sample_weight)):
-            raise ValueError("Sample weights must contain at least one non-zero number: all are zero.")
         self._is_partial = False
         self._solve(*self._update(X, y, metadata, labels, sample_weight, None, reset=True))
         return self
@@ -311,7 +312,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         Parameters
         ----------
         X, metadata, labels
-            As in `fit`. Rows of sites that are known already are left out.
+            As in `fit`. Rows of sites that are known already, or that lack features, are left out.
         y : optional
             As in `fit`, where it is at hand: otherwise what the labels explain counts as the site's location
             wherever its mix of labels differs from the one in `fit`.
@@ -319,7 +320,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            There is no `site`, or no row of a new one.
+            There is no `site`, or no row of a new one that has all features.
         """
         check_is_fitted(self, "moments_")
         if self.site is None:
@@ -332,6 +333,10 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         new = model.index_of(rows.sites)[0] < 0
         if not new.any():
             raise ValueError(f"all rows are of sites that are known already, {list(model.sites)}.")
+        complete = ~np.isnan(rows.features).any(1)
+        if not (new & complete).any():
+            raise ValueError(all_skipped(np.isnan(rows.features[new]).all(0), self._feature_names()))
+        new &= complete
         features = self._without_intercepts(rows.features, rows.subjects)[new]
         codes, design = SiteCodes(rows.sites.codes[new], rows.sites.levels), rows.design[new]
         model = model.with_sites(self._moments(TableRows(features, design, codes, None)))

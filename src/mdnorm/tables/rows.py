@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Hashable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,11 +25,11 @@ class Rows:
     """Features with the metadata of the same rows, in blocks, however often they are asked for.
 
     Without a table of metadata they are columns of the features' table. The `key` is a column of both tables
-    that says that their rows are the same.
+    that says that their rows are the same; without one all columns that both have must say so.
     """
 
     def __init__(self, features: FeatureFile, metadata: TableFile | None, key: str | None) -> None:
-        self.features, self.key = features, key
+        self.features, self._has_key = features, key is not None
         self._own: TableFile | None = features.table if isinstance(features, FeatureTable) else None
         if metadata is None and self._own is None:
             raise TableFileError(
@@ -41,9 +41,14 @@ class Rows:
         table = metadata if metadata is not None else self._own
         assert table is not None
         self.table: TableFile = table
-        if key is not None and self._own is not None:
-            check_columns(self.table, [key])
-            check_columns(self._own, [key])
+        # The columns in which both tables are compared.
+        self.compared: set[str] = set()
+        if metadata is not None and self._own is not None:
+            repeated = {*metadata.repeated, *self._own.repeated}
+            self.compared = ({*metadata.names} & {*self._own.names}) - repeated if key is None else {key}
+            for both in (metadata, self._own):
+                check_columns(both, self.compared)
+            self._own.categories |= self.compared
         if metadata is not None and metadata.num_rows is not None:
             self._check_lengths(metadata.num_rows)
 
@@ -80,13 +85,13 @@ class Rows:
                 assert block.batch is not None
                 yield block, pyarrow.Table.from_batches([self.table.typed(block.batch, columns)])
             return
-        key = [] if self.key is None else [self.key]
-        wanted = list(dict.fromkeys([*columns, *key]))
+        compared = [name for name in self.compared if name not in self.features.feature_names]
+        wanted = list(dict.fromkeys([*columns, *self.compared]))
         path, batches = self._separate.path, self._separate.typed_batches(wanted, batch_rows)
         left: list[pyarrow.RecordBatch] = []
         stop = 0
         with closing(batches):
-            for block in prefetched(self.features.blocks(batch_rows, None if whole else key)):
+            for block in prefetched(self.features.blocks(batch_rows, None if whole else compared)):
                 rows = len(block.features)
                 while (found := sum(map(len, left))) < rows:
                     batch = next(batches, None)
@@ -95,27 +100,53 @@ class Rows:
                     left.append(batch)
                 table = pyarrow.Table.from_batches(left)
                 left, table, stop = table.slice(rows).to_batches(), table.slice(0, rows), stop + rows
-                if self.key is not None:
-                    self._check_key(block, table)
+                self._check_same(block, table)
                 yield block, table.select(list(columns))
             if any(map(len, left)) or any(map(len, batches)):
                 raise self._unequal(f"{path} has more than the {stop} rows of {self.features.path}")
 
-    def _check_key(self, block: Block, table: pyarrow.Table) -> None:
+    def _check_same(self, block: Block, table: pyarrow.Table) -> None:
+        """Raise where a row is not the same in a column that both tables have."""
         import pyarrow
-        from pyarrow import compute
 
-        assert block.batch is not None
-        here = compute.cast(block.batch.column(self.key), pyarrow.string()).fill_null("")
-        there = compute.cast(table.column(self.key), pyarrow.string()).fill_null("")
-        differs = compute.not_equal(pyarrow.chunked_array([here]), there)
-        if compute.any(differs).as_py():
-            row = compute.index(differs, True).as_py()
+        for name in self.compared:
+            there = table.column(name).combine_chunks()
+            if name in self.features.feature_names:
+                here = pyarrow.array(block.features[:, self.features.feature_names.index(name)])
+            else:
+                assert block.batch is not None
+                assert self._own is not None
+                here = self._own.typed(block.batch, [name]).column(name)
+            rows = np.flatnonzero(_differ(here, there))
+            if not len(rows):
+                continue
+            values = [each[int(rows[0])].as_py() for each in (here, there)]
             raise TableFileError(
-                f"row {block.start + row} (counted from 0) has {self.key!r} {here[row].as_py()!r} in "
-                f"{self.features.path} and {there[row].as_py()!r} in {self.table.path}: bring the tables "
-                "into the same order."
+                f"row {block.start + rows[0]} (counted from 0) has {name!r} {values[0]!r} in "
+                f"{self.features.path} and {values[1]!r} in {self.table.path}, and so have {len(rows) - 1} "
+                "rows more: bring the tables into the same order."
+                + (
+                    ""
+                    if self._has_key
+                    else f" If their rows are the same and only {name!r} is not, name a column that says so, "
+                    "key= (--key), or rename one of the two."
+                )
             )
+
+
+def _differ(here: pyarrow.Array, there: pyarrow.Array) -> NDArray[np.bool_]:
+    """Return (n,) where two columns differ, as texts or as numbers; fractions in single precision."""
+    import pyarrow
+    from pyarrow import compute
+
+    texts = [compute.cast(each, pyarrow.string()) for each in (here, there)]
+    differs: NDArray[np.bool_] = compute.not_equal(*(each.fill_null("") for each in texts)).to_numpy(False)
+    if differs.any():
+        with suppress(pyarrow.ArrowInvalid):
+            a, b = (compute.cast(each, pyarrow.float64()).to_numpy(False) for each in texts)
+            same = (a == b) | ((a % 1 != 0) & (a.astype(np.float32) == b.astype(np.float32)))
+            differs &= ~(same | (np.isnan(a) & np.isnan(b)))
+    return differs
 
 
 class KeptDesign:

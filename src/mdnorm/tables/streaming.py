@@ -10,7 +10,7 @@ from __future__ import annotations
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +22,19 @@ from numpy.typing import NDArray
 
 from mdnorm.bars import stage_bars
 from mdnorm.design import ConfoundedDesignWarning, Design
-from mdnorm.design.files import check_metadata, open_table
+from mdnorm.design.files import TABLE_FORMATS, check_metadata, checked_suffix, open_table
 from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
 from mdnorm.files import atomic_path
 from mdnorm.plain import PlainResult
-from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
+from mdnorm.tables.combat import SiteMoments, add_moments, site_moments, unknown_note
 from mdnorm.tables.design_sample import DesignSample
 from mdnorm.tables.files import Block, FeatureFile, open_features, prefetched
 from mdnorm.tables.model import (
     DesignColumns,
     MetadataModel,
     Specification,
+    all_skipped,
     check_finite,
     check_model_path,
     design_columns,
@@ -73,8 +74,8 @@ class ResidualizeSummary(PlainResult):
         Columns that are neither features nor metadata and stayed as they are, with the reason; where
         `features` named the features, no reasons are given and it is empty.
     warnings : tuple of str
-        Such as a design in which labels and metadata can hardly be told apart, or numbers that seem to stand
-        for missing values.
+        Such as a design in which labels and metadata can hardly be told apart, numbers that seem to stand
+        for missing values, or how many rows have a site that was not in the fit.
     """
 
     num_rows: int
@@ -119,7 +120,7 @@ def residualize_file(
     missing_values: Sequence[str] = (),
     fit_rows: str | float | None = None,
     weights: str | None = None,
-    apply: MetadataModel | None = None,
+    apply: MetadataModel | str | Path | None = None,
     save_model: str | Path | None = None,
     batch_rows: int | None = None,
     seed: int = 0,
@@ -145,9 +146,9 @@ def residualize_file(
         Column that names the site, batch or scanner of a row; its effect is removed.
     metadata : path, optional
         Table (not ``.npy``) with the metadata, labels and sites of the same rows in the same order. None:
-        they are columns of `source`.
+        they are columns of `source`. A column that both tables have must be the same in both.
     key : str, optional
-        Column of both tables that must have the same values in the same order.
+        Column of both tables that must have the same values in the same order; others may then differ.
     features : str or sequence of str, optional
         Features by name or pattern (``"voxel_*"``). None: the numbers that are not used otherwise, but the
         index of a DataFrame, identifiers (whole numbers that nearly all differ) and codes (few different
@@ -168,8 +169,9 @@ def residualize_file(
     weights : str, optional
         Column with the weights of the rows: one of weight 2 counts as two rows in the coefficients, one of
         weight 0 is not fitted to.
-    apply : MetadataModel, optional
-        Coefficients fitted before; nothing is estimated. Excludes all that says what to fit.
+    apply : MetadataModel or path, optional
+        Coefficients fitted before, or the file that `MetadataModel.save` wrote; nothing is estimated.
+        Excludes all that says what to fit.
     save_model : path, optional
         ``.safetensors`` file to save the fitted model to, see `MetadataModel.load`.
     batch_rows : int, optional
@@ -221,9 +223,7 @@ def residualize_file(
         ridge=ridge,
         weights=weights,
     )
-    _check_out(source, out, metadata)
-    if save_model is not None:
-        check_model_path(Path(save_model))
+    _check_out(source, out, metadata, save_model)
     skips_missing = skips_missing_features(missing_features)
     is_array = source.suffix.lower() == ".npy"
     if isinstance(removal, MetadataModel):
@@ -245,6 +245,7 @@ def residualize_file(
     check_metadata(rows.table, reserved)
     rows.table.categories |= set() if design is None else design.declared_categories()
     rows.table.categories |= {name for name in (removal.site, key) if name is not None}
+    rows.table.categories |= rows.compared - set(reserved)
     if batch_rows is None:
         batch_rows = min(max(_BLOCK_VALUES // len(file.feature_names), 256), 2**18)
     elif batch_rows < 1:
@@ -280,7 +281,13 @@ def _cleaned_up_at_termination() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _check_out(source: Path, out: Path, metadata: str | Path | None) -> None:
+def _check_out(source: Path, out: Path, metadata: str | Path | None, save_model: str | Path | None) -> None:
+    checked_suffix(source, (*TABLE_FORMATS, ".npy"))
+    if save_model is not None:
+        check_model_path(Path(save_model))
+    for path in (out, *([] if save_model is None else [Path(save_model)])):
+        if path.is_dir():
+            raise TableFileError(f"{path} is a folder: give the name of a file to write.")
     if out.suffix.lower() != source.suffix.lower():
         raise TableFileError(
             f"{out}: the result has the format of the table, name it {out.with_suffix(source.suffix).name}."
@@ -321,7 +328,7 @@ class _Passes:
                 model, num_fitted = self._fit(removal, design, kept)
                 if save_model is not None:
                     model.save(Path(save_model))
-            num_rows = self._write(model, kept)
+            num_rows = self._write(model, kept, notes)
         names = () if model.design is None else model.design.metadata_names
         labels = () if model.design is None else model.design.label_names
         return ResidualizeSummary(
@@ -340,10 +347,26 @@ class _Passes:
         return [name for name in (self.fit_rows, specification.weights) if isinstance(name, str)]
 
     def _no_rows(self, specification: Specification) -> TableFileError:
+        if self.skips_missing:
+            features = self.rows.features
+            empty = [np.isnan(part.features).all(0) for part in features.blocks(self.batch_rows, [])]
+            why = all_skipped(np.all(empty, axis=0), features.feature_names)
+            return TableFileError(f"{features.path}: {why}")
         return TableFileError(
             f"{self.rows.table.path}: fit_rows={self.fit_rows!r} (weights={specification.weights!r}) chooses "
             "no row to fit to."
         )
+
+    def _metadata(
+        self, columns: Sequence[str]
+    ) -> Iterator[tuple[int, pyarrow.Table, NDArray[np.bool_] | None]]:
+        """Yield metadata with the index of the first row, and which rows have all features (None: all)."""
+        rows = max(self.batch_rows, 2**16)
+        if not self.skips_missing:
+            yield from ((start, table, None) for start, table in self.rows.metadata(columns, rows))
+            return
+        for block, table in self.rows.blocks(columns, self.batch_rows):
+            yield block.start, table, ~np.isnan(block.features).any(1)
 
     def _fitted_design(self, specification: Specification) -> tuple[Design | None, list[str]]:
         """Return the design, fitted in a pass over the metadata alone, and what it warned of."""
@@ -352,32 +375,35 @@ class _Passes:
             return None, []
         variables = design.variables()
         sample = DesignSample(design, self.seed)
-        fits_all = self.fit_rows is None and weights is None
+        fits_all = self.fit_rows is None and weights is None and not self.skips_missing
         everything = sample if fits_all else DesignSample(design, self.seed, max_rows=1)
         chooser = _RowChooser(self.fit_rows, weights, self.seed)
         columns = list(dict.fromkeys([*variables, *self._chosen_columns(specification)]))
-        for start, table in self.rows.metadata(columns, max(self.batch_rows, 2**16)):
+        kept = [*variables, *([] if weights is None else [weights])]
+        for start, table, complete in self._metadata(columns):
             with _at_rows(path, start, table.num_rows):
                 mask = chooser.mask(table)
-                table = table.select(variables)
+                if complete is not None:
+                    mask = complete if mask is None else mask & complete
                 if specification.missing == "error":
-                    _check_complete(table)
-                sample.add(table if mask is None else table.filter(mask))
+                    _check_complete(table.select(variables))
+                sample.add(table.select(kept) if mask is None else table.select(kept).filter(mask))
                 if everything is not sample:
-                    everything.add(table)
+                    everything.add(table.select(variables))
             self.progress("metadata", start + table.num_rows, self.rows.table.num_rows)
         if sample.num_rows == 0:
             raise self._no_rows(specification)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            design.fit(sample.rows())
+            sample.fit(design, weights)
         if everything is not sample:
             # Now, not after an hour: a level or a gap that only other rows have.
             try:
                 design.transform(everything.witnesses(), labels=False)
             except (TypeError, ValueError) as error:
                 raise TableFileError(
-                    f"{path} has rows beside those of fit_rows={self.fit_rows!r} (weights={weights!r}) "
+                    f"{path} has rows beside those that are fitted to (fit_rows={self.fit_rows!r}, "
+                    f"weights={weights!r}, missing_features={'skip' if self.skips_missing else 'error'!r}) "
                     f"that cannot be corrected (one row of each kind was looked at): {error}"
                 ) from error
         said = (ConfoundedDesignWarning, TableWarning)
@@ -423,9 +449,10 @@ class _Passes:
             raise self._no_rows(specification)
         return fitted_model(specification, design, moments, features_of.feature_names), num_fitted
 
-    def _write(self, model: MetadataModel, kept: KeptDesign | None) -> int:
-        """Write the result, and return its number of rows."""
+    def _write(self, model: MetadataModel, kept: KeptDesign | None, notes: list[str]) -> int:
+        """Write the result, return its number of rows, and note how many are of unknown sites."""
         features, num_rows = self.rows.features, 0
+        places, unknown = [np.empty(0, np.intp)], dict[Hashable, None]()
         batch_rows = self._rows_at_once(model.design)
 
         def designed() -> Iterator[tuple[Block, DesignColumns]]:
@@ -444,6 +471,10 @@ class _Passes:
             try:
                 for block, columns in prefetched(designed()):
                     with _at_rows(features.path, block.start, len(block.features)):
+                        if columns[2] is not None:
+                            index, new = model.site_index(columns[2])
+                            places.append(index[index < 0])
+                            unknown |= dict.fromkeys(new)
                         residuals = model.remove_columns(block.features, columns, overwrite=True)
                         check_finite(residuals, features.feature_names, self.skips_missing)
                     writer.write(features.changed(block, residuals))
@@ -454,6 +485,8 @@ class _Passes:
                     writer.close()
                 raise
             writer.close()
+        if unknown:
+            notes.append(unknown_note("site", np.concatenate(places), list(unknown), num_rows))
         return num_rows
 
     def _rows_at_once(self, design: Design | None) -> int:

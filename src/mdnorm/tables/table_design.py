@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
-from mdnorm.design.reader import Column, read_table, shown, shown_rows
+from mdnorm.design.formula import in_order
+from mdnorm.design.reader import Column, read_columns, read_table, shown, shown_rows
 from mdnorm.tables.combat import SiteCodes
 
 FloatArray = NDArray[np.float64]
@@ -42,10 +43,12 @@ class TableDesign:
         # Rows of each level, where levels were declared that the first rows need not have.
         self._counts: dict[str, dict[Any, int]] = {}
 
-    def fit(self, table: Any, num_rows: int, *, declared: bool = False) -> None:
+    def fit(
+        self, table: Any, num_rows: int, *, declared: bool = False, weights: FloatArray | None = None
+    ) -> None:
         """Learn columns, levels and means; also levels that a type has `declared`, although no row has them.
 
-        Another number of rows than `num_rows` is a ValueError.
+        Another number of rows than `num_rows` is a ValueError. Means are weighted by `weights` (n,).
         """
         columns = self._read(table, num_rows)
         self._columns = list(columns)
@@ -53,6 +56,9 @@ class TableDesign:
         of_keys = [name for names in self._keys.values() for name in names]
         if len(set(of_keys)) < len(of_keys):
             raise ValueError(f"site and subject must be different columns, got {self._given_keys}.")
+        if num_rows == 1:  # A design is fitted to two rows at least.
+            columns = {name: column.rows(np.zeros(2, np.intp)) for name, column in columns.items()}
+            weights = None
         if declared:
             columns = {name: column.with_declared() for name, column in columns.items()}
         formula = self._formula
@@ -66,21 +72,22 @@ class TableDesign:
                 raise ValueError(
                     f"{name!r} is the {what} and in formula as well: take it out of one of them."
                 )
-        if num_rows == 1:  # A design is fitted to two rows at least.
-            columns = {name: column.rows(np.zeros(2, np.intp)) for name, column in columns.items()}
-        self.design = design.fit(columns)
+        self.design = design.fit_columns(read_columns(columns, design.variables())[0], weights)
         if declared:
             self._counts = {name: {} for name in design.variables() if columns[name].declared}
 
     def _key_columns(self, what: str, key: Any) -> list[str]:
         names = []
-        for column in key if isinstance(key, (list, tuple)) else [key]:
+        several = isinstance(key, Iterable) and not isinstance(key, str)
+        for column in in_order(what, key) if several else (key,):
             if str(column) in self._columns:
                 names.append(str(column))
-            elif isinstance(column, int) and 0 <= column < len(self._columns):
-                names.append(self._columns[column])
+            elif isinstance(column, int | np.integer) and 0 <= column < len(self._columns):
+                names.append(self._columns[int(column)])
             else:
                 raise ValueError(f"{what}={column!r} is not a column of {self.what}; it has {self._columns}.")
+        if not names:
+            raise ValueError(f"{what}={key!r} names no column: name one or more, or say {what}=None.")
         return names
 
     @property
@@ -98,12 +105,12 @@ class TableDesign:
         """Names of the design columns of each term."""
         return {} if self.design is None else self.design.terms
 
-    def count(self, table: Any, where: NDArray[np.bool_]) -> None:
-        """Note which levels some rows of a table have, of the columns whose type declares them."""
-        columns = self._read(table, len(where)) if self._counts else {}
+    def count(self, table: Any, num_rows: int) -> None:
+        """Note which levels the rows of a table have, of the columns whose type declares them."""
+        columns = self._read(table, num_rows) if self._counts else {}
         for name, counts in self._counts.items():
             levels = columns[name].levels()
-            codes = columns[name].codes(levels)[where]
+            codes = columns[name].codes(levels)
             found = np.bincount(codes[codes >= 0], minlength=len(levels))
             for level, number in zip(levels, found.tolist(), strict=True):
                 counts[level] = counts.get(level, 0) + number
@@ -148,19 +155,25 @@ class TableDesign:
                 )
 
     def _read(self, table: Any, num_rows: int) -> dict[str, Column]:
-        columns = read_table(table, self.what)
+        columns = read_rows(table, self.what, num_rows)
         for column in columns.values():
             if self._is_protected and column.missing.any():
                 raise ValueError(
                     f"{self.what} column {column.name!r} is missing in {shown_rows(column.missing)}: drop "
                     "these rows."
                 )
-            if len(column.missing) != num_rows:
-                raise ValueError(
-                    f"{self.what} has {len(column.missing)} rows but X has {num_rows}: one row a sample is "
-                    "needed."
-                )
         return columns
+
+
+def read_rows(table: Any, what: str, num_rows: int) -> dict[str, Column]:
+    """Return the columns of a table (see `read_table`), after a check of its number of rows."""
+    columns = read_table(table, what)
+    for column in columns.values():
+        if len(column.missing) != num_rows:
+            raise ValueError(
+                f"{what} has {len(column.missing)} rows but X has {num_rows}: one row a sample is needed."
+            )
+    return columns
 
 
 def _has_columns(column: Column) -> bool:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils._set_output import _get_output_config
-from sklearn.utils.validation import _check_feature_names_in, _num_samples, check_array, validate_data
+from sklearn.utils.validation import _check_feature_names_in, check_array, validate_data
 
-from mdnorm.design.reader import Column, read_column, shown, shown_rows
+from mdnorm.design.reader import Column, read_column, refuse_no_table, shown, shown_rows
 from mdnorm.tables.combat import LocationScale, SiteCodes
 from mdnorm.tables.table_design import TableDesign
 from mdnorm.text import warn
@@ -24,6 +25,10 @@ _FEATURES: dict[str, Any] = {
     "ensure_min_samples": 1,
     "ensure_all_finite": False,
 }
+
+# Whole numbers are classes up to _MOST_CLASSES of them with so many rows each on average; up to _FEW_CLASSES
+# whatever the rows.
+_FEW_CLASSES, _MOST_CLASSES, _ROWS_OF_A_CLASS = 5, 20, 5
 
 
 class TableRows(NamedTuple):
@@ -54,21 +59,17 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
     def _fitted_model(self) -> LocationScale:
         raise NotImplementedError
 
-    def _start(self, X: Any, metadata: Any, given: dict[str, Any], classes: Any) -> None:  # noqa: N803
-        """Fix what the first rows fix: columns, levels, classes."""
-        if metadata is not None and self.metadata_columns is not None:
-            raise ValueError(
-                "metadata= and metadata_columns= were both given: metadata come from one of them."
-            )
+    def _start(
+        self, table: Any, given: dict[str, Any], classes: Any, num_rows: int, weights: FloatArray | None
+    ) -> None:
+        """Fix what the first rows that are fitted to fix: columns, levels, means, classes."""
         self._model = None
-        num_rows = self._select(X)
-        if metadata is None and self.metadata_columns is None:
+        if table is None and self.metadata_columns is None:
             warn(
                 "no metadata: X is returned unchanged. Pass metadata= to fit and transform (in a pipeline: "
                 "by metadata routing) or name metadata_columns=; metadata_columns=() says that it is meant.",
                 UserWarning,
             )
-        table = self._table(X, metadata)
         self._metadata_table = None
         if table is not None:
             keys = {"site": self.site, "subject": self.subject}
@@ -79,7 +80,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 missing=self.missing,
                 unseen=self.unseen,
             )
-            self._metadata_table.fit(table, num_rows, declared=self._is_partial)
+            self._metadata_table.fit(table, num_rows, declared=self._is_partial, weights=weights)
         else:
             for name in ("site", "subject", "formula"):
                 if getattr(self, name) is not None:
@@ -113,12 +114,24 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         if self.protect_target != "auto":
             return self.protect_target == "categorical"
         values = np.asarray(y)
+        if values.dtype.kind == "O":  # Numbers among Python's objects are numbers.
+            values = np.array(values.tolist())
         # More than one column of integers is an indicator or a multi-output table already.
         several = values.ndim > 1 and values.shape[1] > 1 and values.dtype.kind in "biuf"
-        return not several and (values.dtype.kind != "f" or classes is not None)
+        if several or (values.dtype.kind == "f" and classes is None):
+            return False
+        if values.dtype.kind in "iu" and classes is None:
+            number = len(np.unique(values))
+            if number > max(_FEW_CLASSES, min(_MOST_CLASSES, len(values) / _ROWS_OF_A_CLASS)):
+                raise ValueError(
+                    f"y has {number} different whole numbers in {len(values)} rows, and "
+                    "protect_target='auto' would make a category of each: say protect_target='continuous' "
+                    "for a quantity, or 'categorical' for classes."
+                )
+        return True
 
-    def _select(self, X: Any) -> int:  # noqa: N803
-        """Record the columns of X and which of them are features; return the number of rows."""
+    def _select(self, X: Any) -> None:  # noqa: N803
+        """Record the columns of X and which of them are features."""
         self._validated(X, reset=True)
         chosen = [] if self.metadata_columns is None else list(self.metadata_columns)
         names = list(getattr(self, "feature_names_in_", []))
@@ -139,7 +152,6 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 index.append(int(column) % self.n_features_in_)
         self._metadata_index = np.array(index, dtype=np.intp)
         self._feature_index = np.setdiff1d(np.arange(self.n_features_in_), self._metadata_index)
-        return int(_num_samples(X))
 
     def _is_mixed(self, X: Any) -> bool:  # noqa: N803
         """Whether X is a DataFrame that may hold metadata that are no numbers: only the features must be."""
@@ -147,6 +159,11 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
 
     def _validated(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
         """Return X as a checked array; as it is where it is a DataFrame with metadata."""
+        refuse_no_table(X, "X")
+        if isinstance(X, Mapping) and not hasattr(X, "shape"):  # not the sparse matrices that are one
+            raise TypeError("X is a mapping from names to columns: make a table of it, pandas.DataFrame(X).")
+        if isinstance(X, np.ma.MaskedArray):  # What lies under the mask is no value.
+            X = np.ma.filled(X if X.dtype.kind == "f" else X.astype(np.float64), np.nan)  # noqa: N806
         if self._is_mixed(X):
             validate_data(self, X, reset=reset, skip_check_array=True)
             return X
@@ -190,25 +207,18 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         """Return the table of metadata, whichever argument it is in; None where there is none."""
         if self.metadata_columns is None:
             return metadata
+        if metadata is not None:
+            raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
         names = list(map(str, self.metadata_columns))
         return dict(zip(names, self._metadata_of(X), strict=True)) if names else None
 
-    def _read(
-        self,
-        X: Any,  # noqa: N803
-        metadata: Any,
-        given: dict[str, Any],
-        *,
-        training: bool = False,
-    ) -> TableRows:
+    def _read(self, X: Any, metadata: Any, given: dict[str, Any]) -> TableRows:  # noqa: N803
         """Return rows as they are in the regression; unknown protected columns at their mean."""
         features = self._checked(X)
-        if self.metadata_columns is not None and metadata is not None:
-            raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
-        return TableRows(features, *self._design(self._table(X, metadata), given, len(features), training))
+        return TableRows(features, *self._design(self._table(X, metadata), given, len(features)))
 
     def _design(
-        self, table: Any, given: dict[str, Any], num_rows: int, training: bool
+        self, table: Any, given: dict[str, Any], num_rows: int, training: bool = False
     ) -> tuple[FloatArray, SiteCodes | None, SiteCodes | None]:
         if table is None and self._metadata_table is not None:
             raise ValueError(
@@ -272,7 +282,8 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 f"X has {features.shape[1]} features, but transform returns {len(self._feature_index)}."
             )
         features = self._finite(features, self._feature_index)
-        names = list(self.metadata_columns or ())
+        assert self.metadata_columns is not None
+        names = list(self.metadata_columns)
         if metadata is None:
             raise ValueError(f"metadata=None, but transform left out the columns {names}: pass them.")
         if hasattr(metadata, "columns"):
@@ -288,7 +299,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
 def _target_table(y: Any, is_class: bool) -> dict[str, Column]:
     """Return the columns of a target: "y", or "y0", "y1", … where there are several."""
     values = np.asarray(y)
-    matrix = values.reshape(len(values), -1)
+    matrix = values.reshape(len(values), math.prod(values.shape[1:]))
     if matrix.shape[1] > 1 and is_class:
         raise TypeError(
             f"y has {matrix.shape[1]} columns of dtype {values.dtype}: categories can be protected as one "
