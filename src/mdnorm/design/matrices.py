@@ -31,7 +31,7 @@ from mdnorm.design.formula import (
     parse_formula,
 )
 from mdnorm.design.reader import Column, column_names, read_columns
-from mdnorm.design.roles import TableWarning, stand_in_warning
+from mdnorm.design.roles import TableWarning, level_warning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
 from mdnorm.design.terms import Terms, TermValues, scoped_products
 from mdnorm.text import warn
@@ -290,7 +290,7 @@ class Design:
         ConfoundedDesignWarning
             Label and metadata can hardly be told apart: see `diagnose`.
         TableWarning
-            Numbers such as −9999 seem to stand for missing values.
+            Numbers such as −9999 seem to stand for missing values, or nearly every row has a text of its own.
         """
         self._is_fitted = False
         columns, num_rows = read_columns(table, self.variables())
@@ -321,8 +321,9 @@ class Design:
         self._fit_moments(values)
         self._is_fitted = True
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
-        for note in filter(None, map(stand_in_warning, columns.values())):
-            warn(note, TableWarning)
+        for find in (stand_in_warning, level_warning):
+            for note in filter(None, map(find, columns.values())):
+                warn(note, TableWarning)
         if diagnosis.warnings:
             warn(
                 " ".join(["The design is confounded:", *diagnosis.warnings, "See Design.diagnose."]),
