@@ -2,6 +2,7 @@ import json
 import re
 import sys
 
+import dcor
 import numpy as np
 import pandas as pd
 import pytest
@@ -327,7 +328,13 @@ def test_feature_maps_are_flattened():
     [
         ({"features": np.zeros((0, 3))}, r"features must have one row for each sample, got shape \(0, 3\)"),
         ({"features": np.zeros((240, 3))}, "all features .before. are constant"),
-        ({"features": np.array([["a"]])}, "must be real numbers"),
+        ({"features": np.array([["a"]])}, "features must be real and numeric, got an array of dtype <U1"),
+        ({"features": np.tile([1e-200, -1e-200], 120)}, r"features .before. have values up to 1e-200, whose"),
+        ({"features": np.tile([1e200, 3.0], 120)}, r"features .before. have values up to 1e\+200, whose"),
+        (
+            {"features": np.column_stack([np.ones(240), np.arange(240) * 1e-200])},
+            "all features .before. are constant",
+        ),
         ({"features": np.full((240, 2), np.nan)}, "only 0 rows with finite features"),
         ({"features": np.ones((100, 2))}, "100 in features, 240 in metadata"),
         ({"after": np.ones((100, 2))}, "240 in features, 240 in metadata, 100 in after"),
@@ -396,6 +403,89 @@ def test_a_model_that_always_says_the_same_is_audited():
         site = column_of(report, "site")
         accuracy = site.representations["before"].group_gaps.groups[0].rates["accuracy"].value
         assert accuracy == pytest.approx(label[metadata["site"] == "a"].mean())
+
+
+def test_more_sites_than_groups_are_compared_keep_their_other_measures():
+    rng = np.random.default_rng(0)
+    site = np.arange(600) % 120
+    features = rng.standard_normal((600, 3)) + 3 * rng.standard_normal((120, 3))[site]
+    metadata = {"site": [f"s{code}" for code in site], "sex": rng.choice(["f", "m"], 600)}
+    label, predictions = rng.integers(0, 2, (2, 600))
+    report = mdnorm.audit(features, metadata, label, predictions=predictions, settings=QUICKEST)
+    part = column_of(report, "site").representations["before"]
+    expected = dcor.u_distance_correlation_sqr(standardized(features), np.eye(120)[site])
+    assert part.dependence.value == pytest.approx(expected, abs=1e-12)
+    assert part.group_gaps is None
+    assert level_of(report, "site") == "strong"
+    assert level_of(report, "site", "gap") == "open"
+    assert re.search("groups of site cannot be decided: groups has 120 different values", str(report))
+    sex = column_of(report, "sex").representations["before"].group_gaps
+    assert [group.rates["accuracy"].value for group in sex.groups] == [
+        pytest.approx((label == predictions)[metadata["sex"] == name].mean()) for name in "fm"
+    ]
+    # It may be the only column, too.
+    alone = mdnorm.audit(
+        features, {"site": metadata["site"]}, label, predictions=predictions, settings=QUICKEST
+    )
+    assert column_of(alone, "site").representations["before"].dependence == part.dependence
+
+
+def test_whole_numbers_that_may_be_codes_are_not_simply_not_found():
+    rng = np.random.default_rng(0)
+    site = np.arange(400) % 20
+    features = rng.standard_normal((400, 3))
+    features[:, 0] += 3 * (site % 2)
+    as_codes = dcor.u_distance_correlation_sqr(standardized(features), np.eye(20)[site])
+    as_numbers = dcor.u_distance_correlation_sqr(standardized(features), site.astype(float))
+    assert as_numbers < 0.05 < as_codes
+    reports = {
+        kind: mdnorm.audit(features, {"site": site}, kinds=kind and {"site": kind}, settings=QUICK)
+        for kind in (None, "continuous", "categorical")
+    }
+    for kind, value in ((None, as_numbers), ("continuous", as_numbers), ("categorical", as_codes)):
+        part = column_of(reports[kind], "site").representations["before"]
+        assert part.dependence.value == pytest.approx(value, abs=1e-12)
+        # Who gives the kind has decided.
+        for text in (str(reports[kind]), reports[kind].to_html(), json.dumps(reports[kind].to_dict())):
+            assert ("--kind" in text) == (kind is None)
+    assert "[note] site has 20 different whole numbers, taken as continuous" in str(reports[None])
+    words = {kind: report.table()[0].words for kind, report in reports.items()}
+    assert words == {
+        None: "not found above R² 0.20, taken as continuous",
+        "continuous": "not found above R² 0.20",
+        "categorical": "found",
+    }
+    # What is found needs no such word.
+    assert "--kind" not in str(mdnorm.audit(site[:, None], {"site": site}, settings=QUICK))
+
+
+def test_frames_of_nullable_types_are_features_like_any_other():
+    rng = np.random.default_rng(0)
+    frame = pd.DataFrame(
+        {"count": rng.poisson(3.0, 90), "size": rng.standard_normal(90), "flag": rng.random(90) < 0.5}
+    )
+    site = rng.choice(["a", "b"], 90)
+    expected = mdnorm.audit(frame.to_numpy(np.float64), {"site": site}, settings=QUICKEST)
+    nullable = frame.convert_dtypes()
+    assert nullable.to_numpy().dtype == object
+    assert mdnorm.audit(nullable, {"site": site}, settings=QUICKEST).columns == expected.columns
+    nullable.loc[0, "count"] = pd.NA
+    report = mdnorm.audit(nullable, {"site": site}, settings=QUICKEST)
+    assert report.notes == ("1 of 90 rows have missing or infinite features and were left out.",)
+    rest = mdnorm.audit(frame.to_numpy(np.float64)[1:], {"site": site[1:]}, settings=QUICKEST)
+    assert report.columns == rest.columns
+
+
+@pytest.mark.parametrize("unit", [1e-300, 1e-160, 1e200, 1e300])
+def test_the_unit_of_metadata_does_not_matter(unit):
+    rng = np.random.default_rng(0)
+    age = rng.uniform(20, 80, 90)
+    features = np.column_stack([age + rng.normal(0, 20, 90), rng.standard_normal(90)])
+    given = mdnorm.audit(features, {"age": age * unit}, rng.integers(0, 2, 90), settings=QUICKEST)
+    part = column_of(given, "age").representations["before"]
+    expected = dcor.u_distance_correlation_sqr(standardized(features), age)
+    assert part.dependence.value == pytest.approx(expected, abs=1e-12)
+    assert np.isfinite(part.association_z)
 
 
 def test_rows_that_were_shuffled_apart_are_refused() -> None:

@@ -50,6 +50,25 @@ def test_names_tell_identifiers_from_measurements():
         assert as_column(name, values).kind == "continuous"
 
 
+@pytest.mark.parametrize(
+    ("values", "is_doubtful"),
+    [
+        (np.repeat(np.arange(12), 5), True),
+        (np.repeat(np.arange(12), 5)[1:], False),
+        (np.repeat(np.arange(12), 5) + 0.5, False),
+        (np.repeat(np.arange(10), 6), False),  # read as classes
+        (np.repeat(np.arange(100), 5), True),
+        (np.repeat(np.arange(101), 5), False),
+        (np.array([*np.repeat(np.arange(12.0), 5), np.nan]), True),
+        (np.datetime64("2020-01-01") + np.repeat(np.arange(12), 5), False),
+    ],
+)
+def test_whole_numbers_of_many_rows_each_may_be_codes(values, is_doubtful):
+    assert as_column("x", values).num_codes == is_doubtful * pd.Series(values).nunique()
+    assert as_column("x", values, "categorical").num_codes == 0
+    assert as_column("x", values, "continuous").num_codes == 0
+
+
 def test_kinds_can_be_given():
     sites = RNG.integers(0, 30, N)
     assert as_column("site", sites).kind == "continuous"

@@ -119,7 +119,8 @@ def test_an_odd_cell_makes_no_category(cell: str) -> None:
     for table in (pd.DataFrame({"age": _ages({7: cell})}), {"age": _ages({7: cell})}):
         with pytest.raises(ValueError, match=message):
             Design("age").fit(table)
-    assert Design("C(age)").fit({"age": _ages({7: cell})}).num_metadata == N - 1
+    with pytest.warns(TableWarning, match=f"'age' has {N} different texts in {N} rows"):
+        assert Design("C(age)").fit({"age": _ages({7: cell})}).num_metadata == N - 1
 
 
 def test_names_of_which_many_are_numbers_are_no_odd_cells() -> None:
@@ -133,6 +134,24 @@ def test_numbers_that_stand_for_missing_values_warn() -> None:
     age[:4] = -9999
     with pytest.warns(TableWarning, match=r"'age' has -9999 in 4 row\(s\), far from all other values"):
         Design("age").fit({"age": age})
+
+
+def test_texts_of_which_nearly_every_row_has_its_own_warn_at_the_line_of_the_user() -> None:
+    dates = pd.date_range("2020-01-01", periods=N).strftime("%d.%m.%Y")
+    for texts, num_texts in ((dates, N), ([*dates[:-2], dates[0], dates[1]], N - 2)):
+        with pytest.warns(
+            TableWarning, match=f"'scan' has {num_texts} different texts in {N} rows"
+        ) as caught:
+            design = Design("scan").fit({"scan": list(texts)})
+        assert caught[0].filename == __file__
+        assert design.num_metadata == pd.get_dummies(pd.Series(texts), drop_first=True).shape[1]
+    for quiet in (
+        list(dates[:-3]) + list(dates[:3]),  # 37 texts in 40 rows
+        list(dates[:19]),  # too few rows
+        pd.to_datetime(dates, format="%d.%m.%Y"),
+        pd.Categorical(dates),
+    ):
+        Design("scan").fit({"scan": quiet})
 
 
 @pytest.mark.parametrize(

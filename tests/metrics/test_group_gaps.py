@@ -385,6 +385,23 @@ def test_a_predicted_class_without_rows_is_noted() -> None:
     assert "that no row has as its label: 2" in result.notes[0]
 
 
+def test_probabilities_that_reach_0_and_1_are_no_classes() -> None:
+    rng = np.random.default_rng(0)
+    groups = rng.choice(["a", "b"], 400)
+    logits = rng.normal(0, 30, 400)
+    y, saturated = (logits > 0).astype(int), torch.sigmoid(torch.from_numpy(logits).float())
+    assert {0.0, 1.0} & {*saturated.tolist()}
+    with pytest.raises(ValueError, match=r"which no label is; there are 0, 1.*probabilities as scores"):
+        group_gaps(y, saturated, groups)
+    expected = fairlearn.MetricFrame(
+        metrics=accuracy_score, y_true=y, y_pred=saturated.numpy() > 0.5, sensitive_features=groups
+    )
+    classes = group_gaps(y, saturated.round(), groups, scores=saturated, num_bootstrap=0)
+    assert _rates(classes, "accuracy") == expected.by_group.to_dict() == {"a": 1.0, "b": 1.0}
+    # Labels that are no whole numbers themselves are classes like any other.
+    assert _rates(group_gaps(y / 2, y / 2, groups, positive=0.5), "accuracy") == {"a": 1.0, "b": 1.0}
+
+
 A, G = np.array([0, 1, 0, 1]), ["a", "a", "b", "b"]
 
 
@@ -402,7 +419,9 @@ A, G = np.array([0, 1, 0, 1]), ["a", "a", "b", "b"]
         (A, A, G, {"positive": 7}, ValueError, "positive must be one of the classes 0, 1, got 7"),
         ([0, 1, 2, 1], A, G, {"positive": 1}, ValueError, "positive is for two classes, got 3"),
         (A, ["n", "y"] * 2, G, {}, TypeError, "must be of one kind, got 0 in labels and 'n'"),
-        (A, [0.3, 0.7, 0.2, 0.9], G, {}, ValueError, "no class in common.*probabilities as scores"),
+        (A, [0.3, 0.7, 0.2, 0.9], G, {}, ValueError, "hold 0.2, .*no label is.*probabilities as scores"),
+        (A, np.float32([0, 1, 0.25, 0.5]), G, {}, ValueError, "hold 0.25, 0.5, which .* probabilities"),
+        (A, A + 5, G, {}, ValueError, "predictions hold 5, 6, which no label is; there are 0, 1"),
         (
             A,
             A,

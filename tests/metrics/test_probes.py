@@ -429,6 +429,11 @@ def test_the_task_is_guessed_and_said() -> None:
     assert result.task == "classification"
     assert "task='regression'" in result.notes[0]
     assert probe(x, grade, task="regression", num_permutations=0).scored.name == "r2"
+    sites = probe(x, np.arange(60) % 12, num_permutations=0)
+    assert sites.task == "regression"
+    assert "12 distinct whole numbers and was taken as a quantity: pass task='class" in sites.notes[0]
+    for told in (np.arange(60) % 13, np.arange(60) % 12 + 0.5):
+        assert probe(x, told, num_permutations=0).notes == ()
     assert probe(x, np.arange(60), num_permutations=0).task == "regression"
     assert probe(x, grade / 3, num_permutations=0).task == "regression"
     assert probe(x, grade % 2 * 1.5, num_permutations=0).task == "classification"

@@ -298,6 +298,12 @@ def test_values_that_cannot_be_used_are_errors() -> None:
     model = residualize_dask(da.from_array(values(people()), chunks=(100, D)), good).model
     with pytest.raises(ValueError, match=r"feature\(s\) '1'"):
         residualize_dask(da.from_array(features, chunks=(100, D)), good, apply=model).features.compute()
+    nullable = whole().convert_dtypes()
+    nullable["count"] = pd.array([1, None] * (N // 2), dtype="Int64")
+    with pytest.raises(ValueError, match=r"features has NaN .*column\(s\) \[1\], row\(s\) 1"):
+        residualize_dask(
+            dd.from_pandas(nullable, npartitions=2), formula="age", feature_names=[NAMES[0], "count"]
+        )
     metadata = metadata.copy()
     metadata[5] = np.nan
     with pytest.raises(ValueError, match="metadata are missing: 'm0' in row 5"):

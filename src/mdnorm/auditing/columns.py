@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mdnorm.auditing.reading import InputError, as_input_error, matching
 from mdnorm.design.reader import Column as TableColumn
 from mdnorm.design.reader import read_column, read_table
-from mdnorm.design.roles import odd_cell, stand_ins
+from mdnorm.design.roles import may_be_codes, odd_cell, stand_ins
 
 Kind = Literal["continuous", "categorical", "constant", "identifier"]
 
@@ -43,6 +43,8 @@ class Column:
     note: str = ""
     # Whether the values are the seconds since 1970 of dates.
     is_date: bool = False
+    # The number of values where whole numbers that may be codes were taken as continuous; otherwise 0.
+    num_codes: int = 0
 
     @property
     def is_auditable(self) -> bool:
@@ -59,9 +61,12 @@ class Column:
         return replace(self, values=self.values[index], present=self.present[index])
 
     def design_matrix(self) -> NDArray[np.float64]:
-        """Return the values for a distance: (n, 1) numbers, or (n, number of classes) indicators."""
+        """Return the values for a distance: (n, 1) numbers in any unit, or (n, classes) indicators."""
         if self.kind == "continuous":
-            return np.asarray(self.values, np.float64)[:, None]
+            # A power of two changes no digit, and no square can overflow.
+            exponent = np.frexp(np.abs(self.values).max(initial=0.0, where=self.present))[1]
+            scaled: NDArray[np.float64] = np.ldexp(self.values, -exponent)[:, None]
+            return scaled
         classes, codes = np.unique(self.values, return_inverse=True)
         return np.eye(len(classes))[codes]
 
@@ -142,7 +147,7 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
     if column.kind == "date" and not column.categorical:
         seconds = np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY)
         numeric = _numeric(name, seconds, kind)
-        return replace(numeric, is_date=numeric.kind == "continuous")
+        return replace(numeric, is_date=numeric.kind == "continuous", num_codes=0)
     if kind == "continuous" and column.kind in ("string", "boolean"):
         with as_input_error(f"metadata column {name!r} cannot be read as continuous: "):
             numbers = [float(text) if text else np.nan for text in _texts(column).tolist()]
@@ -231,7 +236,9 @@ def _numeric(name: str, values: NDArray[np.float64], kind: str | None) -> Column
     note = " ".join(notes)
     if classes:
         return Column(name, "categorical", _class_names(values), present, note)
-    return Column(name, "continuous", values, present, note)
+    is_doubtful = kind is None and may_be_codes(distinct, int(present.sum()))
+    num_codes = len(distinct) if is_doubtful else 0
+    return Column(name, "continuous", values, present, note, num_codes=num_codes)
 
 
 def _class_names(values: NDArray[np.float64]) -> NDArray[np.str_]:

@@ -110,11 +110,18 @@ class _Judge:
             part = column.representations[key]
             judged = self._dependence if column.role == "remove" else self._kept
             yield Finding("dependence", *judged(column, key), column.name, key, decisive)
-            if part.group_gaps is not None:
-                yield Finding("gap", *self._gap(column, key, part.group_gaps), column.name, key, decisive)
+            if part.group_gaps is not None or part.why_no_gaps:
+                yield Finding("gap", *self._gap(column, key, part), column.name, key, decisive)
             if part.prediction_test is not None:
                 judgement = self._prediction(column, key, part.prediction_test)
                 yield Finding("prediction", *judgement, column.name, key, decisive)
+        if column.num_codes and not all(self.is_found(column, key) for key in column.representations):
+            text = (
+                f"{column.name} has {column.num_codes} different whole numbers, taken as continuous, so that "
+                "what depends on them as codes may not be found. If they are codes: "
+                f"--kind '{column.name}=categorical', in Python kinds={{{column.name!r}: 'categorical'}}."
+            )
+            yield Finding("kind", "note", "note", text, column.name)
         association = column.association_with_label
         if association is not None and association >= self.settings.max_dcor2:
             text = (
@@ -229,7 +236,8 @@ class _Judge:
             text = f"{column.name} {verb} not found {where} above {limits}, at most {self._bounds(part)}"
             return (
                 "none",
-                f"not found above {self._limit(part.shown_probe)}",
+                f"not found above {self._limit(part.shown_probe)}"
+                + (", taken as continuous" if column.num_codes else ""),
                 f"{text}{self._was(column, before)}.",
             )
         text = f"Whether {column.name} is {where} cannot be decided: {self._undecided(part)}"
@@ -259,9 +267,10 @@ class _Judge:
         part, title = column.representations[key], self.sets[key].in_a_sentence
         where = f"in {title}{self._given(part)}"
         before = self._before(column, key)
-        what = column.name
+        what = inside = column.name
         if column.role == "label":
-            what = "The label" if column.name == "label" else f"The label {column.name}"
+            inside = "the label" if column.name == "label" else f"the label {column.name}"
+            what = inside.replace("the", "The", 1)
         numbers = f"{self._numbers(part)}{self._was(column, before)}."
         found = self.is_found(column, key)
         if before is not None and self.is_found(column, before):
@@ -282,24 +291,27 @@ class _Judge:
         return (
             "open",
             "cannot be decided",
-            f"Whether {what}, which is meant to stay, is {where} cannot be decided: {self._undecided(part)}.",
+            f"Whether {inside}, which is meant to stay, is {where} cannot be decided: "
+            f"{self._undecided(part)}.",
         )
 
-    def _gap(self, column: ColumnAudit, key: str, result: GroupGaps) -> tuple[str, str, str]:
-        title, limit = self.sets[key].in_a_sentence, self.settings.max_gap
-        small = [f"{group.group} ({group.num_rows} rows)" for group in result.groups if group.is_small]
+    def _gap(self, column: ColumnAudit, key: str, part: Representation) -> tuple[str, str, str]:
+        title, limit, result = self.sets[key].in_a_sentence, self.settings.max_gap, part.group_gaps
+        groups = () if result is None else result.groups
+        small = [f"{group.group} ({group.num_rows} rows)" for group in groups if group.is_small]
         apart = f" Too small to be compared: {', '.join(small)}." if small else ""
-        gaps = comparable(result).values()
+        gaps = {} if result is None else comparable(result)
         if not gaps:
             text = (
                 f"Whether the predictions of {title} differ between groups of {column.name} cannot be decided"
             )
-            return "open", "cannot be decided", f"{text}: fewer than two groups have enough rows.{apart}"
+            why = part.why_no_gaps or "fewer than two groups have enough rows."
+            return "open", "gap cannot be decided", f"{text}: {why}{apart}"
         # Of gaps of the worst level the surest, or the one that is least known.
-        judged = [(self._level_of_gap(gap), gap) for gap in gaps]
+        judged = [(self._level_of_gap(gap), gap) for gap in gaps.values()]
         level = worst(each for each, _ in judged)
         gap = max((gap for each, gap in judged if each == level), key=lambda gap: (gap.low, gap.bound))
-        rates: dict[Any, Any] = {group.group: group.rates[str(gap.rate)] for group in result.groups}
+        rates: dict[Any, Any] = {group.group: group.rates[str(gap.rate)] for group in groups}
         ends = " and ".join(
             f"{percent(rates[name].value)} [{100 * rates[name].low:.0f}, {100 * rates[name].high:.0f}] for "
             f"{column.name} {name}"

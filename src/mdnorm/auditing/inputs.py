@@ -12,16 +12,21 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mdnorm.arrays import as_real_array
 from mdnorm.auditing.columns import Column, as_column, as_columns, printable
 from mdnorm.auditing.reading import InputError, as_input_error
 from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.design.leakage import is_discrete
 from mdnorm.design.roles import stand_ins
 from mdnorm.metrics.checks import check_integer
+from mdnorm.metrics.probe_folds import LEAST_VARIATION
 from mdnorm.text import listed
 
 # A feature whose spread is more than this many times that of another is measured in another unit.
 _MIXED_UNITS = 100.0
+
+# Squares of sums of larger values, or of the differences of smaller ones, may not be there in float64.
+_LARGEST = 1e100
 
 _SUBJECT_NAME = re.compile(
     r"(^|[_\W])(subjects?|participants?|patients?|persons?|sub|ppt)([_\W]|$)", re.IGNORECASE
@@ -99,9 +104,8 @@ def _as_features(values: Any, name: str) -> NDArray[Any]:
     if isinstance(values, Tensor):
         # numpy has no bfloat16.
         values = (values.float() if values.dtype == torch.bfloat16 else values).detach().cpu().numpy()
-    array = values if isinstance(values, np.ndarray) else np.asarray(values)
-    if array.dtype.kind not in "biuf":
-        raise InputError(f"{name} must be real numbers, got dtype {array.dtype}.")
+    with as_input_error():
+        array = as_real_array(values, name)
     if array.ndim == 0 or len(array) == 0 or array.size == 0:
         raise InputError(f"{name} must have one row for each sample, got shape {array.shape}.")
     return array
@@ -312,13 +316,19 @@ def _notes_on_leakage(inputs: Inputs) -> list[str]:
 
 def _notes_on_features(name: str, title: str, values: NDArray[np.float64], *, standardize: bool) -> list[str]:
     notes = []
-    constant = int((np.ptp(values, axis=0) == 0).sum())
-    if constant == values.shape[1]:
+    largest = np.abs(values).max()
+    constant = np.ptp(values, axis=0) <= LEAST_VARIATION * largest
+    if constant.all():
         raise InputError(f"all features ({name}) are constant: there is nothing to audit.")
-    if constant:
-        notes.append(f"{constant} of {values.shape[1]} features ({title}) are constant.")
-    spread = values.std(axis=0)
-    ratio = spread.max() / spread[spread > 0].min()
+    if not 1 / _LARGEST < largest < _LARGEST:
+        raise InputError(
+            f"features ({name}) have values up to {largest:.3g}, whose squares float64 cannot hold: give "
+            "them in another unit."
+        )
+    if constant.any():
+        notes.append(f"{int(constant.sum())} of {values.shape[1]} features ({title}) are constant.")
+    spread = values[:, ~constant].std(axis=0)
+    ratio = spread.max() / spread.min()
     if ratio > _MIXED_UNITS and not standardize:
         notes.append(
             f"The spreads of the features ({title}) differ by a factor of {ratio:.0f}, and they are not "

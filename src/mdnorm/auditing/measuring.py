@@ -145,8 +145,11 @@ def _measure_column(
             test = _prediction_test(target, predicted, shown, settings)
             measured[key] = replace(measured[key], prediction_test=test)
         else:
-            gaps = _group_gaps(target, predicted, shown, owners, settings)
-            measured[key] = replace(measured[key], group_gaps=gaps)
+            try:
+                gaps = _group_gaps(target, predicted, shown, owners, settings)
+                measured[key] = replace(measured[key], group_gaps=gaps)
+            except ValueError as error:
+                measured[key] = replace(measured[key], why_no_gaps=str(error))
     rows = np.flatnonzero(present & used)
     return ColumnAudit(
         name=column.name,
@@ -155,6 +158,7 @@ def _measure_column(
         note=" ".join(dict.fromkeys(filter(None, notes))),
         num_rows=len(rows),
         num_missing=column.num_missing,
+        num_codes=column.num_codes,
         role=role,
         association_with_label=association,
         representations=measured,

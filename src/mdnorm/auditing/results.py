@@ -97,6 +97,8 @@ class Representation:
     association_z: float
     # Rates by group of the predictions that belong to the features.
     group_gaps: GroupGaps | None = None
+    # Why there are none where there are predictions.
+    why_no_gaps: str = ""
     # For predicted numbers: dcor² of prediction and column given the target.
     prediction_test: Measure | None = None
 
@@ -127,6 +129,8 @@ class ColumnAudit:
     # Rows used, and rows without a value, among the rows of the audit.
     num_rows: int
     num_missing: int
+    # See `Column`.
+    num_codes: int
     # What is meant to happen to it: "remove", "keep" or "label".
     role: str
     # dcor² of the column and the label: how strongly the data themselves are confounded.
@@ -146,9 +150,9 @@ class Finding:
 
     Attributes
     ----------
-    topic : {"dependence", "gap", "prediction", "confounding"}
-        The subject: what features know, predictions by group, predictions given the target, or a label and a
-        column that go together in the data.
+    topic : {"dependence", "gap", "prediction", "confounding", "kind"}
+        The subject: what features know, predictions by group, predictions given the target, a label and a
+        column that go together in the data, or what kind of column it was taken for.
     level : {"strong", "weak", "open", "none", "note"}
         Harm, little, cannot be decided, none; or "note", something the reader should know.
     badge : str

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from mdnorm.auditing.results import FeatureSet, Projection
 from mdnorm.extras import requires
+from mdnorm.metrics.probe_folds import LEAST_VARIATION
 
 # Whitening needs this many rows for each feature.
 _ROWS_PER_WHITENED = 5
@@ -36,7 +37,7 @@ def feature_sets(
         if standardize:
             spread = values.std(axis=0)
             # What is left of a constant is rounding.
-            constant = np.ptp(given, axis=0) <= 1e-12 * np.abs(given).max()
+            constant = np.ptp(given, axis=0) <= LEAST_VARIATION * np.abs(given).max()
             values = values / np.where(constant, np.inf, spread)
         whitened = _whitened(values)
         for part, rows in parts.items():

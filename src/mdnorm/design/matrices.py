@@ -31,7 +31,7 @@ from mdnorm.design.formula import (
     parse_formula,
 )
 from mdnorm.design.reader import Column, column_names, read_columns
-from mdnorm.design.roles import TableWarning, code_warning, stand_in_warning
+from mdnorm.design.roles import TableWarning, code_warning, level_warning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
 from mdnorm.design.terms import Terms, TermValues, scoped_products
 from mdnorm.text import warn
@@ -290,7 +290,8 @@ class Design:
         ConfoundedDesignWarning
             Label and metadata can hardly be told apart: see `diagnose`.
         TableWarning
-            Numbers such as −9999 seem to stand for missing values, or integers of a label for classes.
+            Numbers such as −9999 seem to stand for missing values, integers of a label for classes, or nearly
+            every row has a text of its own.
         """
         self._is_fitted = False
         return self.fit_columns(read_columns(table, self.variables())[0])
@@ -329,11 +330,9 @@ class Design:
         self._fit_moments(values, weights)
         self._is_fitted = True
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
-        notes = [stand_in_warning(column) for column in columns.values()]
-        notes += [
-            code_warning(columns[factor.text]) for factor in self._label_factors if factor.text in columns
-        ]
-        for note in filter(None, notes):
+        notes = [find(column) for find in (stand_in_warning, level_warning) for column in columns.values()]
+        labels = [columns[factor.text] for factor in self._label_factors if factor.text in columns]
+        for note in filter(None, [*notes, *map(code_warning, labels)]):
             warn(note, TableWarning)
         if diagnosis.warnings:
             warn(

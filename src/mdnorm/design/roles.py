@@ -12,6 +12,10 @@ from mdnorm.design.reader import Column
 # Whole numbers with no more different values than this are codes, and every value has two rows on average.
 _MAX_CODES = 10
 
+# Of a category with many levels there are at most so many, with so many rows each on average.
+_MAX_LEVELS = 100
+_ROWS_OF_A_LEVEL = 5
+
 # As many rows are needed to say that a column names them, and this share of different values.
 _LEAST_ROWS = 20
 _NEARLY_ALL = 0.95
@@ -37,6 +41,16 @@ def is_code(values: NDArray[np.float64]) -> bool:
         return False
     distinct = np.unique(values)
     few = len(distinct) <= min(_MAX_CODES, len(values) // 2)
+    return few and np.array_equal(distinct, np.round(distinct))
+
+
+def may_be_codes(distinct: NDArray[np.float64], num_rows: int) -> bool:
+    """Whether the different values of a column of numbers may be codes of a category with many levels.
+
+    They are whole, at most 100, and have five rows each on average. So are ages in years: nobody but the user
+    can tell.
+    """
+    few = len(distinct) <= min(_MAX_LEVELS, num_rows // _ROWS_OF_A_LEVEL)
     return few and np.array_equal(distinct, np.round(distinct))
 
 
@@ -119,6 +133,20 @@ def code_warning(column: Column) -> str | None:
     return (
         f"label {column.name!r} has {count} different integers, which count as a measure: write "
         f"C({column.name}) where they are classes, or make them floats where they are none."
+    )
+
+
+def level_warning(column: Column) -> str | None:
+    """Return a sentence where nearly every row has a text of its own, and so a column; otherwise None."""
+    num_rows, num_levels = int((~column.missing).sum()), len(column.levels())
+    if column.kind != "string" or column.declared or num_rows < _LEAST_ROWS:
+        return None
+    if num_levels < _NEARLY_ALL * num_rows:
+        return None
+    return (
+        f"column {column.name!r} has {num_levels} different texts in {num_rows} rows, such as "
+        f"{column.levels()[0]!r}, and each becomes an indicator of its own: convert dates and numbers, group "
+        "the texts, or leave the column out where it names the rows."
     )
 
 

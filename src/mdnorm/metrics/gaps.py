@@ -212,8 +212,9 @@ def group_gaps(
         An argument is of the wrong type.
     ValueError
         A wrong shape, different numbers of rows, missing values, one class or one group only, more than 100
-        groups, a positive class that is not a label or is not clear, scores that are not probabilities,
-        weights that are negative, NaN or infinite, or all 0.
+        groups, predictions that are no class of the labels or no whole numbers (probabilities), a positive
+        class that is not a label or is not clear, scores that are not probabilities, weights that are
+        negative, NaN or infinite, or all 0.
     MissingExtraError
         SciPy is not installed.
 
@@ -366,9 +367,11 @@ def _classes(
             f"labels and predictions must be of one kind, got {true.names[0]!r} in labels and {unknown[0]!r} "
             "in predictions."
         ) from error
-    if unknown and not set(true.names) & set(guessed.names):
+    # Probabilities that reach 0 or 1 have classes in common with the labels.
+    fractions = [name for name in unknown if isinstance(name, float) and not name.is_integer()]
+    if fractions or (unknown and not set(true.names) & set(guessed.names)):
         raise ValueError(
-            f"predictions and labels have no class in common, got {listed(guessed.names)} and "
+            f"predictions hold {listed(fractions or unknown)}, which no label is; there are "
             f"{listed(true.names)}: pass predicted classes, and probabilities as scores."
         )
     if unknown:

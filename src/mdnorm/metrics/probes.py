@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.arrays import check_same_order
+from mdnorm.design.roles import may_be_codes
 from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_confidence, check_integer, check_permutations, check_same_rows
 from mdnorm.metrics.columns import as_categories, as_column
@@ -303,6 +304,11 @@ def _guessed_task(column: NDArray[Any], notes: list[str]) -> Literal["classifica
             "task='regression' if they are a quantity."
         )
         return "classification"
+    if may_be_codes(distinct, column.size):
+        notes.append(
+            f"target has {distinct.size} distinct whole numbers and was taken as a quantity: pass "
+            "task='classification' if they are codes."
+        )
     return "regression"
 
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from mdnorm.arrays import as_real_array
 from mdnorm.design import Design
 from mdnorm.design.reader import read_columns, shown
 from mdnorm.design.roles import TableWarning, why_no_feature
@@ -307,7 +308,7 @@ class _Part(NamedTuple):
 
 def _read_part(block: Any, other: Any, names: tuple[str, ...], variables: list[str]) -> _Part:
     is_frame = hasattr(block, "columns")
-    values = block[list(names)].to_numpy() if is_frame else np.asarray(block)
+    values = as_real_array(block[list(names)] if is_frame else block, "features")
     if values.dtype != np.float32:
         values = values.astype(np.float64)
     table = _read_table(block if other is None else other, variables)
