@@ -91,6 +91,25 @@ def test_balanced_accuracy_is_the_mean_recall_over_all_folds(monkeypatch: pytest
     assert result.score == pytest.approx(balanced_accuracy_score(y, decided), abs=1e-12)
 
 
+def test_decisions_are_those_of_the_discriminant_in_plain_sums() -> None:
+    rng = np.random.default_rng(0)
+    classes = rng.integers(0, 4, (90, 3))
+    left_out = 0.2 * (classes[:, :, None] == np.arange(3)) + 0.1 * rng.standard_normal((90, 3, 3))
+    scores = rng.standard_normal((50, 3, 4))
+    decided = probe_ridge.decisions(scores, classes, left_out)
+    for target in range(3):
+        own = np.column_stack([left_out[:, target], -left_out[:, target].sum(axis=1)])
+        indicators = np.eye(4)[classes[:, target]]
+        root = np.diag(indicators.mean(axis=0) ** -0.5)
+        between = root @ own.T @ indicators @ root / 90
+        values, vectors = np.linalg.eigh((between + between.T) / 2)
+        between = vectors @ np.diag(values.clip(0)) @ vectors.T
+        inverse = np.linalg.inv(np.eye(4) - between)
+        offsets = np.diag(root @ between @ inverse @ root) / 2
+        expected = scores[:, target] @ root @ inverse @ root - offsets
+        np.testing.assert_array_equal(decided[:, target], expected.argmax(axis=1))
+
+
 @pytest.mark.parametrize("largest", [1, 4, 30])
 def test_left_out_residuals_equal_refits(largest: int) -> None:
     rng = np.random.default_rng(1)

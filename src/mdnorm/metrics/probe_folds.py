@@ -19,7 +19,7 @@ Integers = NDArray[np.int64]
 LEAST_VARIATION = 1e-12
 
 # Values of all targets that are in memory at once, in one temporary.
-CHUNK_ELEMENTS = 2**23
+CHUNK_ELEMENTS = 2**20
 
 # Fewer subjects than this are noted, since there are few ways to exchange them.
 _FEW_GROUPS = 7

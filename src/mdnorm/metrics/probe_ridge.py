@@ -226,9 +226,8 @@ class Basis:
             Sums of squared left-out residuals.
         predicted : (rows to test, T, C)
             Less the mean of the training rows.
-        agreement : (T, C + 1, C + 1)
-            ``Σ_i s_ik y_il`` with the left-out score s, of which the left-out mean is taken away. The last
-            class is what the others leave of 1.
+        scores : (n, T, C)
+            The left-out scores s, of which the left-out mean is taken away.
         """
         num_rows, num_targets, width = targets.shape
         flat = targets.reshape(num_rows, -1)
@@ -237,7 +236,7 @@ class Basis:
         left_out_targets = flat - self.left_out.means(flat)
         best = np.full(num_targets, np.inf)
         coefficients = np.zeros((self.train.shape[1], num_targets, width))
-        agreement = np.zeros((num_targets, width + 1, width + 1))
+        scores = np.zeros_like(targets)
         # One subject left out at a time has to be tried for every strength; for single rows, generalised
         # cross-validation tells the best one from the products alone.
         chosen = None if self.grouped else self._generalised(centred, products, width)
@@ -245,7 +244,9 @@ class Basis:
             tried = np.arange(num_targets) if chosen is None else (chosen == index).nonzero()[0]
             if tried.size == 0:
                 continue
-            columns = (tried[:, None] * width + np.arange(width)).reshape(-1)
+            columns: slice | Integers = slice(None)
+            if tried.size < num_targets:
+                columns = (tried[:, None] * width + np.arange(width)).reshape(-1)
             fitted = weights[:, None] * products[:, columns]
             residuals = self.left_out.residuals(centred[:, columns] - self.train @ fitted, weights)
             shape = (num_rows, tried.size, width)
@@ -253,10 +254,10 @@ class Basis:
             better = (errors < self.clearly * best[tried]).nonzero()[0]
             best[tried[better]] = errors[better]
             coefficients[:, tried[better]] = fitted.reshape(-1, tried.size, width)[:, better]
-            scores = (left_out_targets[:, columns] - residuals).reshape(shape)
-            agreement[tried[better]] = _agreement(scores[:, better], targets[:, tried[better]])
+            left_out_scores = (left_out_targets[:, columns] - residuals).reshape(shape)
+            scores[:, tried[better]] = left_out_scores[:, better]
         predicted = self.test @ coefficients.reshape(-1, num_targets * width)
-        return best, predicted.reshape(-1, num_targets, width), agreement
+        return best, predicted.reshape(-1, num_targets, width), scores
 
     def _generalised(self, centred: Floats, products: Floats, width: int) -> Integers:
         """Return the position (T,) of the strongest ridge of nearly the best generalised cross-validation."""
@@ -273,13 +274,6 @@ class Basis:
         return best
 
 
-def _agreement(scores: Floats, targets: Floats) -> Floats:
-    """Return ``Σ_i s_ik y_il`` (T, C + 1, C + 1) of scores and targets (n, T, C)."""
-    inner = np.einsum("itk,itl->tkl", scores, targets, optimize=True)
-    rows = np.concatenate([inner, scores.sum(axis=0)[:, :, None] - inner.sum(axis=2, keepdims=True)], axis=2)
-    return np.concatenate([rows, -rows.sum(axis=1, keepdims=True)], axis=1)
-
-
 def _squared_sums(columns: Floats, axis: int | tuple[int, int] = (0, 2)) -> Floats:
     """Return sums of squares of (n, T, C), those of the last class (what the others leave) included."""
     sums: Floats = np.square(columns).sum(axis=axis)
@@ -289,11 +283,22 @@ def _squared_sums(columns: Floats, axis: int | tuple[int, int] = (0, 2)) -> Floa
     return sums
 
 
-def decisions(scores: Floats, coded: Floats, agreement: Floats) -> Integers:
-    """Return the class (n, T) of scores (n, T, C) by the discriminant of the module's docstring."""
-    num_rows = coded.shape[0]
-    first = coded.mean(axis=0)
-    shares = np.concatenate([first, 1 - first.sum(axis=1, keepdims=True)], axis=1)
+def decisions(scores: Floats, codes: Integers, left_out: Floats) -> Integers:
+    """Return the class (n, T) of scores (n, T, C) by the discriminant of the module's docstring.
+
+    It takes the classes of the training rows (rows, T) and their left-out scores (rows, T, C - 1), those of
+    the last class being what the others leave.
+    """
+    from scipy.sparse import csr_array
+
+    (num_rows, num_targets), num_classes = codes.shape, scores.shape[2]
+    of_targets = codes + num_classes * np.arange(num_targets)
+    entries = np.ones(codes.size), (of_targets.reshape(-1), np.arange(codes.size))
+    members = csr_array(entries, shape=(num_targets * num_classes, codes.size))
+    shares = np.diff(members.indptr).reshape(num_targets, num_classes) / num_rows
+    # Σ_i s_ik y_il, (T, C, C): of every class the sum of the left-out scores of its rows.
+    sums = (members @ left_out.reshape(codes.size, -1)).reshape(num_targets, num_classes, -1)
+    agreement = np.swapaxes(np.concatenate([sums, -sums.sum(axis=2, keepdims=True)], axis=2), 1, 2)
     # A permutation that exchanges subjects may leave a fold without a class.
     absent = shares < 0.5 / num_rows
     roots = 1 / np.sqrt(np.where(absent, np.inf, shares))

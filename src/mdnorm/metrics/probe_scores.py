@@ -168,12 +168,13 @@ def probe_rows(
             if classes is not None:
                 # The indicator of the last class is what the others leave of 1.
                 coded = coded == np.arange(width)
-            fits = zip(*(basis.fit(coded.astype(np.float64)) for basis in bases), strict=True)
-            errors, predicted, agreement = map(np.stack, fits)
+            coded = coded.astype(np.float64)
+            fits = zip(*(basis.fit(coded) for basis in bases), strict=True)
+            errors, *fitted = map(np.stack, fits)
             # For each target the representation with the smallest left-out error.
             best, target = errors.argmin(axis=0), np.arange(errors.shape[1])
-            chosen = np.moveaxis(predicted[best, :, target], 0, 1), agreement[best, target]
-            scorer.add(columns, *chosen, targets[train], targets[test])
+            predicted, left_out = (np.moveaxis(part[best, :, target], 0, 1) for part in fitted)
+            scorer.add(columns, predicted, left_out, targets[train], targets[test])
     # Of the target itself, the rows are in the order of their folds.
     order = np.argsort(fold, kind="stable")
     owners = order if subjects is None else subjects[order]
@@ -193,7 +194,7 @@ class _RegressionScores:
         self.observed: list[Floats] = []
 
     def add(
-        self, columns: slice, predicted: Floats, agreement: Floats, train: NDArray[Any], test: NDArray[Any]
+        self, columns: slice, predicted: Floats, left_out: Floats, train: NDArray[Any], test: NDArray[Any]
     ) -> None:
         centred = test - train.mean(axis=0)
         self.errors[columns] += np.square(centred - predicted[:, :, 0]).sum(axis=0)
@@ -244,11 +245,10 @@ class _ClassScores:
         self.observed: list[Integers] = []
 
     def add(
-        self, columns: slice, predicted: Floats, agreement: Floats, train: NDArray[Any], test: NDArray[Any]
+        self, columns: slice, predicted: Floats, left_out: Floats, train: NDArray[Any], test: NDArray[Any]
     ) -> None:
         scores = np.concatenate([predicted, -predicted.sum(axis=2, keepdims=True)], axis=2)
-        coded = (train[:, :, None] == np.arange(self.num_classes - 1)).astype(np.float64)
-        decided = decisions(scores, coded, agreement)
+        decided = decisions(scores, train, left_out)
         if columns.start == 0:
             self.observed.append(np.column_stack([test[:, 0], decided[:, 0]]))
         for code in range(self.num_classes):
