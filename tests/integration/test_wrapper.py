@@ -38,12 +38,14 @@ def test_the_same_as_the_context(training):
     images, metadata, labels = data()
     model = make_model().train(training)
     twin = copy.deepcopy(model)
-    out = WithMetadata(model)(images, metadata=metadata, labels=labels)
-    with mdnorm.metadata(twin, metadata, labels):
+    with torch.set_grad_enabled(training):
+        out = WithMetadata(model)(images, metadata=metadata, labels=labels)
+    with torch.set_grad_enabled(training), mdnorm.metadata(twin, metadata, labels):
         assert torch.equal(out, twin(images))
     assert all(torch.equal(a, b) for a, b in zip(model.buffers(), twin.buffers(), strict=True))
 
 
+@torch.no_grad()
 def test_other_arguments_go_to_the_model():
     images, metadata, labels = data()
     model = WithMetadata(Classifier().eval())
@@ -115,8 +117,9 @@ def test_compiled_to_one_graph(training):
     compiled = torch.compile(wrapper, fullgraph=True, backend=backend)
     for seed in range(4):
         images, metadata, labels = data(seed=seed)
-        expected = twin(images, metadata=metadata, labels=labels)
-        torch.testing.assert_close(compiled(images, metadata=metadata, labels=labels), expected)
+        with torch.set_grad_enabled(training):
+            expected = twin(images, metadata=metadata, labels=labels)
+            torch.testing.assert_close(compiled(images, metadata=metadata, labels=labels), expected)
     # The first call may be a graph of its own: the thread had no place for metadata before it.
     assert len(graphs) <= 2
 
