@@ -117,7 +117,7 @@ SETTING = ConfoundedSetting(
     quick_methods=("none", "mdn-last-running"),
     limit=faces.LIMIT,
     examples=partial(_examples, offset=0.5, label="shade"),
-    tuned={"adversary": {"strength": 0.1}},
+    tuned={"adversary": {"strength": 0.1}, "group_dro": {"step_size": 0.1}},
     load=load_faces,
     columns=tuple(image_folder.COLUMNS),
 )

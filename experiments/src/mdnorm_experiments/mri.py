@@ -138,7 +138,7 @@ SETTING = ConfoundedSetting(
     learning_rate=1e-3,
     # Without it the first steps may leave no hidden unit alive.
     warmup_epochs=2,
-    tuned={"adversary": {"strength": 0.1}},
+    tuned={"adversary": {"strength": 0.003}},
     size=1200,
     quick_size=400,
     quick_epochs=12,

@@ -182,7 +182,7 @@ SETTING = ConfoundedSetting(
     quick_methods=("groupnorm", "mdn-last-running"),
     limit=1 - LABEL_NOISE,
     examples=_examples,
-    tuned={"adversary": {"strength": 0.3}},
+    tuned={"adversary": {"strength": 0.3}, "group_dro": {"step_size": 0.001}},
     load=load_videos,
     columns=tuple(hmdb51.COLUMNS),
 )
