@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from mdnorm.distributed import one_thread
 from mdnorm_experiments import continual, training
 from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS, NUM_STAGES
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.results import ResultStore
-from mdnorm_experiments.runner import Runner, one_thread
+from mdnorm_experiments.runner import Runner
 from mdnorm_experiments.settings import Run, build, plan, train, write_outputs
 from mdnorm_experiments.training import prepare, recalibrate_on
 

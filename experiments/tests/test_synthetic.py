@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from mdnorm.distributed import one_thread
 from mdnorm.layer import MetadataNorm
 from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments import synthetic
@@ -13,7 +14,7 @@ from mdnorm_experiments.data.confounded import ConfoundedData
 from mdnorm_experiments.data.synthetic import make_synthetic
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.results import ResultStore
-from mdnorm_experiments.runner import Runner, one_thread
+from mdnorm_experiments.runner import Runner
 from mdnorm_experiments.settings import Run, build, impossible_cells, plan, train, write_outputs
 
 SETTING = synthetic.SETTING

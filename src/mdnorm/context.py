@@ -132,6 +132,8 @@ class MetadataSlot:
         self._lock = threading.Lock()
         self._open: list[Given] = []
         self._last: Given | None = None
+        # Whether the layer was seen to know its units: to ask again at each batch would wait for a GPU.
+        self.is_layer_known = False
 
     def __reduce__(self) -> tuple[type[MetadataSlot], tuple[()]]:
         return MetadataSlot, ()
@@ -181,9 +183,12 @@ def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
 
 def _warn_of_idle(layers: list[tuple[nn.Module, MetadataSlot]]) -> None:
     """Warn where a model seems to be trained while a layer of it, in evaluation mode, does nothing."""
-    for layer, _ in layers:
+    for layer, slot in layers:
+        if layer.training or slot.is_layer_known:
+            continue
         parts: Any = getattr(layer, "parts", ())
-        if not layer.training and not any(bool(part.is_standardised) for part in parts):
+        slot.is_layer_known = any(bool(part.is_standardised) for part in parts)
+        if not slot.is_layer_known:
             name = getattr(layer, "inserted_after", None)
             where = "of the model" if name is None else f"after {name!r}"
             warn(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 import torch
@@ -315,3 +316,14 @@ def gather_results(work: Callable[[], T], group: ProcessGroup, empty: type[Excep
         if message is not None:
             raise RuntimeError(f"process {rank} of the group failed: {message}")
     return [answer for answer, _ in answers]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run torch on one thread, as one of many workers does, and put the number of threads back."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

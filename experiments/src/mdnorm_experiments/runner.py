@@ -6,15 +6,15 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from mdnorm.distributed import one_thread
 from mdnorm_experiments.results import ResultStore, Row
 
 if TYPE_CHECKING:
@@ -102,6 +102,7 @@ class Runner:
         store = self.store
         failures: list[str] = []
         waiting = list(runs)
+        # As the workers do: sums in another order are other numbers.
         with one_thread():
             while waiting:
                 held_by_others = []
@@ -154,17 +155,6 @@ class Runner:
         for _ in range(_drain(epochs)):
             progress.epoch_done()
         return failures
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run torch on one thread, as the workers do: sums in another order are other numbers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 _epochs: Queue[int] | None = None

@@ -138,9 +138,10 @@ def code_warning(column: Column) -> str | None:
 
 def level_warning(column: Column) -> str | None:
     """Return a sentence where nearly every row has a text of its own, and so a column; otherwise None."""
-    num_rows, num_levels = int((~column.missing).sum()), len(column.levels())
+    num_rows = int((~column.missing).sum())
     if column.kind != "string" or column.declared or num_rows < _LEAST_ROWS:
         return None
+    num_levels = len(column.levels())
     if num_levels < _NEARLY_ALL * num_rows:
         return None
     return (

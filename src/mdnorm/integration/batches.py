@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -95,9 +95,7 @@ def parts_of(
         lists = (key if isinstance(key, (list, tuple)) else [key] for key in keys.values())
         named = {key for part in lists for key in part if not callable(key)}
         keywords = {name: value for name, value in batch.items() if name not in named}
-        taken = _signature(model.model if isinstance(model, WithMetadata) else model).parameters
-        unknown = [name for name in keywords if name not in taken]
-        if unknown and all(one.kind is not one.VAR_KEYWORD for one in taken.values()):
+        if unknown := _not_taken(model.model if isinstance(model, WithMetadata) else model, keywords):
             raise TypeError(
                 f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=, "
                 "where the parts of the batch are that are needed."
@@ -117,8 +115,7 @@ def _has_image(model: nn.Module, batch: Any) -> bool:
     """Whether a batch is a dictionary of MONAI's that the model does not take as it is."""
     if not isinstance(batch, Mapping) or "image" not in batch:
         return False
-    parameters = _signature(model.model if isinstance(model, WithMetadata) else model).parameters
-    return "image" not in parameters and all(one.kind is not one.VAR_KEYWORD for one in parameters.values())
+    return bool(_not_taken(model.model if isinstance(model, WithMetadata) else model, ["image"]))
 
 
 def _usual_keys(model: nn.Module, batch: Any, has_metadata: bool) -> dict[str, Any]:
@@ -266,6 +263,13 @@ def _signature(model: nn.Module) -> inspect.Signature:
     return inspect.signature(getattr(model, "_orig_mod", model).forward)
 
 
+def _not_taken(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return which of the names are no arguments of the forward of a model."""
+    parameters = _signature(model).parameters
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    return [] if takes_any else [name for name in names if name not in parameters]
+
+
 def _takes_batch(model: nn.Module, batch: Any) -> bool:
     """Whether the forward pass takes a whole batch, metadata and labels included."""
     signature = _signature(model)
@@ -275,8 +279,7 @@ def _takes_batch(model: nn.Module, batch: Any) -> bool:
         # Further arguments are no metadata then, and what comes behind the input is for others.
         return False
     if isinstance(batch, Mapping):
-        takes_any = any(p.kind is p.VAR_KEYWORD for p in signature.parameters.values())
-        return takes_any or all(key in signature.parameters for key in batch)
+        return not _not_taken(model, batch)
     try:
         signature.bind(*(batch if isinstance(batch, (tuple, list)) else (batch,)))
     except TypeError:

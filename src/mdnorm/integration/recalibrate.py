@@ -240,20 +240,20 @@ def _passes(
     agreeing: Callable[[Callable[[], Any]], list[Any]],
 ) -> list[list[str]]:
     """Return the layers that run on the first batch, in groups that depend on those before them alone."""
-    batches: list[Any] = []
     plain: dict[str, list[Any]] = {}
 
     def first_run() -> None:
-        batches.extend(loader.look())
-        if not batches:
+        if not loader.look():
             raise NoSamplesError("no samples: the loader is empty.")
-        plain.update(_inputs(model, batches[0], run, layers, changing=False))
+        plain.update(_inputs(model, loader.first[0], run, layers, changing=False))
 
     def depending(names: list[str]) -> set[str]:
-        if not batches:
+        if not loader.first:
             raise NoSamplesError("no samples: the loader is empty.")
         try:
-            changed = _inputs(model, batches[0], run, {name: layers[name] for name in names}, changing=True)
+            changed = _inputs(
+                model, loader.first[0], run, {name: layers[name] for name in names}, changing=True
+            )
         except Exception:  # The model refuses such values: nothing is known.
             return set(names)
         return {name for name in names if changed[name] != plain[name]}

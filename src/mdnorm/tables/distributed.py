@@ -19,6 +19,7 @@ from mdnorm.arrays import as_real_array
 from mdnorm.design import Design
 from mdnorm.design.reader import read_columns, shown
 from mdnorm.design.roles import TableWarning, why_no_feature
+from mdnorm.distributed import one_thread
 from mdnorm.extras import requires
 from mdnorm.moments import NoSamplesError
 from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
@@ -30,7 +31,6 @@ from mdnorm.tables.model import (
     check_finite,
     design_columns,
     fitted_model,
-    one_thread,
     row_weights,
     skips_missing_features,
     what_to_remove,

@@ -8,8 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -505,17 +504,6 @@ def fitted_model(
         unseen=specification.unseen,
         moments=None if specification.ridge else moments,
     )
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Compute in one thread: others read and write meanwhile, and the products are too thin to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def what_to_remove(

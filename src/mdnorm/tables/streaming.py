@@ -25,6 +25,7 @@ from mdnorm.design import ConfoundedDesignWarning, Design
 from mdnorm.design.files import TABLE_FORMATS, check_metadata, checked_suffix, open_table
 from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
+from mdnorm.distributed import one_thread
 from mdnorm.files import atomic_path
 from mdnorm.plain import PlainResult
 from mdnorm.tables.combat import SiteMoments, add_moments, site_moments, unknown_note
@@ -39,7 +40,6 @@ from mdnorm.tables.model import (
     check_model_path,
     design_columns,
     fitted_model,
-    one_thread,
     row_weights,
     skips_missing_features,
     what_to_remove,
@@ -251,6 +251,7 @@ def residualize_file(
     elif batch_rows < 1:
         raise ValueError(f"batch_rows must be at least 1, got {batch_rows}.")
 
+    # Others read and write meanwhile, and the products are too thin to share.
     with one_thread(), _cleaned_up_at_termination(), stage_bars(progress) as show:
         return _Passes(rows, out, fit_rows, skips_missing, batch_rows, seed, show).run(removal, save_model)
 
