@@ -4,9 +4,16 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
+import numba
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+# dcor, the reference for distance correlations, compiles its functions at import into one folder of files.
+# Two workers that do so at the same time have crashed each other, and as Python its results are the same.
+# NumPy's universal functions are compiled in spite of the first line, and no test calls those.
+numba.config.DISABLE_JIT = True
+numba.guvectorize = lambda *signature, **options: lambda function: function
 
 settings.register_profile(
     "mdnorm", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], derandomize=True
