@@ -342,12 +342,13 @@ def test_a_layer_in_evaluation_while_the_model_trains_is_warned_of():
         pass
 
 
-def test_labels_in_another_order_than_the_table_are_refused():
+@pytest.mark.parametrize("name", ["labels", "weights"])
+@pytest.mark.parametrize("of_metadata", [pd.DataFrame, lambda values: pd.Series(values[:, 0])])
+def test_labels_and_weights_in_another_order_than_the_metadata_are_refused(name, of_metadata):
     _, metadata, labels = data()
-    table = pd.DataFrame(metadata.numpy())
     shuffled = pd.Series(labels[:, 0].numpy()).sample(frac=1, random_state=0)
     with (
-        pytest.raises(ValueError, match="labels has the same row labels as metadata, but in another order"),
-        mdnorm.metadata(make_model(), table, shuffled),
+        pytest.raises(ValueError, match=f"{name} has the same row labels as metadata, but in another order"),
+        mdnorm.metadata(make_model(), of_metadata(metadata.numpy()), **{name: shuffled}),
     ):
         pass

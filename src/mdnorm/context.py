@@ -272,7 +272,7 @@ def metadata(
     is_training = any(layer.training for layer, _ in layers)
     if (labels is not None or model.training) and torch.is_grad_enabled() and not is_traced():
         _warn_of_idle(layers)
-    if labels is not None and is_table(metadata):
+    if not is_traced():
         check_same_order(metadata=metadata, labels=labels, weights=weights)
     metadata, labels = columns_by_design(model, metadata, labels, with_labels=is_training)
     if labels is not None and is_training and all(layer.num_labels == 0 for layer, _ in layers):

@@ -516,6 +516,16 @@ def test_classes_that_count_as_a_measure_are_warned_of() -> None:
         Design("age", labels=labels).fit(table | {"dx": values})
 
 
+def test_codes_that_count_as_a_measure_are_warned_of() -> None:
+    """Sites 1, 2, 3 as numbers make one slope, and most of what a site does would stay."""
+    table = {"age": np.arange(40.0), "site": np.arange(40) % 3}
+    for formula in ("age + site", ["age", "site"], "age:site + site"):
+        with pytest.warns(TableWarning, match=r"column 'site' has 3 different integers.*: write C\(site\)"):
+            Design(formula).fit(table)
+    Design("age + C(site) + log(site + 1)").fit(table)
+    Design("age + site").fit(table | {"site": table["site"] * 1.0})
+
+
 def test_levels_of_labels_of_other_kinds() -> None:
     table = {"age": np.arange(40.0), "score": np.arange(40) % 3.0, "sex": ["f", "m"] * 20}
     table["kind"] = [chr(97 + i % 8) for i in range(40)]

@@ -153,6 +153,19 @@ def test_evaluation_leaves_no_loss_behind():
     assert layer.estimator.loss is None
 
 
+def test_a_forgotten_loss_is_warned_of_before_evaluation():
+    features, metadata, labels = data()
+    layer = prepared(metadata, labels)
+    optimizer = torch.optim.SGD([layer.estimator.weight], 0.1)
+    layer(features, metadata, labels)
+    with pytest.warns(UserWarning, match="it removes nothing: add mdnorm.penalty_loss"):
+        layer.eval()
+    layer.train()(features, metadata, labels)
+    penalty_loss(layer).backward()
+    optimizer.step()
+    layer.eval()
+
+
 @pytest.mark.parametrize("n", [0, 1])
 def test_batches_of_one_and_none(n):
     features, metadata, labels = data()

@@ -24,7 +24,7 @@ def _table(n: int = 180, num_features: int = 12, seed: int = 0) -> tuple[np.ndar
     """Features whose covariances differ between three sites, and whole numbers that have an effect."""
     rng = np.random.default_rng(seed)
     site = rng.choice(3, n, p=[0.5, 0.3, 0.2])
-    dose = rng.integers(0, 9, n)
+    dose = rng.integers(0, 9, n).astype(float)
     mixing = np.eye(num_features) + 0.4 * rng.standard_normal((3, num_features, num_features))
     features = np.einsum("nij,nj->ni", mixing[site], rng.standard_normal((n, num_features)))
     features += 2 * rng.standard_normal((3, num_features))[site] + 0.5 * dose[:, None] + 100

@@ -20,7 +20,7 @@ _BOTH = ["site", "scanner"]
 
 def _table(n: int = 200, seed: int = 0) -> tuple[np.ndarray, pd.DataFrame]:
     rng = np.random.default_rng(seed)
-    site, scanner, dose = rng.integers(0, 2, n), rng.integers(0, 3, n), rng.integers(0, 9, n)
+    site, scanner, dose = rng.integers(0, 2, n), rng.integers(0, 3, n), rng.integers(0, 9, n) * 1.0
     features = rng.standard_normal((n, 6)) * rng.uniform(0.5, 2, (2, 3, 6))[site, scanner]
     features += rng.standard_normal((2, 6))[site] + rng.standard_normal((3, 6))[scanner] + dose[:, None]
     names = {"site": np.array(["york", "oslo"])[site], "scanner": np.array([1.5, 3.0, 7.0])[scanner]}

@@ -176,7 +176,7 @@ def test_weights_of_one_size_change_nothing() -> None:
 def test_collinear_and_constant_columns() -> None:
     features, frame, label, _ = _data()
     metadata = pd.DataFrame(
-        {"age": frame["age"], "days": 365 * frame["age"], "one": 1.0, "dose": np.arange(len(frame)) % 7}
+        {"age": frame["age"], "days": 365 * frame["age"], "one": 1.0, "dose": np.arange(len(frame)) % 7.0}
     )
     summary = MetadataResidualizer().fit(features, label, metadata=metadata).summary()
     assert summary.rank == 5

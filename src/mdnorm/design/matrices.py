@@ -290,8 +290,8 @@ class Design:
         ConfoundedDesignWarning
             Label and metadata can hardly be told apart: see `diagnose`.
         TableWarning
-            Numbers such as −9999 seem to stand for missing values, integers of a label for classes, or nearly
-            every row has a text of its own.
+            Numbers such as −9999 seem to stand for missing values, few different integers for codes of a
+            category, or nearly every row has a text of its own.
         """
         self._is_fitted = False
         return self.fit_columns(read_columns(table, self.variables())[0])
@@ -331,8 +331,10 @@ class Design:
         self._is_fitted = True
         diagnosis = diagnose_columns(self, columns, values, min_rows=0)
         notes = [find(column) for find in (stand_in_warning, level_warning) for column in columns.values()]
-        labels = [columns[factor.text] for factor in self._label_factors if factor.text in columns]
-        for note in filter(None, [*notes, *map(code_warning, labels)]):
+        labels = {factor.text for factor in self._label_factors}
+        for text in [text for text in self._factors if text in columns]:  # Neither C(…) nor a function.
+            notes.append(code_warning(columns[text], "label" if text in labels else "column"))
+        for note in filter(None, notes):
             warn(note, TableWarning)
         if diagnosis.warnings:
             warn(

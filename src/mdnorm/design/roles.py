@@ -122,8 +122,8 @@ def stand_in_warning(column: Column) -> str | None:
     )
 
 
-def code_warning(column: Column) -> str | None:
-    """Return a sentence where integers of a label, which count as a measure, may be classes, or None."""
+def code_warning(column: Column, role: str) -> str | None:
+    """Return a sentence where integers, which count as a measure, may be codes of a category, or None."""
     if column.kind != "number" or column.categorical or column.values.dtype.kind not in "iu":
         return None
     values = column.as_float()[~column.missing]
@@ -131,8 +131,8 @@ def code_warning(column: Column) -> str | None:
     if count < 3 or not is_code(values):
         return None
     return (
-        f"label {column.name!r} has {count} different integers, which count as a measure: write "
-        f"C({column.name}) where they are classes, or make them floats where they are none."
+        f"{role} {column.name!r} has {count} different integers, which count as a measure: write "
+        f"C({column.name}) where they are codes of a category, or make them floats where they are none."
     )
 
 

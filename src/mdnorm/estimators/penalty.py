@@ -11,6 +11,7 @@ from mdnorm.distributed import all_reduce_sum, eager, world_size
 from mdnorm.estimators.base import Batch, Estimator
 from mdnorm.moments import Moments
 from mdnorm.regression import as_matrix, compute_dtype, full_precision, prior_share, remove
+from mdnorm.text import warn
 
 
 class Penalty(Estimator):
@@ -134,9 +135,18 @@ class Penalty(Estimator):
         return self.evaluate(features, batch.columns[:, self.num_protected :], dims, mask)
 
     def train(self, mode: bool = True) -> Penalty:
-        """Set the mode; before evaluation `coefficients` becomes what the parameter says."""
+        """Set the mode; before evaluation `coefficients` becomes what the parameter says.
+
+        A UserWarning says that the parameter learned nothing in training.
+        """
         super().train(mode)
         if not mode and not self.weight.is_meta:
             with torch.no_grad(), full_precision(self.weight.device):
                 self.coefficients.flatten(1).copy_(self._learned())
+            if self.loss is not None and not self.weight.any():
+                warn(
+                    "a layer with estimator='penalty' has been in training, and all of its coefficients are "
+                    "still 0, so that it removes nothing: add mdnorm.penalty_loss(model) to the loss, and "
+                    "give mdnorm.parameter_groups(model) to the optimizer."
+                )
         return self

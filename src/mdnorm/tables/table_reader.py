@@ -305,7 +305,7 @@ def _target_table(y: Any, is_class: bool) -> dict[str, Column]:
             f"y has {matrix.shape[1]} columns of dtype {values.dtype}: categories can be protected as one "
             "column, more of them as labels=."
         )
-    if not is_class and values.dtype.kind not in "biuf":
+    if not is_class and values.dtype.kind not in "bf":
         try:
             matrix = matrix.astype(np.float64)
         except (TypeError, ValueError) as error:
