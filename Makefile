@@ -64,6 +64,7 @@ site: $(VENV)/.dev ## Build the documentation: build/site/index.html
 
 release: $(VENV)/.dev ## Build wheels and source distributions of both packages, and list all that tests ran with (SBOM): dist/
 	rm -rf dist
+	$(INSTALL) --editable '.[release]'
 	$(BIN)/python -m build --no-isolation
 	$(BIN)/python -m build --no-isolation --outdir dist experiments
 	$(BIN)/python -m twine check --strict dist/*
