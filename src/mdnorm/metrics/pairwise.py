@@ -411,7 +411,7 @@ def permuted_products(
         x, y = (SortedScalar.of(matrix.rows[:, 0]) for matrix in (first, second))
         x_sums, y_sums = x.row_sums()[None], y.row_sums()[None]
         for k, order in enumerate(permutations):
-            sums[k] = 4 * _expansion(sum_of_products(x, y.permuted(order)), x_sums, y_sums[:, order]).sum()
+            sums[k] = 4 * _expansion(sum_of_products(x, y.values[order]), x_sums, y_sums[:, order]).sum()
         return sums / (num_samples * (num_samples - 3))
     tiling = _Tiling(num_samples, device)
     for tile in tiling:
@@ -478,6 +478,6 @@ def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
     for k, scalar in enumerate(scalars):
         pair_sums[k, k] = 4 * scalar.sum_of_squares()
         for other in range(k):
-            pair_sums[k, other] = pair_sums[other, k] = 4 * sum_of_products(scalars[other], scalar)
+            pair_sums[k, other] = pair_sums[other, k] = 4 * sum_of_products(scalars[other], scalar.values)
     effects = torch.stack([scalar.values.abs() for scalar in scalars])
     return effects, torch.stack([-2 * scalar.row_sums() for scalar in scalars])[:, None], pair_sums

@@ -21,109 +21,63 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # A block of this many elements is about as fast pair by pair as through another level.
 _BLOCK_SIZE = 32
-
-# Up to here the four quadrants go through the levels together, padded to the size of the largest: operations
-# take longer to start than to do.
-_MAX_SAMPLES_AT_ONCE = 2**14
 
 # Blocks that are compared at once. Their 2^15 values are as many as PyTorch leaves to one thread: in so short
 # an operation threads wait for each other longer than they work.
 _CHUNK_SIZE = 2**10
 
 
-# Of the samples in one quadrant, by ascending v: u, v and the ranks of u.
-_Quadrant: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
 @dataclass(frozen=True)
 class SortedScalar:
-    """A scalar variable, centred at its median, and its order.
-
-    Attributes
-    ----------
-    values : Tensor, (n,) float64
-        ``z = x − c``.
-    order : Tensor, (n,) int64
-        Indices of ascending values.
-    num_negative : int
-        Values below 0: the first in `order`.
-    num_positive : int
-        Values above 0: the last in `order`.
-    """
+    """A scalar variable (n,) float64, centred at its median, and its order."""
 
     values: Tensor
-    order: Tensor
-    num_negative: int
-    num_positive: int
+    # The samples with negative and with positive values, each by ascending absolute value.
+    halves: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, values: Tensor) -> SortedScalar:
         """Sort ``(n,)`` float64 values."""
         order = _argsort(values)
         centred = values - values[order[values.shape[0] // 2]]
-        return cls(centred, order, int((centred < 0).sum()), int((centred > 0).sum()))
-
-    def permuted(self, permutation: Tensor) -> SortedScalar:
-        """Return the variable with value ``values[permutation[i]]`` at sample i."""
-        inverse = torch.empty_like(permutation)
-        inverse[permutation] = torch.arange(permutation.shape[0], device=permutation.device)
-        return SortedScalar(
-            self.values[permutation], inverse[self.order], self.num_negative, self.num_positive
-        )
-
-    def halves(self) -> list[Tensor]:
-        """Return the samples with negative and with positive values, each by ascending absolute value."""
-        num_samples = self.values.shape[0]
-        return [self.order[: self.num_negative].flip(0), self.order[num_samples - self.num_positive :]]
-
-    def _sizes(self) -> list[Tensor]:
-        """Return the absolute values of the halves, ascending."""
-        return [self.values.index_select(0, half).abs_() for half in self.halves()]
+        num_negative, num_positive = int((centred < 0).sum()), int((centred > 0).sum())
+        return cls(centred, (order[:num_negative].flip(0), order[len(order) - num_positive :]))
 
     def row_sums(self) -> Tensor:
         """Return ``Σ_{j≠i} m_ij`` of shape (n,)."""
         sums = torch.zeros_like(self.values)
-        for half, size in zip(self.halves(), self._sizes(), strict=True):
-            sums[half] = size.cumsum(0).addcmul_(size, _countdown(size) - 1)
+        for half in self.halves:
+            size = self.values[half].abs_()
+            sums[half] = pad(size, (1, 0))[:-1].cumsum(0).addcmul_(size, _countdown(size))
         return sums
 
     def sum_of_squares(self) -> Tensor:
         """Return ``Σ_{i<j} m_ij²``."""
-        total = torch.zeros((), dtype=self.values.dtype, device=self.values.device)
-        for size in self._sizes():
-            total += torch.dot(size * size, _countdown(size))
+        total = self.values.new_zeros(())
+        for half in self.halves:
+            total += torch.dot(self.values[half].square_(), _countdown(half.to(total)))
         return total
 
 
-def sum_of_products(x: SortedScalar, y: SortedScalar) -> Tensor:
-    """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``, () float64, of two scalars of the same n samples."""
-    rank = torch.empty_like(x.order)
-    quadrants: list[_Quadrant] = []
-    for x_half in x.halves():
-        rank.fill_(-1)
-        rank[x_half] = torch.arange(x_half.shape[0], device=rank.device)
-        for y_half in y.halves():
-            x_ranks = rank.index_select(0, y_half)
-            inside = _nonzero(x_ranks >= 0)
-            x_ranks, samples = x_ranks.index_select(0, inside), y_half.index_select(0, inside)
-            # Ranks within the quadrant instead of within the half.
-            present = torch.zeros(x_half.shape[0], dtype=torch.int64, device=rank.device)
-            present[x_ranks] = 1
-            u, v = (scalar.values.index_select(0, samples).abs_() for scalar in (x, y))
-            quadrants.append((u, v, (present.cumsum(0) - 1).index_select(0, x_ranks)))
-    if x.values.shape[0] <= _MAX_SAMPLES_AT_ONCE:
-        return _sum_of_minimum_products(quadrants)
-    return torch.stack([_sum_of_minimum_products([quadrant]) for quadrant in quadrants]).sum()
+def sum_of_products(x: SortedScalar, y: Tensor) -> Tensor:
+    """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``, () float64, of x and the centred values (n,) of another scalar."""
+    total = x.values.new_zeros(())
+    for half in x.halves:
+        of_half = y.index_select(0, half)
+        for inside in (_nonzero(of_half < 0), _nonzero(of_half > 0)):
+            u, v = x.values.index_select(0, half[inside]).abs_(), of_half.index_select(0, inside).abs_()
+            ranks = _argsort(v)
+            total += _sum_of_minimum_products(u[ranks], v[ranks], ranks)
+    return total
 
 
 def _argsort(values: Tensor) -> Tensor:
@@ -138,29 +92,22 @@ def _countdown(values: Tensor) -> Tensor:
     return torch.arange(values.shape[0] - 1, -1, -1, dtype=values.dtype, device=values.device)
 
 
-def _sum_of_minimum_products(quadrants: Sequence[_Quadrant]) -> Tensor:
-    """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` over the pairs within each quadrant."""
-    device = quadrants[0][0].device
-    largest = max(1, *(len(u_part) for u_part, _, _ in quadrants))
-    num_levels = ((largest - 1) // _BLOCK_SIZE).bit_length()
+def _sum_of_minimum_products(u: Tensor, v: Tensor, ranks: Tensor) -> Tensor:
+    """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` for ascending v, with the ranks of u."""
+    num_levels = ((max(1, len(u)) - 1) // _BLOCK_SIZE).bit_length()
     num_blocks = 2**num_levels
-    block_size = -(-largest // num_blocks)
+    block_size = -(-max(1, len(u)) // num_blocks)
     # Blocks of equal size: zeros in front change no sum.
-    shape = (len(quadrants), num_blocks * block_size)
-    u, v = torch.zeros(2, *shape, dtype=torch.float64, device=device)
-    blocks = torch.empty(shape, dtype=torch.int32, device=device)
-    for index, (u_part, v_part, u_ranks) in enumerate(quadrants):
-        padding = shape[1] - len(u_part)
-        u[index, padding:], v[index, padding:] = u_part, v_part
-        blocks[index, :padding] = torch.arange(padding, dtype=torch.int32, device=device)
-        blocks[index, padding:] = u_ranks + padding
-    u, v, blocks = u.view(-1), v.view(-1), blocks.floor_divide_(block_size).view(-1)
+    padding = num_blocks * block_size - len(u)
+    u, v = (pad(part, (padding, 0)) for part in (u, v))
+    front = torch.arange(padding, device=u.device)
+    blocks = torch.cat([front, ranks + padding]).to(torch.int32).floor_divide_(block_size)
 
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = u.new_zeros(())
     elements = torch.arange(v.shape[0] // 2, device=v.device)
     for level in range(num_levels):
         half = block_size * 2 ** (num_levels - level - 1)
-        num_parents = len(quadrants) * 2**level
+        num_parents = 2**level
         is_right = blocks.bitwise_and(1 << (num_levels - level - 1)).bool()
         left, right = _nonzero(is_right.logical_not()), _nonzero(is_right)
         u, u_right = u.index_select(0, left), u.index_select(0, right)
