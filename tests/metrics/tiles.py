@@ -11,4 +11,4 @@ from mdnorm.metrics import pairwise
 
 def tiles_of(rows: int | None) -> AbstractContextManager[Any]:
     """Set the rows of a tile inside the block; None: the device's own."""
-    return patch.object(pairwise, "_tile_rows", lambda *_: rows) if rows else nullcontext()
+    return patch.object(pairwise, "_TILE_CPU", (rows, 1024)) if rows else nullcontext()

@@ -59,10 +59,9 @@ class Settings:
     max_gap: float = 0.1
 
     def __post_init__(self) -> None:
-        least = {"num_bootstrap": 0, "num_folds": 2, "seed": 0, "min_group_rows": 1}
         with as_input_error():
             check_permutations(self.num_permutations)
-            for name, low in least.items():
+            for name, low in {"num_bootstrap": 0, "num_folds": 2, "seed": 0, "min_group_rows": 1}.items():
                 check_integer(name, getattr(self, name), low)
             check_confidence(self.confidence)
         for name in ("alpha", "max_probe", "max_dcor2", "max_gap"):

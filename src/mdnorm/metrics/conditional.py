@@ -68,11 +68,8 @@ def conditional_independence_test(
 
     Raises
     ------
-    TypeError
-        A variable is complex or not numeric; `num_permutations` is not an integer.
-    ValueError
-        A wrong shape, different numbers of rows, NaN or infinite values, fewer than 40 rows;
-        `num_permutations` is below 20.
+    TypeError, ValueError
+        As for `distance_correlation_permutation_test`; fewer than 40 rows; `given` is not of shape (n,).
     mdnorm.extras.MissingExtraError
         scikit-learn is not installed.
 

@@ -36,19 +36,10 @@ _SUM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class GroupResult:
-    """The rates of one group.
+    """The `rates` of one group, by the names that `group_gaps` lists.
 
-    Attributes
-    ----------
-    group : object
-        The value of the group column.
-    num_rows : int
-    label_counts : dict
-        Label class -> rows.
-    rates : dict of str to Rate
-        See `group_gaps`.
-    is_small : bool
-        Whether it has too few rows to be compared.
+    `group` is the value of the group column, `label_counts` gives the rows of each label class, and a group
+    that `is_small` has too few rows to be compared.
     """
 
     group: Any
@@ -60,17 +51,7 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of a rate between two groups, with its simultaneous interval.
-
-    Attributes
-    ----------
-    rate : str
-        Name of the rate.
-    value, low, high : float
-        The rate of `higher` minus that of `lower`, and its interval.
-    lower, higher : object
-        The groups.
-    """
+    """The `rate` of the group `higher` minus that of the group `lower`, with its simultaneous interval."""
 
     rate: str
     value: float
@@ -115,7 +96,7 @@ class GroupGaps(PlainResult):
     Attributes
     ----------
     groups : tuple of GroupResult
-        The groups, in the order of the group column's values.
+        In the order of the group column's values.
     gaps : dict of str to Gap
     pairs : dict of str to tuple of Difference
         Names of rates to the difference of each pair of groups that are large enough.
@@ -123,9 +104,7 @@ class GroupGaps(PlainResult):
         The label classes.
     positive : object
         The positive class; None with more than two classes.
-    num_rows : int
-    confidence : float
-    min_group_rows : int
+    num_rows, confidence, min_group_rows : int, float, int
     notes : tuple of str
         Which rates are not defined, and which groups are too small to be compared.
     """
@@ -208,13 +187,11 @@ def group_gaps(
 
     Raises
     ------
-    TypeError
-        An argument is of the wrong type.
-    ValueError
-        A wrong shape, different numbers of rows, missing values, one class or one group only, more than 100
-        groups, predictions that are no class of the labels or no whole numbers (probabilities), a positive
-        class that is not a label or is not clear, scores that are not probabilities, weights that are
-        negative, NaN or infinite, or all 0.
+    TypeError, ValueError
+        A wrong type or shape, different numbers of rows, missing values, one class or one group only, more
+        than 100 groups, predictions that are no class of the labels or no whole numbers (probabilities), a
+        positive class that is not a label or is not clear, scores that are not probabilities, weights that
+        are negative, NaN or infinite, or all 0.
     MissingExtraError
         SciPy is not installed.
 
@@ -226,9 +203,8 @@ def group_gaps(
     Intervals of shares are Wilson's; with `subjects`, of the number of independent rows with the same
     standard error (the design effect of the linearised variance). With weights the number of rows of a share
     is the effective one, ``(Σ w)² / Σ w²`` of the rows that it is a share of, the weights taken as known.
-    Intervals of means of shares and of
-    differences are combined from these (Newcombe's hybrid score interval [2]_, [3]_). Those of differences
-    have the confidence ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once
+    Intervals of means of shares and of differences are combined from these (Newcombe's hybrid score interval
+    [2]_, [3]_). Those of differences have the confidence ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once
     (Bonferroni) and the largest lower limit is a lower limit of the largest difference. The interval of the
     Brier score is Student's. The interval of the calibration error is normal, with the standard error of the
     bootstrap; since the error is larger in resamples than in the data, the interval is moved down by the mean
@@ -257,27 +233,23 @@ def group_gaps(
     check_integer("num_bootstrap", num_bootstrap, 0)
     check_integer("num_bins", num_bins, 1)
     check_integer("seed", seed, 0)
-    check_same_order(
-        labels=labels,
-        predictions=predictions,
-        groups=groups,
-        scores=scores,
-        subjects=subjects,
-        weights=weights,
-    )
-    columns, weight, kept = _columns(labels, predictions, groups, subjects, weights)
+    given = {"labels": labels, "predictions": predictions, "groups": groups, "subjects": subjects}
+    check_same_order(**given, scores=scores, weights=weights)
+    columns, weight, kept = _columns(given, weights)
     true, guessed, members = columns["labels"], columns["predictions"], columns["groups"]
     notes: list[str] = []
     classes, positive_code = _classes(true, guessed, positive, notes)
-    order = {name: index for index, name in enumerate(classes)}
+    true_codes, guessed_codes = (
+        np.array([classes.index(name) for name in column.names])[column.codes] for column in (true, guessed)
+    )
     problem = Problem(
-        np.array([order[name] for name in true.names])[true.codes],
-        np.array([order[name] for name in guessed.names])[guessed.codes],
+        true_codes,
+        guessed_codes,
         members.codes,
         members.names,
         classes,
         positive_code,
-        columns["subjects"].codes if subjects is not None else None,
+        None if subjects is None else columns["subjects"].codes,
         weight,
         num_bootstrap,
         num_bins,
@@ -285,17 +257,16 @@ def group_gaps(
     )
     if scores is not None:
         problem = replace(problem, probabilities=_probabilities(scores, problem, kept))
-    sizes = members.counts
     rates = [estimates(problem, members.codes == code) for code in range(len(members.names))]
     _note_undefined(problem, rates, min_group_rows, notes)
-    large = [code for code in range(len(members.names)) if sizes[code] >= min_group_rows]
+    large = [code for code in range(len(members.names)) if members.counts[code] >= min_group_rows]
     groups_of = [(problem.groups[code], rates[code]) for code in large]
     pairs = {name: tuple(_pairs(name, groups_of, confidence)) for name in rates[0]}
     return GroupGaps(
         groups=tuple(
             GroupResult(
                 group=group,
-                num_rows=int(sizes[code]),
+                num_rows=int(members.counts[code]),
                 label_counts={
                     name: int(((members.codes == code) & (problem.true == k)).sum())
                     for k, name in enumerate(problem.classes)
@@ -316,18 +287,18 @@ def group_gaps(
     )
 
 
-# --------------------------------------------------------------------------------------------------------
-# Inputs
-# --------------------------------------------------------------------------------------------------------
+# -- inputs -----------------------------------------------------------------------------------------------
 
 
 def _columns(
-    labels: Any, predictions: Any, groups: Any, subjects: Any, weights: Weights
+    given: Mapping[str, Any], weights: Weights
 ) -> tuple[dict[str, Categories], Floats, NDArray[np.bool_]]:
     """Return columns and weights, at most 1, of the rows of a weight above 0, and which rows these are."""
-    given = {"labels": labels, "predictions": predictions, "groups": groups}
-    given |= {} if subjects is None else {"subjects": subjects}
-    columns = {name: as_categories(values, name) for name, values in given.items()}
+    columns = {
+        name: as_categories(values, name)
+        for name, values in given.items()
+        if name != "subjects" or values is not None
+    }
     num_rows = len(columns["labels"].codes)
     for name, column in columns.items():
         check_same_rows(**{"labels": num_rows, name: len(column.codes)})
@@ -420,9 +391,7 @@ def _probabilities(scores: Tensor | ArrayLike, problem: Problem, kept: NDArray[n
     return array[kept]
 
 
-# --------------------------------------------------------------------------------------------------------
-# Differences
-# --------------------------------------------------------------------------------------------------------
+# -- differences ------------------------------------------------------------------------------------------
 
 _Groups = list[tuple[Any, dict[str, Estimate]]]
 
@@ -447,16 +416,9 @@ def _gaps(
         tried = list(differences)
         if not tried:
             return Gap(None)
-        surest = max(tried, key=lambda pair: (max(0.0, pair.low), pair.value))
-        return Gap(
-            surest.value,
-            max(0.0, surest.low),
-            surest.high,
-            surest.lower,
-            surest.higher,
-            max(pair.high for pair in tried),
-            surest.rate,
-        )
+        best = max(tried, key=lambda pair: (max(0.0, pair.low), pair.value))
+        bound = max(pair.high for pair in tried)
+        return Gap(best.value, max(0.0, best.low), best.high, best.lower, best.higher, bound, best.rate)
 
     gaps = {name: gap(differences) for name, differences in pairs.items()}
     together = ["true_positive_rate", "false_positive_rate"]

@@ -134,22 +134,18 @@ def _calibration_error(
     # Every sum is of rows: those of a subject stand for the subject, and a row takes its weight along.
     totals = np.zeros((int(owners.max()) + 1, columns.shape[1]))
     np.add.at(totals, owners, columns * weights[:, None])
-    columns = totals
 
     def of_sums(sums: Floats) -> Floats:
         return np.asarray(np.abs(sums[..., :-1]).sum(axis=-1) / sums[..., -1])
 
-    value = float(of_sums(columns.sum(axis=0)))
-    size = columns.shape[0]
+    value = float(of_sums(totals.sum(axis=0)))
+    size = totals.shape[0]
     if options.num_bootstrap == 0 or size < 2:
         return Estimate(value)
     rng = np.random.default_rng(options.seed)
     resampled = np.empty(options.num_bootstrap)
-    step = max(1, _CHUNK_ELEMENTS // size)
-    for start in range(0, options.num_bootstrap, step):
-        chunk = slice(start, min(start + step, options.num_bootstrap))
-        counts = rng.multinomial(size, np.full(size, 1 / size), chunk.stop - chunk.start)
-        resampled[chunk] = of_sums(counts @ columns)
+    for chunk in np.array_split(resampled, 1 + options.num_bootstrap * size // _CHUNK_ELEMENTS):
+        chunk[:] = of_sums(rng.multinomial(size, np.full(size, 1 / size), chunk.size) @ totals)
     bias = max(0.0, float(resampled.mean()) - value)
     return Estimate(value, error=float(resampled.std()), bias=bias)
 

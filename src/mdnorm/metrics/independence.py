@@ -31,16 +31,9 @@ _TIE = 1e-10
 class DistanceCorrelationTTest:
     """Result of the distance correlation t-test.
 
-    Attributes
-    ----------
-    estimate : float
-        Bias-corrected squared distance correlation R.
-    statistic : float
-        ``√(v − 1)·R / √(1 − R²)`` with ``v = n(n−3)/2``; infinite for R = ±1.
-    degrees_of_freedom : int
-        v − 1.
-    p_value : float
-        Probability of a statistic at least as large under independence (one-sided).
+    The `estimate` is the bias-corrected squared distance correlation R, the `statistic`
+    ``√(v − 1)·R / √(1 − R²)`` with ``v = n(n−3)/2`` (infinite for R = ±1) and v − 1 `degrees_of_freedom`, the
+    `p_value` the probability of a statistic at least as large under independence (one-sided).
     """
 
     estimate: float
@@ -53,16 +46,9 @@ class DistanceCorrelationTTest:
 class DistanceCorrelationPermutationTest:
     """Result of a permutation test.
 
-    Attributes
-    ----------
-    estimate : float
-        Bias-corrected squared distance correlation.
-    p_value : float
-        ``(1 + k) / (1 + num_permutations)``, where k permutations gave a value at least as large.
-    num_permutations : int
-        Number of permutations.
-    permuted : array, (num_permutations,) float64
-        The values under permutation.
+    The `estimate` is the bias-corrected squared distance correlation, `permuted` its values under permutation,
+    (num_permutations,) float64, and the `p_value` ``(1 + k) / (1 + num_permutations)``, where k of these are
+    at least as large.
     """
 
     estimate: float
@@ -78,10 +64,7 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
     with ``n(n−3)/2 − 1`` degrees of freedom. With few columns, or columns that depend strongly on each other,
     it does not, and the test rejects too often: use `distance_correlation_permutation_test` there.
 
-    Parameters
-    ----------
-    x, y : tensor or array, (n,) or (n, number of columns)
-        As of `mdnorm.metrics.distance_correlation_sqr`.
+    Samples, and errors for them, are those of `mdnorm.metrics.distance_correlation_sqr`.
 
     Returns
     -------
@@ -91,8 +74,6 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
 
     Raises
     ------
-    TypeError, ValueError
-        As for `mdnorm.metrics.distance_correlation_sqr`.
     mdnorm.extras.MissingExtraError
         SciPy is not installed.
 
@@ -201,12 +182,10 @@ def distance_correlation_permutation_test(
 
     Raises
     ------
-    TypeError
-        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is not an integer;
-        strata of several kinds.
-    ValueError
-        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is below 20; `strata` has the
-        wrong shape, another number of rows or missing values, or no stratum has two samples.
+    TypeError, ValueError
+        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is no integer of at least 20;
+        `strata` are of several kinds, or have the wrong shape, another number of rows or missing values, or
+        no stratum has two samples.
 
     Notes
     -----

@@ -7,21 +7,14 @@ criterion, see `mdnorm.metrics.pairwise`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal, Protocol, TypeAlias, cast, overload
+from typing import Any, Literal, TypeAlias
 
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mdnorm.metrics.distance_correlation import with_exponent
-from mdnorm.metrics.pairwise import (
-    CentredProducts,
-    GaussianKernel,
-    LinearKernel,
-    PairwiseMatrix,
-    centred_products,
-)
+from mdnorm.metrics.pairwise import CentredProducts, GaussianKernel, LinearKernel, centred_products
 from mdnorm.metrics.samples import Samples, as_samples
 
 Kernel = Literal["linear", "rbf"]
@@ -34,33 +27,9 @@ _NUM_FOR_MEDIAN = 2000
 _MAX_LOSS = 1e5
 
 
-class _Measure(Protocol):
-    """A tensor where `x` or `y` is one, else a float."""
-
-    @overload
-    def __call__(
-        self, x: Tensor, y: Tensor | ArrayLike, *, kernel: Kernel = ..., bandwidth: Bandwidth = ...
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self, x: ArrayLike, y: Tensor, *, kernel: Kernel = ..., bandwidth: Bandwidth = ...
-    ) -> Tensor: ...
-
-    @overload
-    def __call__(
-        self, x: ArrayLike, y: ArrayLike, *, kernel: Kernel = ..., bandwidth: Bandwidth = ...
-    ) -> float: ...
-
-
-def _typed(function: Callable[..., Tensor | float]) -> _Measure:
-    return cast("_Measure", function)
-
-
-@_typed
 def hsic(
     x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, kernel: Kernel = "rbf", bandwidth: Bandwidth = None
-) -> Tensor | float:
+) -> Any:
     """Return the unbiased Hilbert–Schmidt independence criterion of two samples.
 
     With the Gaussian kernel it estimates a population value that is 0 if and only if the two random vectors
@@ -86,12 +55,9 @@ def hsic(
 
     Raises
     ------
-    TypeError
-        An input is complex or not numeric.
-    ValueError
-        An input has the wrong shape, no columns, or NaN or infinite values; the inputs differ in their number
-        of rows or in their device; there are fewer than 4 rows; `kernel` is unknown;
-        `bandwidth` is not positive, or given for the linear kernel.
+    TypeError, ValueError
+        As for `mdnorm.metrics.distance_correlation_sqr`; `kernel` is unknown; `bandwidth` is not positive, or
+        given for the linear kernel.
     OverflowError
         The result is larger than any float64 number (linear kernel).
 
@@ -117,28 +83,20 @@ def hsic(
     samples = as_samples(x=x, y=y)
     products = _kernel_products(samples, kernel, bandwidth)
     # A constant has no covariance, though rounding of its kernel may have left some.
-    value = torch.where(
-        products.is_zero.any(), torch.zeros_like(products.products[0, 1]), products.products[0, 1]
-    )
+    value = products.products[0, 1] * ~products.is_zero.any()
     exponent = 2 * sum(samples.exponents) if kernel == "linear" else 0
     return samples.result(with_exponent(value, exponent))
 
 
-@_typed
 def cka(
     x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, kernel: Kernel = "linear", bandwidth: Bandwidth = None
-) -> Tensor | float:
+) -> Any:
     """Return the debiased centred kernel alignment of two samples.
 
     How similar two representations of the same samples are: 1 where the kernel matrices agree up to scale,
     for the linear kernel where one is a rotation and scaling of the other. The biased estimate tends to 1
     with the number of columns even for independent variables; this one is about 0 there, and **negative**
-    half of the time.
-
-    Parameters
-    ----------
-    x, y, kernel, bandwidth
-        As of `hsic`.
+    half of the time. Parameters and errors are those of `hsic`.
 
     Returns
     -------
@@ -146,11 +104,6 @@ def cka(
         ``HSIC(x, y) / √(HSIC(x, x)·HSIC(y, y))`` of unbiased estimates, between −1 and 1: a tensor on the
         device of the inputs where `x` or `y` is a tensor, a Python float otherwise. It is 0 where `x` or `y`
         is constant.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As for `hsic`.
 
     References
     ----------
@@ -186,14 +139,15 @@ def _kernel_products(samples: Samples, kernel: Kernel, bandwidth: Bandwidth) -> 
         )
     with torch.no_grad():
         if kernel == "linear":
-            matrices: list[PairwiseMatrix] = [LinearKernel(rows) for rows in samples.rows]
+            matrices = [LinearKernel(rows) for rows in samples.rows]
             return _column_products(matrices) or centred_products(matrices)
-        matrices = []
-        for rows, exponent, sigma in zip(samples.rows, samples.exponents, bandwidths, strict=True):
-            # In units of the rescaled rows.
-            scaled = median_distance(rows) if sigma is None else math.ldexp(sigma, -exponent)
-            matrices.append(GaussianKernel(rows, scaled))
-        return centred_products(matrices)
+        # Bandwidths in units of the rescaled rows.
+        return centred_products(
+            [
+                GaussianKernel(rows, median_distance(rows) if sigma is None else math.ldexp(sigma, -exponent))
+                for rows, exponent, sigma in zip(samples.rows, samples.exponents, bandwidths, strict=True)
+            ]
+        )
 
 
 def median_distance(rows: Tensor) -> float:
@@ -211,7 +165,7 @@ def median_distance(rows: Tensor) -> float:
     return median or 1.0
 
 
-def _column_products(matrices: list[PairwiseMatrix]) -> CentredProducts | None:
+def _column_products(matrices: list[LinearKernel]) -> CentredProducts | None:
     """Return the inner products of linear kernels from inner products of columns.
 
     With centred rows, ``Σ_ij K_ij L_ij = |XᵀY|²`` and ``Σ_{j≠i} K_ij = −K_ii``. Nothing is returned where

@@ -54,13 +54,10 @@ from mdnorm.metrics.scalars import SortedScalar, sum_of_products
 # More anchors estimate the row effects better, which nothing needs, and each costs n distances.
 _NUM_ANCHORS = 16
 
-# Entries in one tile. On a CPU a few tiles should stay in the cache (2^17 float64 values are 1 MiB), for each
-# thread its share; many samples take twice as much, since a tile of few rows or columns spends its time
-# starting operations. Elsewhere a tile should be large enough to hide the cost of a kernel launch.
-_TILE_ELEMENTS_CPU = 2**17
-_TILE_ELEMENTS_ACCELERATOR = 2**24
-_TILE_ROWS = (128, 256)
-_TILE_COLUMNS = 1024
+# Rows and columns of a tile. On a CPU a few tiles should stay in the cache, for each thread its share; elsewhere
+# a tile should be large enough to hide the cost of a kernel launch.
+_TILE_CPU = (128, 1024)
+_TILE_ACCELERATOR = (4096, 4096)
 
 # Fewer columns than this cost less as differences than as a matrix product.
 _MIN_COLUMNS_FOR_PRODUCT = 6
@@ -81,9 +78,7 @@ _MIN_SAMPLES_FOR_SORTING = 600
 Index: TypeAlias = slice | Tensor
 
 
-# --------------------------------------------------------------------------------------------------------
-# Matrices
-# --------------------------------------------------------------------------------------------------------
+# -- matrices ---------------------------------------------------------------------------------------------
 
 
 class PairwiseMatrix(ABC):
@@ -94,16 +89,7 @@ class PairwiseMatrix(ABC):
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples n."""
-        return self.rows.shape[0]
-
-    @property
-    def num_columns(self) -> int:
-        """Number of columns p of the samples."""
-        return self.rows.shape[1]
+        self.num_samples, self.num_columns = rows.shape
 
     @abstractmethod
     def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
@@ -202,9 +188,7 @@ def _exact_distances(rows: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-# --------------------------------------------------------------------------------------------------------
-# Tiles
-# --------------------------------------------------------------------------------------------------------
+# -- tiles ------------------------------------------------------------------------------------------------
 
 
 class _Tile(NamedTuple):
@@ -223,15 +207,11 @@ class _Tiling:
     """The tiles of the upper triangle, and memory that they share."""
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
-        columns = _TILE_COLUMNS
+        rows, columns = _TILE_ACCELERATOR
         if device.type == "cpu":
-            elements = _TILE_ELEMENTS_CPU
-            columns *= torch.get_num_threads()
-        else:
-            elements = _TILE_ELEMENTS_ACCELERATOR
+            rows, columns = _TILE_CPU[0], _TILE_CPU[1] * torch.get_num_threads()
         self._num_samples = num_samples
-        self._tile_rows = min(_tile_rows(num_samples, elements), num_samples)
-        self._tile_columns = min(max(elements // self._tile_rows, columns), num_samples)
+        self._tile_rows, self._tile_columns = min(rows, num_samples), min(columns, num_samples)
         self._buffers: dict[int, Tensor] = {}
         self._device = device
 
@@ -251,20 +231,12 @@ class _Tiling:
         return self._buffers[key][: rows * columns].view(rows, columns)
 
 
-def _tile_rows(num_samples: int, elements: int) -> int:
-    # Tiles on the diagonal compute its lower triangle too: few rows where there are few samples.
-    least, most = _TILE_ROWS
-    return max(elements // num_samples, min(max(num_samples // 16, least), most))
-
-
 def _reduced_tile(
     matrix: PairwiseMatrix, effects: Tensor, tile: _Tile, out: Tensor, order: Tensor | None = None
 ) -> Tensor:
     """Return ``a_ij − r_i − r_j`` in a tile, 0 unless j > i, for the samples in another order if given."""
     first, second = tile if order is None else (order[tile.rows], order[tile.columns])
-    values = matrix.block(first, second, out)
-    values -= effects[first, None]
-    values -= effects[second]
+    values = matrix.block(first, second, out).sub_(effects[first, None]).sub_(effects[second])
     overlap = tile.columns.start < tile.rows.stop
     return values.triu_(1 + tile.rows.start - tile.columns.start) if overlap else values
 
@@ -291,27 +263,18 @@ def _anchored_effects(matrix: PairwiseMatrix) -> Tensor:
     return effects
 
 
-# --------------------------------------------------------------------------------------------------------
-# Inner products
-# --------------------------------------------------------------------------------------------------------
+# -- inner products ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CentredProducts:
-    """Inner products of k U-centred matrices of n samples.
+    """Inner products of k U-centred matrices of n samples."""
 
-    Attributes
-    ----------
-    products : Tensor, (k, k) float64
-        ``(A_u·A_v)``.
-    is_zero : Tensor, (k,) bool
-        Whether ``(A_u·A_u)`` is 0 up to rounding.
-    effects : Tensor, (k, n) float64
-        ``e_i`` such that ``A_ij = a_ij − e_i − e_j``; 0 of weighted products.
-    """
-
+    # ``(A_u·A_v)``, (k, k) float64.
     products: Tensor
+    # Whether ``(A_u·A_u)`` is 0 up to rounding, (k,) bool.
     is_zero: Tensor
+    # ``e_i`` such that ``A_ij = a_ij − e_i − e_j``, (k, n) float64; 0 of weighted products.
     effects: Tensor
 
     def correlations(self) -> Tensor:
@@ -459,9 +422,7 @@ def _tiled_sums(matrices: Sequence[PairwiseMatrix], weights: Tensor | None = Non
     return effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T
 
 
-# --------------------------------------------------------------------------------------------------------
-# Scalars
-# --------------------------------------------------------------------------------------------------------
+# -- scalars ----------------------------------------------------------------------------------------------
 
 
 def _sorts(matrices: Sequence[PairwiseMatrix]) -> bool:

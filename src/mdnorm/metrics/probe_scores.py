@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -73,16 +73,14 @@ class Outcome:
     def score(self) -> ProbeScore:
         """Return the score of the target, compared with those of the permutations."""
         observed, permuted = float(self.values[0]), self.values[1:]
+        score = ProbeScore(self.name, observed, self.chance, *self.interval)
         if permuted.size == 0:
-            return ProbeScore(self.name, observed, self.chance, *self.interval)
+            return score
         # Up to rounding: a permutation that changes nothing has to count.
         as_good = int((permuted >= observed - 1e-12 * max(1.0, abs(observed))).sum())
         p_value = (1 + as_good) / (1 + permuted.size)
-        return ProbeScore(
-            self.name,
-            observed,
-            self.chance,
-            *self.interval,
+        return replace(
+            score,
             p_value=p_value,
             permutation_mean=float(permuted.mean()),
             permutation_high=float(np.quantile(permuted, 0.95)),
@@ -94,28 +92,22 @@ def pooled(outcomes: list[Outcome]) -> ProbeScore | None:
     """Return the mean score over label classes, weighted by rows; these are independent samples."""
     if not outcomes:
         return None
-    first = outcomes[0]
-    weights = np.array([outcome.num_rows for outcome in outcomes], dtype=np.float64)
-    weights /= weights.sum()
-    values = [float(outcome.values[0]) for outcome in outcomes]
-    return Outcome(
-        first.name,
-        weights @ np.stack([outcome.values for outcome in outcomes]),
-        float(weights @ [outcome.chance for outcome in outcomes]),
-        combined(weights, values, [outcome.interval for outcome in outcomes]),
-        first.counts,
-        sum(outcome.num_rows for outcome in outcomes),
-        first.num_folds,
+    sizes = np.array([outcome.num_rows for outcome in outcomes], dtype=np.float64)
+    weights = sizes / sizes.sum()
+    values = np.stack([outcome.values for outcome in outcomes])
+    return replace(
+        outcomes[0],
+        values=weights @ values,
+        chance=float(weights @ [outcome.chance for outcome in outcomes]),
+        interval=combined(weights, values[:, 0], [outcome.interval for outcome in outcomes]),
     ).score()
 
 
 def _tail_p_value(observed: float, permuted: Floats, p_value: float) -> float:
     """Return the p-value from an exponential tail through the best tenth of the permuted scores.
 
-    References
-    ----------
-    .. [1] Knijnenburg, T. A., Wessels, L. F. A., Reinders, M. J. T., & Shmulevich, I. (2009). Fewer
-       permutations, more accurate P-values. Bioinformatics, 25(12), i161–i168.
+    Knijnenburg, T. A., Wessels, L. F. A., Reinders, M. J. T., & Shmulevich, I. (2009). Fewer permutations, more
+    accurate P-values. Bioinformatics, 25(12), i161–i168.
     """
     number = permuted.size // 10
     # Few different scores mean few ways to permute: there is no tail to fit.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 # Of a sum of parts that are 1 together.
@@ -56,7 +56,7 @@ def effective_rows(
 
 
 def combined(
-    weights: NDArray[np.float64], values: Sequence[float], intervals: Sequence[tuple[float, float]]
+    weights: NDArray[np.float64], values: ArrayLike, intervals: Sequence[tuple[float, float]]
 ) -> tuple[float, float]:
     """Return the interval of ``Σ weights · values`` from those of the independent values (Zou & Donner 2008).
 

@@ -83,7 +83,7 @@ def _check_widths(pieces: Sequence[Rows]) -> None:
 
 
 def check_settings(max_samples: int | None, seed: int) -> None:
-    """Raise TypeError or ValueError where settings are no integers, or keep too few samples."""
+    """Raise an error where settings are no integers, or keep too few samples."""
     for name, value in (("max_samples", max_samples), ("seed", seed)):
         if type(value) is not int and not (value is None and name == "max_samples"):
             raise TypeError(f"{name} must be an integer{' or None' * (name != 'seed')}, got {value!r}.")
@@ -211,12 +211,8 @@ def sample_keys(start: int, count: int, *, seed: int, rank: int = 0) -> Tensor:
     """Return the random keys of rows ``start … start + count − 1`` of the stream of a process.
 
     A key depends on the row's place in the stream only, not on the batches in which the stream comes: they
-    are the numbers of Philox, a generator that counts. int64 on the CPU, in [0, 2^63).
-
-    References
-    ----------
-    .. [1] Salmon, J. K., Moraes, M. A., Dror, R. O., & Shaw, D. E. (2011). Parallel random numbers: as easy
-       as 1, 2, 3. SC '11: International Conference for High Performance Computing, 1–12.
+    are the numbers of Philox, a generator that counts (Salmon, Moraes, Dror & Shaw 2011, Parallel random
+    numbers: as easy as 1, 2, 3. SC '11). int64 on the CPU, in [0, 2^63).
     """
     generator = np.random.Philox(key=np.array([seed % 2**64, rank], np.uint64))
     # One step gives four numbers.
@@ -294,11 +290,7 @@ class Sampling:
         if self.within_labels:
             classes = rows.labels.unique().tolist()
             members = {f"label_{label}": rows.take(rows.labels == label) for label in classes}
-        too_small = [
-            f"{name.removeprefix('label_')} ({len(part)})"
-            for name, part in members.items()
-            if len(part) < MIN_SAMPLES
-        ]
+        too_small = [f"{name[6:]} ({len(part)})" for name, part in members.items() if len(part) < MIN_SAMPLES]
         if too_small:
             raise TooFewSamplesError(
                 f"label class(es) {', '.join(too_small)} have fewer than {MIN_SAMPLES} samples of "

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor, statistics_dtype
 from mdnorm.extras import requires
-from mdnorm.metrics import reservoir
 from mdnorm.metrics.checks import check_same_rows
-from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling
+from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling, add_rows, as_class_indices
 
 with requires("metrics"):
     from torchmetrics import Metric
@@ -135,13 +134,13 @@ class DistanceCorrelation(Metric):
 
         Raises
         ------
-        TypeError
-            An input is not real and numeric.
-        ValueError
-            Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing or not
-            whole numbers.
+        TypeError, ValueError
+            An input that is not real and numeric, wrong shapes, different numbers of rows or columns, NaN or
+            infinite values, labels missing or not whole numbers.
         """
-        start, rank = int(self.num_seen), _rank()
+        available = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if available else 0
+        start = int(self.num_seen)
         rows = self.sampling.rows(features, metadata, labels, self.device, start=start, rank=rank)
         self._add(rows)
         self.num_seen = self.num_seen + len(rows)
@@ -157,10 +156,9 @@ class DistanceCorrelation(Metric):
 
         Raises
         ------
-        TooFewSamplesError
-            A `ValueError`: fewer than 4 samples, in all or of a class.
         ValueError
-            The processes differ in their number of columns.
+            Fewer than 4 samples, in all or of a class (`TooFewSamplesError`); the processes differ in their
+            number of columns.
         """
         try:
             return self.sampling.dependence(self._pieces(self.metric_state))
@@ -175,11 +173,10 @@ class DistanceCorrelation(Metric):
 
         Raises
         ------
-        TypeError
-            Neither a metric of this class nor a dict of its states.
-        ValueError
-            They differ in their number of columns, in `within_labels` or in `max_samples`, or, with
-            `max_samples`, have the same seed: their samples are then not independent.
+        TypeError, ValueError
+            It is neither a metric of this class nor a dict of its states; they differ in their number of
+            columns, in `within_labels` or in `max_samples`, or, with `max_samples`, have the same seed: their
+            samples are then not independent.
         """
         if isinstance(incoming_state, DistanceCorrelation):
             for name in ("within_labels", "max_samples"):
@@ -225,16 +222,11 @@ class DistanceCorrelation(Metric):
         return [piece for piece in pieces if len(piece)]
 
     def _add(self, rows: Rows) -> None:
-        self._set(reservoir.add_rows(self._pieces(self.metric_state), rows, self.sampling.max_samples))
+        self._set(add_rows(self._pieces(self.metric_state), rows, self.sampling.max_samples))
 
     def _set(self, pieces: Sequence[Rows]) -> None:
         for name in _PARTS:
             setattr(self, name, [getattr(piece, name) for piece in pieces])
-
-
-def _rank() -> int:
-    available = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if available else 0
 
 
 class GroupRates(Metric):
@@ -309,10 +301,8 @@ class GroupRates(Metric):
 
         Raises
         ------
-        TypeError
-            Inputs are not numeric, where they must be.
-        ValueError
-            Wrong shapes, different numbers of rows, NaN scores, class indices out of range, unknown groups.
+        TypeError, ValueError
+            Inputs are not numeric, where they must be; wrong shapes, different numbers of rows, NaN scores, class indices out of range, unknown groups.
         """
         preds = self._classes(as_real_tensor(preds, "preds").detach().to(self.device), "preds")
         target = self._classes(as_real_tensor(target, "target").detach().to(self.device), "target")
@@ -373,7 +363,7 @@ class GroupRates(Metric):
             else:
                 shapes = "(n,) or (n, 2)" if self.num_classes == 2 else f"(n, {self.num_classes})"
                 raise ValueError(f"scores in preds must have shape {shapes}, got {tuple(values.shape)}.")
-        indices = reservoir.as_class_indices(values, name)
+        indices = as_class_indices(values, name)
         bad = (indices < 0) | (indices >= self.num_classes)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
