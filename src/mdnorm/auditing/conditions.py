@@ -20,9 +20,9 @@ class Condition:
 
     # "*" stands for every column that is not meant to stay.
     column: str
-    # "probe": the best probe's score (R² or balanced accuracy); "share": its share of the way from chance to a
-    # perfect score; "dcor2"; all given the label where there is one; or "gap": the largest sure difference of
-    # accuracy or odds between two groups.
+    # "probe": the best probe's score (R² or balanced accuracy); "share": its share of the way from chance to
+    # a perfect score; "dcor2"; all given the label where there is one; or "gap": the largest sure difference
+    # of accuracy or odds between two groups.
     measure: str
     limit: float
 
@@ -56,7 +56,7 @@ def parse(text: str) -> list[Condition]:
 
 
 def check(report: Report, conditions: Iterable[Condition]) -> list[Outcome]:
-    """Return the outcome of each condition, for every column and decisive set of features that it is about."""
+    """Return the outcome of each condition, for each column and decisive set of features it is about."""
     outcomes = []
     for condition in conditions:
         columns = [

@@ -18,7 +18,7 @@ from mdnorm.auditing.reading import InputError, as_input_error
 from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.design.leakage import is_discrete
 from mdnorm.design.roles import stand_ins
-from mdnorm.metrics.checks import check_integer
+from mdnorm.metrics.checks import check_integer, check_same_rows
 from mdnorm.metrics.probe_folds import LEAST_VARIATION
 from mdnorm.text import listed
 
@@ -113,7 +113,7 @@ def _as_features(values: Any, name: str) -> NDArray[Any]:
 
 def by_treatment(what: str, given: Any, treatments: Sequence[str]) -> dict[str, Any]:
     """Return the predictions, or the scores, of every treatment that has some; without names of the first."""
-    if given is None or not isinstance(given, Mapping):
+    if not isinstance(given, Mapping):
         return {} if given is None else {treatments[0]: given}
     unknown = [name for name in given if name not in treatments]
     if unknown:
@@ -143,13 +143,8 @@ class Metadata:
         first, *others = features.items()
         self.num_rows = len(first[1])
         counts = {"features": self.num_rows, "metadata": len(self.columns[0].values)}
-        counts |= {name: len(values) for name, values in others}
-        if len(set(counts.values())) > 1:
-            raise InputError(
-                "row counts differ: "
-                + ", ".join(f"{count} in {name}" for name, count in counts.items())
-                + ". Each must have one row for each sample, in the same order."
-            )
+        with as_input_error():
+            check_same_rows(**counts, **{name: len(values) for name, values in others})
 
     def named(self, name: str, where: str) -> Column:
         """Return a column; `where` says what for, in a message."""
@@ -200,9 +195,8 @@ class Metadata:
         self, classes: Mapping[str, Any], scores: Mapping[str, Any], label: Column | None, positive: Any
     ) -> dict[str, Predictions]:
         """Return what was predicted from every treatment, read as the labels are."""
-        for name in scores:
-            if name not in classes:
-                raise InputError(f"scores are used beside predictions: give those of {name!r} too.")
+        for name in scores.keys() - classes.keys():
+            raise InputError(f"scores are used beside predictions: give those of {name!r} too.")
         return {
             name: self._predictions(part, scores.get(name), label, positive) for name, part in classes.items()
         }

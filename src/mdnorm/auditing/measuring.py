@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mdnorm.auditing.columns import Column
@@ -27,7 +28,7 @@ from mdnorm.metrics import (
     quantile_groups,
 )
 from mdnorm.metrics.conditional import residuals_given
-from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES
+from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES, permutations
 from mdnorm.metrics.probe_scores import ProbeScore
 from mdnorm.metrics.rates import combined
 
@@ -138,10 +139,10 @@ def _measure_column(
             settings,
             notes,
         ).representation(step)
-        if label is None or given is None or part.treatment not in inputs.predictions:
+        if given is None or part.treatment not in inputs.predictions:
             continue
         predicted, target = inputs.predictions[part.treatment].rows(rows), given.rows(rows)
-        if label.kind == "continuous":
+        if given.kind == "continuous":
             test = _prediction_test(target, predicted, shown, settings)
             measured[key] = replace(measured[key], prediction_test=test)
         else:
@@ -278,20 +279,11 @@ def _association_z(
 ) -> float:
     """Return how far log ‖XᵀY‖² within strata is from its mean under permutation, in standard deviations."""
     codes = np.zeros(len(values), np.int64) if strata is None else np.unique(strata, return_inverse=True)[1]
-    counts = np.bincount(codes)
-
-    def centred(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = np.zeros((len(counts), columns.shape[1]))
-        np.add.at(sums, codes, columns)
-        return columns - (sums / counts[:, None])[codes]
-
-    left, right = centred(features), centred(values)
-    rng = np.random.default_rng(seed)
-    order = np.argsort(codes, kind="stable")
-    orders = np.empty((_NUM_ASSOCIATIONS, len(codes)), np.int64)
-    for row in orders:
-        shuffled = rng.permutation(len(codes))
-        row[order] = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    members = np.eye(codes.max() + 1)[codes]
+    means_of = members @ (members / members.sum(axis=0)).T
+    left, right = features - means_of @ features, values - means_of @ values
+    generator = torch.Generator().manual_seed(seed)
+    orders = permutations(_NUM_ASSOCIATIONS, len(codes), torch.from_numpy(codes), generator).numpy()
     products = np.stack([left.T @ column[orders].T for column in right.T])
     tiny = np.finfo(float).tiny
     permuted = np.log(np.square(products).sum(axis=(0, 1)) + tiny)
@@ -396,9 +388,6 @@ def _group_gaps(
 ) -> GroupGaps:
     """Return the rates by group; a continuous column is cut in four."""
     classes = np.unique(label.values)
-    positive = predictions.positive
-    if positive is None and len(classes) == 2:
-        positive = str(classes[-1])
     is_binary = len(classes) == 2
     return group_gaps(
         label.values,
@@ -406,7 +395,7 @@ def _group_gaps(
         _quarters(column) if column.kind == "continuous" else column.values,
         # With more than two classes calibration needs the probabilities of all.
         scores=predictions.scores if is_binary else None,
-        positive=positive if is_binary else None,
+        positive=(predictions.positive or str(classes[-1])) if is_binary else None,
         subjects=subjects,
         confidence=settings.confidence,
         min_group_rows=settings.min_group_rows,

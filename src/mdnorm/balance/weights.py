@@ -20,7 +20,7 @@ from mdnorm.metrics.columns import as_categories
 from mdnorm.metrics.rates import effective_size
 from mdnorm.metrics.samples import as_samples
 from mdnorm.plotting import PALETTE
-from mdnorm.text import listed
+from mdnorm.text import aligned, listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,16 +32,11 @@ _MAX_ROWS_OF_DEPENDENCE = 2000
 
 
 class ColumnBalance(NamedTuple):
-    """How far labels and one metadata column go together, without and with the weights.
+    """How far labels and the metadata column `name` go together, `before` and `after` weighting.
 
-    Attributes
-    ----------
-    name : str
-        Of the column.
-    before, after : float
-        For classes the largest difference between the means of two classes, in standard deviations within the
-        classes before weighting; for continuous labels the largest absolute correlation with a label column.
-        0 of a constant column.
+    For classes the largest difference between the means of two classes, in standard deviations within the
+    classes before weighting; for continuous labels the largest absolute correlation with a label column. 0 of
+    a constant column.
     """
 
     name: str
@@ -118,26 +113,12 @@ class BalancingWeights:
             lines.append(f"  class {name}: {rows} samples, effective {effective:.1f}")
         lines.append(f"Largest weight {self.largest:.3g}, {len(self.clipped) or 'none'} clipped")
         what = "difference of class means (sd)" if self.class_sizes else "correlation with the labels"
-        table = [
-            (what, "before", "after"),
-            *((row.name, f"{row.before:.3f}", f"{row.after:.3f}") for row in self.balance),
-            ("dcor² of labels and metadata", f"{self.dcor_sqr_before:.3f}", f"{self.dcor_sqr_after:.3f}"),
-        ]
-        width = max(len(name) for name, *_ in table)
-        lines += [f"{name:<{width}}  {before:>6}  {after:>6}" for name, before, after in table]
-        return "\n".join(lines)
+        dcor_sqr = ("dcor² of labels and metadata", self.dcor_sqr_before, self.dcor_sqr_after)
+        rows = [(name, f"{before:6.3f}", f"{after:6.3f}") for name, before, after in (*self.balance, dcor_sqr)]
+        return "\n".join([*lines, *aligned([(what, "before", " after"), *rows])])
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw a love plot: the balance of each metadata column, before and after.
-
-        Parameters
-        ----------
-        axes : matplotlib.axes.Axes, optional
-            Where to draw; by default a new figure.
-
-        Returns
-        -------
-        matplotlib.axes.Axes
+        """Draw a love plot: the balance of each metadata column, before and after; by default in a new figure.
 
         Raises
         ------
@@ -156,9 +137,8 @@ class BalancingWeights:
         axes.axvline(0, color="0.5", linewidth=0.8, zorder=0)
         axes.set_yticks(list(places), [row.name for row in self.balance])
         axes.invert_yaxis()
-        axes.set_xlabel(
-            "largest difference of class means (sd)" if self.class_sizes else "largest |correlation|"
-        )
+        what = "difference of class means (sd)" if self.class_sizes else "|correlation|"
+        axes.set_xlabel(f"largest {what}")
         axes.legend()
         return axes
 
@@ -167,19 +147,9 @@ class BalancingWeights:
     ) -> torch.utils.data.WeightedRandomSampler:
         """Return a sampler that draws each sample with a probability proportional to its weight.
 
-        Use it *instead of* weights in the loss and in the layer: with both, every weight would count twice.
-
-        Parameters
-        ----------
-        num_samples : int, optional
-            Draws in an epoch, with replacement; by default as many as there are samples.
-        generator : torch.Generator, optional
-            Of the draws.
-
-        Returns
-        -------
-        torch.utils.data.WeightedRandomSampler
-            For ``DataLoader(data_set, sampler=…)``, of the data set whose rows the weights belong to.
+        Use it *instead of* weights in the loss and in the layer: with both, every weight would count twice. It
+        is for ``DataLoader(data_set, sampler=…)``, of the data set whose rows the weights belong to, and draws
+        `num_samples` in an epoch (by default as many as there are samples), with replacement.
         """
         weights: Any = self.weights
         num_samples = len(self) if num_samples is None else num_samples
@@ -236,9 +206,8 @@ def balancing_weights(
 
     Raises
     ------
-    TypeError
-        Labels or metadata are of a wrong type.
-    ValueError
+    TypeError, ValueError
+        - Labels or metadata are of a wrong type.
         - Labels and metadata have different numbers of rows, fewer than 4 rows, or NaN or infinite values;
           labels have one class or value only, or a class of one row; all metadata columns are constant (a
           single constant column is balanced and does no harm).

@@ -204,11 +204,11 @@ def group_gaps(
     standard error (the design effect of the linearised variance). With weights the number of rows of a share
     is the effective one, ``(Σ w)² / Σ w²`` of the rows that it is a share of, the weights taken as known.
     Intervals of means of shares and of differences are combined from these (Newcombe's hybrid score interval
-    [2]_, [3]_). Those of differences have the confidence ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once
-    (Bonferroni) and the largest lower limit is a lower limit of the largest difference. The interval of the
-    Brier score is Student's. The interval of the calibration error is normal, with the standard error of the
-    bootstrap; since the error is larger in resamples than in the data, the interval is moved down by the mean
-    difference.
+    [2]_, [3]_). Those of differences have the confidence ``1 − (1 − confidence) / number of pairs``, so that
+    they hold for all pairs at once (Bonferroni) and the largest lower limit is a lower limit of the largest
+    difference. The interval of the Brier score is Student's. The interval of the calibration error is normal,
+    with the standard error of the bootstrap; since the error is larger in resamples than in the data, the
+    interval is moved down by the mean difference.
 
     References
     ----------

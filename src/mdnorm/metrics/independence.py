@@ -46,9 +46,9 @@ class DistanceCorrelationTTest:
 class DistanceCorrelationPermutationTest:
     """Result of a permutation test.
 
-    The `estimate` is the bias-corrected squared distance correlation, `permuted` its values under permutation,
-    (num_permutations,) float64, and the `p_value` ``(1 + k) / (1 + num_permutations)``, where k of these are
-    at least as large.
+    The `estimate` is the bias-corrected squared distance correlation, `permuted` are its values under
+    permutation, (num_permutations,) float64, and the `p_value` is ``(1 + k) / (1 + num_permutations)``, where
+    k of these are at least as large.
     """
 
     estimate: float
@@ -232,8 +232,8 @@ def distance_correlation_permutation_test(
             chunk = max(1, _PERMUTATION_ELEMENTS // samples.num_samples)
             for start in range(0, num_permutations, chunk):
                 count = min(chunk, num_permutations - start)
-                permutations = _permutations(count, samples.num_samples, codes, generator)
-                values = permuted_products(first, second, products.effects, permutations.to(samples.device))
+                orders = permutations(count, samples.num_samples, codes, generator).to(samples.device)
+                values = permuted_products(first, second, products.effects, orders)
                 permuted[start : start + count] = (values / root).clamp(-1, 1).cpu().numpy()
     as_large = int((permuted >= estimate - _TIE).sum())
     return DistanceCorrelationPermutationTest(
@@ -241,14 +241,14 @@ def distance_correlation_permutation_test(
     )
 
 
-def _permutations(count: int, num_samples: int, strata: Tensor | None, generator: torch.Generator) -> Tensor:
+def permutations(count: int, num_samples: int, strata: Tensor | None, generator: torch.Generator) -> Tensor:
     """Return random permutations within strata, (count, n) int64, on the CPU."""
     if strata is None:
         return torch.stack([torch.randperm(num_samples, generator=generator) for _ in range(count)])
-    permutations = torch.empty(count, num_samples, dtype=torch.int64)
+    orders = torch.empty(count, num_samples, dtype=torch.int64)
     grouped = strata.argsort(stable=True)
-    for permutation in permutations:
+    for permutation in orders:
         shuffled = torch.randperm(num_samples, generator=generator)
         # Samples by stratum, in random order within each, go to the places of their stratum.
         permutation[grouped] = shuffled[strata[shuffled].argsort(stable=True)]
-    return permutations
+    return orders

@@ -54,8 +54,8 @@ from mdnorm.metrics.scalars import SortedScalar, sum_of_products
 # More anchors estimate the row effects better, which nothing needs, and each costs n distances.
 _NUM_ANCHORS = 16
 
-# Rows and columns of a tile. On a CPU a few tiles should stay in the cache, for each thread its share; elsewhere
-# a tile should be large enough to hide the cost of a kernel launch.
+# Rows and columns of a tile. On a CPU a few tiles should stay in the cache, for each thread its share;
+# elsewhere a tile should be large enough to hide the cost of a kernel launch.
 _TILE_CPU = (128, 1024)
 _TILE_ACCELERATOR = (4096, 4096)
 

@@ -106,8 +106,8 @@ def pooled(outcomes: list[Outcome]) -> ProbeScore | None:
 def _tail_p_value(observed: float, permuted: Floats, p_value: float) -> float:
     """Return the p-value from an exponential tail through the best tenth of the permuted scores.
 
-    Knijnenburg, T. A., Wessels, L. F. A., Reinders, M. J. T., & Shmulevich, I. (2009). Fewer permutations, more
-    accurate P-values. Bioinformatics, 25(12), i161–i168.
+    Knijnenburg, T. A., Wessels, L. F. A., Reinders, M. J. T., & Shmulevich, I. (2009). Fewer permutations,
+    more accurate P-values. Bioinformatics, 25(12), i161–i168.
     """
     number = permuted.size // 10
     # Few different scores mean few ways to permute: there is no tail to fit.

@@ -140,8 +140,8 @@ def probe(
     Raises
     ------
     TypeError, ValueError
-        A wrong type or shape, different numbers of rows, NaN, infinite or missing values, too few rows, a constant
-        target, a target that is an identifier, a class with a single row or subject, unknown options.
+        A wrong type or shape, different numbers of rows, NaN, infinite or missing values, too few rows, a
+        constant target, a target that is an identifier, a class with a single row or subject, unknown options.
     MissingExtraError
         scikit-learn is not installed.
 
@@ -172,9 +172,9 @@ def probe(
     of their ranks; of principal components where there are more than 600); and Nyström features (Williams &
     Seeger 2001) of Gaussian kernels of two widths beside the features. All end in the same ridge, so that
     permutations share one factorisation each a fold, where a network or boosted trees would have to be
-    trained again for each. The page "Speed and memory" has its balanced accuracy beside that of these. An exclusive or
-    of two features among 84 it does not find (0.51), boosted trees do (0.75): a large p-value does not show
-    independence.
+    trained again for each; the page "Speed and memory" has its balanced accuracy beside theirs. An exclusive
+    or of two features among 84 it does not find (0.51), boosted trees do (0.75): a large p-value does not
+    show independence.
 
     Arithmetic is O(n·q² + n·q·num_permutations) a fold with q the number of (transformed) columns, or n where
     that is smaller; memory is O(n·(p + q)) beside it.

@@ -297,7 +297,7 @@ class Sampling:
                 f"{len(rows)}: within these classes the bias-corrected distance correlation is not defined. "
                 "Update with more samples, raise max_samples, or measure without within_labels."
             )
-        values = {
+        values: dict[str, Tensor] = {
             "/".join(filter(None, (name, of_class))): distance_correlation_sqr(
                 part.features, part.metadata[:, group]
             )

@@ -302,7 +302,8 @@ class GroupRates(Metric):
         Raises
         ------
         TypeError, ValueError
-            Inputs are not numeric, where they must be; wrong shapes, different numbers of rows, NaN scores, class indices out of range, unknown groups.
+            Inputs are not numeric, where they must be; wrong shapes, different numbers of rows, NaN scores,
+            class indices out of range, unknown groups.
         """
         preds = self._classes(as_real_tensor(preds, "preds").detach().to(self.device), "preds")
         target = self._classes(as_real_tensor(target, "target").detach().to(self.device), "target")
