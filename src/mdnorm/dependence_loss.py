@@ -191,11 +191,10 @@ class DependenceLoss(nn.Module):
 
         Raises
         ------
-        TypeError
-            Outputs are no floating-point tensor; metadata or labels are complex or not numeric.
-        ValueError
-            A wrong shape, number of rows or device; NaN or infinite metadata or labels; outputs or metadata
-            with other columns than before; classes so many that none has 4 samples in a full window.
+        TypeError, ValueError
+            Outputs are no floating-point tensor; metadata or labels are complex, not numeric, NaN or
+            infinite; a wrong shape, number of rows or device; outputs or metadata with other columns than
+            before; classes so many that none has 4 samples in a full window.
         """
         value: Tensor = eager(self._penalty)(outputs, metadata, labels)
         return value

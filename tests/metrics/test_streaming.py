@@ -329,20 +329,6 @@ def test_a_refused_batch_leaves_the_state_as_it_was(
         assert all(torch.equal(one, other) for one, other in parts)
 
 
-@pytest.mark.parametrize(
-    ("settings", "error"),
-    [
-        ({"max_samples": 3}, ValueError),
-        ({"seed": 0.5}, TypeError),
-        ({"column_names": "age"}, TypeError),
-        ({"no_such_setting": 1}, ValueError),
-    ],
-)
-def test_settings_are_checked(settings: dict[str, Any], error: type[Exception]) -> None:
-    with pytest.raises(error):
-        DistanceCorrelation(**settings)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("max_samples", [None, 30])
 def test_device_moves_on_a_gpu(max_samples: int | None) -> None:

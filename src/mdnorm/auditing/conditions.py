@@ -16,29 +16,35 @@ MEASURES = ("probe", "share", "dcor2", "gap")
 
 @dataclass(frozen=True)
 class Condition:
-    """A value that a measure of a column must not exceed."""
+    """A `limit` that a `measure` of a `column` must not exceed; "*": every column not meant to stay.
 
-    # "*" stands for every column that is not meant to stay.
+    The measure is "probe", the best probe's score (R² or balanced accuracy), "share", its share of the way
+    from chance to a perfect score, or "dcor2", all given the label where there is one; or "gap", the largest
+    sure difference of accuracy or odds between two groups.
+    """
+
     column: str
-    # "probe": the best probe's score (R² or balanced accuracy); "share": its share of the way from chance to
-    # a perfect score; "dcor2"; all given the label where there is one; or "gap": the largest sure difference
-    # of accuracy or odds between two groups.
     measure: str
     limit: float
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a condition for one column and set of features."""
+    """The result of a condition for one column and set of features, and a sentence, `text`.
 
-    # A sentence.
+    Whether it `failed` is None where it cannot be decided: there is no value, or its interval has the limit
+    in it.
+    """
+
     text: str
-    # None where it cannot be decided: there is no value, or its interval has the limit in it.
     failed: bool | None
 
 
 def parse(text: str) -> list[Condition]:
-    """Return the conditions in a text such as ``sex: probe > 0.6, gap > 0.05; *: dcor2 > 0.1``."""
+    """Return the conditions in a text such as ``sex: probe > 0.6, gap > 0.05; *: dcor2 > 0.1``.
+
+    InputError where the text is no such list.
+    """
     conditions = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
         column, separator, rest = part.rpartition(":")
@@ -56,7 +62,10 @@ def parse(text: str) -> list[Condition]:
 
 
 def check(report: Report, conditions: Iterable[Condition]) -> list[Outcome]:
-    """Return the outcome of each condition, for each column and decisive set of features it is about."""
+    """Return the outcome of each condition, for each column and decisive set of features it is about.
+
+    InputError where a condition is about a column that was not audited.
+    """
     outcomes = []
     for condition in conditions:
         columns = [

@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mdnorm.auditing.results import ColumnAudit, FeatureSet, Finding, Measure, Representation
 from mdnorm.auditing.settings import Settings
 from mdnorm.metrics import GroupGaps
@@ -208,19 +206,20 @@ class _Judge:
         where = f"in {title}{self._given(part)}"
         found, before = self.is_found(column, key), self._before(column, key)
         if part.association_z < _BELOW_CHANCE and not found:
-            return (
-                "open",
-                "below chance",
+            text = (
                 f"{column.name} has less to do with {title}{self._given(part)} than chance gives: it was "
                 "removed with the help of these very rows. What other rows show cannot be decided here: "
-                "audit rows that were not fitted.",
+                "audit rows that were not fitted."
             )
+            return "open", "below chance", text
         if found and self._is_large(part):
             if before is None:
                 badge, text = "found", f"{column.name} is found {where}"
             elif not self.is_found(column, before):
                 badge, text = "new", f"{column.name} was not found before, but is {where}"
-            elif self._is_less(column.representations[before], part):
+            elif _is_less(part.shown_probe, (old := column.representations[before]).shown_probe) and _is_less(
+                part.shown_dependence, old.shown_dependence
+            ):
                 badge = "still there, less"
                 text = f"{column.name} is less than before, but still found {where}"
             else:
@@ -234,12 +233,9 @@ class _Judge:
             gone = before is not None and self.is_found(column, before)
             verb = "is gone:" if gone else "was found neither before nor after:" if before else "is"
             text = f"{column.name} {verb} not found {where} above {limits}, at most {self._bounds(part)}"
-            return (
-                "none",
-                f"not found above {self._limit(part.shown_probe)}"
-                + (", taken as continuous" if column.num_codes else ""),
-                f"{text}{self._was(column, before)}.",
-            )
+            badge = f"not found above {self._limit(part.shown_probe)}"
+            badge += ", taken as continuous" if column.num_codes else ""
+            return "none", badge, f"{text}{self._was(column, before)}."
         text = f"Whether {column.name} is {where} cannot be decided: {self._undecided(part)}"
         return "open", "cannot be decided", f"{text}{self._was(column, before)}."
 
@@ -256,13 +252,6 @@ class _Judge:
             part.shown_dependence, part.shown_dependence.value
         )
 
-    def _is_less(self, old: Representation, new: Representation) -> bool:
-        """Whether the intervals of probe and dependence are both below those before."""
-        return all(
-            _upper(now) < (was.low if was.low is not None else -np.inf)
-            for was, now in ((old.shown_probe, new.shown_probe), (old.shown_dependence, new.shown_dependence))
-        )
-
     def _kept(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:
         part, title = column.representations[key], self.sets[key].in_a_sentence
         where = f"in {title}{self._given(part)}"
@@ -274,26 +263,18 @@ class _Judge:
         numbers = f"{self._numbers(part)}{self._was(column, before)}."
         found = self.is_found(column, key)
         if before is not None and self.is_found(column, before):
-            old = column.representations[before].shown_probe
-            new = part.shown_probe
+            old, new = column.representations[before].shown_probe, part.shown_probe
             if not found or new.share < old.share / 2:
                 return "strong", "lost", f"{what}, which is meant to stay, is lost {where}: {numbers}"
-            if old.low is not None and _upper(new) < old.low:
-                return (
-                    "weak",
-                    "partly lost",
-                    f"{what}, which is meant to stay, is partly lost {where}: {numbers}",
-                )
+            if _is_less(new, old):
+                text = f"{what}, which is meant to stay, is partly lost {where}: {numbers}"
+                return "weak", "partly lost", text
         if found:
             return "none", "kept", f"{what} is {where}, as it is meant to be: {numbers}"
         if self._is_bounded(part):
             return "strong", "not there", f"{what}, which is meant to stay, is not found {where}: {numbers}"
-        return (
-            "open",
-            "cannot be decided",
-            f"Whether {inside}, which is meant to stay, is {where} cannot be decided: "
-            f"{self._undecided(part)}.",
-        )
+        text = f"Whether {inside}, which is meant to stay, is {where} cannot be decided"
+        return "open", "cannot be decided", f"{text}: {self._undecided(part)}."
 
     def _gap(self, column: ColumnAudit, key: str, part: Representation) -> tuple[str, str, str]:
         title, limit, result = self.sets[key].in_a_sentence, self.settings.max_gap, part.group_gaps
@@ -322,12 +303,8 @@ class _Judge:
             f"difference of {_points(gap.value)} ({100 * gap.low:.0f} to {100 * gap.high:.0f} at "
             f"{percent(self.settings.confidence)})"
         )
-        badge = {
-            "strong": f"gap of {_points(gap.value)}",
-            "weak": f"gap of {_points(gap.value)}",
-            "none": f"no gap above {_points(limit)}",
-            "open": "gap cannot be decided",
-        }[level]
+        badges = {"none": f"no gap above {_points(limit)}", "open": "gap cannot be decided"}
+        badge = badges.get(level, f"gap of {_points(gap.value)}")
         if level in ("none", "open"):
             text += f". No two groups differ by more than {_points(gap.bound)}"
             text += f", which is above the limit of {100 * limit:.0f}" if level == "open" else ""
@@ -341,12 +318,9 @@ class _Judge:
     def _prediction(self, column: ColumnAudit, key: str, measure: Measure) -> tuple[str, str, str]:
         title, limit = self.sets[key].in_a_sentence, self.settings.max_dcor2
         numbers = f"{describe(measure)} ({p_text(measure.p_value)})"
-        family = [
-            other.representations[key].prediction_test
-            for other in self.columns
-            if key in other.representations and other.representations[key].prediction_test is not None
-        ]
-        p_value = 1.0 if measure.p_value is None else measure.p_value * len(family)
+        parts = [other.representations[key] for other in self.columns if key in other.representations]
+        number_of = sum(part.prediction_test is not None for part in parts)
+        p_value = 1.0 if measure.p_value is None else measure.p_value * number_of
         about = f"the predictions of {title} depend on {column.name} beyond {self.label}"
         if p_value < self.settings.alpha:
             level = "strong" if measure.value >= limit else "weak"
@@ -354,11 +328,8 @@ class _Judge:
         if _upper(measure) < limit:
             badge = f"not in the predictions above dcor² {limit:g}"
             return "none", badge, f"It is not found that {about}: {numbers}."
-        return (
-            "open",
-            "cannot be decided",
-            f"Whether {about} cannot be decided: {numbers}, the limit is {limit:g}.",
-        )
+        text = f"Whether {about} cannot be decided: {numbers}, the limit is {limit:g}."
+        return "open", "cannot be decided", text
 
 
 _RATES = {
@@ -373,6 +344,11 @@ def _points(share: float) -> str:
     return f"{points} point{'' if points == '1' else 's'}"
 
 
+def _is_less(new: Measure, old: Measure) -> bool:
+    """Whether the whole interval is below that before."""
+    return old.low is not None and _upper(new) < old.low
+
+
 def _upper(measure: Measure) -> float:
     return 1.0 if measure.high is None else measure.high
 
@@ -380,7 +356,5 @@ def _upper(measure: Measure) -> float:
 def _p_value(part: Representation) -> float:
     """Return the p-value of all shown measures together (Bonferroni)."""
     measures = [part.shown_dependence, *part.shown_probes.values()]
-    p_values = [
-        measure.tail_p_value if measure.tail_p_value is not None else measure.p_value for measure in measures
-    ]
+    p_values = [part.p_value if part.tail_p_value is None else part.tail_p_value for part in measures]
     return min(1.0, len(measures) * min((value for value in p_values if value is not None), default=1.0))

@@ -79,12 +79,10 @@ def _checked(column: Column) -> Column:
     if not column.is_auditable:
         return column
     distinct, count = np.unique(column.values[column.present]), int(column.present.sum())
-    if len(distinct) < 2:
-        return replace(column, kind="constant", note="every row in use has the same value: not audited.")
-    if count < MIN_ROWS:
+    note = "every row in use has the same value: not audited." if len(distinct) < 2 else ""
+    if not note and count < MIN_ROWS:
         note = f"only {count} rows have a value, fewer than {MIN_ROWS}: not audited."
-        return replace(column, kind="constant", note=note)
-    return column
+    return replace(column, kind="constant", note=note) if note else column
 
 
 def _measure_column(
@@ -264,12 +262,10 @@ class _Measuring:
         if strata is None and len(rows) >= CHI_SQUARED_MIN_SAMPLES:
             p_value = distance_correlation_chi_squared_p_value(value, len(rows))
         else:
+            options = {"num_permutations": settings.num_permutations, "seed": settings.seed}
+            strata = None if strata is None else strata[rows]
             p_value = distance_correlation_permutation_test(
-                features,
-                values,
-                num_permutations=settings.num_permutations,
-                seed=settings.seed,
-                strata=None if strata is None else strata[rows],
+                features, values, strata=strata, **options
             ).p_value
         return Measure("dcor²", value, 0.0, len(rows), low, high, p_value)
 
@@ -307,16 +303,9 @@ def _pooled(by_class: Iterable[Measure | None]) -> Measure | None:
     intervals = [(part.low, part.high) for part in measures if part.low is not None and part.high is not None]
     low, high = combined(weights, values, intervals) if len(intervals) == len(measures) else (None, None)
     # Fisher's method takes no p-value of exactly 0.
-    p_values = [max(measure.p_value or 0.0, 1e-300) for measure in measures]
-    return Measure(
-        "dcor²",
-        float(weights @ values),
-        0.0,
-        sum(measure.num_rows for measure in measures),
-        low,
-        high,
-        float(combine_pvalues(p_values).pvalue),
-    )
+    p_value = combine_pvalues([max(measure.p_value or 0.0, 1e-300) for measure in measures]).pvalue
+    num_rows = sum(measure.num_rows for measure in measures)
+    return Measure("dcor²", float(weights @ values), 0.0, num_rows, low, high, float(p_value))
 
 
 def _probe(
@@ -369,18 +358,8 @@ def _probe(
 def _as_measure(
     score: ProbeScore, num_rows: int, notes: tuple[str, ...], explained: float | None = None
 ) -> Measure:
-    return Measure(
-        _SCORE_NAMES[score.name],
-        score.value,
-        score.chance,
-        num_rows,
-        score.low,
-        score.high,
-        p_value=score.p_value,
-        explained_by_label=explained,
-        notes=notes,
-        tail_p_value=score.tail_p_value,
-    )
+    found = score.value, score.chance, num_rows, score.low, score.high, score.p_value
+    return Measure(_SCORE_NAMES[score.name], *found, explained, notes, score.tail_p_value)
 
 
 def _group_gaps(

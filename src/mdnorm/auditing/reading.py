@@ -85,13 +85,8 @@ def read_features(
 def read_table(path: str | Path, missing_values: Sequence[str] = ()) -> pyarrow.Table:
     """Return a table of metadata without the index of a DataFrame, its types found from all values.
 
-    Parameters
-    ----------
-    path : str or Path
-        ``.csv`` with a header (separated by commas, semicolons or tabs), ``.tsv`` or ``.parquet``. Empty
-        cells and NA, NaN, n/a, null are missing.
-    missing_values : sequence of str
-        Further texts that stand for a missing value.
+    The file is ``.csv`` with a header (separated by commas, semicolons or tabs), ``.tsv`` or ``.parquet``.
+    Empty cells and NA, NaN, n/a, null are missing, and so are the texts `missing_values`.
 
     Raises
     ------

@@ -160,20 +160,11 @@ class Report:
     def save(self, out: Path | str) -> Path:
         """Write ``report.html``, ``report.json``, then ``figures/`` (PNG and PDF) into a folder.
 
-        Parameters
-        ----------
-        out : Path or str
-            The folder; it is made if it does not exist. Files of the same names are replaced.
-
-        Returns
-        -------
-        Path
-            Of the page: one file with everything inside, nothing loaded from elsewhere.
+        The folder `out` is made if it does not exist, and files of the same names are replaced. Returned is
+        the path of the page: one file with everything inside, nothing loaded from elsewhere.
 
         Raises
         ------
-        OSError
-            The folder cannot be written.
         mdnorm.extras.MissingExtraError
             jinja2, plotly or matplotlib is missing.
         """
@@ -194,13 +185,7 @@ class Report:
         return page
 
     def to_html(self) -> str:
-        """Return the page.
-
-        Raises
-        ------
-        mdnorm.extras.MissingExtraError
-            jinja2 or plotly is missing.
-        """
+        """Return the page; MissingExtraError where jinja2 or plotly is missing."""
         with requires("audit"):
             from plotly.offline import get_plotlyjs
 

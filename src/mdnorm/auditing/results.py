@@ -155,13 +155,10 @@ class Finding:
         column that go together in the data, or what kind of column it was taken for.
     level : {"strong", "weak", "open", "none", "note"}
         Harm, little, cannot be decided, none; or "note", something the reader should know.
-    badge : str
-        The level in words: "found", "cannot be decided" and so on.
-    text : str
-        A sentence in plain words.
-    column : str
-    key : str
-        Name of the set of features.
+    badge, text : str
+        The level in words ("found", "cannot be decided" and so on), and a sentence in plain words.
+    column, key : str
+        Names of the column and of the set of features.
     is_decisive : bool
         Whether it is part of the verdict on the column.
     """

@@ -102,10 +102,6 @@ def audit(
         Show a progress bar (on a terminal, where tqdm is installed); or a function that is called before each
         step with what is done next, the number of steps so far, and that of all.
 
-    Returns
-    -------
-    Report
-
     Raises
     ------
     InputError

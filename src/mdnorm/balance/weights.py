@@ -114,11 +114,12 @@ class BalancingWeights:
         lines.append(f"Largest weight {self.largest:.3g}, {len(self.clipped) or 'none'} clipped")
         what = "difference of class means (sd)" if self.class_sizes else "correlation with the labels"
         dcor_sqr = ("dcor² of labels and metadata", self.dcor_sqr_before, self.dcor_sqr_after)
-        rows = [(name, f"{before:6.3f}", f"{after:6.3f}") for name, before, after in (*self.balance, dcor_sqr)]
-        return "\n".join([*lines, *aligned([(what, "before", " after"), *rows])])
+        table = [(what, "before", " after")]
+        table += [(name, f"{one:6.3f}", f"{two:6.3f}") for name, one, two in (*self.balance, dcor_sqr)]
+        return "\n".join([*lines, *aligned(table)])
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw a love plot: the balance of each metadata column, before and after; by default in a new figure.
+        """Draw a love plot, the balance of each metadata column, before and after; by default a new figure.
 
         Raises
         ------
@@ -147,9 +148,9 @@ class BalancingWeights:
     ) -> torch.utils.data.WeightedRandomSampler:
         """Return a sampler that draws each sample with a probability proportional to its weight.
 
-        Use it *instead of* weights in the loss and in the layer: with both, every weight would count twice. It
-        is for ``DataLoader(data_set, sampler=…)``, of the data set whose rows the weights belong to, and draws
-        `num_samples` in an epoch (by default as many as there are samples), with replacement.
+        Use it *instead of* weights in the loss and in the layer: with both, every weight would count twice.
+        It is for ``DataLoader(data_set, sampler=…)``, of the data set whose rows the weights belong to, and
+        draws `num_samples` in an epoch (by default as many as there are samples), with replacement.
         """
         weights: Any = self.weights
         num_samples = len(self) if num_samples is None else num_samples

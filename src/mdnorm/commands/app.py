@@ -12,11 +12,7 @@ import mdnorm
 from mdnorm.commands.audit import audit
 from mdnorm.commands.residualize import residualize
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
 def _print_version(is_wanted: bool) -> None:

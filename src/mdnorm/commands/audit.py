@@ -14,15 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from mdnorm.commands.common import (
-    BAD_INPUT,
-    command_line,
-    errors,
-    fail,
-    make_folder,
-    only_writer,
-    output,
-)
+from mdnorm.commands.common import BAD_INPUT, command_line, errors, fail, make_folder, only_writer, output
 from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
@@ -198,17 +190,15 @@ def audit(
     for outcome in outcomes:
         word = {True: "failed", False: "passed", None: "cannot be decided"}[outcome.failed]
         errors.print(f"{word}: {escape(outcome.text)}", highlight=False, soft_wrap=True)
-    if any(outcome.failed for outcome in outcomes):
-        raise typer.Exit(FAILED)
-    if any(outcome.failed is None for outcome in outcomes):
-        raise typer.Exit(UNDECIDED)
+    results = {outcome.failed for outcome in outcomes}
+    if results & {True, None}:
+        raise typer.Exit(FAILED if True in results else UNDECIDED)
 
 
 def _browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
-        path = shutil.which(name)
-        if path is not None:
-            return path
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    for path in filter(None, map(shutil.which, names)):
+        return path
     fail("--pdf needs Chromium or Chrome: install it, or print report.html from any browser.", BAD_INPUT)
 
 
@@ -256,12 +246,10 @@ def _predicted(
 ) -> dict[str, Any]:
     """Return by treatment what is predicted: names of metadata columns, or columns of another table."""
     for option, given in names.items():
-        if len(given or []) > len(treatments):
-            fail(
-                f"--{option} was given {len(given or [])} times, but there are {len(treatments)} set(s) of "
-                "features.",
-                BAD_INPUT,
-            )
+        count = len(given or [])
+        if count > len(treatments):
+            sets = f"{len(treatments)} set(s) of features"
+            fail(f"--{option} was given {count} times, but there are {sets}.", BAD_INPUT)
     found = {f"{key}s": dict(zip(treatments, given, strict=False)) for key, given in names.items() if given}
     if path is None:
         return found
@@ -291,17 +279,13 @@ def _read_features(
         # Where it is for none of the files, the reader says so.
         return path.suffix.lower() in formats or not any(p.suffix.lower() in formats for p in paths)
 
+    read = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TableWarning)
-        read = {
-            name: read_features(
-                path,
-                key if is_for(path, ARCHIVE_FORMATS) else None,
-                columns if is_for(path, TABLE_FORMATS) else (),
-                missing_values,
-            )
-            for name, path in files.items()
-        }
+        for name, path in files.items():
+            key_of = key if is_for(path, ARCHIVE_FORMATS) else None
+            columns_of = columns if is_for(path, TABLE_FORMATS) else ()
+            read[name] = read_features(path, key_of, columns_of, missing_values)
     for entry in caught:
         errors.print(f"[yellow]warning:[/] {escape(str(entry.message))}", highlight=False, soft_wrap=True)
     return read

@@ -55,11 +55,9 @@ __all__ = [
     "quantile_groups",
 ]
 
-# These are classes of torchmetrics, which is not imported unless they are used.
-_LAZY = {"DistanceCorrelation": "streaming", "GroupRates": "streaming"}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"mdnorm.metrics.{_LAZY[name]}"), name)
+    # These are classes of torchmetrics, which is not imported unless they are used.
+    if name in ("DistanceCorrelation", "GroupRates"):
+        return getattr(importlib.import_module("mdnorm.metrics.streaming"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -64,12 +64,10 @@ def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, we
 
     Raises
     ------
-    TypeError
-        An input is complex or not numeric.
-    ValueError
-        An input has the wrong shape, no columns, or NaN or infinite values; the inputs differ in their number
-        of rows or in their device; there are fewer than 4 rows. Weights have the wrong shape, are negative,
-        NaN or infinite, or nearly all of the weight is on fewer than 4 rows.
+    TypeError, ValueError
+        An input is complex or not numeric, or has the wrong shape, no columns, or NaN or infinite values; the
+        inputs differ in their number of rows or in their device; there are fewer than 4 rows. Weights have
+        the wrong shape, are negative, NaN or infinite, or nearly all of the weight is on fewer than 4 rows.
 
     Notes
     -----
@@ -81,9 +79,8 @@ def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, we
     digits. The distances are never in memory as a whole: memory is O(n·(p + q)), arithmetic O(n²·(p + q)).
     For two scalars, (n,) or (n, 1), of more than a few hundred samples without weights it is O(n log n).
 
-    The metric is not differentiable: inputs that require a gradient are detached.
-
-    On a device without float64 (MPS) the result is computed, and returned, on the CPU.
+    The metric is not differentiable: inputs that require a gradient are detached. On a device without float64
+    (MPS) the result is computed, and returned, on the CPU.
 
     References
     ----------
@@ -280,11 +277,6 @@ def distance_correlation_interval(
     confidence : float
         Between 0 and 1.
 
-    Returns
-    -------
-    DistanceCorrelationInterval
-        Its fields are Python floats.
-
     Raises
     ------
     TypeError, ValueError
@@ -299,8 +291,7 @@ def distance_correlation_interval(
     account for the degenerate part of the estimate, which is all of it under independence; its quantile is at
     most ``(q − 1)/n`` [2]_.
 
-    The estimates without each sample are exact and cost two passes over the pairs: memory is linear in n,
-    arithmetic O(n²·(p + q)), for scalars too.
+    Memory is linear in n, arithmetic O(n²·(p + q)), for scalars too.
 
     References
     ----------

@@ -154,20 +154,17 @@ def group_gaps(
         The subject of each row, where subjects have several rows: intervals are then wider, since rows of the
         same subject carry less information than independent ones.
     weights : array-like, (n,), optional
-        Of the rows, such as those of `mdnorm.balancing_weights` of these rows: finite, not negative, not all
-        0. Only their ratios matter: rates are shares of the weight, as of `sample_weight=` in scikit-learn
-        and fairlearn. A row of weight 0 might as well be left out. Rows are counted without weights.
+        Of the rows, such as those of `mdnorm.balancing_weights`: finite, not negative, not all 0. Only their
+        ratios matter: rates are shares of the weight, as of `sample_weight=` in scikit-learn. A row of weight
+        0 might as well be left out. Rows are counted without weights.
     confidence : float
-        Confidence level of the intervals, between 0 and 1. Intervals of differences hold for all pairs at
-        once.
+        Confidence level of the intervals, between 0 and 1.
     min_group_rows : int
         Smaller groups get rates but are not compared: they can neither cause a gap nor hide one.
-    num_bootstrap : int
-        Resamples for the interval of the calibration error; 0 for none.
+    num_bootstrap, seed : int
+        Resamples for the interval of the calibration error (0 for none), and their seed.
     num_bins : int
         Bins of equal width for the expected calibration error.
-    seed : int
-        Seed of the resamples: the same seed gives the same result.
 
     Returns
     -------

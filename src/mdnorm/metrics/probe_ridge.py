@@ -149,6 +149,11 @@ class _LeftOut:
         out = np.empty_like(residuals)
         for rows in self.blocks:
             num_blocks, size = rows.shape
+            if size == 1:
+                single = rows[:, 0]
+                leverage = np.square(self.components[single]) @ weights
+                out[single] = residuals[single] / (1 - leverage)[:, None]
+                continue
             step = max(1, CHUNK_ELEMENTS // (size * max(weights.size, residuals.shape[1])))
             for start in range(0, num_blocks, step):
                 chosen = rows[start : start + step]
@@ -204,8 +209,8 @@ class Basis:
         """Fit ridge regressions, and choose their strength by left-out residuals.
 
         The columns of each of the T `targets` (n, T, C) share their strength. Returns the sums of squared
-        left-out residuals (T,), what is predicted less the mean of the training rows (rows to test, T, C), and
-        the left-out scores s, of which the left-out mean is taken away (n, T, C).
+        left-out residuals (T,), what is predicted less the mean of the training rows (rows to test, T, C),
+        and the left-out scores s, of which the left-out mean is taken away (n, T, C).
         """
         num_rows, num_targets, width = targets.shape
         flat = targets.reshape(num_rows, -1)

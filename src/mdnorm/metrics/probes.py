@@ -122,50 +122,44 @@ def probe(
     num_permutations : int
         At least 20, since the smallest p-value is ``1 / (1 + num_permutations)``; or 0 for no p-value.
     num_landmarks : int
-        Number of rows from which each kernel of the non-linear probe is approximated; at most half of the
-        training rows are used.
+        Rows from which each kernel of the non-linear probe is approximated; at most half of those trained on.
     confidence : float
         Confidence level of the intervals of the scores, between 0 and 1.
     seed : int
-        Seed of folds, permutations and landmarks: the same seed gives the same result.
+        Of folds, permutations and landmarks: the same seed gives the same result.
 
     Returns
     -------
     ProbeResult
-        R² for regression (1 − squared error / squared error of the mean of the training rows, over the rows
-        of all folds: 0 for a probe that knows nothing, negative where it is worse than that), or the balanced
-        accuracy over the rows of all folds. Constant features, up to rounding of the largest value, give
-        chance and a p-value of 1.
+        Over the rows of all folds the balanced accuracy, or R² (1 − squared error / squared error of the mean
+        of the training rows: 0 for a probe that knows nothing, negative where it is worse than that).
+        Features that are constant but for rounding give chance and a p-value of 1.
 
     Raises
     ------
     TypeError, ValueError
         A wrong type or shape, different numbers of rows, NaN, infinite or missing values, too few rows, a
-        constant target, a target that is an identifier, a class with a single row or subject, unknown options.
+        constant target, a target that is an identifier, a class with a single row or subject, unknown
+        options.
     MissingExtraError
         scikit-learn is not installed.
 
     Notes
     -----
-    Standardisation, landmarks, the strength of the ridge and the thresholds are fitted on the training rows
-    of each fold. The strength is the strongest that is not clearly worse than the best by generalised
-    cross-validation, with `groups` by leaving out one subject at a time; strengths that leave fewer than 20
-    degrees of freedom are not tried.
+    Standardisation, landmarks, the strength of the ridge and the thresholds (for equal priors, so that a rare
+    class does not leave the probe at chance) are fitted on the training rows of each fold. The strength is
+    the strongest that is not clearly worse than the best by generalised cross-validation, with `groups` by
+    leaving out one subject at a time; strengths that leave fewer than 20 degrees of freedom are not tried.
 
-    Balanced accuracy weighs classes equally, so thresholds are those for equal priors: a rare class does not
-    leave the probe at chance.
+    Intervals are for this kind of probe, fitted to as many rows. That of R² comes from the linearised
+    variance of a ratio of sums over rows or subjects; its upper limit is at least that of the squared
+    correlation of prediction and target. That of balanced accuracy is combined from Wilson's intervals of the
+    classes [5]_. Both are widened because folds share training rows [6]_.
 
-    Intervals are for this kind of probe, fitted to as many rows. The interval of R², a ratio of sums over
-    rows or subjects, comes from its linearised variance; its upper limit is at least that of the squared
-    correlation of prediction and target. The interval of balanced accuracy is combined from Wilson's
-    intervals of the classes (Zou & Donner 2008). Both are widened because folds share training rows (Nadeau &
-    Bengio 2003).
-
-    Permutations keep the folds, and permute within them, which makes the p-value exact also where folds are
-    stratified by the target. With `groups`, each subject gets the values of another subject, repeated or cut
-    to its number of rows; this is exact where subjects have equally many rows. With `labels`, the p-value of
-    all rows asks whether features know more of the target than the label tells; `permutation_mean` shows what
-    the label tells.
+    Permutations stay within the folds, which makes the p-value exact also where folds are stratified by the
+    target [4]_. With `groups`, each subject gets the values of another subject, repeated or cut to its number
+    of rows; this is exact where subjects have equally many rows. With `labels`, the p-value of all rows asks
+    whether features know more of the target than the label tells, which `permutation_mean` shows.
 
     The non-linear probe offers three representations of the standardised features, and takes for each target
     the one with the smallest left-out error: the features themselves; functions of single features (cosines

@@ -32,10 +32,8 @@ def quantile_groups(values: Any, num_groups: int = 4) -> pd.Categorical:
 
     Raises
     ------
-    TypeError
-        Values that are not numbers; `num_groups` is not an integer.
-    ValueError
-        A wrong shape, NaN or infinite values, no rows; `num_groups` below 1.
+    TypeError, ValueError
+        Values that are not finite numbers of shape (n,), no rows; `num_groups` is no integer of at least 1.
     MissingExtraError
         pandas is not installed.
 

@@ -79,19 +79,7 @@ def _check_widths(pieces: Sequence[Rows]) -> None:
             )
 
 
-# -- settings ---------------------------------------------------------------------------------------------
-
-
-def check_settings(max_samples: int | None, seed: int) -> None:
-    """Raise an error where settings are no integers, or keep too few samples."""
-    for name, value in (("max_samples", max_samples), ("seed", seed)):
-        if type(value) is not int and not (value is None and name == "max_samples"):
-            raise TypeError(f"{name} must be an integer{' or None' * (name != 'seed')}, got {value!r}.")
-    if max_samples is not None and max_samples < MIN_SAMPLES:
-        raise ValueError(
-            f"max_samples must be at least {MIN_SAMPLES}, got {max_samples}: the bias-corrected distance "
-            "correlation is not defined for fewer samples. None keeps them all."
-        )
+# -- columns of metadata ----------------------------------------------------------------------------------
 
 
 def check_column_names(column_names: ColumnNames | None) -> None:
@@ -254,7 +242,14 @@ class Sampling:
     per_column: bool = True
 
     def __post_init__(self) -> None:
-        check_settings(self.max_samples, self.seed)
+        for name, value in (("max_samples", self.max_samples), ("seed", self.seed)):
+            if type(value) is not int and not (value is None and name == "max_samples"):
+                raise TypeError(f"{name} must be an integer{' or None' * (name != 'seed')}, got {value!r}.")
+        if self.max_samples is not None and self.max_samples < MIN_SAMPLES:
+            raise ValueError(
+                f"max_samples must be at least {MIN_SAMPLES}, got {self.max_samples}: the bias-corrected "
+                "distance correlation is not defined for fewer samples. None keeps them all."
+            )
         check_column_names(self.column_names)
 
     def rows(

@@ -29,8 +29,7 @@ _PARTS = tuple(part.name for part in fields(Rows))
 def _fingerprint(*settings: object) -> Tensor:
     """Return a state that differs where settings differ.
 
-    A `MetricCollection` shares one state among metrics whose states are equal after the first batch, although
-    metrics with another `max_samples`, say, would differ later.
+    A `MetricCollection` shares one state among metrics whose states are equal after the first batch.
     """
     digest = hashlib.sha256(repr(settings).encode()).digest()[:16]
     return torch.tensor(list(digest), dtype=torch.uint8)
@@ -70,9 +69,7 @@ class DistanceCorrelation(Metric):
     -----
     - Rows are kept on the device of the metric, features in float32, metadata in float64. A half precision
       input loses nothing; in a float64 input, differences below 1e-7 of the values are lost.
-    - With `max_samples`, each process draws random keys of its own, and the rows with the smallest keys of
-      all processes are the sample: a different sample than one process would draw, from the same
-      distribution.
+    - With `max_samples`, several processes draw a different sample than one would, of the same distribution.
     - A `DistributedSampler` repeats a few samples to give each process the same number; they count twice.
     - ``forward`` also computes the value for its batch, which must then have at least 4 samples (in each
       class). Use `update` to only accumulate.
@@ -232,10 +229,8 @@ class DistanceCorrelation(Metric):
 class GroupRates(Metric):
     """Accuracy and true and false positive rates of each group, and the largest gaps between groups.
 
-    For several classes and groups with names, over batches and processes. torchmetrics has
-    `BinaryGroupStatRates` (shares of true and false positives and negatives among all samples of a group) and
-    `BinaryFairness` (ratios of positive rates), both for two classes and numbered groups; for intervals and
-    calibration over data in memory see `mdnorm.metrics.group_gaps`.
+    For several classes and groups with names, over batches and processes; for intervals and calibration over
+    data in memory see `mdnorm.metrics.group_gaps`.
 
     Parameters
     ----------
