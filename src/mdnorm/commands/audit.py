@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from mdnorm.commands.common import BAD_INPUT, command_line, errors, fail, make_folder, only_writer, output
 from mdnorm.extras import MissingExtraError
@@ -31,96 +32,89 @@ UNDECIDED = 4
 def audit(
     paths: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             metavar="[FEATURES] METADATA",
             help="Features, one row a sample (.npy, .npz, .safetensors, .parquet, .csv, .tsv), unless they "
             "are named by --features; and metadata of the same samples in the same order (.csv, .tsv, "
             ".parquet).",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the page, report.json and figures.")] = Path(
+    out: Annotated[Path, Option(help="Folder for the page, report.json and figures.")] = Path(
         "results/audit"
     ),
     treatments: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--features",
             help="NAME=FILE of each of several treatments; the others are compared with the first.",
         ),
     ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="Metadata column that the features are meant to know.")
-    ] = None,
+    label: Annotated[str | None, Option(help="Metadata column that the features are meant to know.")] = None,
     after: Annotated[
-        Path | None, typer.Option(help="Features of the same samples after a treatment, to compare.")
+        Path | None, Option(help="Features of the same samples after a treatment, to compare.")
     ] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option(help="Table with the columns of --prediction and --score, if not METADATA."),
+        Path | None, Option(help="Table with the columns of --prediction and --score, if not METADATA.")
     ] = None,
     prediction: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Column with what is predicted, for the gaps between groups; of several treatments once for "
             "each, in their order."
         ),
     ] = None,
     score: Annotated[
         list[str] | None,
-        typer.Option(help="Column with the predicted probability, for the calibration; in the same way."),
+        Option(help="Column with the predicted probability, for the calibration; in the same way."),
     ] = None,
-    positive: Annotated[str | None, typer.Option(help="The positive class. [default: the larger]")] = None,
+    positive: Annotated[str | None, Option(help="The positive class. [default: the larger]")] = None,
     missing_values: Annotated[
         list[str] | None,
-        typer.Option(help='Text that stands for a missing value in a table, such as "?"; may be repeated.'),
+        Option(help='Text that stands for a missing value in a table, such as "?"; may be repeated.'),
     ] = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="COLUMN=continuous or COLUMN=categorical, where the inferred kind is wrong."),
+        Option(help="COLUMN=continuous or COLUMN=categorical, where the inferred kind is wrong."),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Metadata column to leave out, or a pattern such as 'voxel_*'.")
+        list[str] | None, Option(help="Metadata column to leave out, or a pattern such as 'voxel_*'.")
     ] = None,
-    keep: Annotated[str, typer.Option(help="Metadata columns that are meant to stay: 'age,sex'.")] = "",
+    keep: Annotated[str, Option(help="Metadata columns that are meant to stay: 'age,sex'.")] = "",
     intersect: Annotated[
-        list[str] | None, typer.Option(help="Columns whose combinations are audited too: 'gender,ethnicity'.")
+        list[str] | None, Option(help="Columns whose combinations are audited too: 'gender,ethnicity'.")
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option(help="Metadata column that says which rows no treatment was fitted on.")
+        str | None, Option(help="Metadata column that says which rows no treatment was fitted on.")
     ] = None,
     subject: Annotated[
         str | None,
-        typer.Option(help="Metadata column with the subject of each row, where subjects have several rows."),
+        Option(help="Metadata column with the subject of each row, where subjects have several rows."),
     ] = None,
     key: Annotated[
-        str | None, typer.Option(help="Name of the array in .npz and .safetensors files. [default: features]")
+        str | None, Option(help="Name of the array in .npz and .safetensors files. [default: features]")
     ] = None,
     columns: Annotated[
-        str,
-        typer.Option(help="Columns of a table of features, by names and patterns: 'volume,voxel_*'."),
+        str, Option(help="Columns of a table of features, by names and patterns: 'volume,voxel_*'.")
     ] = "",
-    raw: Annotated[bool, typer.Option("--raw", help="Do not standardise the features.")] = False,
-    max_rows: Annotated[int, typer.Option(min=20, help="Of more rows, so many are sampled.")] = 2000,
-    permutations: Annotated[int, typer.Option(min=20, help="Permutations of each probe's test.")] = 200,
-    min_group: Annotated[int, typer.Option(min=1, help="Smaller groups are not compared.")] = 20,
+    raw: Annotated[bool, Option("--raw", help="Do not standardise the features.")] = False,
+    max_rows: Annotated[int, Option(min=20, help="Of more rows, so many are sampled.")] = 2000,
+    permutations: Annotated[int, Option(min=20, help="Permutations of each probe's test.")] = 200,
+    min_group: Annotated[int, Option(min=1, help="Smaller groups are not compared.")] = 20,
     max_probe: Annotated[
-        float, typer.Option(help="A probe further than this from chance (0) to perfect (1) is harm.")
+        float, Option(help="A probe further than this from chance (0) to perfect (1) is harm.")
     ] = 0.2,
-    max_dcor2: Annotated[float, typer.Option(help="A larger dcor² is harm.")] = 0.05,
-    max_gap: Annotated[float, typer.Option(help="A larger gap between two groups is harm.")] = 0.1,
+    max_dcor2: Annotated[float, Option(help="A larger dcor² is harm.")] = 0.05,
+    max_gap: Annotated[float, Option(help="A larger gap between two groups is harm.")] = 0.1,
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(
-            help="'sex: probe > 0.6, gap > 0.05', of probe, share, dcor2, gap; '*' is every column."
-        ),
+        Option(help="'sex: probe > 0.6, gap > 0.05', of probe, share, dcor2, gap; '*' is every column."),
     ] = None,
-    project: Annotated[str | None, typer.Option(help="Name of what is audited, for the page.")] = None,
+    project: Annotated[str | None, Option(help="Name of what is audited, for the page.")] = None,
     pdf: Annotated[
-        bool,
-        typer.Option("--pdf", help="Print the page to report.pdf, where Chromium or Chrome is installed."),
+        bool, Option("--pdf", help="Print the page to report.pdf, where Chromium or Chrome is installed.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    seed: Annotated[int, Option(min=0)] = 0,
+    json_output: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what features know of each metadata column, before and after a treatment.
 
