@@ -247,20 +247,19 @@ class DependenceLoss(nn.Module):
 
     def _known(self, metadata: Any, labels: Any, outputs: Tensor) -> Tensor:
         """Return metadata and label (N, K + 1), checked, constants."""
-        options: Any = {"num_samples": len(outputs), "device": outputs.device}
-        blocks = {"metadata": columns_of(metadata, "metadata", **options)}
         if labels is None:
-            blocks["labels"] = blocks["metadata"].new_zeros(len(outputs), 1)
-        else:
-            blocks["labels"] = columns_of(as_real_tensor(labels, "labels"), "labels", **options)
+            labels = torch.zeros(len(outputs), device=outputs.device)
+        blocks = {
+            name: columns_of(values, name, num_samples=len(outputs), device=outputs.device)
+            for name, values in (("metadata", metadata), ("labels", as_real_tensor(labels, "labels")))
+        }
         if blocks["labels"].shape[1] != 1:
             raise ValueError(
                 f"labels must have shape (N,) or (N, 1), got {tuple(blocks['labels'].shape)}: of one-hot "
                 "columns give labels.argmax(1)."
             )
-        known = torch.cat(
-            [block.detach().to(statistics_dtype(outputs.device)) for block in blocks.values()], 1
-        )
+        dtype = statistics_dtype(outputs.device)
+        known = torch.cat([block.detach().to(dtype) for block in blocks.values()], 1)
         check_finite_columns(known, **blocks)
         return known
 
@@ -346,12 +345,9 @@ class DependenceLoss(nn.Module):
             values = matrices[index].block(everything, everything)
             weights += multiplier / roots[index] * (values - effects[:, None] - effects)
         # The scale of the outputs in their own units: distances have units, kernels none.
-        scale = (
-            roots[0]
-            if self.measure == "hsic"
-            else torch.ldexp(roots[0], roots.new_tensor(samples.exponents[0]))
-        )
-        least = _LEAST_KERNEL_SCALE if self.measure == "hsic" else self.unit
+        scale, least = roots[0], _LEAST_KERNEL_SCALE
+        if self.measure == "dcor2":
+            scale, least = torch.ldexp(scale, roots.new_tensor(samples.exponents[0])), self.unit
         scale = scale.clamp(min=least) * (num_samples * (num_samples - 3))
         weights.fill_diagonal_(0)
         if bool(scale == 0):

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiles import tiles_of
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiles import LargestTensor, tiles_of
 
 from mdnorm.metrics import distance_correlation_sqr
 
@@ -304,21 +303,6 @@ def test_errors_name_the_argument(x: Any, y: Any, error: type[Exception], messag
 # -- memory and devices -----------------------------------------------------------------------------------
 
 
-class _LargestTensor(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.untyped_storage().nbytes() // value.element_size())
-        return result
-
-
 @pytest.mark.parametrize("p", [1, 2, 84])
 @pytest.mark.parametrize("tile_size", [None, 32])
 @pytest.mark.parametrize("weights", [None, torch.rand(4000)], ids=["", "weights"])
@@ -327,7 +311,7 @@ def test_no_tensor_is_larger_than_a_tile_or_the_input(
 ) -> None:
     n = 4000
     x, y = torch.randn(n, p), torch.randn(n, 2)  # two scalars would need no tile
-    with tiles_of(tile_size), _LargestTensor() as largest:
+    with tiles_of(tile_size), LargestTensor() as largest:
         distance_correlation_sqr(x, y, weights=weights)
     assert n * 16 <= largest.elements <= max(n * (tile_size or 64), n * p)
 

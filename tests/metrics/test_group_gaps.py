@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score
 from statsmodels.api import OLS
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from mdnorm.metrics import GroupGaps, group_gaps, group_rates, quantile_groups
+from mdnorm.metrics import GroupGaps, group_gaps, quantile_groups, rates
 from mdnorm.metrics.rates import effective_rows, wilson
 
 
@@ -343,7 +343,7 @@ def test_the_same_seed_gives_the_same_result() -> None:
 def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     y, p, g, scores = _data()
     expected = group_gaps(y, p, g, scores=scores, num_bootstrap=50)
-    monkeypatch.setattr(group_rates, "_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(rates, "_CHUNK_ELEMENTS", 1000)
     result = group_gaps(y, p, g, scores=scores, num_bootstrap=50)
     assert result == expected
 

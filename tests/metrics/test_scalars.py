@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import dcor
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from tiles import tiles_of
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiles import LargestTensor, tiles_of
 
 from mdnorm.metrics import distance_correlation_sqr, distance_covariance_sqr, partial_distance_correlation
 from mdnorm.metrics import pairwise as pairwise_module
@@ -162,22 +159,9 @@ def test_effects_are_in_the_order_of_the_samples() -> None:
         np.testing.assert_allclose(centred.sum(dim=1), 0, atol=1e-10)
 
 
-class _Largest(TorchDispatchMode):
-    """Records the number of elements of the largest tensor that any operation returns."""
-
-    elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(value, torch.Tensor):
-                self.elements = max(self.elements, value.numel())
-        return result
-
-
 def test_memory_is_linear() -> None:
     n = 20_000
     x, y = torch.randn(2, n)
-    with _Largest() as largest:
+    with LargestTensor() as largest:
         distance_correlation_sqr(x, y)
     assert n <= largest.elements <= 4 * n

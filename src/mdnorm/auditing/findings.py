@@ -144,22 +144,16 @@ class _Judge:
                 return True
         raise AssertionError("the column is of the family")
 
-    def _is_large(self, part: Representation) -> bool:
-        return (
-            part.shown_probe.share >= self.settings.max_probe
-            or part.shown_dependence.value >= self.settings.max_dcor2
-        )
+    def _largest_share(self, measure: Measure) -> float:
+        return self.settings.max_dcor2 if measure.name == "dcor²" else self.settings.max_probe
 
     def _is_bounded(self, part: Representation) -> bool:
         """Whether all that the intervals allow is below the limits."""
-        return _upper(part.shown_dependence) < self.settings.max_dcor2 and all(
-            measure.as_share(_upper(measure)) < self.settings.max_probe
-            for measure in part.shown_probes.values()
-        )
+        measures = (*part.shown_probes.values(), part.shown_dependence)
+        return all(each.as_share(_upper(each)) < self._largest_share(each) for each in measures)
 
     def _limit(self, measure: Measure) -> str:
-        share = self.settings.max_dcor2 if measure.name == "dcor²" else self.settings.max_probe
-        return _text(measure, measure.chance + share * (1 - measure.chance))
+        return _text(measure, measure.chance + self._largest_share(measure) * (1 - measure.chance))
 
     def _given(self, part: Representation) -> str:
         return f" given {self.label}" if part.dependence_within is not None else ""
@@ -212,7 +206,8 @@ class _Judge:
                 "audit rows that were not fitted."
             )
             return "open", "below chance", text
-        if found and self._is_large(part):
+        shown = (part.shown_probe, part.shown_dependence)
+        if found and any(measure.share >= self._largest_share(measure) for measure in shown):
             if before is None:
                 badge, text = "found", f"{column.name} is found {where}"
             elif not self.is_found(column, before):
@@ -298,10 +293,10 @@ class _Judge:
             f"{column.name} {name}"
             for name in (gap.highest, gap.lowest)
         )
+        rate = gap.rate if "[" in gap.rate else gap.rate.replace("_", " ")
         text = (
-            f"The {_RATES.get(str(gap.rate), gap.rate)} of the predictions of {title} is {ends}: a "
-            f"difference of {_points(gap.value)} ({100 * gap.low:.0f} to {100 * gap.high:.0f} at "
-            f"{percent(self.settings.confidence)})"
+            f"The {rate} of the predictions of {title} is {ends}: a difference of {_points(gap.value)} "
+            f"({100 * gap.low:.0f} to {100 * gap.high:.0f} at {percent(self.settings.confidence)})"
         )
         badges = {"none": f"no gap above {_points(limit)}", "open": "gap cannot be decided"}
         badge = badges.get(level, f"gap of {_points(gap.value)}")
@@ -330,13 +325,6 @@ class _Judge:
             return "none", badge, f"It is not found that {about}: {numbers}."
         text = f"Whether {about} cannot be decided: {numbers}, the limit is {limit:g}."
         return "open", "cannot be decided", text
-
-
-_RATES = {
-    "accuracy": "accuracy",
-    "true_positive_rate": "true positive rate",
-    "false_positive_rate": "false positive rate",
-}
 
 
 def _points(share: float) -> str:

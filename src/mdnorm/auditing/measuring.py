@@ -27,8 +27,7 @@ from mdnorm.metrics import (
     probe,
     quantile_groups,
 )
-from mdnorm.metrics.conditional import residuals_given
-from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES, permutations
+from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES, permutations, residuals_given
 from mdnorm.metrics.probe_scores import ProbeScore
 from mdnorm.metrics.rates import combined
 

@@ -305,11 +305,9 @@ def balancing_weights(
 
 
 def _check_clip(clip: float | None) -> None:
-    if clip is None:
-        return
-    if isinstance(clip, bool) or not isinstance(clip, (int, float, np.number)):
+    if isinstance(clip, bool) or not isinstance(clip, (int, float, np.number, type(None))):
         raise TypeError(f"clip must be a number or None, got {clip!r}.")
-    if not clip > 0 or clip == 1:
+    if clip is not None and (not clip > 0 or clip == 1):
         raise ValueError(
             f"clip must be a quantile between 0 and 1 or a largest weight above 1, got {clip}: None for no "
             "limit."
@@ -322,8 +320,7 @@ def _column_names(metadata: Any, names: Sequence[str] | None, num_columns: int) 
         names = [f"column {index}" for index in range(num_columns)] if own is None else list(map(str, own))
     if isinstance(names, str) or len(names) != num_columns:
         raise ValueError(
-            f"metadata_names must have one name for each of the {num_columns} metadata columns, got "
-            f"{names!r}."
+            f"metadata_names must have one name for each of the {num_columns} columns, got {names!r}."
         )
     return tuple(names)
 
@@ -332,8 +329,8 @@ def _base_weights(weights: Tensor | ArrayLike | None, num_samples: int) -> Tenso
     """Return base weights (N,) of mean 1."""
     if weights is None:
         return torch.ones(num_samples, dtype=torch.float64)
-    base = columns_of(weights, "base_weights", num_samples=num_samples, num_columns=1).detach().cpu().double()
-    base = base[:, 0]
+    base = columns_of(weights, "base_weights", num_samples=num_samples, num_columns=1)
+    base = base.detach().cpu().double()[:, 0]
     bad = ~(base.isfinite() & (base > 0))
     if bool(bad.any()):
         where = listed(bad.nonzero()[:, 0].tolist())

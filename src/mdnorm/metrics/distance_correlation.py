@@ -268,14 +268,8 @@ def distance_correlation_interval(
 
     It is the interval of the jackknife, widened for the case near independence, where the estimate is far
     from normal. A nominal 95 % interval covers the population value at least 90 % of the time, from 10 rows
-    on. It is not a test: use `distance_correlation_permutation_test` for that.
-
-    Parameters
-    ----------
-    x, y : tensor or array, (n,) or (n, number of columns)
-        As of `distance_correlation_sqr`, but n ≥ 5.
-    confidence : float
-        Between 0 and 1.
+    on. It is not a test: use `distance_correlation_permutation_test` for that. `x` and `y` are those of
+    `distance_correlation_sqr`, but n ≥ 5.
 
     Raises
     ------
