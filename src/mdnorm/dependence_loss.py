@@ -33,7 +33,8 @@ class DependenceLoss(nn.Module):
 
     Added to the loss of the task, in training only: the network itself needs no metadata, neither in training
     nor at inference. Each metadata variable has a multiplier of its own, which rises slowly while the
-    dependence is above `at_most` and falls while it is below, and all together are bounded by `strength`.
+    dependence is above `at_most` and falls while it is below, and all together are bounded by `strength`. A
+    setting of a wrong type or out of range is a TypeError or ValueError.
 
     Parameters
     ----------
@@ -75,11 +76,6 @@ class DependenceLoss(nn.Module):
         sometimes negative.
     multipliers : Tensor, (V,) float64
         For the next batch.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A setting that is not one of these, or out of range.
 
     Notes
     -----
@@ -339,7 +335,7 @@ class DependenceLoss(nn.Module):
         num_samples = len(x)
         weights = torch.zeros(num_samples, num_samples, dtype=roots.dtype, device=roots.device)
         for index, multiplier in enumerate(multipliers.tolist(), 1):
-            if multiplier == 0 or bool(products.is_zero[index]) or samples.rows[index].shape[1] == 0:
+            if multiplier == 0 or bool(products.is_zero[index]):
                 continue
             everything, effects = slice(0, num_samples), products.effects[index]
             values = matrices[index].block(everything, everything)

@@ -131,7 +131,7 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
     id, are identifiers. Of dates, the seconds count.
     """
     name = printable(name)
-    if kind is not None and kind not in ("continuous", "categorical"):
+    if kind not in (None, "continuous", "categorical"):
         raise InputError(
             f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
         )

@@ -137,12 +137,10 @@ class _Judge:
         if column.role != "remove":
             family = [column]
         p_values = {other.name: _p_value(other.representations[key]) for other in family}
-        for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-            if p_values[name] * (len(family) - rank) >= self.settings.alpha:
-                return False
-            if name == column.name:
-                return True
-        raise AssertionError("the column is of the family")
+        order = sorted(p_values, key=p_values.__getitem__)
+        before = order[: order.index(column.name) + 1]
+        corrected = [p_values[name] * (len(family) - rank) for rank, name in enumerate(before)]
+        return max(corrected) < self.settings.alpha
 
     def _largest_share(self, measure: Measure) -> float:
         return self.settings.max_dcor2 if measure.name == "dcor²" else self.settings.max_probe

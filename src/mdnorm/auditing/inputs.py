@@ -85,8 +85,7 @@ def as_treatments(features: Any, after: Any) -> tuple[dict[str, NDArray[Any]], d
     if isinstance(features, Mapping):
         if after is not None:
             raise InputError(
-                "features is a mapping of names to treatments, which leaves nothing for after: put these "
-                "features into it."
+                "features is a mapping of treatments, which leaves nothing for after: add it there."
             )
         if not features:
             raise InputError("features is a mapping without treatments: give one at least.")
@@ -115,11 +114,10 @@ def by_treatment(what: str, given: Any, treatments: Sequence[str]) -> dict[str, 
     """Return the predictions, or the scores, of every treatment that has some; without names of the first."""
     if not isinstance(given, Mapping):
         return {} if given is None else {treatments[0]: given}
-    unknown = [name for name in given if name not in treatments]
-    if unknown:
-        raise InputError(
-            f"{what} has {unknown[0]!r}, but there are no such features; there are {listed(treatments)}."
-        )
+    for name in given:
+        if name not in treatments:
+            known = listed(treatments)
+            raise InputError(f"{what} has {name!r}, but there are no such features; there are {known}.")
     return dict(given)
 
 
@@ -148,21 +146,18 @@ class Metadata:
 
     def named(self, name: str, where: str) -> Column:
         """Return a column; `where` says what for, in a message."""
-        column = self.by_name.get(printable(name))
-        if column is None:
+        if printable(name) not in self.by_name:
             known = ", ".join(map(repr, self.by_name))
             raise InputError(f"no metadata column {name!r} for {where}; there are {known}.")
-        return column
+        return self.by_name[printable(name)]
 
     def values(self, argument: Any, name: str) -> NDArray[Any]:
         """Return a column by its name, or an array as it is, checked for its length."""
         if isinstance(argument, str):
             column = self.named(argument, name)
             self.used.add(column.name)
-            if not column.present.all():
-                raise InputError(
-                    f"the column {argument!r} for {name} has {column.num_missing} missing value(s)."
-                )
+            if column.num_missing:
+                raise InputError(f"column {argument!r} for {name} has {column.num_missing} missing value(s).")
             return column.values
         values = argument.detach().cpu().numpy() if isinstance(argument, Tensor) else np.asarray(argument)
         if values.shape != (self.num_rows,):
@@ -212,11 +207,9 @@ class Metadata:
         # Read as the labels are, so that 1, 1.0 and "1" of a table mean the same class.
         names = _classes(values, "predictions")
         known = np.unique(label.values[label.present]).tolist()
-        strange = sorted(set(names.tolist()) - set(known))
+        strange = listed(sorted(set(names.tolist()) - set(known)))
         if strange:
-            raise InputError(
-                f"predictions hold {listed(strange)}, which no label is; there are {listed(known, 10)}."
-            )
+            raise InputError(f"predictions hold {strange}, which no label is; there are {listed(known, 10)}.")
         if scores is not None:
             scores = _probabilities(self.values(scores, "scores"))
         if positive is not None:

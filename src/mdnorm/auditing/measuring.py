@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -288,9 +288,8 @@ def _association_z(
     return float((np.log(np.square(left.T @ right).sum() + tiny) - permuted.mean()) / spread)
 
 
-def _pooled(by_class: Iterable[Measure | None]) -> Measure | None:
+def _pooled(measures: Collection[Measure]) -> Measure | None:
     """Return the mean over classes weighted by rows; classes are independent samples."""
-    measures = [part for part in by_class if part is not None]
     if not measures:
         return None
     with requires("audit"):

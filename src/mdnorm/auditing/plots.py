@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -217,8 +218,7 @@ def _cut(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Return text that plotly takes neither for markup nor for a template."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("%{", "%&#123;")
+    return html.escape(text, quote=False).replace("%{", "%&#123;")
 
 
 # -- principal components ---------------------------------------------------------------------------------

@@ -64,10 +64,8 @@ def read_features(
     if key is not None and suffix not in ARCHIVE_FORMATS:
         raise InputError(f"{path} has no named arrays, so a key ({key!r}) says nothing: leave it out.")
     if columns and suffix not in TABLE_FORMATS:
-        raise InputError(
-            f"{path} has no named columns, so columns ({', '.join(map(repr, columns))}) say nothing: leave "
-            "them out."
-        )
+        names = ", ".join(map(repr, columns))
+        raise InputError(f"{path} has no named columns, so columns ({names}) say nothing: leave them out.")
     with as_input_error():
         if suffix == ".npy":
             values = _read_npy(path)

@@ -48,26 +48,14 @@ class ColumnBalance(NamedTuple):
 class BalancingWeights:
     """Sample weights of `balancing_weights`, with what they achieve.
 
-    ``np.asarray(result)`` and ``torch.as_tensor(result)`` give the weights.
-
-    Attributes
-    ----------
-    weights : (N,) float64 tensor
-        On the CPU, not negative, of mean 1.
-    method : {"propensity", "entropy", "distance"}
-    effective_sample_size : float
-        ``(Σ w)² / Σ w²``: as many samples of equal weight would give means that are as sure.
-    class_sizes : dict
-        For classes: class -> (rows, effective sample size); empty for continuous labels.
-    balance : tuple of ColumnBalance
-        One row for each metadata column.
-    dcor_sqr_before, dcor_sqr_after : float
-        Bias-corrected squared distance correlation of labels and standardised metadata; with the weights, of
-        the weighted population that they stand for. Of at most 2000 samples drawn at random.
-    clipped : (number of clipped samples,) int64 tensor
-        Rows whose weight was above `clip`.
-    largest : float
-        The largest weight before clipping, in units of the mean weight.
+    ``np.asarray(result)`` and ``torch.as_tensor(result)`` give the `weights`, (N,) float64 on the CPU, not
+    negative, of mean 1. The `effective_sample_size` is ``(Σ w)² / Σ w²``: as many samples of equal weight
+    would give means that are as sure; `class_sizes` has the rows and the effective sample size of each class
+    (it is empty for continuous labels), and `balance` a row for each metadata column. `dcor_sqr_before` and
+    `dcor_sqr_after` are the bias-corrected squared distance correlation of labels and standardised metadata,
+    the latter of the weighted population that the weights stand for, of at most 2000 samples drawn at random.
+    `clipped` are the rows, int64, whose weight was above `clip`, and `largest` is the largest weight before
+    clipping, in units of the mean weight.
     """
 
     weights: Tensor
@@ -192,26 +180,20 @@ def balancing_weights(
           not only that of the columns given. Memory grows with N², time with N³: at most 5000 samples.
     clip : float or None
         The largest weight: from 1 on in units of the mean weight, below 1 as a quantile of the weights; None:
-        no limit. Larger weights are set to it, then all are divided by their mean. Clipping trades balance
-        for effective sample size: what remains is in `BalancingWeights.balance`.
+        no limit. Larger weights are set to it, then all are divided by their mean, which trades balance for
+        effective sample size.
     base_weights : (N,), optional
         Weights above 0 that the samples have already (of a survey, say). Labels and metadata become
         independent with each distributed as it is under them, and the result has them in it.
     metadata_names : sequence of str, optional
         Of the columns, for the table and for errors. Default: those of a DataFrame, or ``column 0``, ….
 
-    Returns
-    -------
-    BalancingWeights
-        Weights (N,) float64 of mean 1, and what they achieve.
-
     Raises
     ------
     TypeError, ValueError
-        - Labels or metadata are of a wrong type.
-        - Labels and metadata have different numbers of rows, fewer than 4 rows, or NaN or infinite values;
-          labels have one class or value only, or a class of one row; all metadata columns are constant (a
-          single constant column is balanced and does no harm).
+        - Labels or metadata are of a wrong type, or have different numbers of rows, fewer than 4 rows, or NaN
+          or infinite values; labels have one class or value only, or a class of one row; all metadata columns
+          are constant (a single constant column is balanced and does no harm).
         - There is no overlap: a value of the metadata at which a class does not occur, classes that a column
           separates, labels that are a linear function of the metadata, or so few samples with nearly all
           weight that nothing can be learned from them. The message names columns, classes and rows.

@@ -352,14 +352,9 @@ def _products(variables: Sequence[Tensor], weights: Tensor | None, where: str = 
 
 def with_exponent(value: Tensor, exponent: int) -> Tensor:
     """Return ``value · 2^exponent``; OverflowError where it is larger than any float64 number."""
-    result = value
-    # In steps that are finite themselves, so that the largest and smallest results come out.
-    while exponent:
-        step = min(max(exponent, -1000), 1000)
-        result = result * math.ldexp(1.0, step)
-        exponent -= step
-    if not bool(torch.isfinite(result)):
+    try:
+        return value.new_tensor(math.ldexp(float(value), exponent))
+    except OverflowError as error:
         raise OverflowError(
             "the result is larger than any float64 number: divide the variables by their standard deviation."
-        )
-    return result
+        ) from error

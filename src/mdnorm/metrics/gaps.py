@@ -68,19 +68,11 @@ class Difference:
 class Gap:
     """How much a rate differs between groups.
 
-    Attributes
-    ----------
-    value : float or None
-        The difference of the pair of groups whose interval has the largest lower limit (of several pairs,
-        the largest difference). None where fewer than two groups can be compared.
-    low, high : float or None
-        Interval of the difference; it holds for all pairs at once.
-    lowest, highest : object
-        The two groups.
-    bound : float or None
-        The largest upper limit of all pairs: no two groups differ by more.
-    rate : str or None
-        Name of the rate; a gap in several rates is the gap in one of them.
+    The `value` is the difference of the pair of groups whose interval has the largest lower limit (of several
+    pairs, the largest difference), None where fewer than two groups can be compared; `low` and `high` are its
+    interval, which holds for all pairs at once, `lowest` and `highest` the two groups. The `bound` is the
+    largest upper limit of all pairs: no two groups differ by more. The gap in several rates is the gap in one
+    of them, the `rate`.
     """
 
     value: float | None
@@ -96,20 +88,10 @@ class Gap:
 class GroupGaps(PlainResult):
     """What `group_gaps` found.
 
-    Attributes
-    ----------
-    groups : tuple of GroupResult
-        In the order of the group column's values.
-    gaps : dict of str to Gap
-    pairs : dict of str to tuple of Difference
-        Names of rates to the difference of each pair of groups that are large enough.
-    classes : tuple
-        The label classes.
-    positive : object
-        The positive class; None with more than two classes.
-    num_rows, confidence, min_group_rows : int, float, int
-    notes : tuple of str
-        Which rates are not defined, and which groups are too small to be compared.
+    The `groups` are in the order of the group column's values, `gaps` has the gap of each rate by its name,
+    and `pairs` the difference of each pair of groups that are large enough. `classes` are the label classes,
+    and `positive` is the positive one of two, None of more. The `notes` say which rates are not defined, and
+    which groups are too small to be compared.
     """
 
     groups: tuple[GroupResult, ...]

@@ -69,10 +69,11 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
     """Test the independence of two samples of **many columns** in the time of one distance correlation.
 
     As the number of columns of both variables grows, the statistic under independence tends to Student's t
-    with ``n(n−3)/2 − 1`` degrees of freedom. With few columns, or columns that depend strongly on each other,
-    it does not, and the test rejects too often: use `distance_correlation_permutation_test` there.
+    with ``n(n−3)/2 − 1`` degrees of freedom (Székely & Rizzo 2013). With few columns, or columns that depend
+    strongly on each other, it does not, and the test rejects too often: use
+    `distance_correlation_permutation_test` there.
 
-    Samples, and errors for them, are those of `mdnorm.metrics.distance_correlation_sqr`.
+    Samples, errors for them and the reference are those of `mdnorm.metrics.distance_correlation_sqr`.
 
     Returns
     -------
@@ -84,11 +85,6 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
     ------
     mdnorm.extras.MissingExtraError
         SciPy is not installed.
-
-    References
-    ----------
-    .. [1] Székely, G. J., & Rizzo, M. L. (2013). The distance correlation t-test of independence in high
-       dimension. Journal of Multivariate Analysis, 117, 193–213.
 
     Examples
     --------

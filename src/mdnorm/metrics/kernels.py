@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from mdnorm.metrics.distance_correlation import with_exponent
-from mdnorm.metrics.pairwise import CentredProducts, GaussianKernel, LinearKernel, centred_products
+from mdnorm.metrics.pairwise import CentredProducts, GaussianKernel, LinearKernel, centred_products, expansion
 from mdnorm.metrics.samples import Samples, as_samples
 
 Kernel = Literal["linear", "rbf"]
@@ -38,7 +38,7 @@ def hsic(
 
     Parameters
     ----------
-    x, y : tensor or array, (n,) or (n, number of columns)
+    x, y
         As of `mdnorm.metrics.distance_correlation_sqr`.
     kernel : {"rbf", "linear"}
         ``exp(−|x_i − x_j|² / (2σ²))`` or ``x_i·x_j``, for both variables.
@@ -63,8 +63,7 @@ def hsic(
 
     Notes
     -----
-    Memory is O(n·(p + q)), arithmetic O(n²·(p + q)) in float64. The linear kernel takes
-    O(n·p·q) instead where this is less.
+    Memory is O(n·(p + q)), arithmetic O(n²·(p + q)), for the linear kernel O(n·p·q) where this is less.
 
     References
     ----------
@@ -181,10 +180,9 @@ def _column_products(matrices: list[LinearKernel]) -> CentredProducts | None:
         [torch.stack([(a.T @ b).square().sum() for b in centred_rows]) for a in centred_rows]
     )
     same = squares @ squares.T
-    totals = squares.sum(dim=1)
-    total_term = totals[:, None] * totals / ((num_samples - 1) * (num_samples - 2))
-    centred = all_pairs - same - 2 / (num_samples - 2) * same + total_term
-    size = all_pairs + 2 * same + total_term
+    centred = expansion((all_pairs - same) / 2, squares, squares)
+    # The terms of the expansion, none of them subtracted.
+    size = centred + (3 + 2 / (num_samples - 2)) * same
     if bool((size.diagonal() > _MAX_LOSS * centred.diagonal()).any()):
         return None
     is_zero = torch.zeros(2, dtype=torch.bool, device=squares.device)

@@ -102,7 +102,7 @@ class PairwiseMatrix(ABC):
         """Return what rounding of the entries may leave of ``Σ_{i≠j} A_ij²``."""
         num_samples = effects.shape[0]
         values = 2 * (num_samples - 2) * effects.square().sum() + 2 * effects.sum().square()
-        return _ROUNDING**2 * self.num_columns * values
+        return _ROUNDING**2 * max(1, self.num_columns) * values
 
 
 class Distances(PairwiseMatrix):
@@ -291,33 +291,21 @@ def centred_products(matrices: Sequence[PairwiseMatrix], weights: Tensor | None 
 
     Weights (n,), for distances only, are above 0; see `quadruple_weight`.
     """
-    rows = matrices[0].rows
-    num_samples, num_matrices = rows.shape[0], len(matrices)
-    effects = rows.new_zeros(num_matrices, num_samples)
-    products = rows.new_zeros(num_matrices, num_matrices)
-    is_zero = torch.ones(num_matrices, dtype=torch.bool, device=rows.device)
-    # A constant, which has no columns, is 0 after U-centring.
-    varying = [index for index, matrix in enumerate(matrices) if matrix.num_columns > 0]
-    if not varying:
-        return CentredProducts(products, is_zero, effects)
-    present = [matrices[index] for index in varying]
-    index = torch.tensor(varying, device=rows.device)
+    num_samples = matrices[0].num_samples
     if weights is not None:
-        products[index[:, None], index], is_zero[index] = _weighted_products(present, weights / weights.sum())
-        return CentredProducts(products, is_zero, effects)
-    reduced, row_sums, pair_sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present)
+        products, is_zero = _weighted_products(matrices, weights / weights.sum())
+        return CentredProducts(products, is_zero, weights.new_zeros(len(matrices), num_samples))
+    reduced, row_sums, pair_sums = _sorted_sums(matrices) if _sorts(matrices) else _tiled_sums(matrices)
     row_sums = row_sums[:, 0]
-    totals = row_sums.sum(dim=1)
-    centred = _expansion(pair_sums, row_sums, row_sums)
-    rounding = torch.stack([matrix.rounding(r) for matrix, r in zip(present, reduced, strict=True)])
-    is_zero[index] = centred.diagonal() <= rounding
-    products[index[:, None], index] = centred / (num_samples * (num_samples - 3))
-    means = totals[:, None] / (2 * (num_samples - 1) * (num_samples - 2))
-    effects[index] = reduced + row_sums / (num_samples - 2) - means
-    return CentredProducts(products, is_zero, effects)
+    centred = expansion(pair_sums, row_sums, row_sums)
+    rounding = torch.stack([matrix.rounding(r) for matrix, r in zip(matrices, reduced, strict=True)])
+    means = row_sums.sum(dim=1, keepdim=True) / (2 * (num_samples - 1) * (num_samples - 2))
+    effects = reduced + row_sums / (num_samples - 2) - means
+    products = centred / (num_samples * (num_samples - 3))
+    return CentredProducts(products, centred.diagonal() <= rounding, effects)
 
 
-def _expansion(pair_sums: Tensor, x_sums: Tensor, y_sums: Tensor) -> Tensor:
+def expansion(pair_sums: Tensor, x_sums: Tensor, y_sums: Tensor) -> Tensor:
     """Return ``Σ_{i≠j} A_ij B_ij`` from ``Σ_{i<j} a_ij b_ij`` and sums of rows (k, n) and (m, n)."""
     num_samples = x_sums.shape[1]
     totals = x_sums.sum(dim=1)[:, None] * y_sums.sum(dim=1) / ((num_samples - 1) * (num_samples - 2))
@@ -374,7 +362,7 @@ def permuted_products(
         x, y = (SortedScalar.of(matrix.rows[:, 0]) for matrix in (first, second))
         x_sums, y_sums = x.row_sums()[None], y.row_sums()[None]
         for k, order in enumerate(permutations):
-            sums[k] = 4 * _expansion(sum_of_products(x, y.values[order]), x_sums, y_sums[:, order]).sum()
+            sums[k] = 4 * expansion(sum_of_products(x, y.values[order]), x_sums, y_sums[:, order]).sum()
         return sums / (num_samples * (num_samples - 3))
     tiling = _Tiling(num_samples, device)
     for tile in tiling:

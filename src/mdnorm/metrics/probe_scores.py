@@ -23,28 +23,15 @@ MIN_ROWS = 10
 
 @dataclass(frozen=True)
 class ProbeScore(PlainResult):
-    """The score of a probe.
+    """The score of a probe, by its `name` "r2" or "balanced_accuracy".
 
-    Attributes
-    ----------
-    name : {"r2", "balanced_accuracy"}
-        What is scored.
-    value : float
-        The score on rows that were not trained on; larger is better.
-    chance : float
-        The score of predictions that know nothing: 0, or 1 / number of classes.
-    low, high : float
-        Confidence interval of the score of this kind of probe, fitted to as many rows. Another kind of probe
-        may score higher.
-    p_value : float or None
-        Share of permuted targets that score as well, ``(1 + #) / (1 + num_permutations)``; None without
-        permutations.
-    permutation_mean, permutation_high : float or None
-        Mean and 95 % quantile of the scores of the permuted targets.
-    tail_p_value : float or None
-        A p-value that can be smaller than ``1 / (1 + num_permutations)``, to correct for many tests: where
-        fewer than a tenth of at least 100 permutations score as well, it is that of an exponential tail
-        fitted to the best tenth. None without permutations.
+    The `value` is that on rows that were not trained on, larger is better; `chance` that of predictions that
+    know nothing, 0 or 1 / number of classes; `low` to `high` the confidence interval of the score of this
+    kind of probe, fitted to as many rows (another kind of probe may score higher). The `p_value` is the share
+    of permuted targets that score as well, ``(1 + #) / (1 + num_permutations)``; `permutation_mean` and
+    `permutation_high` are mean and 95 % quantile of their scores. The `tail_p_value` can be smaller, to
+    correct for many tests: where fewer than a tenth of at least 100 permutations score as well, it is that of
+    an exponential tail fitted to the best tenth. All four are None without permutations.
     """
 
     name: str

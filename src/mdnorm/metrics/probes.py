@@ -31,27 +31,13 @@ _MAX_NUMERIC_CLASSES = 10
 
 @dataclass(frozen=True)
 class ProbeResult(PlainResult):
-    """What `probe` found.
+    """What `probe` found: the score, `scored`, and how it was made.
 
-    Attributes
-    ----------
-    model, task : str
-        Those of `probe`.
-    scored : ProbeScore
-        R² for regression, balanced accuracy for classes.
-    num_rows, num_features, num_folds, num_permutations : int
-    classes, class_counts : tuple
-        The classes of the target and their rows; empty for regression.
-    label : object
-        The label class whose rows these are; None for all rows.
-    within_labels : tuple of ProbeResult
-        The probe within each label class, without those left out.
-    pooled : ProbeScore or None
-        Mean of the score over `within_labels`, weighted by rows, with a p-value of its own.
-    left_out : tuple of (label, reason)
-        Label classes that could not be probed.
-    notes : tuple of str
-        Decisions that were made for the caller, such as fewer folds.
+    `classes` and `class_counts` are the classes of the target and their rows, empty for regression. With
+    labels, `within_labels` has the probe within each class that could be probed (its `label`, which is None
+    for all rows), `pooled` the mean of their scores weighted by rows, with a p-value of its own, and
+    `left_out` the other classes, each with the reason. The `notes` are decisions that were made for the
+    caller, such as fewer folds.
     """
 
     model: str

@@ -39,7 +39,7 @@ class DistanceCorrelation(Metric):
     """Bias-corrected squared distance correlation of features and metadata over a stream of batches.
 
     The value is that of `mdnorm.metrics.distance_correlation_sqr` for all samples, or for a uniform sample of
-    them, of all processes.
+    them, of all processes. A wrong setting is a TypeError or ValueError.
 
     Parameters
     ----------
@@ -50,7 +50,7 @@ class DistanceCorrelation(Metric):
         all processes). Memory is then bounded by twice as many rows in each process, and time for `compute`,
         which grows with the square of the samples. 2000 are plenty for one number. None keeps all.
     seed : int
-        Seed of the sample. The sample depends on the order of the stream, not on the batches it comes in.
+        Of the sample, which depends on the order of the stream, not on the batches it comes in.
     per_column : bool
         A value for each metadata column, ``column_0, column_1, …``, and ``joint`` for all together where
         there are several.
@@ -59,11 +59,6 @@ class DistanceCorrelation(Metric):
         site or the powers of an age: ``{"age": [0, 1, 2], "site": [3, 4]}``. Implies `per_column`.
     **kwargs
         Those of `torchmetrics.Metric`: ``compute_on_cpu=True``, say.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A wrong setting.
 
     Notes
     -----
@@ -230,7 +225,7 @@ class GroupRates(Metric):
     """Accuracy and true and false positive rates of each group, and the largest gaps between groups.
 
     For several classes and groups with names, over batches and processes; for intervals and calibration over
-    data in memory see `mdnorm.metrics.group_gaps`.
+    data in memory see `mdnorm.metrics.group_gaps`. A wrong setting is a TypeError or ValueError.
 
     Parameters
     ----------
@@ -243,11 +238,6 @@ class GroupRates(Metric):
         probabilities; for logits give 0.
     **kwargs
         Those of `torchmetrics.Metric`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A wrong setting.
 
     Examples
     --------
