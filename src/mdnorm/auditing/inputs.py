@@ -211,7 +211,12 @@ class Metadata:
         if strange:
             raise InputError(f"predictions hold {strange}, which no label is; there are {listed(known, 10)}.")
         if scores is not None:
-            scores = _probabilities(self.values(scores, "scores"))
+            scores = _finite(self.values(scores, "scores"), "scores")
+            if scores.min() < 0 or scores.max() > 1:
+                raise InputError(
+                    f"scores must be probabilities from 0 to 1, got {scores.min():.3g} to "
+                    f"{scores.max():.3g}: apply the sigmoid or softmax first."
+                )
         if positive is not None:
             given, positive = positive, str(_classes([positive], "positive")[0])
             if positive not in known:
@@ -229,16 +234,6 @@ def _finite(values: NDArray[Any], name: str) -> NDArray[np.float64]:
     if not np.isfinite(numbers).all():
         raise InputError(f"{name} must be finite numbers, but some are NaN or infinite.")
     return numbers
-
-
-def _probabilities(values: NDArray[Any]) -> NDArray[np.float64]:
-    scores = _finite(values, "scores")
-    if scores.min() < 0 or scores.max() > 1:
-        raise InputError(
-            f"scores must be probabilities from 0 to 1, got {scores.min():.3g} to {scores.max():.3g}: apply "
-            "the sigmoid or softmax first."
-        )
-    return scores
 
 
 # -- the rows in use --------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ together from those of the two groups (Newcombe 1998; Zou & Donner 2008).
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -236,9 +236,8 @@ def group_gaps(
         num_bootstrap,
         num_bins,
         seed,
+        None if scores is None else _probabilities(scores, classes, positive_code, kept),
     )
-    if scores is not None:
-        problem = replace(problem, probabilities=_probabilities(scores, problem, kept))
     rates = [estimates(problem, members.codes == code) for code in range(len(members.names))]
     _note_undefined(problem, rates, min_group_rows, notes)
     large = [code for code in range(len(members.names)) if members.counts[code] >= min_group_rows]
@@ -345,17 +344,19 @@ def _classes(
     return classes, 1
 
 
-def _probabilities(scores: Tensor | ArrayLike, problem: Problem, kept: NDArray[np.bool_]) -> Floats:
+def _probabilities(
+    scores: Tensor | ArrayLike, classes: tuple[Any, ...], positive: int | None, kept: NDArray[np.bool_]
+) -> Floats:
     """Return the probability of the positive class (n,), or of all classes (n, C)."""
     array: Floats = as_real_tensor(scores, "scores").detach().cpu().double().numpy()
-    num_rows, num_classes = kept.size, len(problem.classes)
+    num_rows, num_classes = kept.size, len(classes)
     if array.shape == (num_rows, 1):
         array = array[:, 0]
-    if array.shape != (num_rows, num_classes) and (array.shape != (num_rows,) or problem.positive is None):
-        binary = "" if problem.positive is None else f"({num_rows},) or "
+    if array.shape != (num_rows, num_classes) and (array.shape != (num_rows,) or positive is None):
+        binary = "" if positive is None else f"({num_rows},) or "
         raise ValueError(
             f"scores must have shape {binary}({num_rows}, {num_classes}), one row per sample and one column "
-            f"for each of the classes {listed(problem.classes)}, got {array.shape}."
+            f"for each of the classes {listed(classes)}, got {array.shape}."
         )
     # Also true of NaN.
     bad = ~((array >= 0) & (array <= 1))
@@ -368,8 +369,8 @@ def _probabilities(scores: Tensor | ArrayLike, problem: Problem, kept: NDArray[n
             "NaN, outside 0 to 1, or do not sum to 1: apply a sigmoid or softmax to logits, drop rows with "
             "NaN from every argument."
         )
-    if array.ndim == 2 and problem.positive is not None:
-        array = array[:, problem.positive]
+    if array.ndim == 2 and positive is not None:
+        array = array[:, positive]
     return array[kept]
 
 

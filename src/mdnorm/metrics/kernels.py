@@ -151,8 +151,6 @@ def _kernel_products(samples: Samples, kernel: Kernel, bandwidth: Bandwidth) -> 
 
 def median_distance(rows: Tensor) -> float:
     """Return the median distance between different samples, 1 where they are all equal."""
-    if rows.shape[1] == 0:
-        return 1.0
     if len(rows) > _NUM_FOR_MEDIAN:
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
         rows = rows[order[:_NUM_FOR_MEDIAN].to(rows.device)]

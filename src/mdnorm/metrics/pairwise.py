@@ -171,7 +171,7 @@ class LinearKernel(PairwiseMatrix):
 
     def __init__(self, rows: Tensor) -> None:
         # The median, unlike the mean, is close to most samples where another is far away.
-        super().__init__(rows - rows.median(dim=0).values if rows.shape[1] > 0 else rows)
+        super().__init__(rows - rows.median(dim=0).values)
 
     def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return inner products."""

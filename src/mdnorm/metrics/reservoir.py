@@ -98,9 +98,7 @@ def check_column_names(column_names: ColumnNames | None) -> None:
         if not isinstance(name, str):
             raise TypeError(f"column_names must be strings, got {name!r}.")
         if name == JOINT:
-            raise ValueError(
-                f"column_names must not contain {JOINT!r}: this is the value of all columns together."
-            )
+            raise ValueError(f"column_names must not contain {JOINT!r}: the value of all columns together.")
         if names.count(name) > 1:
             raise ValueError(f"column_names has {name!r} {names.count(name)} times: names must differ.")
     if not isinstance(column_names, Mapping):
