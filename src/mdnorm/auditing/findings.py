@@ -138,8 +138,8 @@ class _Judge:
             family = [column]
         p_values = {other.name: _p_value(other.representations[key]) for other in family}
         order = sorted(p_values, key=p_values.__getitem__)
-        before = order[: order.index(column.name) + 1]
-        corrected = [p_values[name] * (len(family) - rank) for rank, name in enumerate(before)]
+        smallest = order[: order.index(column.name) + 1]
+        corrected = [p_values[name] * (len(family) - rank) for rank, name in enumerate(smallest)]
         return max(corrected) < self.settings.alpha
 
     def _largest_share(self, measure: Measure) -> float:
@@ -205,14 +205,13 @@ class _Judge:
             )
             return "open", "below chance", text
         shown = (part.shown_probe, part.shown_dependence)
+        old = part if before is None else column.representations[before]
         if found and any(measure.share >= self._largest_share(measure) for measure in shown):
             if before is None:
                 badge, text = "found", f"{column.name} is found {where}"
             elif not self.is_found(column, before):
                 badge, text = "new", f"{column.name} was not found before, but is {where}"
-            elif _is_less(part.shown_probe, (old := column.representations[before]).shown_probe) and _is_less(
-                part.shown_dependence, old.shown_dependence
-            ):
+            elif all(map(_is_less, shown, (old.shown_probe, old.shown_dependence))):
                 badge = "still there, less"
                 text = f"{column.name} is less than before, but still found {where}"
             else:

@@ -190,8 +190,9 @@ class Metadata:
         self, classes: Mapping[str, Any], scores: Mapping[str, Any], label: Column | None, positive: Any
     ) -> dict[str, Predictions]:
         """Return what was predicted from every treatment, read as the labels are."""
-        for name in scores.keys() - classes.keys():
-            raise InputError(f"scores are used beside predictions: give those of {name!r} too.")
+        for name in scores:
+            if name not in classes:
+                raise InputError(f"scores are used beside predictions: give those of {name!r} too.")
         return {
             name: self._predictions(part, scores.get(name), label, positive) for name, part in classes.items()
         }

@@ -275,8 +275,8 @@ def _association_z(
     """Return how far log ‖XᵀY‖² within strata is from its mean under permutation, in standard deviations."""
     codes = np.zeros(len(values), np.int64) if strata is None else np.unique(strata, return_inverse=True)[1]
     members = np.eye(codes.max() + 1)[codes]
-    means_of = members @ (members / members.sum(axis=0)).T
-    left, right = features - means_of @ features, values - means_of @ values
+    shares = members / members.sum(axis=0)
+    left, right = (part - members @ (shares.T @ part) for part in (features, values))
     generator = torch.Generator().manual_seed(seed)
     orders = permutations(_NUM_ASSOCIATIONS, len(codes), torch.from_numpy(codes), generator).numpy()
     products = np.stack([left.T @ column[orders].T for column in right.T])

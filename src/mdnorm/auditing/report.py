@@ -54,7 +54,8 @@ class Report:
     such as leaving out missing values or sampling. The `sets` of features are, by name, the treatments, on
     training and held-out rows if there are such. `settings` say how it was measured, and the limits of the
     verdicts; `similarity` is the centred kernel alignment (linear, debiased) of the features of the first and
-    last treatment; `facts` are date, rows given and used, shapes, a fingerprint of the data, versions.
+    last treatment; `facts` are date, rows given and used, shapes, a fingerprint of the data, settings,
+    versions.
     """
 
     findings: tuple[Finding, ...]

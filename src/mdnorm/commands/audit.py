@@ -191,9 +191,10 @@ def audit(
 
 def _browser() -> str:
     names = ("chromium", "chromium-browser", "google-chrome", "chrome")
-    for path in filter(None, map(shutil.which, names)):
-        return path
-    fail("--pdf needs Chromium or Chrome: install it, or print report.html from any browser.", BAD_INPUT)
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        fail("--pdf needs Chromium or Chrome: install it, or print report.html from any browser.", BAD_INPUT)
+    return path
 
 
 def _print_to_pdf(browser: str, page: Path) -> None:
