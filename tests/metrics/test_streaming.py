@@ -172,14 +172,6 @@ def test_half_precision_inputs_lose_nothing_more(dtype: torch.dtype) -> None:
     assert metric.compute().item() == pytest.approx(_dcor(features, metadata), abs=TOLERANCE)
 
 
-def test_metadata_keep_float64() -> None:
-    features, metadata, _ = make_data(50)
-    days = metadata[:, 0] + 2.0**40  # float32 would leave no difference between them
-    metric = DistanceCorrelation()
-    metric.update(features, days)
-    assert metric.compute().item() == pytest.approx(_dcor(features, days), abs=TOLERANCE)
-
-
 def test_no_graph_is_kept() -> None:
     features = torch.randn(20, 3, requires_grad=True)
     metric = DistanceCorrelation()
@@ -290,12 +282,6 @@ def test_too_few_samples() -> None:
     within.update(torch.randn(10, 2), torch.randn(10), [0] * 6 + [7] * 3 + [-1])
     with pytest.raises(TooFewSamplesError, match=r"label class\(es\) -1 \(1\), 7 \(3\) have fewer than 4"):
         within.compute()
-
-
-def test_a_constant_has_no_dependence() -> None:
-    metric = DistanceCorrelation(column_names=["site", "age"])
-    metric.update(torch.randn(20, 2), torch.stack([torch.ones(20), torch.randn(20)], dim=1))
-    assert metric.compute()["site"].item() == 0
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ References
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,10 @@ from torch.nn.functional import pad
 
 # A block of this many elements is about as fast pair by pair as through another level.
 _BLOCK_SIZE = 32
+
+# Up to here the four quadrants go through the levels together, padded to the size of the largest: operations
+# take longer to start than to do.
+_MAX_SAMPLES_AT_ONCE = 2**14
 
 # Blocks that are compared at once. Their 2^15 values are as many as PyTorch leaves to one thread: in so short
 # an operation threads wait for each other longer than they work.
@@ -70,14 +75,17 @@ class SortedScalar:
 
 def sum_of_products(x: SortedScalar, y: Tensor) -> Tensor:
     """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``, () float64, of x and the centred values (n,) of another scalar."""
-    total = x.values.new_zeros(())
+    quadrants: list[tuple[Tensor, Tensor, Tensor]] = []
     for half in x.halves:
         of_half = y.index_select(0, half)
         for inside in (_nonzero(of_half < 0), _nonzero(of_half > 0)):
-            u, v = x.values.index_select(0, half[inside]).abs_(), of_half.index_select(0, inside).abs_()
+            v = of_half.index_select(0, inside).abs_()
             ranks = _argsort(v)
-            total += _sum_of_minimum_products(u[ranks], v[ranks], ranks)
-    return total
+            u = x.values.index_select(0, half[inside[ranks]]).abs_()
+            quadrants.append((u, v.index_select(0, ranks), ranks))
+    if len(y) <= _MAX_SAMPLES_AT_ONCE:
+        return _sum_of_minimum_products(quadrants)
+    return torch.stack([_sum_of_minimum_products([quadrant]) for quadrant in quadrants]).sum()
 
 
 def _argsort(values: Tensor) -> Tensor:
@@ -92,22 +100,29 @@ def _countdown(values: Tensor) -> Tensor:
     return torch.arange(values.shape[0] - 1, -1, -1, dtype=values.dtype, device=values.device)
 
 
-def _sum_of_minimum_products(u: Tensor, v: Tensor, ranks: Tensor) -> Tensor:
-    """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` for ascending v, with the ranks of u."""
-    num_levels = ((max(1, len(u)) - 1) // _BLOCK_SIZE).bit_length()
+def _sum_of_minimum_products(quadrants: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` over the pairs within each quadrant.
+
+    A quadrant has u, v and the ranks of u, by ascending v.
+    """
+    largest = max(1, *(len(ranks) for _, _, ranks in quadrants))
+    num_levels = ((largest - 1) // _BLOCK_SIZE).bit_length()
     num_blocks = 2**num_levels
-    block_size = -(-max(1, len(u)) // num_blocks)
-    # Blocks of equal size: zeros in front change no sum.
-    padding = num_blocks * block_size - len(u)
-    u, v = (pad(part, (padding, 0)) for part in (u, v))
-    front = torch.arange(padding, device=u.device)
-    blocks = torch.cat([front, ranks + padding]).to(torch.int32).floor_divide_(block_size)
+    block_size = -(-largest // num_blocks)
+    padded = []
+    for u, v, ranks in quadrants:
+        # Blocks of equal size: zeros in front change no sum.
+        front = torch.arange(num_blocks * block_size - len(ranks), device=ranks.device)
+        zeros = (len(front), 0)
+        padded.append((pad(u, zeros), pad(v, zeros), torch.cat([front, ranks + len(front)])))
+    u, v, blocks = map(torch.cat, zip(*padded, strict=True))
+    blocks = blocks.to(torch.int32).floor_divide_(block_size)
 
     total = u.new_zeros(())
     elements = torch.arange(v.shape[0] // 2, device=v.device)
     for level in range(num_levels):
         half = block_size * 2 ** (num_levels - level - 1)
-        num_parents = 2**level
+        num_parents = len(quadrants) * 2**level
         is_right = blocks.bitwise_and(1 << (num_levels - level - 1)).bool()
         left, right = _nonzero(is_right.logical_not()), _nonzero(is_right)
         u, u_right = u.index_select(0, left), u.index_select(0, right)
