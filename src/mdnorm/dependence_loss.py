@@ -33,7 +33,8 @@ class DependenceLoss(nn.Module):
 
     Added to the loss of the task, in training only: the network itself needs no metadata, neither in training
     nor at inference. Each metadata variable has a multiplier of its own, which rises slowly while the
-    dependence is above `at_most` and falls while it is below, and all together are bounded by `strength`.
+    dependence is above `at_most` and falls while it is below, and all together are bounded by `strength`. A
+    setting of a wrong type or out of range is a TypeError or ValueError.
 
     Parameters
     ----------
@@ -75,11 +76,6 @@ class DependenceLoss(nn.Module):
         sometimes negative.
     multipliers : Tensor, (V,) float64
         For the next batch.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A setting that is not one of these, or out of range.
 
     Notes
     -----
@@ -191,11 +187,10 @@ class DependenceLoss(nn.Module):
 
         Raises
         ------
-        TypeError
-            Outputs are no floating-point tensor; metadata or labels are complex or not numeric.
-        ValueError
-            A wrong shape, number of rows or device; NaN or infinite metadata or labels; outputs or metadata
-            with other columns than before; classes so many that none has 4 samples in a full window.
+        TypeError, ValueError
+            Outputs are no floating-point tensor; metadata or labels are complex, not numeric, NaN or
+            infinite; a wrong shape, number of rows or device; outputs or metadata with other columns than
+            before; classes so many that none has 4 samples in a full window.
         """
         value: Tensor = eager(self._penalty)(outputs, metadata, labels)
         return value
@@ -248,20 +243,19 @@ class DependenceLoss(nn.Module):
 
     def _known(self, metadata: Any, labels: Any, outputs: Tensor) -> Tensor:
         """Return metadata and label (N, K + 1), checked, constants."""
-        options: Any = {"num_samples": len(outputs), "device": outputs.device}
-        blocks = {"metadata": columns_of(metadata, "metadata", **options)}
         if labels is None:
-            blocks["labels"] = blocks["metadata"].new_zeros(len(outputs), 1)
-        else:
-            blocks["labels"] = columns_of(as_real_tensor(labels, "labels"), "labels", **options)
+            labels = torch.zeros(len(outputs), device=outputs.device)
+        blocks = {
+            name: columns_of(values, name, num_samples=len(outputs), device=outputs.device)
+            for name, values in (("metadata", metadata), ("labels", as_real_tensor(labels, "labels")))
+        }
         if blocks["labels"].shape[1] != 1:
             raise ValueError(
                 f"labels must have shape (N,) or (N, 1), got {tuple(blocks['labels'].shape)}: of one-hot "
                 "columns give labels.argmax(1)."
             )
-        known = torch.cat(
-            [block.detach().to(statistics_dtype(outputs.device)) for block in blocks.values()], 1
-        )
+        dtype = statistics_dtype(outputs.device)
+        known = torch.cat([block.detach().to(dtype) for block in blocks.values()], 1)
         check_finite_columns(known, **blocks)
         return known
 
@@ -341,18 +335,15 @@ class DependenceLoss(nn.Module):
         num_samples = len(x)
         weights = torch.zeros(num_samples, num_samples, dtype=roots.dtype, device=roots.device)
         for index, multiplier in enumerate(multipliers.tolist(), 1):
-            if multiplier == 0 or bool(products.is_zero[index]) or samples.rows[index].shape[1] == 0:
+            if multiplier == 0 or bool(products.is_zero[index]):
                 continue
             everything, effects = slice(0, num_samples), products.effects[index]
             values = matrices[index].block(everything, everything)
             weights += multiplier / roots[index] * (values - effects[:, None] - effects)
         # The scale of the outputs in their own units: distances have units, kernels none.
-        scale = (
-            roots[0]
-            if self.measure == "hsic"
-            else torch.ldexp(roots[0], roots.new_tensor(samples.exponents[0]))
-        )
-        least = _LEAST_KERNEL_SCALE if self.measure == "hsic" else self.unit
+        scale, least = roots[0], _LEAST_KERNEL_SCALE
+        if self.measure == "dcor2":
+            scale, least = torch.ldexp(scale, roots.new_tensor(samples.exponents[0])), self.unit
         scale = scale.clamp(min=least) * (num_samples * (num_samples - 3))
         weights.fill_diagonal_(0)
         if bool(scale == 0):

@@ -146,7 +146,7 @@ def test_bad_files_exit_with_2(files):
     for arguments, message in [
         ((half, table), "half.npy is truncated"),
         ((good, empty), "empty.csv is empty"),
-        ((good, short), "120 in features, 2 in metadata"),
+        ((good, short), "120 rows in features and 2 in metadata"),
         ((files / "none.npy", table), "none.npy does not exist"),
         ((good, good), "tables can be read from .parquet, .csv, .tsv"),
     ]:

@@ -17,7 +17,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, brier_score
 from statsmodels.api import OLS
 from statsmodels.stats.proportion import confint_proportions_2indep, proportion_confint
 
-from mdnorm.metrics import GroupGaps, group_gaps, group_rates, quantile_groups
+from mdnorm.metrics import GroupGaps, group_gaps, quantile_groups, rates
 from mdnorm.metrics.rates import effective_rows, wilson
 
 
@@ -51,9 +51,7 @@ def _calibration_error(confidences: np.ndarray, outcomes: np.ndarray, num_bins: 
     )
 
 
-# --------------------------------------------------------------------------------------------------------
-# Against references
-# --------------------------------------------------------------------------------------------------------
+# -- against references -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("positive", [0, 1])
@@ -232,9 +230,7 @@ def test_intervals_of_gaps_cover_the_gap(true_gap: float) -> None:
     assert covered >= 24  # 27 are expected at least
 
 
-# --------------------------------------------------------------------------------------------------------
-# Undefined rates and small groups
-# --------------------------------------------------------------------------------------------------------
+# -- undefined rates and small groups ---------------------------------------------------------------------
 
 
 def test_a_group_without_positives_has_no_true_positive_rate() -> None:
@@ -295,9 +291,7 @@ def test_a_group_of_one_row() -> None:
     json.dumps(result.to_dict(), allow_nan=False)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Properties and inputs
-# --------------------------------------------------------------------------------------------------------
+# -- properties and inputs --------------------------------------------------------------------------------
 
 
 @settings(max_examples=15)
@@ -349,7 +343,7 @@ def test_the_same_seed_gives_the_same_result() -> None:
 def test_many_rows_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     y, p, g, scores = _data()
     expected = group_gaps(y, p, g, scores=scores, num_bootstrap=50)
-    monkeypatch.setattr(group_rates, "_CHUNK_ELEMENTS", 1000)
+    monkeypatch.setattr(rates, "_CHUNK_ELEMENTS", 1000)
     result = group_gaps(y, p, g, scores=scores, num_bootstrap=50)
     assert result == expected
 
@@ -461,9 +455,7 @@ def test_errors_name_the_argument(
         group_gaps(labels, predictions, groups, **options)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Quantile groups
-# --------------------------------------------------------------------------------------------------------
+# -- quantile groups --------------------------------------------------------------------------------------
 
 
 @given(

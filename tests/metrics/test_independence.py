@@ -11,15 +11,18 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from scipy.interpolate import make_lsq_spline
 from tiles import tiles_of
 
 from mdnorm.metrics import (
+    conditional_independence_test,
     distance_correlation_chi_squared_p_value,
     distance_correlation_permutation_test,
     distance_correlation_sqr,
     distance_correlation_t_test,
+    partial_distance_correlation,
 )
-from mdnorm.metrics.independence import _permutations
+from mdnorm.metrics.independence import permutations, residuals_given
 
 
 def _pair(n: int, p: int, q: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -28,9 +31,7 @@ def _pair(n: int, p: int, q: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray
     return x, 0.3 * x[:, :1] ** 2 + rng.standard_normal((n, q))
 
 
-# --------------------------------------------------------------------------------------------------------
-# t-test
-# --------------------------------------------------------------------------------------------------------
+# -- t-test -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "p", "q"), [(4, 3, 3), (5, 10, 10), (40, 30, 20), (100, 1, 1), (1500, 1, 1)])
@@ -60,9 +61,7 @@ def test_t_test_rejects_at_its_level_with_many_columns() -> None:
     assert np.mean(values) == pytest.approx(0.5, abs=0.05)
 
 
-# --------------------------------------------------------------------------------------------------------
-# Permutations
-# --------------------------------------------------------------------------------------------------------
+# -- permutations -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("n", "p", "q"), [(30, 1, 1), (30, 8, 2), (30, 2, 9), (1300, 1, 1)])
@@ -73,7 +72,7 @@ def test_values_are_correlations_of_permuted_samples(n: int, p: int, q: int, til
         result = distance_correlation_permutation_test(x, y, num_permutations=20, seed=3)
         assert result.estimate == pytest.approx(distance_correlation_sqr(x, y), abs=1e-13)
     for value, order in zip(
-        result.permuted, _permutations(20, n, None, torch.Generator().manual_seed(3)), strict=True
+        result.permuted, permutations(20, n, None, torch.Generator().manual_seed(3)), strict=True
     ):
         # The wider variable stays.
         pair = (x, y[order.numpy()]) if p >= q else (x[order.numpy()], y)
@@ -88,7 +87,7 @@ def test_p_value_counts_values_that_are_as_large() -> None:
     assert distance_correlation_permutation_test(x, x, num_permutations=99).p_value == 0.01
 
 
-def test_is_close_to_the_p_value_of_all_permutations() -> None:
+def test_is_close_to_the_p_value_of_allpermutations() -> None:
     x, y = _pair(6, 1, 1, seed=3)
     values = [distance_correlation_sqr(x, y[list(order)]) for order in itertools.permutations(range(6))]
     exact = np.mean(np.array(values) >= distance_correlation_sqr(x, y) - 1e-12)
@@ -128,7 +127,7 @@ def test_permutations_in_several_parts_are_the_same(monkeypatch: pytest.MonkeyPa
 def test_strata_are_permuted_within_and_fully() -> None:
     strata = np.array(["b", "a", "c", "a", "b", "a", "b"])
     codes = torch.from_numpy(np.unique(strata, return_inverse=True)[1])
-    orders = _permutations(3000, 7, codes, torch.Generator().manual_seed(0)).numpy()
+    orders = permutations(3000, 7, codes, torch.Generator().manual_seed(0)).numpy()
     assert (strata[orders] == strata).all()
     assert (np.sort(orders, axis=1) == np.arange(7)).all()
     different, counts = np.unique(orders, axis=0, return_counts=True)
@@ -228,3 +227,62 @@ def test_chi_squared_test_keeps_its_level(kind: str) -> None:
     assert found <= 33
     if kind == "binary":
         assert found >= 7
+
+
+# -- given a continuous variable --------------------------------------------------------------------------
+
+
+def test_residuals_are_those_of_a_least_squares_spline_of_scipy() -> None:
+    rng = np.random.default_rng(0)
+    given = np.sort(rng.standard_normal(150))
+    values = np.column_stack([given**2 + rng.standard_normal(150), rng.standard_normal(150)])
+    knots = np.quantile(given, np.linspace(0, 1, 10))
+    inner = make_lsq_spline(given, values, np.r_[[knots[0]] * 3, knots, [knots[-1]] * 3], k=3)
+    np.testing.assert_allclose(residuals_given(values, given), values - inner(given), atol=1e-8)
+
+
+def test_the_estimate_is_dcor_of_the_residuals() -> None:
+    z, x, y = np.random.default_rng(0).standard_normal((3, 120))
+    result = conditional_independence_test(z**2 + x, z + x + y, z, num_permutations=20)
+    left = residuals_given((z**2 + x)[:, None], z), residuals_given((z + x + y)[:, None], z)
+    assert result.estimate == pytest.approx(dcor.u_distance_correlation_sqr(*left), abs=1e-9)
+    again = conditional_independence_test(
+        torch.from_numpy(z**2 + x), torch.from_numpy(z + x + y), torch.from_numpy(z), num_permutations=20
+    )
+    assert again.p_value == result.p_value == 1 / 21
+
+
+def test_it_keeps_its_level_where_partial_distance_correlation_does_not() -> None:
+    rng = np.random.default_rng(0)
+    alarms, found = 0, 0
+    for seed in range(60):
+        z, x, y = rng.standard_normal((3, 150))
+        test = conditional_independence_test(z**2 + x, z**2 + y, z, num_permutations=39, seed=seed)
+        alarms += test.p_value <= 0.05
+        same = conditional_independence_test(z**2 + x, z**2 + x + y, z, num_permutations=39, seed=seed)
+        found += same.p_value <= 0.05
+        assert partial_distance_correlation(z**2 + x, z**2 + y, z) > 0.1
+    assert alarms <= 8  # 3 are expected
+    assert found >= 57
+
+
+@pytest.mark.parametrize(
+    ("given", "options", "message"),
+    [
+        (np.zeros((50, 2)), {}, r"given must have shape \(n,\)"),
+        (np.arange(49.0), {}, "50 rows in x, 50 in y and 49 in given"),
+        (np.arange(50.0), {"num_permutations": 19}, "num_permutations must be at least 20"),
+    ],
+)
+def test_errors_of_the_conditional_test(given: np.ndarray, options: dict[str, int], message: str) -> None:
+    x, y = np.random.default_rng(0).standard_normal((2, 50))
+    with pytest.raises(ValueError, match=message):
+        conditional_independence_test(x, y, given, **options)
+
+
+def test_a_constant_given_variable_changes_nothing_and_few_rows_are_an_error() -> None:
+    x, y = np.random.default_rng(0).standard_normal((2, 60))
+    result = conditional_independence_test(x, y, np.ones(60), num_permutations=20)
+    assert result.estimate == pytest.approx(dcor.u_distance_correlation_sqr(x, y), abs=1e-9)
+    with pytest.raises(ValueError, match="at least 40 rows, got 39"):
+        conditional_independence_test(x[:39], y[:39], np.arange(39.0))

@@ -162,7 +162,7 @@ def test_errors_name_the_argument(
 )
 def test_settings_are_checked(max_samples: Any, seed: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        reservoir.check_settings(max_samples, seed)
+        reservoir.Sampling(False, max_samples, seed, None)
 
 
 @pytest.mark.parametrize(

@@ -131,19 +131,14 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
     id, are identifiers. Of dates, the seconds count.
     """
     name = printable(name)
-    if kind is not None and kind not in ("continuous", "categorical"):
+    if kind not in (None, "continuous", "categorical"):
         raise InputError(
             f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
         )
-    what = f"metadata column {name!r} must have shape (n,)"
     if isinstance(values, (list, tuple)) and np.ndim(np.asarray(values, dtype=object)) != 1:
-        raise InputError(f"{what}, got {np.shape(values)}.")
-    try:
+        raise InputError(f"metadata column {name!r} must have shape (n,), got {np.shape(values)}.")
+    with as_input_error(f"metadata column {name!r}: "):
         column = read_column(name, values)
-    except TypeError as error:
-        raise InputError(str(error)) from error
-    except ValueError as error:
-        raise InputError(f"{what}: {error}") from error
     if column.kind == "date" and not column.categorical:
         seconds = np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY)
         numeric = _numeric(name, seconds, kind)
@@ -195,9 +190,7 @@ def intersection(columns: Sequence[Column]) -> Column:
                 "or group its values first."
             )
     present = np.logical_and.reduce([column.present for column in columns])
-    texts = [
-        ", ".join(values) for values in zip(*(column.values.tolist() for column in columns), strict=True)
-    ]
+    texts = list(map(", ".join, zip(*(column.values.tolist() for column in columns), strict=True)))
     return Column(name, "categorical", np.where(present, texts, ""), present)
 
 
@@ -208,17 +201,12 @@ def _numeric(name: str, values: NDArray[np.float64], kind: str | None) -> Column
     if infinite:
         notes.append(f"{infinite} infinite value(s) count as missing.")
     for code in stand_ins(values[present]):
-        number = int((values == code).sum())
+        what = f"{int((values == code).sum())} value(s) of {_number(code)} seem to stand for missing ones"
         if kind is None:
-            notes.append(
-                f"{number} value(s) of {_number(code)} seem to stand for missing ones and count as such: "
-                "give the kind of the column to keep them."
-            )
+            notes.append(f"{what} and count as such: give the kind of the column to keep them.")
             present &= values != code
         else:
-            notes.append(
-                f"{number} value(s) of {_number(code)} seem to stand for missing ones, but are kept."
-            )
+            notes.append(f"{what}, but are kept.")
     values = np.where(present, values, np.nan)
     distinct = np.unique(values[present])
     if len(distinct) < 2:
@@ -273,6 +261,5 @@ def _categorical(name: str, texts: NDArray[np.str_], *, forced: bool) -> Column:
 
 
 def _constant_note(distinct: NDArray[Any]) -> str:
-    if len(distinct) == 0:
-        return "no values at all: not audited."
-    return f"every row has the same value ({distinct[0]}): not audited."
+    what = f"every row has the same value ({distinct[0]})" if len(distinct) else "no values at all"
+    return f"{what}: not audited."

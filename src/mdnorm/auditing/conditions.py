@@ -11,24 +11,16 @@ from mdnorm.auditing.reading import InputError
 from mdnorm.auditing.report import Report
 from mdnorm.auditing.results import ColumnAudit, Representation
 
-__all__ = ["Condition", "Outcome", "check", "parse"]
-
 MEASURES = ("probe", "share", "dcor2", "gap")
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A value that a measure of a column must not exceed.
+    """A `limit` that a `measure` of a `column` must not exceed; "*": every column not meant to stay.
 
-    Attributes
-    ----------
-    column : str
-        Name of the column; "*" stands for every column that is not meant to stay.
-    measure : {"probe", "share", "dcor2", "gap"}
-        The best probe's score (R² or balanced accuracy), its share of the way from chance to a perfect score,
-        dcor², all given the label where there is one; or the largest sure difference of accuracy or odds
-        between two groups.
-    limit : float
+    The measure is "probe", the best probe's score (R² or balanced accuracy), "share", its share of the way
+    from chance to a perfect score, or "dcor2", all given the label where there is one; or "gap", the largest
+    sure difference of accuracy or odds between two groups.
     """
 
     column: str
@@ -38,14 +30,10 @@ class Condition:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result of a condition for one column and set of features.
+    """The result of a condition for one column and set of features, and a sentence, `text`.
 
-    Attributes
-    ----------
-    text : str
-        A sentence.
-    failed : bool or None
-        None where it cannot be decided: there is no value, or its interval has the limit in it.
+    Whether it `failed` is None where it cannot be decided: there is no value, or its interval has the limit
+    in it.
     """
 
     text: str
@@ -55,37 +43,28 @@ class Outcome:
 def parse(text: str) -> list[Condition]:
     """Return the conditions in a text such as ``sex: probe > 0.6, gap > 0.05; *: dcor2 > 0.1``.
 
-    Raises
-    ------
-    InputError
-        The text is no such list.
+    InputError where the text is no such list.
     """
     conditions = []
     for part in filter(None, (part.strip() for part in text.split(";"))):
         column, separator, rest = part.rpartition(":")
         for item in rest.split(","):
-            match = re.fullmatch(r"\s*(\w+)\s*>\s*(-?[\d.]+)\s*", item)
+            match = re.fullmatch(r"\s*(\w+)\s*>\s*(-?(?:\d+\.?\d*|\.\d+))\s*", item)
             if not separator or match is None or match[1] not in MEASURES:
                 raise InputError(
                     f"{item.strip() or part!r} is no condition: write COLUMN: MEASURE > NUMBER with a "
                     f"measure of {', '.join(MEASURES)}, such as 'sex: probe > 0.6, gap > 0.05'."
                 )
-            try:
-                conditions.append(Condition(column.strip(), match[1], float(match[2])))
-            except ValueError as error:
-                raise InputError(f"{match[2]!r} in {item.strip()!r} is no number.") from error
+            conditions.append(Condition(column.strip(), match[1], float(match[2])))
     if not conditions:
         raise InputError("there is no condition: write for example 'sex: probe > 0.6, gap > 0.05'.")
     return conditions
 
 
 def check(report: Report, conditions: Iterable[Condition]) -> list[Outcome]:
-    """Return the outcome of each condition, for every column and decisive set of features that it is about.
+    """Return the outcome of each condition, for each column and decisive set of features it is about.
 
-    Raises
-    ------
-    InputError
-        A condition is about a column that was not audited.
+    InputError where a condition is about a column that was not audited.
     """
     outcomes = []
     for condition in conditions:

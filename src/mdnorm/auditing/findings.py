@@ -6,8 +6,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from mdnorm.auditing.results import ColumnAudit, FeatureSet, Finding, Measure, Representation
 from mdnorm.auditing.settings import Settings
 from mdnorm.metrics import GroupGaps
@@ -139,29 +137,21 @@ class _Judge:
         if column.role != "remove":
             family = [column]
         p_values = {other.name: _p_value(other.representations[key]) for other in family}
-        for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-            if p_values[name] * (len(family) - rank) >= self.settings.alpha:
-                return False
-            if name == column.name:
-                return True
-        raise AssertionError("the column is of the family")
+        order = sorted(p_values, key=p_values.__getitem__)
+        smallest = order[: order.index(column.name) + 1]
+        corrected = [p_values[name] * (len(family) - rank) for rank, name in enumerate(smallest)]
+        return max(corrected) < self.settings.alpha
 
-    def _is_large(self, part: Representation) -> bool:
-        return (
-            part.shown_probe.share >= self.settings.max_probe
-            or part.shown_dependence.value >= self.settings.max_dcor2
-        )
+    def _largest_share(self, measure: Measure) -> float:
+        return self.settings.max_dcor2 if measure.name == "dcor²" else self.settings.max_probe
 
     def _is_bounded(self, part: Representation) -> bool:
         """Whether all that the intervals allow is below the limits."""
-        return _upper(part.shown_dependence) < self.settings.max_dcor2 and all(
-            measure.as_share(_upper(measure)) < self.settings.max_probe
-            for measure in part.shown_probes.values()
-        )
+        measures = (*part.shown_probes.values(), part.shown_dependence)
+        return all(each.as_share(_upper(each)) < self._largest_share(each) for each in measures)
 
     def _limit(self, measure: Measure) -> str:
-        share = self.settings.max_dcor2 if measure.name == "dcor²" else self.settings.max_probe
-        return _text(measure, measure.chance + share * (1 - measure.chance))
+        return _text(measure, measure.chance + self._largest_share(measure) * (1 - measure.chance))
 
     def _given(self, part: Representation) -> str:
         return f" given {self.label}" if part.dependence_within is not None else ""
@@ -208,19 +198,20 @@ class _Judge:
         where = f"in {title}{self._given(part)}"
         found, before = self.is_found(column, key), self._before(column, key)
         if part.association_z < _BELOW_CHANCE and not found:
-            return (
-                "open",
-                "below chance",
+            text = (
                 f"{column.name} has less to do with {title}{self._given(part)} than chance gives: it was "
                 "removed with the help of these very rows. What other rows show cannot be decided here: "
-                "audit rows that were not fitted.",
+                "audit rows that were not fitted."
             )
-        if found and self._is_large(part):
+            return "open", "below chance", text
+        shown = (part.shown_probe, part.shown_dependence)
+        old = part if before is None else column.representations[before]
+        if found and any(measure.share >= self._largest_share(measure) for measure in shown):
             if before is None:
                 badge, text = "found", f"{column.name} is found {where}"
             elif not self.is_found(column, before):
                 badge, text = "new", f"{column.name} was not found before, but is {where}"
-            elif self._is_less(column.representations[before], part):
+            elif all(map(_is_less, shown, (old.shown_probe, old.shown_dependence))):
                 badge = "still there, less"
                 text = f"{column.name} is less than before, but still found {where}"
             else:
@@ -234,12 +225,9 @@ class _Judge:
             gone = before is not None and self.is_found(column, before)
             verb = "is gone:" if gone else "was found neither before nor after:" if before else "is"
             text = f"{column.name} {verb} not found {where} above {limits}, at most {self._bounds(part)}"
-            return (
-                "none",
-                f"not found above {self._limit(part.shown_probe)}"
-                + (", taken as continuous" if column.num_codes else ""),
-                f"{text}{self._was(column, before)}.",
-            )
+            badge = f"not found above {self._limit(part.shown_probe)}"
+            badge += ", taken as continuous" if column.num_codes else ""
+            return "none", badge, f"{text}{self._was(column, before)}."
         text = f"Whether {column.name} is {where} cannot be decided: {self._undecided(part)}"
         return "open", "cannot be decided", f"{text}{self._was(column, before)}."
 
@@ -256,13 +244,6 @@ class _Judge:
             part.shown_dependence, part.shown_dependence.value
         )
 
-    def _is_less(self, old: Representation, new: Representation) -> bool:
-        """Whether the intervals of probe and dependence are both below those before."""
-        return all(
-            _upper(now) < (was.low if was.low is not None else -np.inf)
-            for was, now in ((old.shown_probe, new.shown_probe), (old.shown_dependence, new.shown_dependence))
-        )
-
     def _kept(self, column: ColumnAudit, key: str) -> tuple[str, str, str]:
         part, title = column.representations[key], self.sets[key].in_a_sentence
         where = f"in {title}{self._given(part)}"
@@ -274,26 +255,18 @@ class _Judge:
         numbers = f"{self._numbers(part)}{self._was(column, before)}."
         found = self.is_found(column, key)
         if before is not None and self.is_found(column, before):
-            old = column.representations[before].shown_probe
-            new = part.shown_probe
+            old, new = column.representations[before].shown_probe, part.shown_probe
             if not found or new.share < old.share / 2:
                 return "strong", "lost", f"{what}, which is meant to stay, is lost {where}: {numbers}"
-            if old.low is not None and _upper(new) < old.low:
-                return (
-                    "weak",
-                    "partly lost",
-                    f"{what}, which is meant to stay, is partly lost {where}: {numbers}",
-                )
+            if _is_less(new, old):
+                text = f"{what}, which is meant to stay, is partly lost {where}: {numbers}"
+                return "weak", "partly lost", text
         if found:
             return "none", "kept", f"{what} is {where}, as it is meant to be: {numbers}"
         if self._is_bounded(part):
             return "strong", "not there", f"{what}, which is meant to stay, is not found {where}: {numbers}"
-        return (
-            "open",
-            "cannot be decided",
-            f"Whether {inside}, which is meant to stay, is {where} cannot be decided: "
-            f"{self._undecided(part)}.",
-        )
+        text = f"Whether {inside}, which is meant to stay, is {where} cannot be decided"
+        return "open", "cannot be decided", f"{text}: {self._undecided(part)}."
 
     def _gap(self, column: ColumnAudit, key: str, part: Representation) -> tuple[str, str, str]:
         title, limit, result = self.sets[key].in_a_sentence, self.settings.max_gap, part.group_gaps
@@ -317,17 +290,13 @@ class _Judge:
             f"{column.name} {name}"
             for name in (gap.highest, gap.lowest)
         )
+        rate = gap.rate if "[" in gap.rate else gap.rate.replace("_", " ")
         text = (
-            f"The {_RATES.get(str(gap.rate), gap.rate)} of the predictions of {title} is {ends}: a "
-            f"difference of {_points(gap.value)} ({100 * gap.low:.0f} to {100 * gap.high:.0f} at "
-            f"{percent(self.settings.confidence)})"
+            f"The {rate} of the predictions of {title} is {ends}: a difference of {_points(gap.value)} "
+            f"({100 * gap.low:.0f} to {100 * gap.high:.0f} at {percent(self.settings.confidence)})"
         )
-        badge = {
-            "strong": f"gap of {_points(gap.value)}",
-            "weak": f"gap of {_points(gap.value)}",
-            "none": f"no gap above {_points(limit)}",
-            "open": "gap cannot be decided",
-        }[level]
+        badges = {"none": f"no gap above {_points(limit)}", "open": "gap cannot be decided"}
+        badge = badges.get(level, f"gap of {_points(gap.value)}")
         if level in ("none", "open"):
             text += f". No two groups differ by more than {_points(gap.bound)}"
             text += f", which is above the limit of {100 * limit:.0f}" if level == "open" else ""
@@ -341,12 +310,9 @@ class _Judge:
     def _prediction(self, column: ColumnAudit, key: str, measure: Measure) -> tuple[str, str, str]:
         title, limit = self.sets[key].in_a_sentence, self.settings.max_dcor2
         numbers = f"{describe(measure)} ({p_text(measure.p_value)})"
-        family = [
-            other.representations[key].prediction_test
-            for other in self.columns
-            if key in other.representations and other.representations[key].prediction_test is not None
-        ]
-        p_value = 1.0 if measure.p_value is None else measure.p_value * len(family)
+        parts = [other.representations[key] for other in self.columns if key in other.representations]
+        number_of = sum(part.prediction_test is not None for part in parts)
+        p_value = 1.0 if measure.p_value is None else measure.p_value * number_of
         about = f"the predictions of {title} depend on {column.name} beyond {self.label}"
         if p_value < self.settings.alpha:
             level = "strong" if measure.value >= limit else "weak"
@@ -354,23 +320,18 @@ class _Judge:
         if _upper(measure) < limit:
             badge = f"not in the predictions above dcor² {limit:g}"
             return "none", badge, f"It is not found that {about}: {numbers}."
-        return (
-            "open",
-            "cannot be decided",
-            f"Whether {about} cannot be decided: {numbers}, the limit is {limit:g}.",
-        )
-
-
-_RATES = {
-    "accuracy": "accuracy",
-    "true_positive_rate": "true positive rate",
-    "false_positive_rate": "false positive rate",
-}
+        text = f"Whether {about} cannot be decided: {numbers}, the limit is {limit:g}."
+        return "open", "cannot be decided", text
 
 
 def _points(share: float) -> str:
     points = f"{100 * share:.0f}"
     return f"{points} point{'' if points == '1' else 's'}"
+
+
+def _is_less(new: Measure, old: Measure) -> bool:
+    """Whether the whole interval is below that before."""
+    return old.low is not None and _upper(new) < old.low
 
 
 def _upper(measure: Measure) -> float:
@@ -380,7 +341,5 @@ def _upper(measure: Measure) -> float:
 def _p_value(part: Representation) -> float:
     """Return the p-value of all shown measures together (Bonferroni)."""
     measures = [part.shown_dependence, *part.shown_probes.values()]
-    p_values = [
-        measure.tail_p_value if measure.tail_p_value is not None else measure.p_value for measure in measures
-    ]
+    p_values = [part.p_value if part.tail_p_value is None else part.tail_p_value for part in measures]
     return min(1.0, len(measures) * min((value for value in p_values if value is not None), default=1.0))

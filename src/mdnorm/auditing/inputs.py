@@ -18,7 +18,7 @@ from mdnorm.auditing.reading import InputError, as_input_error
 from mdnorm.auditing.settings import MIN_ROWS, Settings
 from mdnorm.design.leakage import is_discrete
 from mdnorm.design.roles import stand_ins
-from mdnorm.metrics.checks import check_integer
+from mdnorm.metrics.checks import check_integer, check_same_rows
 from mdnorm.metrics.probe_folds import LEAST_VARIATION
 from mdnorm.text import listed
 
@@ -85,8 +85,7 @@ def as_treatments(features: Any, after: Any) -> tuple[dict[str, NDArray[Any]], d
     if isinstance(features, Mapping):
         if after is not None:
             raise InputError(
-                "features is a mapping of names to treatments, which leaves nothing for after: put these "
-                "features into it."
+                "features is a mapping of treatments, which leaves nothing for after: add it there."
             )
         if not features:
             raise InputError("features is a mapping without treatments: give one at least.")
@@ -113,13 +112,12 @@ def _as_features(values: Any, name: str) -> NDArray[Any]:
 
 def by_treatment(what: str, given: Any, treatments: Sequence[str]) -> dict[str, Any]:
     """Return the predictions, or the scores, of every treatment that has some; without names of the first."""
-    if given is None or not isinstance(given, Mapping):
+    if not isinstance(given, Mapping):
         return {} if given is None else {treatments[0]: given}
-    unknown = [name for name in given if name not in treatments]
-    if unknown:
-        raise InputError(
-            f"{what} has {unknown[0]!r}, but there are no such features; there are {listed(treatments)}."
-        )
+    for name in given:
+        if name not in treatments:
+            known = listed(treatments)
+            raise InputError(f"{what} has {name!r}, but there are no such features; there are {known}.")
     return dict(given)
 
 
@@ -143,31 +141,23 @@ class Metadata:
         first, *others = features.items()
         self.num_rows = len(first[1])
         counts = {"features": self.num_rows, "metadata": len(self.columns[0].values)}
-        counts |= {name: len(values) for name, values in others}
-        if len(set(counts.values())) > 1:
-            raise InputError(
-                "row counts differ: "
-                + ", ".join(f"{count} in {name}" for name, count in counts.items())
-                + ". Each must have one row for each sample, in the same order."
-            )
+        with as_input_error():
+            check_same_rows(**counts, **{name: len(values) for name, values in others})
 
     def named(self, name: str, where: str) -> Column:
         """Return a column; `where` says what for, in a message."""
-        column = self.by_name.get(printable(name))
-        if column is None:
+        if printable(name) not in self.by_name:
             known = ", ".join(map(repr, self.by_name))
             raise InputError(f"no metadata column {name!r} for {where}; there are {known}.")
-        return column
+        return self.by_name[printable(name)]
 
     def values(self, argument: Any, name: str) -> NDArray[Any]:
         """Return a column by its name, or an array as it is, checked for its length."""
         if isinstance(argument, str):
             column = self.named(argument, name)
             self.used.add(column.name)
-            if not column.present.all():
-                raise InputError(
-                    f"the column {argument!r} for {name} has {column.num_missing} missing value(s)."
-                )
+            if column.num_missing:
+                raise InputError(f"column {argument!r} for {name} has {column.num_missing} missing value(s).")
             return column.values
         values = argument.detach().cpu().numpy() if isinstance(argument, Tensor) else np.asarray(argument)
         if values.shape != (self.num_rows,):
@@ -218,13 +208,16 @@ class Metadata:
         # Read as the labels are, so that 1, 1.0 and "1" of a table mean the same class.
         names = _classes(values, "predictions")
         known = np.unique(label.values[label.present]).tolist()
-        strange = sorted(set(names.tolist()) - set(known))
+        strange = listed(sorted(set(names.tolist()) - set(known)))
         if strange:
-            raise InputError(
-                f"predictions hold {listed(strange)}, which no label is; there are {listed(known, 10)}."
-            )
+            raise InputError(f"predictions hold {strange}, which no label is; there are {listed(known, 10)}.")
         if scores is not None:
-            scores = _probabilities(self.values(scores, "scores"))
+            scores = _finite(self.values(scores, "scores"), "scores")
+            if scores.min() < 0 or scores.max() > 1:
+                raise InputError(
+                    f"scores must be probabilities from 0 to 1, got {scores.min():.3g} to "
+                    f"{scores.max():.3g}: apply the sigmoid or softmax first."
+                )
         if positive is not None:
             given, positive = positive, str(_classes([positive], "positive")[0])
             if positive not in known:
@@ -242,16 +235,6 @@ def _finite(values: NDArray[Any], name: str) -> NDArray[np.float64]:
     if not np.isfinite(numbers).all():
         raise InputError(f"{name} must be finite numbers, but some are NaN or infinite.")
     return numbers
-
-
-def _probabilities(values: NDArray[Any]) -> NDArray[np.float64]:
-    scores = _finite(values, "scores")
-    if scores.min() < 0 or scores.max() > 1:
-        raise InputError(
-            f"scores must be probabilities from 0 to 1, got {scores.min():.3g} to {scores.max():.3g}: apply "
-            "the sigmoid or softmax first."
-        )
-    return scores
 
 
 # -- the rows in use --------------------------------------------------------------------------------------

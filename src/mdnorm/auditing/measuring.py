@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from mdnorm.auditing.columns import Column
@@ -26,8 +27,7 @@ from mdnorm.metrics import (
     probe,
     quantile_groups,
 )
-from mdnorm.metrics.conditional import residuals_given
-from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES
+from mdnorm.metrics.independence import CHI_SQUARED_MIN_SAMPLES, permutations, residuals_given
 from mdnorm.metrics.probe_scores import ProbeScore
 from mdnorm.metrics.rates import combined
 
@@ -78,12 +78,10 @@ def _checked(column: Column) -> Column:
     if not column.is_auditable:
         return column
     distinct, count = np.unique(column.values[column.present]), int(column.present.sum())
-    if len(distinct) < 2:
-        return replace(column, kind="constant", note="every row in use has the same value: not audited.")
-    if count < MIN_ROWS:
+    note = "every row in use has the same value: not audited." if len(distinct) < 2 else ""
+    if not note and count < MIN_ROWS:
         note = f"only {count} rows have a value, fewer than {MIN_ROWS}: not audited."
-        return replace(column, kind="constant", note=note)
-    return column
+    return replace(column, kind="constant", note=note) if note else column
 
 
 def _measure_column(
@@ -138,10 +136,10 @@ def _measure_column(
             settings,
             notes,
         ).representation(step)
-        if label is None or given is None or part.treatment not in inputs.predictions:
+        if given is None or part.treatment not in inputs.predictions:
             continue
         predicted, target = inputs.predictions[part.treatment].rows(rows), given.rows(rows)
-        if label.kind == "continuous":
+        if given.kind == "continuous":
             test = _prediction_test(target, predicted, shown, settings)
             measured[key] = replace(measured[key], prediction_test=test)
         else:
@@ -263,12 +261,10 @@ class _Measuring:
         if strata is None and len(rows) >= CHI_SQUARED_MIN_SAMPLES:
             p_value = distance_correlation_chi_squared_p_value(value, len(rows))
         else:
+            options = {"num_permutations": settings.num_permutations, "seed": settings.seed}
+            strata = None if strata is None else strata[rows]
             p_value = distance_correlation_permutation_test(
-                features,
-                values,
-                num_permutations=settings.num_permutations,
-                seed=settings.seed,
-                strata=None if strata is None else strata[rows],
+                features, values, strata=strata, **options
             ).p_value
         return Measure("dcor²", value, 0.0, len(rows), low, high, p_value)
 
@@ -278,20 +274,11 @@ def _association_z(
 ) -> float:
     """Return how far log ‖XᵀY‖² within strata is from its mean under permutation, in standard deviations."""
     codes = np.zeros(len(values), np.int64) if strata is None else np.unique(strata, return_inverse=True)[1]
-    counts = np.bincount(codes)
-
-    def centred(columns: NDArray[np.float64]) -> NDArray[np.float64]:
-        sums = np.zeros((len(counts), columns.shape[1]))
-        np.add.at(sums, codes, columns)
-        return columns - (sums / counts[:, None])[codes]
-
-    left, right = centred(features), centred(values)
-    rng = np.random.default_rng(seed)
-    order = np.argsort(codes, kind="stable")
-    orders = np.empty((_NUM_ASSOCIATIONS, len(codes)), np.int64)
-    for row in orders:
-        shuffled = rng.permutation(len(codes))
-        row[order] = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    members = np.eye(codes.max() + 1)[codes]
+    shares = members / members.sum(axis=0)
+    left, right = (part - members @ (shares.T @ part) for part in (features, values))
+    generator = torch.Generator().manual_seed(seed)
+    orders = permutations(_NUM_ASSOCIATIONS, len(codes), torch.from_numpy(codes), generator).numpy()
     products = np.stack([left.T @ column[orders].T for column in right.T])
     tiny = np.finfo(float).tiny
     permuted = np.log(np.square(products).sum(axis=(0, 1)) + tiny)
@@ -301,9 +288,8 @@ def _association_z(
     return float((np.log(np.square(left.T @ right).sum() + tiny) - permuted.mean()) / spread)
 
 
-def _pooled(by_class: Iterable[Measure | None]) -> Measure | None:
+def _pooled(measures: Collection[Measure]) -> Measure | None:
     """Return the mean over classes weighted by rows; classes are independent samples."""
-    measures = [part for part in by_class if part is not None]
     if not measures:
         return None
     with requires("audit"):
@@ -315,16 +301,9 @@ def _pooled(by_class: Iterable[Measure | None]) -> Measure | None:
     intervals = [(part.low, part.high) for part in measures if part.low is not None and part.high is not None]
     low, high = combined(weights, values, intervals) if len(intervals) == len(measures) else (None, None)
     # Fisher's method takes no p-value of exactly 0.
-    p_values = [max(measure.p_value or 0.0, 1e-300) for measure in measures]
-    return Measure(
-        "dcor²",
-        float(weights @ values),
-        0.0,
-        sum(measure.num_rows for measure in measures),
-        low,
-        high,
-        float(combine_pvalues(p_values).pvalue),
-    )
+    p_value = combine_pvalues([max(measure.p_value or 0.0, 1e-300) for measure in measures]).pvalue
+    num_rows = sum(measure.num_rows for measure in measures)
+    return Measure("dcor²", float(weights @ values), 0.0, num_rows, low, high, float(p_value))
 
 
 def _probe(
@@ -377,18 +356,8 @@ def _probe(
 def _as_measure(
     score: ProbeScore, num_rows: int, notes: tuple[str, ...], explained: float | None = None
 ) -> Measure:
-    return Measure(
-        _SCORE_NAMES[score.name],
-        score.value,
-        score.chance,
-        num_rows,
-        score.low,
-        score.high,
-        p_value=score.p_value,
-        explained_by_label=explained,
-        notes=notes,
-        tail_p_value=score.tail_p_value,
-    )
+    found = score.value, score.chance, num_rows, score.low, score.high, score.p_value
+    return Measure(_SCORE_NAMES[score.name], *found, explained, notes, score.tail_p_value)
 
 
 def _group_gaps(
@@ -396,9 +365,6 @@ def _group_gaps(
 ) -> GroupGaps:
     """Return the rates by group; a continuous column is cut in four."""
     classes = np.unique(label.values)
-    positive = predictions.positive
-    if positive is None and len(classes) == 2:
-        positive = str(classes[-1])
     is_binary = len(classes) == 2
     return group_gaps(
         label.values,
@@ -406,7 +372,7 @@ def _group_gaps(
         _quarters(column) if column.kind == "continuous" else column.values,
         # With more than two classes calibration needs the probabilities of all.
         scores=predictions.scores if is_binary else None,
-        positive=positive if is_binary else None,
+        positive=(predictions.positive or str(classes[-1])) if is_binary else None,
         subjects=subjects,
         confidence=settings.confidence,
         min_group_rows=settings.min_group_rows,

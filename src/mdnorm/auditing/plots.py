@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -217,8 +218,7 @@ def _cut(text: str) -> str:
 
 def _escaped(text: str) -> str:
     """Return text that plotly takes neither for markup nor for a template."""
-    text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return text.replace("%{", "%&#123;")
+    return html.escape(text, quote=False).replace("%{", "%&#123;")
 
 
 # -- principal components ---------------------------------------------------------------------------------
@@ -246,22 +246,15 @@ def shared_values(projections: Mapping[str, Projection], label: Column | None) -
     every = np.concatenate([projection.points for projection in projections.values()])
     treatments = []
     for projection in projections.values():
-        first, second = projection.shares
-        treatments.append(
-            {
-                "x": np.round(projection.points[:, 0], 3).tolist(),
-                "y": np.round(projection.points[:, 1], 3).tolist(),
-                "axes": [
-                    f"1st component ({_percent(first)} of variance)",
-                    f"2nd component ({_percent(second)})",
-                ],
-                "ranges": [padded(axis) for axis in every.T] if projection.is_shared else None,
-            }
-        )
+        x, y = np.round(projection.points, 3).T.tolist()
+        first, second = map(_percent, projection.shares)
+        axes = [f"1st component ({first} of variance)", f"2nd component ({second})"]
+        ranges = [padded(axis) for axis in every.T] if projection.is_shared else None
+        treatments.append({"x": x, "y": y, "axes": axes, "ranges": ranges})
     shown = None
     if label is not None and label.kind == "categorical":
-        part = label.rows(next(iter(projections.values())).rows)
-        names, codes = np.unique(part.values, return_inverse=True)
+        of_points = label.values[next(iter(projections.values())).rows]
+        names, codes = np.unique(of_points, return_inverse=True)
         shown = {"name": _cut(label.name), "names": list(map(_cut, names)), "codes": codes.tolist()}
     return {"treatments": treatments, "label": shown}
 
@@ -271,15 +264,17 @@ def point_values(column: Column, projections: Mapping[str, Projection]) -> dict[
     shown = column.rows(next(iter(projections.values())).rows)
     name = _cut(column.name)
     if shown.kind == "continuous":
-        numbers = [float(f"{value:.4g}") if there else None for value, there in _pairs(shown)]
-        values: dict[str, Any] = {"name": name, "numbers": numbers}
-        if column.is_date:
-            there = shown.values[shown.present]
-            ticks = np.linspace(there.min(), there.max(), 4).tolist()
-            values["numbers"] = [float(value) if there else None for value, there in _pairs(shown)]
-            values["texts"] = [shown.text(value) if there else "" for value, there in _pairs(shown)]
-            values["ticks"] = [ticks, [shown.text(tick) for tick in ticks]]
-        return values
+        numbers = [
+            value if there else None
+            for value, there in zip(shown.values.tolist(), shown.present, strict=True)
+        ]
+        if not column.is_date:
+            return {"name": name, "numbers": [part and float(f"{part:.4g}") for part in numbers]}
+        there = shown.values[shown.present]
+        ticks = np.linspace(there.min(), there.max(), 4).tolist()
+        texts = ["" if value is None else shown.text(value) for value in numbers]
+        of_ticks = [ticks, [shown.text(tick) for tick in ticks]]
+        return {"name": name, "numbers": numbers, "texts": texts, "ticks": of_ticks}
     groups = class_groups(shown)
     codes = np.full(len(shown.values), -1)
     for code, (_, inside) in enumerate(groups):
@@ -292,10 +287,6 @@ def point_values(column: Column, projections: Mapping[str, Projection]) -> dict[
     ]
     names = [_cut(text) for text, _ in groups] + ["other"] * bool(others.any())
     return {"name": name, "names": names, "codes": codes.tolist(), "outlines": outlines}
-
-
-def _pairs(column: Column) -> list[tuple[float, bool]]:
-    return list(zip(column.values.tolist(), column.present.tolist(), strict=True))
 
 
 def class_groups(column: Column) -> list[tuple[str, NDArray[np.bool_]]]:

@@ -64,18 +64,16 @@ def read_features(
     if key is not None and suffix not in ARCHIVE_FORMATS:
         raise InputError(f"{path} has no named arrays, so a key ({key!r}) says nothing: leave it out.")
     if columns and suffix not in TABLE_FORMATS:
-        raise InputError(
-            f"{path} has no named columns, so columns ({', '.join(map(repr, columns))}) say nothing: leave "
-            "them out."
-        )
-    if suffix == ".npy":
-        values = _read_npy(path)
-    elif suffix == ".npz":
-        values = _read_npz(path, key)
-    elif suffix == ".safetensors":
-        values = _read_safetensors(path, key)
-    else:
-        with as_input_error():
+        names = ", ".join(map(repr, columns))
+        raise InputError(f"{path} has no named columns, so columns ({names}) say nothing: leave them out.")
+    with as_input_error():
+        if suffix == ".npy":
+            values = _read_npy(path)
+        elif suffix == ".npz":
+            values = _read_npz(path, key)
+        elif suffix == ".safetensors":
+            values = _read_safetensors(path, key)
+        else:
             values = _read_columns(path, columns, missing_values)
     if values.dtype.kind not in "biuf":
         raise InputError(f"{path} holds values of dtype {values.dtype}: features must be real numbers.")
@@ -85,13 +83,8 @@ def read_features(
 def read_table(path: str | Path, missing_values: Sequence[str] = ()) -> pyarrow.Table:
     """Return a table of metadata without the index of a DataFrame, its types found from all values.
 
-    Parameters
-    ----------
-    path : str or Path
-        ``.csv`` with a header (separated by commas, semicolons or tabs), ``.tsv`` or ``.parquet``. Empty
-        cells and NA, NaN, n/a, null are missing.
-    missing_values : sequence of str
-        Further texts that stand for a missing value.
+    The file is ``.csv`` with a header (separated by commas, semicolons or tabs), ``.tsv`` or ``.parquet``.
+    Empty cells and NA, NaN, n/a, null are missing, and so are the texts `missing_values`.
 
     Raises
     ------
@@ -118,8 +111,7 @@ def _read_npy(path: Path) -> NDArray[Any]:
     with path.open("rb") as file:
         if file.read(2) == b"PK":
             raise InputError(f"{path} is an archive, not an array: name it .npz.")
-    with as_input_error():
-        ArrayFile(path)  # Says what is wrong with a damaged file.
+    ArrayFile(path)  # Says what is wrong with a damaged file.
     values: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
     return values
 
@@ -136,13 +128,10 @@ def _read_npz(path: Path, key: str | None) -> NDArray[Any]:
     except InputError:
         raise
     except Exception as error:
-        raise InputError(f"{path} cannot be read as an archive of arrays: {_no_pickle(error)}") from error
-
-
-def _no_pickle(error: Exception) -> str:
-    if "pickle" in str(error) or "Python objects" in str(error):
-        return "it is damaged, or holds Python objects, which are never loaded since they could run code."
-    return f"{error}"
+        why = str(error)
+        if "pickle" in why or "Python objects" in why:
+            why = "it is damaged, or holds Python objects, which are never loaded since they could run code."
+        raise InputError(f"{path} cannot be read as an archive of arrays: {why}") from error
 
 
 def _read_safetensors(path: Path, key: str | None) -> NDArray[Any]:
@@ -160,17 +149,15 @@ def _read_safetensors(path: Path, key: str | None) -> NDArray[Any]:
 
 def _chosen_key(names: list[str], key: str | None, path: Path) -> str:
     shown = ", ".join(map(repr, sorted(names))) or "none"
-    if key is not None:
+    if key is None:
+        key = names[0] if len(names) == 1 else "features"
         if key not in names:
-            raise InputError(f"{path} has no array {key!r}; it has {shown}.")
-        return key
-    if len(names) == 1:
-        return names[0]
-    if "features" in names:
-        return "features"
-    raise InputError(
-        f"{path} holds several arrays or none ({shown}): say which with the key of the features."
-    )
+            raise InputError(
+                f"{path} holds several arrays or none ({shown}): say which with the key of the features."
+            )
+    if key not in names:
+        raise InputError(f"{path} has no array {key!r}; it has {shown}.")
+    return key
 
 
 def matching(names: Sequence[str], patterns: Sequence[str], where: str) -> list[str]:

@@ -48,26 +48,14 @@ class Report:
 
     In a notebook it shows itself; elsewhere ``print(report)`` lists the findings, `save` writes the page.
 
-    Attributes
-    ----------
-    findings : tuple of Finding
-        Verdicts with their sentences, from harm to none.
-    columns : tuple of ColumnAudit
-        The measures of every metadata column, in the order of the verdicts, then of the label.
-    left_out : tuple of Column
-        Columns that cannot be audited (constants, identifiers); their `note` says why.
-    notes : tuple of str
-        What was done to the rows, such as leaving out missing values or sampling.
-    label : str or None
-        Name of the label.
-    sets : mapping
-        The sets of features, by name: treatments, on training and held-out rows if there are such.
-    settings : Settings
-        How it was measured, and the limits of the verdicts.
-    similarity : float or None
-        Centred kernel alignment (linear, debiased) of the features of the first and last treatment.
-    facts : mapping
-        Date, rows given and used, shapes, a fingerprint of the data, settings, versions.
+    The `findings` are verdicts with their sentences, from harm to none, and `columns` the measures of every
+    metadata column in the order of the verdicts, then of the `label`. `left_out` are columns that cannot be
+    audited (constants, identifiers), each with a `note` that says why; `notes` say what was done to the rows,
+    such as leaving out missing values or sampling. The `sets` of features are, by name, the treatments, on
+    training and held-out rows if there are such. `settings` say how it was measured, and the limits of the
+    verdicts; `similarity` is the centred kernel alignment (linear, debiased) of the features of the first and
+    last treatment; `facts` are date, rows given and used, shapes, a fingerprint of the data, settings,
+    versions.
     """
 
     findings: tuple[Finding, ...]
@@ -160,20 +148,11 @@ class Report:
     def save(self, out: Path | str) -> Path:
         """Write ``report.html``, ``report.json``, then ``figures/`` (PNG and PDF) into a folder.
 
-        Parameters
-        ----------
-        out : Path or str
-            The folder; it is made if it does not exist. Files of the same names are replaced.
-
-        Returns
-        -------
-        Path
-            Of the page: one file with everything inside, nothing loaded from elsewhere.
+        The folder `out` is made if it does not exist, and files of the same names are replaced. Returned is
+        the path of the page: one file with everything inside, nothing loaded from elsewhere.
 
         Raises
         ------
-        OSError
-            The folder cannot be written.
         mdnorm.extras.MissingExtraError
             jinja2, plotly or matplotlib is missing.
         """
@@ -194,13 +173,7 @@ class Report:
         return page
 
     def to_html(self) -> str:
-        """Return the page.
-
-        Raises
-        ------
-        mdnorm.extras.MissingExtraError
-            jinja2 or plotly is missing.
-        """
+        """Return the page; MissingExtraError where jinja2 or plotly is missing."""
         with requires("audit"):
             from plotly.offline import get_plotlyjs
 

@@ -146,24 +146,14 @@ class ColumnAudit:
 
 @dataclass(frozen=True)
 class Finding:
-    """A verdict with its sentence.
+    """A verdict with its sentence, a `text` in plain words.
 
-    Attributes
-    ----------
-    topic : {"dependence", "gap", "prediction", "confounding", "kind"}
-        The subject: what features know, predictions by group, predictions given the target, a label and a
-        column that go together in the data, or what kind of column it was taken for.
-    level : {"strong", "weak", "open", "none", "note"}
-        Harm, little, cannot be decided, none; or "note", something the reader should know.
-    badge : str
-        The level in words: "found", "cannot be decided" and so on.
-    text : str
-        A sentence in plain words.
-    column : str
-    key : str
-        Name of the set of features.
-    is_decisive : bool
-        Whether it is part of the verdict on the column.
+    The `topic` is what features know ("dependence"), predictions by group ("gap") or given the target
+    ("prediction"), a label and a column that go together in the data ("confounding"), or what kind of column
+    it was taken for ("kind"). The `level` is harm ("strong"), little ("weak"), cannot be decided ("open"),
+    "none", or "note", something the reader should know; the `badge` says it in words. `column` and `key` are
+    the names of the column and of the set of features. What `is_decisive` is part of the verdict on the
+    column.
     """
 
     topic: str

@@ -61,19 +61,17 @@ def audit(
         One row a sample; more dimensions are flattened. Or names of treatments to such features of the same
         samples; the first is what the others are compared with.
     metadata : DataFrame, mapping, array or sequence of Column
-        A DataFrame of pandas, polars or pyarrow; or names to columns; or what
-        `mdnorm.auditing.columns.as_columns` made of these; rows in the order of `features`. Missing values
-        are fine: a column is measured on the rows where it is there.
+        A DataFrame (pandas, polars, pyarrow), names to columns, or what `mdnorm.auditing.columns.as_columns`
+        made of these; rows in the order of `features`. A column is measured on the rows where it is there.
     labels : str or (n,) array, optional
         Name of a metadata column, or the labels themselves: what the features are meant to know.
     after : (n, …) array or tensor, optional
         Features of the same samples after a treatment, or from another model: two treatments.
-    predictions : str or (n,) array, or mapping, optional
+    predictions, scores : str or (n,) array, or mapping, optional
         What is predicted from the first features (the name of a metadata column, or the values): classes
-        where the label is of classes, numbers where it is continuous. Or a mapping of the names of treatments
-        to such; those of `features` and `after` are "before" and "after".
-    scores : str or (n,) array, or mapping, optional
-        Predicted probabilities of the positive class, for calibration, in the same form.
+        where the label is of classes, numbers where it is continuous; and probabilities of the positive
+        class, for calibration. Or mappings of the names of treatments to such; those of `features` and
+        `after` are "before" and "after".
     positive : optional
         Which label is the positive one. The larger of two by default.
     kinds : mapping, optional
@@ -94,17 +92,11 @@ def audit(
         If there are more rows than this, so many are sampled (with the seed), and the report says so.
     settings : Settings, optional
         How to measure, and the limits above which a finding counts as harm.
-    project : str, optional
-        Name of what is audited, for the head of the page.
-    facts : mapping, optional
-        Shown under "How it was made" on the page.
+    project, facts : str and mapping, optional
+        The name of what is audited, for the head of the page, and what it shows under "How it was made".
     progress : bool or callable
         Show a progress bar (on a terminal, where tqdm is installed); or a function that is called before each
         step with what is done next, the number of steps so far, and that of all.
-
-    Returns
-    -------
-    Report
 
     Raises
     ------

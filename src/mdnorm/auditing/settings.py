@@ -23,22 +23,17 @@ class Settings:
         Resamples for the intervals of calibration errors; 0 for no such intervals.
     confidence : float
         Confidence level of every interval, between 0 and 1.
-    num_folds : int
-        Folds of the cross-validation of probes, at least 2.
-    seed : int
-        Seed of everything that is random.
+    num_folds, seed : int
+        Folds of the cross-validation of probes, at least 2; seed of everything that is random.
     standardize : bool
         Whether features are divided by their standard deviations, so that units do not matter.
     min_group_rows : int
         Groups with fewer rows are not compared with others.
     alpha : float
         Probability that any column at all is found where the features know none of them (Holm's method).
-    max_probe : float
-        A probe whose score is further than this from chance (0) to perfect (1) is harm.
-    max_dcor2 : float
-        A larger dcor² is harm.
-    max_gap : float
-        A larger difference of a rate between two groups is harm.
+    max_probe, max_dcor2, max_gap : float
+        A probe whose score is further than this from chance (0) to perfect (1) is harm; so is a larger dcor²,
+        and a larger difference of a rate between two groups.
 
     Raises
     ------
@@ -59,10 +54,9 @@ class Settings:
     max_gap: float = 0.1
 
     def __post_init__(self) -> None:
-        least = {"num_bootstrap": 0, "num_folds": 2, "seed": 0, "min_group_rows": 1}
         with as_input_error():
             check_permutations(self.num_permutations)
-            for name, low in least.items():
+            for name, low in {"num_bootstrap": 0, "num_folds": 2, "seed": 0, "min_group_rows": 1}.items():
                 check_integer(name, getattr(self, name), low)
             check_confidence(self.confidence)
         for name in ("alpha", "max_probe", "max_dcor2", "max_gap"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any, NamedTuple
 
@@ -84,9 +85,8 @@ class Problem(NamedTuple):
         """Return how far labels and each metadata column go together."""
         columns = _standardised(self.metadata, self.base)
         if self.codes is None:
-            products = _standardised(columns, weights).T @ (
-                _standardised(self.labels, weights) * weights[:, None]
-            )
+            labels = _standardised(self.labels, weights) * weights[:, None]
+            products = _standardised(columns, weights).T @ labels
             return (products.abs().amax(1) / weights.sum()).tolist()
         # The unit is that before weighting, so that the differences can be compared.
         variances, means = [], []
@@ -115,11 +115,8 @@ class Problem(NamedTuple):
             inside = [column[self.codes == code] for code in range(len(self.classes))]
             if bool(((column == low) | (column == high)).all()):
                 for value in (low, high):
-                    missing = [
-                        label
-                        for label, values in zip(self.classes, inside, strict=True)
-                        if not bool((values == value).any())
-                    ]
+                    absent = [not bool((values == value).any()) for values in inside]
+                    missing = list(itertools.compress(self.classes, absent))
                     if missing:
                         count = int((column == value).sum())
                         raise ValueError(
@@ -141,14 +138,12 @@ class Problem(NamedTuple):
         determined = left_over.square().sum(0) < (1 - _DETERMINED) * targets.square().sum(0)
         if bool(determined.any()):
             which = determined.nonzero()[:, 0].tolist()
-            what = (
-                f"label column(s) {which}"
-                if self.codes is None
-                else f"class(es) {listed(self.classes[i] for i in which)}"
-            )
+            what = f"label column(s) {which}"
+            if self.codes is not None:
+                what = f"class(es) {listed(self.classes[i] for i in which)}"
+            names = listed(self.names)
             raise ValueError(
-                f"no overlap: {what} are a linear function of the metadata columns "
-                f"{listed(self.names)}. {_NO_OVERLAP}"
+                f"no overlap: {what} are a linear function of the metadata columns {names}. {_NO_OVERLAP}"
             )
 
     def refuse_few_effective(self, weights: Tensor, sizes: dict[Any, tuple[int, float]]) -> None:
@@ -170,12 +165,6 @@ class Problem(NamedTuple):
         unit = "sd between classes" if self.codes is not None else "correlation"
         shown = ", ".join(f"{self.names[i]!r} ({before[i]:.2f} {unit})" for i in order[:3])
         return f"the metadata column(s) that go with the labels the most: {shown}"
-
-
-def _distances(rows: Tensor) -> Tensor:
-    everything = slice(0, len(rows))
-    # A product of matrices may leave a value on the diagonal.
-    return Distances(rows).block(everything, everything).fill_diagonal_(0)
 
 
 # -- methods ----------------------------------------------------------------------------------------------
@@ -260,12 +249,13 @@ def distance(problem: Problem) -> Tensor:
             f'method="distance" takes at most {_MAX_ROWS_OF_DISTANCES} samples (memory grows with N², time '
             f'with N³), got {num_samples}: take "entropy" or "propensity".'
         )
-    share = problem.base / num_samples
+    share, everything = problem.base / num_samples, slice(0, num_samples)
     # With C and D the doubly centred distances of labels and metadata, negative semi-definite and 0 times the
     # base weights, the objective is wᵀ(C∘D − C − D)w / N², and C∘D − C − D = (1 − C)∘(1 − D) − 1.
     quadratic = torch.ones((), dtype=torch.float64)
     for columns in (problem.labels, _standardised(problem.metadata, problem.base)):
-        centred = _distances(columns)
+        # A product of matrices may leave a value on the diagonal.
+        centred = Distances(columns).block(everything, everything).fill_diagonal_(0)
         means = centred @ share
         mean = means @ share
         # In units of its mean, so that neither unit nor number of columns decides.
@@ -293,9 +283,7 @@ def _smallest_on_simplex(quadratic: Tensor) -> Tensor:
     for _ in range(10 * num_samples):
         index = free.nonzero()[:, 0]
         weights.zero_()
-        factor = torch.linalg.cholesky(
-            quadratic if len(index) == num_samples else quadratic[index[:, None], index]
-        )
+        factor = torch.linalg.cholesky(quadratic[index[:, None], index])
         weights[index] = torch.cholesky_solve(quadratic.new_ones(len(index), 1), factor)[:, 0]
         gradient = quadratic @ weights - 1
         wrong = torch.where(free, weights < -1e-12 * weights.abs().max(), gradient < -1e-9)

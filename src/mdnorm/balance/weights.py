@@ -20,7 +20,7 @@ from mdnorm.metrics.columns import as_categories
 from mdnorm.metrics.rates import effective_size
 from mdnorm.metrics.samples import as_samples
 from mdnorm.plotting import PALETTE
-from mdnorm.text import listed
+from mdnorm.text import aligned, listed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,16 +32,11 @@ _MAX_ROWS_OF_DEPENDENCE = 2000
 
 
 class ColumnBalance(NamedTuple):
-    """How far labels and one metadata column go together, without and with the weights.
+    """How far labels and the metadata column `name` go together, `before` and `after` weighting.
 
-    Attributes
-    ----------
-    name : str
-        Of the column.
-    before, after : float
-        For classes the largest difference between the means of two classes, in standard deviations within the
-        classes before weighting; for continuous labels the largest absolute correlation with a label column.
-        0 of a constant column.
+    For classes the largest difference between the means of two classes, in standard deviations within the
+    classes before weighting; for continuous labels the largest absolute correlation with a label column. 0 of
+    a constant column.
     """
 
     name: str
@@ -53,26 +48,14 @@ class ColumnBalance(NamedTuple):
 class BalancingWeights:
     """Sample weights of `balancing_weights`, with what they achieve.
 
-    ``np.asarray(result)`` and ``torch.as_tensor(result)`` give the weights.
-
-    Attributes
-    ----------
-    weights : (N,) float64 tensor
-        On the CPU, not negative, of mean 1.
-    method : {"propensity", "entropy", "distance"}
-    effective_sample_size : float
-        ``(Σ w)² / Σ w²``: as many samples of equal weight would give means that are as sure.
-    class_sizes : dict
-        For classes: class -> (rows, effective sample size); empty for continuous labels.
-    balance : tuple of ColumnBalance
-        One row for each metadata column.
-    dcor_sqr_before, dcor_sqr_after : float
-        Bias-corrected squared distance correlation of labels and standardised metadata; with the weights, of
-        the weighted population that they stand for. Of at most 2000 samples drawn at random.
-    clipped : (number of clipped samples,) int64 tensor
-        Rows whose weight was above `clip`.
-    largest : float
-        The largest weight before clipping, in units of the mean weight.
+    ``np.asarray(result)`` and ``torch.as_tensor(result)`` give the `weights`, (N,) float64 on the CPU, not
+    negative, of mean 1. The `effective_sample_size` is ``(Σ w)² / Σ w²``: as many samples of equal weight
+    would give means that are as sure; `class_sizes` has the rows and the effective sample size of each class
+    (it is empty for continuous labels), and `balance` a row for each metadata column. `dcor_sqr_before` and
+    `dcor_sqr_after` are the bias-corrected squared distance correlation of labels and standardised metadata,
+    the latter of the weighted population that the weights stand for, of at most 2000 samples drawn at random.
+    `clipped` are the rows, int64, whose weight was above `clip`, and `largest` is the largest weight before
+    clipping, in units of the mean weight.
     """
 
     weights: Tensor
@@ -118,26 +101,13 @@ class BalancingWeights:
             lines.append(f"  class {name}: {rows} samples, effective {effective:.1f}")
         lines.append(f"Largest weight {self.largest:.3g}, {len(self.clipped) or 'none'} clipped")
         what = "difference of class means (sd)" if self.class_sizes else "correlation with the labels"
-        table = [
-            (what, "before", "after"),
-            *((row.name, f"{row.before:.3f}", f"{row.after:.3f}") for row in self.balance),
-            ("dcor² of labels and metadata", f"{self.dcor_sqr_before:.3f}", f"{self.dcor_sqr_after:.3f}"),
-        ]
-        width = max(len(name) for name, *_ in table)
-        lines += [f"{name:<{width}}  {before:>6}  {after:>6}" for name, before, after in table]
-        return "\n".join(lines)
+        dcor_sqr = ("dcor² of labels and metadata", self.dcor_sqr_before, self.dcor_sqr_after)
+        table = [(what, "before", " after")]
+        table += [(name, f"{one:6.3f}", f"{two:6.3f}") for name, one, two in (*self.balance, dcor_sqr)]
+        return "\n".join([*lines, *aligned(table)])
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw a love plot: the balance of each metadata column, before and after.
-
-        Parameters
-        ----------
-        axes : matplotlib.axes.Axes, optional
-            Where to draw; by default a new figure.
-
-        Returns
-        -------
-        matplotlib.axes.Axes
+        """Draw a love plot, the balance of each metadata column, before and after; by default a new figure.
 
         Raises
         ------
@@ -156,9 +126,8 @@ class BalancingWeights:
         axes.axvline(0, color="0.5", linewidth=0.8, zorder=0)
         axes.set_yticks(list(places), [row.name for row in self.balance])
         axes.invert_yaxis()
-        axes.set_xlabel(
-            "largest difference of class means (sd)" if self.class_sizes else "largest |correlation|"
-        )
+        what = "difference of class means (sd)" if self.class_sizes else "|correlation|"
+        axes.set_xlabel(f"largest {what}")
         axes.legend()
         return axes
 
@@ -168,18 +137,8 @@ class BalancingWeights:
         """Return a sampler that draws each sample with a probability proportional to its weight.
 
         Use it *instead of* weights in the loss and in the layer: with both, every weight would count twice.
-
-        Parameters
-        ----------
-        num_samples : int, optional
-            Draws in an epoch, with replacement; by default as many as there are samples.
-        generator : torch.Generator, optional
-            Of the draws.
-
-        Returns
-        -------
-        torch.utils.data.WeightedRandomSampler
-            For ``DataLoader(data_set, sampler=…)``, of the data set whose rows the weights belong to.
+        It is for ``DataLoader(data_set, sampler=…)``, of the data set whose rows the weights belong to, and
+        draws `num_samples` in an epoch (by default as many as there are samples), with replacement.
         """
         weights: Any = self.weights
         num_samples = len(self) if num_samples is None else num_samples
@@ -221,27 +180,20 @@ def balancing_weights(
           not only that of the columns given. Memory grows with N², time with N³: at most 5000 samples.
     clip : float or None
         The largest weight: from 1 on in units of the mean weight, below 1 as a quantile of the weights; None:
-        no limit. Larger weights are set to it, then all are divided by their mean. Clipping trades balance
-        for effective sample size: what remains is in `BalancingWeights.balance`.
+        no limit. Larger weights are set to it, then all are divided by their mean, which trades balance for
+        effective sample size.
     base_weights : (N,), optional
         Weights above 0 that the samples have already (of a survey, say). Labels and metadata become
         independent with each distributed as it is under them, and the result has them in it.
     metadata_names : sequence of str, optional
         Of the columns, for the table and for errors. Default: those of a DataFrame, or ``column 0``, ….
 
-    Returns
-    -------
-    BalancingWeights
-        Weights (N,) float64 of mean 1, and what they achieve.
-
     Raises
     ------
-    TypeError
-        Labels or metadata are of a wrong type.
-    ValueError
-        - Labels and metadata have different numbers of rows, fewer than 4 rows, or NaN or infinite values;
-          labels have one class or value only, or a class of one row; all metadata columns are constant (a
-          single constant column is balanced and does no harm).
+    TypeError, ValueError
+        - Labels or metadata are of a wrong type, or have different numbers of rows, fewer than 4 rows, or NaN
+          or infinite values; labels have one class or value only, or a class of one row; all metadata columns
+          are constant (a single constant column is balanced and does no harm).
         - There is no overlap: a value of the metadata at which a class does not occur, classes that a column
           separates, labels that are a linear function of the metadata, or so few samples with nearly all
           weight that nothing can be learned from them. The message names columns, classes and rows.
@@ -335,11 +287,9 @@ def balancing_weights(
 
 
 def _check_clip(clip: float | None) -> None:
-    if clip is None:
-        return
-    if isinstance(clip, bool) or not isinstance(clip, (int, float, np.number)):
+    if isinstance(clip, bool) or not isinstance(clip, (int, float, np.number, type(None))):
         raise TypeError(f"clip must be a number or None, got {clip!r}.")
-    if not clip > 0 or clip == 1:
+    if clip is not None and (not clip > 0 or clip == 1):
         raise ValueError(
             f"clip must be a quantile between 0 and 1 or a largest weight above 1, got {clip}: None for no "
             "limit."
@@ -352,8 +302,7 @@ def _column_names(metadata: Any, names: Sequence[str] | None, num_columns: int) 
         names = [f"column {index}" for index in range(num_columns)] if own is None else list(map(str, own))
     if isinstance(names, str) or len(names) != num_columns:
         raise ValueError(
-            f"metadata_names must have one name for each of the {num_columns} metadata columns, got "
-            f"{names!r}."
+            f"metadata_names must have one name for each of the {num_columns} columns, got {names!r}."
         )
     return tuple(names)
 
@@ -362,8 +311,8 @@ def _base_weights(weights: Tensor | ArrayLike | None, num_samples: int) -> Tenso
     """Return base weights (N,) of mean 1."""
     if weights is None:
         return torch.ones(num_samples, dtype=torch.float64)
-    base = columns_of(weights, "base_weights", num_samples=num_samples, num_columns=1).detach().cpu().double()
-    base = base[:, 0]
+    base = columns_of(weights, "base_weights", num_samples=num_samples, num_columns=1)
+    base = base.detach().cpu().double()[:, 0]
     bad = ~(base.isfinite() & (base > 0))
     if bool(bad.any()):
         where = listed(bad.nonzero()[:, 0].tolist())

@@ -7,16 +7,13 @@ import platform
 from typing import Annotated
 
 import typer
+from typer import Option
 
 import mdnorm
 from mdnorm.commands.audit import audit
 from mdnorm.commands.residualize import residualize
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False)
 
 
 def _print_version(is_wanted: bool) -> None:
@@ -28,10 +25,7 @@ def _print_version(is_wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool,
-        typer.Option(
-            "--version", callback=_print_version, is_eager=True, help="Print the version and leave."
-        ),
+        bool, Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
 ) -> None:
     """Metadata Normalization: remove what metadata explain from a network's features, and measure it."""
@@ -42,7 +36,7 @@ app.command()(residualize)
 
 
 @app.command()
-def info(json_output: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+def info(json_output: Annotated[bool, Option("--json", help="Print JSON.")] = False) -> None:
     """Show versions, devices and estimators."""
     import torch
 

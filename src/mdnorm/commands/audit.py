@@ -13,16 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
-from mdnorm.commands.common import (
-    BAD_INPUT,
-    command_line,
-    errors,
-    fail,
-    make_folder,
-    only_writer,
-    output,
-)
+from mdnorm.commands.common import BAD_INPUT, command_line, errors, fail, make_folder, only_writer, output
 from mdnorm.extras import MissingExtraError
 
 if TYPE_CHECKING:
@@ -39,96 +32,89 @@ UNDECIDED = 4
 def audit(
     paths: Annotated[
         list[Path],
-        typer.Argument(
+        Argument(
             metavar="[FEATURES] METADATA",
             help="Features, one row a sample (.npy, .npz, .safetensors, .parquet, .csv, .tsv), unless they "
             "are named by --features; and metadata of the same samples in the same order (.csv, .tsv, "
             ".parquet).",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the page, report.json and figures.")] = Path(
+    out: Annotated[Path, Option(help="Folder for the page, report.json and figures.")] = Path(
         "results/audit"
     ),
     treatments: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             "--features",
             help="NAME=FILE of each of several treatments; the others are compared with the first.",
         ),
     ] = None,
-    label: Annotated[
-        str | None, typer.Option(help="Metadata column that the features are meant to know.")
-    ] = None,
+    label: Annotated[str | None, Option(help="Metadata column that the features are meant to know.")] = None,
     after: Annotated[
-        Path | None, typer.Option(help="Features of the same samples after a treatment, to compare.")
+        Path | None, Option(help="Features of the same samples after a treatment, to compare.")
     ] = None,
     predictions: Annotated[
-        Path | None,
-        typer.Option(help="Table with the columns of --prediction and --score, if not METADATA."),
+        Path | None, Option(help="Table with the columns of --prediction and --score, if not METADATA.")
     ] = None,
     prediction: Annotated[
         list[str] | None,
-        typer.Option(
+        Option(
             help="Column with what is predicted, for the gaps between groups; of several treatments once for "
             "each, in their order."
         ),
     ] = None,
     score: Annotated[
         list[str] | None,
-        typer.Option(help="Column with the predicted probability, for the calibration; in the same way."),
+        Option(help="Column with the predicted probability, for the calibration; in the same way."),
     ] = None,
-    positive: Annotated[str | None, typer.Option(help="The positive class. [default: the larger]")] = None,
+    positive: Annotated[str | None, Option(help="The positive class. [default: the larger]")] = None,
     missing_values: Annotated[
         list[str] | None,
-        typer.Option(help='Text that stands for a missing value in a table, such as "?"; may be repeated.'),
+        Option(help='Text that stands for a missing value in a table, such as "?"; may be repeated.'),
     ] = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="COLUMN=continuous or COLUMN=categorical, where the inferred kind is wrong."),
+        Option(help="COLUMN=continuous or COLUMN=categorical, where the inferred kind is wrong."),
     ] = None,
     ignore: Annotated[
-        list[str] | None, typer.Option(help="Metadata column to leave out, or a pattern such as 'voxel_*'.")
+        list[str] | None, Option(help="Metadata column to leave out, or a pattern such as 'voxel_*'.")
     ] = None,
-    keep: Annotated[str, typer.Option(help="Metadata columns that are meant to stay: 'age,sex'.")] = "",
+    keep: Annotated[str, Option(help="Metadata columns that are meant to stay: 'age,sex'.")] = "",
     intersect: Annotated[
-        list[str] | None, typer.Option(help="Columns whose combinations are audited too: 'gender,ethnicity'.")
+        list[str] | None, Option(help="Columns whose combinations are audited too: 'gender,ethnicity'.")
     ] = None,
     held_out: Annotated[
-        str | None, typer.Option(help="Metadata column that says which rows no treatment was fitted on.")
+        str | None, Option(help="Metadata column that says which rows no treatment was fitted on.")
     ] = None,
     subject: Annotated[
         str | None,
-        typer.Option(help="Metadata column with the subject of each row, where subjects have several rows."),
+        Option(help="Metadata column with the subject of each row, where subjects have several rows."),
     ] = None,
     key: Annotated[
-        str | None, typer.Option(help="Name of the array in .npz and .safetensors files. [default: features]")
+        str | None, Option(help="Name of the array in .npz and .safetensors files. [default: features]")
     ] = None,
     columns: Annotated[
-        str,
-        typer.Option(help="Columns of a table of features, by names and patterns: 'volume,voxel_*'."),
+        str, Option(help="Columns of a table of features, by names and patterns: 'volume,voxel_*'.")
     ] = "",
-    raw: Annotated[bool, typer.Option("--raw", help="Do not standardise the features.")] = False,
-    max_rows: Annotated[int, typer.Option(min=20, help="Of more rows, so many are sampled.")] = 2000,
-    permutations: Annotated[int, typer.Option(min=20, help="Permutations of each probe's test.")] = 200,
-    min_group: Annotated[int, typer.Option(min=1, help="Smaller groups are not compared.")] = 20,
+    raw: Annotated[bool, Option("--raw", help="Do not standardise the features.")] = False,
+    max_rows: Annotated[int, Option(min=20, help="Of more rows, so many are sampled.")] = 2000,
+    permutations: Annotated[int, Option(min=20, help="Permutations of each probe's test.")] = 200,
+    min_group: Annotated[int, Option(min=1, help="Smaller groups are not compared.")] = 20,
     max_probe: Annotated[
-        float, typer.Option(help="A probe further than this from chance (0) to perfect (1) is harm.")
+        float, Option(help="A probe further than this from chance (0) to perfect (1) is harm.")
     ] = 0.2,
-    max_dcor2: Annotated[float, typer.Option(help="A larger dcor² is harm.")] = 0.05,
-    max_gap: Annotated[float, typer.Option(help="A larger gap between two groups is harm.")] = 0.1,
+    max_dcor2: Annotated[float, Option(help="A larger dcor² is harm.")] = 0.05,
+    max_gap: Annotated[float, Option(help="A larger gap between two groups is harm.")] = 0.1,
     fail_on: Annotated[
         list[str] | None,
-        typer.Option(
-            help="'sex: probe > 0.6, gap > 0.05', of probe, share, dcor2, gap; '*' is every column."
-        ),
+        Option(help="'sex: probe > 0.6, gap > 0.05', of probe, share, dcor2, gap; '*' is every column."),
     ] = None,
-    project: Annotated[str | None, typer.Option(help="Name of what is audited, for the page.")] = None,
+    project: Annotated[str | None, Option(help="Name of what is audited, for the page.")] = None,
     pdf: Annotated[
-        bool,
-        typer.Option("--pdf", help="Print the page to report.pdf, where Chromium or Chrome is installed."),
+        bool, Option("--pdf", help="Print the page to report.pdf, where Chromium or Chrome is installed.")
     ] = False,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+    seed: Annotated[int, Option(min=0)] = 0,
+    json_output: Annotated[bool, Option("--json", help="Print the report as JSON.")] = False,
 ) -> None:
     """Show what features know of each metadata column, before and after a treatment.
 
@@ -198,18 +184,17 @@ def audit(
     for outcome in outcomes:
         word = {True: "failed", False: "passed", None: "cannot be decided"}[outcome.failed]
         errors.print(f"{word}: {escape(outcome.text)}", highlight=False, soft_wrap=True)
-    if any(outcome.failed for outcome in outcomes):
-        raise typer.Exit(FAILED)
-    if any(outcome.failed is None for outcome in outcomes):
-        raise typer.Exit(UNDECIDED)
+    results = {outcome.failed for outcome in outcomes}
+    if results & {True, None}:
+        raise typer.Exit(FAILED if True in results else UNDECIDED)
 
 
 def _browser() -> str:
-    for name in ("chromium", "chromium-browser", "google-chrome", "chrome"):
-        path = shutil.which(name)
-        if path is not None:
-            return path
-    fail("--pdf needs Chromium or Chrome: install it, or print report.html from any browser.", BAD_INPUT)
+    names = ("chromium", "chromium-browser", "google-chrome", "chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        fail("--pdf needs Chromium or Chrome: install it, or print report.html from any browser.", BAD_INPUT)
+    return path
 
 
 def _print_to_pdf(browser: str, page: Path) -> None:
@@ -256,12 +241,10 @@ def _predicted(
 ) -> dict[str, Any]:
     """Return by treatment what is predicted: names of metadata columns, or columns of another table."""
     for option, given in names.items():
-        if len(given or []) > len(treatments):
-            fail(
-                f"--{option} was given {len(given or [])} times, but there are {len(treatments)} set(s) of "
-                "features.",
-                BAD_INPUT,
-            )
+        count = len(given or [])
+        if count > len(treatments):
+            sets = f"{len(treatments)} set(s) of features"
+            fail(f"--{option} was given {count} times, but there are {sets}.", BAD_INPUT)
     found = {f"{key}s": dict(zip(treatments, given, strict=False)) for key, given in names.items() if given}
     if path is None:
         return found
@@ -291,17 +274,13 @@ def _read_features(
         # Where it is for none of the files, the reader says so.
         return path.suffix.lower() in formats or not any(p.suffix.lower() in formats for p in paths)
 
+    read = {}
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", TableWarning)
-        read = {
-            name: read_features(
-                path,
-                key if is_for(path, ARCHIVE_FORMATS) else None,
-                columns if is_for(path, TABLE_FORMATS) else (),
-                missing_values,
-            )
-            for name, path in files.items()
-        }
+        for name, path in files.items():
+            key_of = key if is_for(path, ARCHIVE_FORMATS) else None
+            columns_of = columns if is_for(path, TABLE_FORMATS) else ()
+            read[name] = read_features(path, key_of, columns_of, missing_values)
     for entry in caught:
         errors.print(f"[yellow]warning:[/] {escape(str(entry.message))}", highlight=False, soft_wrap=True)
     return read

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
+from typer import Argument, Option
 
 from mdnorm.commands.common import BAD_INPUT, INTERRUPTED, errors, fail, make_folder
 from mdnorm.design.reader import shown
@@ -19,62 +20,56 @@ if TYPE_CHECKING:
 
 def residualize(
     table: Annotated[
-        Path,
-        typer.Argument(help="Features, one row a sample: .parquet, .csv, .tsv, .npy. May exceed the memory."),
+        Path, Argument(help="Features, one row a sample: .parquet, .csv, .tsv, .npy. May exceed the memory.")
     ],
-    out: Annotated[Path, typer.Option(help="File to write, of the same format.")],
+    out: Annotated[Path, Option(help="File to write, of the same format.")],
     formula: Annotated[
-        str | None, typer.Option(help='Metadata to remove, such as "age + C(scanner) + bs(bmi, df=4)".')
+        str | None, Option(help='Metadata to remove, such as "age + C(scanner) + bs(bmi, df=4)".')
     ] = None,
     metadata: Annotated[
         Path | None,
-        typer.Option(help="Table with the metadata of the same rows in the same order. [default: TABLE]"),
+        Option(help="Table with the metadata of the same rows in the same order. [default: TABLE]"),
     ] = None,
     key: Annotated[
-        str | None, typer.Option(help="Column of TABLE and --metadata that must agree, row by row.")
+        str | None, Option(help="Column of TABLE and --metadata that must agree, row by row.")
     ] = None,
     label: Annotated[
-        list[str] | None, typer.Option(help="Metadata column whose effect is protected; may be repeated.")
+        list[str] | None, Option(help="Metadata column whose effect is protected; may be repeated.")
     ] = None,
     features: Annotated[
         str | None,
-        typer.Option(help='Features: names and patterns, such as "volume,voxel_*". [default: all measures]'),
+        Option(help='Features: names and patterns, such as "volume,voxel_*". [default: all measures]'),
     ] = None,
-    site: Annotated[str | None, typer.Option(help="Metadata column with the site, batch or scanner.")] = None,
-    scale: Annotated[bool, typer.Option("--scale", help="Sites differ in scale, too (ComBat).")] = False,
+    site: Annotated[str | None, Option(help="Metadata column with the site, batch or scanner.")] = None,
+    scale: Annotated[bool, Option("--scale", help="Sites differ in scale, too (ComBat).")] = False,
     empirical_bayes: Annotated[
-        bool, typer.Option("--empirical-bayes", help="Shrink the effects of sites (ComBat).")
+        bool, Option("--empirical-bayes", help="Shrink the effects of sites (ComBat).")
     ] = False,
-    ridge: Annotated[float, typer.Option(min=0, help="Penalty on the effects of metadata.")] = 0.0,
+    ridge: Annotated[float, Option(min=0, help="Penalty on the effects of metadata.")] = 0.0,
     missing: Annotated[
-        str | None,
-        typer.Option(help="A missing value of the metadata: error, mean or indicator. [default: error]"),
+        str | None, Option(help="A missing value of the metadata: error, mean or indicator. [default: error]")
     ] = None,
     unseen: Annotated[
-        str | None,
-        typer.Option(help="A level or site that no row of the fit has: error or mean. [default: error]"),
+        str | None, Option(help="A level or site that no row of the fit has: error or mean. [default: error]")
     ] = None,
     missing_features: Annotated[
-        str, typer.Option(help="A missing value of a feature: error, or skip its row in the fit.")
+        str, Option(help="A missing value of a feature: error, or skip its row in the fit.")
     ] = "error",
     missing_values: Annotated[
-        list[str] | None,
-        typer.Option(help='Text that stands for a missing value, such as "?"; may be repeated.'),
+        list[str] | None, Option(help='Text that stands for a missing value, such as "?"; may be repeated.')
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Metadata column with the weights of the rows.")] = None,
+    weights: Annotated[str | None, Option(help="Metadata column with the weights of the rows.")] = None,
     fit_rows: Annotated[
         str | None,
-        typer.Option(help="Rows to fit to: a column of booleans, or a share such as 0.1. [default: all]"),
+        Option(help="Rows to fit to: a column of booleans, or a share such as 0.1. [default: all]"),
     ] = None,
-    save_model: Annotated[
-        Path | None, typer.Option(help="Save what was fitted to this .safetensors file.")
-    ] = None,
+    save_model: Annotated[Path | None, Option(help="Save what was fitted to this .safetensors file.")] = None,
     apply: Annotated[
-        Path | None, typer.Option(help="Apply what --save-model has saved; nothing is fitted.")
+        Path | None, Option(help="Apply what --save-model has saved; nothing is fitted.")
     ] = None,
-    batch_rows: Annotated[int | None, typer.Option(min=1, help="Rows in memory at once.")] = None,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the summary as JSON.")] = False,
+    batch_rows: Annotated[int | None, Option(min=1, help="Rows in memory at once.")] = None,
+    seed: Annotated[int, Option(min=0)] = 0,
+    json_output: Annotated[bool, Option("--json", help="Print the summary as JSON.")] = False,
 ) -> None:
     """Write TABLE without what metadata explain of its features, however large it is.
 

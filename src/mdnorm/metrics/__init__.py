@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from mdnorm.metrics.conditional import conditional_independence_test
 from mdnorm.metrics.distance_correlation import (
     ConditionalDistanceCorrelation,
     DistanceCorrelationInterval,
@@ -15,17 +14,17 @@ from mdnorm.metrics.distance_correlation import (
     distance_covariance_sqr,
     partial_distance_correlation,
 )
-from mdnorm.metrics.gaps import GroupGaps, group_gaps
+from mdnorm.metrics.gaps import GroupGaps, group_gaps, quantile_groups
 from mdnorm.metrics.independence import (
     DistanceCorrelationPermutationTest,
     DistanceCorrelationTTest,
+    conditional_independence_test,
     distance_correlation_chi_squared_p_value,
     distance_correlation_permutation_test,
     distance_correlation_t_test,
 )
 from mdnorm.metrics.kernels import cka, hsic
 from mdnorm.metrics.probes import ProbeResult, probe
-from mdnorm.metrics.quantiles import quantile_groups
 
 if TYPE_CHECKING:
     from mdnorm.metrics.streaming import DistanceCorrelation, GroupRates
@@ -55,11 +54,9 @@ __all__ = [
     "quantile_groups",
 ]
 
-# These are classes of torchmetrics, which is not imported unless they are used.
-_LAZY = {"DistanceCorrelation": "streaming", "GroupRates": "streaming"}
-
 
 def __getattr__(name: str) -> Any:
-    if name in _LAZY:
-        return getattr(importlib.import_module(f"mdnorm.metrics.{_LAZY[name]}"), name)
+    # These are classes of torchmetrics, which is not imported unless they are used.
+    if name in ("DistanceCorrelation", "GroupRates"):
+        return getattr(importlib.import_module("mdnorm.metrics.streaming"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

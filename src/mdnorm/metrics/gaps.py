@@ -1,15 +1,15 @@
 """Group gaps: how differently a classifier treats the groups of a metadata column.
 
-The rates and their intervals are those of `mdnorm.metrics.group_rates`. The interval of a difference is put
+The rates and their intervals are those of `mdnorm.metrics.rates`. The interval of a difference is put
 together from those of the two groups (Newcombe 1998; Zou & Donner 2008).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import combinations
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,13 +17,16 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor, check_same_order, checked_weights
+from mdnorm.extras import requires
 from mdnorm.metrics.checks import check_confidence, check_integer, check_same_rows
-from mdnorm.metrics.columns import Categories, as_categories
-from mdnorm.metrics.group_rates import Estimate, Problem, Rate, estimates
-from mdnorm.metrics.rates import combined
+from mdnorm.metrics.columns import Categories, as_categories, as_column
+from mdnorm.metrics.rates import Estimate, Problem, Rate, combined, estimates
 from mdnorm.metrics.samples import Weights
 from mdnorm.plain import PlainResult
 from mdnorm.text import listed
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Floats = NDArray[np.float64]
 
@@ -36,19 +39,10 @@ _SUM_TOLERANCE = 1e-3
 
 @dataclass(frozen=True)
 class GroupResult:
-    """The rates of one group.
+    """The `rates` of one group, by the names that `group_gaps` lists.
 
-    Attributes
-    ----------
-    group : object
-        The value of the group column.
-    num_rows : int
-    label_counts : dict
-        Label class -> rows.
-    rates : dict of str to Rate
-        See `group_gaps`.
-    is_small : bool
-        Whether it has too few rows to be compared.
+    `group` is the value of the group column, `label_counts` gives the rows of each label class, and a group
+    that `is_small` has too few rows to be compared.
     """
 
     group: Any
@@ -60,17 +54,7 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of a rate between two groups, with its simultaneous interval.
-
-    Attributes
-    ----------
-    rate : str
-        Name of the rate.
-    value, low, high : float
-        The rate of `higher` minus that of `lower`, and its interval.
-    lower, higher : object
-        The groups.
-    """
+    """The `rate` of the group `higher` minus that of the group `lower`, with its simultaneous interval."""
 
     rate: str
     value: float
@@ -84,19 +68,11 @@ class Difference:
 class Gap:
     """How much a rate differs between groups.
 
-    Attributes
-    ----------
-    value : float or None
-        The difference of the pair of groups whose interval has the largest lower limit (of several pairs,
-        the largest difference). None where fewer than two groups can be compared.
-    low, high : float or None
-        Interval of the difference; it holds for all pairs at once.
-    lowest, highest : object
-        The two groups.
-    bound : float or None
-        The largest upper limit of all pairs: no two groups differ by more.
-    rate : str or None
-        Name of the rate; a gap in several rates is the gap in one of them.
+    The `value` is the difference of the pair of groups whose interval has the largest lower limit (of several
+    pairs, the largest difference), None where fewer than two groups can be compared; `low` and `high` are its
+    interval, which holds for all pairs at once, `lowest` and `highest` the two groups. The `bound` is the
+    largest upper limit of all pairs: no two groups differ by more. The gap in several rates is the gap in one
+    of them, the `rate`.
     """
 
     value: float | None
@@ -112,22 +88,10 @@ class Gap:
 class GroupGaps(PlainResult):
     """What `group_gaps` found.
 
-    Attributes
-    ----------
-    groups : tuple of GroupResult
-        The groups, in the order of the group column's values.
-    gaps : dict of str to Gap
-    pairs : dict of str to tuple of Difference
-        Names of rates to the difference of each pair of groups that are large enough.
-    classes : tuple
-        The label classes.
-    positive : object
-        The positive class; None with more than two classes.
-    num_rows : int
-    confidence : float
-    min_group_rows : int
-    notes : tuple of str
-        Which rates are not defined, and which groups are too small to be compared.
+    The `groups` are in the order of the group column's values, `gaps` has the gap of each rate by its name,
+    and `pairs` the difference of each pair of groups that are large enough. `classes` are the label classes,
+    and `positive` is the positive one of two, None of more. The `notes` say which rates are not defined, and
+    which groups are too small to be compared.
     """
 
     groups: tuple[GroupResult, ...]
@@ -175,20 +139,17 @@ def group_gaps(
         The subject of each row, where subjects have several rows: intervals are then wider, since rows of the
         same subject carry less information than independent ones.
     weights : array-like, (n,), optional
-        Of the rows, such as those of `mdnorm.balancing_weights` of these rows: finite, not negative, not all
-        0. Only their ratios matter: rates are shares of the weight, as of `sample_weight=` in scikit-learn
-        and fairlearn. A row of weight 0 might as well be left out. Rows are counted without weights.
+        Of the rows, such as those of `mdnorm.balancing_weights`: finite, not negative, not all 0. Only their
+        ratios matter: rates are shares of the weight, as of `sample_weight=` in scikit-learn. A row of weight
+        0 might as well be left out. Rows are counted without weights.
     confidence : float
-        Confidence level of the intervals, between 0 and 1. Intervals of differences hold for all pairs at
-        once.
+        Confidence level of the intervals, between 0 and 1.
     min_group_rows : int
         Smaller groups get rates but are not compared: they can neither cause a gap nor hide one.
-    num_bootstrap : int
-        Resamples for the interval of the calibration error; 0 for none.
+    num_bootstrap, seed : int
+        Resamples for the interval of the calibration error (0 for none), and their seed.
     num_bins : int
         Bins of equal width for the expected calibration error.
-    seed : int
-        Seed of the resamples: the same seed gives the same result.
 
     Returns
     -------
@@ -208,13 +169,11 @@ def group_gaps(
 
     Raises
     ------
-    TypeError
-        An argument is of the wrong type.
-    ValueError
-        A wrong shape, different numbers of rows, missing values, one class or one group only, more than 100
-        groups, predictions that are no class of the labels or no whole numbers (probabilities), a positive
-        class that is not a label or is not clear, scores that are not probabilities, weights that are
-        negative, NaN or infinite, or all 0.
+    TypeError, ValueError
+        A wrong type or shape, different numbers of rows, missing values, one class or one group only, more
+        than 100 groups, predictions that are no class of the labels or no whole numbers (probabilities), a
+        positive class that is not a label or is not clear, scores that are not probabilities, weights that
+        are negative, NaN or infinite, or all 0.
     MissingExtraError
         SciPy is not installed.
 
@@ -226,13 +185,12 @@ def group_gaps(
     Intervals of shares are Wilson's; with `subjects`, of the number of independent rows with the same
     standard error (the design effect of the linearised variance). With weights the number of rows of a share
     is the effective one, ``(Σ w)² / Σ w²`` of the rows that it is a share of, the weights taken as known.
-    Intervals of means of shares and of
-    differences are combined from these (Newcombe's hybrid score interval [2]_, [3]_). Those of differences
-    have the confidence ``1 − (1 − confidence) / number of pairs``, so that they hold for all pairs at once
-    (Bonferroni) and the largest lower limit is a lower limit of the largest difference. The interval of the
-    Brier score is Student's. The interval of the calibration error is normal, with the standard error of the
-    bootstrap; since the error is larger in resamples than in the data, the interval is moved down by the mean
-    difference.
+    Intervals of means of shares and of differences are combined from these (Newcombe's hybrid score interval
+    [2]_, [3]_). Those of differences have the confidence ``1 − (1 − confidence) / number of pairs``, so that
+    they hold for all pairs at once (Bonferroni) and the largest lower limit is a lower limit of the largest
+    difference. The interval of the Brier score is Student's. The interval of the calibration error is normal,
+    with the standard error of the bootstrap; since the error is larger in resamples than in the data, the
+    interval is moved down by the mean difference.
 
     References
     ----------
@@ -257,45 +215,39 @@ def group_gaps(
     check_integer("num_bootstrap", num_bootstrap, 0)
     check_integer("num_bins", num_bins, 1)
     check_integer("seed", seed, 0)
-    check_same_order(
-        labels=labels,
-        predictions=predictions,
-        groups=groups,
-        scores=scores,
-        subjects=subjects,
-        weights=weights,
-    )
-    columns, weight, kept = _columns(labels, predictions, groups, subjects, weights)
+    given = {"labels": labels, "predictions": predictions, "groups": groups, "subjects": subjects}
+    check_same_order(**given, scores=scores, weights=weights)
+    columns, weight, kept = _columns(given, weights)
     true, guessed, members = columns["labels"], columns["predictions"], columns["groups"]
     notes: list[str] = []
     classes, positive_code = _classes(true, guessed, positive, notes)
-    order = {name: index for index, name in enumerate(classes)}
+    true_codes, guessed_codes = (
+        np.array([classes.index(name) for name in column.names])[column.codes] for column in (true, guessed)
+    )
     problem = Problem(
-        np.array([order[name] for name in true.names])[true.codes],
-        np.array([order[name] for name in guessed.names])[guessed.codes],
+        true_codes,
+        guessed_codes,
         members.codes,
         members.names,
         classes,
         positive_code,
-        columns["subjects"].codes if subjects is not None else None,
+        None if subjects is None else columns["subjects"].codes,
         weight,
         num_bootstrap,
         num_bins,
         seed,
+        None if scores is None else _probabilities(scores, classes, positive_code, kept),
     )
-    if scores is not None:
-        problem = replace(problem, probabilities=_probabilities(scores, problem, kept))
-    sizes = members.counts
     rates = [estimates(problem, members.codes == code) for code in range(len(members.names))]
     _note_undefined(problem, rates, min_group_rows, notes)
-    large = [code for code in range(len(members.names)) if sizes[code] >= min_group_rows]
+    large = [code for code in range(len(members.names)) if members.counts[code] >= min_group_rows]
     groups_of = [(problem.groups[code], rates[code]) for code in large]
     pairs = {name: tuple(_pairs(name, groups_of, confidence)) for name in rates[0]}
     return GroupGaps(
         groups=tuple(
             GroupResult(
                 group=group,
-                num_rows=int(sizes[code]),
+                num_rows=int(members.counts[code]),
                 label_counts={
                     name: int(((members.codes == code) & (problem.true == k)).sum())
                     for k, name in enumerate(problem.classes)
@@ -316,18 +268,18 @@ def group_gaps(
     )
 
 
-# --------------------------------------------------------------------------------------------------------
-# Inputs
-# --------------------------------------------------------------------------------------------------------
+# -- inputs -----------------------------------------------------------------------------------------------
 
 
 def _columns(
-    labels: Any, predictions: Any, groups: Any, subjects: Any, weights: Weights
+    given: Mapping[str, Any], weights: Weights
 ) -> tuple[dict[str, Categories], Floats, NDArray[np.bool_]]:
     """Return columns and weights, at most 1, of the rows of a weight above 0, and which rows these are."""
-    given = {"labels": labels, "predictions": predictions, "groups": groups}
-    given |= {} if subjects is None else {"subjects": subjects}
-    columns = {name: as_categories(values, name) for name, values in given.items()}
+    columns = {
+        name: as_categories(values, name)
+        for name, values in given.items()
+        if name != "subjects" or values is not None
+    }
     num_rows = len(columns["labels"].codes)
     for name, column in columns.items():
         check_same_rows(**{"labels": num_rows, name: len(column.codes)})
@@ -392,17 +344,19 @@ def _classes(
     return classes, 1
 
 
-def _probabilities(scores: Tensor | ArrayLike, problem: Problem, kept: NDArray[np.bool_]) -> Floats:
+def _probabilities(
+    scores: Tensor | ArrayLike, classes: tuple[Any, ...], positive: int | None, kept: NDArray[np.bool_]
+) -> Floats:
     """Return the probability of the positive class (n,), or of all classes (n, C)."""
     array: Floats = as_real_tensor(scores, "scores").detach().cpu().double().numpy()
-    num_rows, num_classes = kept.size, len(problem.classes)
+    num_rows, num_classes = kept.size, len(classes)
     if array.shape == (num_rows, 1):
         array = array[:, 0]
-    if array.shape != (num_rows, num_classes) and (array.shape != (num_rows,) or problem.positive is None):
-        binary = "" if problem.positive is None else f"({num_rows},) or "
+    if array.shape != (num_rows, num_classes) and (array.shape != (num_rows,) or positive is None):
+        binary = "" if positive is None else f"({num_rows},) or "
         raise ValueError(
             f"scores must have shape {binary}({num_rows}, {num_classes}), one row per sample and one column "
-            f"for each of the classes {listed(problem.classes)}, got {array.shape}."
+            f"for each of the classes {listed(classes)}, got {array.shape}."
         )
     # Also true of NaN.
     bad = ~((array >= 0) & (array <= 1))
@@ -415,14 +369,12 @@ def _probabilities(scores: Tensor | ArrayLike, problem: Problem, kept: NDArray[n
             "NaN, outside 0 to 1, or do not sum to 1: apply a sigmoid or softmax to logits, drop rows with "
             "NaN from every argument."
         )
-    if array.ndim == 2 and problem.positive is not None:
-        array = array[:, problem.positive]
+    if array.ndim == 2 and positive is not None:
+        array = array[:, positive]
     return array[kept]
 
 
-# --------------------------------------------------------------------------------------------------------
-# Differences
-# --------------------------------------------------------------------------------------------------------
+# -- differences ------------------------------------------------------------------------------------------
 
 _Groups = list[tuple[Any, dict[str, Estimate]]]
 
@@ -447,16 +399,9 @@ def _gaps(
         tried = list(differences)
         if not tried:
             return Gap(None)
-        surest = max(tried, key=lambda pair: (max(0.0, pair.low), pair.value))
-        return Gap(
-            surest.value,
-            max(0.0, surest.low),
-            surest.high,
-            surest.lower,
-            surest.higher,
-            max(pair.high for pair in tried),
-            surest.rate,
-        )
+        best = max(tried, key=lambda pair: (max(0.0, pair.low), pair.value))
+        bound = max(pair.high for pair in tried)
+        return Gap(best.value, max(0.0, best.low), best.high, best.lower, best.higher, bound, best.rate)
 
     gaps = {name: gap(differences) for name, differences in pairs.items()}
     together = ["true_positive_rate", "false_positive_rate"]
@@ -488,3 +433,76 @@ def _note_undefined(
                 f"group {group!r} has {int(inside.sum())} row(s), fewer than {min_group_rows}: it is not "
                 "compared with the others."
             )
+
+
+# -- groups of a continuous column ------------------------------------------------------------------------
+
+
+def quantile_groups(values: Any, num_groups: int = 4) -> pd.Categorical:
+    """Divide a continuous column into groups of about equally many rows, named by their range of values.
+
+    Parameters
+    ----------
+    values : tensor, array, list or Series, (n,)
+        Numbers, finite.
+    num_groups : int
+        The largest number of groups; there may be fewer, since equal values stay in one group.
+
+    Returns
+    -------
+    pandas.Categorical, (n,)
+        Ordered, with the ranges of values as categories; to be passed as `groups` to `group_gaps`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Values that are not finite numbers of shape (n,), no rows; `num_groups` is no integer of at least 1.
+    MissingExtraError
+        pandas is not installed.
+
+    Examples
+    --------
+    >>> list(quantile_groups([20, 25, 31, 44, 52, 60, 61, 80]).categories)
+    ['20–25', '31–44', '52–60', '61–80']
+    """
+    with requires("metrics"):
+        import pandas as pd
+    check_integer("num_groups", num_groups, 1)
+    column = as_column(values, "values")
+    if column.dtype.kind not in "biuf":
+        raise TypeError(
+            f"values must be numbers, got {column.dtype} such as {listed(column.tolist(), 1)}: pass a column "
+            "of categories as groups as it is."
+        )
+    numbers = column.astype(np.float64)
+    edges = np.unique(numbers)
+    if edges.size > num_groups:
+        # Each group is closed above.
+        edges = np.unique(np.quantile(numbers, np.linspace(0, 1, num_groups + 1)[1:]))
+    found, codes = np.unique(np.searchsorted(edges, numbers), return_inverse=True)
+    limits = [(numbers[codes == code].min(), numbers[codes == code].max()) for code in range(len(found))]
+    return pd.Categorical.from_codes(codes, _range_names(limits), ordered=True)
+
+
+def _range_names(limits: list[tuple[float, float]]) -> list[str]:
+    """Return "low–high" with as few digits as keep the limits apart; whole numbers in full."""
+    distinct = sorted({limit for pair in limits for limit in pair})
+    whole = all(value == round(value) and abs(value) < 1e15 for value in distinct)
+
+    def text(value: float, digits: int) -> str:
+        if whole:
+            return str(round(value))
+        rounded = float(f"{value:.{digits}g}")
+        if rounded != 0 and not 1e-4 <= abs(rounded) < 1e15:
+            return f"{value:.{digits}g}"
+        return np.format_float_positional(rounded, trim="-")
+
+    digits = 2
+    while digits < 17 and len({text(value, digits) for value in distinct}) < len(distinct):
+        digits += 1
+    names = []
+    for low, high in limits:
+        # A dash next to a minus sign is hard to read.
+        dash = "–" if low >= 0 else " to "
+        names.append(text(low, digits) if low == high else f"{text(low, digits)}{dash}{text(high, digits)}")
+    return names

@@ -1,4 +1,4 @@
-"""Tests of independence by the bias-corrected distance correlation."""
+"""Tests of independence, of two variables or given a third, by the bias-corrected distance correlation."""
 
 from __future__ import annotations
 
@@ -26,21 +26,22 @@ CHI_SQUARED_MIN_SAMPLES = 20
 # Two orders of the samples that give the same value, as ties do, differ by rounding.
 _TIE = 1e-10
 
+# Rows in an interval of the given variable, within which rows are exchanged.
+_INTERVAL_ROWS = 20
+_MIN_ROWS = 40
+
+# Knots of a spline: one for so many rows, within limits.
+_KNOT_ROWS = 15
+_MAX_KNOTS = 30
+
 
 @dataclass(frozen=True)
 class DistanceCorrelationTTest:
     """Result of the distance correlation t-test.
 
-    Attributes
-    ----------
-    estimate : float
-        Bias-corrected squared distance correlation R.
-    statistic : float
-        ``√(v − 1)·R / √(1 − R²)`` with ``v = n(n−3)/2``; infinite for R = ±1.
-    degrees_of_freedom : int
-        v − 1.
-    p_value : float
-        Probability of a statistic at least as large under independence (one-sided).
+    The `estimate` is the bias-corrected squared distance correlation R, the `statistic`
+    ``√(v − 1)·R / √(1 − R²)`` with ``v = n(n−3)/2`` (infinite for R = ±1) and v − 1 `degrees_of_freedom`, the
+    `p_value` the probability of a statistic at least as large under independence (one-sided).
     """
 
     estimate: float
@@ -53,16 +54,9 @@ class DistanceCorrelationTTest:
 class DistanceCorrelationPermutationTest:
     """Result of a permutation test.
 
-    Attributes
-    ----------
-    estimate : float
-        Bias-corrected squared distance correlation.
-    p_value : float
-        ``(1 + k) / (1 + num_permutations)``, where k permutations gave a value at least as large.
-    num_permutations : int
-        Number of permutations.
-    permuted : array, (num_permutations,) float64
-        The values under permutation.
+    The `estimate` is the bias-corrected squared distance correlation, `permuted` are its values under
+    permutation, (num_permutations,) float64, and the `p_value` is ``(1 + k) / (1 + num_permutations)``, where
+    k of these are at least as large.
     """
 
     estimate: float
@@ -75,13 +69,11 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
     """Test the independence of two samples of **many columns** in the time of one distance correlation.
 
     As the number of columns of both variables grows, the statistic under independence tends to Student's t
-    with ``n(n−3)/2 − 1`` degrees of freedom. With few columns, or columns that depend strongly on each other,
-    it does not, and the test rejects too often: use `distance_correlation_permutation_test` there.
+    with ``n(n−3)/2 − 1`` degrees of freedom (Székely & Rizzo 2013). With few columns, or columns that depend
+    strongly on each other, it does not, and the test rejects too often: use
+    `distance_correlation_permutation_test` there.
 
-    Parameters
-    ----------
-    x, y : tensor or array, (n,) or (n, number of columns)
-        As of `mdnorm.metrics.distance_correlation_sqr`.
+    Samples, errors for them and the reference are those of `mdnorm.metrics.distance_correlation_sqr`.
 
     Returns
     -------
@@ -91,15 +83,8 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
 
     Raises
     ------
-    TypeError, ValueError
-        As for `mdnorm.metrics.distance_correlation_sqr`.
     mdnorm.extras.MissingExtraError
         SciPy is not installed.
-
-    References
-    ----------
-    .. [1] Székely, G. J., & Rizzo, M. L. (2013). The distance correlation t-test of independence in high
-       dimension. Journal of Multivariate Analysis, 117, 193–213.
 
     Examples
     --------
@@ -181,12 +166,11 @@ def distance_correlation_permutation_test(
     """Test the independence of two samples by permuting the samples of one.
 
     Valid for any distribution and any number of samples and columns. With `strata` samples are permuted
-    within each stratum only: a test of independence given the stratum, for example given the label.
+    within each stratum only: a test of independence given the stratum, for example given the label. `x` and
+    `y` are those of `mdnorm.metrics.distance_correlation_sqr`.
 
     Parameters
     ----------
-    x, y : tensor or array, (n,) or (n, number of columns)
-        As of `mdnorm.metrics.distance_correlation_sqr`.
     num_permutations : int
         At least 20. No p-value is below ``1 / (1 + num_permutations)``.
     seed : int
@@ -201,12 +185,10 @@ def distance_correlation_permutation_test(
 
     Raises
     ------
-    TypeError
-        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is not an integer;
-        strata of several kinds.
-    ValueError
-        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is below 20; `strata` has the
-        wrong shape, another number of rows or missing values, or no stratum has two samples.
+    TypeError, ValueError
+        As for `mdnorm.metrics.distance_correlation_sqr`; `num_permutations` is no integer of at least 20;
+        `strata` are of several kinds, or have the wrong shape, another number of rows or missing values, or
+        no stratum has two samples.
 
     Notes
     -----
@@ -253,8 +235,8 @@ def distance_correlation_permutation_test(
             chunk = max(1, _PERMUTATION_ELEMENTS // samples.num_samples)
             for start in range(0, num_permutations, chunk):
                 count = min(chunk, num_permutations - start)
-                permutations = _permutations(count, samples.num_samples, codes, generator)
-                values = permuted_products(first, second, products.effects, permutations.to(samples.device))
+                orders = permutations(count, samples.num_samples, codes, generator).to(samples.device)
+                values = permuted_products(first, second, products.effects, orders)
                 permuted[start : start + count] = (values / root).clamp(-1, 1).cpu().numpy()
     as_large = int((permuted >= estimate - _TIE).sum())
     return DistanceCorrelationPermutationTest(
@@ -262,14 +244,104 @@ def distance_correlation_permutation_test(
     )
 
 
-def _permutations(count: int, num_samples: int, strata: Tensor | None, generator: torch.Generator) -> Tensor:
+def permutations(count: int, num_samples: int, strata: Tensor | None, generator: torch.Generator) -> Tensor:
     """Return random permutations within strata, (count, n) int64, on the CPU."""
     if strata is None:
         return torch.stack([torch.randperm(num_samples, generator=generator) for _ in range(count)])
-    permutations = torch.empty(count, num_samples, dtype=torch.int64)
+    orders = torch.empty(count, num_samples, dtype=torch.int64)
     grouped = strata.argsort(stable=True)
-    for permutation in permutations:
+    for permutation in orders:
         shuffled = torch.randperm(num_samples, generator=generator)
         # Samples by stratum, in random order within each, go to the places of their stratum.
         permutation[grouped] = shuffled[strata[shuffled].argsort(stable=True)]
-    return permutations
+    return orders
+
+
+def residuals_given(values: NDArray[np.float64], given: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return what a cubic spline of `given` (n,), knots at its quantiles, leaves of `values` (n, p)."""
+    with requires("metrics"):
+        from sklearn.preprocessing import SplineTransformer
+
+    number = int(np.clip(len(given) // _KNOT_ROWS, 3, _MAX_KNOTS))
+    knots = np.unique(np.quantile(given, np.linspace(0, 1, number)))
+    basis = np.ones((len(given), 1))
+    if len(knots) > 1:
+        basis = SplineTransformer(degree=3, knots=knots[:, None]).fit_transform(given[:, None])
+    fitted: NDArray[np.float64] = basis @ np.linalg.lstsq(basis, values, rcond=None)[0]
+    return values - fitted
+
+
+def conditional_independence_test(
+    x: Tensor | ArrayLike,
+    y: Tensor | ArrayLike,
+    given: Tensor | ArrayLike,
+    *,
+    num_permutations: int = 999,
+    seed: int = 0,
+) -> DistanceCorrelationPermutationTest:
+    """Test whether two variables are independent given a **continuous** third one.
+
+    The means of `x` and `y` as smooth functions of `given` are taken away, and the distance correlation of
+    what is left is compared with its values when rows of similar `given` are exchanged. Partial distance
+    correlation does not answer this question: it is not 0 for two variables that share nothing but a function
+    of the third. Other parameters are those of `distance_correlation_permutation_test`, but n ≥ 40.
+
+    Parameters
+    ----------
+    given : tensor or array, (n,)
+        The variable that may explain both. Of classes use `distance_correlation_permutation_test` with them
+        as `strata`.
+
+    Returns
+    -------
+    DistanceCorrelationPermutationTest
+        Its estimate is the bias-corrected squared distance correlation of the residuals.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `distance_correlation_permutation_test`; fewer than 40 rows; `given` is not of shape (n,).
+    mdnorm.extras.MissingExtraError
+        scikit-learn is not installed.
+
+    Notes
+    -----
+    The means are cubic splines with a knot for every 15 rows, 30 at most, at quantiles of `given`. Rows are
+    exchanged within intervals of about 20 rows, so that a spread that depends on `given` stays where it is.
+    The test is approximate: where such a spline cannot follow the mean, the rest of it stays in both
+    variables and makes them dependent.
+
+    References
+    ----------
+    .. [1] Shah, R. D., & Peters, J. (2020). The hardness of conditional independence testing and the
+       generalised covariance measure. The Annals of Statistics, 48(3), 1514–1538.
+    .. [2] Kim, I., Neykov, M., Balakrishnan, S., & Wasserman, L. (2022). Local permutation tests for
+       conditional independence. The Annals of Statistics, 50(6), 3388–3414.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> given, x, y = np.random.default_rng(0).standard_normal((3, 300))
+    >>> conditional_independence_test(given**2 + x, given**2 + y, given).p_value > 0.05
+    True
+    >>> conditional_independence_test(given**2 + x, given**2 + x, given).p_value
+    0.001
+    """
+    samples = as_samples(
+        x=x, y=y, given=given, min_samples=_MIN_ROWS, reason="so few rows do not tell the means given a third"
+    )
+    shape = np.shape(given)
+    if len(shape) != 1:
+        raise ValueError(f"given must have shape (n,), one value for each row, got {shape}.")
+    first, second, third = (rows.cpu().numpy() for rows in samples.rows)
+    position = third[:, 0] if third.shape[1] else np.zeros(samples.num_samples)
+    num_intervals = max(1, samples.num_samples // _INTERVAL_ROWS)
+    # Rows of equal values are in the order they come in, which exchanges them all the same.
+    intervals = np.argsort(np.argsort(position, kind="stable")) * num_intervals // samples.num_samples
+    return distance_correlation_permutation_test(
+        residuals_given(first, position),
+        residuals_given(second, position),
+        num_permutations=num_permutations,
+        seed=seed,
+        strata=intervals,
+    )

@@ -54,13 +54,10 @@ from mdnorm.metrics.scalars import SortedScalar, sum_of_products
 # More anchors estimate the row effects better, which nothing needs, and each costs n distances.
 _NUM_ANCHORS = 16
 
-# Entries in one tile. On a CPU a few tiles should stay in the cache (2^17 float64 values are 1 MiB), for each
-# thread its share; many samples take twice as much, since a tile of few rows or columns spends its time
-# starting operations. Elsewhere a tile should be large enough to hide the cost of a kernel launch.
-_TILE_ELEMENTS_CPU = 2**17
-_TILE_ELEMENTS_ACCELERATOR = 2**24
-_TILE_ROWS = (128, 256)
-_TILE_COLUMNS = 1024
+# Rows and columns of a tile. On a CPU a few tiles should stay in the cache, for each thread its share;
+# elsewhere a tile should be large enough to hide the cost of a kernel launch.
+_TILE_CPU = (128, 1024)
+_TILE_ACCELERATOR = (4096, 4096)
 
 # Fewer columns than this cost less as differences than as a matrix product.
 _MIN_COLUMNS_FOR_PRODUCT = 6
@@ -81,9 +78,7 @@ _MIN_SAMPLES_FOR_SORTING = 600
 Index: TypeAlias = slice | Tensor
 
 
-# --------------------------------------------------------------------------------------------------------
-# Matrices
-# --------------------------------------------------------------------------------------------------------
+# -- matrices ---------------------------------------------------------------------------------------------
 
 
 class PairwiseMatrix(ABC):
@@ -94,16 +89,7 @@ class PairwiseMatrix(ABC):
 
     def __init__(self, rows: Tensor) -> None:
         self.rows = rows
-
-    @property
-    def num_samples(self) -> int:
-        """Number of samples n."""
-        return self.rows.shape[0]
-
-    @property
-    def num_columns(self) -> int:
-        """Number of columns p of the samples."""
-        return self.rows.shape[1]
+        self.num_samples, self.num_columns = rows.shape
 
     @abstractmethod
     def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
@@ -116,7 +102,7 @@ class PairwiseMatrix(ABC):
         """Return what rounding of the entries may leave of ``Σ_{i≠j} A_ij²``."""
         num_samples = effects.shape[0]
         values = 2 * (num_samples - 2) * effects.square().sum() + 2 * effects.sum().square()
-        return _ROUNDING**2 * self.num_columns * values
+        return _ROUNDING**2 * max(1, self.num_columns) * values
 
 
 class Distances(PairwiseMatrix):
@@ -185,7 +171,7 @@ class LinearKernel(PairwiseMatrix):
 
     def __init__(self, rows: Tensor) -> None:
         # The median, unlike the mean, is close to most samples where another is far away.
-        super().__init__(rows - rows.median(dim=0).values if rows.shape[1] > 0 else rows)
+        super().__init__(rows - rows.median(dim=0).values)
 
     def block(self, first: Index, second: Index, out: Tensor | None = None) -> Tensor:
         """Return inner products."""
@@ -202,9 +188,7 @@ def _exact_distances(rows: Tensor, others: Tensor) -> Tensor:
     return torch.cdist(rows, others, compute_mode="donot_use_mm_for_euclid_dist")
 
 
-# --------------------------------------------------------------------------------------------------------
-# Tiles
-# --------------------------------------------------------------------------------------------------------
+# -- tiles ------------------------------------------------------------------------------------------------
 
 
 class _Tile(NamedTuple):
@@ -223,15 +207,11 @@ class _Tiling:
     """The tiles of the upper triangle, and memory that they share."""
 
     def __init__(self, num_samples: int, device: torch.device) -> None:
-        columns = _TILE_COLUMNS
+        rows, columns = _TILE_ACCELERATOR
         if device.type == "cpu":
-            elements = _TILE_ELEMENTS_CPU
-            columns *= torch.get_num_threads()
-        else:
-            elements = _TILE_ELEMENTS_ACCELERATOR
+            rows, columns = _TILE_CPU[0], _TILE_CPU[1] * torch.get_num_threads()
         self._num_samples = num_samples
-        self._tile_rows = min(_tile_rows(num_samples, elements), num_samples)
-        self._tile_columns = min(max(elements // self._tile_rows, columns), num_samples)
+        self._tile_rows, self._tile_columns = min(rows, num_samples), min(columns, num_samples)
         self._buffers: dict[int, Tensor] = {}
         self._device = device
 
@@ -251,20 +231,12 @@ class _Tiling:
         return self._buffers[key][: rows * columns].view(rows, columns)
 
 
-def _tile_rows(num_samples: int, elements: int) -> int:
-    # Tiles on the diagonal compute its lower triangle too: few rows where there are few samples.
-    least, most = _TILE_ROWS
-    return max(elements // num_samples, min(max(num_samples // 16, least), most))
-
-
 def _reduced_tile(
     matrix: PairwiseMatrix, effects: Tensor, tile: _Tile, out: Tensor, order: Tensor | None = None
 ) -> Tensor:
     """Return ``a_ij − r_i − r_j`` in a tile, 0 unless j > i, for the samples in another order if given."""
     first, second = tile if order is None else (order[tile.rows], order[tile.columns])
-    values = matrix.block(first, second, out)
-    values -= effects[first, None]
-    values -= effects[second]
+    values = matrix.block(first, second, out).sub_(effects[first, None]).sub_(effects[second])
     overlap = tile.columns.start < tile.rows.stop
     return values.triu_(1 + tile.rows.start - tile.columns.start) if overlap else values
 
@@ -291,27 +263,18 @@ def _anchored_effects(matrix: PairwiseMatrix) -> Tensor:
     return effects
 
 
-# --------------------------------------------------------------------------------------------------------
-# Inner products
-# --------------------------------------------------------------------------------------------------------
+# -- inner products ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class CentredProducts:
-    """Inner products of k U-centred matrices of n samples.
+    """Inner products of k U-centred matrices of n samples."""
 
-    Attributes
-    ----------
-    products : Tensor, (k, k) float64
-        ``(A_u·A_v)``.
-    is_zero : Tensor, (k,) bool
-        Whether ``(A_u·A_u)`` is 0 up to rounding.
-    effects : Tensor, (k, n) float64
-        ``e_i`` such that ``A_ij = a_ij − e_i − e_j``; 0 of weighted products.
-    """
-
+    # ``(A_u·A_v)``, (k, k) float64.
     products: Tensor
+    # Whether ``(A_u·A_u)`` is 0 up to rounding, (k,) bool.
     is_zero: Tensor
+    # ``e_i`` such that ``A_ij = a_ij − e_i − e_j``, (k, n) float64; 0 of weighted products.
     effects: Tensor
 
     def correlations(self) -> Tensor:
@@ -328,33 +291,21 @@ def centred_products(matrices: Sequence[PairwiseMatrix], weights: Tensor | None 
 
     Weights (n,), for distances only, are above 0; see `quadruple_weight`.
     """
-    rows = matrices[0].rows
-    num_samples, num_matrices = rows.shape[0], len(matrices)
-    effects = rows.new_zeros(num_matrices, num_samples)
-    products = rows.new_zeros(num_matrices, num_matrices)
-    is_zero = torch.ones(num_matrices, dtype=torch.bool, device=rows.device)
-    # A constant, which has no columns, is 0 after U-centring.
-    varying = [index for index, matrix in enumerate(matrices) if matrix.num_columns > 0]
-    if not varying:
-        return CentredProducts(products, is_zero, effects)
-    present = [matrices[index] for index in varying]
-    index = torch.tensor(varying, device=rows.device)
+    num_samples = matrices[0].num_samples
     if weights is not None:
-        products[index[:, None], index], is_zero[index] = _weighted_products(present, weights / weights.sum())
-        return CentredProducts(products, is_zero, effects)
-    reduced, row_sums, pair_sums = _sorted_sums(present) if _sorts(present) else _tiled_sums(present)
+        products, is_zero = _weighted_products(matrices, weights / weights.sum())
+        return CentredProducts(products, is_zero, weights.new_zeros(len(matrices), num_samples))
+    reduced, row_sums, pair_sums = _sorted_sums(matrices) if _sorts(matrices) else _tiled_sums(matrices)
     row_sums = row_sums[:, 0]
-    totals = row_sums.sum(dim=1)
-    centred = _expansion(pair_sums, row_sums, row_sums)
-    rounding = torch.stack([matrix.rounding(r) for matrix, r in zip(present, reduced, strict=True)])
-    is_zero[index] = centred.diagonal() <= rounding
-    products[index[:, None], index] = centred / (num_samples * (num_samples - 3))
-    means = totals[:, None] / (2 * (num_samples - 1) * (num_samples - 2))
-    effects[index] = reduced + row_sums / (num_samples - 2) - means
-    return CentredProducts(products, is_zero, effects)
+    centred = expansion(pair_sums, row_sums, row_sums)
+    rounding = torch.stack([matrix.rounding(r) for matrix, r in zip(matrices, reduced, strict=True)])
+    means = row_sums.sum(dim=1, keepdim=True) / (2 * (num_samples - 1) * (num_samples - 2))
+    effects = reduced + row_sums / (num_samples - 2) - means
+    products = centred / (num_samples * (num_samples - 3))
+    return CentredProducts(products, centred.diagonal() <= rounding, effects)
 
 
-def _expansion(pair_sums: Tensor, x_sums: Tensor, y_sums: Tensor) -> Tensor:
+def expansion(pair_sums: Tensor, x_sums: Tensor, y_sums: Tensor) -> Tensor:
     """Return ``Σ_{i≠j} A_ij B_ij`` from ``Σ_{i<j} a_ij b_ij`` and sums of rows (k, n) and (m, n)."""
     num_samples = x_sums.shape[1]
     totals = x_sums.sum(dim=1)[:, None] * y_sums.sum(dim=1) / ((num_samples - 1) * (num_samples - 2))
@@ -411,7 +362,7 @@ def permuted_products(
         x, y = (SortedScalar.of(matrix.rows[:, 0]) for matrix in (first, second))
         x_sums, y_sums = x.row_sums()[None], y.row_sums()[None]
         for k, order in enumerate(permutations):
-            sums[k] = 4 * _expansion(sum_of_products(x, y.permuted(order)), x_sums, y_sums[:, order]).sum()
+            sums[k] = 4 * expansion(sum_of_products(x, y.values[order]), x_sums, y_sums[:, order]).sum()
         return sums / (num_samples * (num_samples - 3))
     tiling = _Tiling(num_samples, device)
     for tile in tiling:
@@ -459,9 +410,7 @@ def _tiled_sums(matrices: Sequence[PairwiseMatrix], weights: Tensor | None = Non
     return effects, row_sums, pair_sums.tril() + pair_sums.tril(-1).T
 
 
-# --------------------------------------------------------------------------------------------------------
-# Scalars
-# --------------------------------------------------------------------------------------------------------
+# -- scalars ----------------------------------------------------------------------------------------------
 
 
 def _sorts(matrices: Sequence[PairwiseMatrix]) -> bool:
@@ -478,6 +427,6 @@ def _sorted_sums(matrices: Sequence[PairwiseMatrix]) -> _Sums:
     for k, scalar in enumerate(scalars):
         pair_sums[k, k] = 4 * scalar.sum_of_squares()
         for other in range(k):
-            pair_sums[k, other] = pair_sums[other, k] = 4 * sum_of_products(scalars[other], scalar)
+            pair_sums[k, other] = pair_sums[other, k] = 4 * sum_of_products(scalars[other], scalar.values)
     effects = torch.stack([scalar.values.abs() for scalar in scalars])
     return effects, torch.stack([-2 * scalar.row_sums() for scalar in scalars])[:, None], pair_sums

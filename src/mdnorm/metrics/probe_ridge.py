@@ -97,26 +97,25 @@ def _additive(train: Floats, test: Floats, settings: Settings) -> tuple[Floats, 
     num_waves = int(np.clip(_MAX_ADDITIVE // train.shape[1], 2, _MAX_WAVES))
     waves = np.pi * np.arange(1, num_waves + 1)
 
-    def expanded(rows: Floats) -> Floats:
-        out: Floats = np.cos(ranks.transform(rows)[:, :, None] * waves).reshape(rows.shape[0], -1)
-        return out
-
-    return _centred(expanded(train), expanded(test))
+    expanded = (
+        np.cos(ranks.transform(rows)[:, :, None] * waves).reshape(rows.shape[0], -1) for rows in (train, test)
+    )
+    return _centred(*expanded)
 
 
 def _kernels(train: Floats, test: Floats, settings: Settings) -> tuple[Floats, Floats]:
     """Nyström features of Gaussian kernels of two widths, beside the columns."""
     from sklearn.kernel_approximation import Nystroem
 
-    num_columns = train.shape[1]
+    num_rows, num_columns = train.shape
     trains, tests = [train / np.sqrt(num_columns)], [test / np.sqrt(num_columns)]
-    num_landmarks = max(1, min(settings.num_landmarks, train.shape[0] // 2))
+    num_landmarks = max(1, min(settings.num_landmarks, num_rows // 2))
     for width in _WIDTHS:
         kernel = Nystroem(
             kernel="rbf", gamma=width / num_columns, n_components=num_landmarks, random_state=settings.seed
         ).fit(train)
         block, other = _centred(kernel.transform(train), kernel.transform(test))
-        size = np.sqrt(np.square(block).sum() / train.shape[0])
+        size = np.sqrt(np.square(block).sum() / num_rows)
         trains.append(block / size)
         tests.append(other / size)
     return np.hstack(trains), np.hstack(tests)
@@ -137,25 +136,24 @@ class _LeftOut:
         num_rows = components.shape[0]
         # The intercept is one more component, of the weight 1.
         self.components = np.column_stack([components, np.full(num_rows, 1 / np.sqrt(num_rows))])
-        self.blocks: list[Integers] = []
-        if subjects is None:
-            self.squares = np.square(self.components)
-            return
-        order = np.argsort(subjects, kind="stable")
-        _, sizes = np.unique(subjects, return_counts=True)
-        members = np.split(order, np.cumsum(sizes)[:-1])
-        for size in np.unique(sizes):
-            self.blocks.append(np.stack([rows for rows in members if rows.size == size]))
+        # Rows that are left out together, (number of such sets, size), by size.
+        self.blocks = [np.arange(num_rows)[:, None]]
+        if subjects is not None:
+            sizes = np.unique(subjects, return_counts=True)[1]
+            members = np.split(np.argsort(subjects, kind="stable"), np.cumsum(sizes)[:-1])
+            self.blocks = [np.stack([rows for rows in members if rows.size == n]) for n in np.unique(sizes)]
 
     def residuals(self, residuals: Floats, weights: Floats) -> Floats:
         """Return the left-out residuals (n, T) of a fit with ``H = P diag(weights) Pᵀ``."""
         weights = np.append(weights, 1.0)
-        if not self.blocks:
-            single: Floats = residuals / (1 - self.squares @ weights)[:, None]
-            return single
         out = np.empty_like(residuals)
         for rows in self.blocks:
             num_blocks, size = rows.shape
+            if size == 1:
+                single = rows[:, 0]
+                leverage = np.square(self.components[single]) @ weights
+                out[single] = residuals[single] / (1 - leverage)[:, None]
+                continue
             step = max(1, CHUNK_ELEMENTS // (size * max(weights.size, residuals.shape[1])))
             for start in range(0, num_blocks, step):
                 chosen = rows[start : start + step]
@@ -171,15 +169,10 @@ class _LeftOut:
 
     def means(self, targets: Floats) -> Floats:
         """Return the mean of the targets (n, T) over the rows that are trained on when a row is left out."""
-        num_rows = targets.shape[0]
-        total = targets.sum(axis=0)
-        if not self.blocks:
-            single: Floats = (total - targets) / (num_rows - 1)
-            return single
-        out = np.empty_like(targets)
+        out, total = np.empty_like(targets), targets.sum(axis=0)
         for rows in self.blocks:
-            sums = targets[rows].sum(axis=1, keepdims=True)
-            out[rows] = (total - sums) / (num_rows - rows.shape[1])
+            rest = total - targets[rows].sum(axis=1, keepdims=True)
+            out[rows] = rest / (len(targets) - rows.shape[1])
         return out
 
 
@@ -215,19 +208,9 @@ class Basis:
     def fit(self, targets: Floats) -> tuple[Floats, Floats, Floats]:
         """Fit ridge regressions, and choose their strength by left-out residuals.
 
-        Parameters
-        ----------
-        targets : (n, T, C)
-            T targets of C columns each; the columns of one target share their strength.
-
-        Returns
-        -------
-        errors : (T,)
-            Sums of squared left-out residuals.
-        predicted : (rows to test, T, C)
-            Less the mean of the training rows.
-        scores : (n, T, C)
-            The left-out scores s, of which the left-out mean is taken away.
+        The columns of each of the T `targets` (n, T, C) share their strength. Returns the sums of squared
+        left-out residuals (T,), what is predicted less the mean of the training rows (rows to test, T, C),
+        and the left-out scores s, of which the left-out mean is taken away (n, T, C).
         """
         num_rows, num_targets, width = targets.shape
         flat = targets.reshape(num_rows, -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,28 +23,15 @@ MIN_ROWS = 10
 
 @dataclass(frozen=True)
 class ProbeScore(PlainResult):
-    """The score of a probe.
+    """The score of a probe, by its `name` "r2" or "balanced_accuracy".
 
-    Attributes
-    ----------
-    name : {"r2", "balanced_accuracy"}
-        What is scored.
-    value : float
-        The score on rows that were not trained on; larger is better.
-    chance : float
-        The score of predictions that know nothing: 0, or 1 / number of classes.
-    low, high : float
-        Confidence interval of the score of this kind of probe, fitted to as many rows. Another kind of probe
-        may score higher.
-    p_value : float or None
-        Share of permuted targets that score as well, ``(1 + #) / (1 + num_permutations)``; None without
-        permutations.
-    permutation_mean, permutation_high : float or None
-        Mean and 95 % quantile of the scores of the permuted targets.
-    tail_p_value : float or None
-        A p-value that can be smaller than ``1 / (1 + num_permutations)``, to correct for many tests: where
-        fewer than a tenth of at least 100 permutations score as well, it is that of an exponential tail
-        fitted to the best tenth. None without permutations.
+    The `value` is that on rows that were not trained on, larger is better; `chance` that of predictions that
+    know nothing, 0 or 1 / number of classes; `low` to `high` the confidence interval of the score of this
+    kind of probe, fitted to as many rows (another kind of probe may score higher). The `p_value` is the share
+    of permuted targets that score as well, ``(1 + #) / (1 + num_permutations)``; `permutation_mean` and
+    `permutation_high` are mean and 95 % quantile of their scores. The `tail_p_value` can be smaller, to
+    correct for many tests: where fewer than a tenth of at least 100 permutations score as well, it is that of
+    an exponential tail fitted to the best tenth. All four are None without permutations.
     """
 
     name: str
@@ -73,16 +60,14 @@ class Outcome:
     def score(self) -> ProbeScore:
         """Return the score of the target, compared with those of the permutations."""
         observed, permuted = float(self.values[0]), self.values[1:]
+        score = ProbeScore(self.name, observed, self.chance, *self.interval)
         if permuted.size == 0:
-            return ProbeScore(self.name, observed, self.chance, *self.interval)
+            return score
         # Up to rounding: a permutation that changes nothing has to count.
         as_good = int((permuted >= observed - 1e-12 * max(1.0, abs(observed))).sum())
         p_value = (1 + as_good) / (1 + permuted.size)
-        return ProbeScore(
-            self.name,
-            observed,
-            self.chance,
-            *self.interval,
+        return replace(
+            score,
             p_value=p_value,
             permutation_mean=float(permuted.mean()),
             permutation_high=float(np.quantile(permuted, 0.95)),
@@ -94,28 +79,22 @@ def pooled(outcomes: list[Outcome]) -> ProbeScore | None:
     """Return the mean score over label classes, weighted by rows; these are independent samples."""
     if not outcomes:
         return None
-    first = outcomes[0]
-    weights = np.array([outcome.num_rows for outcome in outcomes], dtype=np.float64)
-    weights /= weights.sum()
-    values = [float(outcome.values[0]) for outcome in outcomes]
-    return Outcome(
-        first.name,
-        weights @ np.stack([outcome.values for outcome in outcomes]),
-        float(weights @ [outcome.chance for outcome in outcomes]),
-        combined(weights, values, [outcome.interval for outcome in outcomes]),
-        first.counts,
-        sum(outcome.num_rows for outcome in outcomes),
-        first.num_folds,
+    sizes = np.array([outcome.num_rows for outcome in outcomes], dtype=np.float64)
+    weights = sizes / sizes.sum()
+    values = np.stack([outcome.values for outcome in outcomes])
+    return replace(
+        outcomes[0],
+        values=weights @ values,
+        chance=float(weights @ [outcome.chance for outcome in outcomes]),
+        interval=combined(weights, values[:, 0], [outcome.interval for outcome in outcomes]),
     ).score()
 
 
 def _tail_p_value(observed: float, permuted: Floats, p_value: float) -> float:
     """Return the p-value from an exponential tail through the best tenth of the permuted scores.
 
-    References
-    ----------
-    .. [1] Knijnenburg, T. A., Wessels, L. F. A., Reinders, M. J. T., & Shmulevich, I. (2009). Fewer
-       permutations, more accurate P-values. Bioinformatics, 25(12), i161–i168.
+    Knijnenburg, T. A., Wessels, L. F. A., Reinders, M. J. T., & Shmulevich, I. (2009). Fewer permutations,
+    more accurate P-values. Bioinformatics, 25(12), i161–i168.
     """
     number = permuted.size // 10
     # Few different scores mean few ways to permute: there is no tail to fit.

@@ -31,27 +31,13 @@ _MAX_NUMERIC_CLASSES = 10
 
 @dataclass(frozen=True)
 class ProbeResult(PlainResult):
-    """What `probe` found.
+    """What `probe` found: the score, `scored`, and how it was made.
 
-    Attributes
-    ----------
-    model : {"linear", "nonlinear"}
-    task : {"classification", "regression"}
-    scored : ProbeScore
-        R² for regression, balanced accuracy for classes.
-    num_rows, num_features, num_folds, num_permutations : int
-    classes, class_counts : tuple
-        The classes of the target and their rows; empty for regression.
-    label : object
-        The label class whose rows these are; None for all rows.
-    within_labels : tuple of ProbeResult
-        The probe within each label class, without those left out.
-    pooled : ProbeScore or None
-        Mean of the score over `within_labels`, weighted by rows, with a p-value of its own.
-    left_out : tuple of (label, reason)
-        Label classes that could not be probed.
-    notes : tuple of str
-        Decisions that were made for the caller, such as fewer folds.
+    `classes` and `class_counts` are the classes of the target and their rows, empty for regression. With
+    labels, `within_labels` has the probe within each class that could be probed (its `label`, which is None
+    for all rows), `pooled` the mean of their scores weighted by rows, with a p-value of its own, and
+    `left_out` the other classes, each with the reason. The `notes` are decisions that were made for the
+    caller, such as fewer folds.
     """
 
     model: str
@@ -122,64 +108,53 @@ def probe(
     num_permutations : int
         At least 20, since the smallest p-value is ``1 / (1 + num_permutations)``; or 0 for no p-value.
     num_landmarks : int
-        Number of rows from which each kernel of the non-linear probe is approximated; at most half of the
-        training rows are used.
+        Rows from which each kernel of the non-linear probe is approximated; at most half of those trained on.
     confidence : float
         Confidence level of the intervals of the scores, between 0 and 1.
     seed : int
-        Seed of folds, permutations and landmarks: the same seed gives the same result.
+        Of folds, permutations and landmarks: the same seed gives the same result.
 
     Returns
     -------
     ProbeResult
-        R² for regression (1 − squared error / squared error of the mean of the training rows, over the rows
-        of all folds: 0 for a probe that knows nothing, negative where it is worse than that), or the balanced
-        accuracy over the rows of all folds. Constant features, up to rounding of the largest value, give
-        chance and a p-value of 1.
+        Over the rows of all folds the balanced accuracy, or R² (1 − squared error / squared error of the mean
+        of the training rows: 0 for a probe that knows nothing, negative where it is worse than that).
+        Features that are constant but for rounding give chance and a p-value of 1.
 
     Raises
     ------
-    TypeError
-        An argument is of the wrong type, or not numeric where it has to be.
-    ValueError
-        A wrong shape, different numbers of rows, NaN, infinite or missing values, too few rows, a constant
-        target, a target that is an identifier, a class with a single row or subject, unknown options.
+    TypeError, ValueError
+        A wrong type or shape, different numbers of rows, NaN, infinite or missing values, too few rows, a
+        constant target, a target that is an identifier, a class with a single row or subject, unknown
+        options.
     MissingExtraError
         scikit-learn is not installed.
 
     Notes
     -----
-    Standardisation, landmarks, the strength of the ridge and the thresholds are fitted on the training rows
-    of each fold. The strength is the strongest that is not clearly worse than the best by generalised
-    cross-validation, with `groups` by leaving out one subject at a time; strengths that leave fewer than 20
-    degrees of freedom are not tried.
+    Standardisation, landmarks, the strength of the ridge and the thresholds (for equal priors, so that a rare
+    class does not leave the probe at chance) are fitted on the training rows of each fold. The strength is
+    the strongest that is not clearly worse than the best by generalised cross-validation, with `groups` by
+    leaving out one subject at a time; strengths that leave fewer than 20 degrees of freedom are not tried.
 
-    Balanced accuracy weighs classes equally, so thresholds are those for equal priors: a rare class does not
-    leave the probe at chance.
+    Intervals are for this kind of probe, fitted to as many rows. That of R² comes from the linearised
+    variance of a ratio of sums over rows or subjects; its upper limit is at least that of the squared
+    correlation of prediction and target. That of balanced accuracy is combined from Wilson's intervals of the
+    classes [5]_. Both are widened because folds share training rows [6]_.
 
-    Intervals are for this kind of probe, fitted to as many rows. The interval of R², a ratio of sums over
-    rows or subjects, comes from its linearised variance; its upper limit is at least that of the squared
-    correlation of prediction and target. The interval of balanced accuracy is combined from Wilson's
-    intervals of the classes (Zou & Donner 2008). Both are widened because folds share training rows (Nadeau &
-    Bengio 2003).
-
-    Permutations keep the folds, and permute within them, which makes the p-value exact also where folds are
-    stratified by the target. With `groups`, each subject gets the values of another subject, repeated or cut
-    to its number of rows; this is exact where subjects have equally many rows. With `labels`, the p-value of
-    all rows asks whether features know more of the target than the label tells; `permutation_mean` shows what
-    the label tells.
+    Permutations stay within the folds, which makes the p-value exact also where folds are stratified by the
+    target [4]_. With `groups`, each subject gets the values of another subject, repeated or cut to its number
+    of rows; this is exact where subjects have equally many rows. With `labels`, the p-value of all rows asks
+    whether features know more of the target than the label tells, which `permutation_mean` shows.
 
     The non-linear probe offers three representations of the standardised features, and takes for each target
     the one with the smallest left-out error: the features themselves; functions of single features (cosines
     of their ranks; of principal components where there are more than 600); and Nyström features (Williams &
     Seeger 2001) of Gaussian kernels of two widths beside the features. All end in the same ridge, so that
     permutations share one factorisation each a fold, where a network or boosted trees would have to be
-    trained again for each. On 1000 rows of 10 features its balanced accuracy, beside that of a network with
-    100 hidden units and of boosted trees (both of scikit-learn), was 0.90 (0.88, 0.90) for a quadratic
-    function of one feature, 0.88 (0.53, 0.91) for a sine, 0.76 (0.86, 0.92) for an exclusive or of two
-    features, 0.86 (0.85, 0.87) for a radius, and 0.82 (0.51, 0.52) for a class in a component of a small
-    variance. An exclusive or of two features among 84 it does not find (0.51), boosted trees do (0.75): a
-    large p-value does not show independence.
+    trained again for each; the page "Speed and memory" has its balanced accuracy beside theirs. An exclusive
+    or of two features among 84 it does not find (0.51), boosted trees do (0.75): a large p-value does not
+    show independence.
 
     Arithmetic is O(n·q² + n·q·num_permutations) a fold with q the number of (transformed) columns, or n where
     that is smaller; memory is O(n·(p + q)) beside it.
@@ -224,8 +199,8 @@ def probe(
     rows = _as_features(features)
     column = as_column(target, "target")
     label_classes = None if labels is None else as_categories(labels, "labels")
-    subjects = None if groups is None else as_categories(groups, "groups").codes
     codes = None if label_classes is None else label_classes.codes
+    subjects = None if groups is None else as_categories(groups, "groups").codes
     for name, values in {"target": column, "labels": codes, "groups": subjects}.items():
         if values is not None:
             check_same_rows(**{"features": len(rows), name: len(values)})

@@ -79,19 +79,7 @@ def _check_widths(pieces: Sequence[Rows]) -> None:
             )
 
 
-# -- settings ---------------------------------------------------------------------------------------------
-
-
-def check_settings(max_samples: int | None, seed: int) -> None:
-    """Raise TypeError or ValueError where settings are no integers, or keep too few samples."""
-    for name, value in (("max_samples", max_samples), ("seed", seed)):
-        if type(value) is not int and not (value is None and name == "max_samples"):
-            raise TypeError(f"{name} must be an integer{' or None' * (name != 'seed')}, got {value!r}.")
-    if max_samples is not None and max_samples < MIN_SAMPLES:
-        raise ValueError(
-            f"max_samples must be at least {MIN_SAMPLES}, got {max_samples}: the bias-corrected distance "
-            "correlation is not defined for fewer samples. None keeps them all."
-        )
+# -- columns of metadata ----------------------------------------------------------------------------------
 
 
 def check_column_names(column_names: ColumnNames | None) -> None:
@@ -110,9 +98,7 @@ def check_column_names(column_names: ColumnNames | None) -> None:
         if not isinstance(name, str):
             raise TypeError(f"column_names must be strings, got {name!r}.")
         if name == JOINT:
-            raise ValueError(
-                f"column_names must not contain {JOINT!r}: this is the value of all columns together."
-            )
+            raise ValueError(f"column_names must not contain {JOINT!r}: the value of all columns together.")
         if names.count(name) > 1:
             raise ValueError(f"column_names has {name!r} {names.count(name)} times: names must differ.")
     if not isinstance(column_names, Mapping):
@@ -211,12 +197,8 @@ def sample_keys(start: int, count: int, *, seed: int, rank: int = 0) -> Tensor:
     """Return the random keys of rows ``start … start + count − 1`` of the stream of a process.
 
     A key depends on the row's place in the stream only, not on the batches in which the stream comes: they
-    are the numbers of Philox, a generator that counts. int64 on the CPU, in [0, 2^63).
-
-    References
-    ----------
-    .. [1] Salmon, J. K., Moraes, M. A., Dror, R. O., & Shaw, D. E. (2011). Parallel random numbers: as easy
-       as 1, 2, 3. SC '11: International Conference for High Performance Computing, 1–12.
+    are the numbers of Philox, a generator that counts (Salmon, Moraes, Dror & Shaw 2011, Parallel random
+    numbers: as easy as 1, 2, 3. SC '11). int64 on the CPU, in [0, 2^63).
     """
     generator = np.random.Philox(key=np.array([seed % 2**64, rank], np.uint64))
     # One step gives four numbers.
@@ -258,7 +240,14 @@ class Sampling:
     per_column: bool = True
 
     def __post_init__(self) -> None:
-        check_settings(self.max_samples, self.seed)
+        for name, value in (("max_samples", self.max_samples), ("seed", self.seed)):
+            if type(value) is not int and not (value is None and name == "max_samples"):
+                raise TypeError(f"{name} must be an integer{' or None' * (name != 'seed')}, got {value!r}.")
+        if self.max_samples is not None and self.max_samples < MIN_SAMPLES:
+            raise ValueError(
+                f"max_samples must be at least {MIN_SAMPLES}, got {self.max_samples}: the bias-corrected "
+                "distance correlation is not defined for fewer samples. None keeps them all."
+            )
         check_column_names(self.column_names)
 
     def rows(
@@ -294,18 +283,14 @@ class Sampling:
         if self.within_labels:
             classes = rows.labels.unique().tolist()
             members = {f"label_{label}": rows.take(rows.labels == label) for label in classes}
-        too_small = [
-            f"{name.removeprefix('label_')} ({len(part)})"
-            for name, part in members.items()
-            if len(part) < MIN_SAMPLES
-        ]
+        too_small = [f"{name[6:]} ({len(part)})" for name, part in members.items() if len(part) < MIN_SAMPLES]
         if too_small:
             raise TooFewSamplesError(
                 f"label class(es) {', '.join(too_small)} have fewer than {MIN_SAMPLES} samples of "
                 f"{len(rows)}: within these classes the bias-corrected distance correlation is not defined. "
                 "Update with more samples, raise max_samples, or measure without within_labels."
             )
-        values = {
+        values: dict[str, Tensor] = {
             "/".join(filter(None, (name, of_class))): distance_correlation_sqr(
                 part.features, part.metadata[:, group]
             )

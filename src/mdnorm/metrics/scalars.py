@@ -23,11 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # A block of this many elements is about as fast pair by pair as through another level.
 _BLOCK_SIZE = 32
@@ -41,87 +41,49 @@ _MAX_SAMPLES_AT_ONCE = 2**14
 _CHUNK_SIZE = 2**10
 
 
-# Of the samples in one quadrant, by ascending v: u, v and the ranks of u.
-_Quadrant: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
 @dataclass(frozen=True)
 class SortedScalar:
-    """A scalar variable, centred at its median, and its order.
-
-    Attributes
-    ----------
-    values : Tensor, (n,) float64
-        ``z = x − c``.
-    order : Tensor, (n,) int64
-        Indices of ascending values.
-    num_negative : int
-        Values below 0: the first in `order`.
-    num_positive : int
-        Values above 0: the last in `order`.
-    """
+    """A scalar variable (n,) float64, centred at its median, and its order."""
 
     values: Tensor
-    order: Tensor
-    num_negative: int
-    num_positive: int
+    # The samples with negative and with positive values, each by ascending absolute value.
+    halves: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, values: Tensor) -> SortedScalar:
         """Sort ``(n,)`` float64 values."""
         order = _argsort(values)
         centred = values - values[order[values.shape[0] // 2]]
-        return cls(centred, order, int((centred < 0).sum()), int((centred > 0).sum()))
-
-    def permuted(self, permutation: Tensor) -> SortedScalar:
-        """Return the variable with value ``values[permutation[i]]`` at sample i."""
-        inverse = torch.empty_like(permutation)
-        inverse[permutation] = torch.arange(permutation.shape[0], device=permutation.device)
-        return SortedScalar(
-            self.values[permutation], inverse[self.order], self.num_negative, self.num_positive
-        )
-
-    def halves(self) -> list[Tensor]:
-        """Return the samples with negative and with positive values, each by ascending absolute value."""
-        num_samples = self.values.shape[0]
-        return [self.order[: self.num_negative].flip(0), self.order[num_samples - self.num_positive :]]
-
-    def _sizes(self) -> list[Tensor]:
-        """Return the absolute values of the halves, ascending."""
-        return [self.values.index_select(0, half).abs_() for half in self.halves()]
+        num_negative, num_positive = int((centred < 0).sum()), int((centred > 0).sum())
+        return cls(centred, (order[:num_negative].flip(0), order[len(order) - num_positive :]))
 
     def row_sums(self) -> Tensor:
         """Return ``Σ_{j≠i} m_ij`` of shape (n,)."""
         sums = torch.zeros_like(self.values)
-        for half, size in zip(self.halves(), self._sizes(), strict=True):
-            sums[half] = size.cumsum(0).addcmul_(size, _countdown(size) - 1)
+        for half in self.halves:
+            size = self.values[half].abs_()
+            sums[half] = pad(size, (1, 0))[:-1].cumsum(0).addcmul_(size, _countdown(size))
         return sums
 
     def sum_of_squares(self) -> Tensor:
         """Return ``Σ_{i<j} m_ij²``."""
-        total = torch.zeros((), dtype=self.values.dtype, device=self.values.device)
-        for size in self._sizes():
-            total += torch.dot(size * size, _countdown(size))
+        total = self.values.new_zeros(())
+        for half in self.halves:
+            total += torch.dot(self.values[half].square_(), _countdown(half.to(total)))
         return total
 
 
-def sum_of_products(x: SortedScalar, y: SortedScalar) -> Tensor:
-    """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``, () float64, of two scalars of the same n samples."""
-    rank = torch.empty_like(x.order)
-    quadrants: list[_Quadrant] = []
-    for x_half in x.halves():
-        rank.fill_(-1)
-        rank[x_half] = torch.arange(x_half.shape[0], device=rank.device)
-        for y_half in y.halves():
-            x_ranks = rank.index_select(0, y_half)
-            inside = _nonzero(x_ranks >= 0)
-            x_ranks, samples = x_ranks.index_select(0, inside), y_half.index_select(0, inside)
-            # Ranks within the quadrant instead of within the half.
-            present = torch.zeros(x_half.shape[0], dtype=torch.int64, device=rank.device)
-            present[x_ranks] = 1
-            u, v = (scalar.values.index_select(0, samples).abs_() for scalar in (x, y))
-            quadrants.append((u, v, (present.cumsum(0) - 1).index_select(0, x_ranks)))
-    if x.values.shape[0] <= _MAX_SAMPLES_AT_ONCE:
+def sum_of_products(x: SortedScalar, y: Tensor) -> Tensor:
+    """Return ``Σ_{i<j} m_ij(x)·m_ij(y)``, () float64, of x and the centred values (n,) of another scalar."""
+    quadrants: list[tuple[Tensor, Tensor, Tensor]] = []
+    for half in x.halves:
+        of_half = y.index_select(0, half)
+        for inside in (_nonzero(of_half < 0), _nonzero(of_half > 0)):
+            v = of_half.index_select(0, inside).abs_()
+            ranks = _argsort(v)
+            u = x.values.index_select(0, half[inside[ranks]]).abs_()
+            quadrants.append((u, v.index_select(0, ranks), ranks))
+    if len(y) <= _MAX_SAMPLES_AT_ONCE:
         return _sum_of_minimum_products(quadrants)
     return torch.stack([_sum_of_minimum_products([quadrant]) for quadrant in quadrants]).sum()
 
@@ -138,25 +100,25 @@ def _countdown(values: Tensor) -> Tensor:
     return torch.arange(values.shape[0] - 1, -1, -1, dtype=values.dtype, device=values.device)
 
 
-def _sum_of_minimum_products(quadrants: Sequence[_Quadrant]) -> Tensor:
-    """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` over the pairs within each quadrant."""
-    device = quadrants[0][0].device
-    largest = max(1, *(len(u_part) for u_part, _, _ in quadrants))
+def _sum_of_minimum_products(quadrants: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    """Return ``Σ_{i<j} min(u_i, u_j)·min(v_i, v_j)`` over the pairs within each quadrant.
+
+    A quadrant has u, v and the ranks of u, by ascending v.
+    """
+    largest = max(1, *(len(ranks) for _, _, ranks in quadrants))
     num_levels = ((largest - 1) // _BLOCK_SIZE).bit_length()
     num_blocks = 2**num_levels
     block_size = -(-largest // num_blocks)
-    # Blocks of equal size: zeros in front change no sum.
-    shape = (len(quadrants), num_blocks * block_size)
-    u, v = torch.zeros(2, *shape, dtype=torch.float64, device=device)
-    blocks = torch.empty(shape, dtype=torch.int32, device=device)
-    for index, (u_part, v_part, u_ranks) in enumerate(quadrants):
-        padding = shape[1] - len(u_part)
-        u[index, padding:], v[index, padding:] = u_part, v_part
-        blocks[index, :padding] = torch.arange(padding, dtype=torch.int32, device=device)
-        blocks[index, padding:] = u_ranks + padding
-    u, v, blocks = u.view(-1), v.view(-1), blocks.floor_divide_(block_size).view(-1)
+    padded = []
+    for u, v, ranks in quadrants:
+        # Blocks of equal size: zeros in front change no sum.
+        front = torch.arange(num_blocks * block_size - len(ranks), device=ranks.device)
+        zeros = (len(front), 0)
+        padded.append((pad(u, zeros), pad(v, zeros), torch.cat([front, ranks + len(front)])))
+    u, v, blocks = map(torch.cat, zip(*padded, strict=True))
+    blocks = blocks.to(torch.int32).floor_divide_(block_size)
 
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = u.new_zeros(())
     elements = torch.arange(v.shape[0] // 2, device=v.device)
     for level in range(num_levels):
         half = block_size * 2 ** (num_levels - level - 1)

@@ -16,9 +16,8 @@ from torch import Tensor
 
 from mdnorm.arrays import as_real_tensor, statistics_dtype
 from mdnorm.extras import requires
-from mdnorm.metrics import reservoir
 from mdnorm.metrics.checks import check_same_rows
-from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling
+from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling, add_rows, as_class_indices
 
 with requires("metrics"):
     from torchmetrics import Metric
@@ -30,8 +29,7 @@ _PARTS = tuple(part.name for part in fields(Rows))
 def _fingerprint(*settings: object) -> Tensor:
     """Return a state that differs where settings differ.
 
-    A `MetricCollection` shares one state among metrics whose states are equal after the first batch, although
-    metrics with another `max_samples`, say, would differ later.
+    A `MetricCollection` shares one state among metrics whose states are equal after the first batch.
     """
     digest = hashlib.sha256(repr(settings).encode()).digest()[:16]
     return torch.tensor(list(digest), dtype=torch.uint8)
@@ -41,7 +39,7 @@ class DistanceCorrelation(Metric):
     """Bias-corrected squared distance correlation of features and metadata over a stream of batches.
 
     The value is that of `mdnorm.metrics.distance_correlation_sqr` for all samples, or for a uniform sample of
-    them, of all processes.
+    them, of all processes. A wrong setting is a TypeError or ValueError.
 
     Parameters
     ----------
@@ -52,7 +50,7 @@ class DistanceCorrelation(Metric):
         all processes). Memory is then bounded by twice as many rows in each process, and time for `compute`,
         which grows with the square of the samples. 2000 are plenty for one number. None keeps all.
     seed : int
-        Seed of the sample. The sample depends on the order of the stream, not on the batches it comes in.
+        Of the sample, which depends on the order of the stream, not on the batches it comes in.
     per_column : bool
         A value for each metadata column, ``column_0, column_1, …``, and ``joint`` for all together where
         there are several.
@@ -62,18 +60,11 @@ class DistanceCorrelation(Metric):
     **kwargs
         Those of `torchmetrics.Metric`: ``compute_on_cpu=True``, say.
 
-    Raises
-    ------
-    TypeError, ValueError
-        A wrong setting.
-
     Notes
     -----
     - Rows are kept on the device of the metric, features in float32, metadata in float64. A half precision
       input loses nothing; in a float64 input, differences below 1e-7 of the values are lost.
-    - With `max_samples`, each process draws random keys of its own, and the rows with the smallest keys of
-      all processes are the sample: a different sample than one process would draw, from the same
-      distribution.
+    - With `max_samples`, several processes draw a different sample than one would, of the same distribution.
     - A `DistributedSampler` repeats a few samples to give each process the same number; they count twice.
     - ``forward`` also computes the value for its batch, which must then have at least 4 samples (in each
       class). Use `update` to only accumulate.
@@ -135,13 +126,13 @@ class DistanceCorrelation(Metric):
 
         Raises
         ------
-        TypeError
-            An input is not real and numeric.
-        ValueError
-            Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing or not
-            whole numbers.
+        TypeError, ValueError
+            An input that is not real and numeric, wrong shapes, different numbers of rows or columns, NaN or
+            infinite values, labels missing or not whole numbers.
         """
-        start, rank = int(self.num_seen), _rank()
+        available = torch.distributed.is_available() and torch.distributed.is_initialized()
+        rank = torch.distributed.get_rank() if available else 0
+        start = int(self.num_seen)
         rows = self.sampling.rows(features, metadata, labels, self.device, start=start, rank=rank)
         self._add(rows)
         self.num_seen = self.num_seen + len(rows)
@@ -157,10 +148,9 @@ class DistanceCorrelation(Metric):
 
         Raises
         ------
-        TooFewSamplesError
-            A `ValueError`: fewer than 4 samples, in all or of a class.
         ValueError
-            The processes differ in their number of columns.
+            Fewer than 4 samples, in all or of a class (`TooFewSamplesError`); the processes differ in their
+            number of columns.
         """
         try:
             return self.sampling.dependence(self._pieces(self.metric_state))
@@ -175,11 +165,10 @@ class DistanceCorrelation(Metric):
 
         Raises
         ------
-        TypeError
-            Neither a metric of this class nor a dict of its states.
-        ValueError
-            They differ in their number of columns, in `within_labels` or in `max_samples`, or, with
-            `max_samples`, have the same seed: their samples are then not independent.
+        TypeError, ValueError
+            It is neither a metric of this class nor a dict of its states; they differ in their number of
+            columns, in `within_labels` or in `max_samples`, or, with `max_samples`, have the same seed: their
+            samples are then not independent.
         """
         if isinstance(incoming_state, DistanceCorrelation):
             for name in ("within_labels", "max_samples"):
@@ -225,25 +214,18 @@ class DistanceCorrelation(Metric):
         return [piece for piece in pieces if len(piece)]
 
     def _add(self, rows: Rows) -> None:
-        self._set(reservoir.add_rows(self._pieces(self.metric_state), rows, self.sampling.max_samples))
+        self._set(add_rows(self._pieces(self.metric_state), rows, self.sampling.max_samples))
 
     def _set(self, pieces: Sequence[Rows]) -> None:
         for name in _PARTS:
             setattr(self, name, [getattr(piece, name) for piece in pieces])
 
 
-def _rank() -> int:
-    available = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_rank() if available else 0
-
-
 class GroupRates(Metric):
     """Accuracy and true and false positive rates of each group, and the largest gaps between groups.
 
-    For several classes and groups with names, over batches and processes. torchmetrics has
-    `BinaryGroupStatRates` (shares of true and false positives and negatives among all samples of a group) and
-    `BinaryFairness` (ratios of positive rates), both for two classes and numbered groups; for intervals and
-    calibration over data in memory see `mdnorm.metrics.group_gaps`.
+    For several classes and groups with names, over batches and processes; for intervals and calibration over
+    data in memory see `mdnorm.metrics.group_gaps`. A wrong setting is a TypeError or ValueError.
 
     Parameters
     ----------
@@ -256,11 +238,6 @@ class GroupRates(Metric):
         probabilities; for logits give 0.
     **kwargs
         Those of `torchmetrics.Metric`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A wrong setting.
 
     Examples
     --------
@@ -309,10 +286,9 @@ class GroupRates(Metric):
 
         Raises
         ------
-        TypeError
-            Inputs are not numeric, where they must be.
-        ValueError
-            Wrong shapes, different numbers of rows, NaN scores, class indices out of range, unknown groups.
+        TypeError, ValueError
+            Inputs are not numeric, where they must be; wrong shapes, different numbers of rows, NaN scores,
+            class indices out of range, unknown groups.
         """
         preds = self._classes(as_real_tensor(preds, "preds").detach().to(self.device), "preds")
         target = self._classes(as_real_tensor(target, "target").detach().to(self.device), "target")
@@ -373,7 +349,7 @@ class GroupRates(Metric):
             else:
                 shapes = "(n,) or (n, 2)" if self.num_classes == 2 else f"(n, {self.num_classes})"
                 raise ValueError(f"scores in preds must have shape {shapes}, got {tuple(values.shape)}.")
-        indices = reservoir.as_class_indices(values, name)
+        indices = as_class_indices(values, name)
         bad = (indices < 0) | (indices >= self.num_classes)
         if bool(bad.any()):
             row = int(bad.nonzero()[0])
