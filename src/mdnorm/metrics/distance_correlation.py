@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from mdnorm.metrics.pairwise import (
     quadruple_weight,
     row_products,
 )
-from mdnorm.metrics.samples import MIN_SAMPLES, UNDEFINED, Weights, as_samples, rescaled
+from mdnorm.metrics.samples import MIN_SAMPLES, UNDEFINED, Weights, as_samples, measure, rescaled
 
 # 1 − R² of two variables of which one is a function of the other's distances is 0 up to this.
 _ROUNDING_OF_ONE = 1e-12
@@ -35,7 +34,10 @@ _ROUNDING_OF_ONE = 1e-12
 _LEAST_QUADRUPLES = 1e-6
 
 
-def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, weights: Weights = None) -> Any:
+@measure
+def distance_correlation_sqr(
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, weights: Weights = None
+) -> Tensor | float:
     """Return the bias-corrected squared distance correlation of two samples.
 
     It estimates a population value that is 0 if and only if the two random vectors are independent, whatever
@@ -102,7 +104,10 @@ def distance_correlation_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, we
     return samples.result(_products(samples.rows, samples.weights).correlations()[0, 1])
 
 
-def distance_covariance_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, weights: Weights = None) -> Any:
+@measure
+def distance_covariance_sqr(
+    x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, weights: Weights = None
+) -> Tensor | float:
     """Return the bias-corrected squared distance covariance of two samples.
 
     An unbiased estimate of a population value that is 0 if and only if the two random vectors are
@@ -133,7 +138,7 @@ def distance_covariance_sqr(x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, wei
 
 def partial_distance_correlation(
     x: Tensor | ArrayLike, y: Tensor | ArrayLike, z: Tensor | ArrayLike, *, weights: Weights = None
-) -> Any:
+) -> Tensor | float:
     """Return the bias-corrected partial distance correlation of two samples given a third.
 
     The correlation of the U-centred distances of `x` and of `y` after those of `z` were projected out of

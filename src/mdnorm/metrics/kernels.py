@@ -7,7 +7,7 @@ criterion, see `mdnorm.metrics.pairwise`.
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, TypeAlias
+from typing import Literal, TypeAlias
 
 import torch
 from numpy.typing import ArrayLike
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mdnorm.metrics.distance_correlation import with_exponent
 from mdnorm.metrics.pairwise import CentredProducts, GaussianKernel, LinearKernel, centred_products, expansion
-from mdnorm.metrics.samples import Samples, as_samples
+from mdnorm.metrics.samples import Samples, as_samples, measure
 
 Kernel = Literal["linear", "rbf"]
 Bandwidth: TypeAlias = float | tuple[float | None, float | None] | None
@@ -27,9 +27,10 @@ _NUM_FOR_MEDIAN = 2000
 _MAX_LOSS = 1e5
 
 
+@measure
 def hsic(
     x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, kernel: Kernel = "rbf", bandwidth: Bandwidth = None
-) -> Any:
+) -> Tensor | float:
     """Return the unbiased Hilbert–Schmidt independence criterion of two samples.
 
     With the Gaussian kernel it estimates a population value that is 0 if and only if the two random vectors
@@ -87,9 +88,10 @@ def hsic(
     return samples.result(with_exponent(value, exponent))
 
 
+@measure
 def cka(
     x: Tensor | ArrayLike, y: Tensor | ArrayLike, *, kernel: Kernel = "linear", bandwidth: Bandwidth = None
-) -> Any:
+) -> Tensor | float:
     """Return the debiased centred kernel alignment of two samples.
 
     How similar two representations of the same samples are: 1 where the kernel matrices agree up to scale,

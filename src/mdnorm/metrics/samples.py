@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, Protocol, TypeAlias, cast, overload
 
 import torch
 from numpy.typing import ArrayLike
@@ -19,6 +20,24 @@ MIN_SAMPLES = 4
 UNDEFINED = "the bias-corrected estimate is not defined for fewer samples"
 
 Weights: TypeAlias = Tensor | ArrayLike | None
+
+
+class Measure(Protocol):
+    """A measure of two samples: a tensor where one of them is a tensor, otherwise a float."""
+
+    @overload
+    def __call__(self, x: Tensor, y: Tensor | ArrayLike, **options: Any) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: ArrayLike, y: Tensor, **options: Any) -> Tensor: ...
+
+    @overload
+    def __call__(self, x: ArrayLike, y: ArrayLike, **options: Any) -> float: ...
+
+
+def measure(function: Callable[..., Tensor | float]) -> Measure:
+    """Tell type checkers what a measure returns for which inputs."""
+    return cast("Measure", function)
 
 
 @dataclass(frozen=True)
