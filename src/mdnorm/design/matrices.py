@@ -533,6 +533,6 @@ class Design:
                 found = np.flatnonzero(values > 0)
                 matrix[found, at + values[found] - 1] = 1
             else:
-                matrix[:, at : at + part] = values.reshape(num_rows, -1)
+                matrix[:, at : at + part] = values.reshape(num_rows, part)
             at += part
         return matrix

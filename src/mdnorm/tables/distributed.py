@@ -22,17 +22,17 @@ from mdnorm.design.roles import TableWarning, why_no_feature
 from mdnorm.distributed import one_thread
 from mdnorm.extras import requires
 from mdnorm.moments import NoSamplesError
-from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
+from mdnorm.tables.combat import SiteMoments, add_moments
 from mdnorm.tables.design_sample import MAX_DESIGN_ROWS, DesignSample
 from mdnorm.tables.model import (
     MetadataModel,
     Specification,
     all_skipped,
     check_finite,
-    design_columns,
     fitted_model,
-    row_weights,
+    moments_of_rows,
     skips_missing_features,
+    used_rows,
     what_to_remove,
 )
 from mdnorm.text import warn
@@ -183,7 +183,7 @@ def residualize_dask(
                 # Features are looked at only where rows that lack some are left out.
                 read = parts if skips else [delayed(_read_part)(each, None, (), variables) for each in tables]
                 design = _fitted_design(design, read, removal, seed, skips)
-            shared = delayed((removal, design, skips), traverse=False)
+            shared = delayed((removal, design, names, skips), traverse=False)
             tasks = [delayed(_moments)(part, shared) for part in parts]
             model = fitted_model(removal, design, compute(_tree(add_moments, tasks))[0], names)
         except NoSamplesError as error:
@@ -339,15 +339,6 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
     return parts[0]
 
 
-def _used(part: _Part, specification: Specification, skips_missing: bool) -> _Part:
-    """Return the rows that are fitted to."""
-    weights = row_weights(part.table, specification.weights)
-    used = np.ones(len(part.features), bool) if weights is None else weights > 0
-    if skips_missing:
-        used &= ~np.isnan(part.features).any(1)
-    return part if used.all() else _Part(part.features[used], part.table.filter(used))
-
-
 def _empty_features(part: _Part) -> NDArray[np.bool_]:
     empty: NDArray[np.bool_] = np.isnan(part.features).all(0)
     return empty
@@ -358,17 +349,11 @@ def _all_of(*parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
     return all_of
 
 
-def _moments(part: _Part, shared: tuple[Specification, Design | None, bool]) -> SiteMoments:
-    specification, design, skips_missing = shared
-    features, table = _used(part, specification, skips_missing)
-    if not len(features):
-        return {}
-    weights = row_weights(table, specification.weights)
-    metadata, labels, sites = design_columns(
-        design, specification.formula is not None, specification.site, table, with_labels=True
-    )
-    assert labels is not None
-    return site_moments(features, metadata, labels, sites, weights)
+def _moments(part: _Part, shared: tuple[Specification, Design | None, Sequence[str], bool]) -> SiteMoments:
+    specification, design, names, skips_missing = shared
+    features, table = used_rows(*part, specification.weights, skips_missing)
+    columns = specification.columns(design, table)
+    return moments_of_rows(features, table, columns, specification.weights, names)
 
 
 def _fitted_design(
@@ -394,7 +379,7 @@ def _sample(
     assert design is not None
     sample = DesignSample(design, seed, MAX_DESIGN_ROWS)
     variables = [*design.variables(), *filter(None, [specification.weights])]
-    sample.add(_used(part, specification, skips_missing).table.select(variables))
+    sample.add(used_rows(*part, specification.weights, skips_missing)[1].select(variables))
     return sample
 
 

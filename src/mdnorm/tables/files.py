@@ -7,7 +7,7 @@ the same format with the same columns, where the features are other numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -119,7 +119,7 @@ class FeatureTable:
             yield Block(start, features.T, batch.select(others))
             start += batch.num_rows
 
-    def writer(self, path: Path) -> _ParquetWriter | _CsvWriter:
+    def writer(self, path: Path) -> Any:
         """Return a writer of the same format; columns keep their places."""
         return batch_writer(self.table, path, self._types)
 
@@ -172,32 +172,10 @@ class FeatureArray:
 FeatureFile = FeatureTable | FeatureArray
 
 
-class _Writer:
-    """Writes one piece at a time in a thread of its own; what goes wrong is raised by the next one."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mdnorm-write")
-        self._writing: Future[Any] | None = None
-
-    def _later(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._pool.submit(write, *arguments, **options)
-
-    def close(self) -> None:
-        """Wait for the last piece and close the file, whatever happened."""
-        try:
-            if self._writing is not None:
-                self._writing.result()
-        finally:
-            self._pool.shutdown()
-            self._file.close()
-
-
-class _ArrayWriter(_Writer):
+class _ArrayWriter:
     def __init__(self, path: Path, source: ArrayFile, dtype: np.dtype[Any]) -> None:
-        super().__init__(path.open("wb"))
+        self._file = path.open("wb")
+        self.close = self._file.close
         self._source, self._dtype = source, dtype
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
@@ -208,25 +186,20 @@ class _ArrayWriter(_Writer):
         self._offset = self._file.tell()
 
     def write(self, block: Block) -> None:
-        self._later(self._write, block.start, block.features)
-
-    def _write(self, start: int, features: NDArray[Any]) -> None:
-        values = features.astype(self._dtype, copy=False)
-        size = self._dtype.itemsize
+        values = block.features.astype(self._dtype, copy=False)
         if not self._source.fortran_order:
-            self._file.seek(self._offset + start * self._source.num_features * size)
             self._file.write(np.ascontiguousarray(values).data.cast("B"))
             return
         for index, column in enumerate(values.T):
-            self._file.seek(self._offset + (index * self._source.shape[0] + start) * size)
+            place = index * self._source.shape[0] + block.start
+            self._file.seek(self._offset + place * self._dtype.itemsize)
             self._file.write(np.ascontiguousarray(column).data.cast("B"))
 
 
-def batch_writer(
-    table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]
-) -> _ParquetWriter | _CsvWriter:
+def batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]) -> Any:
     """Return a writer of a file of the same format and columns; `types` are those of the features."""
     import pyarrow
+    from pyarrow import csv
 
     if isinstance(table, ParquetFile):
         named = zip(table.names, table.schema, strict=True)
@@ -234,10 +207,10 @@ def batch_writer(
         return _ParquetWriter(path, table, pyarrow.schema(fields, table.schema.metadata), set(types))
     kinds = [types.get(name, pyarrow.string()) for name in table.names]
     schema = pyarrow.schema(list(zip(table.header, kinds, strict=True)))
-    return _CsvWriter(path, schema, table.delimiter)
+    return csv.CSVWriter(path, schema, write_options=csv.WriteOptions(delimiter=table.delimiter))
 
 
-class _ParquetWriter(_Writer):
+class _ParquetWriter:
     """Writes the columns, types, schema metadata, codecs and row groups of the file that they come from.
 
     Row groups of more than 64 MiB are split, since they are in memory before they are written.
@@ -259,7 +232,7 @@ class _ParquetWriter(_Writer):
         codecs = {chunk.path_in_schema: chunk.compression for chunk in chunks}
         version = metadata.format_version
         self._schema = schema
-        writer = pyarrow.parquet.ParquetWriter(
+        self._file = pyarrow.parquet.ParquetWriter(
             path,
             schema,
             compression={
@@ -269,55 +242,27 @@ class _ParquetWriter(_Writer):
             use_byte_stream_split=split or False,
             version=version if version in ("1.0", "2.4", "2.6") else "2.6",
         )
-        super().__init__(writer)
-        self._ends = self._row_group_ends(source, schema)
-        self._end = next(self._ends)
+        self.close = self._file.close
+        self._sizes = self._row_group_sizes(source, schema)
+        self._missing_rows = next(self._sizes)  # of the row group that is being filled
         self._pending: list[pyarrow.RecordBatch] = []
-        self._num_rows = 0
 
     @staticmethod
-    def _row_group_ends(source: ParquetFile, schema: pyarrow.Schema) -> Iterator[int]:
+    def _row_group_sizes(source: ParquetFile, schema: pyarrow.Schema) -> Iterator[int]:
         metadata = source.file.metadata
-        start = 0
-        for index, rows in enumerate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)):
-            size = max(metadata.row_group(index).total_byte_size, rows * 4 * len(schema))
-            parts = max(1, math.ceil(size / _MAX_ROW_GROUP_BYTES))
-            step = math.ceil(rows / parts)
-            for at in range(step, rows + step, step):
-                yield start + min(at, rows)
-            start += rows
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            size = max(group.total_byte_size, group.num_rows * 4 * len(schema))
+            step = math.ceil(group.num_rows / max(1, math.ceil(size / _MAX_ROW_GROUP_BYTES)))
+            yield from (min(step, group.num_rows - at) for at in range(0, group.num_rows, step))
 
     def write(self, batch: pyarrow.RecordBatch) -> None:
-        while batch.num_rows:
-            rows = min(batch.num_rows, self._end - self._num_rows)
-            self._pending.append(batch.slice(0, rows))
-            self._num_rows += rows
-            batch = batch.slice(rows)
-            if self._num_rows == self._end:
-                self._flush()
-                self._end = next(self._ends, self._end)
-
-    def _flush(self) -> None:
         import pyarrow
 
-        table = pyarrow.Table.from_batches(self._pending, self._schema)
-        self._pending = []
-        self._later(self._file.write_table, table, row_group_size=len(table))
-
-    def close(self) -> None:
-        try:
-            if self._pending:
-                self._flush()
-        finally:
-            super().close()
-
-
-class _CsvWriter(_Writer):
-    def __init__(self, path: Path, schema: pyarrow.Schema, delimiter: str) -> None:
-        from pyarrow import csv
-
-        options = csv.WriteOptions(delimiter=delimiter)
-        super().__init__(csv.CSVWriter(path, schema, write_options=options))
-
-    def write(self, batch: pyarrow.RecordBatch) -> None:
-        self._later(self._file.write_batch, batch)
+        while batch.num_rows:
+            part, batch = batch.slice(0, self._missing_rows), batch.slice(self._missing_rows)
+            self._pending.append(part)
+            self._missing_rows -= part.num_rows
+            if not self._missing_rows:
+                table = pyarrow.Table.from_batches(self._pending, self._schema)
+                self._file.write_table(table, row_group_size=len(table))
+                self._pending, self._missing_rows = [], next(self._sizes, 0)

@@ -26,7 +26,14 @@ from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
-from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale, unknown_note
+from mdnorm.tables.combat import (
+    LocationScale,
+    SiteCodes,
+    SiteMoments,
+    fit_location_scale,
+    site_moments,
+    unknown_note,
+)
 from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_design import site_codes
 from mdnorm.text import warn
@@ -79,6 +86,10 @@ class Specification:
         """Columns of the table that the fit needs."""
         needed = needed_variables(self.design(), True, self.site, with_labels=True)
         return needed if self.weights is None else [*needed, self.weights]
+
+    def columns(self, design: Design | None, table: Any) -> DesignColumns:
+        """Return the columns of the fitted design, protected ones included, and the sites."""
+        return design_columns(design, self.formula is not None, self.site, table, with_labels=True)
 
     def design(self) -> Design | None:
         """Return the design, not fitted; None where there is only a site."""
@@ -232,18 +243,13 @@ class MetadataModel:
     def _subtract(self, features: NDArray[Any], metadata: FloatArray, overwrite: bool) -> NDArray[Any]:
         """Subtract the metadata's part in the precision of the features, in one pass over them."""
         model, width = self.location_scale, self.location_scale.num_metadata
-        # Centred and scaled in float64: float32 then rounds numbers of the size of the effects only.
-        centred = metadata - model.design_mean[:width]
-        by_columns = features.flags.f_contiguous and not features.flags.c_contiguous
-        values = torch.from_numpy(features.T if by_columns else features)
-        left = torch.from_numpy(centred).to(values.dtype)
-        right = torch.from_numpy(np.ascontiguousarray(model.coefficients[:width])).to(values.dtype)
-        pair = (right.T, left.T) if by_columns else (left, right)
-        if not width:
-            return features if overwrite else features.copy()
-        out = values.addmm_(*pair, alpha=-1) if overwrite else torch.addmm(values, *pair, alpha=-1)
-        result: NDArray[Any] = out.T.numpy() if by_columns else out.numpy()
-        return result
+        out = features if overwrite else features.copy(order="K")
+        if width:
+            # Centred and scaled in float64: float32 then rounds numbers of the size of the effects only.
+            left, right = metadata - model.design_mean[:width], model.coefficients[:width]
+            parts = (torch.from_numpy(np.asarray(part, features.dtype)) for part in (left, right))
+            torch.from_numpy(out).addmm_(*parts, alpha=-1)
+        return out
 
     def site_index(self, sites: SiteCodes) -> tuple[NDArray[np.intp], list[Hashable]]:
         """Return the place of each row's site, −1 where it is new, and new sites, an error if not allowed."""
@@ -557,15 +563,38 @@ def all_skipped(is_empty: NDArray[np.bool_], names: Sequence[Any]) -> str:
     )
 
 
-def without_missing(
-    features: NDArray[Any], weights: FloatArray | None
-) -> tuple[NDArray[Any], FloatArray | None]:
-    """Return features without missing values, and weights that are 0 for the rows that have some."""
-    missing = np.isnan(features).any(1)
-    if not missing.any():
-        return features, weights
-    weights = np.ones(len(features)) if weights is None else weights
-    return np.nan_to_num(features, posinf=np.inf, neginf=-np.inf), weights * ~missing
+def used_rows(
+    features: NDArray[Any],
+    table: pyarrow.Table,
+    weights: str | None,
+    skips_missing: bool,
+    chosen: NDArray[np.bool_] | None = None,
+) -> tuple[NDArray[Any], pyarrow.Table]:
+    """Return the rows that are fitted to: the chosen ones of positive weight, and with all features."""
+    used = np.ones(len(features), bool) if chosen is None else chosen
+    if (weight := row_weights(table, weights)) is not None:
+        used &= weight > 0
+    if skips_missing:
+        used &= ~np.isnan(features).any(1)
+    # Columns that are contiguous stay so.
+    return (features, table) if used.all() else (features.T[:, used].T, table.filter(used))
+
+
+def moments_of_rows(
+    features: NDArray[Any],
+    table: pyarrow.Table,
+    columns: DesignColumns,
+    weights: str | None,
+    names: Sequence[str],
+) -> SiteMoments:
+    """Return the moments of the rows of each site, from their design; errors name the features."""
+    metadata, labels, sites = columns
+    assert labels is not None
+    try:
+        return site_moments(features, metadata, labels, sites, row_weights(table, weights))
+    except ValueError:
+        check_finite(features, names)
+        raise
 
 
 def check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:

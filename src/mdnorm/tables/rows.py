@@ -1,11 +1,9 @@
-"""Features with the metadata of the same rows, block after block, and the design matrices of all of them."""
+"""Features with the metadata of the same rows, block after block."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,9 +11,7 @@ from numpy.typing import NDArray
 
 from mdnorm.design.files import TableFile
 from mdnorm.design.table_file import TableFileError, check_columns
-from mdnorm.tables.combat import SiteCodes
 from mdnorm.tables.files import Block, FeatureFile, FeatureTable, prefetched
-from mdnorm.tables.model import DesignColumns
 
 if TYPE_CHECKING:
     import pyarrow
@@ -147,53 +143,3 @@ def _differ(here: pyarrow.Array, there: pyarrow.Array) -> NDArray[np.bool_]:
             same = (a == b) | ((a % 1 != 0) & (a.astype(np.float32) == b.astype(np.float32)))
             differs &= ~(same | (np.isnan(a) & np.isnan(b)))
     return differs
-
-
-class KeptDesign:
-    """Design matrices of all rows, kept on disk from one pass to the next; protected columns `with_labels`.
-
-    The file is in `folder` and has no name: it is gone when it is closed or when the process ends, however it
-    ends. A design that needs more bytes than the `features` is not kept.
-    """
-
-    def __init__(self, folder: Path, features: FeatureFile, with_labels: bool) -> None:
-        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115
-        self._with_labels = with_labels
-        self._max_columns = len(features.feature_names) * features.dtype.itemsize // 8
-        self.is_kept = True
-        self._num_metadata = 0
-        self._levels: dict[Hashable, int] = {}
-        self._left: NDArray[np.float64] | None = None
-
-    def add(self, columns: DesignColumns) -> None:
-        """Append rows."""
-        metadata, labels, sites = columns
-        parts = [metadata.T, labels.T] if self._with_labels and labels is not None else [metadata.T]
-        if sites is not None:
-            places = [self._levels.setdefault(level, len(self._levels)) for level in sites.levels]
-            parts.append(np.array(places, np.float64)[None, sites.codes])
-        self.is_kept = sum(map(len, parts)) <= self._max_columns
-        if self.is_kept:
-            self._num_metadata = metadata.shape[1]
-            np.save(self._file, np.concatenate(parts))
-
-    def rewind(self) -> None:
-        """Go back to the first row, to take them."""
-        self._file.seek(0)
-
-    def take(self, rows: int) -> DesignColumns:
-        """Return the next rows."""
-        values = np.load(self._file) if self._left is None else self._left
-        while values.shape[1] < rows:
-            values = np.concatenate([values, np.load(self._file)], axis=1)
-        self._left = values[:, rows:] if values.shape[1] > rows else None
-        values, sites = values[:, :rows], None
-        if self._levels:
-            values, codes = values[:-1], values[-1]
-            sites = SiteCodes(codes.astype(np.intp), list(self._levels))
-        labels = values[self._num_metadata :].T if self._with_labels else None
-        return values[: self._num_metadata].T, labels, sites
-
-    def close(self) -> None:
-        """Delete the file."""
-        self._file.close()
