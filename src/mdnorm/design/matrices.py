@@ -1,7 +1,4 @@
-"""Metadata as people have it, a table with a formula, to the matrices that `MetadataNorm` takes.
-
-The intercept is `MetadataNorm`'s own and never among the columns.
-"""
+"""Metadata as people have it, a table with a formula, to the matrices that `MetadataNorm` takes."""
 
 from __future__ import annotations
 
@@ -99,9 +96,9 @@ class Design:
 
     Notes
     -----
-    Knots, levels, means and deviations are those of the table given to `fit`. Values outside of the training
-    range move to its ends in ``bs``, ``cr`` and ``poly`` (the effect is constant there); other columns
-    extrapolate as a line does.
+    The intercept is `MetadataNorm`'s own and never among the columns. Knots, levels, means and deviations are
+    those of the table given to `fit`. Values outside of the training range move to its ends in ``bs``, ``cr``
+    and ``poly`` (the effect is constant there); other columns extrapolate as a line does.
 
     ``cr(x, df)`` has the constraint that its columns have mean 0 over the training data, as a smooth term of
     a regression with intercept has [1]_: formulaic's ``cr(x, df=df, constraints="center")``.
@@ -272,11 +269,6 @@ class Design:
             A DataFrame of pandas or polars, a table of pyarrow, or a mapping from names to columns, with one
             row a sample, labels included.
 
-        Returns
-        -------
-        Design
-            Itself.
-
         Raises
         ------
         TypeError
@@ -420,11 +412,6 @@ class Design:
         min_rows : int
             Combinations of levels with fewer rows are listed.
 
-        Returns
-        -------
-        DesignDiagnosis
-            Print it.
-
         Raises
         ------
         RuntimeError
@@ -439,13 +426,7 @@ class Design:
         return diagnose_columns(self, columns, self._evaluate(columns), min_rows)
 
     def to_json(self) -> str:
-        """Return the fitted design as JSON, to be read by `from_json`: what it transforms stays the same.
-
-        Raises
-        ------
-        RuntimeError
-            The design is not fitted.
-        """
+        """Return the fitted design as JSON, to be read by `from_json`: what it transforms stays the same."""
         self._check_fitted()
         return design_to_json(self)
 

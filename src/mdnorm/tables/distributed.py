@@ -1,8 +1,7 @@
 """Residuals of tables that are spread over a cluster: Dask arrays and DataFrames.
 
 What is learnt of a partition is its `Moments`, a few thousand numbers, which are added up in a tree; the
-transform is mapped over the partitions and computed when the result is. A worker that dies costs the
-partitions that it had: Dask computes them again from their source.
+transform is mapped over the partitions and computed when the result is.
 """
 
 from __future__ import annotations
@@ -99,15 +98,8 @@ def residualize_dask(
     feature_names : sequence of str, optional
         Columns of the DataFrame that are features. None: the numbers that are not used otherwise, but
         identifiers and codes, as the first rows show them: a warning says which columns stay as they are.
-    scale, empirical_bayes, ridge
-        As for `mdnorm.tables.fit_location_scale`.
-    missing, unseen : str, optional
-        As for `mdnorm.Design`; `unseen` holds for sites as well. None: "error", or the rules of the model in
-        `apply`.
-    missing_features : {"error", "skip"}
-        As for `residualize_file`.
-    weights : str, optional
-        Column with the weights of the rows, as for `mdnorm.tables.residualize_file`.
+    scale, empirical_bayes, ridge, missing, unseen, missing_features, weights
+        As for `mdnorm.tables.residualize_file`.
     apply : MetadataModel or path, optional
         Coefficients fitted before, or the file that `MetadataModel.save` wrote; nothing is computed.
     seed : int

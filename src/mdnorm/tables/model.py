@@ -1,7 +1,4 @@
-"""Effects of metadata and sites on features as a model of its own: fitted, applied to any rows, saved.
-
-All parts of it work on blocks of rows, so that files and clusters use the same ones.
-"""
+"""Effects of metadata and sites on features as a model: fitted, applied to any rows, saved."""
 
 from __future__ import annotations
 
@@ -142,15 +139,8 @@ class MetadataModel:
     def with_rules(self, missing: str | None = None, unseen: str | None = None) -> MetadataModel:
         """Return the model with other rules for missing metadata and for levels and sites that it never saw.
 
-        Parameters
-        ----------
-        missing, unseen : {"error", "mean"}, optional
-            As for `mdnorm.Design`; None: as it was.
-
-        Raises
-        ------
-        ValueError
-            Another rule: an indicator of missing values is fitted, not applied.
+        They are "error" or "mean", as for `mdnorm.Design`; None: as it was. Another rule is a ValueError: an
+        indicator of missing values is fitted, not applied.
         """
         for name, rule in (("missing", missing), ("unseen", unseen)):
             if rule not in (None, "error", "mean"):
@@ -265,16 +255,9 @@ class MetadataModel:
     def summary(self) -> Summary:
         """Return coefficients with standard errors, F tests, and what the sites were before and after.
 
-        Returns
-        -------
-        Summary
-            See `mdnorm.sklearn.MetadataResidualizer.summary`. A variable is a term of the formula, and
-            coefficients are for one unit of the column as the formula says it.
-
-        Raises
-        ------
-        ValueError
-            The model has no `moments`; rows are no more than independent columns.
+        As `mdnorm.sklearn.MetadataResidualizer.summary`, but a variable is a term of the formula, and
+        coefficients are for one unit of the column as the formula says it. Without `moments`, or with no more
+        rows than independent columns, it is a ValueError.
         """
         if self.moments is None:
             raise ValueError(
@@ -300,15 +283,10 @@ class MetadataModel:
         Parameters
         ----------
         path : str or Path
-            With the suffix ``.safetensors``; its folder must exist.
+            With the suffix ``.safetensors``, otherwise a TableFileError; its folder must exist.
         moments : bool
             Whether to write `moments` as well, which `summary` needs: sums over the rows of each site, which
             for a site of one row are that row.
-
-        Raises
-        ------
-        TableFileError
-            Another suffix.
         """
         path = Path(path)
         with requires("tables"):
@@ -339,10 +317,6 @@ class MetadataModel:
     @classmethod
     def load(cls, path: str | Path) -> MetadataModel:
         """Return the model that `save` wrote. Nothing in the file is run.
-
-        Parameters
-        ----------
-        path : str or Path
 
         Raises
         ------

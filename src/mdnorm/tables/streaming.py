@@ -125,8 +125,8 @@ def residualize_file(
 ) -> ResidualizeSummary:
     r"""Write a table like another one, in which metadata explain nothing of the features.
 
-    The table may be larger than memory: it is read in blocks of rows, once to fit and once to transform, the
-    metadata once before. The result is that of `mdnorm.sklearn.MetadataResidualizer` on the whole table.
+    The table may be larger than memory: it is read in blocks of rows. The result is that of
+    `mdnorm.sklearn.MetadataResidualizer` on the whole table.
 
     Parameters
     ----------
@@ -180,10 +180,6 @@ def residualize_file(
     progress : bool or callable
         Show a progress bar (on a terminal, where tqdm is installed); or a function that is called with a
         stage ("metadata", "fit" or "write"), the rows done and the rows in all or None.
-
-    Returns
-    -------
-    ResidualizeSummary
 
     Raises
     ------
@@ -261,22 +257,18 @@ def _cleaned_up_at_termination() -> Iterator[None]:
         yield
         return
 
-    class Terminated(BaseException):
-        pass
-
     def stop(number: int, frame: FrameType | None) -> None:
         # A second one would interrupt the removal.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except Terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        came = signal.signal(signal.SIGTERM, signal.SIG_DFL) is signal.SIG_IGN
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _check_out(source: Path, out: Path, metadata: str | Path | None, save_model: str | Path | None) -> None:
@@ -299,7 +291,7 @@ def _check_out(source: Path, out: Path, metadata: str | Path | None, save_model:
 
 @dataclass(frozen=True)
 class _Passes:
-    """The passes over the rows of a file, each in blocks of rows."""
+    """The passes over the rows of a file."""
 
     rows: Rows
     out: Path
