@@ -29,11 +29,8 @@ _DEPENDENT = 1e-7
 _WEIGHT = 1e-6
 # A column that varies by less, relative to its size, is constant up to rounding.
 _CONSTANT = 1e-10
-# More columns than this are compared by their inner products, which is faster and has half of the digits:
-# eigenvalues below the second number are rounding.
+# Of more columns than this, the largest and the smallest singular value are searched in steps.
 _WIDE = 512
-_ROUNDING = 1e-12
-# Of the search for the largest and smallest singular value of many columns.
 _MAX_STEPS = 1000
 
 
@@ -92,14 +89,7 @@ def read_relations(
     within = np.empty((0, len(others)))
     for rows, values in chunks():
         left = values - mean - (steps[group[rows]] if codes is not None else 0)
-        if len(others) > _WIDE:
-            within = left.T @ left + (within if len(within) else 0)
-        else:
-            within = np.asarray(np.linalg.qr(np.concatenate([within, left]), mode="r"))
-    if len(others) > _WIDE:
-        lengths = np.sqrt(np.diag(within))
-        some = np.where(lengths > 0, lengths, 1)
-        within = _root(within / np.outer(some, some)) * lengths
+        within = np.asarray(np.linalg.qr(np.concatenate([within, left]), mode="r"))
     between = np.sqrt(sizes)[:, None] * steps[:num_groups]
     norms = np.sqrt((between**2).sum(0) + (within**2).sum(0))
     kept = norms > _CONSTANT * np.maximum(np.sqrt(norms**2 + num_rows * mean**2), 1.0)
@@ -129,14 +119,8 @@ class Collinearity:
         self._width = len(relations.names) + len(relations.block)
         self._is_label = relations.names >= num_metadata
         self._whole = relations.whole
-        within = relations.within
-        if within.shape[1] > _WIDE:
-            values, vectors = np.linalg.eigh(within.T @ within)
-            singular, right = np.sqrt(np.where(values > _ROUNDING, values, 0))[::-1], vectors.T[::-1]
-        else:
-            _, singular, right = np.linalg.svd(within, full_matrices=True)
-            singular = np.concatenate([singular, np.zeros(within.shape[1] - len(singular))])
-        self._singular = singular
+        _, singular, right = np.linalg.svd(relations.within, full_matrices=True)
+        self._singular = singular = np.append(singular, np.zeros(len(right) - len(singular)))
         free = singular > _DEPENDENT
         # Rows with the inner products of the inverse of the correlations, as far as it exists.
         self._inverse: Matrix = right[free] / singular[free, None]
@@ -297,19 +281,8 @@ def _log_volume(columns: Matrix) -> float:
     return float(np.log(np.abs(np.diag(np.linalg.qr(columns, mode="r")))).sum())
 
 
-def _root(products: Matrix) -> Matrix:
-    """Return a matrix of orthogonal rows that has the given inner products of its columns."""
-    values, vectors = np.linalg.eigh(products)
-    root: Matrix = np.sqrt(np.where(values > _ROUNDING, values, 0))[:, None] * vectors.T
-    return root
-
-
 def _span(columns: Matrix) -> Matrix:
     """Return an orthonormal basis of the space of columns of norm 1."""
-    if columns.shape[1] > _WIDE:
-        values, vectors = np.linalg.eigh(columns.T @ columns)
-        kept = values > _ROUNDING
-        return np.asarray(columns @ (vectors[:, kept] / np.sqrt(values[kept])))
     left, singular, _ = np.linalg.svd(columns, full_matrices=False)
     basis: Matrix = left[:, singular > _DEPENDENT]
     return basis
