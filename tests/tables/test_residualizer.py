@@ -420,7 +420,7 @@ def test_missing_features_are_named_or_skipped() -> None:
     table = pd.DataFrame(features, columns=list("abcde"))
     table.loc[[3, 50], "b"] = np.nan
     table.loc[60, "d"] = np.nan
-    with pytest.raises(ValueError, match=r"column\(s\) 'b', 'd' in rows 3, 50, 60 .*missing_features='skip'"):
+    with pytest.raises(ValueError, match=r"'b', 'd' .*rows 3, 50, 60 .*missing_features='skip'"):
         MetadataResidualizer().fit(table, label, metadata=frame)
     complete = table.notna().all(axis=1).to_numpy()
     expected = MetadataResidualizer().fit(table[complete], label[complete], metadata=frame[complete])
@@ -443,7 +443,7 @@ def test_missing_features_are_named_or_skipped() -> None:
     )
     for value in (np.inf, -np.inf):
         table.loc[70, "e"] = value
-        with pytest.raises(ValueError, match=r"infinity: column\(s\) 'e'"):
+        with pytest.raises(ValueError, match=r"'e' .*infinite"):
             skipping.fit(table, label, metadata=frame)
 
 
@@ -1049,7 +1049,7 @@ def test_errors_of_transform_name_the_argument() -> None:
         fitted.transform(features, metadata=frame.assign(age="old"))
     with pytest.raises(ValueError, match="labels= was given, but fit had none"):
         fitted.transform(features, metadata=frame, labels=label)
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(ValueError, match="missing, infinite"):
         fitted.transform(np.full_like(features, np.nan), metadata=frame)
     scaled = MetadataResidualizer(site="site", scale=True).fit(features, metadata=frame, labels=label)
     with pytest.raises(ValueError, match="labels=None, but fit had labels"):

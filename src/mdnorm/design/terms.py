@@ -32,7 +32,7 @@ Mask = NDArray[np.bool_]
 # Values that are computed at once: 16 MiB of float64.
 _CHUNK_VALUES = 2**21
 _MAX_CHUNK_ROWS = 2**15
-# Columns beside those of the widest category: what is said of a design takes the cube of their number, about a
+# Columns beside those of the widest category: what is said of a design takes the cube of their number, a
 # minute for so many.
 _MAX_OTHERS = 2500
 # A column that varies by less, relative to its size, is constant up to rounding.

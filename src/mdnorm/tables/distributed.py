@@ -181,8 +181,8 @@ def residualize_dask(
         except NoSamplesError as error:
             if not skips:
                 raise
-            empty = compute(_tree(_all_of, [delayed(_empty_features)(part) for part in parts]))[0]
-            raise NoSamplesError(all_skipped(empty, names)) from error
+            empty = compute(*(delayed(np.isnan)(part.features).all(0) for part in parts))
+            raise NoSamplesError(all_skipped(np.all(empty, axis=0), names)) from error
 
     # Workers do not need what only the summary does.
     shared = delayed(replace(model, moments=None), traverse=False)
@@ -329,16 +329,6 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
     while len(parts) > 1:
         parts = [delayed(combine)(*parts[start : start + _FAN_IN]) for start in range(0, len(parts), _FAN_IN)]
     return parts[0]
-
-
-def _empty_features(part: _Part) -> NDArray[np.bool_]:
-    empty: NDArray[np.bool_] = np.isnan(part.features).all(0)
-    return empty
-
-
-def _all_of(*parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    all_of: NDArray[np.bool_] = np.logical_and.reduce(parts)
-    return all_of
 
 
 def _moments(part: _Part, shared: tuple[Specification, Design | None, Sequence[str], bool]) -> SiteMoments:

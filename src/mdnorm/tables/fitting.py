@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from mdnorm.arrays import check_same_order
 from mdnorm.design.leakage import LeakageWarning, leaking_features
-from mdnorm.design.reader import refuse_no_table, shown_rows
+from mdnorm.design.reader import refuse_no_table
 from mdnorm.design.roles import TableWarning
 from mdnorm.moments import NoSamplesError
 from mdnorm.tables.combat import (
@@ -29,7 +29,7 @@ from mdnorm.tables.combat import (
     unknown_note,
 )
 from mdnorm.tables.covariance import CovarianceModel, fit_covariance
-from mdnorm.tables.model import all_skipped
+from mdnorm.tables.model import all_skipped, checked_weights
 from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
 from mdnorm.tables.table_design import read_rows
 from mdnorm.tables.table_reader import TableReader, TableRows
@@ -51,14 +51,6 @@ class TableFitter(TableReader):
         "unseen": [StrOptions({"error", "mean"})],
         "missing_features": [StrOptions({"error", "skip"})],
     }
-
-    keep_metadata: bool
-    ridge: float
-    strength: float
-    empirical_bayes: bool
-    covariance: bool | float
-    reference_site: Hashable | None
-    _intercepts: RandomIntercepts | None
 
     def _feature_names(self) -> list[Any]:
         names: list[Any] = _check_feature_names_in(self, None)[self._feature_index].tolist()
@@ -292,10 +284,7 @@ def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
     weights = np.asarray(sample_weight, dtype=np.float64)
     if weights.shape != (num_rows,):
         raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(num_rows,)}!")
-    bad = ~(np.isfinite(weights) & (weights >= 0))
-    if bad.any():
-        raise ValueError(f"sample_weight must be finite and not negative, it is not in {shown_rows(bad)}.")
-    return weights
+    return checked_weights(weights, "sample_weight")
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from mdnorm.arrays import check_same_order
 from mdnorm.design import Design
 from mdnorm.design.formula import in_order
-from mdnorm.design.reader import column_names, read_columns, shown
+from mdnorm.design.reader import column_names, read_columns, shown_rows
 from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
@@ -33,7 +33,7 @@ from mdnorm.tables.combat import (
 )
 from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_design import site_codes
-from mdnorm.text import warn
+from mdnorm.text import listed, warn
 
 if TYPE_CHECKING:
     import pyarrow
@@ -305,12 +305,9 @@ class MetadataModel:
             **{name: getattr(model, name) for name in _NUMBERS},
         }
         tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}
-        for site, part in ((self.moments if moments else None) or {}).items():
-            index = model.sites.index(site)
-            tensors |= {
-                f"moments.{index}.{name}": np.ascontiguousarray(array)
-                for name, array in part.to_arrays().items()
-            }
+        if moments and self.moments is not None:
+            parts = [self.moments[site].to_arrays() for site in model.sites]
+            tensors |= {f"moments.{name}": np.stack([part[name] for part in parts]) for name in parts[0]}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"mdnorm": json.dumps(state)})
 
@@ -341,11 +338,8 @@ class MetadataModel:
                         "update it."
                     )
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-                moments: dict[int, dict[str, FloatArray]] = {}
-                for key in file.keys():  # noqa: SIM118
-                    if key.startswith("moments."):
-                        _, index, name = key.split(".")
-                        moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+                kept = [key for key in file.keys() if key.startswith("moments.")]  # noqa: SIM118
+                moments = {key.removeprefix("moments."): file.get_tensor(key) for key in kept}
             return cls._from_state(state, arrays, moments)
         except TableFileError:
             raise
@@ -357,7 +351,7 @@ class MetadataModel:
         cls,
         state: Mapping[str, Any],
         arrays: dict[str, FloatArray],
-        kept: Mapping[int, dict[str, FloatArray]],
+        kept: Mapping[str, FloatArray],
     ) -> MetadataModel:
         names = [str(name) for name in state["feature_names"]]
         sites = tuple(state["sites"])
@@ -381,13 +375,16 @@ class MetadataModel:
         removed = design.num_metadata if design is not None and removes else 0
         if in_design != deep or removed != num_metadata:
             raise ValueError(f"its design has {in_design} columns, its coefficients {deep}")
-        if kept and set(kept) != set(range(len(sites))):
-            raise ValueError(f"it has {len(sites)} sites, and moments of the sites {sorted(kept)}")
-        moments = {sites[index]: Moments.from_arrays(part) for index, part in sorted(kept.items())}
-        for site, part in moments.items():
-            finite = all(np.isfinite(array).all() for array in part.to_arrays().values())
-            if (part.num_metadata, *part.cross.shape) != (num_metadata, deep + 1, wide) or not finite:
-                raise ValueError(f"the moments of site {site!r} are not of its columns, or not finite")
+        if not all(len(array) == len(sites) and np.isfinite(array).all() for array in kept.values()):
+            raise ValueError(f"its moments are not those of {len(sites)} sites, or not finite")
+        parts = zip(*kept.values(), strict=True)
+        moments = {
+            site: Moments.from_arrays(dict(zip(kept, part, strict=True)))
+            for site, part in zip(sites if kept else (), parts, strict=True)
+        }
+        for part in moments.values():
+            if (part.num_metadata, *part.cross.shape) != (num_metadata, deep + 1, wide):
+                raise ValueError("its moments are not of its columns")
         return cls(
             design=design,
             removes_design=removes,
@@ -433,15 +430,17 @@ def row_weights(table: pyarrow.Table, column: str | None) -> FloatArray | None:
     import pyarrow
 
     try:
-        weights: FloatArray = table.column(column).cast(pyarrow.float64()).to_numpy()
+        weights = table.column(column).cast(pyarrow.float64()).to_numpy()
     except pyarrow.ArrowException as error:
         raise ValueError(f"column {column!r} has the weights: it must have numbers ({error}).") from error
-    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if len(bad):
-        raise ValueError(
-            f"column {column!r}, the weights, must be finite and not negative: it is not in row(s) "
-            f"{bad[:5].tolist()}."
-        )
+    return checked_weights(weights, f"column {column!r}, the weights,")
+
+
+def checked_weights(weights: FloatArray, what: str) -> FloatArray:
+    """Return weights (n,); ValueError where they are NaN, infinite or negative."""
+    bad = ~(np.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        raise ValueError(f"{what} must be finite and not negative, it is not in {shown_rows(bad)}.")
     return weights
 
 
@@ -530,7 +529,7 @@ def skips_missing_features(rule: str) -> bool:
 def all_skipped(is_empty: NDArray[np.bool_], names: Sequence[Any]) -> str:
     """Return for a message why missing_features="skip" leaves no row: which (D,) features have no value."""
     empty = [name for name, gone in zip(names, is_empty, strict=True) if gone]
-    why = f"feature(s) {shown(map(repr, empty))} have no value at all" if empty else "every row lacks some"
+    why = f"feature(s) {listed(empty)} have no value at all" if empty else "every row lacks some"
     return (
         "no row to fit to: missing_features='skip' leaves all of them out, since "
         f"{why}. Leave such features out, or impute them."
@@ -571,19 +570,17 @@ def moments_of_rows(
         raise
 
 
-def check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:
+def check_finite(values: NDArray[Any], names: Sequence[Any], skips_missing: bool = False) -> None:
     """Raise where features have missing (unless these are skipped) or infinite values, with their names."""
     if np.isfinite(values.sum()):
         return
     bad = np.isinf(values) if skips_missing else ~np.isfinite(values)
-    if not bad.any():
-        return
-    columns = [names[int(column)] for column in np.flatnonzero(bad.any(0))]
-    where = f"row(s) {shown(np.flatnonzero(bad.any(1)))}"
-    advice = (
-        ", or leave missing values missing with missing_features='skip'" if np.isnan(values).any() else ""
-    )
-    raise ValueError(
-        f"feature(s) {shown(map(repr, columns))} ({len(columns)} of {len(names)}) are missing, infinite or "
-        f"too large in {where}: drop or impute such rows{advice}."
-    )
+    if bad.any():
+        columns = [names[column] for column in np.flatnonzero(bad.any(0)).tolist()]
+        keep = (
+            ", or keep missing values missing with missing_features='skip'" if np.isnan(values).any() else ""
+        )
+        raise ValueError(
+            f"feature(s) {listed(columns)} ({len(columns)} of {len(names)}) are missing, infinite or "
+            f"too large in {shown_rows(bad.any(1))}: drop or impute such rows{keep}."
+        )

@@ -215,11 +215,7 @@ def site_codes(column: Column, what: str = "site") -> SiteCodes:
     levels = sorted(column.levels(), key=lambda level: (str(type(level)), level))
     codes = column.codes(levels).astype(np.intp)
     if column.kind == "date":
-        start = datetime.date(1970, 1, 1)
-        levels = [
-            (start + datetime.timedelta(days=int(days))).isoformat()
-            if float(days).is_integer()
-            else (datetime.datetime(1970, 1, 1) + datetime.timedelta(days=days)).isoformat()
-            for days in levels
-        ]
+        start = datetime.datetime(1970, 1, 1)
+        times = {days: start + datetime.timedelta(days=days) for days in levels}
+        levels = [(time.date() if days % 1 == 0 else time).isoformat() for days, time in times.items()]
     return SiteCodes(codes, list(levels))

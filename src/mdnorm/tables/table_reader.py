@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,9 @@ from sklearn.base import BaseEstimator
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import _check_feature_names_in, check_array, validate_data
 
-from mdnorm.design.reader import Column, read_column, refuse_no_table, shown, shown_rows
+from mdnorm.design.reader import Column, read_column, refuse_no_table
 from mdnorm.tables.combat import LocationScale, SiteCodes
+from mdnorm.tables.model import check_finite
 from mdnorm.tables.table_design import TableDesign
 from mdnorm.text import warn
 
@@ -43,21 +44,7 @@ class TableRows(NamedTuple):
 class TableReader(BaseEstimator):  # type: ignore[misc]
     """What an estimator of tables reads, and what it learns of their columns in the first call of fit."""
 
-    formula: str | Sequence[str] | None
-    metadata_columns: Sequence[int | str] | None
-    protect_target: str | bool
-    site: int | str | Sequence[int | str] | None
-    subject: int | str | None
-    scale: bool
-    missing: str
-    unseen: str
-    missing_features: str
-    n_features_in_: int
-    _is_partial: bool
     _model: LocationScale | None
-
-    def _fitted_model(self) -> LocationScale:
-        raise NotImplementedError
 
     def _start(
         self, table: Any, given: dict[str, Any], classes: Any, num_rows: int, weights: FloatArray | None
@@ -155,7 +142,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
 
     def _is_mixed(self, X: Any) -> bool:  # noqa: N803
         """Whether X is a DataFrame that may hold metadata that are no numbers: only the features must be."""
-        return self.metadata_columns is not None and hasattr(X, "columns") and hasattr(X, "dtypes")
+        return bool(self.metadata_columns is not None and hasattr(X, "columns") and hasattr(X, "dtypes"))
 
     def _validated(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
         """Return X as a checked array; as it is where it is a DataFrame with metadata."""
@@ -180,21 +167,9 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         return features
 
     def _finite(self, features: NDArray[Any], places: NDArray[np.intp]) -> NDArray[Any]:
-        """Return features after a check for missing and infinite values, as scikit-learn words them."""
-        if np.isfinite(features.sum()):
-            return features
-        bad = np.isinf(features)
-        if self.missing_features == "error":
-            bad |= np.isnan(features)
-        if bad.any():
-            names = getattr(self, "feature_names_in_", range(self.n_features_in_))
-            columns = [names[places[index]] for index in np.flatnonzero(bad.any(0))]
-            kind = "infinity" if np.isinf(features).any() else "NaN"
-            raise ValueError(
-                f"Input X contains {kind}: column(s) {shown(map(repr, columns))} in "
-                f"{shown_rows(bad.any(1))}. Drop or impute these rows, or keep missing values missing with "
-                "missing_features='skip'."
-            )
+        """Return features after a check for missing and infinite values."""
+        names = getattr(self, "feature_names_in_", range(self.n_features_in_))
+        check_finite(features, [names[place] for place in places], self.missing_features == "skip")
         return features
 
     def _metadata_of(self, X: Any) -> list[Any]:  # noqa: N803
