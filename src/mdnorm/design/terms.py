@@ -170,31 +170,23 @@ class TermValues:
         """Number of rows."""
         return len(next(iter(self.values.values())).unusable)
 
-    def chunks(self, without: Sequence[int] = ()) -> Iterator[tuple[slice, Matrix]]:
-        """Yield rows and their (m, K) columns, not yet standardised, NaN where unusable.
-
-        Columns of the products `without` are left out, and not counted in K.
-        """
-        kept = [index for index in range(len(self.terms.products)) if index not in set(without)]
-        width = sum(self.terms.products[index].width for index in kept) + len(self.missing)
+    def chunks(self, without: int = -1) -> Iterator[tuple[slice, Matrix]]:
+        """Yield rows and their (m, K) columns, not standardised, NaN where unusable; `without` a product."""
+        kept = [product for index, product in enumerate(self.terms.products) if index != without]
+        width = sum(product.width for product in kept) + len(self.missing)
         step = min(max(_CHUNK_VALUES // max(width, 1), 64), _MAX_CHUNK_ROWS)
         for start in range(0, self.num_rows, step):
             rows = slice(start, min(start + step, self.num_rows))
-            block = np.empty((rows.stop - start, width))
-            at = 0
-            for index in kept:
-                product = self.terms.products[index]
-                part = block[:, at : at + product.width]
-                at += product.width
+            block, at = np.empty((rows.stop - start, width)), 0
+            for product in kept:
                 if product.width:
-                    part[:] = product.block(self.values, rows)
-            for missing in self.missing:
-                block[:, at] = missing[rows]
-                at += 1
+                    block[:, at : at + product.width] = product.block(self.values, rows)
+                at += product.width
+            block[:, at:] = np.reshape([missing[rows] for missing in self.missing], (-1, len(block))).T
             yield rows, block
 
-    def widest_one_hot(self) -> tuple[int, NDArray[np.int64] | None]:
-        """Return the widest product of categories alone, and its codes; −1 and None where there is none.
+    def widest_one_hot(self) -> tuple[int, NDArray[np.int64]]:
+        """Return the widest product of categories alone, and its codes; −1, and codes of −1, without one.
 
         Some row must have no 1 in it, as those of the reference: the columns are independent then.
         """
@@ -202,7 +194,7 @@ class TermValues:
         codes = {k: each.codes(self.values) for k, each in products if each.is_one_hot and each.width}
         fit = [index for index, of_rows in codes.items() if (of_rows == -1).any()]
         widest = max(fit, key=lambda index: self.terms.products[index].width, default=-1)
-        return widest, codes.get(widest)
+        return widest, codes.get(widest, np.full(self.num_rows, -1))
 
     def moments(self, weights: Matrix | None = None) -> tuple[Matrix, Matrix, Matrix]:
         """Return the weight of usable rows, the mean and the standard deviation of each column, each (K,).

@@ -99,7 +99,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
 
     def _is_class(self, y: Any, classes: Any) -> bool:
         if self.protect_target != "auto":
-            return self.protect_target == "categorical"
+            return bool(self.protect_target == "categorical")
         values = np.asarray(y)
         if values.dtype.kind == "O":  # Numbers among Python's objects are numbers.
             values = np.array(values.tolist())
