@@ -189,24 +189,6 @@ def test_splines_and_missing_values_as_the_design_in_memory(tmp_path) -> None:
         np.testing.assert_allclose(np.load(tmp_path / "out.npy"), wanted, rtol=1e-6)
 
 
-def test_nothing_is_left_of_the_metadata_where_values_are_far_from_zero(tmp_path) -> None:
-    table = people()
-    features = values(table) + 1e6
-    np.save(tmp_path / "features.npy", features)
-    table.to_parquet(tmp_path / "people.parquet")
-    residualize_file(
-        tmp_path / "features.npy",
-        tmp_path / "out.npy",
-        formula="age + C(site)",
-        metadata=tmp_path / "people.parquet",
-        batch_rows=13,
-    )
-    out = np.load(tmp_path / "out.npy")
-    correlations = np.corrcoef(np.column_stack([table["age"], out]).T)[0, 1:]
-    assert np.abs(correlations).max() < 1e-8
-    np.testing.assert_allclose(out.mean(0), features.mean(0), rtol=1e-12)
-
-
 @given(
     n=st.integers(12, 60),
     d=st.integers(1, 4),
@@ -922,16 +904,6 @@ def test_a_single_name_is_not_read_letter_by_letter(tmp_path) -> None:
         tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", labels="sick", features="vol*"
     )
     assert (summary.label_names, summary.feature_names) == (("sick",), ("volume",))
-
-
-def test_paths_of_models_may_be_text(tmp_path) -> None:
-    table = people(20)
-    table.assign(f=np.arange(20.0) / 7).to_parquet(tmp_path / "t.parquet")
-    saved = str(tmp_path / "a.safetensors")
-    residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", save_model=saved)
-    again = str(tmp_path / "b.safetensors")
-    MetadataModel.load(saved).save(again)
-    assert MetadataModel.load(again).feature_names == MetadataModel.load(saved).feature_names
 
 
 def test_after_an_error_while_writing_nothing_is_left(folder, monkeypatch) -> None:
