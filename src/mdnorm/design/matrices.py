@@ -20,9 +20,7 @@ from mdnorm.design.diagnosis import (
 )
 from mdnorm.design.factors import FittedFactor, fit_factor
 from mdnorm.design.formula import (
-    MAX_COLUMNS,
     Factor,
-    FormulaError,
     column_or_factor,
     in_order,
     parse_formula,
@@ -30,7 +28,7 @@ from mdnorm.design.formula import (
 from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.roles import TableWarning, code_warning, level_warning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
-from mdnorm.design.terms import Terms, TermValues, scoped_products
+from mdnorm.design.terms import Terms, TermValues, label_terms, scoped_products
 from mdnorm.text import warn
 
 Matrix = NDArray[np.float64]
@@ -156,7 +154,7 @@ class Design:
         self._check_overlap()
         self._factors: dict[str, FittedFactor] = {}
         self._kinds: dict[str, str] = {}
-        self._terms = Terms((), ())
+        self._terms = self._label_terms = Terms((), ())
         self._mean = np.empty(0)
         self._scale = np.empty(0)
         self._is_fitted = False
@@ -197,7 +195,7 @@ class Design:
     def label_names(self) -> tuple[str, ...]:
         """Names of the label columns."""
         self._check_fitted()
-        return tuple(name for fitted in self._fitted_labels() for name in fitted.names(True))
+        return self._label_terms.names
 
     @property
     def terms(self) -> dict[str, tuple[str, ...]]:
@@ -317,7 +315,7 @@ class Design:
             if self.missing == "indicator" and columns[name].missing.any()
         ]
         self._terms = Terms(scoped_products(self._written_terms, self._factors), indicators)
-        self._check_number_of_labels()
+        self._label_terms = label_terms(self._fitted_labels())
         values = self._evaluate(columns)
         self._fit_moments(values, weights)
         self._is_fitted = True
@@ -443,14 +441,6 @@ class Design:
         """
         return design_from_json(cls.__new__(cls), text)
 
-    def _check_number_of_labels(self) -> None:
-        number = sum(label.width(True) for label in self._fitted_labels())
-        if number > MAX_COLUMNS:
-            raise FormulaError(
-                f"the labels would have {number:,} columns, and the limit is {MAX_COLUMNS:,}: is one of them "
-                "a number that was read as text?"
-            )
-
     def _check_fitted(self) -> None:
         if not self._is_fitted:
             raise RuntimeError("the design is not fitted: call fit(table) with the training data first.")
@@ -507,13 +497,9 @@ class Design:
         return block
 
     def _label_matrix(self, columns: Mapping[str, Column], num_rows: int) -> Matrix:
-        matrix, at = np.zeros((num_rows, sum(label.width(True) for label in self._fitted_labels()))), 0
-        for fitted in self._fitted_labels():
-            values, part = fitted.evaluate(columns, label=True).values, fitted.width(True)
-            if fitted.kind == "category":
-                found = np.flatnonzero(values > 0)
-                matrix[found, at + values[found] - 1] = 1
-            else:
-                matrix[:, at : at + part] = values.reshape(num_rows, part)
-            at += part
+        labels = self._fitted_labels()
+        values = {each.factor.text: each.evaluate(columns, label=True) for each in labels}
+        matrix: Matrix = np.empty((num_rows, self._label_terms.width))
+        for rows, block in TermValues(self._label_terms, values, ()).chunks() if labels else ():
+            matrix[rows] = block
         return matrix

@@ -447,12 +447,7 @@ def _of_series(name: str, series: Any) -> Column:
         values = series.to_numpy() if not missing.any() else series.fill_null(fill).to_numpy()
         return _of_numbers(name, np.asarray(values), missing)
     if dtype in (nw.Date, nw.Datetime, nw.Duration):
-        is_date = dtype != nw.Duration
-        stamps = series.dt.timestamp("us") if is_date else series.dt.total_microseconds()
-        missing = stamps.is_null().to_numpy().astype(bool)
-        values = np.asarray(stamps.to_numpy() if not missing.any() else stamps.fill_null(0).to_numpy())
-        days = values.astype(np.int64) / _MICROSECONDS_PER_DAY
-        return _of_numbers(name, days, missing, "date" if is_date else "number")
+        return _of_array(name, np.asarray(series.to_numpy()))
     if dtype in (nw.Categorical, nw.Enum):
         # polars has one pool of categories for the whole process: those of a Categorical declare nothing.
         native = series.to_native()

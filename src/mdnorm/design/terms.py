@@ -224,6 +224,11 @@ class TermValues:
         return count, mean, np.where(deviation <= _CONSTANT * largest, 0.0, deviation)
 
 
+def label_terms(labels: Sequence[FittedFactor]) -> Terms:
+    """Return the columns of labels: categories without their references."""
+    return Terms([Product(label.factor.text, ((label, label.kind == "category"),)) for label in labels], ())
+
+
 def scoped_products(
     written: Sequence[Sequence[Factor]], factors: Mapping[str, FittedFactor]
 ) -> list[Product]:

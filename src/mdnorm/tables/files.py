@@ -221,16 +221,7 @@ class _ParquetWriter:
 
         metadata = source.file.metadata
         chunks = [metadata.row_group(0).column(index) for index in range(metadata.num_columns)]
-        encodings = {chunk.path_in_schema: set(chunk.encodings) for chunk in chunks}
-        # Residuals hardly ever repeat: a dictionary of them would be built only to be thrown away.
-        dictionary = [
-            path
-            for path, used in encodings.items()
-            if used & {"PLAIN_DICTIONARY", "RLE_DICTIONARY"} and path not in features
-        ]
-        split = [path for path, used in encodings.items() if "BYTE_STREAM_SPLIT" in used]
         codecs = {chunk.path_in_schema: chunk.compression for chunk in chunks}
-        version = metadata.format_version
         self._schema = schema
         self._file = pyarrow.parquet.ParquetWriter(
             path,
@@ -238,9 +229,8 @@ class _ParquetWriter:
             compression={
                 path: "none" if codec == "UNCOMPRESSED" else codec.lower() for path, codec in codecs.items()
             },
-            use_dictionary=dictionary or False,
-            use_byte_stream_split=split or False,
-            version=version if version in ("1.0", "2.4", "2.6") else "2.6",
+            # Residuals hardly ever repeat: a dictionary of them would be built only to be thrown away.
+            use_dictionary=[path for path in codecs if path not in features] or False,
         )
         self.close = self._file.close
         self._sizes = self._row_group_sizes(source, schema)
