@@ -253,5 +253,4 @@ def _log_volume(columns: Matrix) -> float:
 def _span(columns: Matrix) -> Matrix:
     """Return an orthonormal basis of the space of columns of norm 1."""
     left, singular, _ = np.linalg.svd(columns, full_matrices=False)
-    basis: Matrix = left[:, singular > _DEPENDENT]
-    return basis
+    return np.asarray(left[:, singular > _DEPENDENT])

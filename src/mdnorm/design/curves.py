@@ -78,8 +78,7 @@ class Curve:
 
 def _place(values: Vector, left: Vector, right: Vector) -> Vector:
     """Return where between left (−1) and right (1) values lie."""
-    place: Vector = ((values - left) - (right - values)) / (right - left)
-    return place
+    return np.asarray(((values - left) - (right - values)) / (right - left))
 
 
 def fit_curve(function: str, values: Vector, options: Mapping[str, Any], what: str) -> Curve:

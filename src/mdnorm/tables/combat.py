@@ -168,8 +168,7 @@ class LocationScale:
 
         Where a protected column is not known, it is its `design_mean`: its effect then stays in the residual.
         """
-        residual: FloatArray = features - self.mean - (design - self.design_mean) @ self.coefficients
-        return residual
+        return np.asarray(features - self.mean - (design - self.design_mean) @ self.coefficients)
 
     def remove(self, features: NDArray[Any], design: FloatArray, site_index: NDArray[np.intp]) -> FloatArray:
         """Return features without metadata and site effects, (n, D), float64; see `residual`.
@@ -195,8 +194,7 @@ class LocationScale:
 
     def scale_of(self, site_index: NDArray[np.intp]) -> FloatArray:
         """Return the (n, D) scales of rows, 1 for a site that is not there (see `remove`)."""
-        scale: FloatArray = self._padded(self.scale, 1.0)[site_index]
-        return scale
+        return np.asarray(self._padded(self.scale, 1.0)[site_index])
 
     def without_metadata(self, design: FloatArray) -> FloatArray:
         """Return the design of rows from which the metadata's effect is gone."""
@@ -206,8 +204,7 @@ class LocationScale:
 
     def _metadata_part(self, design: FloatArray) -> FloatArray:
         metadata = slice(0, self.num_metadata)
-        part: FloatArray = (design - self.design_mean)[:, metadata] @ self.coefficients[metadata]
-        return part
+        return np.asarray((design - self.design_mean)[:, metadata] @ self.coefficients[metadata])
 
     def with_sites(self, moments: Mapping[Hashable, Moments]) -> LocationScale:
         """Return a model that knows further sites, from the moments of their rows; the rest stays as it is.

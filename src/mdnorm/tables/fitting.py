@@ -73,9 +73,7 @@ class TableFitter(TableReader):
                         f"{name}={getattr(self, name)!r} needs site=, the column that names the site."
                     )
         if self.covariance and not self.scale:
-            raise ValueError(
-                f"covariance={self.covariance!r} needs scale=True: variances come before covariances."
-            )
+            raise ValueError(f"covariance={self.covariance!r} needs scale=True: variances come first.")
         if self.covariance and self.missing_features == "skip":
             raise ValueError(
                 f"covariance={self.covariance!r} needs all features of a row, so missing_features='skip' "
@@ -83,8 +81,7 @@ class TableFitter(TableReader):
             )
         if self.subject is not None and self.ridge > 0:
             raise ValueError(
-                f"subject={self.subject!r} fits a mixed model, which has no penalty: set ridge=0 (it is "
-                f"{self.ridge:g})."
+                f"subject={self.subject!r} fits a mixed model, which has no penalty: set ridge=0."
             )
 
     def _update(
@@ -167,8 +164,7 @@ class TableFitter(TableReader):
         """Return features less what is known of their subjects, or with it again (sign 1)."""
         if self._intercepts is None or subjects is None:
             return features
-        changed: NDArray[Any] = features + sign * self._intercepts.of(subjects)
-        return changed
+        return np.asarray(features + sign * self._intercepts.of(subjects))
 
     def _fitted_model(self) -> LocationScale:
         if not hasattr(self, "moments_"):
@@ -260,8 +256,7 @@ class TableFitter(TableReader):
                 )
             # x·rest + strength·(x / scale + …) is what there is: this solves it for x.
             rest = rest * model.scale_of(index)
-        partly: NDArray[Any] = (rest * given + self.strength * changed) / (rest + self.strength)
-        return partly
+        return np.asarray((rest * given + self.strength * changed) / (rest + self.strength))
 
 
 # The share of the variance whose components are harmonised, as Chen et al. (2022) have it.

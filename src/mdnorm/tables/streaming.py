@@ -360,14 +360,14 @@ class _Passes:
         sample = DesignSample(design, self.seed)
         fits_all = self.fit_rows is None and weights is None and not self.skips_missing
         everything = sample if fits_all else DesignSample(design, self.seed, max_rows=1)
-        chooser = _RowChooser(self.fit_rows, self.seed)
+        chosen = _row_chooser(self.fit_rows, self.seed)
         columns = list(dict.fromkeys([*variables, *self._chosen_columns(specification)]))
         kept = [*variables, *([] if weights is None else [weights])]
         for start, features, table in self._metadata(columns):
             with _at_rows(path, start, table.num_rows):
                 if everything is not sample:
                     everything.add(table.select(variables))
-                used = used_rows(features, table, weights, self.skips_missing, chooser.mask(table))[1]
+                used = used_rows(features, table, weights, self.skips_missing, chosen(table))[1]
                 sample.add(used.select(kept))
             self.progress("metadata", start + table.num_rows, self.rows.table.num_rows)
         if sample.num_rows == 0:
@@ -392,12 +392,12 @@ class _Passes:
         """Return the model, and how many rows it is fitted to."""
         features_of, weights = self.rows.features, specification.weights
         wanted = dict.fromkeys([*specification.variables, *self._chosen_columns(specification)])
-        chooser = _RowChooser(self.fit_rows, self.seed)
+        chosen = _row_chooser(self.fit_rows, self.seed)
         moments: SiteMoments = {}
         for block, table in self.rows.blocks(list(wanted), self._rows_at_once(design)):
             rows = block.start, len(block.features)
             with _at_rows(self.rows.table.path, *rows):
-                used = used_rows(block.features, table, weights, self.skips_missing, chooser.mask(table))
+                used = used_rows(block.features, table, weights, self.skips_missing, chosen(table))
                 columns = specification.columns(design, used[1])
             with _at_rows(features_of.path, *rows):
                 part = moments_of_rows(*used, columns, weights, features_of.feature_names)
@@ -443,25 +443,25 @@ class _Passes:
         return min(self.batch_rows, max(_DESIGN_VALUES // max(width, 1), 256))
 
 
-class _RowChooser:
-    """Which rows to fit to, block after block; the same ones whatever the blocks."""
+def _row_chooser(
+    fit_rows: str | float | None, seed: int
+) -> Callable[[pyarrow.Table], NDArray[np.bool_] | None]:
+    """Return what says of the rows of one block after the other which are fitted to; None: all are."""
+    if isinstance(fit_rows, int | float) and not 0 < fit_rows <= 1:
+        raise ValueError(f"fit_rows must be a share above 0 and up to 1, or a column, got {fit_rows!r}.")
+    # Not the numbers by which rows of the design are sampled.
+    random = np.random.default_rng([seed, 1])
 
-    def __init__(self, fit_rows: str | float | None, seed: int) -> None:
-        if isinstance(fit_rows, int | float) and not 0 < fit_rows <= 1:
-            raise ValueError(f"fit_rows must be a share above 0 and up to 1, or a column, got {fit_rows!r}.")
-        self._fit_rows = fit_rows
-        # Not the numbers by which rows of the design are sampled.
-        self._random = np.random.default_rng([seed, 1])
-
-    def mask(self, table: pyarrow.Table) -> NDArray[np.bool_] | None:
-        """Return for each row whether it is chosen; None: all are."""
-        if self._fit_rows is None:
+    def chosen(table: pyarrow.Table) -> NDArray[np.bool_] | None:
+        if fit_rows is None:
             return None
-        if not isinstance(self._fit_rows, str):
-            return np.asarray(self._random.random(table.num_rows) < self._fit_rows)
-        values = table.column(self._fit_rows).to_numpy()
+        if not isinstance(fit_rows, str):
+            return np.asarray(random.random(table.num_rows) < fit_rows)
+        values = table.column(fit_rows).to_numpy()
         if not np.isin(values, [0, 1]).all():
             raise ValueError(
-                f"column {self._fit_rows!r} chooses rows: it must have only true and false, or 0 and 1."
+                f"column {fit_rows!r} chooses rows: it must have only true and false, or 0 and 1."
             )
         return np.asarray(values.astype(bool))
+
+    return chosen
