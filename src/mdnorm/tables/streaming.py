@@ -29,7 +29,7 @@ from mdnorm.files import atomic_path
 from mdnorm.plain import PlainResult
 from mdnorm.tables.combat import SiteMoments, add_moments, unknown_note
 from mdnorm.tables.design_sample import DesignSample
-from mdnorm.tables.files import FeatureFile, open_features, prefetched
+from mdnorm.tables.files import FeatureFile, Rows, open_features, prefetched
 from mdnorm.tables.model import (
     MetadataModel,
     Specification,
@@ -42,7 +42,6 @@ from mdnorm.tables.model import (
     used_rows,
     what_to_remove,
 )
-from mdnorm.tables.rows import Rows
 
 if TYPE_CHECKING:
     import pyarrow
