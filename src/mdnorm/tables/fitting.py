@@ -97,10 +97,9 @@ class TableFitter(TableReader):
         """Add rows to the moments; return them, without the intercepts of subjects, and their weights."""
         check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
         refuse_no_table(y, "y")
-        given = {"labels": labels, "y": None if self.protect_target is False else y}
         if reset:
             self._select(X)
-        features, table = self._checked(X), self._table(X, metadata)
+        features, given = self._checked(X), self._given(X, y, metadata, labels)
         weights = None if sample_weight is None else _as_sample_weight(sample_weight, len(features))
         used = np.ones(len(features), bool) if weights is None else weights > 0
         if reset and not used.any():
@@ -111,12 +110,12 @@ class TableFitter(TableReader):
         used &= complete
         with _counting_from(used):
             if not used.all():
-                table, given = self._used(table, given, used)
+                given = self._used(given, used)
                 features, weights = features[used], None if weights is None else weights[used]
             num_rows = len(features)
             if reset:
-                self._start(table, given, classes, num_rows, weights)
-            rows = TableRows(features, *self._design(table, given, num_rows, training=True))
+                self._start(given, classes, num_rows, weights)
+            rows = TableRows(features, *self._design(given, num_rows, training=True))
         note = leaking_features(features, self._feature_names()) if reset and self._num_metadata else None
         if note is not None:
             warn(note, LeakageWarning)
@@ -124,25 +123,21 @@ class TableFitter(TableReader):
         rows = rows._replace(features=self._without_intercepts(features, rows.subjects))
         moments = self._moments(rows, weights)
         self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
-        if self._metadata_table is not None:
-            self._metadata_table.count(table, num_rows)
-        if "labels" in self._protected:
-            self._protected["labels"].count(given["labels"], num_rows)
+        for what, table in self._tables.items():
+            table.count(given[what], num_rows)
         return rows, weights
 
-    def _used(self, table: Any, given: dict[str, Any], used: NDArray[np.bool_]) -> tuple[Any, dict[str, Any]]:
+    def _used(self, given: dict[str, Any], used: NDArray[np.bool_]) -> dict[str, Any]:
         """Return the tables with only the rows that are fitted to: levels of others are not known."""
-        tables = {"metadata": table, "labels": given["labels"]}
-        part = {
-            what: {name: column.rows(used) for name, column in read_rows(each, what, len(used)).items()}
-            for what, each in tables.items()
-            if each is not None
-        }
-        y = given["y"]
-        if y is not None:
-            check_consistent_length(used, y)
-            y = _safe_indexing(y, np.flatnonzero(used))
-        return part.get("metadata"), {"labels": part.get("labels"), "y": y}
+        part = dict(given)
+        for what in ("metadata", "labels"):
+            if part[what] is not None:
+                columns = read_rows(part[what], what, len(used))
+                part[what] = {name: column.rows(used) for name, column in columns.items()}
+        if part["y"] is not None:
+            check_consistent_length(used, part["y"])
+            part["y"] = _safe_indexing(part["y"], np.flatnonzero(used))
+        return part
 
     def _moments(self, rows: TableRows, weights: FloatArray | None = None) -> SiteMoments:
         metadata, labels = np.split(rows.design, [self._num_metadata], axis=1)
@@ -177,8 +172,8 @@ class TableFitter(TableReader):
     def _solve(self, rows: TableRows | None = None, weights: FloatArray | None = None) -> None:
         """Fit the model to the moments, and its covariances to the rows."""
         names = list(self.metadata_names_)
-        for what, table in self._protected.items():
-            names += [name if what == "y" else f"labels column {name!r}" for name in table.names]
+        labels = self._tables["labels"].names if "labels" in self._tables else ()
+        names += [f"labels column {name!r}" for name in labels] + self.protected_names_[len(labels) :]
         reference = self.reference_site
         reference = tuple(reference) if isinstance(reference, (list, np.ndarray)) else reference
         model = fit_location_scale(
@@ -219,15 +214,15 @@ class TableFitter(TableReader):
         check_is_fitted(self, "moments_")
         check_same_order(X=X, metadata=metadata, labels=labels)
         model = self._fitted_model()
-        given = {"labels": labels}
         dropped: list[Any] | None = None
         if inverse and len(self._metadata_index) and not self.keep_metadata:
             features, dropped = self._read_dropped(X, metadata)
             assert self.metadata_columns is not None
             table = dict(zip(map(str, self.metadata_columns), dropped, strict=True))
-            rows = TableRows(features, *self._design(table, given, len(features), training=False))
+            given = {"metadata": table, "labels": labels, "y": None}
+            rows = TableRows(features, *self._design(given, len(features)))
         else:
-            rows = self._read(X, metadata, given)
+            rows = self._read(X, None, metadata, labels)
         index = self._site_index(rows.sites, len(rows.features))
         plain = self._without_intercepts(rows.features, rows.subjects)
         if self._intercepts is not None and rows.subjects is not None and self.unseen == "mean":

@@ -308,8 +308,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
             raise ValueError("adapt is for sites: this estimator has site=None.")
         model = self._fitted_model()
         check_same_order(X=X, y=y, metadata=metadata, labels=labels)
-        given = {"labels": labels, "y": None if self.protect_target is False else y}
-        rows = self._read(X, metadata, given)
+        rows = self._read(X, y, metadata, labels)
         assert rows.sites is not None
         new = model.index_of(rows.sites)[0] < 0
         if not new.any():
@@ -402,16 +401,14 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
                     f"{name}={getattr(self, name)!r}: a summary is of one least-squares regression, and of "
                     f"sites whose location and scale are removed as a whole. Fit with {name}={plain!r}."
                 )
-        tables = [self._metadata_table, *self._protected.values()]
-        variables = [term for table in tables if table is not None for term in table.terms.items()]
-        labels = self._protected.get("labels")
+        known = {what: table for what, table in self._tables.items() if what != "y"}
         return summarise(
             self.moments_,
             self._fitted_model(),
-            variables,
+            [term for table in self._tables.values() for term in table.terms.items()],
             self._feature_names(),
-            site=None if self._metadata_table is None else self._metadata_table.site_name,
-            num_known=self._num_metadata + (0 if labels is None else len(labels.names)),
+            site=self._tables["metadata"].site_name if "metadata" in self._tables else None,
+            num_known=sum(len(table.names) for table in known.values()),
         )
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
