@@ -252,7 +252,7 @@ def _collinearity(design: Design, values: TermValues, labels: NDArray[np.float64
     """Return what the columns of a design and of labels (n, K_y) say of each other."""
     terms = design._terms
     widest, codes = values.widest_one_hot()
-    block = np.arange(terms.width)[terms.slice(widest)] if widest >= 0 else np.empty(0, np.intp)
+    block = np.arange(*terms.starts[widest : widest + 2]) if widest >= 0 else np.empty(0, np.intp)
     others = np.setdiff1d(np.arange(terms.width + labels.shape[1]), block)
     mean, scale = (np.delete(each, block) for each in (design._mean, design._scale))
     inverse = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)

@@ -174,7 +174,7 @@ def read_table(
         names += [f"{unnamed}{index}" for index in range(1, array.shape[-1] if array.ndim == 2 else 1)]
         matrix = array[:, None] if array.ndim == 1 else array
         columns = {name: _of_array(name, values) for name, values in zip(names, matrix.T, strict=False)}
-    elif _is_series(table):
+    elif type(table).__name__ in ("Series", "ChunkedArray") and hasattr(table, "__array__"):
         name = str(getattr(table, "name", None) or single or f"{unnamed}0")
         columns = {name: read_column(name, table)}
     else:
@@ -249,10 +249,6 @@ def _as_array(values: Any) -> NDArray[Any]:
     array = np.asarray(values)
     # NumPy would turn the numbers beside a text into texts, and booleans beside numbers into numbers.
     return np.asarray(values, dtype=object) if array.dtype.kind in "USO" else array
-
-
-def _is_series(values: Any) -> bool:
-    return type(values).__name__ in ("Series", "ChunkedArray") and hasattr(values, "__array__")
 
 
 def _cells(table: Any) -> tuple[list[Any], Callable[[int], Any]]:

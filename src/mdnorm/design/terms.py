@@ -152,10 +152,6 @@ class Terms:
             columns.setdefault(name, []).append(index)
         return columns
 
-    def slice(self, index: int) -> slice:
-        """Return which columns are those of a product."""
-        return slice(self.starts[index], self.starts[index + 1])
-
 
 @dataclass(frozen=True)
 class TermValues:

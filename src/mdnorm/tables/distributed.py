@@ -299,27 +299,23 @@ class _Part(NamedTuple):
 
 
 def _read_part(block: Any, other: Any, names: tuple[str, ...], variables: list[str]) -> _Part:
+    import pyarrow
+
     is_frame = hasattr(block, "columns")
     values = as_real_array(block[list(names)] if is_frame else block, "features")
     if values.dtype != np.float32:
         values = values.astype(np.float64)
-    table = _read_table(block if other is None else other, variables)
-    rows = len(values)
+    holder, rows = block if other is None else other, len(values)
+    if hasattr(holder, "columns"):
+        table = pyarrow.Table.from_pandas(holder[variables], preserve_index=False)
+    else:
+        columns = dict(zip(_array_names(holder), np.asarray(holder).T, strict=True))
+        table = pyarrow.table({name: columns[name] for name in variables})
     if variables and table.num_rows != rows:
         raise ValueError(
             f"a partition has {rows} rows of features and {table.num_rows} of metadata: partition both alike."
         )
     return _Part(values, table)
-
-
-def _read_table(block: Any, variables: Sequence[str]) -> Any:
-    import pyarrow
-
-    if not hasattr(block, "columns"):
-        array = np.asarray(block)
-        columns = {f"m{index}": array[:, index] for index in range(array.shape[1])}
-        return pyarrow.table({name: columns[name] for name in variables})
-    return pyarrow.Table.from_pandas(block[list(variables)], preserve_index=False)
 
 
 def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:

@@ -100,7 +100,9 @@ class TableFitter(TableReader):
         if reset:
             self._select(X)
         features, given = self._checked(X), self._given(X, y, metadata, labels)
-        weights = None if sample_weight is None else _as_sample_weight(sample_weight, len(features))
+        weights = None
+        if sample_weight is not None:
+            weights = checked_weights(sample_weight, len(features), "sample_weight")
         used = np.ones(len(features), bool) if weights is None else weights > 0
         if reset and not used.any():
             raise NoSamplesError("Sample weights must contain at least one non-zero number: all are zero.")
@@ -268,13 +270,6 @@ _ESTIMATES: dict[str, Callable[[Any, Any], Any]] = {
     "components_": lambda fit, model: model.directions,
     "subject_variance_": lambda fit, model: fit._intercepts.variance,
 }
-
-
-def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
-    weights = np.asarray(sample_weight, dtype=np.float64)
-    if weights.shape != (num_rows,):
-        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(num_rows,)}!")
-    return checked_weights(weights, "sample_weight")
 
 
 @contextmanager

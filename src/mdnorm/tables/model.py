@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mdnorm.arrays import check_same_order
 from mdnorm.design import Design
@@ -433,11 +433,14 @@ def row_weights(table: pyarrow.Table, column: str | None) -> FloatArray | None:
         weights = table.column(column).cast(pyarrow.float64()).to_numpy()
     except pyarrow.ArrowException as error:
         raise ValueError(f"column {column!r} has the weights: it must have numbers ({error}).") from error
-    return checked_weights(weights, f"column {column!r}, the weights,")
+    return checked_weights(weights, table.num_rows, f"column {column!r}, the weights,")
 
 
-def checked_weights(weights: FloatArray, what: str) -> FloatArray:
-    """Return weights (n,); ValueError where they are NaN, infinite or negative."""
+def checked_weights(values: ArrayLike, num_rows: int, what: str) -> FloatArray:
+    """Return weights (num_rows,), float64; ValueError where they are NaN, infinite or negative."""
+    weights = np.asarray(values, dtype=np.float64)
+    if weights.shape != (num_rows,):
+        raise ValueError(f"{what} must have shape {(num_rows,)}, one weight a row, got {weights.shape}.")
     bad = ~(np.isfinite(weights) & (weights >= 0))
     if bad.any():
         raise ValueError(f"{what} must be finite and not negative, it is not in {shown_rows(bad)}.")
