@@ -208,11 +208,7 @@ def diagnose_columns(
     determined = tuple(names[i] for i in sorted(r2_on_labels) if r2_on_labels[i] >= 1 - _DETERMINED)
     few_rows = num_rows - 1 <= len(kept)
     collinear = tuple(tuple(names[index] for index in group) for group in collinearity.groups())
-    single = [
-        text
-        for text, fitted in design._factors.items()
-        if fitted.kind == "category" and len(fitted.levels) == 1
-    ]
+    single = [text for text, levels in design.levels.items() if len(levels) == 1]
     constant = (*(names[index] for index in sorted(collinearity.constant)), *single)
     cells = _sparse_cells(design, columns, values, min_rows, with_labels) if min_rows else ()
     inflation = collinearity.inflation()

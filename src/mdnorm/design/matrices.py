@@ -465,16 +465,15 @@ class Design:
             )
         count, mean, deviation = values.moments(weights)
         if (count == 0).any():
-            name = names[int(np.flatnonzero(count == 0)[0])]
-            raise ValueError(
-                f"column {name!r} has no row in which all of its variables are there: take it out."
-            )
+            name = names[(count == 0).argmax()]
+            raise ValueError(f"column {name!r} has no row in which all of its variables are there: drop it.")
         too_large = ~(np.isfinite(mean) & np.isfinite(deviation))
         too_small = (deviation > 0) & (deviation < np.finfo(np.float64).tiny)  # Their inverse overflows.
         for bad, what in ((too_large, "large to be squared"), (too_small, "small to be divided by")):
             if bad.any():
-                name = names[int(np.flatnonzero(bad)[0])]
-                raise ValueError(f"column {name!r} has values too {what}: rescale its variables.")
+                raise ValueError(
+                    f"column {names[bad.argmax()]!r} has values too {what}: rescale its variables."
+                )
         # Nothing was learnt about a constant column, one of deviation 0: it stays 0 whatever comes.
         self._mean, self._scale = mean, deviation
 
