@@ -97,9 +97,7 @@ class TableFitter(TableReader):
         """Add rows to the moments; return them, without the intercepts of subjects, and their weights."""
         check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
         refuse_no_table(y, "y")
-        if reset:
-            self._select(X)
-        features, given = self._checked(X), self._given(X, y, metadata, labels)
+        features, given = self._checked(X, reset), self._given(X, y, metadata, labels)
         weights = None
         if sample_weight is not None:
             weights = checked_weights(sample_weight, len(features), "sample_weight")

@@ -111,9 +111,8 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 )
         return True
 
-    def _select(self, X: Any) -> None:  # noqa: N803
-        """Record the columns of X and which of them are features."""
-        self._validated(X, reset=True)
+    def _select(self) -> None:
+        """Record which of the columns of X are features."""
         chosen = [] if self.metadata_columns is None else list(self.metadata_columns)
         names = list(getattr(self, "feature_names_in_", []))
         index = []
@@ -151,9 +150,11 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         checked = validate_data(self, X, reset=reset, **_FEATURES)
         return self._finite(checked, np.arange(self.n_features_in_))
 
-    def _checked(self, X: Any) -> NDArray[Any]:  # noqa: N803
-        """Return the features, checked."""
-        X = self._validated(X, reset=False)  # noqa: N806
+    def _checked(self, X: Any, reset: bool = False) -> NDArray[Any]:  # noqa: N803
+        """Return the features, checked; `reset`: the columns of X are new."""
+        X = self._validated(X, reset=reset)  # noqa: N806
+        if reset:
+            self._select()
         if self._is_mixed(X):
             columns = X[[X.columns[place] for place in self._feature_index]]
             return self._finite(check_array(columns, **_FEATURES), self._feature_index)
