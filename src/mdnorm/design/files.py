@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design.csv_file import CsvFile
-from mdnorm.design.reader import Column, read_columns
+from mdnorm.design.reader import Column, read_column, read_columns
 from mdnorm.design.table_file import (
     TableFileError,
     check_columns,
@@ -176,7 +176,7 @@ def _is_readable(type_: pyarrow.DataType) -> bool:
     import pyarrow
 
     try:
-        read_columns(pyarrow.table({"column": pyarrow.array([], type_)}), ["column"])
+        read_column("", pyarrow.chunked_array([], type_))
     except TypeError:
         return False
     return True

@@ -35,7 +35,6 @@ class DesignSample:
         self._max_rows = max_rows
         self._tables: list[pyarrow.Table] = []
         self._keys: list[NDArray[np.float64]] = []
-        self._kept = 0
         self.num_rows = 0
         # One row for each level, for a missing value, and for the ends of a range.
         self._witnesses: dict[tuple[Any, ...], pyarrow.Table] = {}
@@ -51,8 +50,7 @@ class DesignSample:
         self.num_rows += table.num_rows
         self._tables.append(table)
         self._keys.append(self._random.random(table.num_rows))
-        self._kept += table.num_rows
-        if self._kept > 2 * self._max_rows:
+        if sum(map(len, self._keys)) > 2 * self._max_rows:
             self._thin()
 
     def merged(self, *others: DesignSample) -> DesignSample:
@@ -63,7 +61,6 @@ class DesignSample:
             total.num_rows += other.num_rows
             total._tables = total._tables + other._tables
             total._keys = total._keys + other._keys
-            total._kept += other._kept
             for table in other._witnesses.values():
                 total._find_witnesses(table)
             total._thin()
@@ -93,12 +90,12 @@ class DesignSample:
     def _thin(self) -> None:
         import pyarrow
 
-        if self._kept <= self._max_rows:
+        if sum(map(len, self._keys)) <= self._max_rows:
             return
         keys = np.concatenate(self._keys)
         kept = np.sort(np.argpartition(keys, self._max_rows)[: self._max_rows])
         table = pyarrow.concat_tables(self._tables, promote_options="permissive")
-        self._tables, self._keys, self._kept = [table.take(kept)], [keys[kept]], len(kept)
+        self._tables, self._keys = [table.take(kept)], [keys[kept]]
 
     def _find_witnesses(self, table: pyarrow.Table) -> dict[str, Column]:
         columns = read_columns(table, table.column_names)[0]
