@@ -66,7 +66,7 @@ def test_numbers_equal_statsmodels_numpy_and_scipy(formula: str) -> None:
 def test_many_levels_give_the_numbers_of_their_columns(
     wide: int, missing: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The widest category is taken by the means of its groups, very wide designs by their inner products.
+    # The widest category is taken by the means of its groups, the condition number of many columns in steps.
     monkeypatch.setattr(collinearity, "_WIDE", wide)
     rng = np.random.default_rng(3)
     table = _table(400)
@@ -104,9 +104,7 @@ def test_many_levels_give_the_numbers_of_their_columns(
         assert diagnosis.association[variable] == pytest.approx(share, rel=1e-6)
 
 
-@pytest.mark.parametrize("wide", [3, 512])
-def test_collinear_with_the_levels_of_a_category(wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(collinearity, "_WIDE", wide)
+def test_collinear_with_the_levels_of_a_category() -> None:
     table = _table(300)
     table["funding"] = table["site"].map({"a": 1.0, "b": 2.0, "c": 2.0})
     table["months"] = 12 * table["age"]

@@ -18,7 +18,7 @@ from mdnorm.tables import LocationScale, Moments, fit_location_scale
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the packages that it imports
-    from neuroHarmonize import harmonizationApply, harmonizationLearn
+    from neuroHarmonize import harmonizationLearn
 
 # The references print their progress, and one of them uses np.matrix.
 pytestmark = pytest.mark.filterwarnings("ignore:the matrix subclass:PendingDeprecationWarning")
@@ -117,20 +117,6 @@ def test_equals_neuroharmonize_on_any_table(
         expected = harmonizationLearn(features, frame, eb=empirical_bayes)[1]
     model = fit_location_scale(_moments(features, frame), scale=True, empirical_bayes=empirical_bayes)
     np.testing.assert_allclose(_harmonised(model, features, frame), expected, atol=1e-7)
-
-
-@pytest.mark.parametrize("empirical_bayes", [True, False])
-def test_equals_neuroharmonize_on_new_rows_of_known_sites(empirical_bayes: bool) -> None:
-    features, frame = _table()
-    train = np.arange(len(frame)) % 3 > 0
-    with _quiet():
-        reference = harmonizationLearn(features[train], frame[train], eb=empirical_bayes)[0]
-        expected = harmonizationApply(features[~train], frame[~train], reference)
-    model = fit_location_scale(
-        _moments(features[train], frame[train]), scale=True, empirical_bayes=empirical_bayes
-    )
-    assert np.isfinite(expected).all()
-    np.testing.assert_allclose(_harmonised(model, features[~train], frame[~train]), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("empirical_bayes", [True, False])
@@ -239,32 +225,11 @@ def test_restore_is_the_inverse(empirical_bayes: bool, scale: bool, reference_si
     np.testing.assert_allclose(model.restore(there, design, index), features, atol=1e-10)
 
 
-def test_an_unseen_site_keeps_location_and_scale() -> None:
-    features, frame = _table()
-    model = fit_location_scale(_moments(features, frame, num_metadata=1), scale=True)
-    design = frame.drop(columns="SITE").to_numpy(float)
-    effect = (design[:, :1] - model.design_mean[:1]) @ model.coefficients[:1]
-    np.testing.assert_allclose(
-        model.remove(features, design, np.full(len(frame), -1)), features - effect, atol=1e-12
-    )
-
-
 def test_one_site_has_no_site_effect() -> None:
     features, frame = _table()
     frame = frame.assign(SITE="berlin")
     model = fit_location_scale(_moments(features, frame), scale=True, empirical_bayes=True)
     np.testing.assert_array_equal(_harmonised(model, features, frame), features)
-
-
-def test_statistics_of_parts_give_the_same_model() -> None:
-    features, frame = _table()
-    whole = fit_location_scale(_moments(features, frame), scale=True, empirical_bayes=True)
-    first, second = (_moments(features[rows], frame[rows]) for rows in (slice(0, 90), slice(90, None)))
-    merged = {site: first[site].merge(second[site]) for site in first}
-    parts = fit_location_scale(merged, scale=True, empirical_bayes=True)
-    np.testing.assert_allclose(
-        _harmonised(parts, features, frame), _harmonised(whole, features, frame), atol=1e-9
-    )
 
 
 # --------------------------------------------------------------------------------------------------------

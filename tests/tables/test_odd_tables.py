@@ -68,7 +68,7 @@ def test_masked_values_are_missing(dtype: Any) -> None:
     mask = np.zeros((N, 3), bool)
     mask[[3, 50], [0, 2]] = True
     masked = np.ma.masked_array(np.where(mask, 10**6, features), mask)
-    with pytest.raises(ValueError, match=r"X contains NaN: column\(s\) 0, 2 in rows 3, 50 "):
+    with pytest.raises(ValueError, match=r"feature\(s\) 0, 2 .*missing.* in rows 3, 50 "):
         MetadataResidualizer().fit(masked, metadata=frame["age"])
     model = MetadataResidualizer(missing_features="skip").fit(masked, metadata=frame["age"])
     rest = ~mask.any(1)

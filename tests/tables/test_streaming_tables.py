@@ -17,10 +17,7 @@ from mdnorm.design import Design
 from mdnorm.design.table_file import TableFileError
 from mdnorm.sklearn import MetadataResidualizer
 from mdnorm.tables import MetadataModel
-from mdnorm.tables.combat import SiteCodes
 from mdnorm.tables.design_sample import DesignSample
-from mdnorm.tables.files import open_features
-from mdnorm.tables.rows import KeptDesign
 from mdnorm.tables.streaming import residualize_file
 
 N, D = 700, 5
@@ -190,24 +187,6 @@ def test_splines_and_missing_values_as_the_design_in_memory(tmp_path) -> None:
         beta = np.linalg.lstsq(design, features, rcond=None)[0][:-1]
         wanted = features - (metadata - metadata.mean(0)) @ beta
         np.testing.assert_allclose(np.load(tmp_path / "out.npy"), wanted, rtol=1e-6)
-
-
-def test_nothing_is_left_of_the_metadata_where_values_are_far_from_zero(tmp_path) -> None:
-    table = people()
-    features = values(table) + 1e6
-    np.save(tmp_path / "features.npy", features)
-    table.to_parquet(tmp_path / "people.parquet")
-    residualize_file(
-        tmp_path / "features.npy",
-        tmp_path / "out.npy",
-        formula="age + C(site)",
-        metadata=tmp_path / "people.parquet",
-        batch_rows=13,
-    )
-    out = np.load(tmp_path / "out.npy")
-    correlations = np.corrcoef(np.column_stack([table["age"], out]).T)[0, 1:]
-    assert np.abs(correlations).max() < 1e-8
-    np.testing.assert_allclose(out.mean(0), features.mean(0), rtol=1e-12)
 
 
 @given(
@@ -518,72 +497,6 @@ def test_more_rows_than_the_design_is_fitted_to(folder, monkeypatch) -> None:
     np.testing.assert_allclose(np.load(folder / "out.npy"), wanted, rtol=1e-10)
 
 
-# --------------------------------------------------------------------------------------------------------
-# The design matrix, kept between the passes
-# --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("num_features", [1, 2, 6])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_kept_or_not_the_design_gives_the_same(num_features: int, dtype: Any, tmp_path) -> None:
-    # Three columns of the design: kept beside six features, computed anew beside one or two.
-    table = people()
-    table.to_parquet(tmp_path / "people.parquet")
-    features = values(table, num_features).astype(dtype)
-    np.save(tmp_path / "f.npy", features)
-    residualize_file(
-        tmp_path / "f.npy",
-        tmp_path / "o.npy",
-        formula="age + C(site)",
-        metadata=tmp_path / "people.parquet",
-        batch_rows=64,
-    )
-    wanted = expected(features, table, labels=())
-    rtol = 1e-12 if dtype == np.float64 else 3e-7
-    np.testing.assert_allclose(np.load(tmp_path / "o.npy"), wanted, rtol=rtol)
-
-
-def test_the_design_is_computed_once(folder, monkeypatch) -> None:
-    computed = []
-    transformed = Design.transform_columns
-
-    def counted(self, columns, **arguments):
-        computed.append(len(next(iter(columns.values())).missing))
-        return transformed(self, columns, **arguments)
-
-    monkeypatch.setattr(Design, "transform_columns", counted)
-    residualize_file(folder / "fortran.npy", folder / "out.npy", **options("fortran.npy", folder))
-    assert sum(computed) == N
-
-
-@pytest.mark.parametrize("with_labels", [False, True])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_a_kept_design_comes_back_in_portions_of_any_size(dtype: Any, with_labels: bool, tmp_path) -> None:
-    np.save(tmp_path / "f.npy", np.zeros((2, 10), dtype))
-    kept = KeptDesign(tmp_path, open_features(tmp_path / "f.npy"), with_labels=with_labels)
-    rng = np.random.default_rng(0)
-    metadata, labels = rng.standard_normal((60, 3)) + 1e4, rng.integers(0, 2, (60, 1)).astype(float)
-    names = np.array(["york", "oslo", "rome"])[rng.integers(0, 3, 60)]
-    for start, stop in ((0, 7), (7, 30), (30, 60)):
-        levels, codes = np.unique(names[start:stop], return_inverse=True)
-        kept.add((metadata[start:stop], labels[start:stop], SiteCodes(codes, levels.tolist())))
-    assert [path.name for path in tmp_path.iterdir()] == ["f.npy"]
-    kept.rewind()
-    start = 0
-    for rows in (7, 1, 40, 10, 2):
-        some, protected, sites = kept.take(rows)
-        part = slice(start, start + rows)
-        np.testing.assert_array_equal(some, metadata[part])
-        if with_labels:
-            np.testing.assert_array_equal(protected, labels[part])
-        else:
-            assert protected is None
-        assert sites is not None
-        assert [sites.levels[code] for code in sites.codes] == names[part].tolist()
-        start += rows
-    kept.close()
-
-
 def test_metadata_and_labels_too_large_for_float32(tmp_path) -> None:
     table = people(60)
     table.assign(age=table["age"] * 1e60, sick=table["sick"] * 1e60).to_parquet(tmp_path / "people.parquet")
@@ -638,7 +551,7 @@ def test_parameters_are_checked(folder) -> None:
     for weight in (-1, np.inf, None):
         table = people().assign(weight=[1.0] * 5 + [weight] + [1.0] * (N - 6))
         table.to_csv(folder / "people.csv", index=False)
-        message = r"'weight', the weights, must be finite .* row\(s\) \[5\]"
+        message = r"'weight', the weights, must be finite .* row 5 "
         fails(folder, message, "fortran.npy", weights="weight")
     people().assign(weight=0).to_csv(folder / "people.csv", index=False)
     fails(folder, r"weights='weight'\) chooses no row", "fortran.npy", weights="weight")
@@ -738,11 +651,11 @@ def test_values_that_cannot_be_used_are_named_with_their_rows(folder) -> None:
     features = np.load(folder / "fortran.npy")
     features[650, 3] = np.nan
     np.save(folder / "bad.npy", features)
-    fails(folder, r"bad\.npy, rows 600 to 699.*feature\(s\) '3' .*row\(s\) 50", "bad.npy", batch_rows=100)
+    fails(folder, r"bad\.npy, rows 600 to 699.*feature\(s\) '3' .*row 50 ", "bad.npy", batch_rows=100)
     table = people()
     table.loc[333, "age"] = np.nan
     table.to_csv(folder / "people.csv", index=False)
-    fails(folder, r"people\.csv.*column 'age' is missing in row\(s\) \[333\]", "fortran.npy")
+    fails(folder, r"people\.csv.*'age' in row 333 \(1 of 700.*missing=\"mean\"", "fortran.npy")
     table = people()
     table.loc[333, "sick"] = np.nan
     table.to_csv(folder / "people.csv", index=False)
@@ -991,16 +904,6 @@ def test_a_single_name_is_not_read_letter_by_letter(tmp_path) -> None:
         tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", labels="sick", features="vol*"
     )
     assert (summary.label_names, summary.feature_names) == (("sick",), ("volume",))
-
-
-def test_paths_of_models_may_be_text(tmp_path) -> None:
-    table = people(20)
-    table.assign(f=np.arange(20.0) / 7).to_parquet(tmp_path / "t.parquet")
-    saved = str(tmp_path / "a.safetensors")
-    residualize_file(tmp_path / "t.parquet", tmp_path / "o.parquet", formula="age", save_model=saved)
-    again = str(tmp_path / "b.safetensors")
-    MetadataModel.load(saved).save(again)
-    assert MetadataModel.load(again).feature_names == MetadataModel.load(saved).feature_names
 
 
 def test_after_an_error_while_writing_nothing_is_left(folder, monkeypatch) -> None:

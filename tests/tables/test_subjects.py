@@ -255,7 +255,7 @@ def test_many_features_are_fitted_in_parts(monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.parametrize(
     ("settings", "changes", "message"),
     [
-        ({}, {"who": range(40)}, "no subject has more than one row .*Leave subject= out"),
+        ({}, {"who": range(40)}, "no subject has more than one row .*leave subject= out"),
         ({}, {"who": "somebody"}, "determine the subjects .40 rows of 1 subjects, 4 independent columns"),
         ({}, {"site": "as who"}, "determine the subjects"),
         (

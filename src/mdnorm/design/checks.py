@@ -43,7 +43,7 @@ def check_missing(design: Design, columns: Mapping[str, Column]) -> None:
     if design.missing == "error" and incomplete:
         where = "; ".join(f"{name!r} in {shown_rows(column.missing)}" for name, column in incomplete.items())
         raise ValueError(
-            f"metadata are missing: {where}. Drop or fill these rows, or build the design with "
+            f"metadata are missing: {where}. Drop or fill these rows, or say "
             'missing="mean" (no correction beyond the average) or missing="indicator".'
         )
     if design.missing == "indicator" and design._is_fitted:

@@ -97,10 +97,9 @@ class CsvFile:
             if is_text and name not in self.categories:
                 kind = _Kind()
                 kind.add(values, 0)
-                if self.delimiter != ",":  # Otherwise two numbers in a cell may be a list.
-                    self._check_commas(name, kind)
-                if odd_cell(column):
-                    self._check_numbers(name, kind, "")
+                if self.delimiter == ",":  # Two numbers in a cell may be a list.
+                    kind.num_commas = 0
+                self._check(name, kind, None if odd_cell(column) is None else "")
         return found
 
     def batches(
@@ -178,21 +177,21 @@ class CsvFile:
             row += batch.num_rows
         for name, kind in kinds.items():
             if name not in self.categories:
-                self._check_commas(name, kind)
-                self._check_numbers(name, kind, f", or make it a category with C({name})")
+                self._check(name, kind, f", or make it a category with C({name})")
             self._types[name] = kind.type
 
-    def _check_commas(self, name: str, kind: _Kind) -> None:
-        """Raise where most values are numbers with a decimal comma."""
+    def _check(self, name: str, kind: _Kind, otherwise: str | None) -> None:
+        """Raise where most values of a column of text are numbers, with a comma, or not all of them.
+
+        None for what else to do: odd cells are no error.
+        """
         if 2 * kind.num_commas > kind.num_present:
             raise TableFileError(
                 f"{self.path}: column {name!r} has numbers with a comma, such as {kind.comma}, which would "
                 "be taken for categories: save the table with decimal points."
             )
-
-    def _check_numbers(self, name: str, kind: _Kind, otherwise: str) -> None:
-        """Raise where most values of a column of text are numbers, and not all of them."""
-        if kind.odd is None or 2 * kind.num_odd >= kind.num_present or len(kind.numbers) <= FEW_NUMBERS:
+        few = 2 * kind.num_odd >= kind.num_present or len(kind.numbers) <= FEW_NUMBERS
+        if kind.odd is None or otherwise is None or few:
             return
         row, value = kind.odd
         problem = odd_cell_text(name, value, row, kind.num_odd, kind.num_present)

@@ -78,8 +78,7 @@ class Curve:
 
 def _place(values: Vector, left: Vector, right: Vector) -> Vector:
     """Return where between left (−1) and right (1) values lie."""
-    place: Vector = ((values - left) - (right - values)) / (right - left)
-    return place
+    return np.asarray(((values - left) - (right - values)) / (right - left))
 
 
 def fit_curve(function: str, values: Vector, options: Mapping[str, Any], what: str) -> Curve:
@@ -131,7 +130,14 @@ def _breaks_and_columns(
     """Return the breaks that formulaic finds for the training values, and its columns for any others."""
     with requires("design"):
         from formulaic.transforms import basis_spline, natural_cubic_spline, poly
-    low, high, inner = _ends_and_knots(function, values, options, what)
+    low, high = (
+        float(end if (given := options.get(name)) is None else given)
+        for name, end in (("lower_bound", values.min()), ("upper_bound", values.max()))
+    )
+    inner = [float(knot) for knot in options.get("knots") or ()]
+    points = [low, *inner, high]
+    if (np.diff(points) <= 0).any() and function != "poly":
+        raise ValueError(f"{what}: the knots must ascend between the ends of the range, got {points}.")
     df, inside = options.get("df"), values[(values >= low) & (values <= high)]
     most = options["degree"] if function == "poly" else df
     if most is not None and len(np.unique(inside)) <= most:
@@ -161,23 +167,6 @@ def _breaks_and_columns(
     # B-splines have their outer knots several times.
     outer = options.get("degree", 3) if function == "bs" else 0
     return np.array(knots[outer : len(knots) - outer]), columns
-
-
-def _ends_and_knots(
-    function: str, values: Vector, options: Mapping[str, Any], what: str
-) -> tuple[float, float, list[float]]:
-    """Return the ends of the range and the inner knots that the caller gave, which must ascend."""
-    low, high = (
-        float(end if (given := options.get(name)) is None else given)
-        for name, end in (("lower_bound", values.min()), ("upper_bound", values.max()))
-    )
-    inner = [float(knot) for knot in options.get("knots") or ()]
-    ascend = all(first < second for first, second in zip([low, *inner], [*inner, high], strict=True))
-    if not ascend and function != "poly":
-        raise ValueError(
-            f"{what}: the knots must ascend between the ends of the range, got {[low, *inner, high]}."
-        )
-    return low, high, inner
 
 
 def polynomial(values: Tensor | ArrayLike, degree: int, *, low: float, high: float) -> Tensor:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mdnorm.design.collinearity import Collinearity, read_relations
+from mdnorm.design.collinearity import Collinearity
 from mdnorm.design.reader import Column, shown
 from mdnorm.design.terms import TermValues
 from mdnorm.text import aligned
@@ -188,7 +188,7 @@ def diagnose_columns(
     labels = design._label_matrix(columns, num_rows) if with_labels else np.empty((num_rows, 0))
     label_names = design.label_names if with_labels else ()
     names = [*terms.names, *label_names]
-    collinearity, constant_columns = _collinearity(design, values, labels)
+    collinearity = _collinearity(design, values, labels)
     kept = set(collinearity.kept)
     of_variables, of_terms = (
         {name: inside for name, indices in each.items() if (inside := [i for i in indices if i in kept])}
@@ -208,12 +208,8 @@ def diagnose_columns(
     determined = tuple(names[i] for i in sorted(r2_on_labels) if r2_on_labels[i] >= 1 - _DETERMINED)
     few_rows = num_rows - 1 <= len(kept)
     collinear = tuple(tuple(names[index] for index in group) for group in collinearity.groups())
-    single = [
-        text
-        for text, fitted in design._factors.items()
-        if fitted.kind == "category" and len(fitted.levels) == 1
-    ]
-    constant = (*(names[index] for index in sorted(constant_columns)), *single)
+    single = [text for text, levels in design.levels.items() if len(levels) == 1]
+    constant = (*(names[index] for index in sorted(collinearity.constant)), *single)
     cells = _sparse_cells(design, columns, values, min_rows, with_labels) if min_rows else ()
     inflation = collinearity.inflation()
     if few_rows and has_labels:
@@ -248,24 +244,21 @@ def diagnose_columns(
     )
 
 
-def _collinearity(
-    design: Design, values: TermValues, labels: NDArray[np.float64]
-) -> tuple[Collinearity, list[int]]:
-    """Return what the columns of a design and of labels (n, K_y) say of each other, and the constant ones."""
+def _collinearity(design: Design, values: TermValues, labels: NDArray[np.float64]) -> Collinearity:
+    """Return what the columns of a design and of labels (n, K_y) say of each other."""
     terms = design._terms
     widest, codes = values.widest_one_hot()
-    block = np.arange(terms.width)[terms.slice(widest)] if codes is not None else np.empty(0, np.intp)
+    block = np.arange(*terms.starts[widest : widest + 2]) if widest >= 0 else np.empty(0, np.intp)
     others = np.setdiff1d(np.arange(terms.width + labels.shape[1]), block)
     mean, scale = (np.delete(each, block) for each in (design._mean, design._scale))
     inverse = np.where(scale > 0, 1 / np.where(scale > 0, scale, 1), 0)
 
     def chunks() -> Iterable[tuple[slice, NDArray[np.float64]]]:
-        for rows, part in values.chunks([widest] if codes is not None else []):
+        for rows, part in values.chunks(without=widest):
             centred = np.where(np.isnan(part), 0.0, part - mean)
             yield rows, np.column_stack([centred * inverse, labels[rows]])
 
-    relations, constant = read_relations(chunks, others, codes, block)
-    return Collinearity(relations, terms.width), constant
+    return Collinearity(chunks, others, codes, block, terms.width)
 
 
 def _sparse_cells(

@@ -145,8 +145,7 @@ def fit_factor(factor: Factor, columns: Mapping[str, Column]) -> FittedFactor:
 
 def any_missing(factor: Factor, columns: Mapping[str, Column]) -> Mask:
     """Return (n,) where a variable of the factor is missing."""
-    result: Mask = np.logical_or.reduce([columns[name].missing for name in factor.variables])
-    return result
+    return np.asarray(np.logical_or.reduce([columns[name].missing for name in factor.variables]))
 
 
 def _numbers(factor: Factor, columns: Mapping[str, Column]) -> dict[str, Matrix]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design.csv_file import CsvFile
-from mdnorm.design.reader import Column, read_columns
+from mdnorm.design.reader import Column, read_column, read_columns
 from mdnorm.design.table_file import (
     TableFileError,
     check_columns,
@@ -176,7 +176,7 @@ def _is_readable(type_: pyarrow.DataType) -> bool:
     import pyarrow
 
     try:
-        read_columns(pyarrow.table({"column": pyarrow.array([], type_)}), ["column"])
+        read_column("", pyarrow.chunked_array([], type_))
     except TypeError:
         return False
     return True
@@ -215,13 +215,11 @@ class ArrayFile:
         if not self.fortran_order:
             return self._values(start * self.num_features, rows * self.num_features).reshape(rows, -1)
         starts = range(start, self.shape[0] * self.num_features, self.shape[0])
-        transposed: NDArray[Any] = np.stack([self._values(at, rows) for at in starts]).T
-        return transposed
+        return np.asarray(np.stack([self._values(at, rows) for at in starts]).T)
 
     def _values(self, start: int, count: int) -> NDArray[Any]:
-        values: NDArray[Any] = np.fromfile(
-            self.path, self.stored, count, offset=self._offset + start * self.stored.itemsize
-        )
+        offset = self._offset + start * self.stored.itemsize
+        values = np.fromfile(self.path, self.stored, count, offset=offset)
         if len(values) < count:
             raise TableFileError(f"{self.path} became shorter while it was read.")
         return values

@@ -168,14 +168,10 @@ def _check_expansion(formula: str, tree: Any) -> None:
     Every node of formulaic's syntax tree gets the most terms that it can expand to.
     """
     count: dict[int, int] = {}
-    waiting = [tree]
-    while waiting:
-        node = waiting[-1]
-        inner = [argument for argument in getattr(node, "args", ()) if id(argument) not in count]
-        if inner:
-            waiting += inner
-            continue
-        waiting.pop()
+    nodes = [tree]
+    for node in nodes:  # which grows meanwhile: arguments come after what they belong to
+        nodes += getattr(node, "args", ())
+    for node in reversed(nodes):
         sizes = [count[id(argument)] for argument in getattr(node, "args", ())]
         symbol = getattr(getattr(node, "operator", None), "symbol", "")
         if symbol in ("**", "^"):

@@ -1,7 +1,4 @@
-"""Metadata as people have it, a table with a formula, to the matrices that `MetadataNorm` takes.
-
-The intercept is `MetadataNorm`'s own and never among the columns.
-"""
+"""Metadata as people have it, a table with a formula, to the matrices that `MetadataNorm` takes."""
 
 from __future__ import annotations
 
@@ -23,9 +20,7 @@ from mdnorm.design.diagnosis import (
 )
 from mdnorm.design.factors import FittedFactor, fit_factor
 from mdnorm.design.formula import (
-    MAX_COLUMNS,
     Factor,
-    FormulaError,
     column_or_factor,
     in_order,
     parse_formula,
@@ -33,7 +28,7 @@ from mdnorm.design.formula import (
 from mdnorm.design.reader import Column, column_names, read_columns
 from mdnorm.design.roles import TableWarning, code_warning, level_warning, stand_in_warning
 from mdnorm.design.serialized import design_from_json, design_to_json
-from mdnorm.design.terms import Terms, TermValues, scoped_products
+from mdnorm.design.terms import Terms, TermValues, label_terms, scoped_products
 from mdnorm.text import warn
 
 Matrix = NDArray[np.float64]
@@ -99,9 +94,9 @@ class Design:
 
     Notes
     -----
-    Knots, levels, means and deviations are those of the table given to `fit`. Values outside of the training
-    range move to its ends in ``bs``, ``cr`` and ``poly`` (the effect is constant there); other columns
-    extrapolate as a line does.
+    The intercept is `MetadataNorm`'s own and never among the columns. Knots, levels, means and deviations are
+    those of the table given to `fit`. Values outside of the training range move to its ends in ``bs``, ``cr``
+    and ``poly`` (the effect is constant there); other columns extrapolate as a line does.
 
     ``cr(x, df)`` has the constraint that its columns have mean 0 over the training data, as a smooth term of
     a regression with intercept has [1]_: formulaic's ``cr(x, df=df, constraints="center")``.
@@ -159,7 +154,7 @@ class Design:
         self._check_overlap()
         self._factors: dict[str, FittedFactor] = {}
         self._kinds: dict[str, str] = {}
-        self._terms = Terms((), ())
+        self._terms = self._label_terms = Terms((), ())
         self._mean = np.empty(0)
         self._scale = np.empty(0)
         self._is_fitted = False
@@ -200,7 +195,7 @@ class Design:
     def label_names(self) -> tuple[str, ...]:
         """Names of the label columns."""
         self._check_fitted()
-        return tuple(name for fitted in self._fitted_labels() for name in fitted.names(True))
+        return self._label_terms.names
 
     @property
     def terms(self) -> dict[str, tuple[str, ...]]:
@@ -272,11 +267,6 @@ class Design:
             A DataFrame of pandas or polars, a table of pyarrow, or a mapping from names to columns, with one
             row a sample, labels included.
 
-        Returns
-        -------
-        Design
-            Itself.
-
         Raises
         ------
         TypeError
@@ -325,7 +315,7 @@ class Design:
             if self.missing == "indicator" and columns[name].missing.any()
         ]
         self._terms = Terms(scoped_products(self._written_terms, self._factors), indicators)
-        self._check_number_of_labels()
+        self._label_terms = label_terms(self._fitted_labels())
         values = self._evaluate(columns)
         self._fit_moments(values, weights)
         self._is_fitted = True
@@ -422,11 +412,6 @@ class Design:
         min_rows : int
             Combinations of levels with fewer rows are listed.
 
-        Returns
-        -------
-        DesignDiagnosis
-            Print it.
-
         Raises
         ------
         RuntimeError
@@ -441,13 +426,7 @@ class Design:
         return diagnose_columns(self, columns, self._evaluate(columns), min_rows)
 
     def to_json(self) -> str:
-        """Return the fitted design as JSON, to be read by `from_json`: what it transforms stays the same.
-
-        Raises
-        ------
-        RuntimeError
-            The design is not fitted.
-        """
+        """Return the fitted design as JSON, to be read by `from_json`: what it transforms stays the same."""
         self._check_fitted()
         return design_to_json(self)
 
@@ -463,14 +442,6 @@ class Design:
             A factor in it has something that is not allowed.
         """
         return design_from_json(cls.__new__(cls), text)
-
-    def _check_number_of_labels(self) -> None:
-        number = sum(label.width(True) for label in self._fitted_labels())
-        if number > MAX_COLUMNS:
-            raise FormulaError(
-                f"the labels would have {number:,} columns, and the limit is {MAX_COLUMNS:,}: is one of them "
-                "a number that was read as text?"
-            )
 
     def _check_fitted(self) -> None:
         if not self._is_fitted:
@@ -496,16 +467,15 @@ class Design:
             )
         count, mean, deviation = values.moments(weights)
         if (count == 0).any():
-            name = names[int(np.flatnonzero(count == 0)[0])]
-            raise ValueError(
-                f"column {name!r} has no row in which all of its variables are there: take it out."
-            )
+            name = names[(count == 0).argmax()]
+            raise ValueError(f"column {name!r} has no row in which all of its variables are there: drop it.")
         too_large = ~(np.isfinite(mean) & np.isfinite(deviation))
         too_small = (deviation > 0) & (deviation < np.finfo(np.float64).tiny)  # Their inverse overflows.
         for bad, what in ((too_large, "large to be squared"), (too_small, "small to be divided by")):
             if bad.any():
-                name = names[int(np.flatnonzero(bad)[0])]
-                raise ValueError(f"column {name!r} has values too {what}: rescale its variables.")
+                raise ValueError(
+                    f"column {names[bad.argmax()]!r} has values too {what}: rescale its variables."
+                )
         # Nothing was learnt about a constant column, one of deviation 0: it stays 0 whatever comes.
         self._mean, self._scale = mean, deviation
 
@@ -528,13 +498,9 @@ class Design:
         return block
 
     def _label_matrix(self, columns: Mapping[str, Column], num_rows: int) -> Matrix:
-        matrix, at = np.zeros((num_rows, sum(label.width(True) for label in self._fitted_labels()))), 0
-        for fitted in self._fitted_labels():
-            values, part = fitted.evaluate(columns, label=True).values, fitted.width(True)
-            if fitted.kind == "category":
-                found = np.flatnonzero(values > 0)
-                matrix[found, at + values[found] - 1] = 1
-            else:
-                matrix[:, at : at + part] = values.reshape(num_rows, -1)
-            at += part
+        labels = self._fitted_labels()
+        values = {each.factor.text: each.evaluate(columns, label=True) for each in labels}
+        matrix: Matrix = np.empty((num_rows, self._label_terms.width))
+        for rows, block in TermValues(self._label_terms, values, ()).chunks() if labels else ():
+            matrix[rows] = block
         return matrix

@@ -6,8 +6,7 @@ import datetime
 import difflib
 import math
 import uuid
-from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from typing import Any
@@ -127,8 +126,7 @@ def shown_rows(where: NDArray[np.bool_]) -> str:
 
 def column_names(table: Any) -> list[str]:
     """Return the names of the columns of a table; those that are not strings are left out."""
-    names = table if isinstance(table, Mapping) else _frame(table, None).columns
-    return [name for name in names if isinstance(name, str)]
+    return [name for name in _cells(table)[0] if isinstance(name, str)]
 
 
 def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], int]:
@@ -139,8 +137,7 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
     values: one row. Columns that are not asked for may be of any type, or have a name twice.
     """
     names = list(dict.fromkeys(names))
-    frame = None if isinstance(table, Mapping) else _frame(table, names)
-    present = dict.fromkeys(table if frame is None else frame.columns)
+    present, cell_at = _cells(table)
     for name in names:
         if name not in present:
             texts = [each for each in present if isinstance(each, str)]
@@ -150,9 +147,11 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
                 f"the table has no column {name!r}: {hint}The columns with a string as name are "
                 f"{listed(texts, 20) or 'none'}."
             )
-    if frame is None:
-        return _of_mapping(table, names)
-    return {name: _of_series(name, frame[name]) for name in names}, len(frame)
+    _check_once(present, names)
+    cells = {name: cell_at(present.index(name)) for name in names}
+    cells = _as_sequences(cells) if isinstance(table, Mapping) else cells
+    columns = {name: read_column(name, cell) for name, cell in cells.items()}
+    return columns, _check_lengths(columns, "the columns")
 
 
 def read_table(
@@ -165,9 +164,7 @@ def read_table(
     `unnamed` and their number, from 0; the one of an array (n,) or a Series `single`, if that is given.
     """
     refuse_no_table(table, what)
-    if isinstance(table, Mapping):
-        columns = {str(name): read_column(str(name), values) for name, values in table.items()}
-    elif isinstance(table, Tensor | np.ndarray | list | tuple):
+    if isinstance(table, Tensor | np.ndarray | list | tuple):
         array = _as_array(table)
         if array.ndim not in (1, 2):
             raise ValueError(
@@ -177,20 +174,21 @@ def read_table(
         names += [f"{unnamed}{index}" for index in range(1, array.shape[-1] if array.ndim == 2 else 1)]
         matrix = array[:, None] if array.ndim == 1 else array
         columns = {name: _of_array(name, values) for name, values in zip(names, matrix.T, strict=False)}
-    elif _is_series(table):
+    elif type(table).__name__ in ("Series", "ChunkedArray") and hasattr(table, "__array__"):
         name = str(getattr(table, "name", None) or single or f"{unnamed}0")
         columns = {name: read_column(name, table)}
     else:
-        if hasattr(table, "set_axis"):  # the names of pandas may be numbers
-            table = table.set_axis(list(map(str, table.columns)), axis=1)
         try:
-            frame = _frame(table, None)
+            present, cell_at = _cells(table)
         except TypeError as error:
             raise TypeError(
                 f"{what} must be a DataFrame of pandas, polars or pyarrow, a mapping of names to columns, or "
                 f"an array, got {type(table).__name__}."
             ) from error
-        columns = {name: _of_series(name, frame[name]) for name in frame.columns}
+        texts = list(map(str, present))  # the names of pandas may be numbers
+        if len(set(texts)) < len(texts):
+            _check_once(texts, texts)
+        columns = {name: read_column(name, cell_at(place)) for place, name in enumerate(texts)}
     _check_lengths(columns, f"the columns of {what}")
     return columns
 
@@ -253,60 +251,44 @@ def _as_array(values: Any) -> NDArray[Any]:
     return np.asarray(values, dtype=object) if array.dtype.kind in "USO" else array
 
 
-def _is_series(values: Any) -> bool:
-    return type(values).__name__ in ("Series", "ChunkedArray") and hasattr(values, "__array__")
-
-
-def _frame(table: Any, names: Sequence[str] | None) -> Any:
-    with requires("design"):
-        import narwhals.stable.v1 as nw
-    if type(table).__name__ == "RecordBatch":  # narwhals knows the tables of pyarrow only
+def _cells(table: Any) -> tuple[list[Any], Callable[[int], Any]]:
+    """Return the names of the columns of a table, and what gives the column at a place."""
+    if isinstance(table, Mapping):
+        return list(table), list(table.values()).__getitem__
+    if type(table).__name__ == "RecordBatch":  # narwhals knows the columns of tables only
         import pyarrow
 
         table = pyarrow.Table.from_batches([table])
-    try:
-        return nw.from_native(_with_names_once(table, names), eager_only=True)
-    except TypeError as error:
-        raise TypeError(
-            "table must be a DataFrame (pandas, polars), a pyarrow table or a mapping from names to columns, "
-            f"got {type(table).__name__}: collect() a lazy one first, make a pandas.DataFrame of "
-            "records, and give a single row as a dict."
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"the table cannot be read: {error}") from error
+    if hasattr(table, "column_names"):  # pyarrow
+        return list(table.column_names), table.column
+    if hasattr(table, "to_series") and hasattr(table, "columns"):  # polars
+        return list(table.columns), table.to_series
+    if hasattr(table, "iloc") and hasattr(table, "columns") and not hasattr(table, "compute"):
+        return list(table.columns), lambda place: table.iloc[:, place]
+    raise TypeError(
+        "table must be a DataFrame (pandas, polars), a pyarrow table or a mapping from names to columns, "
+        f"got {type(table).__name__}: collect() a lazy one first, make a pandas.DataFrame of "
+        "records, and give a single row as a dict."
+    )
 
 
-def _with_names_once(table: Any, names: Sequence[str] | None) -> Any:
-    """Return a table without the columns whose name it has twice; those that are asked for are an error."""
-    own = getattr(table, "column_names", None)
-    if own is None and not hasattr(table, "collect"):  # a lazy frame would compute its columns
-        own = getattr(table, "columns", None)
-    if own is None or callable(own) or not all(isinstance(name, Hashable) for name in own):
-        return table
-    own = list(own)
-    counts = Counter(own)
-    repeated = [name for name, count in counts.items() if count > 1]
-    asked = [name for name in repeated if names is None or name in names]
-    if asked:
-        raise ValueError(f"there is more than one column of the name {asked[0]!r}: rename or drop one.")
-    if not repeated:
-        return table
-    once = [index for index, name in enumerate(own) if counts[name] == 1]
-    return table.iloc[:, once] if hasattr(table, "iloc") else table.select(once)
+def _check_once(names: Sequence[Any], asked: Iterable[Any]) -> None:
+    for name in asked:
+        if names.count(name) > 1:
+            raise ValueError(f"there is more than one column of the name {name!r}: rename or drop one.")
 
 
-def _of_mapping(table: Mapping[Any, Any], names: list[str]) -> tuple[dict[str, Column], int]:
-    cells = {name: table[name] for name in names}
+def _as_sequences(cells: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns of a mapping; single values as one row of them."""
     single = [name for name, cell in cells.items() if _is_single(cell)]
     if single and len(single) < len(cells):
         other = next(name for name in cells if name not in single)
         raise ValueError(
             f"{single[0]!r} is a single value and {other!r} a sequence: give every column one value a row."
         )
-    if single:
-        cells = {name: [cell.item() if hasattr(cell, "item") else cell] for name, cell in cells.items()}
-    columns = {name: read_column(name, cell) for name, cell in cells.items()}
-    return columns, _check_lengths(columns, "the columns")
+    if not single:
+        return cells
+    return {name: [cell.item() if hasattr(cell, "item") else cell] for name, cell in cells.items()}
 
 
 def _is_single(cell: Any) -> bool:
@@ -447,12 +429,7 @@ def _of_series(name: str, series: Any) -> Column:
         values = series.to_numpy() if not missing.any() else series.fill_null(fill).to_numpy()
         return _of_numbers(name, np.asarray(values), missing)
     if dtype in (nw.Date, nw.Datetime, nw.Duration):
-        is_date = dtype != nw.Duration
-        stamps = series.dt.timestamp("us") if is_date else series.dt.total_microseconds()
-        missing = stamps.is_null().to_numpy().astype(bool)
-        values = np.asarray(stamps.to_numpy() if not missing.any() else stamps.fill_null(0).to_numpy())
-        days = values.astype(np.int64) / _MICROSECONDS_PER_DAY
-        return _of_numbers(name, days, missing, "date" if is_date else "number")
+        return _of_array(name, np.asarray(series.to_numpy()))
     if dtype in (nw.Categorical, nw.Enum):
         # polars has one pool of categories for the whole process: those of a Categorical declare nothing.
         native = series.to_native()

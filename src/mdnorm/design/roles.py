@@ -36,12 +36,8 @@ class TableWarning(UserWarning):
 
 def is_code(values: NDArray[np.float64]) -> bool:
     """Whether numbers, all of them present, are few whole ones: codes of a category."""
-    head = values[:1000]
-    if not np.array_equal(head, np.round(head)):
-        return False
-    distinct = np.unique(values)
-    few = len(distinct) <= min(_MAX_CODES, len(values) // 2)
-    return few and np.array_equal(distinct, np.round(distinct))
+    whole = np.array_equal(values, np.round(values))
+    return whole and len(np.unique(values)) <= min(_MAX_CODES, len(values) // 2)
 
 
 def may_be_codes(distinct: NDArray[np.float64], num_rows: int) -> bool:
@@ -67,13 +63,12 @@ def why_no_feature(column: Column) -> str | None:
     if is_code(values):
         count = len(np.unique(values))
         return f"codes: {count} different whole number{'s' if count > 1 else ''}"
-    head = values[:1000]
-    if len(values) < _LEAST_ROWS or not np.array_equal(head, np.round(head)):
+    if len(values) < _LEAST_ROWS or not np.array_equal(values, np.round(values)):
         return None
-    distinct = np.unique(column.values[~column.missing])
-    if len(distinct) >= _NEARLY_ALL * len(values) and np.array_equal(distinct, np.round(distinct)):
-        return f"like an identifier: {len(distinct)} different whole numbers in {len(values)} rows"
-    return None
+    number = len(np.unique(column.values[~column.missing]))
+    if number < _NEARLY_ALL * len(values):
+        return None
+    return f"like an identifier: {number} different whole numbers in {len(values)} rows"
 
 
 def stand_ins(values: NDArray[np.float64]) -> list[float]:

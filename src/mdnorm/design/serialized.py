@@ -16,7 +16,7 @@ from mdnorm.design.factors import factor_from_state
 from mdnorm.design.formula import FormulaError, parse_factor
 from mdnorm.design.reader import KINDS
 from mdnorm.design.saved import numbers_in, read
-from mdnorm.design.terms import Product, Terms
+from mdnorm.design.terms import Product, Terms, label_terms
 
 if TYPE_CHECKING:
     from mdnorm.design.matrices import Design
@@ -122,7 +122,7 @@ def _restore(design: Design, state: Mapping[str, Any]) -> None:
         )
     if bool((design._scale < 0).any()):
         raise ValueError("it has a negative scale")
-    design._check_number_of_labels()
+    design._label_terms = label_terms(design._fitted_labels())
     design._is_fitted = True
 
 

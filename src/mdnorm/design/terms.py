@@ -32,8 +32,8 @@ Mask = NDArray[np.bool_]
 # Values that are computed at once: 16 MiB of float64.
 _CHUNK_VALUES = 2**21
 _MAX_CHUNK_ROWS = 2**15
-# Columns beside those of the widest category: what is said of a design takes the cube of their number, about
-# half a minute for so many.
+# Columns beside those of the widest category: what is said of a design takes the cube of their number, a
+# minute for so many.
 _MAX_OTHERS = 2500
 # A column that varies by less, relative to its size, is constant up to rounding.
 _CONSTANT = 1e-12
@@ -152,10 +152,6 @@ class Terms:
             columns.setdefault(name, []).append(index)
         return columns
 
-    def slice(self, index: int) -> slice:
-        """Return which columns are those of a product."""
-        return slice(self.starts[index], self.starts[index + 1])
-
 
 @dataclass(frozen=True)
 class TermValues:
@@ -170,31 +166,23 @@ class TermValues:
         """Number of rows."""
         return len(next(iter(self.values.values())).unusable)
 
-    def chunks(self, without: Sequence[int] = ()) -> Iterator[tuple[slice, Matrix]]:
-        """Yield rows and their (m, K) columns, not yet standardised, NaN where unusable.
-
-        Columns of the products `without` are left out, and not counted in K.
-        """
-        kept = [index for index in range(len(self.terms.products)) if index not in set(without)]
-        width = sum(self.terms.products[index].width for index in kept) + len(self.missing)
+    def chunks(self, without: int = -1) -> Iterator[tuple[slice, Matrix]]:
+        """Yield rows and their (m, K) columns, not standardised, NaN where unusable; `without` a product."""
+        kept = [product for index, product in enumerate(self.terms.products) if index != without]
+        width = sum(product.width for product in kept) + len(self.missing)
         step = min(max(_CHUNK_VALUES // max(width, 1), 64), _MAX_CHUNK_ROWS)
         for start in range(0, self.num_rows, step):
             rows = slice(start, min(start + step, self.num_rows))
-            block = np.empty((rows.stop - start, width))
-            at = 0
-            for index in kept:
-                product = self.terms.products[index]
-                part = block[:, at : at + product.width]
-                at += product.width
+            block, at = np.empty((rows.stop - start, width)), 0
+            for product in kept:
                 if product.width:
-                    part[:] = product.block(self.values, rows)
-            for missing in self.missing:
-                block[:, at] = missing[rows]
-                at += 1
+                    block[:, at : at + product.width] = product.block(self.values, rows)
+                at += product.width
+            block[:, at:] = np.reshape([missing[rows] for missing in self.missing], (-1, len(block))).T
             yield rows, block
 
-    def widest_one_hot(self) -> tuple[int, NDArray[np.int64] | None]:
-        """Return the widest product of categories alone, and its codes; −1 and None where there is none.
+    def widest_one_hot(self) -> tuple[int, NDArray[np.int64]]:
+        """Return the widest product of categories alone, and its codes; −1, and codes of −1, without one.
 
         Some row must have no 1 in it, as those of the reference: the columns are independent then.
         """
@@ -202,7 +190,7 @@ class TermValues:
         codes = {k: each.codes(self.values) for k, each in products if each.is_one_hot and each.width}
         fit = [index for index, of_rows in codes.items() if (of_rows == -1).any()]
         widest = max(fit, key=lambda index: self.terms.products[index].width, default=-1)
-        return widest, codes.get(widest)
+        return widest, codes.get(widest, np.full(self.num_rows, -1))
 
     def moments(self, weights: Matrix | None = None) -> tuple[Matrix, Matrix, Matrix]:
         """Return the weight of usable rows, the mean and the standard deviation of each column, each (K,).
@@ -230,6 +218,11 @@ class TermValues:
                 squares += (weight * np.where(np.isnan(block), 0.0, (block - mean) / unit) ** 2).sum(0)
         deviation = np.sqrt(squares / mass) * unit
         return count, mean, np.where(deviation <= _CONSTANT * largest, 0.0, deviation)
+
+
+def label_terms(labels: Sequence[FittedFactor]) -> Terms:
+    """Return the columns of labels: categories without their references."""
+    return Terms([Product(label.factor.text, ((label, label.kind == "category"),)) for label in labels], ())
 
 
 def scoped_products(

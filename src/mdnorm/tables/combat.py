@@ -164,28 +164,17 @@ class LocationScale:
         return sites.index_in(self.sites)
 
     def residual(self, features: NDArray[Any], design: FloatArray) -> FloatArray:
-        """Return ``f − mean − (x − x̄)·β``, shape (n, D): site effects and noise.
+        """Return ``f − mean − (x − x̄)·β``, (n, D), of features (n, D) and a design (n, K): sites and noise.
 
-        Parameters
-        ----------
-        features : (n, D) array
-        design : (n, K) array
-            Where a protected column is not known, its `design_mean`: its effect then stays in the residual.
+        Where a protected column is not known, it is its `design_mean`: its effect then stays in the residual.
         """
-        residual: FloatArray = features - self.mean - (design - self.design_mean) @ self.coefficients
-        return residual
+        return np.asarray(features - self.mean - (design - self.design_mean) @ self.coefficients)
 
     def remove(self, features: NDArray[Any], design: FloatArray, site_index: NDArray[np.intp]) -> FloatArray:
-        """Return features without metadata and site effects, shape (n, D), float64.
+        """Return features without metadata and site effects, (n, D), float64; see `residual`.
 
-        Parameters
-        ----------
-        features : (n, D) array
-        design : (n, K) array
-            See `residual`.
-        site_index : (n,) integer array
-            Row of each sample's site in `sites`; −1 for a site that is not there, corrected as the average
-            over the sites: location 0, scale 1.
+        `site_index` (n,) has the place of each row's site in `sites`; −1 for a site that is not there,
+        corrected as the average over the sites: location 0, scale 1.
         """
         plain = features - self._metadata_part(design)
         location = self._padded(self.location, 0.0)
@@ -205,8 +194,7 @@ class LocationScale:
 
     def scale_of(self, site_index: NDArray[np.intp]) -> FloatArray:
         """Return the (n, D) scales of rows, 1 for a site that is not there (see `remove`)."""
-        scale: FloatArray = self._padded(self.scale, 1.0)[site_index]
-        return scale
+        return np.asarray(self._padded(self.scale, 1.0)[site_index])
 
     def without_metadata(self, design: FloatArray) -> FloatArray:
         """Return the design of rows from which the metadata's effect is gone."""
@@ -216,21 +204,12 @@ class LocationScale:
 
     def _metadata_part(self, design: FloatArray) -> FloatArray:
         metadata = slice(0, self.num_metadata)
-        part: FloatArray = (design - self.design_mean)[:, metadata] @ self.coefficients[metadata]
-        return part
+        return np.asarray((design - self.design_mean)[:, metadata] @ self.coefficients[metadata])
 
     def with_sites(self, moments: Mapping[Hashable, Moments]) -> LocationScale:
-        """Return a model that knows further sites; coefficients and known sites stay as they are.
+        """Return a model that knows further sites, from the moments of their rows; the rest stays as it is.
 
-        Parameters
-        ----------
-        moments : mapping from site to Moments
-            The rows of each new site, with the columns of the model (see `residual`).
-
-        Raises
-        ------
-        ValueError
-            A site is known already, or has too few rows.
+        A site that is known already, or has too few rows, is a ValueError.
         """
         known = [site for site in moments if site in self.sites]
         if known:
@@ -291,10 +270,6 @@ def fit_location_scale(
         the tolerance).
     column_names : sequence of str, optional
         Names of the design columns, for messages.
-
-    Returns
-    -------
-    LocationScale
 
     Raises
     ------

@@ -48,8 +48,7 @@ class CovarianceModel(LocationScale):
         """Return the scores (n, K) of rows that ComBat has corrected."""
         inverse_unit = np.divide(1, self.unit, out=np.zeros_like(self.unit), where=self.unit > 0)
         residual = self.residual(corrected, self.without_metadata(design)) - self.center
-        scores: FloatArray = residual @ (self.directions * inverse_unit).T
-        return scores
+        return np.asarray(residual @ (self.directions * inverse_unit).T)
 
     def _changed(
         self, corrected: FloatArray, design: FloatArray, site_index: NDArray[np.intp], inverse: bool
@@ -57,8 +56,7 @@ class CovarianceModel(LocationScale):
         scores = self._scores(corrected, design)
         change = self.scores.restore if inverse else self.scores.remove
         moved = change(scores, np.empty((len(scores), 0)), site_index) - scores
-        changed: FloatArray = corrected + moved @ (self.directions * self.unit)
-        return changed
+        return np.asarray(corrected + moved @ (self.directions * self.unit))
 
 
 def fit_covariance(

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.design import Design
-from mdnorm.design.reader import read_columns
+from mdnorm.design.checks import check_missing
+from mdnorm.design.reader import Column, read_columns
 from mdnorm.tables.model import row_weights
 
 if TYPE_CHECKING:
@@ -29,12 +30,11 @@ class DesignSample:
     def __init__(
         self, design: Design, seed: int | tuple[int, ...] = 0, max_rows: int = MAX_DESIGN_ROWS
     ) -> None:
-        self._categories = design.declared_categories()
+        self._design = design
         self._random = np.random.default_rng(seed)
         self._max_rows = max_rows
         self._tables: list[pyarrow.Table] = []
         self._keys: list[NDArray[np.float64]] = []
-        self._kept = 0
         self.num_rows = 0
         # One row for each level, for a missing value, and for the ends of a range.
         self._witnesses: dict[tuple[Any, ...], pyarrow.Table] = {}
@@ -44,12 +44,13 @@ class DesignSample:
         """Add rows."""
         if not table.num_rows:
             return
-        self._find_witnesses(table)
+        columns = self._find_witnesses(table)
+        if self._design.missing == "error":  # Here rows are those of the table still.
+            check_missing(self._design, {name: columns[name] for name in self._design.variables()})
         self.num_rows += table.num_rows
         self._tables.append(table)
         self._keys.append(self._random.random(table.num_rows))
-        self._kept += table.num_rows
-        if self._kept > 2 * self._max_rows:
+        if sum(map(len, self._keys)) > 2 * self._max_rows:
             self._thin()
 
     def merged(self, *others: DesignSample) -> DesignSample:
@@ -60,7 +61,6 @@ class DesignSample:
             total.num_rows += other.num_rows
             total._tables = total._tables + other._tables
             total._keys = total._keys + other._keys
-            total._kept += other._kept
             for table in other._witnesses.values():
                 total._find_witnesses(table)
             total._thin()
@@ -90,15 +90,17 @@ class DesignSample:
     def _thin(self) -> None:
         import pyarrow
 
-        if self._kept <= self._max_rows:
+        if sum(map(len, self._keys)) <= self._max_rows:
             return
         keys = np.concatenate(self._keys)
         kept = np.sort(np.argpartition(keys, self._max_rows)[: self._max_rows])
         table = pyarrow.concat_tables(self._tables, promote_options="permissive")
-        self._tables, self._keys, self._kept = [table.take(kept)], [keys[kept]], len(kept)
+        self._tables, self._keys = [table.take(kept)], [keys[kept]]
 
-    def _find_witnesses(self, table: pyarrow.Table) -> None:
-        for name, column in read_columns(table, table.column_names)[0].items():
+    def _find_witnesses(self, table: pyarrow.Table) -> dict[str, Column]:
+        columns = read_columns(table, table.column_names)[0]
+        categories = self._design.declared_categories()
+        for name, column in columns.items():
             if ("missing", name) not in self._witnesses and column.missing.any():
                 self._keep(("missing", name), table, int(column.missing.argmax()))
             if column.distinct is None and not column.missing.all():
@@ -112,11 +114,12 @@ class DesignSample:
                     if known is None or further(values[row], known):
                         self._ends[end, name] = values[row]
                         self._keep((end, name), table, int(present[row]))
-            if column.distinct is not None or name in self._categories:
+            if column.distinct is not None or name in categories:
                 levels = column.levels()
                 for code, row in zip(*np.unique(column.codes(levels), return_index=True), strict=True):
                     if code >= 0 and ("level", name, levels[code]) not in self._witnesses:
                         self._keep(("level", name, levels[code]), table, int(row))
+        return columns
 
     def _keep(self, key: tuple[Any, ...], table: pyarrow.Table, row: int) -> None:
         # A copy: a slice would keep the whole block in memory.

@@ -1,8 +1,7 @@
 """Residuals of tables that are spread over a cluster: Dask arrays and DataFrames.
 
 What is learnt of a partition is its `Moments`, a few thousand numbers, which are added up in a tree; the
-transform is mapped over the partitions and computed when the result is. A worker that dies costs the
-partitions that it had: Dask computes them again from their source.
+transform is mapped over the partitions and computed when the result is.
 """
 
 from __future__ import annotations
@@ -22,17 +21,17 @@ from mdnorm.design.roles import TableWarning, why_no_feature
 from mdnorm.distributed import one_thread
 from mdnorm.extras import requires
 from mdnorm.moments import NoSamplesError
-from mdnorm.tables.combat import SiteMoments, add_moments, site_moments
+from mdnorm.tables.combat import SiteMoments, add_moments
 from mdnorm.tables.design_sample import MAX_DESIGN_ROWS, DesignSample
 from mdnorm.tables.model import (
     MetadataModel,
     Specification,
     all_skipped,
     check_finite,
-    design_columns,
     fitted_model,
-    row_weights,
+    moments_of_rows,
     skips_missing_features,
+    used_rows,
     what_to_remove,
 )
 from mdnorm.text import warn
@@ -99,15 +98,8 @@ def residualize_dask(
     feature_names : sequence of str, optional
         Columns of the DataFrame that are features. None: the numbers that are not used otherwise, but
         identifiers and codes, as the first rows show them: a warning says which columns stay as they are.
-    scale, empirical_bayes, ridge
-        As for `mdnorm.tables.fit_location_scale`.
-    missing, unseen : str, optional
-        As for `mdnorm.Design`; `unseen` holds for sites as well. None: "error", or the rules of the model in
-        `apply`.
-    missing_features : {"error", "skip"}
-        As for `residualize_file`.
-    weights : str, optional
-        Column with the weights of the rows, as for `mdnorm.tables.residualize_file`.
+    scale, empirical_bayes, ridge, missing, unseen, missing_features, weights
+        As for `mdnorm.tables.residualize_file`.
     apply : MetadataModel or path, optional
         Coefficients fitted before, or the file that `MetadataModel.save` wrote; nothing is computed.
     seed : int
@@ -183,14 +175,14 @@ def residualize_dask(
                 # Features are looked at only where rows that lack some are left out.
                 read = parts if skips else [delayed(_read_part)(each, None, (), variables) for each in tables]
                 design = _fitted_design(design, read, removal, seed, skips)
-            shared = delayed((removal, design, skips), traverse=False)
+            shared = delayed((removal, design, names, skips), traverse=False)
             tasks = [delayed(_moments)(part, shared) for part in parts]
             model = fitted_model(removal, design, compute(_tree(add_moments, tasks))[0], names)
         except NoSamplesError as error:
             if not skips:
                 raise
-            empty = compute(_tree(_all_of, [delayed(_empty_features)(part) for part in parts]))[0]
-            raise NoSamplesError(all_skipped(empty, names)) from error
+            empty = compute(*(delayed(np.isnan)(part.features).all(0) for part in parts))
+            raise NoSamplesError(all_skipped(np.all(empty, axis=0), names)) from error
 
     # Workers do not need what only the summary does.
     shared = delayed(replace(model, moments=None), traverse=False)
@@ -307,27 +299,23 @@ class _Part(NamedTuple):
 
 
 def _read_part(block: Any, other: Any, names: tuple[str, ...], variables: list[str]) -> _Part:
+    import pyarrow
+
     is_frame = hasattr(block, "columns")
     values = as_real_array(block[list(names)] if is_frame else block, "features")
     if values.dtype != np.float32:
         values = values.astype(np.float64)
-    table = _read_table(block if other is None else other, variables)
-    rows = len(values)
+    holder, rows = block if other is None else other, len(values)
+    if hasattr(holder, "columns"):
+        table = pyarrow.Table.from_pandas(holder[variables], preserve_index=False)
+    else:
+        columns = dict(zip(_array_names(holder), np.asarray(holder).T, strict=True))
+        table = pyarrow.table({name: columns[name] for name in variables})
     if variables and table.num_rows != rows:
         raise ValueError(
             f"a partition has {rows} rows of features and {table.num_rows} of metadata: partition both alike."
         )
     return _Part(values, table)
-
-
-def _read_table(block: Any, variables: Sequence[str]) -> Any:
-    import pyarrow
-
-    if not hasattr(block, "columns"):
-        array = np.asarray(block)
-        columns = {f"m{index}": array[:, index] for index in range(array.shape[1])}
-        return pyarrow.table({name: columns[name] for name in variables})
-    return pyarrow.Table.from_pandas(block[list(variables)], preserve_index=False)
 
 
 def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
@@ -339,36 +327,11 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
     return parts[0]
 
 
-def _used(part: _Part, specification: Specification, skips_missing: bool) -> _Part:
-    """Return the rows that are fitted to."""
-    weights = row_weights(part.table, specification.weights)
-    used = np.ones(len(part.features), bool) if weights is None else weights > 0
-    if skips_missing:
-        used &= ~np.isnan(part.features).any(1)
-    return part if used.all() else _Part(part.features[used], part.table.filter(used))
-
-
-def _empty_features(part: _Part) -> NDArray[np.bool_]:
-    empty: NDArray[np.bool_] = np.isnan(part.features).all(0)
-    return empty
-
-
-def _all_of(*parts: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    all_of: NDArray[np.bool_] = np.logical_and.reduce(parts)
-    return all_of
-
-
-def _moments(part: _Part, shared: tuple[Specification, Design | None, bool]) -> SiteMoments:
-    specification, design, skips_missing = shared
-    features, table = _used(part, specification, skips_missing)
-    if not len(features):
-        return {}
-    weights = row_weights(table, specification.weights)
-    metadata, labels, sites = design_columns(
-        design, specification.formula is not None, specification.site, table, with_labels=True
-    )
-    assert labels is not None
-    return site_moments(features, metadata, labels, sites, weights)
+def _moments(part: _Part, shared: tuple[Specification, Design | None, Sequence[str], bool]) -> SiteMoments:
+    specification, design, names, skips_missing = shared
+    features, table = used_rows(*part, specification.weights, skips_missing)
+    columns = specification.columns(design, table)
+    return moments_of_rows(features, table, columns, specification.weights, names)
 
 
 def _fitted_design(
@@ -394,7 +357,7 @@ def _sample(
     assert design is not None
     sample = DesignSample(design, seed, MAX_DESIGN_ROWS)
     variables = [*design.variables(), *filter(None, [specification.weights])]
-    sample.add(_used(part, specification, skips_missing).table.select(variables))
+    sample.add(used_rows(*part, specification.weights, skips_missing)[1].select(variables))
     return sample
 
 

@@ -1,4 +1,4 @@
-"""Features in files, read and written in blocks of rows: Parquet, CSV and ``.npy``.
+"""Features in files, with their metadata, read and written in blocks of rows: Parquet, CSV and ``.npy``.
 
 A table is never in memory as a whole. What is read: the columns in use, block after block. What is written:
 the same format with the same columns, where the features are other numbers.
@@ -7,8 +7,9 @@ the same format with the same columns, where the features are other numbers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -20,7 +21,7 @@ from mdnorm.design.feature_columns import chosen_features
 from mdnorm.design.files import TABLE_FORMATS, ArrayFile, ParquetFile, TableFile, checked_suffix, open_table
 from mdnorm.design.leakage import leaking_features
 from mdnorm.design.roles import stand_in_warning
-from mdnorm.design.table_file import TableFileError
+from mdnorm.design.table_file import TableFileError, check_columns
 
 if TYPE_CHECKING:
     import pyarrow
@@ -119,7 +120,7 @@ class FeatureTable:
             yield Block(start, features.T, batch.select(others))
             start += batch.num_rows
 
-    def writer(self, path: Path) -> _ParquetWriter | _CsvWriter:
+    def writer(self, path: Path) -> Any:
         """Return a writer of the same format; columns keep their places."""
         return batch_writer(self.table, path, self._types)
 
@@ -172,32 +173,10 @@ class FeatureArray:
 FeatureFile = FeatureTable | FeatureArray
 
 
-class _Writer:
-    """Writes one piece at a time in a thread of its own; what goes wrong is raised by the next one."""
-
-    def __init__(self, file: Any) -> None:
-        self._file = file
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="mdnorm-write")
-        self._writing: Future[Any] | None = None
-
-    def _later(self, write: Callable[..., Any], *arguments: Any, **options: Any) -> None:
-        if self._writing is not None:
-            self._writing.result()
-        self._writing = self._pool.submit(write, *arguments, **options)
-
-    def close(self) -> None:
-        """Wait for the last piece and close the file, whatever happened."""
-        try:
-            if self._writing is not None:
-                self._writing.result()
-        finally:
-            self._pool.shutdown()
-            self._file.close()
-
-
-class _ArrayWriter(_Writer):
+class _ArrayWriter:
     def __init__(self, path: Path, source: ArrayFile, dtype: np.dtype[Any]) -> None:
-        super().__init__(path.open("wb"))
+        self._file = path.open("wb")
+        self.close = self._file.close
         self._source, self._dtype = source, dtype
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
@@ -208,25 +187,20 @@ class _ArrayWriter(_Writer):
         self._offset = self._file.tell()
 
     def write(self, block: Block) -> None:
-        self._later(self._write, block.start, block.features)
-
-    def _write(self, start: int, features: NDArray[Any]) -> None:
-        values = features.astype(self._dtype, copy=False)
-        size = self._dtype.itemsize
+        values = block.features.astype(self._dtype, copy=False)
         if not self._source.fortran_order:
-            self._file.seek(self._offset + start * self._source.num_features * size)
             self._file.write(np.ascontiguousarray(values).data.cast("B"))
             return
         for index, column in enumerate(values.T):
-            self._file.seek(self._offset + (index * self._source.shape[0] + start) * size)
+            place = index * self._source.shape[0] + block.start
+            self._file.seek(self._offset + place * self._dtype.itemsize)
             self._file.write(np.ascontiguousarray(column).data.cast("B"))
 
 
-def batch_writer(
-    table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]
-) -> _ParquetWriter | _CsvWriter:
+def batch_writer(table: TableFile, path: Path, types: Mapping[str, pyarrow.DataType]) -> Any:
     """Return a writer of a file of the same format and columns; `types` are those of the features."""
     import pyarrow
+    from pyarrow import csv
 
     if isinstance(table, ParquetFile):
         named = zip(table.names, table.schema, strict=True)
@@ -234,10 +208,10 @@ def batch_writer(
         return _ParquetWriter(path, table, pyarrow.schema(fields, table.schema.metadata), set(types))
     kinds = [types.get(name, pyarrow.string()) for name in table.names]
     schema = pyarrow.schema(list(zip(table.header, kinds, strict=True)))
-    return _CsvWriter(path, schema, table.delimiter)
+    return csv.CSVWriter(path, schema, write_options=csv.WriteOptions(delimiter=table.delimiter))
 
 
-class _ParquetWriter(_Writer):
+class _ParquetWriter:
     """Writes the columns, types, schema metadata, codecs and row groups of the file that they come from.
 
     Row groups of more than 64 MiB are split, since they are in memory before they are written.
@@ -248,76 +222,166 @@ class _ParquetWriter(_Writer):
 
         metadata = source.file.metadata
         chunks = [metadata.row_group(0).column(index) for index in range(metadata.num_columns)]
-        encodings = {chunk.path_in_schema: set(chunk.encodings) for chunk in chunks}
-        # Residuals hardly ever repeat: a dictionary of them would be built only to be thrown away.
-        dictionary = [
-            path
-            for path, used in encodings.items()
-            if used & {"PLAIN_DICTIONARY", "RLE_DICTIONARY"} and path not in features
-        ]
-        split = [path for path, used in encodings.items() if "BYTE_STREAM_SPLIT" in used]
         codecs = {chunk.path_in_schema: chunk.compression for chunk in chunks}
-        version = metadata.format_version
         self._schema = schema
-        writer = pyarrow.parquet.ParquetWriter(
+        self._file = pyarrow.parquet.ParquetWriter(
             path,
             schema,
             compression={
                 path: "none" if codec == "UNCOMPRESSED" else codec.lower() for path, codec in codecs.items()
             },
-            use_dictionary=dictionary or False,
-            use_byte_stream_split=split or False,
-            version=version if version in ("1.0", "2.4", "2.6") else "2.6",
+            # Residuals hardly ever repeat: a dictionary of them would be built only to be thrown away.
+            use_dictionary=[path for path in codecs if path not in features] or False,
         )
-        super().__init__(writer)
-        self._ends = self._row_group_ends(source, schema)
-        self._end = next(self._ends)
+        self.close = self._file.close
+        self._sizes = self._row_group_sizes(source, schema)
+        self._missing_rows = next(self._sizes)  # of the row group that is being filled
         self._pending: list[pyarrow.RecordBatch] = []
-        self._num_rows = 0
 
     @staticmethod
-    def _row_group_ends(source: ParquetFile, schema: pyarrow.Schema) -> Iterator[int]:
+    def _row_group_sizes(source: ParquetFile, schema: pyarrow.Schema) -> Iterator[int]:
         metadata = source.file.metadata
-        start = 0
-        for index, rows in enumerate(metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)):
-            size = max(metadata.row_group(index).total_byte_size, rows * 4 * len(schema))
-            parts = max(1, math.ceil(size / _MAX_ROW_GROUP_BYTES))
-            step = math.ceil(rows / parts)
-            for at in range(step, rows + step, step):
-                yield start + min(at, rows)
-            start += rows
+        for group in map(metadata.row_group, range(metadata.num_row_groups)):
+            size = max(group.total_byte_size, group.num_rows * 4 * len(schema))
+            step = math.ceil(group.num_rows / max(1, math.ceil(size / _MAX_ROW_GROUP_BYTES)))
+            yield from (min(step, group.num_rows - at) for at in range(0, group.num_rows, step))
 
     def write(self, batch: pyarrow.RecordBatch) -> None:
-        while batch.num_rows:
-            rows = min(batch.num_rows, self._end - self._num_rows)
-            self._pending.append(batch.slice(0, rows))
-            self._num_rows += rows
-            batch = batch.slice(rows)
-            if self._num_rows == self._end:
-                self._flush()
-                self._end = next(self._ends, self._end)
-
-    def _flush(self) -> None:
         import pyarrow
 
-        table = pyarrow.Table.from_batches(self._pending, self._schema)
-        self._pending = []
-        self._later(self._file.write_table, table, row_group_size=len(table))
-
-    def close(self) -> None:
-        try:
-            if self._pending:
-                self._flush()
-        finally:
-            super().close()
+        while batch.num_rows:
+            part, batch = batch.slice(0, self._missing_rows), batch.slice(self._missing_rows)
+            self._pending.append(part)
+            self._missing_rows -= part.num_rows
+            if not self._missing_rows:
+                table = pyarrow.Table.from_batches(self._pending, self._schema)
+                self._file.write_table(table, row_group_size=len(table))
+                self._pending, self._missing_rows = [], next(self._sizes, 0)
 
 
-class _CsvWriter(_Writer):
-    def __init__(self, path: Path, schema: pyarrow.Schema, delimiter: str) -> None:
-        from pyarrow import csv
+class Rows:
+    """Features with the metadata of the same rows, in blocks, however often they are asked for.
 
-        options = csv.WriteOptions(delimiter=delimiter)
-        super().__init__(csv.CSVWriter(path, schema, write_options=options))
+    Without a table of metadata they are columns of the features' table. The `key` is a column of both tables
+    that says that their rows are the same; without one all columns that both have must say so.
+    """
 
-    def write(self, batch: pyarrow.RecordBatch) -> None:
-        self._later(self._file.write_batch, batch)
+    def __init__(self, features: FeatureFile, metadata: TableFile | None, key: str | None) -> None:
+        self.features, self._has_key = features, key is not None
+        self._own: TableFile | None = features.table if isinstance(features, FeatureTable) else None
+        if metadata is None and self._own is None:
+            raise TableFileError(
+                f"{features.path} has no columns for the metadata: give a table of them, metadata=."
+            )
+        if key is not None and (metadata is None or self._own is None):
+            raise ValueError("key= compares two tables: both, features and metadata, need that column.")
+        self._separate = metadata
+        table = metadata if metadata is not None else self._own
+        assert table is not None
+        self.table: TableFile = table
+        # The columns in which both tables are compared.
+        self.compared: set[str] = set()
+        if metadata is not None and self._own is not None:
+            repeated = {*metadata.repeated, *self._own.repeated}
+            self.compared = ({*metadata.names} & {*self._own.names}) - repeated if key is None else {key}
+            for both in (metadata, self._own):
+                check_columns(both, self.compared)
+            self._own.categories |= self.compared
+        if metadata is not None and metadata.num_rows is not None:
+            self._check_lengths(metadata.num_rows)
+
+    def _unequal(self, found: str) -> TableFileError:
+        return TableFileError(
+            f"{found}: one row of metadata for each row of features is needed, in the same order."
+        )
+
+    def _check_lengths(self, num_metadata: int) -> None:
+        if self.features.num_rows not in (None, num_metadata):
+            raise self._unequal(
+                f"{self.features.path} has {self.features.num_rows} rows and {self.table.path} {num_metadata}"
+            )
+
+    def metadata(self, columns: Sequence[str], batch_rows: int) -> Iterator[tuple[int, pyarrow.Table]]:
+        """Yield metadata alone, with the index of the first row."""
+        import pyarrow
+
+        start = 0
+        for batch in prefetched(self.table.typed_batches(columns, batch_rows)):
+            yield start, pyarrow.Table.from_batches([batch]).select(list(columns))
+            start += batch.num_rows
+        if self._separate is not None:
+            self._check_lengths(start)
+
+    def blocks(
+        self, columns: Sequence[str], batch_rows: int, *, whole: bool = False
+    ) -> Iterator[tuple[Block, pyarrow.Table]]:
+        """Yield features and metadata; `whole`: with all columns of the features' table."""
+        import pyarrow
+
+        if self._separate is None:
+            for block in prefetched(self.features.blocks(batch_rows, None if whole else columns)):
+                assert block.batch is not None
+                yield block, pyarrow.Table.from_batches([self.table.typed(block.batch, columns)])
+            return
+        compared = [name for name in self.compared if name not in self.features.feature_names]
+        wanted = list(dict.fromkeys([*columns, *self.compared]))
+        path, batches = self._separate.path, self._separate.typed_batches(wanted, batch_rows)
+        left: list[pyarrow.RecordBatch] = []
+        stop = 0
+        with closing(batches):
+            for block in prefetched(self.features.blocks(batch_rows, None if whole else compared)):
+                rows = len(block.features)
+                while (found := sum(map(len, left))) < rows:
+                    batch = next(batches, None)
+                    if batch is None:
+                        raise self._unequal(f"{path} has {stop + found} rows, {self.features.path} has more")
+                    left.append(batch)
+                table = pyarrow.Table.from_batches(left)
+                left, table, stop = table.slice(rows).to_batches(), table.slice(0, rows), stop + rows
+                self._check_same(block, table)
+                yield block, table.select(list(columns))
+            if any(map(len, left)) or any(map(len, batches)):
+                raise self._unequal(f"{path} has more than the {stop} rows of {self.features.path}")
+
+    def _check_same(self, block: Block, table: pyarrow.Table) -> None:
+        """Raise where a row is not the same in a column that both tables have."""
+        import pyarrow
+
+        for name in self.compared:
+            there = table.column(name).combine_chunks()
+            if name in self.features.feature_names:
+                here = pyarrow.array(block.features[:, self.features.feature_names.index(name)])
+            else:
+                assert block.batch is not None
+                assert self._own is not None
+                here = self._own.typed(block.batch, [name]).column(name)
+            rows = np.flatnonzero(_differ(here, there))
+            if not len(rows):
+                continue
+            values = [each[int(rows[0])].as_py() for each in (here, there)]
+            raise TableFileError(
+                f"row {block.start + rows[0]} (counted from 0) has {name!r} {values[0]!r} in "
+                f"{self.features.path} and {values[1]!r} in {self.table.path}, and so have {len(rows) - 1} "
+                "rows more: bring the tables into the same order."
+                + (
+                    ""
+                    if self._has_key
+                    else f" If their rows are the same and only {name!r} is not, name a column that says so, "
+                    "key= (--key), or rename one of the two."
+                )
+            )
+
+
+def _differ(here: pyarrow.Array, there: pyarrow.Array) -> NDArray[np.bool_]:
+    """Return (n,) where two columns differ, as texts or as numbers; fractions in single precision."""
+    import pyarrow
+    from pyarrow import compute
+
+    texts = [compute.cast(each, pyarrow.string()) for each in (here, there)]
+    differs: NDArray[np.bool_] = compute.not_equal(*(each.fill_null("") for each in texts)).to_numpy(False)
+    if differs.any():
+        with suppress(pyarrow.ArrowInvalid):
+            a, b = (compute.cast(each, pyarrow.float64()).to_numpy(False) for each in texts)
+            same = (a == b) | ((a % 1 != 0) & (a.astype(np.float32) == b.astype(np.float32)))
+            differs &= ~(same | (np.isnan(a) & np.isnan(b)))
+    return differs

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Real
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ from sklearn.utils.validation import _check_feature_names_in, check_is_fitted
 
 from mdnorm.arrays import check_same_order
 from mdnorm.design.leakage import LeakageWarning, leaking_features
-from mdnorm.design.reader import refuse_no_table, shown_rows
+from mdnorm.design.reader import refuse_no_table
 from mdnorm.design.roles import TableWarning
 from mdnorm.moments import NoSamplesError
 from mdnorm.tables.combat import (
@@ -29,7 +29,7 @@ from mdnorm.tables.combat import (
     unknown_note,
 )
 from mdnorm.tables.covariance import CovarianceModel, fit_covariance
-from mdnorm.tables.model import all_skipped
+from mdnorm.tables.model import all_skipped, checked_weights
 from mdnorm.tables.subjects import RandomIntercepts, fit_random_intercepts
 from mdnorm.tables.table_design import read_rows
 from mdnorm.tables.table_reader import TableReader, TableRows
@@ -52,14 +52,6 @@ class TableFitter(TableReader):
         "missing_features": [StrOptions({"error", "skip"})],
     }
 
-    keep_metadata: bool
-    ridge: float
-    strength: float
-    empirical_bayes: bool
-    covariance: bool | float
-    reference_site: Hashable | None
-    _intercepts: RandomIntercepts | None
-
     def _feature_names(self) -> list[Any]:
         names: list[Any] = _check_feature_names_in(self, None)[self._feature_index].tolist()
         return names
@@ -81,9 +73,7 @@ class TableFitter(TableReader):
                         f"{name}={getattr(self, name)!r} needs site=, the column that names the site."
                     )
         if self.covariance and not self.scale:
-            raise ValueError(
-                f"covariance={self.covariance!r} needs scale=True: variances come before covariances."
-            )
+            raise ValueError(f"covariance={self.covariance!r} needs scale=True: variances come first.")
         if self.covariance and self.missing_features == "skip":
             raise ValueError(
                 f"covariance={self.covariance!r} needs all features of a row, so missing_features='skip' "
@@ -91,8 +81,7 @@ class TableFitter(TableReader):
             )
         if self.subject is not None and self.ridge > 0:
             raise ValueError(
-                f"subject={self.subject!r} fits a mixed model, which has no penalty: set ridge=0 (it is "
-                f"{self.ridge:g})."
+                f"subject={self.subject!r} fits a mixed model, which has no penalty: set ridge=0."
             )
 
     def _update(
@@ -108,11 +97,10 @@ class TableFitter(TableReader):
         """Add rows to the moments; return them, without the intercepts of subjects, and their weights."""
         check_same_order(X=X, y=y, metadata=metadata, labels=labels, sample_weight=sample_weight)
         refuse_no_table(y, "y")
-        given = {"labels": labels, "y": None if self.protect_target is False else y}
-        if reset:
-            self._select(X)
-        features, table = self._checked(X), self._table(X, metadata)
-        weights = None if sample_weight is None else _as_sample_weight(sample_weight, len(features))
+        features, given = self._checked(X, reset), self._given(X, y, metadata, labels)
+        weights = None
+        if sample_weight is not None:
+            weights = checked_weights(sample_weight, len(features), "sample_weight")
         used = np.ones(len(features), bool) if weights is None else weights > 0
         if reset and not used.any():
             raise NoSamplesError("Sample weights must contain at least one non-zero number: all are zero.")
@@ -122,12 +110,12 @@ class TableFitter(TableReader):
         used &= complete
         with _counting_from(used):
             if not used.all():
-                table, given = self._used(table, given, used)
+                given = self._used(given, used)
                 features, weights = features[used], None if weights is None else weights[used]
             num_rows = len(features)
             if reset:
-                self._start(table, given, classes, num_rows, weights)
-            rows = TableRows(features, *self._design(table, given, num_rows, training=True))
+                self._start(given, classes, num_rows, weights)
+            rows = TableRows(features, *self._design(given, num_rows, training=True))
         note = leaking_features(features, self._feature_names()) if reset and self._num_metadata else None
         if note is not None:
             warn(note, LeakageWarning)
@@ -135,25 +123,21 @@ class TableFitter(TableReader):
         rows = rows._replace(features=self._without_intercepts(features, rows.subjects))
         moments = self._moments(rows, weights)
         self.moments_: SiteMoments = add_moments({} if reset else self.moments_, moments)
-        if self._metadata_table is not None:
-            self._metadata_table.count(table, num_rows)
-        if "labels" in self._protected:
-            self._protected["labels"].count(given["labels"], num_rows)
+        for what, table in self._tables.items():
+            table.count(given[what], num_rows)
         return rows, weights
 
-    def _used(self, table: Any, given: dict[str, Any], used: NDArray[np.bool_]) -> tuple[Any, dict[str, Any]]:
+    def _used(self, given: dict[str, Any], used: NDArray[np.bool_]) -> dict[str, Any]:
         """Return the tables with only the rows that are fitted to: levels of others are not known."""
-        tables = {"metadata": table, "labels": given["labels"]}
-        part = {
-            what: {name: column.rows(used) for name, column in read_rows(each, what, len(used)).items()}
-            for what, each in tables.items()
-            if each is not None
-        }
-        y = given["y"]
-        if y is not None:
-            check_consistent_length(used, y)
-            y = _safe_indexing(y, np.flatnonzero(used))
-        return part.get("metadata"), {"labels": part.get("labels"), "y": y}
+        part = dict(given)
+        for what in ("metadata", "labels"):
+            if part[what] is not None:
+                columns = read_rows(part[what], what, len(used))
+                part[what] = {name: column.rows(used) for name, column in columns.items()}
+        if part["y"] is not None:
+            check_consistent_length(used, part["y"])
+            part["y"] = _safe_indexing(part["y"], np.flatnonzero(used))
+        return part
 
     def _moments(self, rows: TableRows, weights: FloatArray | None = None) -> SiteMoments:
         metadata, labels = np.split(rows.design, [self._num_metadata], axis=1)
@@ -175,8 +159,7 @@ class TableFitter(TableReader):
         """Return features less what is known of their subjects, or with it again (sign 1)."""
         if self._intercepts is None or subjects is None:
             return features
-        changed: NDArray[Any] = features + sign * self._intercepts.of(subjects)
-        return changed
+        return np.asarray(features + sign * self._intercepts.of(subjects))
 
     def _fitted_model(self) -> LocationScale:
         if not hasattr(self, "moments_"):
@@ -189,8 +172,8 @@ class TableFitter(TableReader):
     def _solve(self, rows: TableRows | None = None, weights: FloatArray | None = None) -> None:
         """Fit the model to the moments, and its covariances to the rows."""
         names = list(self.metadata_names_)
-        for what, table in self._protected.items():
-            names += [name if what == "y" else f"labels column {name!r}" for name in table.names]
+        labels = self._tables["labels"].names if "labels" in self._tables else ()
+        names += [f"labels column {name!r}" for name in labels] + self.protected_names_[len(labels) :]
         reference = self.reference_site
         reference = tuple(reference) if isinstance(reference, (list, np.ndarray)) else reference
         model = fit_location_scale(
@@ -231,15 +214,15 @@ class TableFitter(TableReader):
         check_is_fitted(self, "moments_")
         check_same_order(X=X, metadata=metadata, labels=labels)
         model = self._fitted_model()
-        given = {"labels": labels}
         dropped: list[Any] | None = None
         if inverse and len(self._metadata_index) and not self.keep_metadata:
             features, dropped = self._read_dropped(X, metadata)
             assert self.metadata_columns is not None
             table = dict(zip(map(str, self.metadata_columns), dropped, strict=True))
-            rows = TableRows(features, *self._design(table, given, len(features), training=False))
+            given = {"metadata": table, "labels": labels, "y": None}
+            rows = TableRows(features, *self._design(given, len(features)))
         else:
-            rows = self._read(X, metadata, given)
+            rows = self._read(X, None, metadata, labels)
         index = self._site_index(rows.sites, len(rows.features))
         plain = self._without_intercepts(rows.features, rows.subjects)
         if self._intercepts is not None and rows.subjects is not None and self.unseen == "mean":
@@ -268,8 +251,7 @@ class TableFitter(TableReader):
                 )
             # x·rest + strength·(x / scale + …) is what there is: this solves it for x.
             rest = rest * model.scale_of(index)
-        partly: NDArray[Any] = (rest * given + self.strength * changed) / (rest + self.strength)
-        return partly
+        return np.asarray((rest * given + self.strength * changed) / (rest + self.strength))
 
 
 # The share of the variance whose components are harmonised, as Chen et al. (2022) have it.
@@ -286,16 +268,6 @@ _ESTIMATES: dict[str, Callable[[Any, Any], Any]] = {
     "components_": lambda fit, model: model.directions,
     "subject_variance_": lambda fit, model: fit._intercepts.variance,
 }
-
-
-def _as_sample_weight(sample_weight: ArrayLike, num_rows: int) -> FloatArray:
-    weights = np.asarray(sample_weight, dtype=np.float64)
-    if weights.shape != (num_rows,):
-        raise ValueError(f"sample_weight.shape == {weights.shape}, expected {(num_rows,)}!")
-    bad = ~(np.isfinite(weights) & (weights >= 0))
-    if bad.any():
-        raise ValueError(f"sample_weight must be finite and not negative, it is not in {shown_rows(bad)}.")
-    return weights
 
 
 @contextmanager

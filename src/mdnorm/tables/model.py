@@ -1,7 +1,4 @@
-"""Effects of metadata and sites on features as a model of its own: fitted, applied to any rows, saved.
-
-All parts of it work on blocks of rows, so that files and clusters use the same ones.
-"""
+"""Effects of metadata and sites on features as a model: fitted, applied to any rows, saved."""
 
 from __future__ import annotations
 
@@ -15,21 +12,28 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from mdnorm.arrays import check_same_order
 from mdnorm.design import Design
 from mdnorm.design.formula import in_order
-from mdnorm.design.reader import column_names, read_columns, shown
+from mdnorm.design.reader import column_names, read_columns, shown_rows
 from mdnorm.design.roles import TableWarning
 from mdnorm.design.table_file import TableFileError
 from mdnorm.extras import requires
 from mdnorm.files import atomic_path
 from mdnorm.moments import Moments
-from mdnorm.tables.combat import LocationScale, SiteCodes, SiteMoments, fit_location_scale, unknown_note
+from mdnorm.tables.combat import (
+    LocationScale,
+    SiteCodes,
+    SiteMoments,
+    fit_location_scale,
+    site_moments,
+    unknown_note,
+)
 from mdnorm.tables.summary import Summary, summarise
 from mdnorm.tables.table_design import site_codes
-from mdnorm.text import warn
+from mdnorm.text import listed, warn
 
 if TYPE_CHECKING:
     import pyarrow
@@ -79,6 +83,10 @@ class Specification:
         """Columns of the table that the fit needs."""
         needed = needed_variables(self.design(), True, self.site, with_labels=True)
         return needed if self.weights is None else [*needed, self.weights]
+
+    def columns(self, design: Design | None, table: Any) -> DesignColumns:
+        """Return the columns of the fitted design, protected ones included, and the sites."""
+        return design_columns(design, self.formula is not None, self.site, table, with_labels=True)
 
     def design(self) -> Design | None:
         """Return the design, not fitted; None where there is only a site."""
@@ -131,15 +139,8 @@ class MetadataModel:
     def with_rules(self, missing: str | None = None, unseen: str | None = None) -> MetadataModel:
         """Return the model with other rules for missing metadata and for levels and sites that it never saw.
 
-        Parameters
-        ----------
-        missing, unseen : {"error", "mean"}, optional
-            As for `mdnorm.Design`; None: as it was.
-
-        Raises
-        ------
-        ValueError
-            Another rule: an indicator of missing values is fitted, not applied.
+        They are "error" or "mean", as for `mdnorm.Design`; None: as it was. Another rule is a ValueError: an
+        indicator of missing values is fitted, not applied.
         """
         for name, rule in (("missing", missing), ("unseen", unseen)):
             if rule not in (None, "error", "mean"):
@@ -232,18 +233,13 @@ class MetadataModel:
     def _subtract(self, features: NDArray[Any], metadata: FloatArray, overwrite: bool) -> NDArray[Any]:
         """Subtract the metadata's part in the precision of the features, in one pass over them."""
         model, width = self.location_scale, self.location_scale.num_metadata
-        # Centred and scaled in float64: float32 then rounds numbers of the size of the effects only.
-        centred = metadata - model.design_mean[:width]
-        by_columns = features.flags.f_contiguous and not features.flags.c_contiguous
-        values = torch.from_numpy(features.T if by_columns else features)
-        left = torch.from_numpy(centred).to(values.dtype)
-        right = torch.from_numpy(np.ascontiguousarray(model.coefficients[:width])).to(values.dtype)
-        pair = (right.T, left.T) if by_columns else (left, right)
-        if not width:
-            return features if overwrite else features.copy()
-        out = values.addmm_(*pair, alpha=-1) if overwrite else torch.addmm(values, *pair, alpha=-1)
-        result: NDArray[Any] = out.T.numpy() if by_columns else out.numpy()
-        return result
+        out = features if overwrite else features.copy(order="K")
+        if width:
+            # Centred and scaled in float64: float32 then rounds numbers of the size of the effects only.
+            left, right = metadata - model.design_mean[:width], model.coefficients[:width]
+            parts = (torch.from_numpy(np.asarray(part, features.dtype)) for part in (left, right))
+            torch.from_numpy(out).addmm_(*parts, alpha=-1)
+        return out
 
     def site_index(self, sites: SiteCodes) -> tuple[NDArray[np.intp], list[Hashable]]:
         """Return the place of each row's site, −1 where it is new, and new sites, an error if not allowed."""
@@ -259,16 +255,9 @@ class MetadataModel:
     def summary(self) -> Summary:
         """Return coefficients with standard errors, F tests, and what the sites were before and after.
 
-        Returns
-        -------
-        Summary
-            See `mdnorm.sklearn.MetadataResidualizer.summary`. A variable is a term of the formula, and
-            coefficients are for one unit of the column as the formula says it.
-
-        Raises
-        ------
-        ValueError
-            The model has no `moments`; rows are no more than independent columns.
+        As `mdnorm.sklearn.MetadataResidualizer.summary`, but a variable is a term of the formula, and
+        coefficients are for one unit of the column as the formula says it. Without `moments`, or with no more
+        rows than independent columns, it is a ValueError.
         """
         if self.moments is None:
             raise ValueError(
@@ -294,15 +283,10 @@ class MetadataModel:
         Parameters
         ----------
         path : str or Path
-            With the suffix ``.safetensors``; its folder must exist.
+            With the suffix ``.safetensors``, otherwise a TableFileError; its folder must exist.
         moments : bool
             Whether to write `moments` as well, which `summary` needs: sums over the rows of each site, which
             for a site of one row are that row.
-
-        Raises
-        ------
-        TableFileError
-            Another suffix.
         """
         path = Path(path)
         with requires("tables"):
@@ -321,22 +305,15 @@ class MetadataModel:
             **{name: getattr(model, name) for name in _NUMBERS},
         }
         tensors = {name: np.ascontiguousarray(getattr(model, name)) for name in _ARRAYS}
-        for site, part in ((self.moments if moments else None) or {}).items():
-            index = model.sites.index(site)
-            tensors |= {
-                f"moments.{index}.{name}": np.ascontiguousarray(array)
-                for name, array in part.to_arrays().items()
-            }
+        if moments and self.moments is not None:
+            parts = [self.moments[site].to_arrays() for site in model.sites]
+            tensors |= {f"moments.{name}": np.stack([part[name] for part in parts]) for name in parts[0]}
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata={"mdnorm": json.dumps(state)})
 
     @classmethod
     def load(cls, path: str | Path) -> MetadataModel:
         """Return the model that `save` wrote. Nothing in the file is run.
-
-        Parameters
-        ----------
-        path : str or Path
 
         Raises
         ------
@@ -361,11 +338,8 @@ class MetadataModel:
                         "update it."
                     )
                 arrays = {name: file.get_tensor(name) for name in _ARRAYS}
-                moments: dict[int, dict[str, FloatArray]] = {}
-                for key in file.keys():  # noqa: SIM118
-                    if key.startswith("moments."):
-                        _, index, name = key.split(".")
-                        moments.setdefault(int(index), {})[name] = file.get_tensor(key)
+                kept = [key for key in file.keys() if key.startswith("moments.")]  # noqa: SIM118
+                moments = {key.removeprefix("moments."): file.get_tensor(key) for key in kept}
             return cls._from_state(state, arrays, moments)
         except TableFileError:
             raise
@@ -377,7 +351,7 @@ class MetadataModel:
         cls,
         state: Mapping[str, Any],
         arrays: dict[str, FloatArray],
-        kept: Mapping[int, dict[str, FloatArray]],
+        kept: Mapping[str, FloatArray],
     ) -> MetadataModel:
         names = [str(name) for name in state["feature_names"]]
         sites = tuple(state["sites"])
@@ -401,13 +375,16 @@ class MetadataModel:
         removed = design.num_metadata if design is not None and removes else 0
         if in_design != deep or removed != num_metadata:
             raise ValueError(f"its design has {in_design} columns, its coefficients {deep}")
-        if kept and set(kept) != set(range(len(sites))):
-            raise ValueError(f"it has {len(sites)} sites, and moments of the sites {sorted(kept)}")
-        moments = {sites[index]: Moments.from_arrays(part) for index, part in sorted(kept.items())}
-        for site, part in moments.items():
-            finite = all(np.isfinite(array).all() for array in part.to_arrays().values())
-            if (part.num_metadata, *part.cross.shape) != (num_metadata, deep + 1, wide) or not finite:
-                raise ValueError(f"the moments of site {site!r} are not of its columns, or not finite")
+        if not all(len(array) == len(sites) and np.isfinite(array).all() for array in kept.values()):
+            raise ValueError(f"its moments are not those of {len(sites)} sites, or not finite")
+        parts = zip(*kept.values(), strict=True)
+        moments = {
+            site: Moments.from_arrays(dict(zip(kept, part, strict=True)))
+            for site, part in zip(sites if kept else (), parts, strict=True)
+        }
+        for part in moments.values():
+            if (part.num_metadata, *part.cross.shape) != (num_metadata, deep + 1, wide):
+                raise ValueError("its moments are not of its columns")
         return cls(
             design=design,
             removes_design=removes,
@@ -453,15 +430,20 @@ def row_weights(table: pyarrow.Table, column: str | None) -> FloatArray | None:
     import pyarrow
 
     try:
-        weights: FloatArray = table.column(column).cast(pyarrow.float64()).to_numpy()
+        weights = table.column(column).cast(pyarrow.float64()).to_numpy()
     except pyarrow.ArrowException as error:
         raise ValueError(f"column {column!r} has the weights: it must have numbers ({error}).") from error
-    bad = np.flatnonzero(~(np.isfinite(weights) & (weights >= 0)))
-    if len(bad):
-        raise ValueError(
-            f"column {column!r}, the weights, must be finite and not negative: it is not in row(s) "
-            f"{bad[:5].tolist()}."
-        )
+    return checked_weights(weights, table.num_rows, f"column {column!r}, the weights,")
+
+
+def checked_weights(values: ArrayLike, num_rows: int, what: str) -> FloatArray:
+    """Return weights (num_rows,), float64; ValueError where they are NaN, infinite or negative."""
+    weights = np.asarray(values, dtype=np.float64)
+    if weights.shape != (num_rows,):
+        raise ValueError(f"{what} must have shape {(num_rows,)}, one weight a row, got {weights.shape}.")
+    bad = ~(np.isfinite(weights) & (weights >= 0))
+    if bad.any():
+        raise ValueError(f"{what} must be finite and not negative, it is not in {shown_rows(bad)}.")
     return weights
 
 
@@ -550,37 +532,58 @@ def skips_missing_features(rule: str) -> bool:
 def all_skipped(is_empty: NDArray[np.bool_], names: Sequence[Any]) -> str:
     """Return for a message why missing_features="skip" leaves no row: which (D,) features have no value."""
     empty = [name for name, gone in zip(names, is_empty, strict=True) if gone]
-    why = f"feature(s) {shown(map(repr, empty))} have no value at all" if empty else "every row lacks some"
+    why = f"feature(s) {listed(empty)} have no value at all" if empty else "every row lacks some"
     return (
         "no row to fit to: missing_features='skip' leaves all of them out, since "
         f"{why}. Leave such features out, or impute them."
     )
 
 
-def without_missing(
-    features: NDArray[Any], weights: FloatArray | None
-) -> tuple[NDArray[Any], FloatArray | None]:
-    """Return features without missing values, and weights that are 0 for the rows that have some."""
-    missing = np.isnan(features).any(1)
-    if not missing.any():
-        return features, weights
-    weights = np.ones(len(features)) if weights is None else weights
-    return np.nan_to_num(features, posinf=np.inf, neginf=-np.inf), weights * ~missing
+def used_rows(
+    features: NDArray[Any],
+    table: pyarrow.Table,
+    weights: str | None,
+    skips_missing: bool,
+    chosen: NDArray[np.bool_] | None = None,
+) -> tuple[NDArray[Any], pyarrow.Table]:
+    """Return the rows that are fitted to: the chosen ones of positive weight, and with all features."""
+    used = np.ones(len(features), bool) if chosen is None else chosen
+    if (weight := row_weights(table, weights)) is not None:
+        used &= weight > 0
+    if skips_missing:
+        used &= ~np.isnan(features).any(1)
+    # Columns that are contiguous stay so.
+    return (features, table) if used.all() else (features.T[:, used].T, table.filter(used))
 
 
-def check_finite(values: NDArray[Any], names: Sequence[str], skips_missing: bool = False) -> None:
+def moments_of_rows(
+    features: NDArray[Any],
+    table: pyarrow.Table,
+    columns: DesignColumns,
+    weights: str | None,
+    names: Sequence[str],
+) -> SiteMoments:
+    """Return the moments of the rows of each site, from their design; errors name the features."""
+    metadata, labels, sites = columns
+    assert labels is not None
+    try:
+        return site_moments(features, metadata, labels, sites, row_weights(table, weights))
+    except ValueError:
+        check_finite(features, names)
+        raise
+
+
+def check_finite(values: NDArray[Any], names: Sequence[Any], skips_missing: bool = False) -> None:
     """Raise where features have missing (unless these are skipped) or infinite values, with their names."""
     if np.isfinite(values.sum()):
         return
     bad = np.isinf(values) if skips_missing else ~np.isfinite(values)
-    if not bad.any():
-        return
-    columns = [names[int(column)] for column in np.flatnonzero(bad.any(0))]
-    where = f"row(s) {shown(np.flatnonzero(bad.any(1)))}"
-    advice = (
-        ", or leave missing values missing with missing_features='skip'" if np.isnan(values).any() else ""
-    )
-    raise ValueError(
-        f"feature(s) {shown(map(repr, columns))} ({len(columns)} of {len(names)}) are missing, infinite or "
-        f"too large in {where}: drop or impute such rows{advice}."
-    )
+    if bad.any():
+        columns = [names[column] for column in np.flatnonzero(bad.any(0)).tolist()]
+        keep = (
+            ", or keep missing values missing with missing_features='skip'" if np.isnan(values).any() else ""
+        )
+        raise ValueError(
+            f"feature(s) {listed(columns)} ({len(columns)} of {len(names)}) are missing, infinite or "
+            f"too large in {shown_rows(bad.any(1))}: drop or impute such rows{keep}."
+        )

@@ -1,9 +1,4 @@
-"""Residualisation of tables as a scikit-learn transformer.
-
-All that is learned comes from `Moments` of each site, so `fit` and any sequence of `partial_fit` over the
-same rows give the same coefficients up to rounding, and `fit` on a training fold sees nothing of the other
-rows.
-"""
+"""Residualisation of tables as a scikit-learn transformer."""
 
 from __future__ import annotations
 
@@ -34,9 +29,9 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
     ``site=`` the effects of a site are removed too, in location and, with ``scale=True``, in scale, as
     estimated or shrunk by empirical Bayes (ComBat).
 
-    Metadata come with the data in ``fit(X, y, metadata=...)`` and ``transform(X, metadata=...)``, through
-    pipelines and cross-validation by scikit-learn's metadata routing, or are columns of `X`
-    (`metadata_columns`). With neither, there is nothing to remove: `X` is returned unchanged, with a warning.
+    Metadata come with the data in ``fit(X, y, metadata=...)`` and ``transform(X, metadata=...)``, also by
+    scikit-learn's metadata routing, or are columns of `X` (`metadata_columns`). With neither, `X` is returned
+    unchanged, with a warning.
 
     Parameters
     ----------
@@ -120,11 +115,6 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
     **Labels and scale.** `transform` knows no labels. What `y` explains is never removed, but where a site is
     divided by its scale, the effect of `y` in that site is divided with the rest. `labels`, which
     `transform` gets again, are held out of the scaling exactly, as in ComBat.
-
-    **Data types.** float32 tables come back as float32; sums and coefficients are float64.
-
-    **All rows at once.** `covariance` and `subject` need the rows themselves: there is no `partial_fit` with
-    them, nor a `summary`.
 
     **Rows.** Fitting needs more rows than there are linearly independent columns, site columns and
     intercept included, or a ridge; otherwise the metadata would explain everything.
@@ -212,15 +202,11 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         sample_weight : (n,) array, optional
             A row of weight 2 counts as two rows, one of weight 0 as none.
 
-        Returns
-        -------
-        MetadataResidualizer
-
         Raises
         ------
         TypeError, ValueError
-            Tables that cannot be used (see `mdnorm.Design`), metadata given twice, too
-            few rows, sites that cannot be estimated (see `mdnorm.tables.fit_location_scale`).
+            Tables that cannot be used (see `mdnorm.Design`), metadata given twice, too few rows, sites that
+            cannot be estimated (see `mdnorm.tables.fit_location_scale`).
 
         Warns
         -----
@@ -247,7 +233,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
 
         The first call fixes the columns, the levels of categories (give later levels as a categorical dtype)
         and the means that stand for missing values. Sites may appear at any time. What `adapt` has added is
-        forgotten.
+        forgotten. Coefficients are computed when first needed, and errors about too few rows come then.
 
         Parameters
         ----------
@@ -255,11 +241,6 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
             As in `fit`.
         classes : array, optional
             In the first call: all the classes of a categorical `y`. None: those in the first `y`.
-
-        Returns
-        -------
-        MetadataResidualizer
-            Coefficients are computed when first needed, and errors about too few rows come then.
 
         Raises
         ------
@@ -327,8 +308,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
             raise ValueError("adapt is for sites: this estimator has site=None.")
         model = self._fitted_model()
         check_same_order(X=X, y=y, metadata=metadata, labels=labels)
-        given = {"labels": labels, "y": None if self.protect_target is False else y}
-        rows = self._read(X, metadata, given)
+        rows = self._read(X, y, metadata, labels)
         assert rows.sites is not None
         new = model.index_of(rows.sites)[0] < 0
         if not new.any():
@@ -351,10 +331,8 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         Parameters
         ----------
         X : (n, n_features_in_) array or DataFrame
-        metadata : optional
-            As in `fit`, of these rows.
-        labels : optional
-            As in `fit`, of these rows. Needed with ``scale=True`` if `fit` had them.
+        metadata, labels : optional
+            As in `fit`, of these rows. `labels` are needed with ``scale=True`` if `fit` had them.
 
         Returns
         -------
@@ -377,11 +355,9 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         ----------
         X : (n, D) array or DataFrame
             What `transform` returns.
-        metadata : optional
-            The metadata of these rows, as in `fit`. With `metadata_columns` that are not kept: those columns,
-            in the order in which `metadata_columns` has them.
-        labels : optional
-            As in `transform`.
+        metadata, labels : optional
+            As in `transform`. With `metadata_columns` that are not kept, `metadata` are those columns, in the
+            order in which `metadata_columns` has them.
 
         Returns
         -------
@@ -394,15 +370,13 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
 
         The regression is that of the features on metadata, protected columns, an intercept and, with `site`,
         one for each site, as statsmodels' ``OLS`` (with `sample_weight`: ``WLS`` on the rows of positive
-        weight). It needs `moments_` only, so it is there after `partial_fit`, too. Errors hold for rows that
-        are independent and of one variance; those of sites with other scales are approximate.
+        weight). It is there after `partial_fit`, too. Errors hold for rows that are independent and of one
+        variance; those of sites with other scales are approximate.
 
         Returns
         -------
         Summary
-            With `coefficients`, `variables`, `features`, `sites` and `site_effects`, each a list of records
-            and with `to_frame` one of pandas; `str` of it is a report, and `plot` draws the sites. A
-            variable is a column of the table with all its levels.
+            Its text is a report. A variable is a column of the table with all its levels.
 
         Raises
         ------
@@ -427,26 +401,18 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
                     f"{name}={getattr(self, name)!r}: a summary is of one least-squares regression, and of "
                     f"sites whose location and scale are removed as a whole. Fit with {name}={plain!r}."
                 )
-        tables = [self._metadata_table, *self._protected.values()]
-        variables = [term for table in tables if table is not None for term in table.terms.items()]
-        labels = self._protected.get("labels")
+        known = {what: table for what, table in self._tables.items() if what != "y"}
         return summarise(
             self.moments_,
             self._fitted_model(),
-            variables,
+            [term for table in self._tables.values() for term in table.terms.items()],
             self._feature_names(),
-            site=None if self._metadata_table is None else self._metadata_table.site_name,
-            num_known=self._num_metadata + (0 if labels is None else len(labels.names)),
+            site=self._tables["metadata"].site_name if "metadata" in self._tables else None,
+            num_known=sum(len(table.names) for table in known.values()),
         )
 
     def get_feature_names_out(self, input_features: ArrayLike | None = None) -> NDArray[Any]:
-        """Return the names of the columns that `transform` returns.
-
-        Parameters
-        ----------
-        input_features : sequence of str, optional
-            Names of the columns of `X` where it has none itself.
-        """
+        """Return the names of the columns that `transform` returns; `input_features` where `X` has none."""
         check_is_fitted(self, "n_features_in_")
         names: NDArray[Any] = _check_feature_names_in(self, input_features)
         return names if self.keep_metadata else names[self._feature_index]

@@ -1,8 +1,7 @@
 """Residuals of tables that do not fit into memory: fit and transform in blocks of rows.
 
 What is learnt is additive over rows. Three passes: the metadata alone, for levels, knots and means of the
-design; features and metadata, for the `Moments` of each site; and features once more, to write the residuals.
-The design matrix of the second pass is kept in a file for the third.
+design; features and metadata, for the `Moments` of each site; and both once more, to write the residuals.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -28,24 +27,21 @@ from mdnorm.design.table_file import TableFileError
 from mdnorm.distributed import one_thread
 from mdnorm.files import atomic_path
 from mdnorm.plain import PlainResult
-from mdnorm.tables.combat import SiteMoments, add_moments, site_moments, unknown_note
+from mdnorm.tables.combat import SiteMoments, add_moments, unknown_note
 from mdnorm.tables.design_sample import DesignSample
-from mdnorm.tables.files import Block, FeatureFile, open_features, prefetched
+from mdnorm.tables.files import FeatureFile, Rows, open_features, prefetched
 from mdnorm.tables.model import (
-    DesignColumns,
     MetadataModel,
     Specification,
     all_skipped,
     check_finite,
     check_model_path,
-    design_columns,
     fitted_model,
-    row_weights,
+    moments_of_rows,
     skips_missing_features,
+    used_rows,
     what_to_remove,
-    without_missing,
 )
-from mdnorm.tables.rows import KeptDesign, Rows
 
 if TYPE_CHECKING:
     import pyarrow
@@ -128,8 +124,8 @@ def residualize_file(
 ) -> ResidualizeSummary:
     r"""Write a table like another one, in which metadata explain nothing of the features.
 
-    The table may be larger than memory: it is read in blocks of rows, once to fit and once to transform, the
-    metadata once before. The result is that of `mdnorm.sklearn.MetadataResidualizer` on the whole table.
+    The table may be larger than memory: it is read in blocks of rows. The result is that of
+    `mdnorm.sklearn.MetadataResidualizer` on the whole table.
 
     Parameters
     ----------
@@ -183,10 +179,6 @@ def residualize_file(
     progress : bool or callable
         Show a progress bar (on a terminal, where tqdm is installed); or a function that is called with a
         stage ("metadata", "fit" or "write"), the rows done and the rows in all or None.
-
-    Returns
-    -------
-    ResidualizeSummary
 
     Raises
     ------
@@ -264,22 +256,18 @@ def _cleaned_up_at_termination() -> Iterator[None]:
         yield
         return
 
-    class Terminated(BaseException):
-        pass
-
     def stop(number: int, frame: FrameType | None) -> None:
         # A second one would interrupt the removal.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise Terminated
+        raise KeyboardInterrupt
 
     signal.signal(signal.SIGTERM, stop)
     try:
         yield
-    except Terminated:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.raise_signal(signal.SIGTERM)
     finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        came = signal.signal(signal.SIGTERM, signal.SIG_DFL) is signal.SIG_IGN
+        if came:
+            signal.raise_signal(signal.SIGTERM)
 
 
 def _check_out(source: Path, out: Path, metadata: str | Path | None, save_model: str | Path | None) -> None:
@@ -302,7 +290,7 @@ def _check_out(source: Path, out: Path, metadata: str | Path | None, save_model:
 
 @dataclass(frozen=True)
 class _Passes:
-    """The passes over the rows of a file, each in blocks of rows."""
+    """The passes over the rows of a file."""
 
     rows: Rows
     out: Path
@@ -316,20 +304,15 @@ class _Passes:
         self, removal: Specification | MetadataModel, save_model: str | Path | None
     ) -> ResidualizeSummary:
         """Fit where there is no model yet, and write."""
-        num_fitted, notes, kept = 0, list[str](), None
-        with ExitStack() as stack:
-            if isinstance(removal, MetadataModel):
-                model = removal
-            else:
-                # Rows that are not fitted to have no design matrix yet.
-                if self.fit_rows is None and removal.weights is None:
-                    kept = KeptDesign(self.out.parent, self.rows.features, removal.scale)
-                    stack.callback(kept.close)
-                design, notes = self._fitted_design(removal)
-                model, num_fitted = self._fit(removal, design, kept)
-                if save_model is not None:
-                    model.save(Path(save_model))
-            num_rows = self._write(model, kept, notes)
+        num_fitted, notes = 0, list[str]()
+        if isinstance(removal, MetadataModel):
+            model = removal
+        else:
+            design, notes = self._fitted_design(removal)
+            model, num_fitted = self._fit(removal, design)
+            if save_model is not None:
+                model.save(Path(save_model))
+        num_rows = self._write(model, notes)
         names = () if model.design is None else model.design.metadata_names
         labels = () if model.design is None else model.design.label_names
         return ResidualizeSummary(
@@ -358,16 +341,14 @@ class _Passes:
             "no row to fit to."
         )
 
-    def _metadata(
-        self, columns: Sequence[str]
-    ) -> Iterator[tuple[int, pyarrow.Table, NDArray[np.bool_] | None]]:
-        """Yield metadata with the index of the first row, and which rows have all features (None: all)."""
-        rows = max(self.batch_rows, 2**16)
-        if not self.skips_missing:
-            yield from ((start, table, None) for start, table in self.rows.metadata(columns, rows))
-            return
-        for block, table in self.rows.blocks(columns, self.batch_rows):
-            yield block.start, table, ~np.isnan(block.features).any(1)
+    def _metadata(self, columns: Sequence[str]) -> Iterator[tuple[int, NDArray[Any], pyarrow.Table]]:
+        """Yield metadata with the index of the first row, and features where their gaps matter."""
+        if self.skips_missing:
+            for block, table in self.rows.blocks(columns, self.batch_rows):
+                yield block.start, block.features, table
+        else:
+            for start, table in self.rows.metadata(columns, max(self.batch_rows, 2**16)):
+                yield start, np.empty((table.num_rows, 0)), table
 
     def _fitted_design(self, specification: Specification) -> tuple[Design | None, list[str]]:
         """Return the design, fitted in a pass over the metadata alone, and what it warned of."""
@@ -378,19 +359,15 @@ class _Passes:
         sample = DesignSample(design, self.seed)
         fits_all = self.fit_rows is None and weights is None and not self.skips_missing
         everything = sample if fits_all else DesignSample(design, self.seed, max_rows=1)
-        chooser = _RowChooser(self.fit_rows, weights, self.seed)
+        chosen = _row_chooser(self.fit_rows, self.seed)
         columns = list(dict.fromkeys([*variables, *self._chosen_columns(specification)]))
         kept = [*variables, *([] if weights is None else [weights])]
-        for start, table, complete in self._metadata(columns):
+        for start, features, table in self._metadata(columns):
             with _at_rows(path, start, table.num_rows):
-                mask = chooser.mask(table)
-                if complete is not None:
-                    mask = complete if mask is None else mask & complete
-                if specification.missing == "error":
-                    _check_complete(table.select(variables))
-                sample.add(table.select(kept) if mask is None else table.select(kept).filter(mask))
                 if everything is not sample:
                     everything.add(table.select(variables))
+                used = used_rows(features, table, weights, self.skips_missing, chosen(table))[1]
+                sample.add(used.select(kept))
             self.progress("metadata", start + table.num_rows, self.rows.table.num_rows)
         if sample.num_rows == 0:
             raise self._no_rows(specification)
@@ -410,82 +387,51 @@ class _Passes:
         said = (ConfoundedDesignWarning, TableWarning)
         return design, [str(entry.message) for entry in caught if issubclass(entry.category, said)]
 
-    def _fit(
-        self, specification: Specification, design: Design | None, kept: KeptDesign | None
-    ) -> tuple[MetadataModel, int]:
+    def _fit(self, specification: Specification, design: Design | None) -> tuple[MetadataModel, int]:
         """Return the model, and how many rows it is fitted to."""
-        site, removes, features_of = specification.site, specification.formula is not None, self.rows.features
-        variables = [] if design is None else design.variables()
-        wanted = [*variables, *([] if site is None else [site]), *self._chosen_columns(specification)]
-        chooser = _RowChooser(self.fit_rows, specification.weights, self.seed)
+        features_of, weights = self.rows.features, specification.weights
+        wanted = dict.fromkeys([*specification.variables, *self._chosen_columns(specification)])
+        chosen = _row_chooser(self.fit_rows, self.seed)
         moments: SiteMoments = {}
-
-        def designed() -> Iterator[tuple[Block, NDArray[Any], DesignColumns, NDArray[np.float64] | None]]:
-            for block, table in self.rows.blocks(list(dict.fromkeys(wanted)), self._rows_at_once(design)):
-                with _at_rows(self.rows.table.path, block.start, len(block.features)):
-                    features, mask = block.features, chooser.mask(table)
-                    if mask is not None:
-                        features, table = features.T[:, mask].T, table.filter(mask)
-                    columns = design_columns(design, removes, site, table, with_labels=True)
-                if kept is not None:
-                    kept.add(columns)
-                weight = row_weights(table, specification.weights)
-                if self.skips_missing:
-                    features, weight = without_missing(features, weight)
-                yield block, features, columns, weight
-
-        # One thread reads, one makes the design, this one sums.
-        for block, features, (metadata, labels, sites), weight in prefetched(designed()):
-            assert labels is not None
-            with _at_rows(features_of.path, block.start, len(block.features)):
-                try:
-                    part = site_moments(features, metadata, labels, sites, weight) if len(features) else {}
-                except ValueError:
-                    check_finite(features, features_of.feature_names)  # Knows the names of the columns.
-                    raise
+        for block, table in self.rows.blocks(list(wanted), self._rows_at_once(design)):
+            rows = block.start, len(block.features)
+            with _at_rows(self.rows.table.path, *rows):
+                used = used_rows(block.features, table, weights, self.skips_missing, chosen(table))
+                columns = specification.columns(design, used[1])
+            with _at_rows(features_of.path, *rows):
+                part = moments_of_rows(*used, columns, weights, features_of.feature_names)
                 moments = add_moments(moments, part)
-            self.progress("fit", block.start + len(block.features), features_of.num_rows)
+            self.progress("fit", sum(rows), features_of.num_rows)
         num_fitted = sum(part.num_rows for part in moments.values())
         if num_fitted == 0:
             raise self._no_rows(specification)
         return fitted_model(specification, design, moments, features_of.feature_names), num_fitted
 
-    def _write(self, model: MetadataModel, kept: KeptDesign | None, notes: list[str]) -> int:
+    def _write(self, model: MetadataModel, notes: list[str]) -> int:
         """Write the result, return its number of rows, and note how many are of unknown sites."""
         features, num_rows = self.rows.features, 0
         places, unknown = [np.empty(0, np.intp)], dict[Hashable, None]()
-        batch_rows = self._rows_at_once(model.design)
 
-        def designed() -> Iterator[tuple[Block, DesignColumns]]:
-            if kept is not None and kept.is_kept:
-                kept.rewind()
-                for block in features.blocks(batch_rows, None):
-                    yield block, kept.take(len(block.features))
-                return
-            for block, table in self.rows.blocks(model.variables, batch_rows, whole=True):
-                with _at_rows(self.rows.table.path, block.start, len(block.features)):
+        def changed() -> Iterator[tuple[int, Any]]:
+            blocks = self.rows.blocks(model.variables, self._rows_at_once(model.design), whole=True)
+            for block, table in blocks:
+                rows = block.start, len(block.features)
+                with _at_rows(self.rows.table.path, *rows):
                     columns = model.columns(table)
-                yield block, columns
+                    if columns[2] is not None:
+                        index, new = model.site_index(columns[2])
+                        places.append(index[index < 0])
+                        unknown.update(dict.fromkeys(new))
+                with _at_rows(features.path, *rows):
+                    residuals = model.remove_columns(block.features, columns, overwrite=True)
+                    check_finite(residuals, features.feature_names, self.skips_missing)
+                yield sum(rows), features.changed(block, residuals)
 
-        with atomic_path(self.out) as temporary:
-            writer = features.writer(temporary)
-            try:
-                for block, columns in prefetched(designed()):
-                    with _at_rows(features.path, block.start, len(block.features)):
-                        if columns[2] is not None:
-                            index, new = model.site_index(columns[2])
-                            places.append(index[index < 0])
-                            unknown |= dict.fromkeys(new)
-                        residuals = model.remove_columns(block.features, columns, overwrite=True)
-                        check_finite(residuals, features.feature_names, self.skips_missing)
-                    writer.write(features.changed(block, residuals))
-                    num_rows = block.start + len(block.features)
-                    self.progress("write", num_rows, features.num_rows)
-            except BaseException:
-                with suppress(Exception):
-                    writer.close()
-                raise
-            writer.close()
+        # One thread reads, one computes, this one writes.
+        with atomic_path(self.out) as temporary, closing(features.writer(temporary)) as writer:
+            for num_rows, piece in prefetched(changed()):
+                writer.write(piece)
+                self.progress("write", num_rows, features.num_rows)
         if unknown:
             notes.append(unknown_note("site", np.concatenate(places), list(unknown), num_rows))
         return num_rows
@@ -496,39 +442,25 @@ class _Passes:
         return min(self.batch_rows, max(_DESIGN_VALUES // max(width, 1), 256))
 
 
-class _RowChooser:
-    """Which rows to fit to, block after block; the same ones whatever the blocks."""
+def _row_chooser(
+    fit_rows: str | float | None, seed: int
+) -> Callable[[pyarrow.Table], NDArray[np.bool_] | None]:
+    """Return what says of the rows of one block after the other which are fitted to; None: all are."""
+    if isinstance(fit_rows, int | float) and not 0 < fit_rows <= 1:
+        raise ValueError(f"fit_rows must be a share above 0 and up to 1, or a column, got {fit_rows!r}.")
+    # Not the numbers by which rows of the design are sampled.
+    random = np.random.default_rng([seed, 1])
 
-    def __init__(self, fit_rows: str | float | None, weights: str | None, seed: int) -> None:
-        if isinstance(fit_rows, int | float) and not 0 < fit_rows <= 1:
-            raise ValueError(f"fit_rows must be a share above 0 and up to 1, or a column, got {fit_rows!r}.")
-        self._fit_rows, self._weights = fit_rows, weights
-        # Not the numbers by which rows of the design are sampled.
-        self._random = np.random.default_rng([seed, 1])
-
-    def mask(self, table: pyarrow.Table) -> NDArray[np.bool_] | None:
-        """Return for each row whether it is chosen; None: all are."""
-        weights = row_weights(table, self._weights)
-        counts = None if weights is None else weights > 0
-        if self._fit_rows is None:
-            return counts
-        if not isinstance(self._fit_rows, str):
-            chosen = self._random.random(table.num_rows) < self._fit_rows
-        else:
-            values = table.column(self._fit_rows).to_numpy()
-            if not np.isin(values, [0, 1]).all():
-                raise ValueError(
-                    f"column {self._fit_rows!r} chooses rows: it must have only true and false, or 0 and 1."
-                )
-            chosen = values.astype(bool)
-        return np.asarray(chosen if counts is None else chosen & counts)
-
-
-def _check_complete(table: pyarrow.Table) -> None:
-    for name in table.column_names:
-        missing = table.column(name).is_null(nan_is_null=True).to_numpy()
-        if missing.any():
+    def chosen(table: pyarrow.Table) -> NDArray[np.bool_] | None:
+        if fit_rows is None:
+            return None
+        if not isinstance(fit_rows, str):
+            return np.asarray(random.random(table.num_rows) < fit_rows)
+        values = table.column(fit_rows).to_numpy()
+        if not np.isin(values, [0, 1]).all():
             raise ValueError(
-                f"column {name!r} is missing in row(s) {np.flatnonzero(missing)[:5].tolist()}: drop or fill "
-                "these rows, or set missing='mean' (no correction beyond the average) or 'indicator'."
+                f"column {fit_rows!r} chooses rows: it must have only true and false, or 0 and 1."
             )
+        return np.asarray(values.astype(bool))
+
+    return chosen

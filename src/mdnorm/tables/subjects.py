@@ -50,8 +50,7 @@ class RandomIntercepts:
     def of(self, subjects: SiteCodes) -> FloatArray:
         """Return the (n, D) intercepts of rows: 0, the mean of all, for a subject that is not known."""
         padded = np.concatenate([self.effects, np.zeros((1, self.effects.shape[1]))])
-        intercepts: FloatArray = padded[subjects.index_in(self.subjects)[0]]
-        return intercepts
+        return np.asarray(padded[subjects.index_in(self.subjects)[0]])
 
 
 def fit_random_intercepts(
@@ -94,8 +93,7 @@ def _basis(design: FloatArray, sites: SiteCodes | None) -> FloatArray:
     together = np.concatenate(columns, axis=1)
     size = np.linalg.norm(together, axis=0)
     basis, values, _ = np.linalg.svd(together[:, size > 0] / size[size > 0], full_matrices=False)
-    kept: FloatArray = basis[:, values > _COLLINEAR * values[0]]
-    return kept
+    return np.asarray(basis[:, values > _COLLINEAR * values[0]])
 
 
 class _Problem:
@@ -139,10 +137,7 @@ class _Problem:
             "intercept and sites included"
         )
         if num_subjects == self.num_rows:
-            raise ValueError(
-                f"no subject has more than one row ({found}): nothing tells subjects and noise apart. Leave "
-                "subject= out."
-            )
+            raise ValueError(f"no subject has more than one row ({found}): leave subject= out.")
         if together >= self.num_rows:
             raise ValueError(
                 f"too few rows for subject= ({found}): subjects and columns together explain every feature. "
@@ -150,8 +145,8 @@ class _Problem:
             )
         if together <= self.num_columns:
             raise ValueError(
-                f"metadata, labels and sites determine the subjects ({found}): nothing tells a subject's own "
-                "effect from theirs. Leave subject= out, or use sites with several subjects."
+                f"metadata, labels and sites determine the subjects ({found}): leave subject= out, or use "
+                "sites with several subjects."
             )
 
     def solve(self, part: NDArray[np.intp]) -> tuple[FloatArray, FloatArray, FloatArray]:

@@ -1,8 +1,4 @@
-"""What a regression of features on metadata found, with its errors: coefficients, F tests, sites.
-
-All of it comes from the `Moments` of each site, so it is the same after `partial_fit`, for files and on a
-cluster as it is for a table in memory.
-"""
+"""What a regression of features on metadata found, with its errors: coefficients, F tests, sites."""
 
 from __future__ import annotations
 
@@ -104,20 +100,7 @@ class Summary:
         return self._records("site_effects")
 
     def to_frame(self, table: str = "coefficients") -> Any:
-        """Return one of the tables as a pandas DataFrame.
-
-        Parameters
-        ----------
-        table : str
-            "coefficients", "variables", "features", "sites" or "site_effects".
-
-        Raises
-        ------
-        ValueError
-            There is no such table.
-        MissingExtraError
-            pandas is not installed.
-        """
+        """Return one of the tables, by its name, as a pandas DataFrame; another name is a ValueError."""
         if table not in self._tables:
             raise ValueError(f"table must be one of {list(self._tables)}, got {table!r}.")
         with requires("tables"):
@@ -173,17 +156,8 @@ class Summary:
         Location: mean of the site, less the mean of all rows, over the deviation within sites. Scale:
         deviation of the site over that within sites. Without site effects they are about 0 and 1.
 
-        Returns
-        -------
-        matplotlib.figure.Figure
-            Of pyplot, with the axes location before, after; scale before, after.
-
-        Raises
-        ------
-        ValueError
-            There are fewer than two sites.
-        MissingExtraError
-            matplotlib is not installed.
+        The figure is of pyplot, with the axes location before, after; scale before, after. Fewer than two
+        sites are a ValueError.
         """
         names, weight = (self._tables["sites"].get(key, np.zeros(0)) for key in ("site", "weight"))
         if len(names) < 2:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -180,14 +180,14 @@ def _has_columns(column: Column) -> bool:
     return not column.categorical or len(column.levels()) > 1 or bool(column.missing.any())
 
 
+@dataclass(frozen=True, eq=False)
 class _NoTrainingRow:
     """Stands for a level that no training row has, so that no design knows it."""
 
-    def __init__(self, level: Any) -> None:
-        self._level = level
+    level: Any
 
     def __repr__(self) -> str:
-        return repr(self._level)
+        return repr(self.level)
 
 
 def _without(column: Column, counts: Mapping[Any, int]) -> Column:
@@ -215,11 +215,7 @@ def site_codes(column: Column, what: str = "site") -> SiteCodes:
     levels = sorted(column.levels(), key=lambda level: (str(type(level)), level))
     codes = column.codes(levels).astype(np.intp)
     if column.kind == "date":
-        start = datetime.date(1970, 1, 1)
-        levels = [
-            (start + datetime.timedelta(days=int(days))).isoformat()
-            if float(days).is_integer()
-            else (datetime.datetime(1970, 1, 1) + datetime.timedelta(days=days)).isoformat()
-            for days in levels
-        ]
+        start = datetime.datetime(1970, 1, 1)
+        times = {days: start + datetime.timedelta(days=days) for days in levels}
+        levels = [(time.date() if days % 1 == 0 else time).isoformat() for days, time in times.items()]
     return SiteCodes(codes, list(levels))

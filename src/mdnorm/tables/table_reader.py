@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +13,9 @@ from sklearn.base import BaseEstimator
 from sklearn.utils._set_output import _get_output_config
 from sklearn.utils.validation import _check_feature_names_in, check_array, validate_data
 
-from mdnorm.design.reader import Column, read_column, refuse_no_table, shown, shown_rows
+from mdnorm.design.reader import Column, read_column, refuse_no_table
 from mdnorm.tables.combat import LocationScale, SiteCodes
+from mdnorm.tables.model import check_finite
 from mdnorm.tables.table_design import TableDesign
 from mdnorm.text import warn
 
@@ -43,57 +44,37 @@ class TableRows(NamedTuple):
 class TableReader(BaseEstimator):  # type: ignore[misc]
     """What an estimator of tables reads, and what it learns of their columns in the first call of fit."""
 
-    formula: str | Sequence[str] | None
-    metadata_columns: Sequence[int | str] | None
-    protect_target: str | bool
-    site: int | str | Sequence[int | str] | None
-    subject: int | str | None
-    scale: bool
-    missing: str
-    unseen: str
-    missing_features: str
-    n_features_in_: int
-    _is_partial: bool
     _model: LocationScale | None
 
-    def _fitted_model(self) -> LocationScale:
-        raise NotImplementedError
-
-    def _start(
-        self, table: Any, given: dict[str, Any], classes: Any, num_rows: int, weights: FloatArray | None
-    ) -> None:
+    def _start(self, given: dict[str, Any], classes: Any, num_rows: int, weights: FloatArray | None) -> None:
         """Fix what the first rows that are fitted to fix: columns, levels, means, classes."""
-        self._model = None
-        if table is None and self.metadata_columns is None:
+        self._model, self._tables = None, dict[str, TableDesign]()
+        if given["metadata"] is None and self.metadata_columns is None:
             warn(
                 "no metadata: X is returned unchanged. Pass metadata= to fit and transform (in a pipeline: "
                 "by metadata routing) or name metadata_columns=; metadata_columns=() says that it is meant.",
                 UserWarning,
             )
-        self._metadata_table = None
-        if table is not None:
+        if given["metadata"] is not None:
             keys = {"site": self.site, "subject": self.subject}
-            self._metadata_table = TableDesign(
-                "metadata",
-                self.formula,
-                {what: key for what, key in keys.items() if key is not None},
-                missing=self.missing,
-                unseen=self.unseen,
+            keys = {what: key for what, key in keys.items() if key is not None}
+            self._tables["metadata"] = TableDesign(
+                "metadata", self.formula, keys, missing=self.missing, unseen=self.unseen
             )
-            self._metadata_table.fit(table, num_rows, declared=self._is_partial, weights=weights)
         else:
             for name in ("site", "subject", "formula"):
                 if getattr(self, name) is not None:
                     raise ValueError(f"{name}={getattr(self, name)!r} needs metadata with that column.")
-        self.metadata_names_ = [] if self._metadata_table is None else list(self._metadata_table.names)
-        self._num_metadata = len(self.metadata_names_)
-        self._protected: dict[str, TableDesign] = {}
         if given["labels"] is not None:
-            self._protected["labels"] = TableDesign("labels", protected=True)
-            self._protected["labels"].fit(given["labels"], num_rows, declared=self._is_partial)
+            self._tables["labels"] = TableDesign("labels", protected=True)
+        for what, table in self._tables.items():
+            table.fit(given[what], num_rows, declared=self._is_partial, weights=weights)
+        self.metadata_names_ = list(self._tables["metadata"].names) if "metadata" in self._tables else []
+        self._num_metadata = len(self.metadata_names_)
         if given["y"] is not None and (self._num_metadata or self.site is not None):
             self._protect_target(given["y"] if classes is None else classes, classes)
-        self.protected_names_ = [name for table in self._protected.values() for name in table.names]
+        names = [name for table in self._tables.values() for name in table.names]
+        self.protected_names_ = names[self._num_metadata :]
         if len(self._feature_index) == 0:
             raise ValueError(
                 f"X has n_features={self.n_features_in_}, all of them metadata_columns: no feature is left."
@@ -107,12 +88,12 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
             if self._is_partial:
                 raise ValueError("y has a single class in the first call of partial_fit: pass classes=.")
             return
-        self._protected["y"] = TableDesign("y", protected=True)
-        self._protected["y"].fit(table, len(target.missing))
+        self._tables["y"] = TableDesign("y", protected=True)
+        self._tables["y"].fit(table, len(target.missing))
 
     def _is_class(self, y: Any, classes: Any) -> bool:
         if self.protect_target != "auto":
-            return self.protect_target == "categorical"
+            return bool(self.protect_target == "categorical")
         values = np.asarray(y)
         if values.dtype.kind == "O":  # Numbers among Python's objects are numbers.
             values = np.array(values.tolist())
@@ -130,9 +111,8 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
                 )
         return True
 
-    def _select(self, X: Any) -> None:  # noqa: N803
-        """Record the columns of X and which of them are features."""
-        self._validated(X, reset=True)
+    def _select(self) -> None:
+        """Record which of the columns of X are features."""
         chosen = [] if self.metadata_columns is None else list(self.metadata_columns)
         names = list(getattr(self, "feature_names_in_", []))
         index = []
@@ -155,7 +135,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
 
     def _is_mixed(self, X: Any) -> bool:  # noqa: N803
         """Whether X is a DataFrame that may hold metadata that are no numbers: only the features must be."""
-        return self.metadata_columns is not None and hasattr(X, "columns") and hasattr(X, "dtypes")
+        return bool(self.metadata_columns is not None and hasattr(X, "columns") and hasattr(X, "dtypes"))
 
     def _validated(self, X: Any, *, reset: bool) -> Any:  # noqa: N803
         """Return X as a checked array; as it is where it is a DataFrame with metadata."""
@@ -170,9 +150,11 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         checked = validate_data(self, X, reset=reset, **_FEATURES)
         return self._finite(checked, np.arange(self.n_features_in_))
 
-    def _checked(self, X: Any) -> NDArray[Any]:  # noqa: N803
-        """Return the features, checked."""
-        X = self._validated(X, reset=False)  # noqa: N806
+    def _checked(self, X: Any, reset: bool = False) -> NDArray[Any]:  # noqa: N803
+        """Return the features, checked; `reset`: the columns of X are new."""
+        X = self._validated(X, reset=reset)  # noqa: N806
+        if reset:
+            self._select()
         if self._is_mixed(X):
             columns = X[[X.columns[place] for place in self._feature_index]]
             return self._finite(check_array(columns, **_FEATURES), self._feature_index)
@@ -180,21 +162,9 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         return features
 
     def _finite(self, features: NDArray[Any], places: NDArray[np.intp]) -> NDArray[Any]:
-        """Return features after a check for missing and infinite values, as scikit-learn words them."""
-        if np.isfinite(features.sum()):
-            return features
-        bad = np.isinf(features)
-        if self.missing_features == "error":
-            bad |= np.isnan(features)
-        if bad.any():
-            names = getattr(self, "feature_names_in_", range(self.n_features_in_))
-            columns = [names[places[index]] for index in np.flatnonzero(bad.any(0))]
-            kind = "infinity" if np.isinf(features).any() else "NaN"
-            raise ValueError(
-                f"Input X contains {kind}: column(s) {shown(map(repr, columns))} in "
-                f"{shown_rows(bad.any(1))}. Drop or impute these rows, or keep missing values missing with "
-                "missing_features='skip'."
-            )
+        """Return features after a check for missing and infinite values."""
+        names = getattr(self, "feature_names_in_", range(self.n_features_in_))
+        check_finite(features, [names[place] for place in places], self.missing_features == "skip")
         return features
 
     def _metadata_of(self, X: Any) -> list[Any]:  # noqa: N803
@@ -203,48 +173,47 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
             return [X[X.columns[place]] for place in self._metadata_index]
         return list(np.asarray(X)[:, self._metadata_index].T)
 
-    def _table(self, X: Any, metadata: Any) -> Any:  # noqa: N803
-        """Return the table of metadata, whichever argument it is in; None where there is none."""
-        if self.metadata_columns is None:
-            return metadata
-        if metadata is not None:
-            raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
-        names = list(map(str, self.metadata_columns))
-        return dict(zip(names, self._metadata_of(X), strict=True)) if names else None
+    def _given(self, X: Any, y: Any, metadata: Any, labels: Any) -> dict[str, Any]:  # noqa: N803
+        """Return the tables of a call by what they are, whichever argument the metadata are in."""
+        if self.metadata_columns is not None:
+            if metadata is not None:
+                raise ValueError("metadata= was given, but the metadata are in X (metadata_columns=).")
+            names = list(map(str, self.metadata_columns))
+            metadata = dict(zip(names, self._metadata_of(X), strict=True)) if names else None
+        y = None if self.protect_target is False else y
+        return {"metadata": metadata, "labels": labels, "y": y}
 
-    def _read(self, X: Any, metadata: Any, given: dict[str, Any]) -> TableRows:  # noqa: N803
+    def _read(self, X: Any, y: Any, metadata: Any, labels: Any) -> TableRows:  # noqa: N803
         """Return rows as they are in the regression; unknown protected columns at their mean."""
         features = self._checked(X)
-        return TableRows(features, *self._design(self._table(X, metadata), given, len(features)))
+        return TableRows(features, *self._design(self._given(X, y, metadata, labels), len(features)))
 
     def _design(
-        self, table: Any, given: dict[str, Any], num_rows: int, training: bool = False
+        self, given: dict[str, Any], num_rows: int, training: bool = False
     ) -> tuple[FloatArray, SiteCodes | None, SiteCodes | None]:
-        if table is None and self._metadata_table is not None:
-            raise ValueError(
-                "metadata=None, but fit had metadata: pass those of these rows. In a pipeline, "
-                "set_transform_request(metadata=True) routes them here; with a scorer that passes them to no "
-                "one (scores by name, and all before scikit-learn 1.8), let them be columns of X "
-                "(metadata_columns=)."
-            )
-        if table is not None and self._metadata_table is None:
-            raise ValueError("metadata= was given, but fit had none: nothing is known about their effects.")
-        if given.get("labels") is not None and "labels" not in self._protected:
-            raise ValueError("labels= was given, but fit had none.")
+        for what in ("metadata", "labels"):
+            if given[what] is not None and what not in self._tables:
+                raise ValueError(f"{what}= was given, but fit had none: nothing is known of its effects.")
         blocks, keys = [np.empty((num_rows, 0))], dict[str, SiteCodes]()
-        if self._metadata_table is not None:
-            block, keys = self._metadata_table.transform(table, num_rows, training=training)
-            blocks.append(block)
-        for name, protected in self._protected.items():
-            rows = given.get(name)
+        for what, table in self._tables.items():
+            rows = given[what]
             if rows is not None:
-                rows = _target_table(rows, self._y_is_class) if name == "y" else rows
-                blocks.append(protected.transform(rows, num_rows, training=training)[0])
-            elif training or (self.scale and name == "labels"):
-                raise ValueError(f"{name}=None, but fit had {name}, needed here as well: pass {name}=.")
+                rows = _target_table(rows, self._y_is_class) if what == "y" else rows
+                block, found = table.transform(rows, num_rows, training=training)
+                blocks.append(block)
+                keys |= found
+            elif what == "metadata":
+                raise ValueError(
+                    "metadata=None, but fit had metadata: pass those of these rows. In a pipeline, "
+                    "set_transform_request(metadata=True) routes them here; with a scorer that passes them "
+                    "to no one (scores by name, and all before scikit-learn 1.8), let them be columns of X "
+                    "(metadata_columns=)."
+                )
+            elif training or (self.scale and what == "labels"):
+                raise ValueError(f"{what}=None, but fit had {what}, needed here as well: pass {what}=.")
             else:
                 start = sum(block.shape[1] for block in blocks)
-                mean = self._fitted_model().design_mean[start : start + len(protected.names)]
+                mean = self._fitted_model().design_mean[start : start + len(table.names)]
                 blocks.append(np.broadcast_to(mean, (num_rows, len(mean))))
         return np.concatenate(blocks, axis=1), keys.get("site"), keys.get("subject")
 
