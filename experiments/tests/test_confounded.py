@@ -28,7 +28,6 @@ from mdnorm_experiments.confounded_report import tables
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed, select, split
 from mdnorm_experiments.data.problems import DataProblemsError, Problems
 from mdnorm_experiments.methods import METHODS
-from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.settings import build, get_setting, plan, train, write_outputs
 from mdnorm_experiments.training import fit, in_batches
@@ -171,12 +170,6 @@ class TestNetworks:
         plain, corrected = (build(SETTING, METHODS[name], data, 3) for name in ("none", "mdn-last-batch"))
         assert torch.equal(plain.head.weight, corrected.head.weight)
         assert torch.equal(plain.hidden.weight, corrected.hidden.weight)
-
-    def test_a_backbone_without_its_width(self):
-        backbone = nn.Linear(3, 2)
-        backbone.num_features = "2"
-        with pytest.raises(TypeError, match="num_features"):
-            BackboneNetwork(backbone, 2)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

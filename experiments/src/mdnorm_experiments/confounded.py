@@ -58,8 +58,8 @@ class ConfoundedSetting(Setting):
     leads from one of `mdnorm_experiments.networks.NORMS` to an untrained module from (N, C, *spatial) to (N,
     F), with F as its attribute ``num_features``; its weights follow from torch's seed. `limit` is the
     accuracy, a fraction, of the best rule on confound-free data, where it is known. `examples` draws samples.
-    `load` reads real data from a folder in its published layout, given "error" or "skip" and names for some
-    of the `columns` of its table.
+    `load` reads real data from a folder in its published layout, given "error" or "skip" and names of some
+    columns of its table.
     """
 
     make_data: Callable[[int, int], ConfoundedData]
@@ -67,7 +67,6 @@ class ConfoundedSetting(Setting):
     examples: Callable[[ConfoundedData], Figure]
     limit: float | None = None
     load: Callable[[Path, str, Mapping[str, str]], LoadedData] | None = None
-    columns: tuple[str, ...] = ()
 
     row_names: ClassVar = {
         "epochs": "epochs",

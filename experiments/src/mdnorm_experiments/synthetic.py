@@ -159,15 +159,9 @@ class SyntheticSetting(Setting):
     def network(self, norm: str, num_classes: int) -> BackboneNetwork:
         """Convolution 5×5 (16), convolution 5×5 (32), linear 84, linear 1: the paper's network."""
         convolutions = [nn.Conv2d(1, 16, 5), nn.Conv2d(16, 32, 5)]
-        no_pool = nn.Identity()
+        pools = {"pool": nn.Identity(), "last_pool": nn.Identity()}
         backbone = ConvolutionalBackbone(
-            convolutions,
-            (16, 32),
-            norm,
-            spatial_dims=2,
-            pool=no_pool,
-            last_pool=no_pool,
-            num_positions=24 * 24,
+            convolutions, (16, 32), norm, spatial_dims=2, num_positions=24 * 24, **pools
         )
         return BackboneNetwork(backbone, 1, 84, norm)
 

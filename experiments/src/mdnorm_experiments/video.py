@@ -16,7 +16,6 @@ from torch.nn.functional import one_hot
 
 from mdnorm.extras import requires
 from mdnorm_experiments.confounded import ConfoundedSetting
-from mdnorm_experiments.data import hmdb51
 from mdnorm_experiments.data.actions import LABEL_NOISE, SCENES, Clips, make_clips, write_hmdb51
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
 from mdnorm_experiments.data.hmdb51 import VideoFolder, load_hmdb51
@@ -184,5 +183,4 @@ SETTING = ConfoundedSetting(
     examples=_examples,
     tuned={"adversary": {"strength": 0.3}, "group_dro": {"step_size": 0.001}},
     load=load_videos,
-    columns=tuple(hmdb51.COLUMNS),
 )

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from mdnorm.extras import requires
 from mdnorm_experiments.data.problems import Problems
@@ -97,34 +98,34 @@ def load_hmdb51(
                 named[words[0]] = (action, int(words[1]))
     found = []
     for name, (action, use) in sorted(named.items(), key=lambda item: (item[1][0], item[0])):
+        rows = table.get(name, [])
         if use == 0:
             continue
         if (action, name) not in available:
             problems.add("no clip", name, f"not in {files / action}")
-            continue
-        rows = table.get(name, [])
-        if len(rows) != 1 or not np.isfinite(rows[0]).all():
-            if len(rows) < 2:
-                problems.add("no scores" if not rows else "bad scores", name, "in the table of scene scores")
-            continue
-        try:
-            frames = decode(available[action, name], num_frames, image_size)
-        except ValueError as error:
-            problems.add("unreadable clip", name, str(error))
-            continue
-        found.append((frames, action, rows[0], use == 2, name))
+        elif len(rows) == 1 and np.isfinite(rows[0]).all():
+            try:
+                frames = decode(available[action, name], num_frames, image_size)
+            except ValueError as error:
+                problems.add("unreadable clip", name, str(error))
+            else:
+                found.append((frames, action, rows[0], use == 2, name))
+        elif len(rows) < 2:
+            problems.add("bad scores" if rows else "no scores", name, "in the table of scene scores")
     in_split = {(action, name) for name, (action, _) in named.items()}
     for action, name in sorted(available.keys() - in_split):
         problems.add("clip in no split", name, str(available[action, name]))
     problems.settle(on_problem)
-    needed = f"{folder} must have clips of two classes or more"
-    classes = problems.classes((action for _, action, *_ in found), needed)
+    classes = problems.classes(
+        (action for _, action, *_ in found), f"{folder} must have clips of two classes or more"
+    )
+    clips, actions, of_scenes, is_test, names = zip(*found, strict=True)
     return VideoFolder(
-        torch.from_numpy(np.stack([frames for frames, *_ in found])).permute(0, 4, 1, 2, 3).contiguous(),
-        torch.tensor([classes.index(action) for _, action, *_ in found]),
-        torch.from_numpy(np.stack([row for _, _, row, _, _ in found])),
-        torch.tensor([test for *_, test, _ in found]),
-        tuple(name for *_, name in found),
+        torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous(),
+        torch.tensor([classes.index(action) for action in actions]),
+        torch.from_numpy(np.stack(of_scenes)),
+        torch.tensor(is_test),
+        names,
         classes,
         scenes,
         problems,
@@ -187,12 +188,8 @@ def decode(path: Path, num_frames: int, image_size: int) -> NDArray[np.uint8]:
         raise ValueError("there are no frames in it")
     if len(frames) < expected:
         raise ValueError(f"{len(frames)} of its {expected} frames can be decoded")
-    chosen = [frames[index] for index in np.linspace(0, len(frames) - 1, num_frames).round().astype(int)]
-    if chosen[0].shape[0] == image_size:
-        return np.stack(chosen)
-    with requires("video", "mdnorm-experiments"):
-        from PIL import Image
-    resized = [
-        Image.fromarray(frame).resize((image_size, image_size), Image.Resampling.BOX) for frame in chosen
-    ]
-    return np.stack([np.asarray(frame) for frame in resized])
+    chosen = np.stack([frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).round().astype(int)])
+    pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2).double()
+    resized = adaptive_avg_pool2d(pixels, image_size).round().to(torch.uint8)
+    result: NDArray[np.uint8] = resized.permute(0, 2, 3, 1).numpy()
+    return result
