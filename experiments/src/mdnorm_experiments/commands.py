@@ -6,8 +6,9 @@ import inspect
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -277,8 +278,8 @@ def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None)
             if len(pending) < len(runs) and rank == 0:
                 errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")
             epochs = setting.num_stages * sum(run.epochs for run in pending)
-            with _progress_bar(epochs, len(pending), several=world_size > 1) as progress:
-                rows = runner.run(runs, progress)
+            with _progress_bars(epochs, len(pending), several=world_size > 1) as told:
+                rows = runner.run(runs, *told)
             if rank > 0:
                 raise typer.Exit
             store.clear_claims()
@@ -310,29 +311,11 @@ def _place_in_torchrun() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-class _Bar:
-    def __init__(self, progress: Progress, epochs: int, runs: int, moves: bool) -> None:
-        self._progress = progress
-        self._moves = moves
-        self._epochs = progress.add_task("epochs", total=epochs)
-        self._runs = progress.add_task("trainings", total=runs)
-
-    def epoch_done(self) -> None:
-        self._progress.advance(self._epochs)
-
-    def run_done(self, row: Row) -> None:
-        self._progress.advance(self._runs)
-        if not self._moves:
-            # Without a terminal (CI, a log file) bars cannot move: one line a training instead.
-            self._progress.console.print(
-                f"{row['method']}, batch size {row['batch_size']}, seed {row['seed']}: "
-                f"accuracy {100 * row['bacc']:.1f} %",
-                highlight=False,
-            )
-
-
 @contextmanager
-def _progress_bar(epochs: int, runs: int, several: bool) -> Iterator[_Bar]:
+def _progress_bars(
+    epochs: int, runs: int, several: bool
+) -> Iterator[tuple[Callable[[], None], Callable[[Row], None]]]:
+    """Yield what is to be called after each epoch and after each training."""
     columns = (
         TextColumn("{task.description:>9}"),
         BarColumn(),
@@ -342,7 +325,19 @@ def _progress_bar(epochs: int, runs: int, several: bool) -> Iterator[_Bar]:
     )
     # Bars of several processes would overwrite each other: lines from all instead.
     with Progress(*columns, console=errors, disable=not runs or several) as progress:
-        yield _Bar(progress, epochs, runs, moves=errors.is_terminal and not several)
+        of_epochs, of_runs = (
+            progress.add_task("epochs", total=epochs),
+            progress.add_task("trainings", total=runs),
+        )
+
+        def run_done(row: Row) -> None:
+            progress.advance(of_runs)
+            if several or not errors.is_terminal:
+                # Without a terminal (CI, a log file) bars cannot move: one line a training instead.
+                text = f"{row['method']}, batch size {row['batch_size']}, seed {row['seed']}"
+                progress.console.print(f"{text}: accuracy {100 * row['bacc']:.1f} %", highlight=False)
+
+        yield partial(progress.advance, of_epochs), run_done
 
 
 def _print_table(report_table: ReportTable) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from functools import partial
 from multiprocessing.queues import Queue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,24 +27,11 @@ Train = Callable[["Run", Callable[[], None]], Row]
 """Trains one run, calls the second argument after each epoch, and returns the measured values."""
 
 
+_Finish = Callable[["Run", Callable[[], Row]], None]
+
+
 class RunFailedError(Exception):
     """Some runs failed; the rows of the others are stored."""
-
-
-class Progress(Protocol):
-    """What the runner tells while it works."""
-
-    def epoch_done(self) -> None:
-        """One epoch of some run ended."""
-        return
-
-    def run_done(self, row: Row) -> None:
-        """A row was stored."""
-        return
-
-
-class _Silent(Progress):
-    pass
 
 
 class Runner:
@@ -70,37 +57,41 @@ class Runner:
         """Return the runs without a row."""
         return [run for run in runs if self.store.find(run.settings()) is None]
 
-    def run(self, runs: Sequence[Run], progress: Progress | None = None) -> list[Row]:
+    def run(
+        self,
+        runs: Sequence[Run],
+        epoch_done: Callable[[], None] = lambda: None,
+        run_done: Callable[[Row], None] = lambda row: None,
+    ) -> list[Row]:
         """Train the pending runs and return the rows of all, in the order of `runs`.
 
-        RunFailedError: some raised or their process died, and the others were finished and stored first.
-        After KeyboardInterrupt finished rows are stored, and the same call goes on from there.
+        The functions are called when an epoch of some run has ended, and when a row was stored.
+        RunFailedError: some raised or their process died; the others were finished and stored first. After
+        KeyboardInterrupt finished rows are stored, and the same call goes on from there.
         """
-        progress = progress or _Silent()
-        pending = self.pending(runs)
-        failures = (self._in_process if self.jobs == 1 else self._in_workers)(pending, progress)
+        failures: list[str] = []
+
+        def finish(run: Run, measure: Callable[[], Row]) -> None:
+            # A failure becomes a message, so that it costs no other run.
+            settings = run.settings()
+            try:
+                self.store.add(row := settings | measure())
+            except Exception as error:
+                keys = (key for key in ("method", "batch_size", "seed") if key in settings)
+                name = ", ".join(f"{key}={settings[key]}" for key in keys)
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+            else:
+                run_done(row)
+
+        (self._in_process if self.jobs == 1 else self._in_workers)(self.pending(runs), epoch_done, finish)
         if failures:
             raise RunFailedError("\n".join(failures))
         rows = [self.store.find(run.settings()) for run in runs]
         return [row for row in rows if row is not None]
 
-    def _finish(self, run: Run, measure: Callable[[], Row], progress: Progress) -> list[str]:
-        """Store what `measure` returns; a failure becomes a message, so that it costs no other run."""
-        try:
-            row = run.settings() | measure()
-            self.store.add(row)
-        except Exception as error:
-            settings = run.settings()
-            keys = (key for key in ("method", "batch_size", "seed") if key in settings)
-            name = ", ".join(f"{key}={settings[key]}" for key in keys)
-            return [f"{name}: {type(error).__name__}: {error}"]
-        progress.run_done(row)
-        return []
-
-    def _in_process(self, runs: Sequence[Run], progress: Progress) -> list[str]:
+    def _in_process(self, runs: Sequence[Run], epoch_done: Callable[[], None], finish: _Finish) -> None:
         """Train what no other process has claimed until every run has a row or has failed here."""
         store = self.store
-        failures: list[str] = []
         waiting = list(runs)
         # As the workers do: sums in another order are other numbers.
         with one_thread():
@@ -113,23 +104,19 @@ class Runner:
                             continue
                         store.refresh()
                         if store.find(run.settings()) is None:
-                            failures += self._finish(
-                                run, partial(self.train, run, progress.epoch_done), progress
-                            )
+                            finish(run, partial(self.train, run, epoch_done))
                 if len(held_by_others) == len(waiting):
                     time.sleep(_PATIENCE)
                 store.refresh()
                 # Looked at again: the process that held a run may have died.
-                waiting = [run for run in held_by_others if store.find(run.settings()) is None]
-        return failures
+                waiting = self.pending(held_by_others)
 
-    def _in_workers(self, runs: Sequence[Run], progress: Progress) -> list[str]:
+    def _in_workers(self, runs: Sequence[Run], epoch_done: Callable[[], None], finish: _Finish) -> None:
         if not runs:
-            return []
+            return
         # Spawned, not forked: a fork of a process with running torch threads can hang.
         context = multiprocessing.get_context("spawn")
         epochs: Queue[int] = context.Queue()
-        failures: list[str] = []
         pool = ProcessPoolExecutor(
             min(self.jobs, len(runs)), context, initializer=_start_worker, initargs=(epochs,)
         )
@@ -139,10 +126,9 @@ class Runner:
             }
             while futures:
                 done, _ = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
-                for _ in range(_drain(epochs)):
-                    progress.epoch_done()
+                _drain(epochs, epoch_done)
                 for future in done:
-                    failures += self._finish(futures.pop(future), future.result, progress)
+                    finish(futures.pop(future), future.result)
         except BaseException:
             # Ctrl-C: nothing that is running can be kept, so don't wait for it.
             processes = list((pool._processes or {}).values())
@@ -152,9 +138,7 @@ class Runner:
             raise
         pool.shutdown()
         # Workers flush what they have told when they end, so now the count is complete.
-        for _ in range(_drain(epochs)):
-            progress.epoch_done()
-        return failures
+        _drain(epochs, epoch_done)
 
 
 _epochs: Queue[int] | None = None
@@ -181,8 +165,7 @@ def _epoch_done() -> None:
         _epochs.put(1)
 
 
-def _drain(epochs: Queue[int]) -> int:
-    count = 0
+def _drain(epochs: Queue[int], epoch_done: Callable[[], None]) -> None:
     while not epochs.empty():
-        count += epochs.get()
-    return count
+        epochs.get()
+        epoch_done()
