@@ -1,8 +1,7 @@
 """BR-Net: an adversary predicts the confounder from the features, and the encoder makes it fail.
 
-Adeli et al., arXiv:1910.03676 (WACV 2021); Zhao et al., Nature Communications 2020. The predictor is trained,
-and the encoder punished, on the samples of one class only, so that the confounder's link with the label is
-not taken for an effect on the features.
+Adeli et al., arXiv:1910.03676 (WACV 2021). Trained and punished on the samples of one class only, so that the
+confounder's link with the label is not taken for an effect on the features.
 """
 
 from __future__ import annotations

@@ -102,11 +102,9 @@ def refit(
 ) -> None:
     """Fit the head of a trained network again, all before it frozen; the network is changed in place.
 
-    "balanced": on `draws` class-and-group-balanced draws from samples that are confounded and held out,
-    averaged (DFR: Kirichenko et al., Last layer re-training is sufficient for robustness to spurious
-    correlations, ICLR 2023). "erased": on the training samples, with a LEACE eraser of the metadata within
-    labels before the head, which stays; "the features" are the erased ones then. `features_of` returns the
-    features (N, D) of samples.
+    "balanced": on `draws` balanced draws from samples that are confounded and held out, averaged (DFR:
+    Kirichenko et al., ICLR 2023). "erased": on the training samples, with a LEACE eraser of the metadata
+    within labels before the head, which stays. `features_of` returns the features (N, D) of samples.
     """
     if fit == "balanced":
         generator = torch.Generator().manual_seed(seed)

@@ -54,12 +54,10 @@ _MEASURES = 2
 class ConfoundedSetting(Setting):
     """Labels that go with the metadata in training and test data, and confound-free test data.
 
-    `make_data` leads from the number of training samples and a seed to the same data each time. `backbone`
-    leads from one of `mdnorm_experiments.networks.NORMS` to an untrained module from (N, C, *spatial) to (N,
-    F), with F as its attribute ``num_features``; its weights follow from torch's seed. `limit` is the
-    accuracy, a fraction, of the best rule on confound-free data, where it is known. `examples` draws samples.
-    `load` reads real data from a folder in its published layout, given "error" or "skip" and names of some
-    columns of its table.
+    `make_data` leads from the number of training samples and a seed to the same data each time, `backbone`
+    from one of `NORMS` to an untrained module as `BackboneNetwork` takes it. `limit` is the accuracy, a
+    fraction, of the best rule on confound-free data, where it is known. `examples` draws samples. `load`
+    reads real data from a folder, given "error" or "skip" and names of columns of its table.
     """
 
     make_data: Callable[[int, int], ConfoundedData]
@@ -172,26 +170,17 @@ def evaluate(
 ) -> Row:
     """Measure a network on both held-out sets and on what it was trained on.
 
-    `features_file` is where to keep features, labels, scores and predictions of the confound-free data.
+    Returns "bacc" and "bacc_confounded", balanced accuracy (a fraction) on the confound-free and the test
+    data; and on the confound-free data, of which features, labels and scores go into `features_file`:
 
-    Returns
-    -------
-    dict
-        "bacc" and "bacc_confounded": balanced accuracy, a fraction, on the confound-free and on the test
-        data. On the confound-free data:
-
-        - "bacc_shuffled" and "bacc_mean": the accuracy with the metadata of other samples, and with the mean
-          of those trained on; None for a network that takes none.
-        - "dcor2_logits": variable → class → bias-corrected dcor² of the variable and the logits less their
-          mean over the classes, which changes no output.
-        - "dcor2": the same of the features; "dcor2_whitened": of the features with the same variance in all
-          directions.
-        - "probe": variable → score of a linear probe of the features within the classes, from 0 for chance
-          (or worse) to 1: R², or balanced accuracy above chance; None where samples are too few.
-        - "recall": group → class → share found; "gap": the largest difference of a class's recall between
-          groups.
-
-        On at most 1000 rows that were trained on: "dcor2_logits_train" and "dcor2_train".
+    - "bacc_shuffled", "bacc_mean": accuracy with the metadata of other samples, and with their mean; None for
+      a network that takes none.
+    - "dcor2", "dcor2_logits", "dcor2_whitened": variable → class → bias-corrected dcor² of the variable with
+      the features, with the logits less their mean over the classes, and with features of equal variance in
+      all directions. "dcor2_train", "dcor2_logits_train": on at most 1000 rows that were trained on.
+    - "probe": variable → score of a linear probe of the features within the classes, from 0 for chance (or
+      worse) to 1: R², or balanced accuracy above chance; None where samples are too few.
+    - "recall": group → class → share found; "gap": its largest difference between groups.
     """
     from sklearn.metrics import balanced_accuracy_score
 
@@ -243,9 +232,7 @@ def evaluate(
 def load(run: Run) -> LoadedData:
     """Return the real data set of a run; kept until another is asked for.
 
-    Raises DataProblemsError for files or rows that cannot be used, all of them listed, unless `on_problem` is
-    "skip"; FileNotFoundError, which says what to get, without such data; ValueError for data that cannot be
-    used, or a setting without a loader.
+    DataProblemsError, FileNotFoundError and ValueError: what the loader raises; ValueError: it has none.
     """
     assert run.data is not None
     return _loaded(run.setting, run.data, run.on_problem, run.columns)

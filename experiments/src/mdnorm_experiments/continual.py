@@ -1,9 +1,6 @@
 """The continual task: one network through five stages in which the confounder takes over (R-MDN, ICML 2025).
 
-After each stage the network is tested on the held-out data of all five, so a run yields matrices R, R[i][j]
-measured on stage j after training on stage i. What counts is the distance from the limit L_j of the true
-effect alone: a confounder-free network is at 0 everywhere, on the stages it has left behind and on those to
-come.
+After each stage the network is tested on the held-out data of all five; see docs/results-continual.md.
 """
 
 from __future__ import annotations
@@ -70,9 +67,8 @@ _STAGE_LEGEND = (
 
 
 def make_samples(stage: int, group_size: int, degree: int, *, seed: int, stratified: bool = False) -> Samples:
-    """Return the data of a stage; the metadata are the powers 1 … degree of the confounder.
-
-    The basis is the same in all stages. See `mdnorm_experiments.data.continual.make_stage`.
+    """Return the data of a stage (see `make_stage`) with the powers 1 … degree of the confounder as
+    metadata.
     """
     data = make_stage(stage, group_size, seed=seed, stratified=stratified)
     low, high = CONFOUNDER_RANGE
@@ -106,12 +102,10 @@ class ContinualSetting(SyntheticSetting):
     def train(self, run: Run, epoch_done: Callable[[], None]) -> Row:
         """Train one network stage after stage, and measure it on all stages after each.
 
-        The network and its layers keep their weights and state from stage to stage; optimiser and learning
-        rate start anew. Estimators that take the Gram matrix of the training set get that of the stage,
-        except where it only scales the columns in which they remember the past: these keep the first. Returns
-        what `measures` returns; for MDN the same under "recalibrated", of copies of the network after
-        `mdnorm.recalibrate` on the stage's training data; "train_loss" of each stage's last epoch (a list)
-        and "seconds_per_epoch".
+        The network and its layers keep weights and state; optimiser and learning rate start anew. The Gram
+        matrix of a training set is that of the stage, except where it only scales the columns in which a
+        layer remembers the past. Returns what `measures` returns, under "recalibrated" that of copies
+        recalibrated after each stage, "train_loss" of each stage (a list) and "seconds_per_epoch".
         """
         stages, method = self.stages(run), self.method(run.method)
         if method.dependence is not None:
@@ -210,9 +204,9 @@ class ContinualSetting(SyntheticSetting):
 def measures(tested: Sequence[Sequence[Row]]) -> Row:
     """Return what is reported of a network, from 5 × 5 results.
 
-    ``tested[i][j]`` has "bacc" and "dcor2" (by group) on stage j after training on stage i. Returned are
-    "bacc_matrix" and "dcor2_matrix" (by group), as given; "bacc" and "dcor2", the means over each stage's own
-    test data; and those of `transfer`.
+    ``tested[i][j]`` has "bacc" and "dcor2" (by group) on stage j after training on stage i: these are
+    "bacc_matrix" and "dcor2_matrix", and "bacc" and "dcor2" their means over the diagonal. See also
+    `transfer`.
     """
     accuracy = [[float(result["bacc"]) for result in results] for results in tested]
     dependence = {
@@ -231,13 +225,12 @@ def measures(tested: Sequence[Sequence[Row]]) -> Row:
 def transfer(
     accuracy: Sequence[Sequence[float]], limits: Sequence[float] = EFFECT_LIMITS
 ) -> dict[str, float]:
-    """Return the distances from the limits, and the classical transfer.
+    """Return the distances from the limits (Shah et al. 2025), and the classical transfer.
 
-    R, T × T, is the accuracy on stage j after training on stage i, L (T) the best one of a confounder-free
-    network. "accuracy_distance", "backward_distance" and "forward_distance" are the mean distance of R_ij
-    from L_j over i = j, j < i and j > i (Shah et al. 2025); 0 is right. "backward_transfer", the mean of R_Tj
-    − R_jj over j < T, and "forward_transfer", the mean of R_ij − L_j over i = j − 1, have signs (Lopez-Paz
-    and Ranzato 2017, there with an untrained network in place of L).
+    With R_ij the accuracy on stage j after training on stage i and L_j the limit: "accuracy_distance",
+    "backward_distance" and "forward_distance" are the mean |R_ij − L_j| over i = j, j < i and j > i.
+    "backward_transfer" is the mean of R_Tj − R_jj over j < T, "forward_transfer" of R_ij − L_j over i = j − 1
+    (Lopez-Paz and Ranzato 2017, with an untrained network in place of L).
     """
     last = len(limits) - 1
     distances = [

@@ -78,10 +78,9 @@ def series_figure(
     """Draw means with deviations, the methods beside each other at each position.
 
     `parts` are titles of axes → what they show; each of the `panels`, stacked, has a row with all axes and a
-    legend. Methods without positions are left out. `ticks` name the positions 0, 1, …; `labels` are those of
-    the horizontal and the vertical axis. `limits` are dashed lines (height, or heights by position) named at
-    their right end. `linestyle` connects positions, the methods are spread over a share of the room of a
-    position, and `height` is that of a panel in inches.
+    legend. `ticks` name the positions 0, 1, …; `labels` are those of both axes. `limits` are dashed lines
+    (height, or heights by position) named at their right end. `linestyle` connects positions, the methods are
+    spread over a share of the room of a position, and `height` is that of a panel in inches.
     """
     figure = Figure(figsize=(WIDTH, 0.4 + height * len(panels)), layout="constrained")
     rows = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
@@ -201,9 +200,7 @@ class Projection:
 def projections(panels: Sequence[Projection], most: int = 400) -> Figure:
     """First two principal components within each group, coloured by the confounder, a column for each panel.
 
-    Within a group the label is constant, so what colour shows there is the confounder's own effect. The axes
-    say which share of the features' variance a component has, since each fills its axis. The first `most`
-    points of a group are drawn.
+    The axes say which share of the features' variance a component has; the first `most` points are drawn.
     """
     from sklearn.decomposition import PCA
 

@@ -63,8 +63,8 @@ class ConvolutionalBackbone(nn.Sequential):
 class BackboneNetwork(nn.Module):
     """Any backbone, a hidden layer with a norm (one of `NORMS`), ReLU and a linear classifier.
 
-    The backbone leads from (N, C, *spatial) to (N, F), with F as its attribute ``num_features``.
-    `num_outputs` is the number of classes, or 1 for two classes with a single logit, that of the second.
+    The backbone leads from (N, C, *spatial) to (N, F), F as its attribute ``num_features``. `num_outputs` is
+    the number of classes, or 1 for two classes with a single logit, that of the second.
     """
 
     def __init__(

@@ -89,11 +89,11 @@ def write_page(
     row_names: Mapping[str, str],
     **texts: str | Sequence[str],
 ) -> Path:
-    """Write ``table.md``, the figures and ``report.html``: one file, nothing loaded from elsewhere.
+    """Write ``table.md``, the figures and ``report.html`` (one file, nothing loaded from elsewhere); return
+    its path.
 
-    `out` exists; the settings of the finished `rows` are listed at the end, by `row_names` (see `Setting`),
-    beside the command that makes the page; `texts` are "title", "introduction" and "command". Returns the
-    path of the page.
+    `out` exists; the settings of `rows` are listed at the end, by `row_names` (see `Setting`); `texts` are
+    "title", "introduction" and "command", which makes the page.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

@@ -24,13 +24,12 @@ class ResultsError(Exception):
 class ResultStore:
     """The list of rows in ``results.json``, in a folder that exists.
 
-    Each row holds the settings of its run and what was measured. A run counts as finished when a row agrees
-    with all of its settings, so a changed setting is a new run and old rows stay. ResultsError for a file
-    that is truncated or holds something else than a list of rows; it is never overwritten.
+    A run counts as finished when a row agrees with all of its settings, so a changed setting is a new run and
+    old rows stay. ResultsError for a file that is truncated or holds something else; it is never overwritten.
 
-    To a `shared` store several processes add rows, each run claimed by one of them. Rows of the others are
-    seen after `refresh`. Claims are files in the folder ``.claims`` beside the rows; what a process holds is
-    free again when it dies, however it dies: the operating system gives up its locks.
+    To a `shared` store several processes add rows, each run claimed by one of them. Claims are files in the
+    folder ``.claims`` beside the rows; what a process holds is free again however it dies: the operating
+    system gives up its locks.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:

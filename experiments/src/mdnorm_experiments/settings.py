@@ -37,12 +37,11 @@ SETTINGS = {
 class Run:
     """One training: everything that can change its row, and where to keep features, which cannot.
 
-    `setting` and `method` are keys of `SETTINGS` and `METHODS`. `epochs` are those of each stage, where there
-    are several; the learning rate is Adam's at its height, from which it falls to 0. `size` are training
-    samples, of the synthetic images those of a group, of which `test_size` are held out; real data have as
-    many as they have. `data` is the folder of a real data set (None generates data), `on_problem` ("error" or
-    "skip") what to do with its files and rows that cannot be used, and `columns` what the loader looks for →
-    the name of that column.
+    `epochs` are those of each stage; the `learning_rate` is Adam's at its height, from which it falls to 0.
+    `size` are training samples, of the synthetic images those of a group, of which `test_size` are held out.
+    `data` is the folder of a real data set (None generates data), of which `on_problem` ("error" or "skip")
+    says what to do with unusable files and rows, and `columns` what the loader looks for → the name of that
+    column.
     """
 
     setting: str
@@ -75,13 +74,11 @@ class Run:
 class Setting(ABC):
     """Data, network and schedule of a setting.
 
-    `name` is that of the command, `title` and `introduction` stand on the page: what the samples show, what
-    confounds them, what an honest network reaches. For sizes and epochs see `Run`. "Every layer" corrects
-    after the `slots`, modules inside the backbone, with layers of a `granularity` (see
-    `mdnorm.MetadataNorm`), and builds on `base_norm`. Without other wishes the `default_methods` (all of
-    them) and `batch_sizes` (the one) are trained; the quick form has its own methods, seeds, size and epochs.
-    `tuned` are options of methods, by field of `Method`, that differ for this setting, tuned on the seeds 100
-    to 103 for the accuracy on confound-free data (``benchmarks/settings_tuning.py``).
+    `title` and `introduction` stand on the page; for sizes and epochs see `Run`. "Every layer" corrects after
+    the `slots`, modules inside the backbone, with layers of a `granularity` (see `mdnorm.MetadataNorm`), and
+    builds on `base_norm`. Without other wishes the `default_methods` (all of them) and `batch_sizes` (the
+    one) are trained; the quick form has its own methods, seeds, size and epochs. `tuned` are options of
+    methods, by field of `Method`, that differ here (``benchmarks/settings_tuning.py``).
     """
 
     name: str
@@ -171,10 +168,8 @@ class Setting(ABC):
         return list(self.introduction)
 
     def train(self, run: Run, epoch_done: Callable[[], None]) -> Row:
-        """Train one network and measure it on held-out data, and again once it is recalibrated.
-
-        Returns what `measure` and `mdnorm_experiments.training.fit` return; with Metadata Normalization also
-        "recalibrated", what `measure` returns after `mdnorm.recalibrate` on the training data.
+        """Train one network; return its measures, those of the recalibrated network, and what `fit`
+        returns.
         """
         method, data = self.method(run.method), data_of(run)
         network, samples, trained = train_network(run, method, data, epoch_done)
@@ -225,8 +220,8 @@ def plan(
     """Return the runs of a setting's table, seed by seed: an interrupted one is as complete as can be.
 
     None takes the setting's own values; those of `impossible_cells` are left out. `features_dir` is a folder
-    for the held-out features of the first seed of each cell. Raises ValueError for an unknown method, variant
-    or `on_problem`, a number out of range, the oracle on real data, or nothing left to run.
+    for the held-out features of the first seed of each cell. ValueError: an unknown method, variant or
+    `on_problem`, a number out of range, the oracle on real data, or nothing left to run.
     """
     methods = methods if methods is not None else setting.default_methods or setting.all_methods
     batch_sizes = batch_sizes if batch_sizes is not None else setting.batch_sizes or [setting.batch_size]
@@ -288,10 +283,7 @@ def plan(
 
 
 def data_of(run: Run) -> ConfoundedData:
-    """Return the data of a run; kept until another is asked for.
-
-    Raises what `Setting.data` raises: DataProblemsError, FileNotFoundError or ValueError for real data.
-    """
+    """Return the data of a run; kept until another is asked for. Raises what `Setting.data` raises."""
     degree = METHODS[run.method].degree if "variant" in get_setting(run.setting).row_names else 0
     # The methods of a seed come one after the other, with the same data.
     shared = replace(run, method="", batch_size=0, epochs=0, learning_rate=0.0, features_file=None)
@@ -304,10 +296,7 @@ def _data(run: Run, degree: int) -> ConfoundedData:
 
 
 def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> BackboneNetwork:
-    """Return an untrained network with the method's normalisation; its weights depend on the seed alone.
-
-    Layers with the estimator "dataset" have the Gram matrix of the training data.
-    """
+    """Return an untrained network with the method's normalisation; its weights depend on the seed alone."""
     torch.manual_seed(seed)
     network = setting.network(method.norm or setting.base_norm, len(data.classes))
     if method.layers == "none":
@@ -328,10 +317,7 @@ def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> 
 def train_network(
     run: Run, method: Method, data: ConfoundedData, epoch_done: Callable[[], None]
 ) -> tuple[BackboneNetwork, Samples, Row]:
-    """Train the network of a run, its head retrained where the method does that, but not recalibrated.
-
-    Returns the network, the samples it was trained on, and what `mdnorm_experiments.training.fit` returns.
-    """
+    """Return the trained network of a run, not recalibrated, its samples, and what `fit` returns."""
     samples = data.train
     if method.oracle:
         assert data.unconfounded is not None, "`plan` takes no oracle on real data"
@@ -356,9 +342,8 @@ def train(run: Run, epoch_done: Callable[[], None]) -> Row:
 
 
 def write_outputs(out: Path, runs: Sequence[Run], rows: Sequence[Row], *, command: str) -> Path:
-    """Write table.md, figures, report.html and what else the setting has into a folder that exists.
-
-    `runs` and `rows` are the plan and its rows; the page, whose path is returned, shows the command.
+    """Write what the setting shows of a plan and its rows into a folder that exists; return the page's
+    path.
     """
     setting = get_setting(runs[0].setting)
     return write_page(

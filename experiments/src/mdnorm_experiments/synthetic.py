@@ -95,12 +95,10 @@ _VARIANT_TEXTS = {
 
 
 def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
-    """Return the metadata columns of a data set, shape (2N, K_m).
+    """Return the metadata columns of a data set, (2N, K): a polynomial of that degree of the confounder.
 
-    A flexible basis is what lets the regression see a non-linear function of the confounder (a step between
-    the groups, say) as metadata; with the plain column the protected label explains it and keeps it. The
-    variant "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27 without
-    effect), 45 with age as a straight line; the others have a polynomial of that degree of the confounder.
+    The variant "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27 without
+    effect), 45 with age as a straight line.
     """
     if variant == "sites":
         sites = one_hot(data.site, NUM_SITES)
@@ -272,9 +270,8 @@ class SyntheticSetting(Setting):
         return shown
 
     def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-        """Write ``metadata.csv``: what `mdnorm.audit` needs, in the order of the kept features.
-
-        It holds the group, the two effects and each kept network's predictions for the held-out images.
+        """Write ``metadata.csv``, in the order of the kept features: group, effects, and each network's
+        predictions.
         """
         columns: dict[str, list[Any]] = {}
         for run, tensors in _kept(runs):
@@ -333,10 +330,9 @@ def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = 
 
 
 class ResultAxis(NamedTuple):
-    """Where results stand in a figure: by batch size, or by stage.
+    """Where results stand in a figure: `values` leads from a row and "bacc" or a group to (position, value).
 
-    `values` leads from a row and "bacc" or a group, for its dcor², to (position, value); `limits` and
-    `options` are those of `series_figure`.
+    `limits` and `options` are those of `series_figure`.
     """
 
     label: str

@@ -84,9 +84,9 @@ def fit(
 ) -> Row:
     """Train a network from `build` by Adam; the learning rate rises over `warmup_epochs`, then falls to 0.
 
-    It rises by the same amount at each step and falls by a half cosine. The coefficients of the estimator
-    "penalty" have an optimiser of their own (see `Method`). `seed` is that of the order of the samples;
-    `epoch_done` is called after each epoch. Returns "train_loss" of the last epoch and "seconds_per_epoch".
+    It rises by the same amount at each step and falls by a half cosine. `seed` is that of the order of the
+    samples; `epoch_done` is called after each epoch. Returns "train_loss" of the last epoch and
+    "seconds_per_epoch".
     """
     steps_of_epoch = len(in_batches(torch.arange(len(samples)), batch_size))
     steps, warmup_steps = epochs * steps_of_epoch, warmup_epochs * steps_of_epoch

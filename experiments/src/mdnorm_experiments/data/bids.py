@@ -63,10 +63,10 @@ class BidsFolder:
 
 
 def standardize(volumes: Tensor) -> Tensor:
-    """Return (N, C, D, H, W) float32 volumes whose voxels inside the brain have mean 0 and deviation 1.
+    """Return (N, C, D, H, W) float32 volumes whose voxels other than 0 have mean 0 and deviation 1; the rest
+    is 0.
 
-    The brain is where a volume is not 0, by MONAI's ``NormalizeIntensity(nonzero=True)``; the rest stays 0.
-    Raises ValueError for another number of dimensions and MissingExtraError without MONAI.
+    ValueError for another number of dimensions, MissingExtraError without MONAI.
     """
     with requires("mri", "mdnorm-experiments"):
         from monai.transforms.intensity.array import NormalizeIntensity
@@ -90,17 +90,15 @@ def load_bids(
 ) -> BidsFolder:
     """Read T1 volumes and the table of participants of a BIDS folder.
 
-    Images should be stripped of the skull (0 outside the brain) and aligned; neither is done here. They are
-    resampled to `spacing` millimetres, smoothed before where that is coarser than theirs, then padded with 0
-    or cropped about the middle to `shape`: voxels from left to right, back to front, bottom to top. `columns`
-    are names for some of `COLUMNS`.
+    Images should be stripped of the skull (0 outside the brain) and aligned. They are resampled to `spacing`
+    millimetres, smoothed before where that is coarser than theirs, then padded with 0 or cropped about the
+    middle to `shape`: voxels from left to right, back to front, bottom to top. `columns` are names for some
+    of `COLUMNS`.
 
-    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: rows without
-    image, images without row, several rows or images of a subject, a missing or invalid age, sex, site or
-    label, images that are truncated or damaged, not finite, empty or not three-dimensional. FileNotFoundError
-    without folder or table says what layout is needed and where such data come from. ValueError: the table
-    cannot be parsed, a column is missing or there twice, an argument is out of range, there is one label
-    only. MissingExtraError: a package of the extra "mri" is not installed.
+    DataProblemsError lists all rows and images that cannot be used, unless `on_problem` is "skip", which
+    leaves them out. FileNotFoundError without folder or table says what layout is needed and where such data
+    come from. ValueError: an unusable table, an argument out of range, one label only. MissingExtraError: a
+    package of the extra "mri" is not installed.
     """
     folder = Path(folder)
     table = folder / "participants.tsv"

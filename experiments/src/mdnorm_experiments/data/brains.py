@@ -1,10 +1,8 @@
 """Drawn T1 brains of several sites: hippocampal atrophy tells the diagnosis, age and site go with it.
 
 Every volume is the MNI152 template's grey and white matter (nilearn ships them), deformed, thinned and lit
-anew. The volume of the hippocampus is a normal variable of standard deviation 1 in both classes, whose means
-differ by `SEPARATION`; the best rule reads it alone and is right in Φ(`SEPARATION` / 2) of all cases. Age
-(ventricles, cortex), sex (size of the head) and site (contrast, bias field, noise) say nothing about the
-diagnosis beyond the correlation that is asked for.
+anew. The best rule reads the volume of the hippocampus alone, a normal variable whose means differ by
+`SEPARATION`, and is right in Φ(`SEPARATION` / 2) of all cases. See docs/mri.md.
 """
 
 from __future__ import annotations
@@ -55,12 +53,10 @@ _CHUNK = 50
 
 @dataclass(frozen=True)
 class Brains:
-    """N brains.
+    """N brains: volumes (N, 1, 32, 40, 32) as a scanner gives them, 0 outside the brain, and their metadata.
 
-    `volumes` are (N, 1, 32, 40, 32) intensities as a scanner gives them, 0 outside the brain (see
-    `mdnorm_experiments.data.bids.standardize`); labels and sites (N,) int64, numbers in `CLASSES` and
-    `SITES`; age (N,) years, 40 to 95, to one decimal; sex (N,) int64, 0 female and 1 male; `hippocampus` (N,)
-    its volume, standardised, which tells the label.
+    Labels and sites (N,) int64 are numbers in `CLASSES` and `SITES`; age (N,) years, 40 to 95; sex (N,)
+    int64, 0 female and 1 male; `hippocampus` (N,) its volume, standardised, which tells the label.
     """
 
     volumes: Tensor
@@ -78,9 +74,8 @@ def make_brains(size: int, *, seed: int, correlation: float = 0.8) -> Brains:
     """Draw `size` brains, half of each class; the same seed gives the same ones.
 
     A share `correlation`, from 0 to 1, of the patients comes from the old cohort (age 74 ± 6, mostly sites C
-    and D) and of the controls from the young one (62 ± 6, mostly A and B), the others from either; 0 makes
-    diagnosis independent of age and site, which still go together. ValueError for a number out of range,
-    MissingExtraError without nilearn.
+    and D) and of the controls from the young one (62 ± 6, mostly A and B), the others from either. ValueError
+    for a number out of range, MissingExtraError without nilearn.
     """
     if size < 2:
         raise ValueError(f"size must be at least 2, one of each class, got {size}.")
@@ -207,10 +202,9 @@ def _draw(
 
 
 def write_bids(folder: Path, brains: Brains) -> None:
-    """Write brains as a BIDS folder, which `mdnorm_experiments.data.bids.load_bids` reads.
+    """Write brains as a new BIDS folder, which appears only when complete, as `load_bids` reads it.
 
-    It appears only when complete. FileExistsError if there is such a folder, MissingExtraError without
-    nibabel.
+    FileExistsError if there is such a folder, MissingExtraError without nibabel.
     """
     with requires("mri", "mdnorm-experiments"):
         import nibabel as nib

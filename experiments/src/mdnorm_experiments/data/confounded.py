@@ -16,10 +16,9 @@ from mdnorm.metrics.samples import MIN_SAMPLES
 class Samples:
     """N samples in memory.
 
-    `inputs` are (N, C, *spatial) float32: images, clips (C, T, H, W) or volumes (C, D, H, W), scaled to about
-    [0, 1] or standardised. `labels` (N,) int64 are classes from 0. `metadata` (N, K) is the design: a
-    flexible basis of every metadata variable, no intercept, columns of similar size. `confounders` (N, Q) are
-    the variables themselves, against which dependence is measured and which the adversary predicts;
+    `inputs` are (N, C, *spatial) float32: images, clips (C, T, H, W) or volumes (C, D, H, W). `labels` (N,)
+    int64 are classes from 0. `metadata` (N, K) is the design: a flexible basis of every metadata variable, no
+    intercept. `confounders` (N, Q) are the variables themselves, against which dependence is measured;
     categories as one-hot columns. `groups` (N,) int64 are the metadata groups, for rates by group. ValueError
     for numbers of rows that differ, or a value that is not finite.
     """
@@ -127,10 +126,9 @@ def split(samples: Samples, *, seed: int, test_share: float = 0.3) -> tuple[Samp
     """Divide real samples into training, test and confound-free test data.
 
     Of each class and group a share `test_share`, between 0 and 1, is held out. The confound-free data are
-    those of the test data of which every group has equally many of every class: there the group says nothing
-    about the label. Groups that lack a class are left out of them. ValueError for a share out of range, fewer
-    than two groups with all classes among the test data, or so few samples in them that dcor² within the
-    classes is not defined.
+    those of the test data of which every group has equally many of every class; groups that lack a class are
+    left out. ValueError for a share out of range, fewer than two groups with all classes, or so few samples
+    in them that dcor² within the classes is not defined.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be between 0 and 1, got {test_share}.")

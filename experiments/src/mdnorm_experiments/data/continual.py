@@ -1,25 +1,9 @@
 """Five stages in which the true effect fades and the confounder takes over (Shah et al., R-MDN, ICML 2025).
 
-The images are those of `mdnorm_experiments.data.synthetic` with other magnitudes. In the first stage both are
-drawn from U(3, 5) in group A and from U(4, 6) in group B. From stage to stage a growing shift s moves the
-groups' true effects towards each other, by s each, and their confounders apart:
-
-========== ================ ================
-magnitude  group A          group B
-========== ================ ================
-effect     U(3 + s, 5 + s)  U(4 − s, 6 − s)
-confounder U(3 − s, 5 − s)  U(4 + s, 6 + s)
-========== ================ ================
-
-The effects overlap on (1 + 2s)/2 of their range, the confounders on (1 − 2s)/2. In the overlap one can only
-guess, so the best accuracy is
-
-- 1 − (1 + 2s)/4 from the true effect alone: 75 % in the first stage, 50 % in the last;
-- 1 − (1 − 2s)/4 from the confounder alone: 75 to 100 %;
-- 1 − (1 − 4s²)/8 from both: 87.5 to 100 %.
-
-A network that follows the confounder gets better from stage to stage where a confounder-free one must get
-worse, and what it learned does not fit the stages before.
+The images are those of `mdnorm_experiments.data.synthetic` with other magnitudes: in the first stage U(3, 5)
+in group A and U(4, 6) in group B. A growing shift s moves the groups' true effects towards each other, by s
+each, and their confounders apart. The effects overlap on (1 + 2s)/2 of their range, the confounders on (1 −
+2s)/2; in the overlap one can only guess, which gives the limits below.
 """
 
 from __future__ import annotations

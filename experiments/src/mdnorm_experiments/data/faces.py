@@ -46,8 +46,8 @@ _OVERSAMPLING = 8
 class Faces:
     """N faces: images (N, 3, size, size) uint8, labels (N,), numbers in `CLASSES`, and their metadata.
 
-    `shade` (N,) is continuous, from 1 (lightest) to 6; rounded it is the Fitzpatrick type. `geometry` (N, 5)
-    are the measures that hold the label, standardised.
+    `shade` (N,) goes from 1 (lightest) to 6; rounded it is the Fitzpatrick type. `geometry` (N, 5) are the
+    standardised measures that hold the label.
     """
 
     images: Tensor
@@ -60,12 +60,11 @@ class Faces:
 
 
 def make_faces(size: int, *, seed: int, correlation: float = 0.8, image_size: int = 32) -> Faces:
-    """Draw `size` faces of `image_size` pixels a side, half of each class.
+    """Draw `size` faces of `image_size` pixels a side, half of each class, the same ones from the same seed.
 
-    The same seed gives the same faces. Of a share |correlation|, which is from −1 to 1, the shade is from the
-    darker half of the scale for one class and from the lighter half for the other ("male" darker where it is
-    positive); of the rest from the whole scale. ValueError for a number out of range, MissingExtraError
-    without Pillow.
+    Of a share |correlation|, from −1 to 1, the shade is from the darker half of the scale for one class
+    ("male" where it is positive) and from the lighter half for the other; of the rest from the whole scale.
+    ValueError for a number out of range, MissingExtraError without Pillow.
     """
     if size < 2 or image_size < 8:
         raise ValueError(f"size must be at least 2 and image_size at least 8, got {size} and {image_size}.")
@@ -177,9 +176,8 @@ def _colour(values: NDArray[Any]) -> tuple[int, int, int]:
 
 
 def write_image_folder(folder: Path, faces: Faces) -> Path:
-    """Write faces as PNG files with a table ``labels.csv`` (file, gender, Fitzpatrick type), and return it.
-
-    The layout is that which `load_image_folder` reads.
+    """Write faces as PNG files with a table ``labels.csv``, as `load_image_folder` reads them; return the
+    table.
     """
     with requires("image", "mdnorm-experiments"):
         from PIL import Image

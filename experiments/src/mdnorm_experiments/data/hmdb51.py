@@ -1,10 +1,4 @@
-"""HMDB51 in its published layout, with scene scores as metadata.
-
-Kuehne et al. (2011), serre-lab.clps.brown.edu: ``hmdb51_org/<class>/<clip>.avi`` and, for each class and each
-of three splits, ``testTrainMulti_7030_splits/<class>_test_split1.txt`` with lines "clip.avi 1" (training), 2
-(test) or 0 (neither). The scene scores of each clip, those of a Places365 classifier say, are a table of
-their own.
-"""
+"""HMDB51 in its published layout (Kuehne et al. 2011), with scene scores as metadata: see docs/video.md."""
 
 from __future__ import annotations
 
@@ -57,16 +51,14 @@ def load_hmdb51(
 ) -> VideoFolder:
     """Read the clips of split 1, 2 or 3 and their scene scores, from a folder in the published layout.
 
-    `num_frames` are taken from each clip at equal distances, the last one again where it has fewer; the
-    centre square is resized to `image_size`. The scores are a CSV or Parquet table with a column "clip", or
-    as `columns` name it, and one column a scene; by default ``scene_scores.csv`` or ``.parquet`` in the
-    folder.
+    `num_frames` are taken from each clip at equal distances; the centre square is resized to `image_size`.
+    The scores are a CSV or Parquet table with a column "clip", or as `columns` name it, and one column a
+    scene; by default ``scene_scores.csv`` or ``.parquet`` in the folder.
 
-    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: clips that are
-    named and not in the folder of their class, not named, named twice, cannot be decoded, or have no or bad
-    scores. FileNotFoundError says which part of the layout is not there and where to get it. ValueError:
-    another split, a table that cannot be parsed or lacks a column, fewer than two classes. MissingExtraError:
-    PyAV, pandas or pyarrow is not installed.
+    DataProblemsError lists all clips, lines and scores that cannot be used, unless `on_problem` is "skip",
+    which leaves them out. FileNotFoundError says which part of the layout is not there and where to get it.
+    ValueError: another split, an unusable table, fewer than two classes. MissingExtraError: PyAV, pandas or
+    pyarrow is not installed.
     """
     if split not in (1, 2, 3):
         raise ValueError(f"split must be 1, 2 or 3, got {split!r}.")

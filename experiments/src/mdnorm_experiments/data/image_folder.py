@@ -36,8 +36,8 @@ _LABELS = {"f": "female", "m": "male"}
 class ImageFolder:
     """N images that can be used, in the order of the table, and what was left out (`problems`).
 
-    `images` are (N, 3, size, size) uint8, `labels` (N,) int64 into `classes`, which are sorted, and `shade`
-    is (N,) float32, the Fitzpatrick type from 1 to 6.
+    `images` are (N, 3, size, size) uint8, `labels` (N,) int64 into the sorted `classes`, and `shade` (N,)
+    float32, the Fitzpatrick type from 1 to 6.
     """
 
     images: Tensor
@@ -59,13 +59,9 @@ def load_image_folder(
     """Read images, anywhere below a folder, and their CSV table, by default the only one in it.
 
     The larger side of an image is cropped about the centre, then it is resized. `columns` are names for some
-    of `COLUMNS`.
-
-    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: rows without
-    image, images without row, duplicates, files that cannot be read, shades that are no Fitzpatrick type,
-    missing labels. FileNotFoundError without folder or table says what to get. ValueError: the table cannot
-    be parsed, a column is missing or there twice, there are several tables, or one label only.
-    MissingExtraError: Pillow is not installed.
+    of `COLUMNS`. DataProblemsError lists all files and rows that cannot be used, unless `on_problem` is
+    "skip", which leaves them out. FileNotFoundError without folder or table says what to get. ValueError: an
+    unusable table, several tables, or one label only. MissingExtraError: Pillow is not installed.
     """
     table = _table(folder, table)
     rows = read_rows(table, csv_delimiter(table), COLUMNS, columns)
