@@ -261,7 +261,7 @@ def stage_axis() -> ResultAxis:
     """Return the axis of stages, each on its own test data, with both limits."""
 
     def values(row: Row, key: str) -> Iterable[tuple[int, float]]:
-        matrix = row["bacc_matrix"] if key == "bacc" else row["dcor2_matrix"][key]
+        matrix = 100 * np.array(row["bacc_matrix"]) if key == "bacc" else row["dcor2_matrix"][key]
         return enumerate(np.diagonal(matrix).tolist())
 
     limits = [

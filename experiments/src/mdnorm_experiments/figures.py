@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from mdnorm.plotting import MARKERS, PALETTE
 from mdnorm_experiments.results import Row
@@ -187,19 +185,10 @@ def stage_matrices(
     return figure
 
 
-@dataclass(frozen=True)
-class Projection:
-    """What a panel of `projections` shows: features (N, D), labels (N,) 0 or 1, and a confounder (N,)."""
+def projections(panels: Mapping[str, Mapping[str, Any]], most: int = 400) -> Figure:
+    """First two principal components within each group, coloured by the confounder.
 
-    title: str
-    features: NDArray[Any]
-    labels: NDArray[Any]
-    confounder: NDArray[Any]
-
-
-def projections(panels: Sequence[Projection], most: int = 400) -> Figure:
-    """First two principal components within each group, coloured by the confounder, a column for each panel.
-
+    Each of the panels, columns by title, has "features" (N, D), "labels" (N,) 0 or 1, and "confounder" (N,).
     The axes say which share of the features' variance a component has; the first `most` points are drawn.
     """
     from sklearn.decomposition import PCA
@@ -208,14 +197,14 @@ def projections(panels: Sequence[Projection], most: int = 400) -> Figure:
     axes = figure.subplots(2, len(panels), squeeze=False)
     for index, group in enumerate("AB"):
         points = None
-        for axis, panel in zip(axes[index], panels, strict=True):
-            rows = np.flatnonzero(panel.labels == index)
+        for axis, (title, kept) in zip(axes[index], panels.items(), strict=True):
+            inside = np.asarray(kept["labels"]) == index
+            features = np.asarray(kept["features"], float)[inside]
             # The full solver: exact, and the same on every call.
-            projection = PCA(2, svd_solver="full").fit(np.asarray(panel.features[rows], float))
-            components = projection.transform(np.asarray(panel.features[rows[:most]], float))
-            points = axis.scatter(
-                *components.T, c=panel.confounder[rows[:most]], cmap="viridis", s=10, linewidths=0, alpha=0.85
-            )
+            projection = PCA(2, svd_solver="full").fit(features)
+            colours = np.asarray(kept["confounder"])[inside][:most]
+            components = projection.transform(features[:most]).T
+            points = axis.scatter(*components, c=colours, cmap="viridis", s=10, linewidths=0, alpha=0.85)
             shares = 100 * projection.explained_variance_ratio_
             axis.set_xlabel(f"1st component ({shares[0]:.2f} % of variance)", fontsize=7.5)
             axis.set_ylabel(f"2nd component ({shares[1]:.2f} %)", fontsize=7.5)
@@ -223,7 +212,7 @@ def projections(panels: Sequence[Projection], most: int = 400) -> Figure:
             axis.set_yticks([])
             axis.spines[["top", "right"]].set_visible(False)
             if index == 0:
-                axis.set_title(panel.title, fontsize=8)
+                axis.set_title(title, fontsize=8)
         if points is not None:
             figure.colorbar(points, ax=list(axes[index]), label=f"confounder, group {group}")
     return figure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -254,8 +254,7 @@ class SyntheticSetting(Setting):
                 "Bias-corrected squared distance correlation; 0 is right.",
             ),
         ]
-        projected = _projections(runs, rows)
-        if projected:
+        if projected := _projections(runs, rows):
             shown.append(
                 ReportFigure(
                     "projection",
@@ -347,7 +346,8 @@ def batch_axis(rows: Sequence[Row]) -> ResultAxis:
     sizes = sorted({row["batch_size"] for row in rows})
 
     def values(row: Row, key: str) -> Iterable[tuple[int, float]]:
-        return [(sizes.index(row["batch_size"]), row["bacc"] if key == "bacc" else row["dcor2"][key])]
+        value = 100 * row["bacc"] if key == "bacc" else row["dcor2"][key]
+        return [(sizes.index(row["batch_size"]), value)]
 
     limits = [
         (100 * limit, f"{100 * limit:.1f} %\n{text}")
@@ -360,47 +360,48 @@ def batch_axis(rows: Sequence[Row]) -> ResultAxis:
     return ResultAxis("batch size", list(map(str, sizes)), values, limits, {})
 
 
-def accuracy_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
-    """Balanced accuracy, mean ± standard deviation over seeds, with the analytic limits."""
+def _result_figure(
+    rows: Sequence[Row],
+    panels: figures.Panels,
+    axis: ResultAxis,
+    parts: Mapping[str, str],
+    label: str,
+    **options: Any,
+) -> Figure:
+    """Draw what rows have under the keys of `parts` (title → key), mean ± standard deviation over seeds."""
     names = [name for group in panels.values() for name in group]
-    series = figures.series_of(
-        rows, names, lambda row: [(place, 100 * value) for place, value in axis.values(row, "bacc")]
-    )
-    labels = (axis.label, "balanced accuracy on held-out data (%)")
-    return figures.series_figure(
-        {"": series}, panels, axis.ticks, labels=labels, limits=axis.limits, **axis.options
-    )
+    series = {
+        title: figures.series_of(rows, names, lambda row, key=key: axis.values(row, key))  # type: ignore[misc]
+        for title, key in parts.items()
+    }
+    labels = (axis.label, label)
+    return figures.series_figure(series, panels, axis.ticks, labels=labels, **options, **axis.options)
+
+
+def accuracy_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
+    """Balanced accuracy with the analytic limits."""
+    label = "balanced accuracy on held-out data (%)"
+    return _result_figure(rows, panels, axis, {"": "bacc"}, label, limits=axis.limits)
 
 
 def dependence_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
-    """Distance correlation of features and confounder by group, mean ± standard deviation over seeds."""
-    names = [name for group in panels.values() for name in group]
-
-    def series(group: str) -> figures.Series:
-        return figures.series_of(rows, names, lambda row: axis.values(row, group))
-
-    parts = {f"Group {group}": series(group) for group in GROUPS}
-    labels = (axis.label, "dcor² (features, confounder)")
-    return figures.series_figure(
-        parts, panels, axis.ticks, labels=labels, limits=[(0.0, "")], height=3.6, **axis.options
-    )
+    """Distance correlation of features and confounder by group."""
+    parts, label = {f"Group {group}": group for group in GROUPS}, "dcor² (features, confounder)"
+    return _result_figure(rows, panels, axis, parts, label, limits=[(0.0, "")], height=3.6)
 
 
-def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> list[figures.Projection]:
-    """Panels of the methods whose features were kept, at the batch size nearest to 200."""
+def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, dict[str, Tensor]]:
+    """Kept features of a few methods by title, at the batch size nearest to 200."""
     kept = _kept(runs)
-    if not kept:
-        return []
-    batch_size = min((run.batch_size for run, _ in kept), key=lambda size: abs(math.log(size / 200)))
-    shown = []
+    nearest = min((abs(math.log(run.batch_size / 200)) for run, _ in kept), default=0.0)
+    shown = {}
     for method in ("none", "mdn-last-running", "mdn-every-running"):
         for run, tensors in kept:
             row = next((row for row in rows if run.settings().items() <= row.items()), None)
-            if (run.method, run.batch_size) == (method, batch_size) and row is not None:
+            if run.method == method and abs(math.log(run.batch_size / 200)) == nearest and row is not None:
                 dependence = " / ".join(mean_with_deviation([row["dcor2"][group]], 3) for group in GROUPS)
                 title = f"{METHODS[method].title}\ndcor² {dependence}\naccuracy {100 * row['bacc']:.1f} %"
-                arrays = (tensors[name].numpy() for name in ("features", "labels", "confounder"))
-                shown.append(figures.Projection(title, *arrays))
+                shown[title] = tensors
     return shown
 
 
