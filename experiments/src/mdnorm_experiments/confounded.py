@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mdnorm.metrics import distance_correlation_sqr, probe
 from mdnorm.metrics.samples import MIN_SAMPLES
 from mdnorm_experiments import confounded_report
-from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, select
+from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, as_targets, select
 from mdnorm_experiments.methods import METHOD_OF_NORM
 from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.report import ReportFigure, ReportTable
@@ -157,9 +157,7 @@ def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[st
 
     found: dict[str, float | None] = {}
     for variable, columns in data.confounders.items():
-        values = samples.confounders[:, list(columns)].double()
-        one_hot = values.shape[1] > 1 and bool(((values == 0) | (values == 1)).all())
-        scores = [score(target) for target in ([values.argmax(1)] if one_hot else values.T)]
+        scores = [score(target) for target in as_targets(samples.confounders.double(), columns)]
         known = [value for value in scores if value is not None]
         found[variable] = max(0.0, sum(known) / len(known)) if known else None
     return found

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from mdnorm.plotting import MARKERS, PALETTE
-from mdnorm_experiments.data.confounded import ConfoundedData
-from mdnorm_experiments.figures import WIDTH, series_figure, series_of
+from mdnorm_experiments.data.confounded import ConfoundedData, as_targets
+from mdnorm_experiments.figures import BARS, LINE, WIDTH, mean_and_deviation, series_figure, series_of
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
@@ -201,44 +203,25 @@ def accuracy_figure(rows: Sequence[Row], limit: float | None) -> Figure:
 
     def draw(axis: Axes, value: Callable[[Row], float], label: str, style: int, marker: int) -> None:
         found = [[value(row) for row in _final(members)] for members in methods.values()]
-        axis.errorbar(
-            [statistics.fmean(values) for values in found],
-            range(len(found)),
-            xerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in found],
-            label=label,
-            color=PALETTE[style],
-            marker=MARKERS[marker],
-            markersize=5,
-            linestyle="none",
-            capsize=2,
-            linewidth=1,
-        )
+        means, deviations = zip(*map(mean_and_deviation, found), strict=True)
+        look = {"color": PALETTE[style], "marker": MARKERS[marker], "linestyle": "none", **BARS}
+        axis.errorbar(means, range(len(found)), xerr=deviations, label=label, **look)
 
     draw(left, lambda row: 100 * row["bacc_confounded"], "confounded test data", 1, 1)
     draw(left, lambda row: 100 * row["bacc"], "confound-free test data", 4, 0)
     if limit is not None and _has_limit(rows, limit):
-        left.axvline(100 * limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
-        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2)}
-        left.annotate(
-            f"limit {100 * limit:.1f} %",
-            (100 * limit, 1),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-            color="0.3",
-            **place,
-        )
+        left.axvline(100 * limit, **LINE)
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        text, style = f"limit {100 * limit:.1f} %", {"ha": "center", "fontsize": 7, "color": "0.3"}
+        left.annotate(text, (100 * limit, 1), xytext=(0, 2), **style, **place)
     left.set_yticks(range(len(methods)), [METHODS[name].title for name in methods], fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("balanced accuracy (%)", fontsize=8)
     for index, variable in enumerate(rows[0]["dcor2"]):
-
-        def dependence(row: Row, variable: str = variable) -> float:
-            return _dependence(row, "dcor2_logits", [variable])
-
+        value = partial(_dependence, measure="dcor2_logits", variables=[variable])
         label = f"dcor² with {variable} within classes"
-        draw(right, dependence, label, (3, 6, 5)[index % 3], (0, 2, 3)[index % 3])
-    right.axvline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
+        draw(right, value, label, (3, 6, 5)[index % 3], (0, 2, 3)[index % 3])
+    right.axvline(0, **LINE)
     right.set_xlabel("dcor² of the logits", fontsize=8)
     for axis in (left, right):
         axis.tick_params(labelsize=8)
@@ -321,30 +304,24 @@ def audit(
     tensors, others = load_file(kept[before]), load_file(kept[best])
     metadata: dict[str, Any] = {}
     for variable, columns in data.confounders.items():
-        values = tensors["confounders"][:, list(columns)]
-        if len(columns) == 1:
-            metadata[variable] = values[:, 0].tolist()
-        elif bool(((values == 0) | (values == 1)).all()):
-            # One-hot: a category again.
-            known = len(columns) == len(data.groups)
-            codes = values.argmax(1).tolist()
-            metadata[variable] = [data.groups[code] if known else str(code) for code in codes]
-        else:
-            metadata |= {f"{variable} {index + 1}": column.tolist() for index, column in enumerate(values.T)}
+        values = as_targets(tensors["confounders"], columns)
+        for index, found in enumerate(values):
+            name = variable if len(values) == 1 else f"{variable} {index + 1}"
+            metadata[name] = found.tolist()
+        if len(columns) > len(values):
+            names = data.groups if len(columns) == len(data.groups) else [*map(str, range(len(columns)))]
+            metadata[variable] = [names[code] for code in metadata[variable]]
+    networks = {"the uncorrected network": tensors, METHODS[best].title: others}
 
-    def named(labels: Any) -> list[str]:
-        return [data.classes[label] for label in labels.tolist()]
+    def named(numbers: Tensor) -> list[str]:
+        return [data.classes[number] for number in numbers.tolist()]
 
     try:
-        titles = "the uncorrected network", METHODS[best].title
         report = auditing.audit(
-            {title: part["features"] for title, part in zip(titles, (tensors, others), strict=True)},
+            {title: kept["features"] for title, kept in networks.items()},
             metadata,
             named(tensors["labels"]),
-            predictions={
-                title: named(part["scores"].argmax(1))
-                for title, part in zip(titles, (tensors, others), strict=True)
-            },
+            predictions={title: named(kept["scores"].argmax(1)) for title, kept in networks.items()},
             positive=data.classes[-1] if len(data.classes) == 2 else None,
             settings=auditing.Settings(num_permutations=100),
         )

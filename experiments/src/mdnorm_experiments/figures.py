@@ -21,6 +21,14 @@ Panels = Mapping[str, Mapping[str, str]]
 Series = Mapping[str, Mapping[int, tuple[float, float]]]
 """Method → position on the axis → mean and standard deviation over seeds."""
 
+BARS: dict[str, Any] = {"markersize": 5, "capsize": 2, "linewidth": 1}
+LINE: dict[str, Any] = {"color": "0.4", "linestyle": "--", "linewidth": 1, "zorder": 0}
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the standard deviation, 0 of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+
 
 def picture_grid(
     lines: Sequence[tuple[str, Sequence[tuple[Any, str]]]], size: tuple[float, float], **options: Any
@@ -55,10 +63,7 @@ def series_of(
             if row["method"] == name:
                 for position, value in points(row):
                     values.setdefault(position, []).append(value)
-        series[name] = {
-            position: (statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0)
-            for position, found in sorted(values.items())
-        }
+        series[name] = {position: mean_and_deviation(found) for position, found in sorted(values.items())}
     return series
 
 
@@ -100,12 +105,11 @@ def series_figure(
 
 
 def _draw_limit(axis: Axes, limit: float | Sequence[float], text: str) -> None:
-    style: dict[str, Any] = {"color": "0.4", "linestyle": "--", "linewidth": 1, "zorder": 0}
     if isinstance(limit, Sequence):
-        axis.plot(limit, **style)
+        axis.plot(limit, **LINE)
         limit = limit[-1]
     else:
-        axis.axhline(limit, **style)
+        axis.axhline(limit, **LINE)
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axis.annotate(text, (1, limit), xytext=(4, 0), va="center", fontsize=8, color="0.3", **place)
 
@@ -126,10 +130,8 @@ def _draw_series(
             label=names[method],
             color=PALETTE[style],
             marker=MARKERS[style],
-            markersize=5,
             linestyle=linestyle,
-            capsize=2,
-            linewidth=1,
+            **BARS,
         )
     for boundary in range(1, count):
         axis.axvline(boundary - 0.5, color="0.9", linewidth=0.8, zorder=0)

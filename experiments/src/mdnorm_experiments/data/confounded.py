@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -120,6 +120,13 @@ def part_seed(seed: int, part: int) -> int:
 def select(samples: Samples, rows: Tensor) -> Samples:
     """Return the samples of these rows, (n,) int64."""
     return Samples(**{name: tensor[rows] for name, tensor in vars(samples).items()})
+
+
+def as_targets(confounders: Tensor, columns: Sequence[int]) -> list[Tensor]:
+    """Return some columns of (N, Q) confounders, (N,) each; numbers of categories for one-hot ones."""
+    values = confounders[:, list(columns)]
+    is_one_hot = len(columns) > 1 and bool(((values == 0) | (values == 1)).all())
+    return [values.argmax(1)] if is_one_hot else [*values.T]
 
 
 def split(samples: Samples, *, seed: int, test_share: float = 0.3) -> tuple[Samples, Samples, Samples]:
