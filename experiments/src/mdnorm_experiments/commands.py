@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -80,52 +81,35 @@ def _columns(text: str) -> dict[str, str]:
 def _run_setting(
     name: str,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for results, figures and the report. [default: results/SETTING]"),
+        Path | None, typer.Option(help="Folder of all outputs. (default: results/SETTING)")
     ] = None,
-    methods: Annotated[
-        str, typer.Option(help="Comma-separated methods, 'default' or 'all'; with --quick there are few.")
-    ] = "default",
-    batch_sizes: Annotated[str, typer.Option(help="Comma-separated. [default: 1,4,20,200,2000]")] = "",
-    batch_size: Annotated[int | None, typer.Option(help="[default: tuned]")] = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated, 'default' or 'all'.")] = "default",
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated. (default: 1,4,20,200,2000)")] = "",
+    batch_size: Annotated[int | None, typer.Option(help="(default: tuned)")] = None,
     variant: Annotated[
         str,
-        typer.Option(
-            help="Of the data: plain, sites (50 metadata columns), quadratic or variance (a confounder that "
-            "a straight line does not see)."
-        ),
+        typer.Option(help="plain, sites (50 metadata columns), quadratic or variance (no line sees these)."),
     ] = "plain",
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds a method. [default: 3 or 5; fewer with --quick]")
-    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a method. (default: 3 or 5)")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of each stage, if there are several. [default: tuned]")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="[default: tuned]")] = None,
-    size: Annotated[int | None, typer.Option(help="Training samples. [default: tuned]")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(min=4, help="Training images a group (and stage). [default: 1000]")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of each stage. (default: tuned)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="(default: tuned)")] = None,
+    size: Annotated[int | None, typer.Option(help="Training samples. (default: tuned)")] = None,
+    group_size: Annotated[int | None, typer.Option(min=4, help="Images a group. (default: 1000)")] = None,
     test_group_size: Annotated[
-        int | None, typer.Option(min=4, help="Held-out images a group (and stage). [default: 2000 or 500]")
+        int | None, typer.Option(min=4, help="Held-out images a group (and stage). (default: 2000 or 500)")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the real data set in its published layout. [default: none]")
+        Path | None, typer.Option(help="Folder of the real data set in its published layout. (default: none)")
     ] = None,
     columns: Annotated[
-        str,
-        typer.Option(help="What the columns of the real table are called: 'age=Age_at_scan,site=scanner'."),
+        str, typer.Option(help="Names of columns of the real table: 'age=Age_at_scan,site=scanner'.")
     ] = "",
     on_problem: Annotated[
         str, typer.Option(help="Files and rows of real data that cannot be used: 'error' or 'skip'.")
     ] = "error",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer trainings or less data: minutes on two cores.")
-    ] = False,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Networks at a time, one thread each. [default: all cores]")
-    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer trainings or less data: minutes.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Networks at a time. (default: all cores)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
     from mdnorm_experiments.data.problems import DataProblemsError
@@ -207,57 +191,31 @@ _GO_ON = (
 _COMMANDS = {
     "synthetic": (
         _SYNTHETIC,
-        "Two groups of images with a true effect and a confounder, against the analytic limits.",
-        "A classifier that uses the true effect only is right in 83.3 % of all cases, one that cheats with "
-        "the confounder in 94.4 %.",
+        "Two groups of images with a true effect (it allows 83.3 %) and a confounder (both allow 94.4 %).",
     ),
     "continual": (
         _CONTINUAL,
         "One network through five stages in which the true effect fades and the confounder takes over.",
-        "After each stage it is tested on all five. A confounder-free network is right in 75 % of all cases "
-        "in the first stage and in 50 % in the last; the table shows how far a network is from that.",
     ),
-    "image": (
-        _LOADED,
-        "Drawn faces: the label is in their geometry, the skin's shade goes with the label.",
-        "An honest network is as good on faces whose shade says nothing about the label; the table shows how "
-        "far each method is from that.",
-    ),
-    "digits": (
-        _LOADED[:2],
-        "Real digits, coloured: the colour goes with the label.",
-        "An honest network is as good on digits whose colour says nothing about the label.",
-    ),
-    "video": (
-        _LOADED,
-        "Clips of a figure in action: the scene behind it goes with the action.",
-        "An honest network is as good on clips whose scenes were shuffled.",
-    ),
-    "mri": (
-        _LOADED,
-        "Brains in 3D: diagnosis goes with site and age.",
-        "An honest network is as good on subjects whose site, age and sex say nothing about the diagnosis.",
-    ),
+    "image": (_LOADED, "Drawn faces: the label is in their geometry, the skin's shade goes with the label."),
+    "digits": (_LOADED[:2], "Real digits, coloured: the colour goes with the label."),
+    "video": (_LOADED, "Clips of a figure in action: the scene behind it goes with the action."),
+    "mri": (_LOADED, "Brains in 3D: diagnosis goes with site and age."),
 }
 
 
-def _add_command(name: str, options: Sequence[str], *text: str) -> None:
+def _add_command(name: str, options: Sequence[str], text: str) -> None:
     """Add ``mdnorm-experiments NAME``: `_run_setting` with the options of this setting."""
-
-    def command(**given: Any) -> None:
-        _run_setting(name, **given)
-
+    command: Any = partial(_run_setting, name)
     signature = inspect.signature(_run_setting, eval_str=True)
     kept = [p for key, p in signature.parameters.items() if key not in {"name", *_OF_SOME} or key in options]
-    as_function: Any = command
-    as_function.__signature__ = signature.replace(parameters=kept)
-    as_function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
-    command.__doc__ = "\n\n".join([*text, _GO_ON])
-    app.command(name)(command)
+    command.__signature__ = signature.replace(parameters=kept)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
+    app.command(name, help=f"{text}\n\n{_GO_ON}")(command)
 
 
-for _name, (_options, *_text) in _COMMANDS.items():
-    _add_command(_name, _options, *_text)
+for _name, _options_and_text in _COMMANDS.items():
+    _add_command(_name, *_options_and_text)
 
 
 def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None) -> tuple[list[Row], Path]:
@@ -350,22 +308,17 @@ def _print_table(report_table: ReportTable) -> None:
     words = [[*heading.split(), *cells] for heading, *cells in zip(headings, *lines, strict=True)]
     widths = [max(map(cell_len, column)) for column in words]
     widths[0] = min(widths[0], console.width // 3)
-    parts: list[list[int]] = [[]]
+    parts = [keys := [*range(num_keys)]]
     for index in range(num_keys, len(headings)):
-        shown = [*range(num_keys), *parts[-1], index]
-        if parts[-1] and sum(widths[i] + _GAP for i in shown) > console.width:
-            parts.append([])
-        parts[-1].append(index)
+        if len(parts[-1]) > num_keys and sum(widths[i] + _GAP for i in (*parts[-1], index)) > console.width:
+            parts.append(keys)
+        parts[-1] = [*parts[-1], index]
     for part in parts:
-        shown = [*range(num_keys), *part]
         table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-        for index in shown:
+        for index in part:
             table.add_column(headings[index], justify="right" if index else "left", width=widths[index])
-        previous = None
-        for line in lines:
-            if section is not None and previous not in (None, line[section]):
-                table.add_section()
-            previous = None if section is None else line[section]
-            table.add_row(*(escape(line[index]) for index in shown))
+        for line, after in zip_longest(lines, lines[1:]):
+            ends = section is not None and after is not None and after[section] != line[section]
+            table.add_row(*(escape(line[index]) for index in part), end_section=ends)
         console.print(table)
     console.print(report_table.limits, highlight=False, markup=False)
