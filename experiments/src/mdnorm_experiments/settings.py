@@ -249,12 +249,11 @@ def plan(
             raise ValueError(f"{name} must be at least {least}, got {value}.")
     if learning_rate is not None and not 0 < learning_rate < math.inf:
         raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
-    left_out = impossible_cells(methods, batch_sizes)
     runs = []
     for batch_size in dict.fromkeys(batch_sizes):
         tuned_epochs, tuned_rate = setting.schedule(batch_size)
         for method in dict.fromkeys(methods):
-            if (method, batch_size) in left_out:
+            if batch_size < METHODS[method].least_batch_size:
                 continue
             for seed in range(seeds or setting.seeds or METHODS[method].seeds):
                 run = Run(

@@ -90,8 +90,7 @@ class LoadedData:
 
     def divide(self, seed: int) -> ConfoundedData:
         """Return training, test and confound-free data; see `split`."""
-        parts = split(self.samples, seed=seed)
-        return ConfoundedData(*parts, self.classes, self.groups, self.confounders)
+        return ConfoundedData(*split(self.samples, seed=seed), self.classes, self.groups, self.confounders)
 
 
 def drawn_data(
@@ -140,33 +139,29 @@ def split(samples: Samples, *, seed: int, test_share: float = 0.3) -> tuple[Samp
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be between 0 and 1, got {test_share}.")
     generator = torch.Generator().manual_seed(seed)
-    classes, groups = samples.labels.unique(), samples.groups.unique()
+    num_classes = len(samples.labels.unique())
     train, test, balanced = [], [], []
-    for group in groups:
+    for group in samples.groups.unique():
         held_out = []
-        for label in classes:
+        for label in samples.labels.unique():
             rows = torch.nonzero((samples.groups == group) & (samples.labels == label))[:, 0]
             rows = rows[torch.randperm(len(rows), generator=generator)]
             count = round(test_share * len(rows))
             held_out.append(rows[:count])
             train.append(rows[count:])
         test += held_out
-        fewest = min(map(len, held_out))
-        if fewest:
+        if fewest := min(map(len, held_out)):
             balanced.append(torch.cat([rows[:fewest] for rows in held_out]))
     if len(balanced) < 2:
         raise ValueError(
             "no confound-free test data: fewer than two groups have every class among the test data; join "
             "groups or classes, or give more samples."
         )
-    of_each_class = sum(map(len, balanced)) // len(classes)
+    of_each_class = sum(map(len, balanced)) // num_classes
     if of_each_class < MIN_SAMPLES:
         raise ValueError(
             f"the confound-free test data have {of_each_class} sample(s) of each class, too few to measure "
             f"dcor² within the classes ({MIN_SAMPLES}): give more samples in which class and group differ."
         )
-    return (
-        select(samples, torch.cat(train)),
-        select(samples, torch.cat(test)),
-        select(samples, torch.cat(balanced)),
-    )
+    train_part, test_part, free = (select(samples, torch.cat(rows)) for rows in (train, test, balanced))
+    return train_part, test_part, free

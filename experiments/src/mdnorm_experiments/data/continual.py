@@ -8,7 +8,7 @@ each, and their confounders apart. The effects overlap on (1 + 2s)/2 of their ra
 
 from __future__ import annotations
 
-from mdnorm_experiments.data.synthetic import Ranges, SyntheticData, make_synthetic
+from mdnorm_experiments.data.synthetic import SyntheticData, make_synthetic
 
 SHIFTS = (0.0, 0.125, 0.25, 0.375, 0.5)
 """s of each stage."""
@@ -24,25 +24,18 @@ BOTH_LIMITS = tuple(1 - (1 - 4 * shift**2) / 8 for shift in SHIFTS)
 """Best accuracy from both, by stage."""
 
 
-def ranges(shift: float) -> tuple[Ranges, Ranges]:
-    """Return the ranges of the true effect and of the confounder at a shift s, each by group."""
-    effect = ((3 + shift, 5 + shift), (4 - shift, 6 - shift))
-    confounder = ((3 - shift, 5 - shift), (4 + shift, 6 + shift))
-    return effect, confounder
-
-
 def make_stage(
     stage: int, group_size: int = 1000, *, seed: int = 0, noise: float = 0.01, stratified: bool = False
 ) -> SyntheticData:
     """Generate the data of stage 0 … 4; for the arguments see `make_synthetic`, whose errors it raises."""
     if not 0 <= stage < NUM_STAGES:
         raise ValueError(f"stage must be 0 … {NUM_STAGES - 1}, got {stage}.")
-    effect, confounder = ranges(SHIFTS[stage])
+    shift = SHIFTS[stage]
     return make_synthetic(
         group_size,
         seed=seed,
         noise=noise,
-        effect_ranges=effect,
-        confounder_ranges=confounder,
+        effect_ranges=((3 + shift, 5 + shift), (4 - shift, 6 - shift)),
+        confounder_ranges=((3 - shift, 5 - shift), (4 + shift, 6 + shift)),
         stratified=stratified,
     )
