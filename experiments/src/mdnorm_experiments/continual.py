@@ -13,7 +13,6 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mdnorm.design import polynomial
 from mdnorm_experiments import figures
@@ -247,13 +246,12 @@ def transfer(
 
 def limits_text() -> str:
     """Return the sentence on the analytic limits."""
-
-    def percent(limits: Sequence[float]) -> str:
-        return ", ".join(f"{100 * limit:.4g}" for limit in limits)
-
+    effect, both = (
+        ", ".join(f"{100 * limit:.4g}" for limit in limits) for limits in (EFFECT_LIMITS, BOTH_LIMITS)
+    )
     return (
-        f"Analytic limits by stage: {percent(EFFECT_LIMITS)} % from the true effect alone, "
-        f"{percent(BOTH_LIMITS)} % with the confounder; dcor² 0 without it."
+        f"Analytic limits by stage: {effect} % from the true effect alone, {both} % with the confounder; "
+        "dcor² 0 without it."
     )
 
 
@@ -287,14 +285,10 @@ def _lines(rows: Sequence[Row], names: Sequence[str] | None = None) -> dict[str,
 
 
 def _one_image_a_stage() -> SyntheticData:
-    """Each stage's first image of each group, group A first."""
+    """Each stage's first image of each group."""
     stages = [make_stage(stage, 1, seed=stage) for stage in range(NUM_STAGES)]
-
-    def joined(name: str) -> Tensor:
-        pairs = torch.stack([getattr(data, name) for data in stages], 1)
-        return pairs.flatten(0, 1)
-
-    return SyntheticData(*map(joined, ("images", "labels", "effect", "confounder")))
+    names = ("images", "labels", "effect", "confounder")
+    return SyntheticData(*(torch.cat([getattr(data, name) for data in stages]) for name in names))
 
 
 _IN_MATRICES = ("none", "mdn-last-dataset", "mdn-last-running", "mdn-last-recursive")
@@ -305,10 +299,14 @@ def _matrices(rows: Sequence[Row]) -> Mapping[str, list[list[list[float]]]]:
     """Accuracy matrices of each seed by title: of a few methods, and of recalibrated networks if they fit."""
     names = {row["method"] for row in rows}
     lines = _lines(rows, [name for name in names if name in _IN_MATRICES] or list(names))
-    plain = [title for title in lines if not title.endswith(", recalibrated")][:_MOST_MATRICES]
     others = [title for title in lines if title.endswith(", recalibrated")]
-    kept = {*plain, *others[max(len(others) + len(plain) - _MOST_MATRICES, 0) :]}
-    return {title: [row["bacc_matrix"] for row in lines[title]] for title in lines if title in kept}
+    plain = [title for title in lines if title not in others]
+    left_out = [*others, *reversed(plain)][: max(len(lines) - _MOST_MATRICES, 0)]
+    return {
+        title: [row["bacc_matrix"] for row in members]
+        for title, members in lines.items()
+        if title not in left_out
+    }
 
 
 SETTING = ContinualSetting(

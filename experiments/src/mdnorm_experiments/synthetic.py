@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from mdnorm.design import polynomial
-from mdnorm.files import atomic_path
+from mdnorm.files import write_text_atomically
 from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments import figures
 from mdnorm_experiments.data.confounded import ConfoundedData, Samples
@@ -68,28 +67,28 @@ _INTRODUCTION = (
     "Each image shows blobs whose brightness is the true effect (on the diagonal) and one whose brightness "
     "is a confounder (lower left). Both differ between the groups A and B and overlap on a third of their "
     "range.",
+    "dcor², the squared distance correlation between the network's features and the confounder within a "
+    "group, shows how much of the confounder the features still hold.",
+)
+_HONEST = (
     "A classifier that uses the true effect alone is right in 83.3 % of all cases; with the confounder it "
-    "reaches 94.4 %. Accuracy above 83.3 % is therefore not better but confounded. dcor², the squared "
-    "distance correlation between the network's features and the confounder within a group, shows how much "
-    "of the confounder the features still hold.",
+    "reaches 94.4 %. Accuracy above 83.3 % is therefore not better but confounded."
 )
 _VARIANT_TEXTS = {
-    "plain": _INTRODUCTION,
+    "plain": (_HONEST,),
     "sites": (
-        *_INTRODUCTION,
+        _HONEST,
         "In this variant the confounder is the sum of the offsets of 16 sites, a curve of age and an effect "
         "of sex; with columns that explain nothing the layer gets 50 metadata columns.",
     ),
     "quadratic": (
-        *_INTRODUCTION,
+        _HONEST,
         "In this variant the confounder's brightness is a quadratic function of the metadata column, and "
         "dcor² is measured against that column.",
     ),
     "variance": (
-        "Each image shows blobs whose brightness is the true effect plus noise, and one metadata column, "
-        "different in the groups A and B, says how much noise, as a scanner might.",
-        "dcor², the squared distance correlation between the network's features and the metadata column "
-        "within a group, shows how much of it the features still hold. There is no simple limit of accuracy.",
+        "In this variant the confounder is not shown: it is a metadata column that says how much noise there "
+        "is on the true effect, as a scanner might. There is no simple limit of accuracy.",
     ),
 }
 
@@ -283,12 +282,10 @@ class SyntheticSetting(Setting):
             columns[f"prediction_{name}"] = [GROUPS[score > 0.5] for score in scores]
             columns[f"score_{name}"] = scores
         if columns:
-            path = out / "metadata.csv"
-            with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(columns)
-                writer.writerows(zip(*columns.values(), strict=True))
-        return list(_VARIANT_TEXTS[runs[0].variant])
+            lines = [columns, *zip(*columns.values(), strict=True)]
+            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+            write_text_atomically(out / "metadata.csv", text)
+        return [*self.introduction, *_VARIANT_TEXTS[runs[0].variant]]
 
 
 def _has_limits(rows: Sequence[Row]) -> bool:

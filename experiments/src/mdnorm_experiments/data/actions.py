@@ -6,7 +6,6 @@ as it stands, wrong ones included; scene scores are mostly, not always, on it. S
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-from mdnorm.files import atomic_path
+from mdnorm.files import atomic_path, write_text_atomically
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -206,10 +205,9 @@ def encode(frames: Pixels, path: Path, *, rate: int = 8) -> Path:
 
 def write_hmdb51(folder: Path, train: Clips | None, test: Clips) -> Path:
     """Write clips and scene scores in HMDB51's layout, as `load_hmdb51` reads them; return the folder."""
-    scores, lines = [], {action: list[str]() for action in ACTIONS}
-    for part, use, clips in (("train", 1, train), ("test", 2, test)):
-        if clips is None:
-            continue
+    scores, lines = [",".join(("clip", *SCENES))], {action: list[str]() for action in ACTIONS}
+    parts = [("test", 2, test)] if train is None else [("train", 1, train), ("test", 2, test)]
+    for part, use, clips in parts:
         for row in range(len(clips)):
             action = ACTIONS[int(clips.labels[row])]
             name = f"{action}_{part}_{row:05d}.mp4"
@@ -217,17 +215,10 @@ def write_hmdb51(folder: Path, train: Clips | None, test: Clips) -> Path:
             target.parent.mkdir(parents=True, exist_ok=True)
             encode(clips.frames[row], target)
             lines[action].append(f"{name} {use} ")
-            scores.append((name, *(f"{score:.6f}" for score in clips.scores[row])))
+            scores.append(",".join((name, *(f"{score:.6f}" for score in clips.scores[row]))))
     splits = folder / "testTrainMulti_7030_splits"
     splits.mkdir(parents=True, exist_ok=True)
     for action, found in lines.items():
-        with atomic_path(splits / f"{action}_test_split1.txt") as temporary:
-            temporary.write_text("\n".join(found) + "\n", encoding="utf-8")
-    with (
-        atomic_path(folder / "scene_scores.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(("clip", *SCENES))
-        writer.writerows(scores)
+        write_text_atomically(splits / f"{action}_test_split1.txt", "\n".join([*found, ""]))
+    write_text_atomically(folder / "scene_scores.csv", "\n".join([*scores, ""]))
     return folder

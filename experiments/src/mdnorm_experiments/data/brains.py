@@ -114,14 +114,8 @@ def _template() -> tuple[Tensor, Tensor]:
 
     maps = []
     for load in (datasets.load_mni152_gm_template, datasets.load_mni152_wm_template):
-        image = resample_img(
-            load(resolution=3),
-            _affine(),
-            SHAPE,
-            interpolation="linear",
-            force_resample=True,
-            copy_header=True,
-        )
+        image = load(resolution=3)
+        image = resample_img(image, _affine(), SHAPE, "linear", force_resample=True, copy_header=True)
         maps.append(torch.from_numpy(np.asarray(image.get_fdata(), np.float32)))
     axes = [torch.arange(n) * SPACING + low for n, low in zip(SHAPE, _ORIGIN, strict=True)]
     return torch.stack(maps).clamp(0, 1), torch.stack(torch.meshgrid(*axes, indexing="ij"))
@@ -218,13 +212,8 @@ def write_bids(folder: Path, brains: Brains) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         partial = Path(scratch) / folder.name
         partial.mkdir()
-        description = {
-            "Name": "Brains drawn from the MNI152 template",
-            "BIDSVersion": "1.9.0",
-            "DatasetType": "raw",
-        }
-        path = partial / "dataset_description.json"
-        path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        description = {"Name": "Brains drawn from the MNI152 template", "BIDSVersion": "1.9.0"}
+        (partial / "dataset_description.json").write_text(json.dumps(description), encoding="utf-8")
         lines = ["participant_id\tage\tsex\tsite\tdiagnosis"]
         for row in range(len(brains)):
             subject = f"sub-{row + 1:04d}"

@@ -8,7 +8,6 @@ background say nothing about the label beyond the correlation that is asked for.
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.extras import requires
-from mdnorm.files import atomic_path
+from mdnorm.files import write_text_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,6 +114,9 @@ def _draw(geometry: NDArray[Any], shade: float, generator: np.random.Generator, 
             ((cx - rx) * unit, (cy - ry) * unit, (cx + rx) * unit, (cy + ry) * unit), _colour(colour)
         )
 
+    def polygon(points: list[tuple[float, float]], colour: NDArray[Any]) -> None:
+        draw.polygon([value * unit for point in points for value in point], _colour(colour))
+
     # Hair behind the head: the longer, the further down it comes. Long hair is the first class's.
     length = 6.0 - 4.0 * hair_length
     ellipse(x, y - 6, width + 5, height, hair)
@@ -127,22 +129,8 @@ def _draw(geometry: NDArray[Any], shade: float, generator: np.random.Generator, 
     # Jaw: a trapezoid with round corners whose lower width is the measure.
     lower = 15.0 + 2.6 * jaw
     chin = y + height - 2
-    draw.polygon(
-        [
-            (px * unit, py * unit)
-            for px, py in (
-                (x - width, y),
-                (x + width, y),
-                (x + width - 2, y + 12),
-                (x + lower, chin - 4),
-                (x + lower * 0.6, chin),
-                (x - lower * 0.6, chin),
-                (x - lower, chin - 4),
-                (x - width + 2, y + 12),
-            )
-        ],
-        _colour(skin),
-    )
+    right = [(width, y), (width - 2, y + 12), (lower, chin - 4), (lower * 0.6, chin)]
+    polygon([(x + dx, py) for dx, py in right] + [(x - dx, py) for dx, py in reversed(right)], skin)
     ellipse(x, y - height + 4, width * 0.95, 9, hair)
     thickness = max(2.2 + 0.7 * brow_thickness, 0.4)
     # Both ends rounded for themselves would change the thickness by two pixels at a time.
@@ -153,10 +141,7 @@ def _draw(geometry: NDArray[Any], shade: float, generator: np.random.Generator, 
         draw.rectangle(((cx - 6.5) * unit, top, (cx + 6.5) * unit, max(bottom, top)), _colour(hair * 0.6))
         ellipse(cx, y - 3, 4.6, 2.6, np.array([240.0, 240.0, 240.0]))
         ellipse(cx + generator.normal(0, 0.5), y - 3, 2.1, 2.3, np.array([40.0, 30.0, 25.0]))
-    draw.polygon(
-        [(x * unit, (y - 2) * unit), ((x + 4) * unit, (y + 9) * unit), ((x - 4) * unit, (y + 9) * unit)],
-        _colour(skin * 0.82),
-    )
+    polygon([(x, y - 2), (x + 4, y + 9), (x - 4, y + 9)], skin * 0.82)
     half = max(8.5 - 1.4 * mouth, 2.0)
     ellipse(x, y + 17, half, max(2.8 - 0.5 * mouth, 0.8), skin * 0.5 + np.array([90.0, 25.0, 30.0]) * 0.6)
     picture = canvas.rotate(
@@ -182,18 +167,13 @@ def write_image_folder(folder: Path, faces: Faces) -> Path:
     with requires("image", "mdnorm-experiments"):
         from PIL import Image
 
-    images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    rows = []
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = ["filename,gender,shade"]
     for row in range(len(faces)):
         name = f"face-{row:05d}.png"
-        with atomic_path(images / name) as temporary:
-            Image.fromarray(faces.images[row].permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+        Image.fromarray(faces.images[row].permute(1, 2, 0).numpy()).save(folder / "images" / name)
         shade = SHADES[min(max(round(float(faces.shade[row])), 1), 6) - 1]
-        rows.append((name, CLASSES[int(faces.labels[row])], shade))
+        lines.append(f"{name},{CLASSES[int(faces.labels[row])]},{shade}")
     table = folder / "labels.csv"
-    with atomic_path(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("filename", "gender", "shade"))
-        writer.writerows(rows)
+    write_text_atomically(table, "\n".join([*lines, ""]))
     return table
