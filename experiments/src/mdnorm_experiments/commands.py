@@ -114,7 +114,7 @@ def _run_setting(
 ) -> None:
     from mdnorm_experiments.data.problems import DataProblemsError
     from mdnorm_experiments.methods import METHODS
-    from mdnorm_experiments.settings import get_setting, impossible_cells, plan
+    from mdnorm_experiments.settings import get_setting, plan
 
     out = out or Path("results", name if variant == "plain" else f"{name}-{variant}")
     try:
@@ -144,10 +144,9 @@ def _run_setting(
             _look_at_data(runs[0])
     except (ValueError, DataProblemsError, MissingExtraError, OSError) as error:
         fail(str(error), BAD_INPUT)
-    for method, impossible in impossible_cells(chosen, sizes or setting.batch_sizes):
-        errors.print(
-            f"left out: {METHODS[method].title} cannot train with batch size {impossible}.", highlight=False
-        )
+    for method in (METHODS[name] for name in dict.fromkeys(chosen)):
+        for small in (each for each in sizes or setting.batch_sizes if each < method.least_batch_size):
+            errors.print(f"left out: {method.title} cannot train with batch size {small}.", highlight=False)
     rows, report = _run_all(setting, runs, out, jobs)
     if json_output:
         typer.echo(json.dumps(rows, indent=2))

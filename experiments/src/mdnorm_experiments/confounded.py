@@ -73,14 +73,11 @@ class ConfoundedSetting(Setting):
         "data": "data",
         "on_problem": "on_problem",
     }
+    methods: ClassVar = METHOD_NAMES
+    all_methods: ClassVar = METHOD_NAMES
     least_size: ClassVar = 40
     least_batch_size: ClassVar = 2  # BatchNorm has no variance of one sample
     seeds: ClassVar = 5
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Those of `METHOD_NAMES`."""
-        return METHOD_NAMES
 
     def row(self, run: Run) -> Row:
         """Return what tells a run apart from others, as JSON values."""

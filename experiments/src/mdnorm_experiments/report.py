@@ -7,18 +7,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.figure import Figure
 
 import mdnorm
 from mdnorm.files import write_text_atomically
 from mdnorm.plotting import save_figure
 from mdnorm_experiments.methods import METHODS, titles
 from mdnorm_experiments.results import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def listed(values: Iterable[object]) -> str:

@@ -103,6 +103,10 @@ class Setting(ABC):
 
     row_names: ClassVar[Mapping[str, str]]
     """Attributes of `Run` that matter here, beside those of all settings → their names in rows."""
+    methods: ClassVar[tuple[str, ...]]
+    """Every method that the setting has, keys of `METHODS`."""
+    all_methods: ClassVar[tuple[str, ...]]
+    """What ``--methods all`` stands for."""
     variants: ClassVar[tuple[str, ...]] = ("plain",)
     least_size: ClassVar[int] = 4
     least_batch_size: ClassVar[int] = 1
@@ -112,16 +116,6 @@ class Setting(ABC):
     keeps_features: ClassVar[bool] = True
     keeps_recalibrated: ClassVar[bool] = True
     """Whether the kept features are those of the recalibrated network, where there is one."""
-
-    @property
-    @abstractmethod
-    def methods(self) -> tuple[str, ...]:
-        """Every method that the setting has, keys of `METHODS`."""
-
-    @property
-    def all_methods(self) -> tuple[str, ...]:
-        """What ``--methods all`` stands for."""
-        return self.methods
 
     def schedule(self, batch_size: int) -> tuple[int, float]:
         """Return (epochs, learning rate) for a batch size."""
@@ -190,16 +184,6 @@ def get_setting(name: str) -> Setting:
     return setting
 
 
-def impossible_cells(methods: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str, int]]:
-    """Return the (method, batch size) that cannot be trained: BatchNorm with one sample has no variance."""
-    return [
-        (method, size)
-        for method in dict.fromkeys(methods)
-        for size in dict.fromkeys(batch_sizes)
-        if size < METHODS[method].least_batch_size
-    ]
-
-
 def plan(
     setting: Setting,
     methods: Sequence[str] | None = None,
@@ -219,9 +203,10 @@ def plan(
 ) -> list[Run]:
     """Return the runs of a setting's table, seed by seed: an interrupted one is as complete as can be.
 
-    None takes the setting's own values; those of `impossible_cells` are left out. `features_dir` is a folder
-    for the held-out features of the first seed of each cell. ValueError: an unknown method, variant or
-    `on_problem`, a number out of range, the oracle on real data, or nothing left to run.
+    None takes the setting's own values; batches smaller than a method can train on are left out.
+    `features_dir` is a folder for the held-out features of the first seed of each cell. ValueError: an
+    unknown method, variant or `on_problem`, a number out of range, the oracle on real data, or nothing left
+    to run.
     """
     methods = methods if methods is not None else setting.default_methods or setting.all_methods
     batch_sizes = batch_sizes if batch_sizes is not None else setting.batch_sizes or [setting.batch_size]

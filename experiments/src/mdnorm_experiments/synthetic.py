@@ -136,18 +136,10 @@ class SyntheticSetting(Setting):
         "test_size": "test_group_size",
         "variant": "variant",
     }
+    methods: ClassVar = tuple(name for name, each in METHODS.items() if not each.of_confounded_only)
+    all_methods: ClassVar = tuple(name for name, each in METHODS.items() if each.in_table)
     variants: ClassVar[tuple[str, ...]] = VARIANTS
     keeps_recalibrated: ClassVar = False
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """All that need no other data."""
-        return tuple(name for name, method in METHODS.items() if not method.of_confounded_only)
-
-    @property
-    def all_methods(self) -> tuple[str, ...]:
-        """Those of the table; the others serve a variant."""
-        return tuple(name for name in self.methods if METHODS[name].in_table)
 
     def schedule(self, batch_size: int) -> tuple[int, float]:
         """Return (epochs, learning rate) for a batch size: those of the nearest tuned one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -134,17 +135,16 @@ def load_videos(
     The groups are the most frequent scenes by score, and "other".
     """
     found = load_hmdb51(folder, columns=columns, on_problem=on_problem)
-    rows = torch.arange(len(found.labels))
     rank = min(NUM_COMPONENTS, len(found.scenes) - 1)
     components = scene_components(found.scores[~found.is_test], rank)
-    samples = _samples(found, components, rows)
+    samples = _samples(found, components, torch.arange(len(found.labels)))
     counts = torch.bincount(samples.groups, minlength=len(found.scenes))
-    frequent = counts.argsort(descending=True)[:num_scenes]
+    frequent = counts.argsort(descending=True)[:num_scenes].tolist()
     groups = torch.full_like(samples.groups, len(frequent))
-    for number, scene in enumerate(frequent.tolist()):
+    for number, scene in enumerate(frequent):
         groups[samples.groups == scene] = number
-    names = (*(found.scenes[scene] for scene in frequent.tolist()), "other")
-    kept = Samples(samples.inputs, samples.labels, samples.metadata, components(found.scores), groups)
+    names = (*(found.scenes[scene] for scene in frequent), "other")
+    kept = replace(samples, confounders=components(found.scores), groups=groups)
     return LoadedData(kept, found.classes, names, {"scene": tuple(range(rank))}, found.problems.text())
 
 

@@ -73,41 +73,36 @@ def load_image_folder(
     for name, paths in available.items():
         if len(paths) > 1:
             problems.add("duplicate image", name, f"in {', '.join(str(p.parent) for p in paths)}")
-    found: list[tuple[str, str, int, np.ndarray[Any, Any]]] = []
+    found = []
     seen: set[str] = set()
     for where, row in rows:
         name = Path(row["file"]).name
+        label, shade, paths = row["label"].lower(), _fitzpatrick(row["shade"]), available.get(name, [])
         if not name:
             problems.add("no file name", where, "the cell is empty")
-            continue
-        if name in seen:
+        elif name in seen:
             problems.add("duplicate row", name, where)
-            continue
-        seen.add(name)
-        if name not in available:
+        elif not paths:
             problems.add("no image", name, f"named in {where}, not below {folder}")
-            continue
-        if len(available[name]) > 1:
-            continue
-        label, shade = row["label"].lower(), _fitzpatrick(row["shade"])
-        if is_missing(label) or shade is None:
+        elif len(paths) == 1 and (is_missing(label) or shade is None):
             kind = "bad shade" if shade is None else "bad label"
             problems.add(kind, name, f"{row['label']!r}, {row['shade']!r} in {where}")
-            continue
-        pixels = _read(available[name][0], image_size, problems)
-        if pixels is not None:
-            found.append((name, _LABELS.get(label, label), shade, pixels))
+        elif len(paths) == 1 and (pixels := _read(paths[0], image_size, problems)) is not None:
+            found.append((pixels, _LABELS.get(label, label), float(shade or 0), name))
+        seen.add(name)
     for name in available.keys() - seen:
         problems.add("no row", name, f"not in {table.name}")
     problems.found.sort()
     problems.settle(on_problem)
-    needed = f"{table} must have two labels or more with images"
-    classes = problems.classes((label for _, label, *_ in found), needed)
+    classes = problems.classes(
+        (label for _, label, *_ in found), f"{table} must have two labels or more with images"
+    )
+    images, labels, shades, files = zip(*found, strict=True)
     return ImageFolder(
-        torch.from_numpy(np.stack([pixels for *_, pixels in found])),
-        torch.tensor([classes.index(label) for _, label, _, _ in found]),
-        torch.tensor([float(shade) for _, _, shade, _ in found]),
-        tuple(name for name, *_ in found),
+        torch.from_numpy(np.stack(images)),
+        torch.tensor([classes.index(label) for label in labels]),
+        torch.tensor(shades),
+        files,
         classes,
         problems,
     )
