@@ -67,7 +67,11 @@ class Adversary:
             loss.backward()
             self._optimizer.step()
         self._scheduler.step()
-        # What the predictor's own parameters get of this gradient is cleared at its next step.
+        for parameter in self.predictor.parameters():
+            parameter.requires_grad_(False)
         predicted = self.predictor(torch.cat([remembered, current]))[:, 0]
         # Only the batch carries the gradient: its share in the correlation must not weaken the term.
-        return self.strength * squared_correlation(predicted, known) * (len(known) / len(current))
+        term = self.strength * squared_correlation(predicted, known) * (len(known) / len(current))
+        for parameter in self.predictor.parameters():
+            parameter.requires_grad_(True)
+        return term

@@ -23,15 +23,13 @@ from mdnorm_experiments.settings import Run
 LEGEND = (
     "Mean ± standard deviation over seeds. “Confound-free”: balanced accuracy on held-out data in which the "
     "metadata say nothing about the label, the honest measure. “Confounded”: on held-out data like those of "
-    "the training. “Shuffled”: confound-free, with the metadata of other samples for the networks that take "
-    "metadata; the same where they are used for nothing but to be removed. dcor², bias-corrected, is that "
-    "with the metadata within the classes, averaged over classes and variables; 0 is right. That of the "
+    "the training. “Shuffled”: confound-free, with the metadata of other samples. dcor², bias-corrected, is "
+    "that with the metadata within the classes, averaged over classes and variables; 0 is right. That of the "
     "logits says what the outputs give away, that of the features what they hold, on new (confound-free) and "
-    "on training samples; the probe is linear, its score in the classes of the confound-free data is 0 at "
-    "chance and 1 at best. Networks with Metadata Normalization are recalibrated: they have exact "
-    "coefficients from the training data. "
-    "“Gain”: points on confound-free data above “No normalisation”, seed by seed. “Recovered”: the gain as a "
-    "share of the oracle's mean gain, of the same network trained on unconfounded data."
+    "on training samples; the score of the linear probe is 0 at chance and 1 at best. Networks with Metadata "
+    "Normalization are recalibrated: they have exact coefficients from the training data. “Gain”: points on "
+    "confound-free data above “No normalisation”, seed by seed. “Recovered”: the gain as a share of the mean "
+    "gain of the oracle, the same network trained on unconfounded data."
 )
 _RECALIBRATED = " Networks with Metadata Normalization are recalibrated."
 _COMPARED = ("none", "batchnorm", "groupnorm", "brnet")

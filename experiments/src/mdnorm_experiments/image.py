@@ -84,13 +84,11 @@ SETTING = ConfoundedSetting(
     name="image",
     title="Metadata Normalization on faces",
     introduction=(
-        "Drawn faces. Five measures of their geometry (jaw, brows, mouth, hair) tell the label, with "
-        "overlap. The skin's shade, from the Monk scale, tells nothing of it, but goes with it in the "
-        "training data: eight of ten “male” faces are from the darker half of the scale, eight of ten "
-        "“female” ones from the lighter half.",
+        "Drawn faces. Five measures of their geometry tell the label, with overlap. The skin's shade tells "
+        "nothing of it, but goes with it in the training data: eight of ten “male” faces are from the darker "
+        "half of the scale, eight of ten “female” ones from the lighter half.",
         f"The best rule that looks at the geometry is right in {100 * faces.LIMIT:.1f} % of all faces whose "
-        "shade says nothing. A network that judges by the shade is better on data like those of its training "
-        "and worse there.",
+        "shade says nothing. A network that judges by the shade is worse there.",
     ),
     make_data=make_face_data,
     backbone=image_backbone,

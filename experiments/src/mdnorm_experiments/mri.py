@@ -111,14 +111,12 @@ SETTING = ConfoundedSetting(
     title="Metadata Normalization on brain MRI of several sites",
     introduction=(
         "Drawn T1 volumes, 6 mm a voxel, made of the MNI152 template's tissues. The diagnosis thins the "
-        "hippocampus, whose volume overlaps between patients and controls. Age widens the ventricles and "
-        "thins the cortex, sex changes the size of the head, and every site has its own contrast, bias field "
-        "and noise; none of these tells anything of the diagnosis. But in the training data nine of ten "
-        "patients come from an old cohort (74 ± 6 years, mostly at two of the four sites) and nine of ten "
-        "controls from a young one (62 ± 6 years, mostly at the other two).",
+        "hippocampus, whose volume overlaps between patients and controls. Age, sex and site (its contrast, "
+        "bias field and noise) tell nothing of the diagnosis. But in the training data nine of ten patients "
+        "come from an old cohort, mostly at two of the four sites, and nine of ten controls from a young "
+        "one, mostly at the other two.",
         f"The best rule that looks at the hippocampus is right in {100 * brains.LIMIT:.1f} % of all brains "
-        "whose age and site say nothing. A network that judges by age and site is better on data like those "
-        "of its training and worse there.",
+        "whose age and site say nothing. A network that judges by age and site is worse there.",
     ),
     make_data=make_brain_data,
     backbone=brain_backbone,

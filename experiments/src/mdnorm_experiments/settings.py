@@ -75,10 +75,10 @@ class Setting(ABC):
     """Data, network and schedule of a setting.
 
     `title` and `introduction` stand on the page; for sizes and epochs see `Run`. "Every layer" corrects after
-    the `slots`, modules inside the backbone, with layers of a `granularity` (see `mdnorm.MetadataNorm`), and
-    builds on `base_norm`. Without other wishes the `default_methods` (all of them) and `batch_sizes` (the
-    one) are trained; the quick form has its own methods, seeds, size and epochs. `tuned` are options of
-    methods, by field of `Method`, that differ here (``benchmarks/settings_tuning.py``).
+    the `slots`, modules inside the backbone, and builds on `base_norm`. Without other wishes the
+    `default_methods` (all of them) and `batch_sizes` (the one) are trained; the quick form has its own
+    methods, seeds, size and epochs. `tuned` are options of methods, by field of `Method`, that differ here
+    (``benchmarks/settings_tuning.py``).
     """
 
     name: str
@@ -92,7 +92,6 @@ class Setting(ABC):
     base_norm: str = "none"
     test_size: int = 0
     warmup_epochs: int = 0
-    granularity: str = "element"
     quick_methods: tuple[str, ...] | None = None
     quick_seeds: int = 1
     quick_size: int | None = None
@@ -162,9 +161,7 @@ class Setting(ABC):
         return list(self.introduction)
 
     def train(self, run: Run, epoch_done: Callable[[], None]) -> Row:
-        """Train one network; return its measures, those of the recalibrated network, and what `fit`
-        returns.
-        """
+        """Train a network; return its measures, those of it recalibrated, and what `fit` returns."""
         method, data = self.method(run.method), data_of(run)
         network, samples, trained = train_network(run, method, data, epoch_done)
         if not has_metadata_norm(network):
@@ -291,8 +288,7 @@ def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> 
         "example": data.train.inputs[:2],
     } | (method.options or {})
     if method.layers == "every":
-        slots = [f"backbone.{slot}" for slot in setting.slots]
-        insert(network, after=slots, granularity=setting.granularity, **options)
+        insert(network, after=[f"backbone.{slot}" for slot in setting.slots], **options)
     insert(network, after="hidden", **options)
     prepare(network, data.train)
     return network

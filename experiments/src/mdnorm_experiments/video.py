@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,8 +17,8 @@ from torch.nn.functional import one_hot
 
 from mdnorm.extras import requires
 from mdnorm_experiments.confounded import ConfoundedSetting
-from mdnorm_experiments.data.actions import LABEL_NOISE, SCENES, Clips, make_clips, write_hmdb51
-from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
+from mdnorm_experiments.data.actions import ACTIONS, LABEL_NOISE, SCENES, make_clips, write_hmdb51
+from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, drawn_data, part_seed
 from mdnorm_experiments.data.hmdb51 import VideoFolder, load_hmdb51
 from mdnorm_experiments.figures import WIDTH, picture_grid
 from mdnorm_experiments.networks import check_norm
@@ -82,13 +82,12 @@ def scene_components(scores: Tensor, num_components: int) -> Callable[[Tensor], 
     return lambda scores: torch.from_numpy(fitted.transform(scores.double().numpy())).float()
 
 
-def _samples(found: VideoFolder, components: Callable[[Tensor], Tensor], rows: Tensor) -> Samples:
-    scores = found.scores[rows]
-    reduced = components(scores)
-    scene = scores.argmax(1)
+def _samples(found: VideoFolder, components: Callable[[Tensor], Tensor]) -> Samples:
+    reduced = components(found.scores)
+    scene = found.scores.argmax(1)
     return Samples(
-        found.clips[rows].float() / 255 - 0.5,
-        found.labels[rows],
+        found.clips.float() / 255 - 0.5,
+        found.labels,
         torch.cat([reduced, reduced.square() - 1], 1),
         one_hot(scene, len(found.scenes)).float(),
         scene,
@@ -101,29 +100,21 @@ def make_video_data(size: int, seed: int) -> ConfoundedData:
     They are encoded as mp4 files in HMDB51's layout, and read back by its loader.
     """
 
-    def draw(count: int, part: int, correlation: float) -> Clips:
-        return make_clips(count, seed=part_seed(seed, part), correlation=correlation)
-
-    def more(count: int, part: int, correlation: float) -> Samples:
-        # The layout has one set of test clips: others have a folder of their own, without training clips.
+    @cache
+    def read(count: int, part: int, correlation: float) -> VideoFolder:
+        clips = make_clips(count, seed=part_seed(seed, part), correlation=correlation)
         with TemporaryDirectory() as folder:
-            found = load_hmdb51(write_hmdb51(Path(folder), None, draw(count, part, correlation)))
-        return _samples(found, components, torch.arange(count))
+            return load_hmdb51(write_hmdb51(Path(folder), None, clips))
 
-    with TemporaryDirectory() as folder:
-        first = load_hmdb51(
-            write_hmdb51(Path(folder), draw(size, 0, _CORRELATION), draw(_HELD_OUT, 1, _CORRELATION))
-        )
-    components = scene_components(first.scores[~first.is_test], NUM_COMPONENTS)
-    return ConfoundedData(
-        _samples(first, components, torch.nonzero(~first.is_test)[:, 0]),
-        _samples(first, components, torch.nonzero(first.is_test)[:, 0]),
-        more(_HELD_OUT, 2, 0.0),
-        first.classes,
+    components = scene_components(read(size, 0, _CORRELATION).scores, NUM_COMPONENTS)
+    return drawn_data(
+        lambda *which: _samples(read(*which), components),
+        size,
+        _HELD_OUT,
+        _CORRELATION,
+        tuple(sorted(ACTIONS)),
         SCENES,
         {"scene": tuple(range(len(SCENES)))},
-        unconfounded=partial(more, size, 3, 0.0),
-        held_out=partial(more, size // 4, 4, _CORRELATION),
     )
 
 
@@ -137,7 +128,7 @@ def load_videos(
     found = load_hmdb51(folder, columns=columns, on_problem=on_problem)
     rank = min(NUM_COMPONENTS, len(found.scenes) - 1)
     components = scene_components(found.scores[~found.is_test], rank)
-    samples = _samples(found, components, torch.arange(len(found.labels)))
+    samples = _samples(found, components)
     counts = torch.bincount(samples.groups, minlength=len(found.scenes))
     frequent = counts.argsort(descending=True)[:num_scenes].tolist()
     groups = torch.full_like(samples.groups, len(frequent))
@@ -164,9 +155,8 @@ SETTING = ConfoundedSetting(
     title="Metadata Normalization on actions",
     introduction=(
         "Clips of a figure that jumps, squats or waves, in six scenes, encoded as mp4; a tenth of the labels "
-        "is wrong. In the training data the scene goes with the label as it stands: three of four clips "
-        "are in one of the two scenes of their label. The metadata are the principal components of scene "
-        "scores, as a scene classifier would give them.",
+        "is wrong. In the training data three of four clips are in one of the two scenes of their label. The "
+        "metadata are the principal components of scene scores, as a scene classifier would give them.",
         "Who reads the movement is right in 90 % of all cases, whatever the scene; who reads the scene, in "
         "73 % where it goes with the label and in a third where scenes were shuffled.",
     ),

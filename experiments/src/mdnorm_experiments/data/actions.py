@@ -43,9 +43,6 @@ class Clips:
     scenes: NDArray[np.int64]
     scores: NDArray[np.float32]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
 
 def make_clips(size: int, *, seed: int, correlation: float = 0.8, image_size: int = 32) -> Clips:
     """Draw `size` clips of 8 frames of `image_size` pixels a side, the same ones from the same seed.
@@ -208,7 +205,7 @@ def write_hmdb51(folder: Path, train: Clips | None, test: Clips) -> Path:
     scores, lines = [",".join(("clip", *SCENES))], {action: list[str]() for action in ACTIONS}
     parts = [("test", 2, test)] if train is None else [("train", 1, train), ("test", 2, test)]
     for part, use, clips in parts:
-        for row in range(len(clips)):
+        for row in range(len(clips.labels)):
             action = ACTIONS[int(clips.labels[row])]
             name = f"{action}_{part}_{row:05d}.mp4"
             target = folder / "hmdb51_org" / action / name

@@ -66,9 +66,6 @@ class Brains:
     site: Tensor
     hippocampus: Tensor
 
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
 
 def make_brains(size: int, *, seed: int, correlation: float = 0.8) -> Brains:
     """Draw `size` brains, half of each class; the same seed gives the same ones.
@@ -215,7 +212,7 @@ def write_bids(folder: Path, brains: Brains) -> None:
         description = {"Name": "Brains drawn from the MNI152 template", "BIDSVersion": "1.9.0"}
         (partial / "dataset_description.json").write_text(json.dumps(description), encoding="utf-8")
         lines = ["participant_id\tage\tsex\tsite\tdiagnosis"]
-        for row in range(len(brains)):
+        for row in range(len(brains.labels)):
             subject = f"sub-{row + 1:04d}"
             lines.append(
                 f"{subject}\t{float(brains.age[row]):.1f}\t{'FM'[int(brains.sex[row])]}\t"

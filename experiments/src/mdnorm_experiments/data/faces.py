@@ -54,9 +54,6 @@ class Faces:
     shade: Tensor
     geometry: Tensor
 
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
 
 def make_faces(size: int, *, seed: int, correlation: float = 0.8, image_size: int = 32) -> Faces:
     """Draw `size` faces of `image_size` pixels a side, half of each class, the same ones from the same seed.
@@ -169,7 +166,7 @@ def write_image_folder(folder: Path, faces: Faces) -> Path:
 
     (folder / "images").mkdir(parents=True, exist_ok=True)
     lines = ["filename,gender,shade"]
-    for row in range(len(faces)):
+    for row in range(len(faces.labels)):
         name = f"face-{row:05d}.png"
         Image.fromarray(faces.images[row].permute(1, 2, 0).numpy()).save(folder / "images" / name)
         shade = SHADES[min(max(round(float(faces.shade[row])), 1), 6) - 1]

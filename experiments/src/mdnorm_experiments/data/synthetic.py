@@ -46,9 +46,6 @@ class SyntheticData:
     age: Tensor = field(default_factory=lambda: torch.empty(0))
     nuisance: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
 
 def make_synthetic(
     group_size: int = 1000,
