@@ -50,6 +50,112 @@ _SHUFFLES = 3
 _MEASURES = 2
 
 
+def _by_class(values: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, dict[str, float]]:
+    """Return variable → class → dcor² of values (N, D) and the variable."""
+    return {
+        variable: {
+            name: float(
+                distance_correlation_sqr(values[inside], samples.confounders[inside][:, list(columns)])
+            )
+            for label, name in enumerate(data.classes)
+            if int((inside := samples.labels == label).sum()) >= MIN_SAMPLES
+        }
+        for variable, columns in data.confounders.items()
+    }
+
+
+def _whitened(features: Tensor, labels: Tensor) -> Tensor:
+    """Return features of which every direction within the classes has the same variance."""
+    centred = features.double()
+    for label in labels.unique():
+        centred[labels == label] -= centred[labels == label].mean(0)
+    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
+    whitened: Tensor = left[:, singular >= 1e-5 * singular[0]] * len(left) ** 0.5
+    return whitened
+
+
+def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, float | None]:
+    """Return variable → score of a linear probe within the classes, from 0 for chance (or worse) to 1."""
+
+    def score(target: Tensor) -> float | None:
+        try:
+            pooled = probe(features, target, labels=samples.labels, num_permutations=0).pooled
+        except ValueError:  # too few samples, or a variable that does not vary
+            return None
+        return (pooled.value - pooled.chance) / (1 - pooled.chance) if pooled else None
+
+    found: dict[str, float | None] = {}
+    for variable, columns in data.confounders.items():
+        scores = [score(target) for target in as_targets(samples.confounders.double(), columns)]
+        known = [value for value in scores if value is not None]
+        found[variable] = max(0.0, sum(known) / len(known)) if known else None
+    return found
+
+
+def evaluate(
+    network: BackboneNetwork, data: ConfoundedData, trained: Samples, file: str | None = None
+) -> Row:
+    """Measure a network on both held-out sets and on what it was trained on.
+
+    Returns "bacc" and "bacc_confounded", balanced accuracy (a fraction) on the confound-free and the test
+    data; and on the confound-free data, of which features, labels and scores go into a `file`:
+
+    - "bacc_shuffled", "bacc_mean": accuracy with the metadata of other samples, and with their mean; None for
+      a network that takes none.
+    - "dcor2", "dcor2_logits", "dcor2_whitened": variable → class → bias-corrected dcor² of the variable with
+      the features, with the logits less their mean over the classes, and with features of equal variance in
+      all directions. "dcor2_train", "dcor2_logits_train": on at most 1000 rows that were trained on.
+    - "probe": variable → score of a linear probe of the features within the classes, from 0 for chance (or
+      worse) to 1: R², or balanced accuracy above chance; None where samples are too few.
+    - "recall": group → class → share found; "gap": its largest difference between groups.
+    """
+    from sklearn.metrics import balanced_accuracy_score
+
+    def accuracy(samples: Samples, metadata: Tensor | None = None) -> float:
+        if metadata is not None:
+            samples = replace(samples, metadata=metadata)
+        predicted = predictions(outputs(network, samples)[1])
+        return float(balanced_accuracy_score(samples.labels.numpy(), predicted.numpy()))
+
+    free = data.confound_free
+    generator = torch.Generator().manual_seed(0)
+    features, logits = outputs(network, free)
+    predicted = predictions(logits)
+    seen = select(trained, torch.randperm(len(trained), generator=generator)[:_MEASURED_ROWS])
+    features_seen, logits_seen = outputs(network, seen)
+    shuffled = mean = None
+    if has_metadata_norm(network):
+        orders = [torch.randperm(len(free), generator=generator) for _ in range(_SHUFFLES)]
+        shuffled = sum(accuracy(free, free.metadata[order]) for order in orders) / _SHUFFLES
+        mean = accuracy(free, trained.metadata.mean(0).expand_as(free.metadata))
+    recall = {
+        group: {
+            name: float((predicted[inside] == label).double().mean())
+            for label, name in enumerate(data.classes)
+            if (inside := (free.labels == label) & (free.groups == number)).any()
+        }
+        for number, group in enumerate(data.groups)
+    }
+    by_class = [[found[name] for found in recall.values() if name in found] for name in data.classes]
+    if file is not None:
+        more = {"labels": free.labels, "groups": free.groups, "confounders": free.confounders}
+        save_features(file, features, logits, **more)
+    return {
+        "bacc": float(balanced_accuracy_score(free.labels.numpy(), predicted.numpy())),
+        "bacc_confounded": accuracy(data.test),
+        "bacc_shuffled": shuffled,
+        "bacc_mean": mean,
+        "dcor2": _by_class(features, free, data),
+        "dcor2_train": _by_class(features_seen, seen, data),
+        "dcor2_whitened": _by_class(_whitened(features, free.labels), free, data),
+        "dcor2_logits": _by_class(logits - logits.mean(1, keepdim=True), free, data),
+        "dcor2_logits_train": _by_class(logits_seen - logits_seen.mean(1, keepdim=True), seen, data),
+        "probe": _probed(features, free, data),
+        "recall": recall,
+        "gap": max(max(shares) - min(shares) for shares in by_class if shares),
+    }
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConfoundedSetting(Setting):
     """Labels that go with the metadata in training and test data, and confound-free test data.
@@ -96,11 +202,7 @@ class ConfoundedSetting(Setting):
             return load(run).divide(run.seed)
         return self.make_data(run.size, run.seed)
 
-    def measure(
-        self, network: BackboneNetwork, data: ConfoundedData, trained: Samples, file: str | None = None
-    ) -> Row:
-        """Return what `evaluate` returns."""
-        return evaluate(network, data, trained, file)
+    measure = staticmethod(evaluate)
 
     def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
         """Return the tables of outcomes; by variable; as trained; by class; by group."""
@@ -116,112 +218,6 @@ class ConfoundedSetting(Setting):
         plain = (METHOD_OF_NORM[self.base_norm], *METHOD_OF_NORM.values())
         text = confounded_report.audit(out, data_of(runs[0]), runs, rows, plain)
         return [*self.introduction, *text]
-
-
-def _by_class(values: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, dict[str, float]]:
-    """Return variable → class → dcor² of values (N, D) and the variable."""
-    return {
-        variable: {
-            name: float(
-                distance_correlation_sqr(values[inside], samples.confounders[inside][:, list(columns)])
-            )
-            for label, name in enumerate(data.classes)
-            if int((inside := samples.labels == label).sum()) >= MIN_SAMPLES
-        }
-        for variable, columns in data.confounders.items()
-    }
-
-
-def _whitened(features: Tensor, labels: Tensor) -> Tensor:
-    """Return features of which every direction within the classes has the same variance."""
-    centred = features.double()
-    for label in labels.unique():
-        centred[labels == label] -= centred[labels == label].mean(0)
-    left, singular, _ = torch.linalg.svd(centred, full_matrices=False)
-    whitened: Tensor = left[:, singular >= 1e-5 * singular[0]] * len(left) ** 0.5
-    return whitened
-
-
-def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, float | None]:
-    """Return variable → score of a linear probe within the classes, from 0 for chance (or worse) to 1."""
-
-    def score(target: Tensor) -> float | None:
-        try:
-            pooled = probe(features, target, labels=samples.labels, num_permutations=0).pooled
-        except ValueError:  # too few samples, or a variable that does not vary
-            return None
-        return (pooled.value - pooled.chance) / (1 - pooled.chance) if pooled else None
-
-    found: dict[str, float | None] = {}
-    for variable, columns in data.confounders.items():
-        scores = [score(target) for target in as_targets(samples.confounders.double(), columns)]
-        known = [value for value in scores if value is not None]
-        found[variable] = max(0.0, sum(known) / len(known)) if known else None
-    return found
-
-
-def evaluate(
-    network: BackboneNetwork, data: ConfoundedData, trained: Samples, features_file: str | None = None
-) -> Row:
-    """Measure a network on both held-out sets and on what it was trained on.
-
-    Returns "bacc" and "bacc_confounded", balanced accuracy (a fraction) on the confound-free and the test
-    data; and on the confound-free data, of which features, labels and scores go into `features_file`:
-
-    - "bacc_shuffled", "bacc_mean": accuracy with the metadata of other samples, and with their mean; None for
-      a network that takes none.
-    - "dcor2", "dcor2_logits", "dcor2_whitened": variable → class → bias-corrected dcor² of the variable with
-      the features, with the logits less their mean over the classes, and with features of equal variance in
-      all directions. "dcor2_train", "dcor2_logits_train": on at most 1000 rows that were trained on.
-    - "probe": variable → score of a linear probe of the features within the classes, from 0 for chance (or
-      worse) to 1: R², or balanced accuracy above chance; None where samples are too few.
-    - "recall": group → class → share found; "gap": its largest difference between groups.
-    """
-    from sklearn.metrics import balanced_accuracy_score
-
-    def accuracy(samples: Samples, metadata: Tensor | None = None) -> float:
-        if metadata is not None:
-            samples = replace(samples, metadata=metadata)
-        predicted = predictions(outputs(network, samples)[1])
-        return float(balanced_accuracy_score(samples.labels.numpy(), predicted.numpy()))
-
-    free = data.confound_free
-    generator = torch.Generator().manual_seed(0)
-    features, logits = outputs(network, free)
-    predicted = predictions(logits)
-    seen = select(trained, torch.randperm(len(trained), generator=generator)[:_MEASURED_ROWS])
-    features_seen, logits_seen = outputs(network, seen)
-    shuffled = mean = None
-    if has_metadata_norm(network):
-        orders = [torch.randperm(len(free), generator=generator) for _ in range(_SHUFFLES)]
-        shuffled = sum(accuracy(free, free.metadata[order]) for order in orders) / _SHUFFLES
-        mean = accuracy(free, trained.metadata.mean(0).expand_as(free.metadata))
-    recall = {
-        group: {
-            name: float((predicted[inside] == label).double().mean())
-            for label, name in enumerate(data.classes)
-            if (inside := (free.labels == label) & (free.groups == number)).any()
-        }
-        for number, group in enumerate(data.groups)
-    }
-    by_class = [[found[name] for found in recall.values() if name in found] for name in data.classes]
-    if features_file is not None:
-        more = {"labels": free.labels, "groups": free.groups, "confounders": free.confounders}
-        save_features(features_file, features, logits, **more)
-    return {
-        "bacc": float(balanced_accuracy_score(free.labels.numpy(), predicted.numpy())),
-        "bacc_confounded": accuracy(data.test),
-        "bacc_shuffled": shuffled,
-        "bacc_mean": mean,
-        "dcor2": _by_class(features, free, data),
-        "dcor2_train": _by_class(features_seen, seen, data),
-        "dcor2_whitened": _by_class(_whitened(features, free.labels), free, data),
-        "dcor2_logits": _by_class(logits - logits.mean(1, keepdim=True), free, data),
-        "dcor2_logits_train": _by_class(logits_seen - logits_seen.mean(1, keepdim=True), seen, data),
-        "probe": _probed(features, free, data),
-        "recall": recall,
-        "gap": max(max(shares) - min(shares) for shares in by_class if shares),
-    }
 
 
 def load(run: Run) -> LoadedData:

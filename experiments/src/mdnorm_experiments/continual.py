@@ -26,7 +26,7 @@ from mdnorm_experiments.data.continual import (
     make_stage,
 )
 from mdnorm_experiments.data.synthetic import SyntheticData
-from mdnorm_experiments.methods import METHODS, panels, titles
+from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
 from mdnorm_experiments.settings import Run, Setting, build
@@ -34,9 +34,8 @@ from mdnorm_experiments.synthetic import (
     GROUPS,
     ResultAxis,
     SyntheticSetting,
-    accuracy_figure,
-    dependence_figure,
     example_images,
+    result_figures,
     samples_of,
 )
 from mdnorm_experiments.training import fit, has_metadata_norm, prepare, recalibrate_on
@@ -163,30 +162,11 @@ class ContinualSetting(SyntheticSetting):
 
     def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
         """Return example images, accuracy and dcor² by stage, and the matrices of a few methods."""
-        names = titles({row["method"] for row in rows})
         stage_titles = [f"stage {stage + 1}, shift {shift:g}" for stage, shift in enumerate(SHIFTS)]
+        examples = example_images(_one_image_a_stage(), NUM_STAGES, stage_titles)
+        title = "Accuracy on each stage, just after training on it"
         return [
-            ReportFigure(
-                "examples",
-                example_images(_one_image_a_stage(), NUM_STAGES, stage_titles),
-                "The images",
-                "An example image of each group and stage.",
-                "The classifier sees the images only, never these numbers.",
-            ),
-            ReportFigure(
-                "accuracy",
-                accuracy_figure(rows, panels(names), stage_axis()),
-                "Accuracy on each stage, just after training on it",
-                "Balanced accuracy of every method by stage; differences from the limit are in the table.",
-                "Closest to the lower line is best. What lies above was got from the confounder.",
-            ),
-            ReportFigure(
-                "dependence",
-                dependence_figure(rows, panels(names), stage_axis()),
-                "What the features hold of the confounder",
-                "Distance correlation by group, method and stage; the means are in the table.",
-                "Bias-corrected squared distance correlation, on each stage's own test data; 0 is right.",
-            ),
+            *result_figures(rows, examples, stage_axis(), title),
             ReportFigure(
                 "matrices",
                 figures.stage_matrices(_matrices(rows), EFFECT_LIMITS),

@@ -219,32 +219,8 @@ class SyntheticSetting(Setting):
 
     def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
         """Return example images, accuracy and dcor² by batch size and, where features were kept, these."""
-        names = titles({row["method"] for row in rows})
-        shown = [
-            ReportFigure(
-                "examples",
-                example_images(make_synthetic(4, seed=0, variant=runs[0].variant)),
-                "The images",
-                "Four example images of each group.",
-                "The classifier sees the images only, never these numbers.",
-            ),
-            ReportFigure(
-                "accuracy",
-                accuracy_figure(rows, panels(names), batch_axis(rows)),
-                "Accuracy",
-                "Balanced accuracy of every method by batch size; the numbers are in the table.",
-                "Closest to 83.3 % is best. What lies above was got from the confounder."
-                if _has_limits(rows)
-                else "Balanced accuracy on held-out data.",
-            ),
-            ReportFigure(
-                "dependence",
-                dependence_figure(rows, panels(names), batch_axis(rows)),
-                "What the features hold of the confounder",
-                "Distance correlation by group, method and batch size; the numbers are in the table.",
-                "Bias-corrected squared distance correlation; 0 is right.",
-            ),
-        ]
+        examples = example_images(make_synthetic(4, seed=0, variant=runs[0].variant))
+        shown = result_figures(rows, examples, batch_axis(rows))
         if projected := _projections(runs, rows):
             shown.append(
                 ReportFigure(
@@ -377,6 +353,38 @@ def dependence_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultA
     """Distance correlation of features and confounder by group."""
     parts, label = {f"Group {group}": group for group in GROUPS}, "dcor² (features, confounder)"
     return _result_figure(rows, panels, axis, parts, label, limits=[(0.0, "")], height=3.6)
+
+
+def result_figures(
+    rows: Sequence[Row], examples: Figure, axis: ResultAxis, title: str = "Accuracy"
+) -> list[ReportFigure]:
+    """Return the figures of example images, accuracy (with a title) and dcor² along an axis."""
+    shown = panels(titles({row["method"] for row in rows}))
+    return [
+        ReportFigure(
+            "examples",
+            examples,
+            "The images",
+            "Example images of each group.",
+            "The classifier sees the images only, never these numbers.",
+        ),
+        ReportFigure(
+            "accuracy",
+            accuracy_figure(rows, shown, axis),
+            title,
+            f"Balanced accuracy of every method by {axis.label}; the table has numbers.",
+            "Closest to the lower line is best. What lies above was got from the confounder."
+            if axis.limits
+            else "Balanced accuracy on held-out data.",
+        ),
+        ReportFigure(
+            "dependence",
+            dependence_figure(rows, shown, axis),
+            "What the features hold of the confounder",
+            f"Distance correlation by group, method and {axis.label}; the table has numbers.",
+            "Bias-corrected squared distance correlation on held-out data; 0 is right.",
+        ),
+    ]
 
 
 def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, dict[str, Tensor]]:
