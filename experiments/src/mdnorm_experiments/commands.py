@@ -14,17 +14,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
+from rich import box, progress
 from rich.cells import cell_len
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from mdnorm.commands.common import (
@@ -274,27 +266,27 @@ def _progress_bars(
 ) -> Iterator[tuple[Callable[[], None], Callable[[Row], None]]]:
     """Yield what is to be called after each epoch and after each training."""
     columns = (
-        TextColumn("{task.description:>9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description:>9}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
     )
     # Bars of several processes would overwrite each other: lines from all instead.
-    with Progress(*columns, console=errors, disable=not runs or several) as progress:
+    with progress.Progress(*columns, console=errors, disable=not runs or several) as bars:
         of_epochs, of_runs = (
-            progress.add_task("epochs", total=epochs),
-            progress.add_task("trainings", total=runs),
+            bars.add_task("epochs", total=epochs),
+            bars.add_task("trainings", total=runs),
         )
 
         def run_done(row: Row) -> None:
-            progress.advance(of_runs)
+            bars.advance(of_runs)
             if several or not errors.is_terminal:
                 # Without a terminal (CI, a log file) bars cannot move: one line a training instead.
                 text = f"{row['method']}, batch size {row['batch_size']}, seed {row['seed']}"
-                progress.console.print(f"{text}: accuracy {100 * row['bacc']:.1f} %", highlight=False)
+                bars.console.print(f"{text}: accuracy {100 * row['bacc']:.1f} %", highlight=False)
 
-        yield partial(progress.advance, of_epochs), run_done
+        yield partial(bars.advance, of_epochs), run_done
 
 
 def _print_table(report_table: ReportTable) -> None:

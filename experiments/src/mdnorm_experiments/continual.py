@@ -15,29 +15,15 @@ import numpy as np
 import torch
 
 from mdnorm.design import polynomial
-from mdnorm_experiments import figures
+from mdnorm_experiments import figures, synthetic
+from mdnorm_experiments.data import continual as drawn
 from mdnorm_experiments.data.confounded import ConfoundedData, Samples
-from mdnorm_experiments.data.continual import (
-    BOTH_LIMITS,
-    CONFOUNDER_RANGE,
-    EFFECT_LIMITS,
-    NUM_STAGES,
-    SHIFTS,
-    make_stage,
-)
 from mdnorm_experiments.data.synthetic import SyntheticData
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
 from mdnorm_experiments.settings import Run, Setting, build
-from mdnorm_experiments.synthetic import (
-    GROUPS,
-    ResultAxis,
-    SyntheticSetting,
-    example_images,
-    result_figures,
-    samples_of,
-)
+from mdnorm_experiments.synthetic import GROUPS, ResultAxis, SyntheticSetting
 from mdnorm_experiments.training import fit, has_metadata_norm, prepare, recalibrate_on
 
 # Given once: the recursion only scales its columns by it. "penalty" would diverge in columns whitened for an
@@ -68,9 +54,9 @@ def make_samples(stage: int, group_size: int, degree: int, *, seed: int, stratif
     """Return the data of a stage (see `make_stage`) with the powers 1 … degree of the confounder as
     metadata.
     """
-    data = make_stage(stage, group_size, seed=seed, stratified=stratified)
-    low, high = CONFOUNDER_RANGE
-    return samples_of(data, polynomial(data.confounder, degree, low=low, high=high))
+    data = drawn.make_stage(stage, group_size, seed=seed, stratified=stratified)
+    low, high = drawn.CONFOUNDER_RANGE
+    return synthetic.samples_of(data, polynomial(data.confounder, degree, low=low, high=high))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +65,7 @@ class ContinualSetting(SyntheticSetting):
 
     row_names: ClassVar = {"epochs": "epochs_per_stage", "size": "group_size", "test_size": "test_group_size"}
     variants: ClassVar[tuple[str, ...]] = ("plain",)
-    num_stages: ClassVar = NUM_STAGES
+    num_stages: ClassVar = drawn.NUM_STAGES
     seeds: ClassVar = 3
     keeps_features: ClassVar = False
 
@@ -89,8 +75,8 @@ class ContinualSetting(SyntheticSetting):
     def stages(self, run: Run) -> list[ConfoundedData]:
         """Return training and held-out data of each stage."""
         degree, found = METHODS[run.method].degree, []
-        for stage in range(NUM_STAGES):
-            seed = 2 * (NUM_STAGES * run.seed + stage)
+        for stage in range(drawn.NUM_STAGES):
+            seed = 2 * (drawn.NUM_STAGES * run.seed + stage)
             train = make_samples(stage, run.size, degree, seed=seed)
             # Stratified: the distance from a limit should be the network's, not that of the draw.
             test = make_samples(stage, run.test_size, degree, seed=seed + 1, stratified=True)
@@ -115,7 +101,7 @@ class ContinualSetting(SyntheticSetting):
         for number, stage in enumerate(stages):
             if corrected and number and not keeps_gram:
                 prepare(network, stage.train)
-            seed = NUM_STAGES * run.seed + number
+            seed = drawn.NUM_STAGES * run.seed + number
             trained.append(
                 fit(network, method, stage.train, **run.schedule, seed=seed, epoch_done=epoch_done)
             )
@@ -149,10 +135,10 @@ class ContinualSetting(SyntheticSetting):
                 )
             )
             own = np.array([np.diagonal(row["bacc_matrix"]) for row in members])
-            above = (100 * (own - np.array(EFFECT_LIMITS))).T.tolist()
+            above = (100 * (own - np.array(drawn.EFFECT_LIMITS))).T.tolist()
             stages.append((title, *(mean_with_deviation(values, 1, signed=True) for values in above)))
         headings = ("Method", "Seeds", *_DISTANCES.values(), *(f"dcor² {g}" for g in GROUPS), "s / epoch")
-        limits = [f"Stage {stage + 1}: {100 * limit:g} %" for stage, limit in enumerate(EFFECT_LIMITS)]
+        limits = [f"Stage {stage + 1}: {100 * limit:g} %" for stage, limit in enumerate(drawn.EFFECT_LIMITS)]
         return [
             ReportTable(headings, distances, limits_text(), _LEGEND),
             ReportTable(
@@ -162,14 +148,14 @@ class ContinualSetting(SyntheticSetting):
 
     def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
         """Return example images, accuracy and dcor² by stage, and the matrices of a few methods."""
-        stage_titles = [f"stage {stage + 1}, shift {shift:g}" for stage, shift in enumerate(SHIFTS)]
-        examples = example_images(_one_image_a_stage(), NUM_STAGES, stage_titles)
+        stage_titles = [f"stage {stage + 1}, shift {shift:g}" for stage, shift in enumerate(drawn.SHIFTS)]
+        examples = synthetic.example_images(_one_image_a_stage(), drawn.NUM_STAGES, stage_titles)
         title = "Accuracy on each stage, just after training on it"
         return [
-            *result_figures(rows, examples, stage_axis(), title),
+            *synthetic.result_figures(rows, examples, stage_axis(), title),
             ReportFigure(
                 "matrices",
-                figures.stage_matrices(_matrices(rows), EFFECT_LIMITS),
+                figures.stage_matrices(_matrices(rows), drawn.EFFECT_LIMITS),
                 "All stages after each stage",
                 "Accuracy minus the limit of the true effect, for each stage trained on and tested on.",
                 "Accuracy minus the limit of the true effect, in percentage points, mean over seeds. On the "
@@ -202,7 +188,7 @@ def measures(tested: Sequence[Sequence[Row]]) -> Row:
 
 
 def transfer(
-    accuracy: Sequence[Sequence[float]], limits: Sequence[float] = EFFECT_LIMITS
+    accuracy: Sequence[Sequence[float]], limits: Sequence[float] = drawn.EFFECT_LIMITS
 ) -> dict[str, float]:
     """Return the distances from the limits (Shah et al. 2025), and the classical transfer.
 
@@ -227,7 +213,8 @@ def transfer(
 def limits_text() -> str:
     """Return the sentence on the analytic limits."""
     effect, both = (
-        ", ".join(f"{100 * limit:.4g}" for limit in limits) for limits in (EFFECT_LIMITS, BOTH_LIMITS)
+        ", ".join(f"{100 * limit:.4g}" for limit in limits)
+        for limits in (drawn.EFFECT_LIMITS, drawn.BOTH_LIMITS)
     )
     return (
         f"Analytic limits by stage: {effect} % from the true effect alone, {both} % with the confounder; "
@@ -243,10 +230,10 @@ def stage_axis() -> ResultAxis:
         return enumerate(np.diagonal(matrix).tolist())
 
     limits = [
-        ([100 * limit for limit in BOTH_LIMITS], "with the\nconfounder"),
-        ([100 * limit for limit in EFFECT_LIMITS], "true effect\nonly"),
+        ([100 * limit for limit in drawn.BOTH_LIMITS], "with the\nconfounder"),
+        ([100 * limit for limit in drawn.EFFECT_LIMITS], "true effect\nonly"),
     ]
-    stages = [str(stage + 1) for stage in range(NUM_STAGES)]
+    stages = [str(stage + 1) for stage in range(drawn.NUM_STAGES)]
     return ResultAxis("stage", stages, values, limits, {"linestyle": "-", "spread": 0.3})
 
 
@@ -266,7 +253,7 @@ def _lines(rows: Sequence[Row], names: Sequence[str] | None = None) -> dict[str,
 
 def _one_image_a_stage() -> SyntheticData:
     """Each stage's first image of each group."""
-    stages = [make_stage(stage, 1, seed=stage) for stage in range(NUM_STAGES)]
+    stages = [drawn.make_stage(stage, 1, seed=stage) for stage in range(drawn.NUM_STAGES)]
     names = ("images", "labels", "effect", "confounder")
     return SyntheticData(*(torch.cat([getattr(data, name) for data in stages]) for name in names))
 

@@ -19,16 +19,8 @@ from mdnorm.design import polynomial
 from mdnorm.files import write_text_atomically
 from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments import figures
+from mdnorm_experiments.data import synthetic as drawn
 from mdnorm_experiments.data.confounded import ConfoundedData, Samples
-from mdnorm_experiments.data.synthetic import (
-    ACCURACY_WITH_CONFOUNDER,
-    ACCURACY_WITHOUT_CONFOUNDER,
-    NUM_SITES,
-    VARIANTS,
-    WITHOUT_LIMITS,
-    SyntheticData,
-    make_synthetic,
-)
 from mdnorm_experiments.methods import METHODS, panels, titles
 from mdnorm_experiments.networks import BackboneNetwork, ConvolutionalBackbone
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
@@ -57,8 +49,8 @@ LEGEND = (
     "same networks with exact coefficients from the training data, and their dcor²."
 )
 LIMITS = (
-    f"Analytic limits: {100 * ACCURACY_WITHOUT_CONFOUNDER:.1f} % from the true effect alone, "
-    f"{100 * ACCURACY_WITH_CONFOUNDER:.1f} % with the confounder; dcor² 0 without it."
+    f"Analytic limits: {100 * drawn.ACCURACY_WITHOUT_CONFOUNDER:.1f} % from the true effect alone, "
+    f"{100 * drawn.ACCURACY_WITH_CONFOUNDER:.1f} % with the confounder; dcor² 0 without it."
 )
 NO_LIMITS = "No simple analytic limit of accuracy; dcor² 0 without the confounder."
 # Epochs and learning rate by batch size, tuned for the network without normalisation to reach its plateau.
@@ -93,14 +85,14 @@ _VARIANT_TEXTS = {
 }
 
 
-def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
+def metadata_columns(data: drawn.SyntheticData, variant: str, degree: int) -> Tensor:
     """Return the metadata columns of a data set, (2N, K): a polynomial of that degree of the confounder.
 
     The variant "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27 without
     effect), 45 with age as a straight line.
     """
     if variant == "sites":
-        sites = one_hot(data.site, NUM_SITES)
+        sites = one_hot(data.site, drawn.NUM_SITES)
         age = (data.age - 50).unsqueeze(1) / 30
         if degree > 1:
             # A cubic spline with knots at fixed ages, so that held-out data get the same columns.
@@ -111,7 +103,7 @@ def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
     return polynomial(data.confounder, degree, low=low, high=high)
 
 
-def samples_of(data: SyntheticData, metadata: Tensor) -> Samples:
+def samples_of(data: drawn.SyntheticData, metadata: Tensor) -> Samples:
     """Return the images as samples, with metadata columns (2N, K_m); the groups are the classes."""
     labels = data.labels.long()
     return Samples(data.images, labels, metadata, data.confounder.unsqueeze(1), labels)
@@ -119,9 +111,9 @@ def samples_of(data: SyntheticData, metadata: Tensor) -> Samples:
 
 def verdict(accuracy: float) -> str:
     """Say what an accuracy (a fraction) means against the limit of the true effect."""
-    if accuracy > ACCURACY_WITHOUT_CONFOUNDER + MARGIN:
+    if accuracy > drawn.ACCURACY_WITHOUT_CONFOUNDER + MARGIN:
         return "confounded"
-    if accuracy < ACCURACY_WITHOUT_CONFOUNDER - MARGIN:
+    if accuracy < drawn.ACCURACY_WITHOUT_CONFOUNDER - MARGIN:
         return "below the limit"
     return "at the limit"
 
@@ -138,7 +130,7 @@ class SyntheticSetting(Setting):
     }
     methods: ClassVar = tuple(name for name, each in METHODS.items() if not each.of_confounded_only)
     all_methods: ClassVar = tuple(name for name, each in METHODS.items() if each.in_table)
-    variants: ClassVar[tuple[str, ...]] = VARIANTS
+    variants: ClassVar[tuple[str, ...]] = drawn.VARIANTS
     keeps_recalibrated: ClassVar = False
 
     def schedule(self, batch_size: int) -> tuple[int, float]:
@@ -158,7 +150,7 @@ class SyntheticSetting(Setting):
         """Return training and held-out images; none of them are confound-free."""
 
         def draw(group_size: int, held_out: bool) -> Samples:
-            data = make_synthetic(group_size, seed=2 * run.seed + held_out, variant=run.variant)
+            data = drawn.make_synthetic(group_size, seed=2 * run.seed + held_out, variant=run.variant)
             return samples_of(data, metadata_columns(data, run.variant, degree))
 
         train, test = draw(run.size, False), draw(run.test_size, True)
@@ -219,7 +211,7 @@ class SyntheticSetting(Setting):
 
     def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
         """Return example images, accuracy and dcor² by batch size and, where features were kept, these."""
-        examples = example_images(make_synthetic(4, seed=0, variant=runs[0].variant))
+        examples = example_images(drawn.make_synthetic(4, seed=0, variant=runs[0].variant))
         shown = result_figures(rows, examples, batch_axis(rows))
         if projected := _projections(runs, rows):
             shown.append(
@@ -242,7 +234,7 @@ class SyntheticSetting(Setting):
         columns: dict[str, list[Any]] = {}
         for run, tensors in _kept(runs):
             if not columns:
-                images = make_synthetic(run.test_size, seed=2 * run.seed + 1, variant=run.variant)
+                images = drawn.make_synthetic(run.test_size, seed=2 * run.seed + 1, variant=run.variant)
                 columns["group"] = [GROUPS[int(label)] for label in images.labels.tolist()]
                 columns |= {"effect": images.effect.tolist(), "confounder": images.confounder.tolist()}
             scores = tensors["scores"].tolist()
@@ -257,7 +249,7 @@ class SyntheticSetting(Setting):
 
 
 def _has_limits(rows: Sequence[Row]) -> bool:
-    return not any(row.get("variant") in WITHOUT_LIMITS for row in rows)
+    return not any(row.get("variant") in drawn.WITHOUT_LIMITS for row in rows)
 
 
 def _kept(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Tensor]]]:
@@ -268,7 +260,7 @@ def _kept(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Tensor]]]:
     return [(run, load_file(file)) for run, file in files if Path(file).exists()]
 
 
-def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = ()) -> Figure:
+def example_images(data: drawn.SyntheticData, count: int = 4, titles: Sequence[str] = ()) -> Figure:
     """Show `count` images a group, the quadrants of effect and confounder outlined."""
     lines = []
     for index, group in enumerate(GROUPS):
@@ -317,8 +309,8 @@ def batch_axis(rows: Sequence[Row]) -> ResultAxis:
     limits = [
         (100 * limit, f"{100 * limit:.1f} %\n{text}")
         for limit, text in (
-            (ACCURACY_WITH_CONFOUNDER, "with the\nconfounder"),
-            (ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
+            (drawn.ACCURACY_WITH_CONFOUNDER, "with the\nconfounder"),
+            (drawn.ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
         )
         if _has_limits(rows)
     ]

@@ -98,7 +98,13 @@ def fit(
     # Fused: three times faster at batch size 1, where the 1.5 million weights cost more than the images.
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     optimizers.append(optimizer)
-    scheduler = _schedule(optimizer, steps, warmup_steps)
+
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1))) / 2
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     losses = _losses(network, method, samples, steps)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
@@ -118,17 +124,6 @@ def fit(
         epoch_done()
     seconds = (time.perf_counter() - start) / epochs
     return {"train_loss": loss_sum / len(samples), "seconds_per_epoch": seconds}
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    def share(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        return (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1))) / 2
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def _losses(

@@ -28,43 +28,37 @@ _HELD_OUT = 300
 _CORRELATION = 0.6
 
 
-class VideoBackbone(nn.Module):
-    """MONAI's 3D ResNet-18 for clips of 8 or more frames; `norm` is one of `NORMS`.
+def video_backbone(norm: str, width: int = 8) -> nn.Module:
+    """Return MONAI's 3D ResNet-18 for clips (N, 3, T, H, W) of 8 or more frames; `norm` is one of `NORMS`.
 
-    `width` are the channels of the first stage, 64 in the paper's network. MissingExtraError without MONAI.
+    `width` are the channels of the first stage, 64 in the paper's network; the results are (N, 8 · width).
+    MissingExtraError without MONAI.
     """
+    check_norm(norm)
+    with requires("video", "mdnorm-experiments"):
+        from monai.networks.nets import ResNet  # type: ignore[attr-defined]
 
-    def __init__(self, norm: str, width: int = 8) -> None:
-        check_norm(norm)
-        with requires("video", "mdnorm-experiments"):
-            from monai.networks.nets import ResNet  # type: ignore[attr-defined]
-
-        super().__init__()
-        options: Any = ("group", {"num_groups": 4}) if norm == "group" else "batch"
-        widths = [width, 2 * width, 4 * width, 8 * width]
+    options: Any = ("group", {"num_groups": 4}) if norm == "group" else "batch"
+    network: Any = ResNet(
+        "basic",
+        [2, 2, 2, 2],
+        [width, 2 * width, 4 * width, 8 * width],
+        spatial_dims=3,
+        n_input_channels=3,
         # Small clips: strides as for large ones would leave a single position after two stages.
-        self.net: nn.Module = ResNet(
-            "basic",
-            [2, 2, 2, 2],
-            widths,
-            spatial_dims=3,
-            n_input_channels=3,
-            conv1_t_size=3,
-            conv1_t_stride=2,
-            no_max_pool=True,
-            feed_forward=False,
-            norm=options,
-        )
-        if norm == "none":
-            for name, module in list(self.net.named_modules()):
-                if isinstance(module, nn.BatchNorm3d):
-                    self.net.set_submodule(name, nn.Identity())
-        self.num_features = widths[-1]
-
-    def forward(self, clips: Tensor) -> Tensor:
-        """Return the (N, 8 · width) features of (N, 3, T, H, W) clips."""
-        features: Tensor = self.net(clips)
-        return features
+        conv1_t_size=3,
+        conv1_t_stride=2,
+        no_max_pool=True,
+        feed_forward=False,
+        norm=options,
+    )
+    if norm == "none":
+        for name, module in list(network.named_modules()):
+            if isinstance(module, nn.BatchNorm3d):
+                network.set_submodule(name, nn.Identity())
+    network.num_features = 8 * width
+    backbone: nn.Module = network
+    return backbone
 
 
 def scene_components(scores: Tensor, num_components: int) -> Callable[[Tensor], Tensor]:
@@ -161,8 +155,8 @@ SETTING = ConfoundedSetting(
         "73 % where it goes with the label and in a third where scenes were shuffled.",
     ),
     make_data=make_video_data,
-    backbone=VideoBackbone,
-    slots=("net.bn1", "net.layer2.1.bn2", "net.layer4.1.bn2"),
+    backbone=video_backbone,
+    slots=("bn1", "layer2.1.bn2", "layer4.1.bn2"),
     base_norm="group",
     batch_size=30,
     epochs=5,

@@ -165,16 +165,11 @@ def _age(text: str) -> float | None:
 
 def _images(folder: Path) -> dict[str, list[Path]]:
     """Return the T1 images of every subject; a subject's folder without any has an empty list."""
-    return {
-        subject.name: sorted(
-            path
-            for pattern in ("anat/*_T1w.nii*", "ses-*/anat/*_T1w.nii*")
-            for path in subject.glob(pattern)
-            if path.name.endswith((".nii", ".nii.gz"))
-        )
-        for subject in sorted(folder.glob("sub-*"))
-        if subject.is_dir()
-    }
+    found = {}
+    for subject in sorted(path for path in folder.glob("sub-*") if path.is_dir()):
+        images = subject.glob("**/anat/*_T1w.nii*")
+        found[subject.name] = sorted(path for path in images if path.name.endswith((".nii", ".nii.gz")))
+    return found
 
 
 def _read(
