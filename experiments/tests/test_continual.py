@@ -8,7 +8,7 @@ import torch
 
 from mdnorm.distributed import one_thread
 from mdnorm_experiments import continual, training
-from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS, NUM_STAGES
+from mdnorm_experiments.data.synthetic import BOTH_LIMITS, EFFECT_LIMITS, NUM_STAGES
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.runner import Runner

@@ -3,8 +3,7 @@ import pytest
 
 from mdnorm import plotting
 from mdnorm_experiments import continual, figures, synthetic
-from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS
-from mdnorm_experiments.data.synthetic import make_synthetic
+from mdnorm_experiments.data.synthetic import BOTH_LIMITS, EFFECT_LIMITS, make_synthetic
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.methods import panels as make_panels
 

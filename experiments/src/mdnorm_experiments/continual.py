@@ -9,16 +9,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 
 from mdnorm.design import polynomial
 from mdnorm_experiments import figures, synthetic
-from mdnorm_experiments.data import continual as drawn
+from mdnorm_experiments.data import synthetic as drawn
 from mdnorm_experiments.data.confounded import ConfoundedData, Samples
-from mdnorm_experiments.data.synthetic import SyntheticData
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
@@ -50,11 +49,11 @@ _STAGE_LEGEND = (
 )
 
 
-def make_samples(stage: int, group_size: int, degree: int, *, seed: int, stratified: bool = False) -> Samples:
+def make_samples(stage: int, group_size: int, degree: int, **options: Any) -> Samples:
     """Return the data of a stage (see `make_stage`) with the powers 1 … degree of the confounder as
     metadata.
     """
-    data = drawn.make_stage(stage, group_size, seed=seed, stratified=stratified)
+    data = drawn.make_stage(stage, group_size, **options)
     low, high = drawn.CONFOUNDER_RANGE
     return synthetic.samples_of(data, polynomial(data.confounder, degree, low=low, high=high))
 
@@ -251,11 +250,11 @@ def _lines(rows: Sequence[Row], names: Sequence[str] | None = None) -> dict[str,
     return lines
 
 
-def _one_image_a_stage() -> SyntheticData:
+def _one_image_a_stage() -> drawn.SyntheticData:
     """Each stage's first image of each group."""
     stages = [drawn.make_stage(stage, 1, seed=stage) for stage in range(drawn.NUM_STAGES)]
     names = ("images", "labels", "effect", "confounder")
-    return SyntheticData(*(torch.cat([getattr(data, name) for data in stages]) for name in names))
+    return drawn.SyntheticData(*(torch.cat([getattr(data, name) for data in stages]) for name in names))
 
 
 _IN_MATRICES = ("none", "mdn-last-dataset", "mdn-last-running", "mdn-last-recursive")

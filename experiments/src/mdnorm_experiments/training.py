@@ -19,8 +19,7 @@ from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.files import atomic_path
 from mdnorm.integration import fit_gram, parameter_groups, penalty_loss, recalibrate
 from mdnorm.layer import MetadataNorm
-from mdnorm_experiments.adversary import Adversary
-from mdnorm_experiments.baselines import GroupWeights
+from mdnorm_experiments.baselines import Adversary, GroupWeights
 from mdnorm_experiments.data.confounded import Samples
 from mdnorm_experiments.methods import Method
 from mdnorm_experiments.networks import BackboneNetwork

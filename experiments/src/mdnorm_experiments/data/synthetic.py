@@ -15,6 +15,7 @@ standard deviations, grows with the metadata by a factor of 16 in each group, an
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,3 +139,30 @@ def _blob(size: int) -> Tensor:
     profile = torch.exp(-0.5 * axis**2)
     profile = profile / profile.max()
     return torch.outer(profile, profile)
+
+
+# Five stages in which the true effect fades and the confounder takes over (Shah et al., R-MDN, ICML 2025). In
+# the first both magnitudes are U(3, 5) in group A and U(4, 6) in group B; a shift s moves the groups' effects
+# towards each other, by s each, and their confounders apart. The effects overlap on (1 + 2s)/2 of their
+# range, the confounders on (1 − 2s)/2; in the overlap one can only guess.
+SHIFTS = (0.0, 0.125, 0.25, 0.375, 0.5)
+NUM_STAGES = len(SHIFTS)
+CONFOUNDER_RANGE = (2.5, 6.5)
+"""Lowest and highest confounder of all stages."""
+
+EFFECT_LIMITS = tuple(1 - (1 + 2 * shift) / 4 for shift in SHIFTS)
+"""Best accuracy from the true effect alone, by stage."""
+CONFOUNDER_LIMITS = tuple(1 - (1 - 2 * shift) / 4 for shift in SHIFTS)
+"""Best accuracy from the confounder alone, by stage."""
+BOTH_LIMITS = tuple(1 - (1 - 4 * shift**2) / 8 for shift in SHIFTS)
+"""Best accuracy from both, by stage."""
+
+
+def make_stage(stage: int, group_size: int = 1000, **options: Any) -> SyntheticData:
+    """Generate the data of stage 0 … 4, with options of `make_synthetic`, whose errors it raises."""
+    if not 0 <= stage < NUM_STAGES:
+        raise ValueError(f"stage must be 0 … {NUM_STAGES - 1}, got {stage}.")
+    s = SHIFTS[stage]
+    effect = ((3 + s, 5 + s), (4 - s, 6 - s))
+    confounder = ((3 - s, 5 - s), (4 + s, 6 + s))
+    return make_synthetic(group_size, effect_ranges=effect, confounder_ranges=confounder, **options)
