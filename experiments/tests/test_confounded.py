@@ -26,7 +26,7 @@ from mdnorm_experiments.commands import app
 from mdnorm_experiments.confounded import METHOD_NAMES, ConfoundedSetting, evaluate
 from mdnorm_experiments.confounded_report import tables
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed, select, split
-from mdnorm_experiments.data.problems import DataProblemsError, Problems
+from mdnorm_experiments.data.reading import DataProblemsError, Problems
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.settings import build, get_setting, plan, train, write_outputs

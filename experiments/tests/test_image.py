@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from mdnorm_experiments import image
 from mdnorm_experiments.data.digits import COUNT
 from mdnorm_experiments.data.faces import make_faces, write_image_folder
-from mdnorm_experiments.data.problems import DataProblemsError
+from mdnorm_experiments.data.reading import DataProblemsError
 from mdnorm_experiments.image import (
     DIGITS,
     SETTING,

@@ -10,7 +10,7 @@ from torch import nn
 from mdnorm.layer import MetadataNorm
 from mdnorm_experiments import video
 from mdnorm_experiments.data.actions import ACTIONS, make_clips, write_hmdb51
-from mdnorm_experiments.data.problems import DataProblemsError
+from mdnorm_experiments.data.reading import DataProblemsError
 from mdnorm_experiments.networks import NORMS
 from mdnorm_experiments.settings import build, get_setting
 from mdnorm_experiments.video import SETTING, load_videos, make_video_data, scene_components, video_backbone

@@ -104,7 +104,7 @@ def _run_setting(
     jobs: Annotated[int | None, typer.Option(min=1, help="Networks at a time. (default: all cores)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    from mdnorm_experiments.data.problems import DataProblemsError
+    from mdnorm_experiments.data.reading import DataProblemsError
     from mdnorm_experiments.methods import METHODS
     from mdnorm_experiments.settings import get_setting, plan
 

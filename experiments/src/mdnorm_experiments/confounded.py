@@ -204,13 +204,16 @@ class ConfoundedSetting(Setting):
 
     measure = staticmethod(evaluate)
 
+    def _limit(self, rows: Sequence[Row]) -> float | None:
+        return None if any(row.get("data") for row in rows) else self.limit
+
     def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
         """Return the tables of outcomes; by variable; as trained; by class; by group."""
-        return confounded_report.tables(rows, self.limit)
+        return confounded_report.tables(rows, self._limit(rows))
 
     def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
         """Return example samples, accuracy with dcor², and accuracy by group."""
-        return confounded_report.figures(self.examples(data_of(runs[0])), rows, self.limit)
+        return confounded_report.figures(self.examples(data_of(runs[0])), rows, self._limit(rows))
 
     def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
         """Audit the best network and its like without correction; say where, or why not."""

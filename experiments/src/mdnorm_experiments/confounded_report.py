@@ -37,7 +37,7 @@ _COMPARED = ("none", "batchnorm", "groupnorm", "brnet")
 
 def _final(rows: Sequence[Row]) -> list[Row]:
     """What the method leaves behind in the end: recalibrated where it can be."""
-    return [row.get("recalibrated", row) for row in rows]
+    return [row | row.get("recalibrated", {}) for row in rows]
 
 
 def _percent(values: Sequence[float], *, signed: bool = False) -> str:
@@ -68,13 +68,6 @@ def _group_accuracy(rows: Sequence[Row], group: str) -> list[float]:
     return [statistics.fmean(recall.values()) for recall in _recalls(rows, group)]
 
 
-def _gains(members: Sequence[Row], plain: Sequence[Row]) -> list[float]:
-    """Return confound-free accuracy above that of the network without a norm, seed by seed."""
-    before = {row["seed"]: row["bacc"] for row in plain}
-    pairs = zip(members, _final(members), strict=True)
-    return [final["bacc"] - before[row["seed"]] for row, final in pairs if row["seed"] in before]
-
-
 def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
     """Return the tables of all methods: outcomes; each variable; as trained; dcor² by class; by group.
 
@@ -84,7 +77,11 @@ def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
     variables, groups = list(rows[0]["dcor2"]), list(rows[0]["recall"])
     classes = list(rows[0]["dcor2"][variables[0]])
     two = len(classes) == 2
-    gains = {name: _gains(members, methods.get("none", [])) for name, members in methods.items()}
+    before = {row["seed"]: row["bacc"] for row in methods.get("none", [])}
+    gains = {
+        name: [row["bacc"] - before[row["seed"]] for row in _final(members) if row["seed"] in before]
+        for name, members in methods.items()
+    }
     # A difference of few seeds' means may be nothing at all: a share of it says nothing.
     whole = statistics.fmean(gains["oracle"]) if gains.get("oracle") else 0.0
     overview, by_variable, stages, by_class, by_group = [], [], [], [], []
@@ -139,7 +136,7 @@ def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
             ],
             overview,
             f"Best possible on confound-free data: {100 * limit:.1f} %; dcor² 0."
-            if limit is not None and _has_limit(rows, limit)
+            if limit is not None
             else "No analytic limit of accuracy; dcor² 0 without the confounders.",
             LEGEND,
         ),
@@ -188,11 +185,6 @@ def _stage(members: Sequence[Row], variables: Sequence[str]) -> list[str]:
     ]
 
 
-def _has_limit(rows: Sequence[Row], limit: float | None) -> bool:
-    """Whether the limit is known, and the data are the generated ones that it holds for."""
-    return limit is not None and not any(row.get("data") for row in rows)
-
-
 def accuracy_figure(rows: Sequence[Row], limit: float | None) -> Figure:
     """Accuracy with and without confounding, and the dependence left, by method."""
     methods = by_method(rows)
@@ -207,7 +199,7 @@ def accuracy_figure(rows: Sequence[Row], limit: float | None) -> Figure:
 
     draw(left, lambda row: 100 * row["bacc_confounded"], "confounded test data", 1, 1)
     draw(left, lambda row: 100 * row["bacc"], "confound-free test data", 4, 0)
-    if limit is not None and _has_limit(rows, limit):
+    if limit is not None:
         left.axvline(100 * limit, **LINE)
         place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
         text, style = f"limit {100 * limit:.1f} %", {"ha": "center", "fontsize": 7, "color": "0.3"}

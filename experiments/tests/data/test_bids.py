@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdnorm_experiments.data.bids import load_bids, standardize
-from mdnorm_experiments.data.problems import DataProblemsError
+from mdnorm_experiments.data.reading import DataProblemsError
 
 SHAPE = (8, 10, 8)
 

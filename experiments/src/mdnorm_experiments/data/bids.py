@@ -20,8 +20,7 @@ from torch import Tensor
 
 from mdnorm.extras import requires
 from mdnorm_experiments.data.brains import SHAPE, SPACING
-from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import is_missing, read_rows
+from mdnorm_experiments.data.reading import Problems, is_missing, read_rows
 
 COLUMNS = {
     "subject": ("participant_id",),

@@ -92,14 +92,8 @@ def make_brains(size: int, *, seed: int, correlation: float = 0.8) -> Brains:
     for start in range(0, size, _CHUNK):
         rows = slice(start, start + _CHUNK)
         volumes[rows] = _draw(age[rows], sex[rows], site[rows], hippocampus[rows], generator)
-    return Brains(
-        volumes,
-        torch.from_numpy(labels),
-        torch.from_numpy(age).float(),
-        torch.from_numpy(sex),
-        torch.from_numpy(site),
-        torch.from_numpy(hippocampus).float(),
-    )
+    values = (labels, age.astype(np.float32), sex, site, hippocampus.astype(np.float32))
+    return Brains(volumes, *map(torch.from_numpy, values))
 
 
 @lru_cache(maxsize=1)
@@ -171,16 +165,14 @@ def _draw(
     grey, white = warped.split(1, 1)
 
     # Lost tissue leaves fluid. The hippocampus is thinned where the template has it.
-    bump = sum(_blob(source, centre, _HIPPOCAMPUS_RADII) for centre in _HIPPOCAMPUS)
-    assert isinstance(bump, Tensor)
+    bump = torch.stack([_blob(source, centre, _HIPPOCAMPUS_RADII) for centre in _HIPPOCAMPUS]).sum(0)
     loss = (0.30 - 0.08 * column(hippocampus)).clamp(0, 0.9) * bump
     cortex = (0.15 + 0.05 * years + 0.03 * normal(1, 1, 1, 1)).clamp(0, 0.5)
     inside = (grey + white).clamp(0, 1)
     grey, white = grey * (1 - cortex) * (1 - loss), white * (1 - loss)
 
     # Fluid fills the ventricles and what was lost; the skull is stripped, so that the outside is 0.
-    ventricle = sum(_blob(source, centre, _VENTRICLE_RADII) for centre in _VENTRICLES)
-    assert isinstance(ventricle, Tensor)
+    ventricle = torch.stack([_blob(source, centre, _VENTRICLE_RADII) for centre in _VENTRICLES]).sum(0)
     brain = torch.maximum(inside, ventricle.clamp(0, 1))
     fluid = (brain - grey - white).clamp(min=0)
     image = white + column(np.take(_SITE_GREY, site)) * grey + column(np.take(_SITE_CSF, site)) * fluid

@@ -77,12 +77,8 @@ def make_faces(size: int, *, seed: int, correlation: float = 0.8, image_size: in
     for row in range(size):
         picture = _draw(geometry[row], shade[row], generator, image_size)
         images[row] = np.asarray(picture).transpose(2, 0, 1)
-    return Faces(
-        torch.from_numpy(images),
-        torch.from_numpy(labels),
-        torch.from_numpy(shade).float(),
-        torch.from_numpy(geometry).float(),
-    )
+    values = (images, labels, shade.astype(np.float32), geometry.astype(np.float32))
+    return Faces(*map(torch.from_numpy, values))
 
 
 def _skin(shade: float) -> NDArray[Any]:

@@ -14,8 +14,7 @@ from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
 from mdnorm.extras import requires
-from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import column_names
+from mdnorm_experiments.data.reading import Problems, column_names
 
 COLUMNS = {"clip": ("clip",)}
 """What the table has beside a column for each scene → how that is called if no other name is given."""

@@ -18,8 +18,7 @@ from torch import Tensor
 from mdnorm.design.csv_file import csv_delimiter
 from mdnorm.extras import requires
 from mdnorm_experiments.data.faces import SHADES
-from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import is_missing, read_rows
+from mdnorm_experiments.data.reading import Problems, is_missing, read_rows
 
 COLUMNS = {
     "file": ("filename", "file", "image"),
