@@ -322,9 +322,7 @@ def train(run: Run, epoch_done: Callable[[], None]) -> Row:
 
 
 def write_outputs(out: Path, runs: Sequence[Run], rows: Sequence[Row], *, command: str) -> Path:
-    """Write what the setting shows of a plan and its rows into a folder that exists; return the page's
-    path.
-    """
+    """Write what a setting shows of a plan and its rows into an existing folder; return the page's path."""
     setting = get_setting(runs[0].setting)
     return write_page(
         out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,10 +69,11 @@ def load_hmdb51(
                 f"there is no folder {part}. Get hmdb51_org.rar and test_train_splits.rar from the Serre Lab "
                 "(HMDB51, Brown University) and unpack both, each class's archive into hmdb51_org/<class>."
             )
-    scenes, table = _read_scores(folder, scores, columns)
+    table = _read_scores(folder, scores, columns)
+    counts = Counter[str](table.index)
     problems = Problems()
-    for name in sorted(name for name, found in table.items() if len(found) > 1):
-        problems.add("duplicate scores", name, f"{len(table[name])} rows")
+    for name in sorted(name for name, count in counts.items() if count > 1):
+        problems.add("duplicate scores", name, f"{counts[name]} rows")
     available = {(path.parent.name, path.name): path for path in files.glob("*/*") if path.is_file()}
     named: dict[str, tuple[str, int]] = {}
     for path in sorted(splits.glob(f"*_test_split{split}.txt")):
@@ -89,20 +91,19 @@ def load_hmdb51(
                 named[words[0]] = (action, int(words[1]))
     found = []
     for name, (action, use) in sorted(named.items(), key=lambda item: (item[1][0], item[0])):
-        rows = table.get(name, [])
         if use == 0:
             continue
         if (action, name) not in available:
             problems.add("no clip", name, f"not in {files / action}")
-        elif len(rows) == 1 and np.isfinite(rows[0]).all():
+        elif counts[name] == 1 and np.isfinite(row := table.loc[name].to_numpy()).all():
             try:
                 frames = decode(available[action, name], num_frames, image_size)
             except ValueError as error:
                 problems.add("unreadable clip", name, str(error))
             else:
-                found.append((frames, action, rows[0], use == 2, name))
-        elif len(rows) < 2:
-            problems.add("bad scores" if rows else "no scores", name, "in the table of scene scores")
+                found.append((frames, action, row, use == 2, name))
+        elif counts[name] < 2:
+            problems.add("bad scores" if counts[name] else "no scores", name, "in the table of scene scores")
     in_split = {(action, name) for name, (action, _) in named.items()}
     for action, name in sorted(available.keys() - in_split):
         problems.add("clip in no split", name, str(available[action, name]))
@@ -118,14 +119,13 @@ def load_hmdb51(
         torch.tensor(is_test),
         names,
         classes,
-        scenes,
+        tuple(table.columns),
         problems,
     )
 
 
-def _read_scores(
-    folder: Path, path: Path | None, columns: Mapping[str, str] | None
-) -> tuple[tuple[str, ...], dict[str, list[NDArray[np.float32]]]]:
+def _read_scores(folder: Path, path: Path | None, columns: Mapping[str, str] | None) -> Any:
+    """Return a DataFrame of float32 scores: clips × scenes, NaN where a cell is no number."""
     with requires("video", "mdnorm-experiments"):
         import pandas as pd
 
@@ -141,16 +141,12 @@ def _read_scores(
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as a table of scene scores: {error}") from error
-    available = list(map(str, table.columns))
+    table.columns = available = list(map(str, table.columns))
     clip = column_names(path, available, COLUMNS, columns)["clip"]
     if len(available) < 3:
         raise ValueError(f"{path} must have two scenes or more beside {clip!r}, got {', '.join(available)}.")
-    scenes = [name for name in table.columns if str(name) != clip]
-    values = table[scenes].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
-    rows: dict[str, list[NDArray[np.float32]]] = {}
-    for name, row in zip(table[clip].astype(str), values, strict=True):
-        rows.setdefault(name, []).append(row)
-    return tuple(map(str, scenes)), rows
+    values = table.set_index(table[clip].astype(str)).drop(columns=clip)
+    return values.apply(pd.to_numeric, errors="coerce").astype(np.float32)
 
 
 def decode(path: Path, num_frames: int, image_size: int) -> NDArray[np.uint8]:
