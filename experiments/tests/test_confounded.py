@@ -131,13 +131,9 @@ class TestPlan:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"methods": ["nothing"]}, "unknown method"),
             ({"methods": []}, "none given"),
-            ({"seeds": 0}, "seeds must be at least 1"),
             ({"size": 3}, "size must be at least 40"),
             ({"batch_sizes": [1]}, "batch size must be at least 2"),
-            ({"epochs": 0}, "epochs must be at least 1"),
-            ({"learning_rate": float("nan")}, "learning rate"),
             ({"data": Path("folder")}, "oracle needs unconfounded data"),
         ],
     )

@@ -68,6 +68,7 @@ class TestPlan:
             ({"epochs": -1}, "epochs must be at least 1"),
             ({"learning_rate": float("nan")}, "learning rate"),
             ({"learning_rate": -1.0}, "learning rate"),
+            ({"learning_rate": float("inf")}, "learning rate"),
             ({"size": 3}, "group size must be at least 4"),
             ({"variant": "cubic"}, "unknown variant 'cubic': choose from plain, sites, quadratic, variance"),
         ],
