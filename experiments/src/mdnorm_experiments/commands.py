@@ -221,8 +221,8 @@ def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None)
         fail(f"--jobs {jobs} under torchrun: say --nproc-per-node {jobs} instead.", BAD_INPUT)
     try:
         with _sigterm_as_ctrl_c(), only_writer(out) if rank == 0 else nullcontext():
-            store = ResultStore(out / "results.json", shared=world_size > 1)
-            runner = Runner(store, train, 1 if store.is_shared else jobs or os.cpu_count() or 1)
+            store = ResultStore(out / "results.json")
+            runner = Runner(store, train, 1 if world_size > 1 else jobs or os.cpu_count() or 1)
             pending = runner.pending(runs)
             if len(pending) < len(runs) and rank == 0:
                 errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")

@@ -38,17 +38,13 @@ class Runner:
     """Trains what the store does not hold yet and stores each row as soon as it is there.
 
     Every run has one thread to itself, so a row does not depend on how many run beside it. `train` is a
-    module-level function, since the `jobs` worker processes import it; one job trains in this process. With a
-    shared store other processes train beside this one, and `jobs` is 1.
+    module-level function, since the `jobs` worker processes import it; one job trains in this process, beside
+    others that share the store.
     """
 
     def __init__(self, store: ResultStore, train: Train, jobs: int = 1) -> None:
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}.")
-        if jobs > 1 and store.is_shared:
-            raise ValueError(
-                f"jobs must be 1 where processes share the store, got {jobs}: start more of them."
-            )
         self.store = store
         self.train = train
         self.jobs = jobs
