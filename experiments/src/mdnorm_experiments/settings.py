@@ -188,76 +188,61 @@ def plan(
     *,
     first_seed: int = 0,
     batch_sizes: Sequence[int] | None = None,
-    size: int | None = None,
-    test_size: int | None = None,
-    epochs: int | None = None,
-    learning_rate: float | None = None,
-    variant: str = "plain",
-    data: Path | None = None,
-    on_problem: str = "error",
     columns: Mapping[str, str] | None = None,
     features_dir: Path | None = None,
+    **changes: Any,
 ) -> list[Run]:
     """Return the runs of a setting's table, seed by seed: an interrupted one is as complete as can be.
 
-    None takes the setting's own values; batches smaller than a method can train on are left out.
-    `features_dir` is a folder for the held-out features of the first seed of each cell. ValueError: an
-    unknown method, variant or `on_problem`, a number out of range, the oracle on real data, or nothing left
-    to run.
+    `changes` are other attributes of `Run`; None there too takes the setting's own values. Batches smaller
+    than a method can train on are left out. `features_dir` is a folder for the held-out features of the first
+    seed of each cell. ValueError: an unknown method, variant or `on_problem`, a number out of range, the
+    oracle on real data, or nothing left to run.
     """
     methods = methods if methods is not None else setting.default_methods or setting.all_methods
     batch_sizes = batch_sizes if batch_sizes is not None else setting.batch_sizes or [setting.batch_size]
+    changes = {name: value for name, value in changes.items() if value is not None}
+    changes["columns"] = tuple(sorted((columns or {}).items()))
+    if "data" in changes:
+        changes["data"] = str(changes["data"])
+    own = ("epochs", "learning_rate", "size", "test_size", "warmup_epochs")
+    common = Run(setting.name, "", 0, 0, **({name: getattr(setting, name) for name in own} | changes))
     unknown = [method for method in methods if method not in setting.methods]
     if unknown or not methods:
         names = ", ".join(unknown) or "(none given)"
         raise ValueError(f"unknown method(s) {names}: choose from {', '.join(setting.methods)}.")
-    if data is not None and any(METHODS[method].oracle for method in methods):
+    if common.data is not None and any(METHODS[method].oracle for method in methods):
         raise ValueError("the oracle needs unconfounded data, which are only generated: leave out `data`.")
-    if on_problem not in ("error", "skip"):
-        raise ValueError(f"on_problem must be 'error' or 'skip', got {on_problem!r}.")
-    if variant not in setting.variants:
-        raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(setting.variants)}.")
-    size = setting.size if size is None else size
-    test_size = setting.test_size if test_size is None else test_size
+    if common.on_problem not in ("error", "skip"):
+        raise ValueError(f"on_problem must be 'error' or 'skip', got {common.on_problem!r}.")
+    if common.variant not in setting.variants:
+        raise ValueError(f"unknown variant {common.variant!r}: choose from {', '.join(setting.variants)}.")
     size_name = setting.row_names.get("size", "size").replace("_", " ")
     for name, value, least in (
-        (size_name, size, setting.least_size),
-        (f"test {size_name}", test_size, setting.least_size if setting.test_size else 0),
-        ("seeds", seeds, 1),
-        ("epochs", epochs, 1),
+        (size_name, common.size, setting.least_size),
+        (f"test {size_name}", common.test_size, setting.least_size if setting.test_size else 0),
+        ("seeds", 1 if seeds is None else seeds, 1),
+        ("epochs", common.epochs, 1),
         *(("batch size", number, setting.least_batch_size) for number in batch_sizes),
     ):
-        if value is not None and value < least:
+        if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
+    if not 0 < common.learning_rate < math.inf:
+        raise ValueError(f"learning rate must be a positive number, got {common.learning_rate}.")
     runs = []
     for batch_size in dict.fromkeys(batch_sizes):
-        tuned_epochs, tuned_rate = setting.schedule(batch_size)
+        tuned: dict[str, Any] = dict(zip(own, setting.schedule(batch_size), strict=False))
         for method in dict.fromkeys(methods):
             if batch_size < METHODS[method].least_batch_size:
                 continue
             for seed in range(seeds or setting.seeds or METHODS[method].seeds):
-                run = Run(
-                    setting.name,
-                    method,
-                    batch_size,
-                    first_seed + seed,
-                    epochs or tuned_epochs,
-                    learning_rate or tuned_rate,
-                    size,
-                    test_size,
-                    setting.warmup_epochs,
-                    variant,
-                    None if data is None else str(data),
-                    on_problem,
-                    tuple(sorted((columns or {}).items())),
-                )
+                file = None
                 if features_dir is not None and setting.keeps_features and seed == 0:
-                    parts = [variant, f"batch{batch_size}"] if len(setting.variants) > 1 else []
-                    file = "-".join([method, *parts, f"seed{first_seed}.safetensors"])
-                    run = replace(run, features_file=str(features_dir / file))
-                runs.append(run)
+                    parts = [common.variant, f"batch{batch_size}"] if len(setting.variants) > 1 else []
+                    name = "-".join([method, *parts, f"seed{first_seed}.safetensors"])
+                    file = str(features_dir / name)
+                cell = {"method": method, "batch_size": batch_size, "seed": first_seed + seed, **tuned}
+                runs.append(replace(common, features_file=file, **(cell | changes)))
     if not runs:
         raise ValueError("nothing to run: no method can train with these batch sizes.")
     return sorted(runs, key=lambda run: run.seed)
