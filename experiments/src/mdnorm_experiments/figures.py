@@ -139,42 +139,32 @@ def _draw_series(
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def stage_matrices(
-    matrices: Mapping[str, Sequence[Sequence[Sequence[float]]]], limits: Sequence[float], columns: int = 3
-) -> Figure:
+def stage_matrices(matrices: Mapping[str, Any], limits: Sequence[float]) -> Figure:
     """Accuracy minus the limit for each stage trained on (rows) and tested on (columns), a panel a method.
 
     `matrices` are title → (seeds, T, T) accuracies, fractions, whose mean is shown; `limits` (T,) those of
-    the true effect alone, by stage tested on. `columns` panels are side by side.
+    the true effect alone, by stage tested on.
     """
-    columns = min(columns, max(len(matrices), 1))
-    lines = max(-(-len(matrices) // columns), 1)
+    columns, lines = min(max(len(matrices), 1), 3), max(-(-len(matrices) // 3), 1)
     # The map is as large for one panel as for many.
     figure = Figure(figsize=(WIDTH * (columns + 0.4) / 3.4, 0.3 + 2.45 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
-    most = 50.0
-    ticks, stages = range(len(limits)), [str(stage + 1) for stage in range(len(limits))]
-    picture = None
+    most, picture = 50.0, None
+    stages = [str(stage + 1) for stage in range(len(limits))]
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (title, values) in zip(axes.flat, matrices.items(), strict=False):
         axis.set_axis_on()
         difference = 100 * (np.mean(values, axis=0) - np.asarray(limits))
         picture = axis.imshow(difference, cmap="PuOr_r", vmin=-most, vmax=most)
-        for trained, tested in np.ndindex(difference.shape):
-            value = difference[trained, tested]
-            axis.text(
-                tested,
-                trained,
-                f"{round(value) + 0:+d}".replace("-", "−") if round(value) else "0",
-                ha="center",
-                va="center",
-                fontsize=7,
-                fontweight="bold" if trained == tested else "normal",
-                color="white" if abs(value) > 0.7 * most else "black",
-            )
-        axis.set_xticks(ticks, stages, fontsize=8)
-        axis.set_yticks(ticks, stages, fontsize=8)
+        for (trained, tested), value in np.ndenumerate(difference):
+            text = f"{round(value):+d}".replace("-", "−") if round(value) else "0"
+            weight = "bold" if trained == tested else "normal"
+            colour = "white" if abs(value) > 0.7 * most else "black"
+            style = {"ha": "center", "va": "center", "fontsize": 7, "fontweight": weight, "color": colour}
+            axis.text(tested, trained, text, **style)
+        axis.set_xticks(range(len(limits)), stages, fontsize=8)
+        axis.set_yticks(range(len(limits)), stages, fontsize=8)
         axis.tick_params(length=0)
         axis.set_title(title.replace(", recalibrated", ",\nrecalibrated"), fontsize=8)
         axis.set_xlabel("tested on stage", fontsize=8)
