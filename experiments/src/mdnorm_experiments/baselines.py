@@ -130,8 +130,7 @@ def squared_correlation(first: Tensor, second: Tensor) -> Tensor:
 
 
 class Adversary:
-    """BR-Net's predictor of the confounder from (N, num_features) features, and its term in the encoder's
-    loss.
+    """BR-Net's predictor of the confounder from features, and its term in the encoder's loss.
 
     Adeli et al., WACV 2021 (arXiv:1910.03676). It sees samples of one class only, so that the confounder's
     link with the label is not taken for an effect on the features. Over `total_steps` the learning rate of

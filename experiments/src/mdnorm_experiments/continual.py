@@ -50,9 +50,7 @@ _STAGE_LEGEND = (
 
 
 def make_samples(stage: int, group_size: int, degree: int, **options: Any) -> Samples:
-    """Return the data of a stage (see `make_stage`) with the powers 1 … degree of the confounder as
-    metadata.
-    """
+    """Return the data of a stage (see `make_stage`); metadata are the confounder's powers 1 … degree."""
     data = drawn.make_stage(stage, group_size, **options)
     low, high = drawn.CONFOUNDER_RANGE
     return synthetic.samples_of(data, polynomial(data.confounder, degree, low=low, high=high))

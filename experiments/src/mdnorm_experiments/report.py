@@ -86,8 +86,7 @@ def write_page(
     row_names: Mapping[str, str],
     **texts: str | Sequence[str],
 ) -> Path:
-    """Write ``table.md``, the figures and ``report.html`` (one file, nothing loaded from elsewhere); return
-    its path.
+    """Write ``table.md``, the figures and ``report.html`` (one file that stands alone); return its path.
 
     `out` exists; the settings of `rows` are listed at the end, by `row_names` (see `Setting`); `texts` are
     "title", "introduction" and "command", which makes the page.

@@ -25,8 +25,6 @@ _PATIENCE = 0.5  # seconds between looks at what other processes have finished
 
 Train = Callable[["Run", Callable[[], None]], Row]
 """Trains one run, calls the second argument after each epoch, and returns the measured values."""
-
-
 _Finish = Callable[["Run", Callable[[], Row]], None]
 
 

@@ -228,7 +228,7 @@ class SyntheticSetting(Setting):
         return shown
 
     def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-        """Write ``metadata.csv``, in the order of the kept features: group, effects, and each network's
+        """Write ``metadata.csv``: of each kept feature's image the group, effects and networks'
         predictions.
         """
         columns: dict[str, list[Any]] = {}

@@ -62,8 +62,7 @@ class BidsFolder:
 
 
 def standardize(volumes: Tensor) -> Tensor:
-    """Return (N, C, D, H, W) float32 volumes whose voxels other than 0 have mean 0 and deviation 1; the rest
-    is 0.
+    """Return (N, C, D, H, W) float32 volumes: voxels other than 0 get mean 0 and deviation 1.
 
     ValueError for another number of dimensions, MissingExtraError without MONAI.
     """

@@ -1,5 +1,4 @@
-"""Real handwritten digits, those of scikit-learn (UCI, Alpaydin and Kaynak, 1998), coloured as in Coloured
-MNIST.
+"""Handwritten digits of scikit-learn (UCI, Alpaydin and Kaynak, 1998), coloured as in Coloured MNIST.
 
 Arjovsky et al., arXiv:1907.02893, section 5.2; here the colour is continuous. See docs/image.md.
 """

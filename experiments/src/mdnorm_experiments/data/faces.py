@@ -154,9 +154,7 @@ def _colour(values: NDArray[Any]) -> tuple[int, int, int]:
 
 
 def write_image_folder(folder: Path, faces: Faces) -> Path:
-    """Write faces as PNG files with a table ``labels.csv``, as `load_image_folder` reads them; return the
-    table.
-    """
+    """Write PNG files and a table ``labels.csv``, as `load_image_folder` reads them; return the table."""
     with requires("image", "mdnorm-experiments"):
         from PIL import Image
 
