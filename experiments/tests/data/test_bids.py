@@ -188,6 +188,10 @@ def test_orientation(folder):
     save(folder, "sub-b", voxels[::-1].copy(), affine=affine)
     first, second = load_bids(folder, shape=SHAPE).volumes
     torch.testing.assert_close(first, second)
+    # And with the axes in another order.
+    save(folder, "sub-b", voxels.transpose(2, 0, 1), affine=np.diag([6.0, 6.0, 6.0, 1.0])[:, [2, 0, 1, 3]])
+    first, second = load_bids(folder, shape=SHAPE).volumes
+    torch.testing.assert_close(first, second)
 
 
 def test_resampling_keeps_places(folder):
