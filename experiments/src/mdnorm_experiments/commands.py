@@ -61,13 +61,10 @@ def _numbers(text: str) -> list[int]:
 
 def _columns(text: str) -> dict[str, str]:
     """Return what "age=Age_at_scan,site=scanner" says."""
-    found: dict[str, str] = {}
-    for part in filter(None, text.split(",")):
-        name, separator, column = (piece.strip() for piece in part.partition("="))
-        if not (name and separator and column) or name in found:
-            raise typer.BadParameter(f"{text!r} does not name each column once, like age=Age,site=scanner.")
-        found[name] = column
-    return found
+    pairs = [[piece.strip() for piece in part.split("=", 1)] for part in text.split(",") if part]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs) or len(pairs) > len(dict(pairs)):
+        raise typer.BadParameter(f"{text!r} does not name each column once, like age=Age,site=scanner.")
+    return dict(pairs)
 
 
 def _run_setting(

@@ -79,8 +79,8 @@ _VARIANT_TEXTS = {
         "dcor² is measured against that column.",
     ),
     "variance": (
-        "In this variant the confounder is not shown: it is a metadata column that says how much noise there "
-        "is on the true effect, as a scanner might. There is no simple limit of accuracy.",
+        "In this variant the lower left is empty: the confounder is a metadata column that says how much "
+        "noise there is on the true effect, as a scanner might. There is no simple limit of accuracy.",
     ),
 }
 
