@@ -16,33 +16,19 @@ from mdnorm.metrics import distance_correlation_sqr, probe
 from mdnorm.metrics.samples import MIN_SAMPLES
 from mdnorm_experiments import confounded_report
 from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, as_targets, select
-from mdnorm_experiments.methods import METHOD_OF_NORM
+from mdnorm_experiments.methods import METHOD_OF_NORM, METHODS
 from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.report import ReportFigure, ReportTable
 from mdnorm_experiments.results import Row
 from mdnorm_experiments.settings import Run, Setting, data_of, get_setting
 from mdnorm_experiments.training import has_metadata_norm, outputs, predictions, save_features
 
-METHOD_NAMES = (
-    "none",
-    "batchnorm",
-    "groupnorm",
-    "brnet",
-    "groupdro",
-    "dfr",
-    "leace",
-    "weights",
-    "mdn-last-dataset",
-    "mdn-last-batch",
-    "mdn-last-running",
-    "mdn-last-recursive",
-    "mdn-last-penalty",
-    "mdn-every-running",
-    "mdn-last-running+weights",
-    "dependence-loss",
-    "mdn-last-running+loss",
-    "mdn-last-running+weights+loss",
-    "oracle",
+# Of the methods on every layer one, and none that is for a variant of the synthetic images.
+METHOD_NAMES = tuple(
+    name
+    for name, method in METHODS.items()
+    if (method.layers != "every" or name == "mdn-every-running")
+    and name not in ("mdn-last-authors", "mdn-last-linear", "mdn-last-scale")
 )
 _MEASURED_ROWS = 1000  # of the training data: dcor² takes time with their square
 _SHUFFLES = 3
