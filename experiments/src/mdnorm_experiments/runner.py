@@ -7,10 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
 from multiprocessing.queues import Queue
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -115,9 +115,7 @@ class Runner:
             min(self.jobs, len(runs)), context, initializer=_start_worker, initargs=(epochs,)
         )
         try:
-            futures: dict[Future[Row], Run] = {
-                pool.submit(_train_in_worker, self.train, run): run for run in runs
-            }
+            futures = {pool.submit(self.train, run, _epoch_done): run for run in runs}
             while futures:
                 done, _ = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
                 _drain(epochs, epoch_done)
@@ -144,10 +142,6 @@ def _start_worker(epochs: Queue[int]) -> None:
     torch.set_num_threads(1)
     # Ctrl-C reaches the whole process group; the parent decides what happens.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _train_in_worker(train: Callable[..., Row], run: Any) -> Row:
-    return train(run, _epoch_done)
 
 
 def _epoch_done() -> None:
