@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from mdnorm_experiments.adversary import Adversary, squared_correlation
+from mdnorm_experiments.baselines import Adversary, squared_correlation
 
 
 def adversary(memory=0, **options):

@@ -83,6 +83,7 @@ def test_experiment_from_start_to_report_and_again_without_work(tmp_path):
         (["--batch-sizes", "0"], "batch size must be at least 1"),
         (["--learning-rate", "-1"], "learning rate must be a positive number"),
         (["--epochs", "0"], "--epochs"),
+        (["--methods", "batchnorm", "--batch-sizes", "1"], "nothing to run"),
         (["--variant", "cubic"], "unknown variant 'cubic': choose from plain, sites, quadratic, variance"),
     ],
 )
@@ -166,23 +167,6 @@ def test_continual_from_start_to_report_and_again_without_work(tmp_path):
     assert "2 of 2 trainings are already finished" in second.stderr
     for text in ("MDN, last layer", "recalibrated", "ACCd", "Above the limit, by stage", "56.25, 50 %"):
         assert text in second.stdout
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--methods", "none,magic"], "unknown method(s) magic"),
-        (["--methods", ","], "unknown method(s) (none given)"),
-        (["--methods", "batchnorm", "--batch-size", "1"], "nothing to run"),
-        (["--learning-rate", "0"], "learning rate must be a positive number"),
-        (["--batch-size", "0"], "batch size must be at least 1"),
-    ],
-)
-def test_bad_options_of_continual_end_with_2(tmp_path, arguments, message):
-    result = continual(tmp_path, *arguments)
-    assert result.exit_code == 2
-    assert message in " ".join(result.stderr.replace("│", " ").split())
-    assert not (tmp_path / "results.json").exists()
 
 
 @pytest.fixture

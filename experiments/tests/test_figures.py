@@ -3,8 +3,7 @@ import pytest
 
 from mdnorm import plotting
 from mdnorm_experiments import continual, figures, synthetic
-from mdnorm_experiments.data.continual import BOTH_LIMITS, EFFECT_LIMITS
-from mdnorm_experiments.data.synthetic import make_synthetic
+from mdnorm_experiments.data.synthetic import BOTH_LIMITS, EFFECT_LIMITS, make_synthetic
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.methods import panels as make_panels
 
@@ -112,8 +111,8 @@ def test_projection_separates_what_was_put_in(tmp_path):
     labels = np.repeat([0, 1], 50)
     confounder = generator.normal(size=100)
     features = np.outer(confounder, [3.0, 0, 0]) + 0.01 * generator.normal(size=(100, 3))
-    panel = figures.Projection("title", features, labels, confounder)
-    figure = figures.projections([panel, panel])
+    panel = {"features": features, "labels": labels, "confounder": confounder}
+    figure = figures.projections({"one": panel, "two": panel})
     offsets = figure.axes[0].collections[0].get_offsets()
     assert len(offsets) == 50
     assert abs(np.corrcoef(offsets[:, 0], confounder[:50])[0, 1]) > 0.999

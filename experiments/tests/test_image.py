@@ -12,11 +12,11 @@ from matplotlib.figure import Figure
 from mdnorm_experiments import image
 from mdnorm_experiments.data.digits import COUNT
 from mdnorm_experiments.data.faces import make_faces, write_image_folder
-from mdnorm_experiments.data.problems import DataProblemsError
+from mdnorm_experiments.data.reading import DataProblemsError
 from mdnorm_experiments.image import (
     DIGITS,
     SETTING,
-    ImageBackbone,
+    image_backbone,
     load_faces,
     make_digit_data,
     make_face_data,
@@ -131,16 +131,16 @@ def test_too_many_digits():
 @pytest.mark.parametrize("side", [16, 32, 40])
 def test_backbone(norm, side):
     torch.manual_seed(7)
-    backbone = ImageBackbone(norm)
+    backbone = image_backbone(norm)
     torch.manual_seed(7)
-    again = ImageBackbone(norm)
+    again = image_backbone(norm)
     images = torch.rand(4, 3, side, side)
     features = backbone(images)
     assert features.shape == (4, backbone.num_features)
     assert torch.equal(features, again(images))
     # The weights of the convolutions do not depend on the norm.
     torch.manual_seed(7)
-    plain = ImageBackbone("none")
+    plain = image_backbone("none")
     for name, weight in plain.named_parameters():
         assert torch.equal(weight, backbone.get_parameter(name))
     features.square().sum().backward()

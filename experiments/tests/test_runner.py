@@ -35,30 +35,20 @@ def train(task, epoch_done):
     return {"value": task.seed**2, "threads": torch.get_num_threads()}
 
 
-class Counter:
-    def __init__(self):
-        self.epochs, self.rows = 0, []
-
-    def epoch_done(self):
-        self.epochs += 1
-
-    def run_done(self, row):
-        self.rows.append(row)
-
-
 @pytest.mark.parametrize("jobs", [1, 2])
 def test_rows_in_the_order_of_the_runs_and_nothing_twice(tmp_path, jobs):
-    store, counter = ResultStore(tmp_path / "results.json"), Counter()
+    store, epochs, told = ResultStore(tmp_path / "results.json"), [], []
+    told_of = (lambda: epochs.append(1), told.append)
     threads = torch.get_num_threads()
     runner = Runner(store, train, jobs)
-    rows = runner.run([Task(2), Task(0)], counter)
+    rows = runner.run([Task(2), Task(0)], *told_of)
     assert [row["value"] for row in rows] == [4, 0]
     assert {row["threads"] for row in rows} == {1}
     assert torch.get_num_threads() == threads
-    assert counter.epochs == 4
-    rows = runner.run([Task(0), Task(3), Task(2)], counter)
+    assert len(epochs) == 4
+    rows = runner.run([Task(0), Task(3), Task(2)], *told_of)
     assert [row["value"] for row in rows] == [0, 9, 4]
-    assert len(counter.rows) == len(store.rows) == 3
+    assert len(told) == len(store.rows) == 3
     assert len(json.loads((tmp_path / "results.json").read_text())) == 3
 
 

@@ -99,7 +99,7 @@ def square(task, epoch_done):
 
 class TestSharedStore:
     def test_rows_of_others_are_kept_and_seen(self, tmp_path):
-        first, second = (ResultStore(tmp_path / "results.json", shared=True) for _ in range(2))
+        first, second = (ResultStore(tmp_path / "results.json") for _ in range(2))
         first.add({"seed": 0})
         second.add({"seed": 1})
         assert second.rows == [{"seed": 0}, {"seed": 1}]
@@ -110,7 +110,7 @@ class TestSharedStore:
         assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
 
     def test_a_claim_is_held_once_and_given_back(self, tmp_path):
-        first, second = (ResultStore(tmp_path / "results.json", shared=True) for _ in range(2))
+        first, second = (ResultStore(tmp_path / "results.json") for _ in range(2))
         with (
             first.claim({"seed": 0}) as mine,
             second.claim({"seed": 0}) as theirs,
@@ -121,7 +121,7 @@ class TestSharedStore:
             assert theirs
 
     def test_what_another_finished_meanwhile_is_not_trained_again(self, tmp_path):
-        store, other = (ResultStore(tmp_path / "results.json", shared=True) for _ in range(2))
+        store, other = (ResultStore(tmp_path / "results.json") for _ in range(2))
         trained = []
 
         def training(task, epoch_done):
@@ -135,17 +135,17 @@ class TestSharedStore:
         assert [row["value"] for row in rows] == [0, "of the other", 4]
 
     def test_a_failure_ends_after_the_others_are_done(self, tmp_path):
-        store = ResultStore(tmp_path / "results.json", shared=True)
+        store = ResultStore(tmp_path / "results.json")
         with pytest.raises(RunFailedError, match="diverged"):
             Runner(store, square).run([Task(0, fails=True), Task(1)])
         assert [row["seed"] for row in store.rows] == [1]
 
     def test_the_run_of_a_process_that_died_is_taken_over(self, tmp_path):
-        store = ResultStore(tmp_path / "results.json", shared=True)
+        store = ResultStore(tmp_path / "results.json")
         script = f"""
         import pathlib, time
         from mdnorm_experiments.results import ResultStore
-        store = ResultStore(pathlib.Path({str(tmp_path / "results.json")!r}), shared=True)
+        store = ResultStore(pathlib.Path({str(tmp_path / "results.json")!r}))
         with store.claim({Task(0).settings()!r}) as claimed:
             print(claimed, flush=True)
             time.sleep(60)
@@ -160,7 +160,3 @@ class TestSharedStore:
             process.kill()
             process.wait()
         assert [row["value"] for row in Runner(store, square).run([Task(0)])] == [0]
-
-    def test_worker_processes_of_its_own_are_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="start more of them"):
-            Runner(ResultStore(tmp_path / "results.json", shared=True), square, jobs=2)

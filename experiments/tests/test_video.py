@@ -10,10 +10,10 @@ from torch import nn
 from mdnorm.layer import MetadataNorm
 from mdnorm_experiments import video
 from mdnorm_experiments.data.actions import ACTIONS, make_clips, write_hmdb51
-from mdnorm_experiments.data.problems import DataProblemsError
+from mdnorm_experiments.data.reading import DataProblemsError
 from mdnorm_experiments.networks import NORMS
 from mdnorm_experiments.settings import build, get_setting
-from mdnorm_experiments.video import SETTING, VideoBackbone, load_videos, make_video_data, scene_components
+from mdnorm_experiments.video import SETTING, load_videos, make_video_data, scene_components, video_backbone
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_the_same_seed_gives_the_same_data(data, monkeypatch):
 @pytest.mark.parametrize("norm", NORMS)
 def test_the_network(norm):
     torch.manual_seed(0)
-    backbone = VideoBackbone(norm, width=4)
+    backbone = video_backbone(norm, width=4)
     kinds = {"none": nn.Identity, "batch": nn.BatchNorm3d, "group": nn.GroupNorm}
     assert any(isinstance(module, kinds[norm]) for module in backbone.modules())
     if norm == "none":

@@ -1,4 +1,4 @@
-"""What the paper's later readers ask for beside BR-Net: GroupDRO, DFR, and LEACE with a retrained head.
+"""What the paper's later readers ask for: BR-Net, GroupDRO, DFR, and LEACE with a retrained head.
 
 Groups are pairs of class and metadata group, as in the literature on spurious correlations.
 """
@@ -102,11 +102,9 @@ def refit(
 ) -> None:
     """Fit the head of a trained network again, all before it frozen; the network is changed in place.
 
-    "balanced": on `draws` class-and-group-balanced draws from samples that are confounded and held out,
-    averaged (DFR: Kirichenko et al., Last layer re-training is sufficient for robustness to spurious
-    correlations, ICLR 2023). "erased": on the training samples, with a LEACE eraser of the metadata within
-    labels before the head, which stays; "the features" are the erased ones then. `features_of` returns the
-    features (N, D) of samples.
+    "balanced": on `draws` balanced draws from samples that are confounded and held out, averaged (DFR:
+    Kirichenko et al., ICLR 2023). "erased": on the training samples, with a LEACE eraser of the metadata
+    within labels before the head, which stays. `features_of` returns the features (N, D) of samples.
     """
     if fit == "balanced":
         generator = torch.Generator().manual_seed(seed)
@@ -121,3 +119,71 @@ def refit(
     network.activation = nn.Identity()
     everything = (torch.arange(len(trained)), torch.ones(len(trained)))
     refit_head(network.head, eraser(inputs), trained.labels, [everything])
+
+
+def squared_correlation(first: Tensor, second: Tensor) -> Tensor:
+    """Return the squared Pearson correlation of two vectors (N,); 0 where one of them is constant."""
+    first, second = first - first.mean(), second - second.mean()
+    # The sum keeps the gradient finite where a variance is zero.
+    product = first.square().sum() * second.square().sum() + 1e-12
+    return (first * second).sum().square() / product
+
+
+class Adversary:
+    """BR-Net's predictor of the confounder from features, and its term in the encoder's loss.
+
+    Adeli et al., WACV 2021 (arXiv:1910.03676). It sees samples of one class only, so that the confounder's
+    link with the label is not taken for an effect on the features. Over `total_steps` the learning rate of
+    its Adam falls to 0 by a half cosine. It makes `steps` steps for each of the network; `strength` is the
+    weight of the squared correlation. Where a batch has fewer than `memory` samples of the class, the last
+    ones before it fill it up, so that a small batch too has a correlation.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        total_steps: int,
+        *,
+        strength: float,
+        learning_rate: float,
+        steps: int,
+        memory: int = 0,
+    ) -> None:
+        self.strength = strength
+        self.steps = steps
+        self.memory = memory
+        self.predictor = nn.Sequential(nn.Linear(num_features, 32), nn.Tanh(), nn.Linear(32, 1))
+        self._optimizer = torch.optim.Adam(self.predictor.parameters(), lr=learning_rate)
+        self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, total_steps)
+        self._features = torch.empty(0, num_features)
+        self._confounder = torch.empty(0)
+
+    def step(self, features: Tensor, confounder: Tensor, labels: Tensor) -> Tensor:
+        """Train the predictor on a batch and return the encoder's term, without dimensions.
+
+        Features are (N, D), with gradient, confounder and labels (N,). Only the samples with label 0 are
+        used; with fewer than three (memory included) there is no correlation, and the term is zero.
+        """
+        inside = labels == 0
+        current, target = features[inside], confounder[inside]
+        past = slice(max(len(self._features) + len(current) - self.memory, 0), None)
+        remembered = self._features[past]
+        seen, known = torch.cat([remembered, current.detach()]), torch.cat([self._confounder[past], target])
+        last = slice(max(len(known) - self.memory, 0), None)
+        self._features, self._confounder = seen[last], known[last]
+        if len(known) < 3 or len(current) == 0:
+            return features.new_zeros(())
+        for _ in range(self.steps):
+            self._optimizer.zero_grad()
+            loss: Tensor = -squared_correlation(self.predictor(seen)[:, 0], known)
+            loss.backward()
+            self._optimizer.step()
+        self._scheduler.step()
+        for parameter in self.predictor.parameters():
+            parameter.requires_grad_(False)
+        predicted = self.predictor(torch.cat([remembered, current]))[:, 0]
+        # Only the batch carries the gradient: its share in the correlation must not weaken the term.
+        term = self.strength * squared_correlation(predicted, known) * (len(known) / len(current))
+        for parameter in self.predictor.parameters():
+            parameter.requires_grad_(True)
+        return term

@@ -6,23 +6,17 @@ import inspect
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
+from rich import box, progress
 from rich.cells import cell_len
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from mdnorm.commands.common import (
@@ -67,69 +61,49 @@ def _numbers(text: str) -> list[int]:
 
 def _columns(text: str) -> dict[str, str]:
     """Return what "age=Age_at_scan,site=scanner" says."""
-    found: dict[str, str] = {}
-    for part in filter(None, text.split(",")):
-        name, separator, column = (piece.strip() for piece in part.partition("="))
-        if not (name and separator and column) or name in found:
-            raise typer.BadParameter(f"{text!r} does not name each column once, like age=Age,site=scanner.")
-        found[name] = column
-    return found
+    pairs = [[piece.strip() for piece in part.split("=", 1)] for part in text.split(",") if part]
+    if not all(len(pair) == 2 and all(pair) for pair in pairs) or len(pairs) > len(dict(pairs)):
+        raise typer.BadParameter(f"{text!r} does not name each column once, like age=Age,site=scanner.")
+    return dict(pairs)
 
 
 def _run_setting(
     name: str,
     out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for results, figures and the report. [default: results/SETTING]"),
+        Path | None, typer.Option(help="Folder of all outputs. (default: results/SETTING)")
     ] = None,
-    methods: Annotated[
-        str, typer.Option(help="Comma-separated methods, 'default' or 'all'; with --quick there are few.")
-    ] = "default",
-    batch_sizes: Annotated[str, typer.Option(help="Comma-separated. [default: 1,4,20,200,2000]")] = "",
-    batch_size: Annotated[int | None, typer.Option(help="[default: tuned]")] = None,
+    methods: Annotated[str, typer.Option(help="Comma-separated, 'default' or 'all'.")] = "default",
+    batch_sizes: Annotated[str, typer.Option(help="Comma-separated. (default: 1,4,20,200,2000)")] = "",
+    batch_size: Annotated[int | None, typer.Option(help="(default: tuned)")] = None,
     variant: Annotated[
         str,
-        typer.Option(
-            help="Of the data: plain, sites (50 metadata columns), quadratic or variance (a confounder that "
-            "a straight line does not see)."
-        ),
+        typer.Option(help="plain, sites (50 metadata columns), quadratic or variance (no line sees these)."),
     ] = "plain",
-    seeds: Annotated[
-        int | None, typer.Option(min=1, help="Seeds a method. [default: 3 or 5; fewer with --quick]")
-    ] = None,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Seeds a method. (default: 3 or 5)")] = None,
     seed: Annotated[int, typer.Option(min=0, help="The first seed.")] = 0,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Of each stage, if there are several. [default: tuned]")
-    ] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="[default: tuned]")] = None,
-    size: Annotated[int | None, typer.Option(help="Training samples. [default: tuned]")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(min=4, help="Training images a group (and stage). [default: 1000]")
-    ] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of each stage. (default: tuned)")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="(default: tuned)")] = None,
+    size: Annotated[int | None, typer.Option(help="Training samples. (default: tuned)")] = None,
+    group_size: Annotated[int | None, typer.Option(min=4, help="Images a group. (default: 1000)")] = None,
     test_group_size: Annotated[
-        int | None, typer.Option(min=4, help="Held-out images a group (and stage). [default: 2000 or 500]")
+        int | None, typer.Option(min=4, help="Held-out images a group (and stage). (default: 2000 or 500)")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of the real data set in its published layout. [default: none]")
+        Path | None, typer.Option(help="Folder of the real data set in its published layout. (default: none)")
     ] = None,
     columns: Annotated[
-        str,
-        typer.Option(help="What the columns of the real table are called: 'age=Age_at_scan,site=scanner'."),
+        str, typer.Option(help="Names of columns of the real table: 'age=Age_at_scan,site=scanner'.")
     ] = "",
     on_problem: Annotated[
         str, typer.Option(help="Files and rows of real data that cannot be used: 'error' or 'skip'.")
     ] = "error",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Fewer trainings or less data: minutes on two cores.")
-    ] = False,
-    jobs: Annotated[
-        int | None, typer.Option(min=1, help="Networks at a time, one thread each. [default: all cores]")
-    ] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer trainings or less data: minutes.")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Networks at a time. (default: all cores)")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the rows as JSON.")] = False,
 ) -> None:
-    from mdnorm_experiments.data.problems import DataProblemsError
+    from mdnorm_experiments.data.reading import DataProblemsError
     from mdnorm_experiments.methods import METHODS
-    from mdnorm_experiments.settings import get_setting, impossible_cells, plan
+    from mdnorm_experiments.settings import get_setting, plan
 
     out = out or Path("results", name if variant == "plain" else f"{name}-{variant}")
     try:
@@ -159,10 +133,9 @@ def _run_setting(
             _look_at_data(runs[0])
     except (ValueError, DataProblemsError, MissingExtraError, OSError) as error:
         fail(str(error), BAD_INPUT)
-    for method, impossible in impossible_cells(chosen, sizes or setting.batch_sizes):
-        errors.print(
-            f"left out: {METHODS[method].title} cannot train with batch size {impossible}.", highlight=False
-        )
+    for method in (METHODS[name] for name in dict.fromkeys(chosen)):
+        for small in (each for each in sizes or setting.batch_sizes if each < method.least_batch_size):
+            errors.print(f"left out: {method.title} cannot train with batch size {small}.", highlight=False)
     rows, report = _run_all(setting, runs, out, jobs)
     if json_output:
         typer.echo(json.dumps(rows, indent=2))
@@ -206,57 +179,31 @@ _GO_ON = (
 _COMMANDS = {
     "synthetic": (
         _SYNTHETIC,
-        "Two groups of images with a true effect and a confounder, against the analytic limits.",
-        "A classifier that uses the true effect only is right in 83.3 % of all cases, one that cheats with "
-        "the confounder in 94.4 %.",
+        "Two groups of images with a true effect (it allows 83.3 %) and a confounder (both allow 94.4 %).",
     ),
     "continual": (
         _CONTINUAL,
         "One network through five stages in which the true effect fades and the confounder takes over.",
-        "After each stage it is tested on all five. A confounder-free network is right in 75 % of all cases "
-        "in the first stage and in 50 % in the last; the table shows how far a network is from that.",
     ),
-    "image": (
-        _LOADED,
-        "Drawn faces: the label is in their geometry, the skin's shade goes with the label.",
-        "An honest network is as good on faces whose shade says nothing about the label; the table shows how "
-        "far each method is from that.",
-    ),
-    "digits": (
-        _LOADED[:2],
-        "Real digits, coloured: the colour goes with the label.",
-        "An honest network is as good on digits whose colour says nothing about the label.",
-    ),
-    "video": (
-        _LOADED,
-        "Clips of a figure in action: the scene behind it goes with the action.",
-        "An honest network is as good on clips whose scenes were shuffled.",
-    ),
-    "mri": (
-        _LOADED,
-        "Brains in 3D: diagnosis goes with site and age.",
-        "An honest network is as good on subjects whose site, age and sex say nothing about the diagnosis.",
-    ),
+    "image": (_LOADED, "Drawn faces: the label is in their geometry, the skin's shade goes with the label."),
+    "digits": (_LOADED[:2], "Real digits, coloured: the colour goes with the label."),
+    "video": (_LOADED, "Clips of a figure in action: the scene behind it goes with the action."),
+    "mri": (_LOADED, "Brains in 3D: diagnosis goes with site and age."),
 }
 
 
-def _add_command(name: str, options: Sequence[str], *text: str) -> None:
+def _add_command(name: str, options: Sequence[str], text: str) -> None:
     """Add ``mdnorm-experiments NAME``: `_run_setting` with the options of this setting."""
-
-    def command(**given: Any) -> None:
-        _run_setting(name, **given)
-
+    command: Any = partial(_run_setting, name)
     signature = inspect.signature(_run_setting, eval_str=True)
     kept = [p for key, p in signature.parameters.items() if key not in {"name", *_OF_SOME} or key in options]
-    as_function: Any = command
-    as_function.__signature__ = signature.replace(parameters=kept)
-    as_function.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
-    command.__doc__ = "\n\n".join([*text, _GO_ON])
-    app.command(name)(command)
+    command.__signature__ = signature.replace(parameters=kept)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in kept}
+    app.command(name, help=f"{text}\n\n{_GO_ON}")(command)
 
 
-for _name, (_options, *_text) in _COMMANDS.items():
-    _add_command(_name, _options, *_text)
+for _name, _options_and_text in _COMMANDS.items():
+    _add_command(_name, *_options_and_text)
 
 
 def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None) -> tuple[list[Row], Path]:
@@ -271,14 +218,14 @@ def _run_all(setting: Setting, runs: Sequence[Run], out: Path, jobs: int | None)
         fail(f"--jobs {jobs} under torchrun: say --nproc-per-node {jobs} instead.", BAD_INPUT)
     try:
         with _sigterm_as_ctrl_c(), only_writer(out) if rank == 0 else nullcontext():
-            store = ResultStore(out / "results.json", shared=world_size > 1)
-            runner = Runner(store, train, 1 if store.is_shared else jobs or os.cpu_count() or 1)
+            store = ResultStore(out / "results.json")
+            runner = Runner(store, train, 1 if world_size > 1 else jobs or os.cpu_count() or 1)
             pending = runner.pending(runs)
             if len(pending) < len(runs) and rank == 0:
                 errors.print(f"{len(runs) - len(pending)} of {len(runs)} trainings are already finished.")
             epochs = setting.num_stages * sum(run.epochs for run in pending)
-            with _progress_bar(epochs, len(pending), several=world_size > 1) as progress:
-                rows = runner.run(runs, progress)
+            with _progress_bars(epochs, len(pending), several=world_size > 1) as told:
+                rows = runner.run(runs, *told)
             if rank > 0:
                 raise typer.Exit
             store.clear_claims()
@@ -310,39 +257,33 @@ def _place_in_torchrun() -> tuple[int, int]:
     return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
 
-class _Bar:
-    def __init__(self, progress: Progress, epochs: int, runs: int, moves: bool) -> None:
-        self._progress = progress
-        self._moves = moves
-        self._epochs = progress.add_task("epochs", total=epochs)
-        self._runs = progress.add_task("trainings", total=runs)
-
-    def epoch_done(self) -> None:
-        self._progress.advance(self._epochs)
-
-    def run_done(self, row: Row) -> None:
-        self._progress.advance(self._runs)
-        if not self._moves:
-            # Without a terminal (CI, a log file) bars cannot move: one line a training instead.
-            self._progress.console.print(
-                f"{row['method']}, batch size {row['batch_size']}, seed {row['seed']}: "
-                f"accuracy {100 * row['bacc']:.1f} %",
-                highlight=False,
-            )
-
-
 @contextmanager
-def _progress_bar(epochs: int, runs: int, several: bool) -> Iterator[_Bar]:
+def _progress_bars(
+    epochs: int, runs: int, several: bool
+) -> Iterator[tuple[Callable[[], None], Callable[[Row], None]]]:
+    """Yield what is to be called after each epoch and after each training."""
     columns = (
-        TextColumn("{task.description:>9}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        progress.TextColumn("{task.description:>9}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TimeRemainingColumn(),
     )
     # Bars of several processes would overwrite each other: lines from all instead.
-    with Progress(*columns, console=errors, disable=not runs or several) as progress:
-        yield _Bar(progress, epochs, runs, moves=errors.is_terminal and not several)
+    with progress.Progress(*columns, console=errors, disable=not runs or several) as bars:
+        of_epochs, of_runs = (
+            bars.add_task("epochs", total=epochs),
+            bars.add_task("trainings", total=runs),
+        )
+
+        def run_done(row: Row) -> None:
+            bars.advance(of_runs)
+            if several or not errors.is_terminal:
+                # Without a terminal (CI, a log file) bars cannot move: one line a training instead.
+                text = f"{row['method']}, batch size {row['batch_size']}, seed {row['seed']}"
+                bars.console.print(f"{text}: accuracy {100 * row['bacc']:.1f} %", highlight=False)
+
+        yield partial(bars.advance, of_epochs), run_done
 
 
 def _print_table(report_table: ReportTable) -> None:
@@ -355,22 +296,17 @@ def _print_table(report_table: ReportTable) -> None:
     words = [[*heading.split(), *cells] for heading, *cells in zip(headings, *lines, strict=True)]
     widths = [max(map(cell_len, column)) for column in words]
     widths[0] = min(widths[0], console.width // 3)
-    parts: list[list[int]] = [[]]
+    parts = [keys := [*range(num_keys)]]
     for index in range(num_keys, len(headings)):
-        shown = [*range(num_keys), *parts[-1], index]
-        if parts[-1] and sum(widths[i] + _GAP for i in shown) > console.width:
-            parts.append([])
-        parts[-1].append(index)
+        if len(parts[-1]) > num_keys and sum(widths[i] + _GAP for i in (*parts[-1], index)) > console.width:
+            parts.append(keys)
+        parts[-1] = [*parts[-1], index]
     for part in parts:
-        shown = [*range(num_keys), *part]
         table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
-        for index in shown:
+        for index in part:
             table.add_column(headings[index], justify="right" if index else "left", width=widths[index])
-        previous = None
-        for line in lines:
-            if section is not None and previous not in (None, line[section]):
-                table.add_section()
-            previous = None if section is None else line[section]
-            table.add_row(*(escape(line[index]) for index in shown))
+        for line, after in zip_longest(lines, lines[1:]):
+            ends = section is not None and after is not None and after[section] != line[section]
+            table.add_row(*(escape(line[index]) for index in part), end_section=ends)
         console.print(table)
     console.print(report_table.limits, highlight=False, markup=False)

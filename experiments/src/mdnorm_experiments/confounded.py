@@ -15,113 +15,25 @@ from torch import Tensor, nn
 from mdnorm.metrics import distance_correlation_sqr, probe
 from mdnorm.metrics.samples import MIN_SAMPLES
 from mdnorm_experiments import confounded_report
-from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, select
-from mdnorm_experiments.methods import METHOD_OF_NORM
+from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, as_targets, select
+from mdnorm_experiments.methods import METHOD_OF_NORM, METHODS
 from mdnorm_experiments.networks import BackboneNetwork
 from mdnorm_experiments.report import ReportFigure, ReportTable
 from mdnorm_experiments.results import Row
 from mdnorm_experiments.settings import Run, Setting, data_of, get_setting
 from mdnorm_experiments.training import has_metadata_norm, outputs, predictions, save_features
 
-METHOD_NAMES = (
-    "none",
-    "batchnorm",
-    "groupnorm",
-    "brnet",
-    "groupdro",
-    "dfr",
-    "leace",
-    "weights",
-    "mdn-last-dataset",
-    "mdn-last-batch",
-    "mdn-last-running",
-    "mdn-last-recursive",
-    "mdn-last-penalty",
-    "mdn-every-running",
-    "mdn-last-running+weights",
-    "dependence-loss",
-    "mdn-last-running+loss",
-    "mdn-last-running+weights+loss",
-    "oracle",
+# Of the methods on every layer one, and none that is for a variant of the synthetic images.
+METHOD_NAMES = tuple(
+    name
+    for name, method in METHODS.items()
+    if (method.layers != "every" or name == "mdn-every-running")
+    and name not in ("mdn-last-authors", "mdn-last-linear", "mdn-last-scale")
 )
 _MEASURED_ROWS = 1000  # of the training data: dcor² takes time with their square
 _SHUFFLES = 3
 # Of what `evaluate` returns. Rows on disk with another number, or none, count as not there.
 _MEASURES = 2
-
-
-@dataclass(frozen=True, kw_only=True)
-class ConfoundedSetting(Setting):
-    """Labels that go with the metadata in training and test data, and confound-free test data.
-
-    `make_data` leads from the number of training samples and a seed to the same data each time. `backbone`
-    leads from one of `mdnorm_experiments.networks.NORMS` to an untrained module from (N, C, *spatial) to (N,
-    F), with F as its attribute ``num_features``; its weights follow from torch's seed. `limit` is the
-    accuracy, a fraction, of the best rule on confound-free data, where it is known. `examples` draws samples.
-    `load` reads real data from a folder in its published layout, given "error" or "skip" and names for some
-    of the `columns` of its table.
-    """
-
-    make_data: Callable[[int, int], ConfoundedData]
-    backbone: Callable[[str], nn.Module]
-    examples: Callable[[ConfoundedData], Figure]
-    limit: float | None = None
-    load: Callable[[Path, str, Mapping[str, str]], LoadedData] | None = None
-    columns: tuple[str, ...] = ()
-
-    row_names: ClassVar = {
-        "epochs": "epochs",
-        "size": "size",
-        "warmup_epochs": "warmup_epochs",
-        "data": "data",
-        "on_problem": "on_problem",
-    }
-    least_size: ClassVar = 40
-    least_batch_size: ClassVar = 2  # BatchNorm has no variance of one sample
-    seeds: ClassVar = 5
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """Those of `METHOD_NAMES`."""
-        return METHOD_NAMES
-
-    def row(self, run: Run) -> Row:
-        """Return what tells a run apart from others, as JSON values."""
-        row = super().row(run)
-        # The degree is the synthetic images': here the design comes with the data.
-        row.pop("degree", None)
-        return row | {"norm": self.method(run.method).norm or self.base_norm, "measures": _MEASURES}
-
-    def network(self, norm: str, num_classes: int) -> BackboneNetwork:
-        """Return the backbone with a hidden layer of 64 behind it."""
-        return BackboneNetwork(self.backbone(norm), num_classes)
-
-    def data(self, run: Run, degree: int) -> ConfoundedData:
-        """Return generated data, or the real ones divided; raises what `load` and `divide` raise."""
-        if run.data is not None:
-            return load(run).divide(run.seed)
-        return self.make_data(run.size, run.seed)
-
-    def measure(
-        self, network: BackboneNetwork, data: ConfoundedData, trained: Samples, file: str | None = None
-    ) -> Row:
-        """Return what `evaluate` returns."""
-        return evaluate(network, data, trained, file)
-
-    def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
-        """Return the tables of outcomes; by variable; as trained; by class; by group."""
-        return confounded_report.tables(rows, self.limit)
-
-    def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
-        """Return example samples, accuracy with dcor², and accuracy by group."""
-        return confounded_report.figures(self.examples(data_of(runs[0])), rows, self.limit)
-
-    def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-        """Audit the best network and its like without correction; say where, or why not."""
-        # The same network without Metadata Normalization, or what else there is without it.
-        plain = (METHOD_OF_NORM[self.base_norm], *METHOD_OF_NORM.values())
-        text = confounded_report.audit(out, data_of(runs[0]), runs, rows, plain)
-        return [*self.introduction, *text]
 
 
 def _by_class(values: Tensor, samples: Samples, data: ConfoundedData) -> dict[str, dict[str, float]]:
@@ -160,39 +72,28 @@ def _probed(features: Tensor, samples: Samples, data: ConfoundedData) -> dict[st
 
     found: dict[str, float | None] = {}
     for variable, columns in data.confounders.items():
-        values = samples.confounders[:, list(columns)].double()
-        one_hot = values.shape[1] > 1 and bool(((values == 0) | (values == 1)).all())
-        scores = [score(target) for target in ([values.argmax(1)] if one_hot else values.T)]
+        scores = [score(target) for target in as_targets(samples.confounders.double(), columns)]
         known = [value for value in scores if value is not None]
         found[variable] = max(0.0, sum(known) / len(known)) if known else None
     return found
 
 
 def evaluate(
-    network: BackboneNetwork, data: ConfoundedData, trained: Samples, features_file: str | None = None
+    network: BackboneNetwork, data: ConfoundedData, trained: Samples, file: str | None = None
 ) -> Row:
     """Measure a network on both held-out sets and on what it was trained on.
 
-    `features_file` is where to keep features, labels, scores and predictions of the confound-free data.
+    Returns "bacc" and "bacc_confounded", balanced accuracy (a fraction) on the confound-free and the test
+    data; and on the confound-free data, of which features, labels and scores go into a `file`:
 
-    Returns
-    -------
-    dict
-        "bacc" and "bacc_confounded": balanced accuracy, a fraction, on the confound-free and on the test
-        data. On the confound-free data:
-
-        - "bacc_shuffled" and "bacc_mean": the accuracy with the metadata of other samples, and with the mean
-          of those trained on; None for a network that takes none.
-        - "dcor2_logits": variable → class → bias-corrected dcor² of the variable and the logits less their
-          mean over the classes, which changes no output.
-        - "dcor2": the same of the features; "dcor2_whitened": of the features with the same variance in all
-          directions.
-        - "probe": variable → score of a linear probe of the features within the classes, from 0 for chance
-          (or worse) to 1: R², or balanced accuracy above chance; None where samples are too few.
-        - "recall": group → class → share found; "gap": the largest difference of a class's recall between
-          groups.
-
-        On at most 1000 rows that were trained on: "dcor2_logits_train" and "dcor2_train".
+    - "bacc_shuffled", "bacc_mean": accuracy with the metadata of other samples, and with their mean; None for
+      a network that takes none.
+    - "dcor2", "dcor2_logits", "dcor2_whitened": variable → class → bias-corrected dcor² of the variable with
+      the features, with the logits less their mean over the classes, and with features of equal variance in
+      all directions. "dcor2_train", "dcor2_logits_train": on at most 1000 rows that were trained on.
+    - "probe": variable → score of a linear probe of the features within the classes, from 0 for chance (or
+      worse) to 1: R², or balanced accuracy above chance; None where samples are too few.
+    - "recall": group → class → share found; "gap": its largest difference between groups.
     """
     from sklearn.metrics import balanced_accuracy_score
 
@@ -222,9 +123,9 @@ def evaluate(
         for number, group in enumerate(data.groups)
     }
     by_class = [[found[name] for found in recall.values() if name in found] for name in data.classes]
-    if features_file is not None:
+    if file is not None:
         more = {"labels": free.labels, "groups": free.groups, "confounders": free.confounders}
-        save_features(features_file, features, logits, **more)
+        save_features(file, features, logits, **more)
     return {
         "bacc": float(balanced_accuracy_score(free.labels.numpy(), predicted.numpy())),
         "bacc_confounded": accuracy(data.test),
@@ -241,12 +142,77 @@ def evaluate(
     }
 
 
+@dataclass(frozen=True, kw_only=True)
+class ConfoundedSetting(Setting):
+    """Labels that go with the metadata in training and test data, and confound-free test data.
+
+    `make_data` leads from the number of training samples and a seed to the same data each time, `backbone`
+    from one of `NORMS` to an untrained module as `BackboneNetwork` takes it. `limit` is the accuracy, a
+    fraction, of the best rule on confound-free data, where it is known. `examples` draws samples. `load`
+    reads real data from a folder, given "error" or "skip" and names of columns of its table.
+    """
+
+    make_data: Callable[[int, int], ConfoundedData]
+    backbone: Callable[[str], nn.Module]
+    examples: Callable[[ConfoundedData], Figure]
+    limit: float | None = None
+    load: Callable[[Path, str, Mapping[str, str]], LoadedData] | None = None
+
+    row_names: ClassVar = {
+        "epochs": "epochs",
+        "size": "size",
+        "warmup_epochs": "warmup_epochs",
+        "data": "data",
+        "on_problem": "on_problem",
+    }
+    methods: ClassVar = METHOD_NAMES
+    all_methods: ClassVar = METHOD_NAMES
+    least_size: ClassVar = 40
+    least_batch_size: ClassVar = 2  # BatchNorm has no variance of one sample
+    seeds: ClassVar = 5
+
+    def row(self, run: Run) -> Row:
+        """Return what tells a run apart from others, as JSON values."""
+        row = super().row(run)
+        # The degree is the synthetic images': here the design comes with the data.
+        row.pop("degree", None)
+        return row | {"norm": self.method(run.method).norm or self.base_norm, "measures": _MEASURES}
+
+    def network(self, norm: str, num_classes: int) -> BackboneNetwork:
+        """Return the backbone with a hidden layer of 64 behind it."""
+        return BackboneNetwork(self.backbone(norm), num_classes)
+
+    def data(self, run: Run, degree: int) -> ConfoundedData:
+        """Return generated data, or the real ones divided; raises what `load` and `divide` raise."""
+        if run.data is not None:
+            return load(run).divide(run.seed)
+        return self.make_data(run.size, run.seed)
+
+    measure = staticmethod(evaluate)
+
+    def _limit(self, rows: Sequence[Row]) -> float | None:
+        return None if any(row.get("data") for row in rows) else self.limit
+
+    def tables(self, rows: Sequence[Row]) -> list[ReportTable]:
+        """Return the tables of outcomes; by variable; as trained; by class; by group."""
+        return confounded_report.tables(rows, self._limit(rows))
+
+    def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
+        """Return example samples, accuracy with dcor², and accuracy by group."""
+        return confounded_report.figures(self.examples(data_of(runs[0])), rows, self._limit(rows))
+
+    def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
+        """Audit the best network and its like without correction; say where, or why not."""
+        # The same network without Metadata Normalization, or what else there is without it.
+        plain = (METHOD_OF_NORM[self.base_norm], *METHOD_OF_NORM.values())
+        text = confounded_report.audit(out, data_of(runs[0]), runs, rows, plain)
+        return [*self.introduction, *text]
+
+
 def load(run: Run) -> LoadedData:
     """Return the real data set of a run; kept until another is asked for.
 
-    Raises DataProblemsError for files or rows that cannot be used, all of them listed, unless `on_problem` is
-    "skip"; FileNotFoundError, which says what to get, without such data; ValueError for data that cannot be
-    used, or a setting without a loader.
+    DataProblemsError, FileNotFoundError and ValueError: what the loader raises; ValueError: it has none.
     """
     assert run.data is not None
     return _loaded(run.setting, run.data, run.on_problem, run.columns)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from mdnorm.plotting import MARKERS, PALETTE
-from mdnorm_experiments.data.confounded import ConfoundedData
-from mdnorm_experiments.figures import WIDTH, series_figure, series_of
+from mdnorm_experiments.data.confounded import ConfoundedData, as_targets
+from mdnorm_experiments.figures import BARS, LINE, WIDTH, mean_and_deviation, series_figure, series_of
 from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
@@ -21,15 +23,13 @@ from mdnorm_experiments.settings import Run
 LEGEND = (
     "Mean ± standard deviation over seeds. “Confound-free”: balanced accuracy on held-out data in which the "
     "metadata say nothing about the label, the honest measure. “Confounded”: on held-out data like those of "
-    "the training. “Shuffled”: confound-free, with the metadata of other samples for the networks that take "
-    "metadata; the same where they are used for nothing but to be removed. dcor², bias-corrected, is that "
-    "with the metadata within the classes, averaged over classes and variables; 0 is right. That of the "
+    "the training. “Shuffled”: confound-free, with the metadata of other samples. dcor², bias-corrected, is "
+    "that with the metadata within the classes, averaged over classes and variables; 0 is right. That of the "
     "logits says what the outputs give away, that of the features what they hold, on new (confound-free) and "
-    "on training samples; the probe is linear, its score in the classes of the confound-free data is 0 at "
-    "chance and 1 at best. Networks with Metadata Normalization are recalibrated: they have exact "
-    "coefficients from the training data. "
-    "“Gain”: points on confound-free data above “No normalisation”, seed by seed. “Recovered”: the gain as a "
-    "share of the oracle's mean gain, of the same network trained on unconfounded data."
+    "on training samples; the score of the linear probe is 0 at chance and 1 at best. Networks with Metadata "
+    "Normalization are recalibrated: they have exact coefficients from the training data. “Gain”: points on "
+    "confound-free data above “No normalisation”, seed by seed. “Recovered”: the gain as a share of the mean "
+    "gain of the oracle, the same network trained on unconfounded data."
 )
 _RECALIBRATED = " Networks with Metadata Normalization are recalibrated."
 _COMPARED = ("none", "batchnorm", "groupnorm", "brnet")
@@ -37,7 +37,7 @@ _COMPARED = ("none", "batchnorm", "groupnorm", "brnet")
 
 def _final(rows: Sequence[Row]) -> list[Row]:
     """What the method leaves behind in the end: recalibrated where it can be."""
-    return [row.get("recalibrated", row) for row in rows]
+    return [row | row.get("recalibrated", {}) for row in rows]
 
 
 def _percent(values: Sequence[float], *, signed: bool = False) -> str:
@@ -68,13 +68,6 @@ def _group_accuracy(rows: Sequence[Row], group: str) -> list[float]:
     return [statistics.fmean(recall.values()) for recall in _recalls(rows, group)]
 
 
-def _gains(members: Sequence[Row], plain: Sequence[Row]) -> list[float]:
-    """Return confound-free accuracy above that of the network without a norm, seed by seed."""
-    before = {row["seed"]: row["bacc"] for row in plain}
-    pairs = zip(members, _final(members), strict=True)
-    return [final["bacc"] - before[row["seed"]] for row, final in pairs if row["seed"] in before]
-
-
 def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
     """Return the tables of all methods: outcomes; each variable; as trained; dcor² by class; by group.
 
@@ -84,7 +77,11 @@ def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
     variables, groups = list(rows[0]["dcor2"]), list(rows[0]["recall"])
     classes = list(rows[0]["dcor2"][variables[0]])
     two = len(classes) == 2
-    gains = {name: _gains(members, methods.get("none", [])) for name, members in methods.items()}
+    before = {row["seed"]: row["bacc"] for row in methods.get("none", [])}
+    gains = {
+        name: [row["bacc"] - before[row["seed"]] for row in _final(members) if row["seed"] in before]
+        for name, members in methods.items()
+    }
     # A difference of few seeds' means may be nothing at all: a share of it says nothing.
     whole = statistics.fmean(gains["oracle"]) if gains.get("oracle") else 0.0
     overview, by_variable, stages, by_class, by_group = [], [], [], [], []
@@ -139,7 +136,7 @@ def tables(rows: Sequence[Row], limit: float | None) -> list[ReportTable]:
             ],
             overview,
             f"Best possible on confound-free data: {100 * limit:.1f} %; dcor² 0."
-            if limit is not None and _has_limit(rows, limit)
+            if limit is not None
             else "No analytic limit of accuracy; dcor² 0 without the confounders.",
             LEGEND,
         ),
@@ -188,11 +185,6 @@ def _stage(members: Sequence[Row], variables: Sequence[str]) -> list[str]:
     ]
 
 
-def _has_limit(rows: Sequence[Row], limit: float | None) -> bool:
-    """Whether the limit is known, and the data are the generated ones that it holds for."""
-    return limit is not None and not any(row.get("data") for row in rows)
-
-
 def accuracy_figure(rows: Sequence[Row], limit: float | None) -> Figure:
     """Accuracy with and without confounding, and the dependence left, by method."""
     methods = by_method(rows)
@@ -201,44 +193,25 @@ def accuracy_figure(rows: Sequence[Row], limit: float | None) -> Figure:
 
     def draw(axis: Axes, value: Callable[[Row], float], label: str, style: int, marker: int) -> None:
         found = [[value(row) for row in _final(members)] for members in methods.values()]
-        axis.errorbar(
-            [statistics.fmean(values) for values in found],
-            range(len(found)),
-            xerr=[statistics.stdev(values) if len(values) > 1 else 0.0 for values in found],
-            label=label,
-            color=PALETTE[style],
-            marker=MARKERS[marker],
-            markersize=5,
-            linestyle="none",
-            capsize=2,
-            linewidth=1,
-        )
+        means, deviations = zip(*map(mean_and_deviation, found), strict=True)
+        look = {"color": PALETTE[style], "marker": MARKERS[marker], "linestyle": "none", **BARS}
+        axis.errorbar(means, range(len(found)), xerr=deviations, label=label, **look)
 
     draw(left, lambda row: 100 * row["bacc_confounded"], "confounded test data", 1, 1)
     draw(left, lambda row: 100 * row["bacc"], "confound-free test data", 4, 0)
-    if limit is not None and _has_limit(rows, limit):
-        left.axvline(100 * limit, color="0.4", linestyle="--", linewidth=1, zorder=0)
-        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "xytext": (0, 2)}
-        left.annotate(
-            f"limit {100 * limit:.1f} %",
-            (100 * limit, 1),
-            textcoords="offset points",
-            ha="center",
-            fontsize=7,
-            color="0.3",
-            **place,
-        )
+    if limit is not None:
+        left.axvline(100 * limit, **LINE)
+        place: dict[str, Any] = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+        text, style = f"limit {100 * limit:.1f} %", {"ha": "center", "fontsize": 7, "color": "0.3"}
+        left.annotate(text, (100 * limit, 1), xytext=(0, 2), **style, **place)
     left.set_yticks(range(len(methods)), [METHODS[name].title for name in methods], fontsize=8)
     left.invert_yaxis()
     left.set_xlabel("balanced accuracy (%)", fontsize=8)
     for index, variable in enumerate(rows[0]["dcor2"]):
-
-        def dependence(row: Row, variable: str = variable) -> float:
-            return _dependence(row, "dcor2_logits", [variable])
-
+        value = partial(_dependence, measure="dcor2_logits", variables=[variable])
         label = f"dcor² with {variable} within classes"
-        draw(right, dependence, label, (3, 6, 5)[index % 3], (0, 2, 3)[index % 3])
-    right.axvline(0, color="0.4", linestyle="--", linewidth=1, zorder=0)
+        draw(right, value, label, (3, 6, 5)[index % 3], (0, 2, 3)[index % 3])
+    right.axvline(0, **LINE)
     right.set_xlabel("dcor² of the logits", fontsize=8)
     for axis in (left, right):
         axis.tick_params(labelsize=8)
@@ -321,30 +294,24 @@ def audit(
     tensors, others = load_file(kept[before]), load_file(kept[best])
     metadata: dict[str, Any] = {}
     for variable, columns in data.confounders.items():
-        values = tensors["confounders"][:, list(columns)]
-        if len(columns) == 1:
-            metadata[variable] = values[:, 0].tolist()
-        elif bool(((values == 0) | (values == 1)).all()):
-            # One-hot: a category again.
-            known = len(columns) == len(data.groups)
-            codes = values.argmax(1).tolist()
-            metadata[variable] = [data.groups[code] if known else str(code) for code in codes]
-        else:
-            metadata |= {f"{variable} {index + 1}": column.tolist() for index, column in enumerate(values.T)}
+        values = as_targets(tensors["confounders"], columns)
+        for index, found in enumerate(values):
+            name = variable if len(values) == 1 else f"{variable} {index + 1}"
+            metadata[name] = found.tolist()
+        if len(columns) > len(values):
+            names = data.groups if len(columns) == len(data.groups) else [*map(str, range(len(columns)))]
+            metadata[variable] = [names[code] for code in metadata[variable]]
+    networks = {"the uncorrected network": tensors, METHODS[best].title: others}
 
-    def named(labels: Any) -> list[str]:
-        return [data.classes[label] for label in labels.tolist()]
+    def named(numbers: Tensor) -> list[str]:
+        return [data.classes[number] for number in numbers.tolist()]
 
     try:
-        titles = "the uncorrected network", METHODS[best].title
         report = auditing.audit(
-            {title: part["features"] for title, part in zip(titles, (tensors, others), strict=True)},
+            {title: kept["features"] for title, kept in networks.items()},
             metadata,
             named(tensors["labels"]),
-            predictions={
-                title: named(part["scores"].argmax(1))
-                for title, part in zip(titles, (tensors, others), strict=True)
-            },
+            predictions={title: named(kept["scores"].argmax(1)) for title, kept in networks.items()},
             positive=data.classes[-1] if len(data.classes) == 2 else None,
             settings=auditing.Settings(num_permutations=100),
         )

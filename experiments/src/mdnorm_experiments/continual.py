@@ -1,9 +1,6 @@
 """The continual task: one network through five stages in which the confounder takes over (R-MDN, ICML 2025).
 
-After each stage the network is tested on the held-out data of all five, so a run yields matrices R, R[i][j]
-measured on stage j after training on stage i. What counts is the distance from the limit L_j of the true
-effect alone: a confounder-free network is at 0 everywhere, on the stages it has left behind and on those to
-come.
+After each stage the network is tested on the held-out data of all five; see docs/results-continual.md.
 """
 
 from __future__ import annotations
@@ -12,37 +9,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mdnorm.design import polynomial
-from mdnorm_experiments import figures
+from mdnorm_experiments import figures, synthetic
+from mdnorm_experiments.data import synthetic as drawn
 from mdnorm_experiments.data.confounded import ConfoundedData, Samples
-from mdnorm_experiments.data.continual import (
-    BOTH_LIMITS,
-    CONFOUNDER_RANGE,
-    EFFECT_LIMITS,
-    NUM_STAGES,
-    SHIFTS,
-    make_stage,
-)
-from mdnorm_experiments.data.synthetic import SyntheticData
-from mdnorm_experiments.methods import METHODS, panels, titles
+from mdnorm_experiments.methods import METHODS
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
 from mdnorm_experiments.results import Row
 from mdnorm_experiments.settings import Run, Setting, build
-from mdnorm_experiments.synthetic import (
-    GROUPS,
-    ResultAxis,
-    SyntheticSetting,
-    accuracy_figure,
-    dependence_figure,
-    example_images,
-    samples_of,
-)
+from mdnorm_experiments.synthetic import GROUPS, ResultAxis, SyntheticSetting
 from mdnorm_experiments.training import fit, has_metadata_norm, prepare, recalibrate_on
 
 # Given once: the recursion only scales its columns by it. "penalty" would diverge in columns whitened for an
@@ -69,14 +49,11 @@ _STAGE_LEGEND = (
 )
 
 
-def make_samples(stage: int, group_size: int, degree: int, *, seed: int, stratified: bool = False) -> Samples:
-    """Return the data of a stage; the metadata are the powers 1 … degree of the confounder.
-
-    The basis is the same in all stages. See `mdnorm_experiments.data.continual.make_stage`.
-    """
-    data = make_stage(stage, group_size, seed=seed, stratified=stratified)
-    low, high = CONFOUNDER_RANGE
-    return samples_of(data, polynomial(data.confounder, degree, low=low, high=high))
+def make_samples(stage: int, group_size: int, degree: int, **options: Any) -> Samples:
+    """Return the data of a stage (see `make_stage`); metadata are the confounder's powers 1 … degree."""
+    data = drawn.make_stage(stage, group_size, **options)
+    low, high = drawn.CONFOUNDER_RANGE
+    return synthetic.samples_of(data, polynomial(data.confounder, degree, low=low, high=high))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +62,7 @@ class ContinualSetting(SyntheticSetting):
 
     row_names: ClassVar = {"epochs": "epochs_per_stage", "size": "group_size", "test_size": "test_group_size"}
     variants: ClassVar[tuple[str, ...]] = ("plain",)
-    num_stages: ClassVar = NUM_STAGES
+    num_stages: ClassVar = drawn.NUM_STAGES
     seeds: ClassVar = 3
     keeps_features: ClassVar = False
 
@@ -95,8 +72,8 @@ class ContinualSetting(SyntheticSetting):
     def stages(self, run: Run) -> list[ConfoundedData]:
         """Return training and held-out data of each stage."""
         degree, found = METHODS[run.method].degree, []
-        for stage in range(NUM_STAGES):
-            seed = 2 * (NUM_STAGES * run.seed + stage)
+        for stage in range(drawn.NUM_STAGES):
+            seed = 2 * (drawn.NUM_STAGES * run.seed + stage)
             train = make_samples(stage, run.size, degree, seed=seed)
             # Stratified: the distance from a limit should be the network's, not that of the draw.
             test = make_samples(stage, run.test_size, degree, seed=seed + 1, stratified=True)
@@ -106,12 +83,10 @@ class ContinualSetting(SyntheticSetting):
     def train(self, run: Run, epoch_done: Callable[[], None]) -> Row:
         """Train one network stage after stage, and measure it on all stages after each.
 
-        The network and its layers keep their weights and state from stage to stage; optimiser and learning
-        rate start anew. Estimators that take the Gram matrix of the training set get that of the stage,
-        except where it only scales the columns in which they remember the past: these keep the first. Returns
-        what `measures` returns; for MDN the same under "recalibrated", of copies of the network after
-        `mdnorm.recalibrate` on the stage's training data; "train_loss" of each stage's last epoch (a list)
-        and "seconds_per_epoch".
+        The network and its layers keep weights and state; optimiser and learning rate start anew. The Gram
+        matrix of a training set is that of the stage, except where it only scales the columns in which a
+        layer remembers the past. Returns what `measures` returns, under "recalibrated" that of copies
+        recalibrated after each stage, "train_loss" of each stage (a list) and "seconds_per_epoch".
         """
         stages, method = self.stages(run), self.method(run.method)
         if method.dependence is not None:
@@ -123,7 +98,7 @@ class ContinualSetting(SyntheticSetting):
         for number, stage in enumerate(stages):
             if corrected and number and not keeps_gram:
                 prepare(network, stage.train)
-            seed = NUM_STAGES * run.seed + number
+            seed = drawn.NUM_STAGES * run.seed + number
             trained.append(
                 fit(network, method, stage.train, **run.schedule, seed=seed, epoch_done=epoch_done)
             )
@@ -157,10 +132,10 @@ class ContinualSetting(SyntheticSetting):
                 )
             )
             own = np.array([np.diagonal(row["bacc_matrix"]) for row in members])
-            above = (100 * (own - np.array(EFFECT_LIMITS))).T.tolist()
+            above = (100 * (own - np.array(drawn.EFFECT_LIMITS))).T.tolist()
             stages.append((title, *(mean_with_deviation(values, 1, signed=True) for values in above)))
         headings = ("Method", "Seeds", *_DISTANCES.values(), *(f"dcor² {g}" for g in GROUPS), "s / epoch")
-        limits = [f"Stage {stage + 1}: {100 * limit:g} %" for stage, limit in enumerate(EFFECT_LIMITS)]
+        limits = [f"Stage {stage + 1}: {100 * limit:g} %" for stage, limit in enumerate(drawn.EFFECT_LIMITS)]
         return [
             ReportTable(headings, distances, limits_text(), _LEGEND),
             ReportTable(
@@ -170,33 +145,14 @@ class ContinualSetting(SyntheticSetting):
 
     def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
         """Return example images, accuracy and dcor² by stage, and the matrices of a few methods."""
-        names = titles({row["method"] for row in rows})
-        stage_titles = [f"stage {stage + 1}, shift {shift:g}" for stage, shift in enumerate(SHIFTS)]
+        stage_titles = [f"stage {stage + 1}, shift {shift:g}" for stage, shift in enumerate(drawn.SHIFTS)]
+        examples = synthetic.example_images(_one_image_a_stage(), drawn.NUM_STAGES, stage_titles)
+        title = "Accuracy on each stage, just after training on it"
         return [
-            ReportFigure(
-                "examples",
-                example_images(_one_image_a_stage(), NUM_STAGES, stage_titles),
-                "The images",
-                "An example image of each group and stage.",
-                "The classifier sees the images only, never these numbers.",
-            ),
-            ReportFigure(
-                "accuracy",
-                accuracy_figure(rows, panels(names), stage_axis()),
-                "Accuracy on each stage, just after training on it",
-                "Balanced accuracy of every method by stage; differences from the limit are in the table.",
-                "Closest to the lower line is best. What lies above was got from the confounder.",
-            ),
-            ReportFigure(
-                "dependence",
-                dependence_figure(rows, panels(names), stage_axis()),
-                "What the features hold of the confounder",
-                "Distance correlation by group, method and stage; the means are in the table.",
-                "Bias-corrected squared distance correlation, on each stage's own test data; 0 is right.",
-            ),
+            *synthetic.result_figures(rows, examples, stage_axis(), title),
             ReportFigure(
                 "matrices",
-                figures.stage_matrices(_matrices(rows), EFFECT_LIMITS),
+                figures.stage_matrices(_matrices(rows), drawn.EFFECT_LIMITS),
                 "All stages after each stage",
                 "Accuracy minus the limit of the true effect, for each stage trained on and tested on.",
                 "Accuracy minus the limit of the true effect, in percentage points, mean over seeds. On the "
@@ -210,9 +166,9 @@ class ContinualSetting(SyntheticSetting):
 def measures(tested: Sequence[Sequence[Row]]) -> Row:
     """Return what is reported of a network, from 5 × 5 results.
 
-    ``tested[i][j]`` has "bacc" and "dcor2" (by group) on stage j after training on stage i. Returned are
-    "bacc_matrix" and "dcor2_matrix" (by group), as given; "bacc" and "dcor2", the means over each stage's own
-    test data; and those of `transfer`.
+    ``tested[i][j]`` has "bacc" and "dcor2" (by group) on stage j after training on stage i: these are
+    "bacc_matrix" and "dcor2_matrix", and "bacc" and "dcor2" their means over the diagonal. See also
+    `transfer`.
     """
     accuracy = [[float(result["bacc"]) for result in results] for results in tested]
     dependence = {
@@ -229,15 +185,14 @@ def measures(tested: Sequence[Sequence[Row]]) -> Row:
 
 
 def transfer(
-    accuracy: Sequence[Sequence[float]], limits: Sequence[float] = EFFECT_LIMITS
+    accuracy: Sequence[Sequence[float]], limits: Sequence[float] = drawn.EFFECT_LIMITS
 ) -> dict[str, float]:
-    """Return the distances from the limits, and the classical transfer.
+    """Return the distances from the limits (Shah et al. 2025), and the classical transfer.
 
-    R, T × T, is the accuracy on stage j after training on stage i, L (T) the best one of a confounder-free
-    network. "accuracy_distance", "backward_distance" and "forward_distance" are the mean distance of R_ij
-    from L_j over i = j, j < i and j > i (Shah et al. 2025); 0 is right. "backward_transfer", the mean of R_Tj
-    − R_jj over j < T, and "forward_transfer", the mean of R_ij − L_j over i = j − 1, have signs (Lopez-Paz
-    and Ranzato 2017, there with an untrained network in place of L).
+    With R_ij the accuracy on stage j after training on stage i and L_j the limit: "accuracy_distance",
+    "backward_distance" and "forward_distance" are the mean |R_ij − L_j| over i = j, j < i and j > i.
+    "backward_transfer" is the mean of R_Tj − R_jj over j < T, "forward_transfer" of R_ij − L_j over i = j − 1
+    (Lopez-Paz and Ranzato 2017, with an untrained network in place of L).
     """
     last = len(limits) - 1
     distances = [
@@ -254,13 +209,13 @@ def transfer(
 
 def limits_text() -> str:
     """Return the sentence on the analytic limits."""
-
-    def percent(limits: Sequence[float]) -> str:
-        return ", ".join(f"{100 * limit:.4g}" for limit in limits)
-
+    effect, both = (
+        ", ".join(f"{100 * limit:.4g}" for limit in limits)
+        for limits in (drawn.EFFECT_LIMITS, drawn.BOTH_LIMITS)
+    )
     return (
-        f"Analytic limits by stage: {percent(EFFECT_LIMITS)} % from the true effect alone, "
-        f"{percent(BOTH_LIMITS)} % with the confounder; dcor² 0 without it."
+        f"Analytic limits by stage: {effect} % from the true effect alone, {both} % with the confounder; "
+        "dcor² 0 without it."
     )
 
 
@@ -268,14 +223,14 @@ def stage_axis() -> ResultAxis:
     """Return the axis of stages, each on its own test data, with both limits."""
 
     def values(row: Row, key: str) -> Iterable[tuple[int, float]]:
-        matrix = row["bacc_matrix"] if key == "bacc" else row["dcor2_matrix"][key]
+        matrix = 100 * np.array(row["bacc_matrix"]) if key == "bacc" else row["dcor2_matrix"][key]
         return enumerate(np.diagonal(matrix).tolist())
 
     limits = [
-        ([100 * limit for limit in BOTH_LIMITS], "with the\nconfounder"),
-        ([100 * limit for limit in EFFECT_LIMITS], "true effect\nonly"),
+        ([100 * limit for limit in drawn.BOTH_LIMITS], "with the\nconfounder"),
+        ([100 * limit for limit in drawn.EFFECT_LIMITS], "true effect\nonly"),
     ]
-    stages = [str(stage + 1) for stage in range(NUM_STAGES)]
+    stages = [str(stage + 1) for stage in range(drawn.NUM_STAGES)]
     return ResultAxis("stage", stages, values, limits, {"linestyle": "-", "spread": 0.3})
 
 
@@ -293,15 +248,11 @@ def _lines(rows: Sequence[Row], names: Sequence[str] | None = None) -> dict[str,
     return lines
 
 
-def _one_image_a_stage() -> SyntheticData:
-    """Each stage's first image of each group, group A first."""
-    stages = [make_stage(stage, 1, seed=stage) for stage in range(NUM_STAGES)]
-
-    def joined(name: str) -> Tensor:
-        pairs = torch.stack([getattr(data, name) for data in stages], 1)
-        return pairs.flatten(0, 1)
-
-    return SyntheticData(*map(joined, ("images", "labels", "effect", "confounder")))
+def _one_image_a_stage() -> drawn.SyntheticData:
+    """Each stage's first image of each group."""
+    stages = [drawn.make_stage(stage, 1, seed=stage) for stage in range(drawn.NUM_STAGES)]
+    names = ("images", "labels", "effect", "confounder")
+    return drawn.SyntheticData(*(torch.cat([getattr(data, name) for data in stages]) for name in names))
 
 
 _IN_MATRICES = ("none", "mdn-last-dataset", "mdn-last-running", "mdn-last-recursive")
@@ -312,10 +263,14 @@ def _matrices(rows: Sequence[Row]) -> Mapping[str, list[list[list[float]]]]:
     """Accuracy matrices of each seed by title: of a few methods, and of recalibrated networks if they fit."""
     names = {row["method"] for row in rows}
     lines = _lines(rows, [name for name in names if name in _IN_MATRICES] or list(names))
-    plain = [title for title in lines if not title.endswith(", recalibrated")][:_MOST_MATRICES]
     others = [title for title in lines if title.endswith(", recalibrated")]
-    kept = {*plain, *others[max(len(others) + len(plain) - _MOST_MATRICES, 0) :]}
-    return {title: [row["bacc_matrix"] for row in lines[title]] for title in lines if title in kept}
+    plain = [title for title in lines if title not in others]
+    left_out = [*others, *reversed(plain)][: max(len(lines) - _MOST_MATRICES, 0)]
+    return {
+        title: [row["bacc_matrix"] for row in members]
+        for title, members in lines.items()
+        if title not in left_out
+    }
 
 
 SETTING = ContinualSetting(

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
 from mdnorm.plotting import MARKERS, PALETTE
 from mdnorm_experiments.results import Row
@@ -22,6 +20,14 @@ Panels = Mapping[str, Mapping[str, str]]
 """Title of a panel → identifier → title of its methods. One panel with all methods needs no title."""
 Series = Mapping[str, Mapping[int, tuple[float, float]]]
 """Method → position on the axis → mean and standard deviation over seeds."""
+
+BARS: dict[str, Any] = {"markersize": 5, "capsize": 2, "linewidth": 1}
+LINE: dict[str, Any] = {"color": "0.4", "linestyle": "--", "linewidth": 1, "zorder": 0}
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Return the mean and the standard deviation, 0 of a single value."""
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def picture_grid(
@@ -57,10 +63,7 @@ def series_of(
             if row["method"] == name:
                 for position, value in points(row):
                     values.setdefault(position, []).append(value)
-        series[name] = {
-            position: (statistics.fmean(found), statistics.stdev(found) if len(found) > 1 else 0.0)
-            for position, found in sorted(values.items())
-        }
+        series[name] = {position: mean_and_deviation(found) for position, found in sorted(values.items())}
     return series
 
 
@@ -78,10 +81,9 @@ def series_figure(
     """Draw means with deviations, the methods beside each other at each position.
 
     `parts` are titles of axes → what they show; each of the `panels`, stacked, has a row with all axes and a
-    legend. Methods without positions are left out. `ticks` name the positions 0, 1, …; `labels` are those of
-    the horizontal and the vertical axis. `limits` are dashed lines (height, or heights by position) named at
-    their right end. `linestyle` connects positions, the methods are spread over a share of the room of a
-    position, and `height` is that of a panel in inches.
+    legend. `ticks` name the positions 0, 1, …; `labels` are those of both axes. `limits` are dashed lines
+    (height, or heights by position) named at their right end. `linestyle` connects positions, the methods are
+    spread over a share of the room of a position, and `height` is that of a panel in inches.
     """
     figure = Figure(figsize=(WIDTH, 0.4 + height * len(panels)), layout="constrained")
     rows = figure.subfigures(len(panels), 1, squeeze=False)[:, 0]
@@ -103,12 +105,11 @@ def series_figure(
 
 
 def _draw_limit(axis: Axes, limit: float | Sequence[float], text: str) -> None:
-    style: dict[str, Any] = {"color": "0.4", "linestyle": "--", "linewidth": 1, "zorder": 0}
     if isinstance(limit, Sequence):
-        axis.plot(limit, **style)
+        axis.plot(limit, **LINE)
         limit = limit[-1]
     else:
-        axis.axhline(limit, **style)
+        axis.axhline(limit, **LINE)
     place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
     axis.annotate(text, (1, limit), xytext=(4, 0), va="center", fontsize=8, color="0.3", **place)
 
@@ -129,10 +130,8 @@ def _draw_series(
             label=names[method],
             color=PALETTE[style],
             marker=MARKERS[style],
-            markersize=5,
             linestyle=linestyle,
-            capsize=2,
-            linewidth=1,
+            **BARS,
         )
     for boundary in range(1, count):
         axis.axvline(boundary - 0.5, color="0.9", linewidth=0.8, zorder=0)
@@ -140,42 +139,32 @@ def _draw_series(
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def stage_matrices(
-    matrices: Mapping[str, Sequence[Sequence[Sequence[float]]]], limits: Sequence[float], columns: int = 3
-) -> Figure:
+def stage_matrices(matrices: Mapping[str, Any], limits: Sequence[float]) -> Figure:
     """Accuracy minus the limit for each stage trained on (rows) and tested on (columns), a panel a method.
 
     `matrices` are title → (seeds, T, T) accuracies, fractions, whose mean is shown; `limits` (T,) those of
-    the true effect alone, by stage tested on. `columns` panels are side by side.
+    the true effect alone, by stage tested on.
     """
-    columns = min(columns, max(len(matrices), 1))
-    lines = max(-(-len(matrices) // columns), 1)
+    columns, lines = min(max(len(matrices), 1), 3), max(-(-len(matrices) // 3), 1)
     # The map is as large for one panel as for many.
     figure = Figure(figsize=(WIDTH * (columns + 0.4) / 3.4, 0.3 + 2.45 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False)
-    most = 50.0
-    ticks, stages = range(len(limits)), [str(stage + 1) for stage in range(len(limits))]
-    picture = None
+    most, picture = 50.0, None
+    stages = [str(stage + 1) for stage in range(len(limits))]
     for axis in axes.flat:
         axis.set_axis_off()
     for axis, (title, values) in zip(axes.flat, matrices.items(), strict=False):
         axis.set_axis_on()
         difference = 100 * (np.mean(values, axis=0) - np.asarray(limits))
         picture = axis.imshow(difference, cmap="PuOr_r", vmin=-most, vmax=most)
-        for trained, tested in np.ndindex(difference.shape):
-            value = difference[trained, tested]
-            axis.text(
-                tested,
-                trained,
-                f"{round(value) + 0:+d}".replace("-", "−") if round(value) else "0",
-                ha="center",
-                va="center",
-                fontsize=7,
-                fontweight="bold" if trained == tested else "normal",
-                color="white" if abs(value) > 0.7 * most else "black",
-            )
-        axis.set_xticks(ticks, stages, fontsize=8)
-        axis.set_yticks(ticks, stages, fontsize=8)
+        for (trained, tested), value in np.ndenumerate(difference):
+            text = f"{round(value):+d}".replace("-", "−") if round(value) else "0"
+            weight = "bold" if trained == tested else "normal"
+            colour = "white" if abs(value) > 0.7 * most else "black"
+            style = {"ha": "center", "va": "center", "fontsize": 7, "fontweight": weight, "color": colour}
+            axis.text(tested, trained, text, **style)
+        axis.set_xticks(range(len(limits)), stages, fontsize=8)
+        axis.set_yticks(range(len(limits)), stages, fontsize=8)
         axis.tick_params(length=0)
         axis.set_title(title.replace(", recalibrated", ",\nrecalibrated"), fontsize=8)
         axis.set_xlabel("tested on stage", fontsize=8)
@@ -188,22 +177,11 @@ def stage_matrices(
     return figure
 
 
-@dataclass(frozen=True)
-class Projection:
-    """What a panel of `projections` shows: features (N, D), labels (N,) 0 or 1, and a confounder (N,)."""
+def projections(panels: Mapping[str, Mapping[str, Any]], most: int = 400) -> Figure:
+    """First two principal components within each group, coloured by the confounder.
 
-    title: str
-    features: NDArray[Any]
-    labels: NDArray[Any]
-    confounder: NDArray[Any]
-
-
-def projections(panels: Sequence[Projection], most: int = 400) -> Figure:
-    """First two principal components within each group, coloured by the confounder, a column for each panel.
-
-    Within a group the label is constant, so what colour shows there is the confounder's own effect. The axes
-    say which share of the features' variance a component has, since each fills its axis. The first `most`
-    points of a group are drawn.
+    Each of the panels, columns by title, has "features" (N, D), "labels" (N,) 0 or 1, and "confounder" (N,).
+    The axes say which share of the features' variance a component has; the first `most` points are drawn.
     """
     from sklearn.decomposition import PCA
 
@@ -211,14 +189,14 @@ def projections(panels: Sequence[Projection], most: int = 400) -> Figure:
     axes = figure.subplots(2, len(panels), squeeze=False)
     for index, group in enumerate("AB"):
         points = None
-        for axis, panel in zip(axes[index], panels, strict=True):
-            rows = np.flatnonzero(panel.labels == index)
+        for axis, (title, kept) in zip(axes[index], panels.items(), strict=True):
+            inside = np.asarray(kept["labels"]) == index
+            features = np.asarray(kept["features"], float)[inside]
             # The full solver: exact, and the same on every call.
-            projection = PCA(2, svd_solver="full").fit(np.asarray(panel.features[rows], float))
-            components = projection.transform(np.asarray(panel.features[rows[:most]], float))
-            points = axis.scatter(
-                *components.T, c=panel.confounder[rows[:most]], cmap="viridis", s=10, linewidths=0, alpha=0.85
-            )
+            projection = PCA(2, svd_solver="full").fit(features)
+            colours = np.asarray(kept["confounder"])[inside][:most]
+            components = projection.transform(features[:most]).T
+            points = axis.scatter(*components, c=colours, cmap="viridis", s=10, linewidths=0, alpha=0.85)
             shares = 100 * projection.explained_variance_ratio_
             axis.set_xlabel(f"1st component ({shares[0]:.2f} % of variance)", fontsize=7.5)
             axis.set_ylabel(f"2nd component ({shares[1]:.2f} %)", fontsize=7.5)
@@ -226,7 +204,7 @@ def projections(panels: Sequence[Projection], most: int = 400) -> Figure:
             axis.set_yticks([])
             axis.spines[["top", "right"]].set_visible(False)
             if index == 0:
-                axis.set_title(panel.title, fontsize=8)
+                axis.set_title(title, fontsize=8)
         if points is not None:
             figure.colorbar(points, ax=list(axes[index]), label=f"confounder, group {group}")
     return figure

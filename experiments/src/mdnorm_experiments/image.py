@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -24,23 +24,11 @@ COLOURS = ("red", "green")
 _HELD_OUT = 800
 
 
-class ImageBackbone(ConvolutionalBackbone):
-    """Three convolutions with pooling between them, for (N, 3, H, W) images of 16 to 64 pixels a side.
-
-    There are 16 features for each of the last one's `channels`; `norm` is one of `NORMS`.
-    """
-
-    def __init__(self, norm: str, channels: tuple[int, int, int] = (16, 32, 32)) -> None:
-        convolutions = [nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise((3, *channels))]
-        super().__init__(
-            convolutions,
-            channels,
-            norm,
-            spatial_dims=2,
-            pool=nn.MaxPool2d(2),
-            last_pool=nn.AdaptiveAvgPool2d(4),
-            num_positions=4 * 4,
-        )
+def image_backbone(norm: str, channels: Sequence[int] = (16, 32, 32)) -> ConvolutionalBackbone:
+    """Return three convolutions for (N, 3, H, W) images of 16 to 64 pixels a side; `norm`: one of `NORMS`."""
+    convolutions = [nn.Conv2d(before, after, 3, padding=1) for before, after in pairwise((3, *channels))]
+    pools = {"pool": nn.MaxPool2d(2), "last_pool": nn.AdaptiveAvgPool2d(4)}
+    return ConvolutionalBackbone(convolutions, channels, norm, spatial_dims=2, num_positions=4 * 4, **pools)
 
 
 def _face_samples(images: Tensor, labels: Tensor, shade: Tensor) -> Samples:
@@ -96,16 +84,14 @@ SETTING = ConfoundedSetting(
     name="image",
     title="Metadata Normalization on faces",
     introduction=(
-        "Drawn faces. Five measures of their geometry (jaw, brows, mouth, hair) tell the label, with "
-        "overlap. The skin's shade, from the Monk scale, tells nothing of it, but goes with it in the "
-        "training data: eight of ten “male” faces are from the darker half of the scale, eight of ten "
-        "“female” ones from the lighter half.",
+        "Drawn faces. Five measures of their geometry tell the label, with overlap. The skin's shade tells "
+        "nothing of it, but goes with it in the training data: eight of ten “male” faces are from the darker "
+        "half of the scale, eight of ten “female” ones from the lighter half.",
         f"The best rule that looks at the geometry is right in {100 * faces.LIMIT:.1f} % of all faces whose "
-        "shade says nothing. A network that judges by the shade is better on data like those of its training "
-        "and worse there.",
+        "shade says nothing. A network that judges by the shade is worse there.",
     ),
     make_data=make_face_data,
-    backbone=ImageBackbone,
+    backbone=image_backbone,
     slots=("norm1", "norm2", "norm3"),
     base_norm="group",
     batch_size=50,
@@ -119,7 +105,6 @@ SETTING = ConfoundedSetting(
     examples=partial(_examples, offset=0.5, label="shade"),
     tuned={"adversary": {"strength": 0.1}, "group_dro": {"step_size": 0.1}},
     load=load_faces,
-    columns=tuple(image_folder.COLUMNS),
 )
 
 DIGITS = ConfoundedSetting(
@@ -133,7 +118,7 @@ DIGITS = ConfoundedSetting(
         "goes with the label, and in 50 % where it does not.",
     ),
     make_data=make_digit_data,
-    backbone=ImageBackbone,
+    backbone=image_backbone,
     slots=("norm1", "norm2", "norm3"),
     base_norm="group",
     batch_size=50,

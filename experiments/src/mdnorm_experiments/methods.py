@@ -13,32 +13,16 @@ from mdnorm_experiments.results import Row
 class Method:
     """A row of the table: its title, and which normalisation sits where.
 
-    Attributes
-    ----------
-    title : str
-        As in tables and figures.
-    layers : "none", "last" or "every"
-        Where `MetadataNorm` sits, with these `options`.
-    norm : "none", "batch", "group" or None
-        What normalises every layer beside it; None is the norm that the setting builds on.
-    degree : int
-        Of the polynomial as which the confounder of the synthetic images enters.
-    penalty : dict
-        For the estimator "penalty": the coefficients are trained by gradient descent with the rate
-        batch size / "window", at most 1.
-    adversary, dependence, group_dro, head : dict
-        Options of `Adversary` (BR-Net), of `mdnorm.DependenceLoss` on the logits, of `GroupWeights`, and of
-        `refit`, by which the last layer is fitted again; None for a training without it.
-    weights : bool
-        Whether the samples have weights of `mdnorm.balancing_weights`, in the loss and in the layers.
-    oracle : bool
-        Whether it trains on unconfounded data instead: what the others could reach.
-    seeds : int
-        Seeds a cell of the synthetic table.
-    in_table : bool
-        Whether it is one of "all" of the synthetic table: the others serve a variant of the data.
-    least_batch_size : int
-        Smaller batches it cannot train on.
+    `layers` ("none", "last" or "every") says where `MetadataNorm` sits, with these `options`, and `norm`
+    ("none", "batch" or "group"; None is the setting's own) what normalises every layer beside it. The
+    confounder of the synthetic images enters as a polynomial of a `degree`. Estimator "penalty": the
+    coefficients follow the gradient with the rate batch size / `penalty` "window", at most 1.
+
+    `adversary`, `dependence`, `group_dro` and `head` are options of `Adversary` (BR-Net), of
+    `mdnorm.DependenceLoss` on the logits, of `GroupWeights` and of `refit`, or None; `weights` says whether
+    samples have weights of `mdnorm.balancing_weights`, and `oracle` whether they are unconfounded. A cell of
+    the synthetic table has so many `seeds`; its "all" are the methods `in_table`. Smaller batches than
+    `least_batch_size` cannot be trained on.
     """
 
     title: str

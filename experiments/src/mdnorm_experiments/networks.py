@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,12 +30,12 @@ def norm_layer(norm: str, channels: int, spatial_dims: int) -> nn.Module:
     return nn.GroupNorm(4, channels) if norm == "group" else nn.Identity()
 
 
-class ConvolutionalBackbone(nn.Module):
-    """Convolutions, each with a norm, ReLU and pooling behind it, then flattened.
+class ConvolutionalBackbone(nn.Sequential):
+    """Convolutions, each with a norm, ReLU and pooling behind it, then flattened: (N, num_features).
 
     The convolutions, with results of `channels`, are the submodules ``conv1``, ``conv2``, …, the norms (one
     of `NORMS`) ``norm1``, ``norm2``, …. Behind the last one `last_pool` leaves `num_positions` positions,
-    whatever the size of the input.
+    whatever the size of the (N, C, *spatial) input.
     """
 
     def __init__(
@@ -47,29 +49,22 @@ class ConvolutionalBackbone(nn.Module):
         last_pool: nn.Module,
         num_positions: int,
     ) -> None:
-        super().__init__()
-        self.depth = len(convolutions)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
         for index, (convolution, width) in enumerate(zip(convolutions, channels, strict=True), 1):
-            self.add_module(f"conv{index}", convolution)
-            self.add_module(f"norm{index}", norm_layer(norm, width, spatial_dims))
-        self.pool = pool
-        self.last_pool = last_pool
+            layers[f"conv{index}"] = convolution
+            layers[f"norm{index}"] = norm_layer(norm, width, spatial_dims)
+            layers[f"relu{index}"] = nn.ReLU()
+            layers[f"pool{index}"] = pool if index < len(channels) else last_pool
+        layers["flatten"] = nn.Flatten()
+        super().__init__(layers)
         self.num_features = num_positions * channels[-1]
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the (N, num_features) features of (N, C, *spatial) inputs."""
-        hidden = inputs
-        for index in range(1, self.depth + 1):
-            hidden = self.get_submodule(f"norm{index}")(self.get_submodule(f"conv{index}")(hidden)).relu()
-            hidden = self.pool(hidden) if index < self.depth else self.last_pool(hidden)
-        return hidden.flatten(1)
 
 
 class BackboneNetwork(nn.Module):
     """Any backbone, a hidden layer with a norm (one of `NORMS`), ReLU and a linear classifier.
 
-    The backbone leads from (N, C, *spatial) to (N, F), with F as its attribute ``num_features``.
-    `num_outputs` is the number of classes, or 1 for two classes with a single logit, that of the second.
+    The backbone leads from (N, C, *spatial) to (N, F), F as its attribute ``num_features``. `num_outputs` is
+    the number of classes, or 1 for two classes with a single logit, that of the second.
     """
 
     def __init__(
@@ -77,9 +72,7 @@ class BackboneNetwork(nn.Module):
     ) -> None:
         super().__init__()
         self.backbone = backbone
-        num_features = backbone.num_features
-        if not isinstance(num_features, int):
-            raise TypeError(f"num_features of the backbone must be an int, got {num_features!r}.")
+        num_features: Any = backbone.num_features
         self.num_hidden = num_hidden
         self.hidden: nn.Module = nn.Linear(num_features, num_hidden)
         self.hidden_norm = norm_layer(norm, num_hidden, 0)

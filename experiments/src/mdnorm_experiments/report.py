@@ -7,18 +7,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from matplotlib.figure import Figure
 
 import mdnorm
 from mdnorm.files import write_text_atomically
 from mdnorm.plotting import save_figure
 from mdnorm_experiments.methods import METHODS, titles
 from mdnorm_experiments.results import Row
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 
 def listed(values: Iterable[object]) -> str:
@@ -89,11 +86,10 @@ def write_page(
     row_names: Mapping[str, str],
     **texts: str | Sequence[str],
 ) -> Path:
-    """Write ``table.md``, the figures and ``report.html``: one file, nothing loaded from elsewhere.
+    """Write ``table.md``, the figures and ``report.html`` (one file that stands alone); return its path.
 
-    `out` exists; the settings of the finished `rows` are listed at the end, by `row_names` (see `Setting`),
-    beside the command that makes the page; `texts` are "title", "introduction" and "command". Returns the
-    path of the page.
+    `out` exists; the settings of `rows` are listed at the end, by `row_names` (see `Setting`); `texts` are
+    "title", "introduction" and "command", which makes the page.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 

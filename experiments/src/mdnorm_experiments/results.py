@@ -6,11 +6,11 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from mdnorm.files import write_text_atomically
 
@@ -22,24 +22,19 @@ class ResultsError(Exception):
 
 
 class ResultStore:
-    """The list of rows in ``results.json``, in a folder that exists.
+    """The list of rows in ``results.json``, in a folder that exists, to which several processes may add.
 
-    Each row holds the settings of its run and what was measured. A run counts as finished when a row agrees
-    with all of its settings, so a changed setting is a new run and old rows stay. ResultsError for a file
-    that is truncated or holds something else than a list of rows; it is never overwritten.
+    A run counts as finished when a row agrees with all of its settings, so a changed setting is a new run and
+    old rows stay. ResultsError for a file that is truncated or holds something else; it is never overwritten.
 
-    To a `shared` store several processes add rows, each run claimed by one of them. Rows of the others are
-    seen after `refresh`. Claims are files in the folder ``.claims`` beside the rows; what a process holds is
-    free again when it dies, however it dies: the operating system gives up its locks.
+    Each run is claimed by one process. Claims are files in the folder ``.claims`` beside the rows; what a
+    process holds is free again however it dies: the operating system gives up its locks.
     """
 
-    def __init__(self, path: Path, *, shared: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.is_shared = shared
         self.claims = path.parent / ".claims"
         self.rows: list[Row] = []
-        if shared:
-            self.claims.mkdir(exist_ok=True)
         self.refresh()
 
     def refresh(self) -> None:
@@ -57,9 +52,8 @@ class ResultStore:
 
         Raises ValueError, and writes nothing, where a value is not finite or no JSON value.
         """
-        with FileLock(self.claims / "results.lock") if self.is_shared else nullcontext():
-            if self.is_shared:
-                self.refresh()
+        with self._lock("results"):
+            self.refresh()
             rows = [*self.rows, row]
             # One row a line: a file of thousands of rows stays readable and diffs well.
             lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
@@ -69,11 +63,8 @@ class ResultStore:
     @contextmanager
     def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
         """Hold the run with these settings; False where another process does."""
-        if not self.is_shared:
-            yield True
-            return
         name = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:32]
-        lock = FileLock(self.claims / f"{name}.lock")
+        lock = self._lock(name)
         try:
             lock.acquire(timeout=0)
         except Timeout:
@@ -83,6 +74,10 @@ class ResultStore:
             yield True
         finally:
             lock.release()
+
+    def _lock(self, name: str) -> BaseFileLock:
+        self.claims.mkdir(exist_ok=True)
+        return FileLock(self.claims / f"{name}.lock")
 
     def clear_claims(self) -> None:
         """Remove the files of the claims, once every run has its row."""

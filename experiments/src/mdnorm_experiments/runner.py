@@ -7,10 +7,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from functools import partial
 from multiprocessing.queues import Queue
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,43 +25,24 @@ _PATIENCE = 0.5  # seconds between looks at what other processes have finished
 
 Train = Callable[["Run", Callable[[], None]], Row]
 """Trains one run, calls the second argument after each epoch, and returns the measured values."""
+_Finish = Callable[["Run", Callable[[], Row]], None]
 
 
 class RunFailedError(Exception):
     """Some runs failed; the rows of the others are stored."""
 
 
-class Progress(Protocol):
-    """What the runner tells while it works."""
-
-    def epoch_done(self) -> None:
-        """One epoch of some run ended."""
-        return
-
-    def run_done(self, row: Row) -> None:
-        """A row was stored."""
-        return
-
-
-class _Silent(Progress):
-    pass
-
-
 class Runner:
     """Trains what the store does not hold yet and stores each row as soon as it is there.
 
     Every run has one thread to itself, so a row does not depend on how many run beside it. `train` is a
-    module-level function, since the `jobs` worker processes import it; one job trains in this process. With a
-    shared store other processes train beside this one, and `jobs` is 1.
+    module-level function, since the `jobs` worker processes import it; one job trains in this process, beside
+    others that share the store.
     """
 
     def __init__(self, store: ResultStore, train: Train, jobs: int = 1) -> None:
         if jobs < 1:
             raise ValueError(f"jobs must be at least 1, got {jobs}.")
-        if jobs > 1 and store.is_shared:
-            raise ValueError(
-                f"jobs must be 1 where processes share the store, got {jobs}: start more of them."
-            )
         self.store = store
         self.train = train
         self.jobs = jobs
@@ -70,37 +51,41 @@ class Runner:
         """Return the runs without a row."""
         return [run for run in runs if self.store.find(run.settings()) is None]
 
-    def run(self, runs: Sequence[Run], progress: Progress | None = None) -> list[Row]:
+    def run(
+        self,
+        runs: Sequence[Run],
+        epoch_done: Callable[[], None] = lambda: None,
+        run_done: Callable[[Row], None] = lambda row: None,
+    ) -> list[Row]:
         """Train the pending runs and return the rows of all, in the order of `runs`.
 
-        RunFailedError: some raised or their process died, and the others were finished and stored first.
-        After KeyboardInterrupt finished rows are stored, and the same call goes on from there.
+        The functions are called when an epoch of some run has ended, and when a row was stored.
+        RunFailedError: some raised or their process died; the others were finished and stored first. After
+        KeyboardInterrupt finished rows are stored, and the same call goes on from there.
         """
-        progress = progress or _Silent()
-        pending = self.pending(runs)
-        failures = (self._in_process if self.jobs == 1 else self._in_workers)(pending, progress)
+        failures: list[str] = []
+
+        def finish(run: Run, measure: Callable[[], Row]) -> None:
+            # A failure becomes a message, so that it costs no other run.
+            settings = run.settings()
+            try:
+                self.store.add(row := settings | measure())
+            except Exception as error:
+                keys = (key for key in ("method", "batch_size", "seed") if key in settings)
+                name = ", ".join(f"{key}={settings[key]}" for key in keys)
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+            else:
+                run_done(row)
+
+        (self._in_process if self.jobs == 1 else self._in_workers)(self.pending(runs), epoch_done, finish)
         if failures:
             raise RunFailedError("\n".join(failures))
         rows = [self.store.find(run.settings()) for run in runs]
         return [row for row in rows if row is not None]
 
-    def _finish(self, run: Run, measure: Callable[[], Row], progress: Progress) -> list[str]:
-        """Store what `measure` returns; a failure becomes a message, so that it costs no other run."""
-        try:
-            row = run.settings() | measure()
-            self.store.add(row)
-        except Exception as error:
-            settings = run.settings()
-            keys = (key for key in ("method", "batch_size", "seed") if key in settings)
-            name = ", ".join(f"{key}={settings[key]}" for key in keys)
-            return [f"{name}: {type(error).__name__}: {error}"]
-        progress.run_done(row)
-        return []
-
-    def _in_process(self, runs: Sequence[Run], progress: Progress) -> list[str]:
+    def _in_process(self, runs: Sequence[Run], epoch_done: Callable[[], None], finish: _Finish) -> None:
         """Train what no other process has claimed until every run has a row or has failed here."""
         store = self.store
-        failures: list[str] = []
         waiting = list(runs)
         # As the workers do: sums in another order are other numbers.
         with one_thread():
@@ -113,36 +98,29 @@ class Runner:
                             continue
                         store.refresh()
                         if store.find(run.settings()) is None:
-                            failures += self._finish(
-                                run, partial(self.train, run, progress.epoch_done), progress
-                            )
+                            finish(run, partial(self.train, run, epoch_done))
                 if len(held_by_others) == len(waiting):
                     time.sleep(_PATIENCE)
                 store.refresh()
                 # Looked at again: the process that held a run may have died.
-                waiting = [run for run in held_by_others if store.find(run.settings()) is None]
-        return failures
+                waiting = self.pending(held_by_others)
 
-    def _in_workers(self, runs: Sequence[Run], progress: Progress) -> list[str]:
+    def _in_workers(self, runs: Sequence[Run], epoch_done: Callable[[], None], finish: _Finish) -> None:
         if not runs:
-            return []
+            return
         # Spawned, not forked: a fork of a process with running torch threads can hang.
         context = multiprocessing.get_context("spawn")
         epochs: Queue[int] = context.Queue()
-        failures: list[str] = []
         pool = ProcessPoolExecutor(
             min(self.jobs, len(runs)), context, initializer=_start_worker, initargs=(epochs,)
         )
         try:
-            futures: dict[Future[Row], Run] = {
-                pool.submit(_train_in_worker, self.train, run): run for run in runs
-            }
+            futures = {pool.submit(self.train, run, _epoch_done): run for run in runs}
             while futures:
                 done, _ = wait(futures, timeout=0.2, return_when=FIRST_COMPLETED)
-                for _ in range(_drain(epochs)):
-                    progress.epoch_done()
+                _drain(epochs, epoch_done)
                 for future in done:
-                    failures += self._finish(futures.pop(future), future.result, progress)
+                    finish(futures.pop(future), future.result)
         except BaseException:
             # Ctrl-C: nothing that is running can be kept, so don't wait for it.
             processes = list((pool._processes or {}).values())
@@ -152,9 +130,7 @@ class Runner:
             raise
         pool.shutdown()
         # Workers flush what they have told when they end, so now the count is complete.
-        for _ in range(_drain(epochs)):
-            progress.epoch_done()
-        return failures
+        _drain(epochs, epoch_done)
 
 
 _epochs: Queue[int] | None = None
@@ -168,10 +144,6 @@ def _start_worker(epochs: Queue[int]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _train_in_worker(train: Callable[..., Row], run: Any) -> Row:
-    return train(run, _epoch_done)
-
-
 def _epoch_done() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None and not parent.is_alive():
@@ -181,8 +153,7 @@ def _epoch_done() -> None:
         _epochs.put(1)
 
 
-def _drain(epochs: Queue[int]) -> int:
-    count = 0
+def _drain(epochs: Queue[int], epoch_done: Callable[[], None]) -> None:
     while not epochs.empty():
-        count += epochs.get()
-    return count
+        epochs.get()
+        epoch_done()

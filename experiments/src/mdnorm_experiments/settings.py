@@ -37,12 +37,11 @@ SETTINGS = {
 class Run:
     """One training: everything that can change its row, and where to keep features, which cannot.
 
-    `setting` and `method` are keys of `SETTINGS` and `METHODS`. `epochs` are those of each stage, where there
-    are several; the learning rate is Adam's at its height, from which it falls to 0. `size` are training
-    samples, of the synthetic images those of a group, of which `test_size` are held out; real data have as
-    many as they have. `data` is the folder of a real data set (None generates data), `on_problem` ("error" or
-    "skip") what to do with its files and rows that cannot be used, and `columns` what the loader looks for →
-    the name of that column.
+    `epochs` are those of each stage; the `learning_rate` is Adam's at its height, from which it falls to 0.
+    `size` are training samples, of the synthetic images those of a group, of which `test_size` are held out.
+    `data` is the folder of a real data set (None generates data), of which `on_problem` ("error" or "skip")
+    says what to do with unusable files and rows, and `columns` what the loader looks for → the name of that
+    column.
     """
 
     setting: str
@@ -75,13 +74,11 @@ class Run:
 class Setting(ABC):
     """Data, network and schedule of a setting.
 
-    `name` is that of the command, `title` and `introduction` stand on the page: what the samples show, what
-    confounds them, what an honest network reaches. For sizes and epochs see `Run`. "Every layer" corrects
-    after the `slots`, modules inside the backbone, with layers of a `granularity` (see
-    `mdnorm.MetadataNorm`), and builds on `base_norm`. Without other wishes the `default_methods` (all of
-    them) and `batch_sizes` (the one) are trained; the quick form has its own methods, seeds, size and epochs.
-    `tuned` are options of methods, by field of `Method`, that differ for this setting, tuned on the seeds 100
-    to 103 for the accuracy on confound-free data (``benchmarks/settings_tuning.py``).
+    `title` and `introduction` stand on the page; for sizes and epochs see `Run`. "Every layer" corrects after
+    the `slots`, modules inside the backbone, and builds on `base_norm`. Without other wishes the
+    `default_methods` (all of them) and `batch_sizes` (the one) are trained; the quick form has its own
+    methods, seeds, size and epochs. `tuned` are options of methods, by field of `Method`, that differ here
+    (``benchmarks/settings_tuning.py``).
     """
 
     name: str
@@ -95,7 +92,6 @@ class Setting(ABC):
     base_norm: str = "none"
     test_size: int = 0
     warmup_epochs: int = 0
-    granularity: str = "element"
     quick_methods: tuple[str, ...] | None = None
     quick_seeds: int = 1
     quick_size: int | None = None
@@ -106,6 +102,10 @@ class Setting(ABC):
 
     row_names: ClassVar[Mapping[str, str]]
     """Attributes of `Run` that matter here, beside those of all settings → their names in rows."""
+    methods: ClassVar[tuple[str, ...]]
+    """Every method that the setting has, keys of `METHODS`."""
+    all_methods: ClassVar[tuple[str, ...]]
+    """What ``--methods all`` stands for."""
     variants: ClassVar[tuple[str, ...]] = ("plain",)
     least_size: ClassVar[int] = 4
     least_batch_size: ClassVar[int] = 1
@@ -115,16 +115,6 @@ class Setting(ABC):
     keeps_features: ClassVar[bool] = True
     keeps_recalibrated: ClassVar[bool] = True
     """Whether the kept features are those of the recalibrated network, where there is one."""
-
-    @property
-    @abstractmethod
-    def methods(self) -> tuple[str, ...]:
-        """Every method that the setting has, keys of `METHODS`."""
-
-    @property
-    def all_methods(self) -> tuple[str, ...]:
-        """What ``--methods all`` stands for."""
-        return self.methods
 
     def schedule(self, batch_size: int) -> tuple[int, float]:
         """Return (epochs, learning rate) for a batch size."""
@@ -171,11 +161,7 @@ class Setting(ABC):
         return list(self.introduction)
 
     def train(self, run: Run, epoch_done: Callable[[], None]) -> Row:
-        """Train one network and measure it on held-out data, and again once it is recalibrated.
-
-        Returns what `measure` and `mdnorm_experiments.training.fit` return; with Metadata Normalization also
-        "recalibrated", what `measure` returns after `mdnorm.recalibrate` on the training data.
-        """
+        """Train a network; return its measures, those of it recalibrated, and what `fit` returns."""
         method, data = self.method(run.method), data_of(run)
         network, samples, trained = train_network(run, method, data, epoch_done)
         if not has_metadata_norm(network):
@@ -195,16 +181,6 @@ def get_setting(name: str) -> Setting:
     return setting
 
 
-def impossible_cells(methods: Sequence[str], batch_sizes: Sequence[int]) -> list[tuple[str, int]]:
-    """Return the (method, batch size) that cannot be trained: BatchNorm with one sample has no variance."""
-    return [
-        (method, size)
-        for method in dict.fromkeys(methods)
-        for size in dict.fromkeys(batch_sizes)
-        if size < METHODS[method].least_batch_size
-    ]
-
-
 def plan(
     setting: Setting,
     methods: Sequence[str] | None = None,
@@ -212,86 +188,68 @@ def plan(
     *,
     first_seed: int = 0,
     batch_sizes: Sequence[int] | None = None,
-    size: int | None = None,
-    test_size: int | None = None,
-    epochs: int | None = None,
-    learning_rate: float | None = None,
-    variant: str = "plain",
-    data: Path | None = None,
-    on_problem: str = "error",
     columns: Mapping[str, str] | None = None,
     features_dir: Path | None = None,
+    **changes: Any,
 ) -> list[Run]:
     """Return the runs of a setting's table, seed by seed: an interrupted one is as complete as can be.
 
-    None takes the setting's own values; those of `impossible_cells` are left out. `features_dir` is a folder
-    for the held-out features of the first seed of each cell. Raises ValueError for an unknown method, variant
-    or `on_problem`, a number out of range, the oracle on real data, or nothing left to run.
+    `changes` are other attributes of `Run`; None there too takes the setting's own values. Batches smaller
+    than a method can train on are left out. `features_dir` is a folder for the held-out features of the first
+    seed of each cell. ValueError: an unknown method, variant or `on_problem`, a number out of range, the
+    oracle on real data, or nothing left to run.
     """
     methods = methods if methods is not None else setting.default_methods or setting.all_methods
     batch_sizes = batch_sizes if batch_sizes is not None else setting.batch_sizes or [setting.batch_size]
+    changes = {name: value for name, value in changes.items() if value is not None}
+    changes["columns"] = tuple(sorted((columns or {}).items()))
+    if "data" in changes:
+        changes["data"] = str(changes["data"])
+    own = ("epochs", "learning_rate", "size", "test_size", "warmup_epochs")
+    common = Run(setting.name, "", 0, 0, **({name: getattr(setting, name) for name in own} | changes))
     unknown = [method for method in methods if method not in setting.methods]
     if unknown or not methods:
         names = ", ".join(unknown) or "(none given)"
         raise ValueError(f"unknown method(s) {names}: choose from {', '.join(setting.methods)}.")
-    if data is not None and any(METHODS[method].oracle for method in methods):
+    if common.data is not None and any(METHODS[method].oracle for method in methods):
         raise ValueError("the oracle needs unconfounded data, which are only generated: leave out `data`.")
-    if on_problem not in ("error", "skip"):
-        raise ValueError(f"on_problem must be 'error' or 'skip', got {on_problem!r}.")
-    if variant not in setting.variants:
-        raise ValueError(f"unknown variant {variant!r}: choose from {', '.join(setting.variants)}.")
-    size = setting.size if size is None else size
-    test_size = setting.test_size if test_size is None else test_size
+    if common.on_problem not in ("error", "skip"):
+        raise ValueError(f"on_problem must be 'error' or 'skip', got {common.on_problem!r}.")
+    if common.variant not in setting.variants:
+        raise ValueError(f"unknown variant {common.variant!r}: choose from {', '.join(setting.variants)}.")
     size_name = setting.row_names.get("size", "size").replace("_", " ")
     for name, value, least in (
-        (size_name, size, setting.least_size),
-        (f"test {size_name}", test_size, setting.least_size if setting.test_size else 0),
-        ("seeds", seeds, 1),
-        ("epochs", epochs, 1),
+        (size_name, common.size, setting.least_size),
+        (f"test {size_name}", common.test_size, setting.least_size if setting.test_size else 0),
+        ("seeds", 1 if seeds is None else seeds, 1),
+        ("epochs", common.epochs, 1),
         *(("batch size", number, setting.least_batch_size) for number in batch_sizes),
     ):
-        if value is not None and value < least:
+        if value < least:
             raise ValueError(f"{name} must be at least {least}, got {value}.")
-    if learning_rate is not None and not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning rate must be a positive number, got {learning_rate}.")
-    left_out = impossible_cells(methods, batch_sizes)
+    if not 0 < common.learning_rate < math.inf:
+        raise ValueError(f"learning rate must be a positive number, got {common.learning_rate}.")
     runs = []
     for batch_size in dict.fromkeys(batch_sizes):
-        tuned_epochs, tuned_rate = setting.schedule(batch_size)
+        tuned: dict[str, Any] = dict(zip(own, setting.schedule(batch_size), strict=False))
         for method in dict.fromkeys(methods):
-            if (method, batch_size) in left_out:
+            if batch_size < METHODS[method].least_batch_size:
                 continue
             for seed in range(seeds or setting.seeds or METHODS[method].seeds):
-                run = Run(
-                    setting.name,
-                    method,
-                    batch_size,
-                    first_seed + seed,
-                    epochs or tuned_epochs,
-                    learning_rate or tuned_rate,
-                    size,
-                    test_size,
-                    setting.warmup_epochs,
-                    variant,
-                    None if data is None else str(data),
-                    on_problem,
-                    tuple(sorted((columns or {}).items())),
-                )
+                file = None
                 if features_dir is not None and setting.keeps_features and seed == 0:
-                    parts = [variant, f"batch{batch_size}"] if len(setting.variants) > 1 else []
-                    file = "-".join([method, *parts, f"seed{first_seed}.safetensors"])
-                    run = replace(run, features_file=str(features_dir / file))
-                runs.append(run)
+                    parts = [common.variant, f"batch{batch_size}"] if len(setting.variants) > 1 else []
+                    name = "-".join([method, *parts, f"seed{first_seed}.safetensors"])
+                    file = str(features_dir / name)
+                cell = {"method": method, "batch_size": batch_size, "seed": first_seed + seed, **tuned}
+                runs.append(replace(common, features_file=file, **(cell | changes)))
     if not runs:
         raise ValueError("nothing to run: no method can train with these batch sizes.")
     return sorted(runs, key=lambda run: run.seed)
 
 
 def data_of(run: Run) -> ConfoundedData:
-    """Return the data of a run; kept until another is asked for.
-
-    Raises what `Setting.data` raises: DataProblemsError, FileNotFoundError or ValueError for real data.
-    """
+    """Return the data of a run; kept until another is asked for. Raises what `Setting.data` raises."""
     degree = METHODS[run.method].degree if "variant" in get_setting(run.setting).row_names else 0
     # The methods of a seed come one after the other, with the same data.
     shared = replace(run, method="", batch_size=0, epochs=0, learning_rate=0.0, features_file=None)
@@ -304,10 +262,7 @@ def _data(run: Run, degree: int) -> ConfoundedData:
 
 
 def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> BackboneNetwork:
-    """Return an untrained network with the method's normalisation; its weights depend on the seed alone.
-
-    Layers with the estimator "dataset" have the Gram matrix of the training data.
-    """
+    """Return an untrained network with the method's normalisation; its weights depend on the seed alone."""
     torch.manual_seed(seed)
     network = setting.network(method.norm or setting.base_norm, len(data.classes))
     if method.layers == "none":
@@ -318,8 +273,7 @@ def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> 
         "example": data.train.inputs[:2],
     } | (method.options or {})
     if method.layers == "every":
-        slots = [f"backbone.{slot}" for slot in setting.slots]
-        insert(network, after=slots, granularity=setting.granularity, **options)
+        insert(network, after=[f"backbone.{slot}" for slot in setting.slots], **options)
     insert(network, after="hidden", **options)
     prepare(network, data.train)
     return network
@@ -328,10 +282,7 @@ def build(setting: Setting, method: Method, data: ConfoundedData, seed: int) -> 
 def train_network(
     run: Run, method: Method, data: ConfoundedData, epoch_done: Callable[[], None]
 ) -> tuple[BackboneNetwork, Samples, Row]:
-    """Train the network of a run, its head retrained where the method does that, but not recalibrated.
-
-    Returns the network, the samples it was trained on, and what `mdnorm_experiments.training.fit` returns.
-    """
+    """Return the trained network of a run, not recalibrated, its samples, and what `fit` returns."""
     samples = data.train
     if method.oracle:
         assert data.unconfounded is not None, "`plan` takes no oracle on real data"
@@ -356,10 +307,7 @@ def train(run: Run, epoch_done: Callable[[], None]) -> Row:
 
 
 def write_outputs(out: Path, runs: Sequence[Run], rows: Sequence[Row], *, command: str) -> Path:
-    """Write table.md, figures, report.html and what else the setting has into a folder that exists.
-
-    `runs` and `rows` are the plan and its rows; the page, whose path is returned, shows the command.
-    """
+    """Write what a setting shows of a plan and its rows into an existing folder; return the page's path."""
     setting = get_setting(runs[0].setting)
     return write_page(
         out,

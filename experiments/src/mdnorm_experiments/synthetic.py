@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -17,19 +16,11 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from mdnorm.design import polynomial
-from mdnorm.files import atomic_path
+from mdnorm.files import write_text_atomically
 from mdnorm.metrics import distance_correlation_sqr
 from mdnorm_experiments import figures
+from mdnorm_experiments.data import synthetic as drawn
 from mdnorm_experiments.data.confounded import ConfoundedData, Samples
-from mdnorm_experiments.data.synthetic import (
-    ACCURACY_WITH_CONFOUNDER,
-    ACCURACY_WITHOUT_CONFOUNDER,
-    NUM_SITES,
-    VARIANTS,
-    WITHOUT_LIMITS,
-    SyntheticData,
-    make_synthetic,
-)
 from mdnorm_experiments.methods import METHODS, panels, titles
 from mdnorm_experiments.networks import BackboneNetwork, ConvolutionalBackbone
 from mdnorm_experiments.report import ReportFigure, ReportTable, by_method, mean_with_deviation
@@ -58,8 +49,8 @@ LEGEND = (
     "same networks with exact coefficients from the training data, and their dcor²."
 )
 LIMITS = (
-    f"Analytic limits: {100 * ACCURACY_WITHOUT_CONFOUNDER:.1f} % from the true effect alone, "
-    f"{100 * ACCURACY_WITH_CONFOUNDER:.1f} % with the confounder; dcor² 0 without it."
+    f"Analytic limits: {100 * drawn.ACCURACY_WITHOUT_CONFOUNDER:.1f} % from the true effect alone, "
+    f"{100 * drawn.ACCURACY_WITH_CONFOUNDER:.1f} % with the confounder; dcor² 0 without it."
 )
 NO_LIMITS = "No simple analytic limit of accuracy; dcor² 0 without the confounder."
 # Epochs and learning rate by batch size, tuned for the network without normalisation to reach its plateau.
@@ -68,42 +59,40 @@ _INTRODUCTION = (
     "Each image shows blobs whose brightness is the true effect (on the diagonal) and one whose brightness "
     "is a confounder (lower left). Both differ between the groups A and B and overlap on a third of their "
     "range.",
+    "dcor², the squared distance correlation between the network's features and the confounder within a "
+    "group, shows how much of the confounder the features still hold.",
+)
+_HONEST = (
     "A classifier that uses the true effect alone is right in 83.3 % of all cases; with the confounder it "
-    "reaches 94.4 %. Accuracy above 83.3 % is therefore not better but confounded. dcor², the squared "
-    "distance correlation between the network's features and the confounder within a group, shows how much "
-    "of the confounder the features still hold.",
+    "reaches 94.4 %. Accuracy above 83.3 % is therefore not better but confounded."
 )
 _VARIANT_TEXTS = {
-    "plain": _INTRODUCTION,
+    "plain": (_HONEST,),
     "sites": (
-        *_INTRODUCTION,
+        _HONEST,
         "In this variant the confounder is the sum of the offsets of 16 sites, a curve of age and an effect "
         "of sex; with columns that explain nothing the layer gets 50 metadata columns.",
     ),
     "quadratic": (
-        *_INTRODUCTION,
+        _HONEST,
         "In this variant the confounder's brightness is a quadratic function of the metadata column, and "
         "dcor² is measured against that column.",
     ),
     "variance": (
-        "Each image shows blobs whose brightness is the true effect plus noise, and one metadata column, "
-        "different in the groups A and B, says how much noise, as a scanner might.",
-        "dcor², the squared distance correlation between the network's features and the metadata column "
-        "within a group, shows how much of it the features still hold. There is no simple limit of accuracy.",
+        "In this variant the lower left is empty: the confounder is a metadata column that says how much "
+        "noise there is on the true effect, as a scanner might. There is no simple limit of accuracy.",
     ),
 }
 
 
-def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
-    """Return the metadata columns of a data set, shape (2N, K_m).
+def metadata_columns(data: drawn.SyntheticData, variant: str, degree: int) -> Tensor:
+    """Return the metadata columns of a data set, (2N, K): a polynomial of that degree of the confounder.
 
-    A flexible basis is what lets the regression see a non-linear function of the confounder (a step between
-    the groups, say) as metadata; with the plain column the protected label explains it and keeps it. The
-    variant "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27 without
-    effect), 45 with age as a straight line; the others have a polynomial of that degree of the confounder.
+    The variant "sites" has 50 columns with a degree above 1 (16 sites, sex, 6 of a spline of age, 27 without
+    effect), 45 with age as a straight line.
     """
     if variant == "sites":
-        sites = one_hot(data.site, NUM_SITES)
+        sites = one_hot(data.site, drawn.NUM_SITES)
         age = (data.age - 50).unsqueeze(1) / 30
         if degree > 1:
             # A cubic spline with knots at fixed ages, so that held-out data get the same columns.
@@ -114,7 +103,7 @@ def metadata_columns(data: SyntheticData, variant: str, degree: int) -> Tensor:
     return polynomial(data.confounder, degree, low=low, high=high)
 
 
-def samples_of(data: SyntheticData, metadata: Tensor) -> Samples:
+def samples_of(data: drawn.SyntheticData, metadata: Tensor) -> Samples:
     """Return the images as samples, with metadata columns (2N, K_m); the groups are the classes."""
     labels = data.labels.long()
     return Samples(data.images, labels, metadata, data.confounder.unsqueeze(1), labels)
@@ -122,9 +111,9 @@ def samples_of(data: SyntheticData, metadata: Tensor) -> Samples:
 
 def verdict(accuracy: float) -> str:
     """Say what an accuracy (a fraction) means against the limit of the true effect."""
-    if accuracy > ACCURACY_WITHOUT_CONFOUNDER + MARGIN:
+    if accuracy > drawn.ACCURACY_WITHOUT_CONFOUNDER + MARGIN:
         return "confounded"
-    if accuracy < ACCURACY_WITHOUT_CONFOUNDER - MARGIN:
+    if accuracy < drawn.ACCURACY_WITHOUT_CONFOUNDER - MARGIN:
         return "below the limit"
     return "at the limit"
 
@@ -139,18 +128,10 @@ class SyntheticSetting(Setting):
         "test_size": "test_group_size",
         "variant": "variant",
     }
-    variants: ClassVar[tuple[str, ...]] = VARIANTS
+    methods: ClassVar = tuple(name for name, each in METHODS.items() if not each.of_confounded_only)
+    all_methods: ClassVar = tuple(name for name, each in METHODS.items() if each.in_table)
+    variants: ClassVar[tuple[str, ...]] = drawn.VARIANTS
     keeps_recalibrated: ClassVar = False
-
-    @property
-    def methods(self) -> tuple[str, ...]:
-        """All that need no other data."""
-        return tuple(name for name, method in METHODS.items() if not method.of_confounded_only)
-
-    @property
-    def all_methods(self) -> tuple[str, ...]:
-        """Those of the table; the others serve a variant."""
-        return tuple(name for name in self.methods if METHODS[name].in_table)
 
     def schedule(self, batch_size: int) -> tuple[int, float]:
         """Return (epochs, learning rate) for a batch size: those of the nearest tuned one."""
@@ -159,15 +140,9 @@ class SyntheticSetting(Setting):
     def network(self, norm: str, num_classes: int) -> BackboneNetwork:
         """Convolution 5×5 (16), convolution 5×5 (32), linear 84, linear 1: the paper's network."""
         convolutions = [nn.Conv2d(1, 16, 5), nn.Conv2d(16, 32, 5)]
-        no_pool = nn.Identity()
+        pools = {"pool": nn.Identity(), "last_pool": nn.Identity()}
         backbone = ConvolutionalBackbone(
-            convolutions,
-            (16, 32),
-            norm,
-            spatial_dims=2,
-            pool=no_pool,
-            last_pool=no_pool,
-            num_positions=24 * 24,
+            convolutions, (16, 32), norm, spatial_dims=2, num_positions=24 * 24, **pools
         )
         return BackboneNetwork(backbone, 1, 84, norm)
 
@@ -175,7 +150,7 @@ class SyntheticSetting(Setting):
         """Return training and held-out images; none of them are confound-free."""
 
         def draw(group_size: int, held_out: bool) -> Samples:
-            data = make_synthetic(group_size, seed=2 * run.seed + held_out, variant=run.variant)
+            data = drawn.make_synthetic(group_size, seed=2 * run.seed + held_out, variant=run.variant)
             return samples_of(data, metadata_columns(data, run.variant, degree))
 
         train, test = draw(run.size, False), draw(run.test_size, True)
@@ -236,34 +211,9 @@ class SyntheticSetting(Setting):
 
     def figures(self, runs: Sequence[Run], rows: Sequence[Row]) -> list[ReportFigure]:
         """Return example images, accuracy and dcor² by batch size and, where features were kept, these."""
-        names = titles({row["method"] for row in rows})
-        shown = [
-            ReportFigure(
-                "examples",
-                example_images(make_synthetic(4, seed=0, variant=runs[0].variant)),
-                "The images",
-                "Four example images of each group.",
-                "The classifier sees the images only, never these numbers.",
-            ),
-            ReportFigure(
-                "accuracy",
-                accuracy_figure(rows, panels(names), batch_axis(rows)),
-                "Accuracy",
-                "Balanced accuracy of every method by batch size; the numbers are in the table.",
-                "Closest to 83.3 % is best. What lies above was got from the confounder."
-                if _has_limits(rows)
-                else "Balanced accuracy on held-out data.",
-            ),
-            ReportFigure(
-                "dependence",
-                dependence_figure(rows, panels(names), batch_axis(rows)),
-                "What the features hold of the confounder",
-                "Distance correlation by group, method and batch size; the numbers are in the table.",
-                "Bias-corrected squared distance correlation; 0 is right.",
-            ),
-        ]
-        projected = _projections(runs, rows)
-        if projected:
+        examples = example_images(drawn.make_synthetic(4, seed=0, variant=runs[0].variant))
+        shown = result_figures(rows, examples, batch_axis(rows))
+        if projected := _projections(runs, rows):
             shown.append(
                 ReportFigure(
                     "projection",
@@ -278,14 +228,13 @@ class SyntheticSetting(Setting):
         return shown
 
     def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-        """Write ``metadata.csv``: what `mdnorm.audit` needs, in the order of the kept features.
-
-        It holds the group, the two effects and each kept network's predictions for the held-out images.
+        """Write ``metadata.csv``: of each kept feature's image the group, effects and networks'
+        predictions.
         """
         columns: dict[str, list[Any]] = {}
         for run, tensors in _kept(runs):
             if not columns:
-                images = make_synthetic(run.test_size, seed=2 * run.seed + 1, variant=run.variant)
+                images = drawn.make_synthetic(run.test_size, seed=2 * run.seed + 1, variant=run.variant)
                 columns["group"] = [GROUPS[int(label)] for label in images.labels.tolist()]
                 columns |= {"effect": images.effect.tolist(), "confounder": images.confounder.tolist()}
             scores = tensors["scores"].tolist()
@@ -293,16 +242,14 @@ class SyntheticSetting(Setting):
             columns[f"prediction_{name}"] = [GROUPS[score > 0.5] for score in scores]
             columns[f"score_{name}"] = scores
         if columns:
-            path = out / "metadata.csv"
-            with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.writer(file)
-                writer.writerow(columns)
-                writer.writerows(zip(*columns.values(), strict=True))
-        return list(_VARIANT_TEXTS[runs[0].variant])
+            lines = [columns, *zip(*columns.values(), strict=True)]
+            text = "".join(",".join(map(str, line)) + "\n" for line in lines)
+            write_text_atomically(out / "metadata.csv", text)
+        return [*self.introduction, *_VARIANT_TEXTS[runs[0].variant]]
 
 
 def _has_limits(rows: Sequence[Row]) -> bool:
-    return not any(row.get("variant") in WITHOUT_LIMITS for row in rows)
+    return not any(row.get("variant") in drawn.WITHOUT_LIMITS for row in rows)
 
 
 def _kept(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Tensor]]]:
@@ -313,7 +260,7 @@ def _kept(runs: Sequence[Run]) -> list[tuple[Run, dict[str, Tensor]]]:
     return [(run, load_file(file)) for run, file in files if Path(file).exists()]
 
 
-def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = ()) -> Figure:
+def example_images(data: drawn.SyntheticData, count: int = 4, titles: Sequence[str] = ()) -> Figure:
     """Show `count` images a group, the quadrants of effect and confounder outlined."""
     lines = []
     for index, group in enumerate(GROUPS):
@@ -339,10 +286,9 @@ def example_images(data: SyntheticData, count: int = 4, titles: Sequence[str] = 
 
 
 class ResultAxis(NamedTuple):
-    """Where results stand in a figure: by batch size, or by stage.
+    """Where results stand in a figure: `values` leads from a row and "bacc" or a group to (position, value).
 
-    `values` leads from a row and "bacc" or a group, for its dcor², to (position, value); `limits` and
-    `options` are those of `series_figure`.
+    `limits` and `options` are those of `series_figure`.
     """
 
     label: str
@@ -357,60 +303,94 @@ def batch_axis(rows: Sequence[Row]) -> ResultAxis:
     sizes = sorted({row["batch_size"] for row in rows})
 
     def values(row: Row, key: str) -> Iterable[tuple[int, float]]:
-        return [(sizes.index(row["batch_size"]), row["bacc"] if key == "bacc" else row["dcor2"][key])]
+        value = 100 * row["bacc"] if key == "bacc" else row["dcor2"][key]
+        return [(sizes.index(row["batch_size"]), value)]
 
     limits = [
         (100 * limit, f"{100 * limit:.1f} %\n{text}")
         for limit, text in (
-            (ACCURACY_WITH_CONFOUNDER, "with the\nconfounder"),
-            (ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
+            (drawn.ACCURACY_WITH_CONFOUNDER, "with the\nconfounder"),
+            (drawn.ACCURACY_WITHOUT_CONFOUNDER, "true effect\nonly"),
         )
         if _has_limits(rows)
     ]
     return ResultAxis("batch size", list(map(str, sizes)), values, limits, {})
 
 
-def accuracy_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
-    """Balanced accuracy, mean ± standard deviation over seeds, with the analytic limits."""
+def _result_figure(
+    rows: Sequence[Row],
+    panels: figures.Panels,
+    axis: ResultAxis,
+    parts: Mapping[str, str],
+    label: str,
+    **options: Any,
+) -> Figure:
+    """Draw what rows have under the keys of `parts` (title → key), mean ± standard deviation over seeds."""
     names = [name for group in panels.values() for name in group]
-    series = figures.series_of(
-        rows, names, lambda row: [(place, 100 * value) for place, value in axis.values(row, "bacc")]
-    )
-    labels = (axis.label, "balanced accuracy on held-out data (%)")
-    return figures.series_figure(
-        {"": series}, panels, axis.ticks, labels=labels, limits=axis.limits, **axis.options
-    )
+    series = {
+        title: figures.series_of(rows, names, lambda row, key=key: axis.values(row, key))  # type: ignore[misc]
+        for title, key in parts.items()
+    }
+    labels = (axis.label, label)
+    return figures.series_figure(series, panels, axis.ticks, labels=labels, **options, **axis.options)
+
+
+def accuracy_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
+    """Balanced accuracy with the analytic limits."""
+    label = "balanced accuracy on held-out data (%)"
+    return _result_figure(rows, panels, axis, {"": "bacc"}, label, limits=axis.limits)
 
 
 def dependence_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
-    """Distance correlation of features and confounder by group, mean ± standard deviation over seeds."""
-    names = [name for group in panels.values() for name in group]
-
-    def series(group: str) -> figures.Series:
-        return figures.series_of(rows, names, lambda row: axis.values(row, group))
-
-    parts = {f"Group {group}": series(group) for group in GROUPS}
-    labels = (axis.label, "dcor² (features, confounder)")
-    return figures.series_figure(
-        parts, panels, axis.ticks, labels=labels, limits=[(0.0, "")], height=3.6, **axis.options
-    )
+    """Distance correlation of features and confounder by group."""
+    parts, label = {f"Group {group}": group for group in GROUPS}, "dcor² (features, confounder)"
+    return _result_figure(rows, panels, axis, parts, label, limits=[(0.0, "")], height=3.6)
 
 
-def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> list[figures.Projection]:
-    """Panels of the methods whose features were kept, at the batch size nearest to 200."""
+def result_figures(
+    rows: Sequence[Row], examples: Figure, axis: ResultAxis, title: str = "Accuracy"
+) -> list[ReportFigure]:
+    """Return the figures of example images, accuracy (with a title) and dcor² along an axis."""
+    shown = panels(titles({row["method"] for row in rows}))
+    return [
+        ReportFigure(
+            "examples",
+            examples,
+            "The images",
+            "Example images of each group.",
+            "The classifier sees the images only, never these numbers.",
+        ),
+        ReportFigure(
+            "accuracy",
+            accuracy_figure(rows, shown, axis),
+            title,
+            f"Balanced accuracy of every method by {axis.label}; the table has numbers.",
+            "Closest to the lower line is best. What lies above was got from the confounder."
+            if axis.limits
+            else "Balanced accuracy on held-out data.",
+        ),
+        ReportFigure(
+            "dependence",
+            dependence_figure(rows, shown, axis),
+            "What the features hold of the confounder",
+            f"Distance correlation by group, method and {axis.label}; the table has numbers.",
+            "Bias-corrected squared distance correlation on held-out data; 0 is right.",
+        ),
+    ]
+
+
+def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, dict[str, Tensor]]:
+    """Kept features of a few methods by title, at the batch size nearest to 200."""
     kept = _kept(runs)
-    if not kept:
-        return []
-    batch_size = min((run.batch_size for run, _ in kept), key=lambda size: abs(math.log(size / 200)))
-    shown = []
+    nearest = min((abs(math.log(run.batch_size / 200)) for run, _ in kept), default=0.0)
+    shown = {}
     for method in ("none", "mdn-last-running", "mdn-every-running"):
         for run, tensors in kept:
             row = next((row for row in rows if run.settings().items() <= row.items()), None)
-            if (run.method, run.batch_size) == (method, batch_size) and row is not None:
+            if run.method == method and abs(math.log(run.batch_size / 200)) == nearest and row is not None:
                 dependence = " / ".join(mean_with_deviation([row["dcor2"][group]], 3) for group in GROUPS)
                 title = f"{METHODS[method].title}\ndcor² {dependence}\naccuracy {100 * row['bacc']:.1f} %"
-                arrays = (tensors[name].numpy() for name in ("features", "labels", "confounder"))
-                shown.append(figures.Projection(title, *arrays))
+                shown[title] = tensors
     return shown
 
 

@@ -19,8 +19,7 @@ from mdnorm.dependence_loss import DependenceLoss
 from mdnorm.files import atomic_path
 from mdnorm.integration import fit_gram, parameter_groups, penalty_loss, recalibrate
 from mdnorm.layer import MetadataNorm
-from mdnorm_experiments.adversary import Adversary
-from mdnorm_experiments.baselines import GroupWeights
+from mdnorm_experiments.baselines import Adversary, GroupWeights
 from mdnorm_experiments.data.confounded import Samples
 from mdnorm_experiments.methods import Method
 from mdnorm_experiments.networks import BackboneNetwork
@@ -84,9 +83,9 @@ def fit(
 ) -> Row:
     """Train a network from `build` by Adam; the learning rate rises over `warmup_epochs`, then falls to 0.
 
-    It rises by the same amount at each step and falls by a half cosine. The coefficients of the estimator
-    "penalty" have an optimiser of their own (see `Method`). `seed` is that of the order of the samples;
-    `epoch_done` is called after each epoch. Returns "train_loss" of the last epoch and "seconds_per_epoch".
+    It rises by the same amount at each step and falls by a half cosine. `seed` is that of the order of the
+    samples; `epoch_done` is called after each epoch. Returns "train_loss" of the last epoch and
+    "seconds_per_epoch".
     """
     steps_of_epoch = len(in_batches(torch.arange(len(samples)), batch_size))
     steps, warmup_steps = epochs * steps_of_epoch, warmup_epochs * steps_of_epoch
@@ -98,7 +97,13 @@ def fit(
     # Fused: three times faster at batch size 1, where the 1.5 million weights cost more than the images.
     optimizer = torch.optim.Adam(parameters, lr=learning_rate, fused=True)
     optimizers.append(optimizer)
-    scheduler = _schedule(optimizer, steps, warmup_steps)
+
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1))) / 2
+
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, share)
     losses = _losses(network, method, samples, steps)
     generator = torch.Generator().manual_seed(seed)
     start = time.perf_counter()
@@ -118,17 +123,6 @@ def fit(
         epoch_done()
     seconds = (time.perf_counter() - start) / epochs
     return {"train_loss": loss_sum / len(samples), "seconds_per_epoch": seconds}
-
-
-def _schedule(
-    optimizer: torch.optim.Optimizer, steps: int, warmup_steps: int
-) -> torch.optim.lr_scheduler.LambdaLR:
-    def share(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        return (1 + math.cos(math.pi * (step - warmup_steps) / max(steps - warmup_steps, 1))) / 2
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, share)
 
 
 def _losses(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import partial
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,9 +17,8 @@ from torch.nn.functional import one_hot
 
 from mdnorm.extras import requires
 from mdnorm_experiments.confounded import ConfoundedSetting
-from mdnorm_experiments.data import hmdb51
-from mdnorm_experiments.data.actions import LABEL_NOISE, SCENES, Clips, make_clips, write_hmdb51
-from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, part_seed
+from mdnorm_experiments.data.actions import ACTIONS, LABEL_NOISE, SCENES, make_clips, write_hmdb51
+from mdnorm_experiments.data.confounded import ConfoundedData, LoadedData, Samples, drawn_data, part_seed
 from mdnorm_experiments.data.hmdb51 import VideoFolder, load_hmdb51
 from mdnorm_experiments.figures import WIDTH, picture_grid
 from mdnorm_experiments.networks import check_norm
@@ -28,43 +28,37 @@ _HELD_OUT = 300
 _CORRELATION = 0.6
 
 
-class VideoBackbone(nn.Module):
-    """MONAI's 3D ResNet-18 for clips of 8 or more frames; `norm` is one of `NORMS`.
+def video_backbone(norm: str, width: int = 8) -> nn.Module:
+    """Return MONAI's 3D ResNet-18 for clips (N, 3, T, H, W) of 8 or more frames; `norm` is one of `NORMS`.
 
-    `width` are the channels of the first stage, 64 in the paper's network. MissingExtraError without MONAI.
+    `width` are the channels of the first stage, 64 in the paper's network; the results are (N, 8 · width).
+    MissingExtraError without MONAI.
     """
+    check_norm(norm)
+    with requires("video", "mdnorm-experiments"):
+        from monai.networks.nets import ResNet  # type: ignore[attr-defined]
 
-    def __init__(self, norm: str, width: int = 8) -> None:
-        check_norm(norm)
-        with requires("video", "mdnorm-experiments"):
-            from monai.networks.nets import ResNet  # type: ignore[attr-defined]
-
-        super().__init__()
-        options: Any = ("group", {"num_groups": 4}) if norm == "group" else "batch"
-        widths = [width, 2 * width, 4 * width, 8 * width]
+    options: Any = ("group", {"num_groups": 4}) if norm == "group" else "batch"
+    network: Any = ResNet(
+        "basic",
+        [2, 2, 2, 2],
+        [width, 2 * width, 4 * width, 8 * width],
+        spatial_dims=3,
+        n_input_channels=3,
         # Small clips: strides as for large ones would leave a single position after two stages.
-        self.net: nn.Module = ResNet(
-            "basic",
-            [2, 2, 2, 2],
-            widths,
-            spatial_dims=3,
-            n_input_channels=3,
-            conv1_t_size=3,
-            conv1_t_stride=2,
-            no_max_pool=True,
-            feed_forward=False,
-            norm=options,
-        )
-        if norm == "none":
-            for name, module in list(self.net.named_modules()):
-                if isinstance(module, nn.BatchNorm3d):
-                    self.net.set_submodule(name, nn.Identity())
-        self.num_features = widths[-1]
-
-    def forward(self, clips: Tensor) -> Tensor:
-        """Return the (N, 8 · width) features of (N, 3, T, H, W) clips."""
-        features: Tensor = self.net(clips)
-        return features
+        conv1_t_size=3,
+        conv1_t_stride=2,
+        no_max_pool=True,
+        feed_forward=False,
+        norm=options,
+    )
+    if norm == "none":
+        for name, module in list(network.named_modules()):
+            if isinstance(module, nn.BatchNorm3d):
+                network.set_submodule(name, nn.Identity())
+    network.num_features = 8 * width
+    backbone: nn.Module = network
+    return backbone
 
 
 def scene_components(scores: Tensor, num_components: int) -> Callable[[Tensor], Tensor]:
@@ -82,13 +76,12 @@ def scene_components(scores: Tensor, num_components: int) -> Callable[[Tensor], 
     return lambda scores: torch.from_numpy(fitted.transform(scores.double().numpy())).float()
 
 
-def _samples(found: VideoFolder, components: Callable[[Tensor], Tensor], rows: Tensor) -> Samples:
-    scores = found.scores[rows]
-    reduced = components(scores)
-    scene = scores.argmax(1)
+def _samples(found: VideoFolder, components: Callable[[Tensor], Tensor]) -> Samples:
+    reduced = components(found.scores)
+    scene = found.scores.argmax(1)
     return Samples(
-        found.clips[rows].float() / 255 - 0.5,
-        found.labels[rows],
+        found.clips.float() / 255 - 0.5,
+        found.labels,
         torch.cat([reduced, reduced.square() - 1], 1),
         one_hot(scene, len(found.scenes)).float(),
         scene,
@@ -101,29 +94,21 @@ def make_video_data(size: int, seed: int) -> ConfoundedData:
     They are encoded as mp4 files in HMDB51's layout, and read back by its loader.
     """
 
-    def draw(count: int, part: int, correlation: float) -> Clips:
-        return make_clips(count, seed=part_seed(seed, part), correlation=correlation)
-
-    def more(count: int, part: int, correlation: float) -> Samples:
-        # The layout has one set of test clips: others have a folder of their own, without training clips.
+    @cache
+    def read(count: int, part: int, correlation: float) -> VideoFolder:
+        clips = make_clips(count, seed=part_seed(seed, part), correlation=correlation)
         with TemporaryDirectory() as folder:
-            found = load_hmdb51(write_hmdb51(Path(folder), None, draw(count, part, correlation)))
-        return _samples(found, components, torch.arange(count))
+            return load_hmdb51(write_hmdb51(Path(folder), None, clips))
 
-    with TemporaryDirectory() as folder:
-        first = load_hmdb51(
-            write_hmdb51(Path(folder), draw(size, 0, _CORRELATION), draw(_HELD_OUT, 1, _CORRELATION))
-        )
-    components = scene_components(first.scores[~first.is_test], NUM_COMPONENTS)
-    return ConfoundedData(
-        _samples(first, components, torch.nonzero(~first.is_test)[:, 0]),
-        _samples(first, components, torch.nonzero(first.is_test)[:, 0]),
-        more(_HELD_OUT, 2, 0.0),
-        first.classes,
+    components = scene_components(read(size, 0, _CORRELATION).scores, NUM_COMPONENTS)
+    return drawn_data(
+        lambda *which: _samples(read(*which), components),
+        size,
+        _HELD_OUT,
+        _CORRELATION,
+        tuple(sorted(ACTIONS)),
         SCENES,
         {"scene": tuple(range(len(SCENES)))},
-        unconfounded=partial(more, size, 3, 0.0),
-        held_out=partial(more, size // 4, 4, _CORRELATION),
     )
 
 
@@ -135,17 +120,16 @@ def load_videos(
     The groups are the most frequent scenes by score, and "other".
     """
     found = load_hmdb51(folder, columns=columns, on_problem=on_problem)
-    rows = torch.arange(len(found.labels))
     rank = min(NUM_COMPONENTS, len(found.scenes) - 1)
     components = scene_components(found.scores[~found.is_test], rank)
-    samples = _samples(found, components, rows)
+    samples = _samples(found, components)
     counts = torch.bincount(samples.groups, minlength=len(found.scenes))
-    frequent = counts.argsort(descending=True)[:num_scenes]
+    frequent = counts.argsort(descending=True)[:num_scenes].tolist()
     groups = torch.full_like(samples.groups, len(frequent))
-    for number, scene in enumerate(frequent.tolist()):
+    for number, scene in enumerate(frequent):
         groups[samples.groups == scene] = number
-    names = (*(found.scenes[scene] for scene in frequent.tolist()), "other")
-    kept = Samples(samples.inputs, samples.labels, samples.metadata, components(found.scores), groups)
+    names = (*(found.scenes[scene] for scene in frequent), "other")
+    kept = replace(samples, confounders=components(found.scores), groups=groups)
     return LoadedData(kept, found.classes, names, {"scene": tuple(range(rank))}, found.problems.text())
 
 
@@ -165,15 +149,14 @@ SETTING = ConfoundedSetting(
     title="Metadata Normalization on actions",
     introduction=(
         "Clips of a figure that jumps, squats or waves, in six scenes, encoded as mp4; a tenth of the labels "
-        "is wrong. In the training data the scene goes with the label as it stands: three of four clips "
-        "are in one of the two scenes of their label. The metadata are the principal components of scene "
-        "scores, as a scene classifier would give them.",
+        "is wrong. In the training data three of four clips are in one of the two scenes of their label. The "
+        "metadata are the principal components of scene scores, as a scene classifier would give them.",
         "Who reads the movement is right in 90 % of all cases, whatever the scene; who reads the scene, in "
         "73 % where it goes with the label and in a third where scenes were shuffled.",
     ),
     make_data=make_video_data,
-    backbone=VideoBackbone,
-    slots=("net.bn1", "net.layer2.1.bn2", "net.layer4.1.bn2"),
+    backbone=video_backbone,
+    slots=("bn1", "layer2.1.bn2", "layer4.1.bn2"),
     base_norm="group",
     batch_size=30,
     epochs=5,
@@ -184,5 +167,4 @@ SETTING = ConfoundedSetting(
     examples=_examples,
     tuned={"adversary": {"strength": 0.3}, "group_dro": {"step_size": 0.001}},
     load=load_videos,
-    columns=tuple(hmdb51.COLUMNS),
 )

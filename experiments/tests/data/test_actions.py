@@ -28,7 +28,7 @@ def test_shapes_and_the_seed():
     first, again, other = (make_clips(7, seed=seed) for seed in (1, 1, 2))
     assert first.frames.shape == (7, 8, 32, 32, 3)
     assert first.frames.dtype == np.uint8
-    assert len(first) == 7
+    assert len(first.labels) == 7
     assert np.array_equal(first.frames, again.frames)
     assert not np.array_equal(first.frames, other.frames)
     assert np.allclose(first.scores.sum(1), 1, atol=1e-6)
@@ -39,7 +39,7 @@ def test_scenes_go_with_labels_as_asked(correlation):
     clips = make_clips(1500, seed=0, correlation=correlation, image_size=16)
     own = (clips.scenes // 2 == clips.labels).mean()
     assert own == pytest.approx(correlation + (1 - correlation) / 3, abs=0.04)
-    shown = np.arange(len(clips)) % len(ACTIONS)
+    shown = np.arange(len(clips.labels)) % len(ACTIONS)
     assert (shown != clips.labels).mean() == pytest.approx(LABEL_NOISE, abs=0.025)
     # The scores are mostly, not always, on the clip's own scene.
     assert 0.9 < (clips.scores.argmax(1) == clips.scenes).mean() < 1

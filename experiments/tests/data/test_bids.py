@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mdnorm_experiments.data.bids import load_bids, standardize
-from mdnorm_experiments.data.problems import DataProblemsError
+from mdnorm_experiments.data.reading import DataProblemsError
 
 SHAPE = (8, 10, 8)
 
@@ -186,6 +186,10 @@ def test_orientation(folder):
     affine = np.diag([-6.0, 6.0, 6.0, 1.0])
     affine[0, 3] = 6.0 * (SHAPE[0] - 1)
     save(folder, "sub-b", voxels[::-1].copy(), affine=affine)
+    first, second = load_bids(folder, shape=SHAPE).volumes
+    torch.testing.assert_close(first, second)
+    # And with the axes in another order.
+    save(folder, "sub-b", voxels.transpose(2, 0, 1), affine=np.diag([6.0, 6.0, 6.0, 1.0])[:, [2, 0, 1, 3]])
     first, second = load_bids(folder, shape=SHAPE).volumes
     torch.testing.assert_close(first, second)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mdnorm_experiments.data.continual import (
+from mdnorm_experiments.data.synthetic import (
     BOTH_LIMITS,
     CONFOUNDER_LIMITS,
     CONFOUNDER_RANGE,
@@ -9,8 +9,8 @@ from mdnorm_experiments.data.continual import (
     NUM_STAGES,
     SHIFTS,
     make_stage,
+    make_synthetic,
 )
-from mdnorm_experiments.data.synthetic import make_synthetic
 
 
 @pytest.mark.parametrize("stage", range(NUM_STAGES))

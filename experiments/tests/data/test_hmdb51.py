@@ -11,7 +11,7 @@ import torch
 
 from mdnorm_experiments.data.actions import ACTIONS, SCENES, encode, make_clips, write_hmdb51
 from mdnorm_experiments.data.hmdb51 import decode, load_hmdb51
-from mdnorm_experiments.data.problems import DataProblemsError
+from mdnorm_experiments.data.reading import DataProblemsError
 
 
 @pytest.fixture(scope="module")

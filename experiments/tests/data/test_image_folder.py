@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mdnorm_experiments.data.image_folder import load_image_folder
-from mdnorm_experiments.data.problems import DataProblemsError
+from mdnorm_experiments.data.reading import DataProblemsError
 
 PPB = ("filename", "bi.gender", "bi.fitz")
 ROWS = (("a.png", "Female", "I"), ("b.png", "Male", "VI"), ("c.jpg", "Male", "III"))

@@ -20,7 +20,7 @@ def test_same_seed_same_data():
 
 def test_ranges_and_shapes():
     data = make_synthetic(5000)
-    assert len(data) == 10_000
+    assert len(data.labels) == 10_000
     assert data.images.shape == (10_000, 1, 32, 32)
     for values in (data.effect, data.confounder):
         for group, (low, high) in enumerate(((1, 4), (3, 6))):
@@ -101,7 +101,7 @@ class TestVariants:
             difference = values[~first].mean() - values[first].mean()
             assert difference > 0.3 * values.std()
         counts = [torch.bincount(data.site[inside], minlength=16) for inside in (first, ~first)]
-        assert (counts[0] - counts[1]).abs().sum() > 0.3 * len(data)
+        assert (counts[0] - counts[1]).abs().sum() > 0.3 * len(data.labels)
 
     def test_quadratic(self):
         data = make_synthetic(5000, noise=0, variant="quadratic")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mdnorm_experiments.data.tables import column_names, is_missing, read_rows
+from mdnorm_experiments.data.reading import column_names, is_missing, read_rows
 
 
 def rows(path, names, delimiter=","):

@@ -1,14 +1,11 @@
 """Clips of an articulated figure in action over scenes that go with the label, encoded as real mp4 files.
 
-The action is in the movement: single frames of different actions look alike, and a share of the labels is
-wrong. The scene, a textured background of one of six types, says nothing about the action but goes with the
-label as it stands, as far as it is asked to (as the colours of Coloured MNIST do). Each clip has scene
-scores, as a scene classifier (Places365) would give them: mostly, not always, on its own scene.
+The action is in the movement alone. The scene, a textured background of one of six types, goes with the label
+as it stands, wrong ones included; scene scores are mostly, not always, on it. See docs/video.md.
 """
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mdnorm.extras import requires
-from mdnorm.files import atomic_path
+from mdnorm.files import atomic_path, write_text_atomically
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -38,8 +35,7 @@ Pixels = NDArray[np.uint8]
 class Clips:
     """N clips: frames (N, T, size, size, 3), labels and scenes (N,), scores (N, number of scenes).
 
-    Labels are numbers in `ACTIONS`, a share `LABEL_NOISE` of which names another action than the one shown;
-    scenes are numbers in `SCENES`. Each row of the scores sums to 1.
+    Labels are numbers in `ACTIONS`, scenes in `SCENES`. Each row of the scores sums to 1.
     """
 
     frames: Pixels
@@ -47,16 +43,12 @@ class Clips:
     scenes: NDArray[np.int64]
     scores: NDArray[np.float32]
 
-    def __len__(self) -> int:
-        return len(self.labels)
-
 
 def make_clips(size: int, *, seed: int, correlation: float = 0.8, image_size: int = 32) -> Clips:
-    """Draw `size` clips of 8 frames of `image_size` pixels a side; the actions take turns.
+    """Draw `size` clips of 8 frames of `image_size` pixels a side, the same ones from the same seed.
 
-    The same seed gives the same clips. A share `correlation`, from 0 to 1, of them has one of its label's own
-    two scenes, the others any of the six. ValueError for a number out of range, MissingExtraError without
-    Pillow.
+    A share `correlation`, from 0 to 1, of them has one of its label's own two scenes, the others any of the
+    six. ValueError for a number out of range, MissingExtraError without Pillow.
     """
     if size < 1 or image_size < 16 or image_size % 2:
         raise ValueError(
@@ -181,11 +173,10 @@ def _figure(
 
 
 def encode(frames: Pixels, path: Path, *, rate: int = 8) -> Path:
-    """Write one clip as a video file: H.264 where the installed ffmpeg has it, else MPEG-4.
+    """Write one clip, (T, H, W, 3) uint8 of even height and width, as an ``.mp4`` or ``.avi`` file.
 
-    Frames are (T, H, W, 3) uint8, of even height and width, `rate` a second; the suffix of the path says
-    which container, ``.mp4`` or ``.avi``. ValueError for another shape or dtype, MissingExtraError without
-    PyAV.
+    It is H.264 where the installed ffmpeg has it, else MPEG-4, with `rate` frames a second. ValueError for
+    another shape or dtype, MissingExtraError without PyAV.
     """
     with requires("video", "mdnorm-experiments"):
         import av
@@ -210,32 +201,21 @@ def encode(frames: Pixels, path: Path, *, rate: int = 8) -> Path:
 
 
 def write_hmdb51(folder: Path, train: Clips | None, test: Clips) -> Path:
-    """Write clips in HMDB51's layout, with scene scores, into a folder: what `load_hmdb51` reads.
-
-    None for `train` writes test clips only. Returns the folder.
-    """
-    scores, lines = [], {action: list[str]() for action in ACTIONS}
-    for part, use, clips in (("train", 1, train), ("test", 2, test)):
-        if clips is None:
-            continue
-        for row in range(len(clips)):
+    """Write clips and scene scores in HMDB51's layout, as `load_hmdb51` reads them; return the folder."""
+    scores, lines = [",".join(("clip", *SCENES))], {action: list[str]() for action in ACTIONS}
+    parts = [("test", 2, test)] if train is None else [("train", 1, train), ("test", 2, test)]
+    for part, use, clips in parts:
+        for row in range(len(clips.labels)):
             action = ACTIONS[int(clips.labels[row])]
             name = f"{action}_{part}_{row:05d}.mp4"
             target = folder / "hmdb51_org" / action / name
             target.parent.mkdir(parents=True, exist_ok=True)
             encode(clips.frames[row], target)
             lines[action].append(f"{name} {use} ")
-            scores.append((name, *(f"{score:.6f}" for score in clips.scores[row])))
+            scores.append(",".join((name, *(f"{score:.6f}" for score in clips.scores[row]))))
     splits = folder / "testTrainMulti_7030_splits"
     splits.mkdir(parents=True, exist_ok=True)
     for action, found in lines.items():
-        with atomic_path(splits / f"{action}_test_split1.txt") as temporary:
-            temporary.write_text("\n".join(found) + "\n", encoding="utf-8")
-    with (
-        atomic_path(folder / "scene_scores.csv") as temporary,
-        temporary.open("w", newline="", encoding="utf-8") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(("clip", *SCENES))
-        writer.writerows(scores)
+        write_text_atomically(splits / f"{action}_test_split1.txt", "\n".join([*found, ""]))
+    write_text_atomically(folder / "scene_scores.csv", "\n".join([*scores, ""]))
     return folder

@@ -6,8 +6,9 @@ BIDS: Gorgolewski et al. (2016), The brain imaging data structure, Scientific Da
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,7 @@ from torch import Tensor
 
 from mdnorm.extras import requires
 from mdnorm_experiments.data.brains import SHAPE, SPACING
-from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import is_missing, read_rows
+from mdnorm_experiments.data.reading import Problems, is_missing, read_rows
 
 COLUMNS = {
     "subject": ("participant_id",),
@@ -61,20 +61,10 @@ class BidsFolder:
     problems: Problems
 
 
-@dataclass(frozen=True)
-class _Participant:
-    subject: str
-    age: float
-    sex: int
-    site: str
-    label: str
-
-
 def standardize(volumes: Tensor) -> Tensor:
-    """Return (N, C, D, H, W) float32 volumes whose voxels inside the brain have mean 0 and deviation 1.
+    """Return (N, C, D, H, W) float32 volumes: voxels other than 0 get mean 0 and deviation 1.
 
-    The brain is where a volume is not 0, by MONAI's ``NormalizeIntensity(nonzero=True)``; the rest stays 0.
-    Raises ValueError for another number of dimensions and MissingExtraError without MONAI.
+    ValueError for another number of dimensions, MissingExtraError without MONAI.
     """
     with requires("mri", "mdnorm-experiments"):
         from monai.transforms.intensity.array import NormalizeIntensity
@@ -98,17 +88,15 @@ def load_bids(
 ) -> BidsFolder:
     """Read T1 volumes and the table of participants of a BIDS folder.
 
-    Images should be stripped of the skull (0 outside the brain) and aligned; neither is done here. They are
-    resampled to `spacing` millimetres, smoothed before where that is coarser than theirs, then padded with 0
-    or cropped about the middle to `shape`: voxels from left to right, back to front, bottom to top. `columns`
-    are names for some of `COLUMNS`.
+    Images should be stripped of the skull (0 outside the brain) and aligned. They are resampled to `spacing`
+    millimetres, smoothed before where that is coarser than theirs, then padded with 0 or cropped about the
+    middle to `shape`: voxels from left to right, back to front, bottom to top. `columns` are names for some
+    of `COLUMNS`.
 
-    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: rows without
-    image, images without row, several rows or images of a subject, a missing or invalid age, sex, site or
-    label, images that are truncated or damaged, not finite, empty or not three-dimensional. FileNotFoundError
-    without folder or table says what layout is needed and where such data come from. ValueError: the table
-    cannot be parsed, a column is missing or there twice, an argument is out of range, there is one label
-    only. MissingExtraError: a package of the extra "mri" is not installed.
+    DataProblemsError lists all rows and images that cannot be used, unless `on_problem` is "skip", which
+    leaves them out. FileNotFoundError without folder or table says what layout is needed and where such data
+    come from. ValueError: an unusable table, an argument out of range, one label only. MissingExtraError: a
+    package of the extra "mri" is not installed.
     """
     folder = Path(folder)
     table = folder / "participants.tsv"
@@ -119,67 +107,50 @@ def load_bids(
         raise ValueError(
             f"spacing must be positive and shape three positive numbers, got {spacing} and {shape}."
         )
-    rows = [(where, _subject(row["subject"]), row) for where, row in read_rows(table, "\t", COLUMNS, columns)]
+    cells = read_rows(table, "\t", COLUMNS, columns)
     problems = Problems()
-    participants = _participants(rows, problems)
     images = _images(folder)
-    for subject in sorted(images.keys() - {subject for _, subject, _ in rows}):
-        problems.add("no row", subject, f"not in {table.name}")
-    found: list[tuple[_Participant, Tensor]] = []
-    for participant in participants:
-        paths = images.get(participant.subject, [])
-        if len(paths) > 1:
+    rows = [(where, row, re.sub("^(?!sub-|$)", "sub-", row["subject"])) for where, row in cells]
+    count = Counter(subject for *_, subject in rows)
+    found = []
+    for where, row, subject in rows:
+        age, sex = _age(row["age"]), _SEXES.get(row["sex"].lower())
+        bad = {"age": age is None, "sex": sex is None}
+        bad |= {part: is_missing(row[part]) for part in ("site", "label")}
+        paths = images.get(subject, [])
+        if not subject:
+            problems.add("no subject", where, "the cell is empty")
+        elif count[subject] > 1:
+            # Which of several rows of a subject is right, nobody can say.
+            problems.add("duplicate row", subject, where)
+        elif any(bad.values()):
+            for part in (part for part, is_bad in bad.items() if is_bad):
+                problems.add(f"bad {part}", subject, f"{row[part]!r} in {where}")
+        elif len(paths) != 1:
             listing = ", ".join(str(path.relative_to(folder)) for path in paths)
-            problems.add("several images", participant.subject, listing)
-        elif not paths:
-            problems.add("no image", participant.subject, f"no *_T1w.nii.gz in {participant.subject}/**/anat")
-        else:
-            volume = _read(paths[0], shape, spacing, participant.subject, problems)
-            if volume is not None:
-                found.append((participant, volume))
+            kind = "several images" if paths else "no image"
+            problems.add(kind, subject, listing or f"no *_T1w.nii.gz in {subject}/**/anat")
+        elif (volume := _read(paths[0], shape, spacing, subject, problems)) is not None:
+            found.append((volume, row["label"], age, sex, row["site"], subject))
+    for subject in sorted(images.keys() - count.keys()):
+        problems.add("no row", subject, f"not in {table.name}")
     problems.settle(on_problem)
-    needed = f"{table} must have two labels or more with images"
-    classes = problems.classes((participant.label for participant, _ in found), needed)
-    sites = tuple(sorted({participant.site for participant, _ in found}))
+    classes = problems.classes(
+        (label for _, label, *_ in found), f"{table} must have two labels or more with images"
+    )
+    volumes, labels, ages, sexes, places, subjects = zip(*found, strict=True)
+    sites = tuple(sorted(set(places)))
     return BidsFolder(
-        standardize(torch.stack([volume for _, volume in found])),
-        torch.tensor([classes.index(participant.label) for participant, _ in found]),
-        torch.tensor([participant.age for participant, _ in found]),
-        torch.tensor([participant.sex for participant, _ in found]),
-        torch.tensor([sites.index(participant.site) for participant, _ in found]),
-        tuple(participant.subject for participant, _ in found),
+        standardize(torch.stack(volumes)),
+        torch.tensor([classes.index(label) for label in labels]),
+        torch.tensor(ages),
+        torch.tensor(sexes),
+        torch.tensor([sites.index(place) for place in places]),
+        subjects,
         classes,
         sites,
         problems,
     )
-
-
-def _subject(text: str) -> str:
-    return text if text.startswith("sub-") or not text else f"sub-{text}"
-
-
-def _participants(
-    rows: Sequence[tuple[str, str, Mapping[str, str]]], problems: Problems
-) -> list[_Participant]:
-    """Return those of the rows (place, subject, cells) that can be used."""
-    found = []
-    count = Counter(subject for _, subject, _ in rows)
-    for where, subject, row in rows:
-        if not subject:
-            problems.add("no subject", where, "the cell is empty")
-            continue
-        if count[subject] > 1:
-            # Which of several rows of a subject is right, nobody can say.
-            problems.add("duplicate row", subject, where)
-            continue
-        age, sex = _age(row["age"]), _SEXES.get(row["sex"].lower())
-        bad = {"age": age is None, "sex": sex is None}
-        bad |= {part: is_missing(row[part]) for part in ("site", "label")}
-        for part in (part for part, is_bad in bad.items() if is_bad):
-            problems.add(f"bad {part}", subject, f"{row[part]!r} in {where}")
-        if age is not None and sex is not None and not any(bad.values()):
-            found.append(_Participant(subject, age, sex, row["site"], row["label"]))
-    return found
 
 
 def _age(text: str) -> float | None:
@@ -192,16 +163,11 @@ def _age(text: str) -> float | None:
 
 def _images(folder: Path) -> dict[str, list[Path]]:
     """Return the T1 images of every subject; a subject's folder without any has an empty list."""
-    return {
-        subject.name: sorted(
-            path
-            for pattern in ("anat/*_T1w.nii*", "ses-*/anat/*_T1w.nii*")
-            for path in subject.glob(pattern)
-            if path.name.endswith((".nii", ".nii.gz"))
-        )
-        for subject in sorted(folder.glob("sub-*"))
-        if subject.is_dir()
-    }
+    found = {}
+    for subject in sorted(path for path in folder.glob("sub-*") if path.is_dir()):
+        images = subject.glob("**/anat/*_T1w.nii*")
+        found[subject.name] = sorted(path for path in images if path.name.endswith((".nii", ".nii.gz")))
+    return found
 
 
 def _read(
@@ -221,47 +187,40 @@ def _read(
     if voxels.ndim == 4 and voxels.shape[3] == 1:
         voxels = voxels[..., 0]
     if voxels.ndim != 3 or 0 in voxels.shape:
-        problems.add("wrong shape", subject, f"{path.name}: {voxels.shape}, not three-dimensional")
-        return None
-    if not np.isfinite(voxels).all():
-        count = int((~np.isfinite(voxels)).sum())
-        problems.add("not finite", subject, f"{path.name}: {count} voxels are NaN or infinite")
-        return None
+        problem = "wrong shape", f"{voxels.shape}, not three-dimensional"
+    elif not np.isfinite(voxels).all():
+        problem = "not finite", f"{int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite"
+    elif not _has_places(affine, voxels.shape):
+        problem = "bad affine", f"its voxels have no places in space, or span more than {_LARGEST:g} mm"
+    elif len((volume := _resample(voxels, affine, shape, spacing)).unique()) == 1:
+        problem = "empty image", "all voxels are the same"
+    else:
+        return volume
+    problems.add(problem[0], subject, f"{path.name}: {problem[1]}")
+    return None
+
+
+def _has_places(affine: NDArray[np.float64], shape: tuple[int, ...]) -> bool:
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        problems.add("bad affine", subject, f"{path.name}: the voxels have no places in space")
-        return None
-    extent = float((np.linalg.norm(affine[:3, :3], axis=0) * voxels.shape).max())
-    if extent > _LARGEST:
-        problems.add("bad affine", subject, f"{path.name}: the volume would be {extent:g} mm long")
-        return None
-    volume = _resample(voxels, affine, shape, spacing)
-    if not bool((volume != volume.flatten()[0]).any()):
-        problems.add("empty image", subject, f"{path.name}: all voxels are the same")
-        return None
-    return volume
+        return False
+    return bool((np.linalg.norm(affine[:3, :3], axis=0) * shape).max() <= _LARGEST)
 
 
 def _resample(
     voxels: NDArray[np.float32], affine: NDArray[np.float64], shape: tuple[int, int, int], spacing: float
 ) -> Tensor:
+    """Return a volume (1, *shape) whose voxels go from left to right, back to front, bottom to top."""
     with requires("mri", "mdnorm-experiments"):
-        from monai.data.meta_tensor import MetaTensor
+        import nibabel as nib
         from monai.transforms.croppad.array import ResizeWithPadOrCrop
-        from monai.transforms.intensity.array import GaussianSmooth
-        from monai.transforms.spatial.array import Orientation, Spacing
+        from nibabel import processing
 
-    volume: Any = MetaTensor(torch.from_numpy(voxels)[None], affine=torch.from_numpy(affine))
-    # MONAI 1.6 warns unless it is told how the axes are called.
-    volume = Orientation(axcodes="RAS", labels=(("L", "R"), ("P", "A"), ("I", "S")))(volume)
-    steps = np.linalg.norm(np.asarray(volume.affine)[:3, :3], axis=0)
-    if not np.allclose(steps, spacing, rtol=1e-4):
-        # Without smoothing, structures finer than the new voxels would turn into noise.
-        ratios = np.maximum(spacing / steps, 1)
-        sigma = np.sqrt(ratios**2 - 1) / (2 * math.sqrt(2 * math.log(2)))
-        if sigma.max() > 0:
-            smooth = GaussianSmooth(sigma=[max(float(value), 1e-3) for value in sigma])
-            volume = smooth(volume)
-        volume = Spacing(pixdim=(spacing,) * 3, mode="bilinear", padding_mode="zeros")(volume)
-    volume = ResizeWithPadOrCrop(spatial_size=shape)(volume)
-    result: Tensor = volume.as_tensor().float()
-    return result
+    nibabel: Any = nib
+    tools: Any = processing
+    steps = np.linalg.norm(affine[:3, :3], axis=0)
+    # Without smoothing, structures finer than the new voxels would turn into noise.
+    width = np.sqrt(np.maximum(spacing**2 - steps**2, 0))
+    smooth = tools.smooth_image(nibabel.Nifti1Image(voxels, affine), width)
+    found = tools.resample_to_output(smooth, [spacing] * 3, order=1).get_fdata(dtype=np.float32)
+    resized: Any = ResizeWithPadOrCrop(spatial_size=shape)(torch.from_numpy(found)[None])
+    return torch.as_tensor(resized.as_tensor())

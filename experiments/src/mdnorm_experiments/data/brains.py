@@ -1,10 +1,8 @@
 """Drawn T1 brains of several sites: hippocampal atrophy tells the diagnosis, age and site go with it.
 
 Every volume is the MNI152 template's grey and white matter (nilearn ships them), deformed, thinned and lit
-anew. The volume of the hippocampus is a normal variable of standard deviation 1 in both classes, whose means
-differ by `SEPARATION`; the best rule reads it alone and is right in Φ(`SEPARATION` / 2) of all cases. Age
-(ventricles, cortex), sex (size of the head) and site (contrast, bias field, noise) say nothing about the
-diagnosis beyond the correlation that is asked for.
+anew. The best rule reads the volume of the hippocampus alone, a normal variable whose means differ by
+`SEPARATION`, and is right in Φ(`SEPARATION` / 2) of all cases. See docs/mri.md.
 """
 
 from __future__ import annotations
@@ -55,12 +53,10 @@ _CHUNK = 50
 
 @dataclass(frozen=True)
 class Brains:
-    """N brains.
+    """N brains: volumes (N, 1, 32, 40, 32) as a scanner gives them, 0 outside the brain, and their metadata.
 
-    `volumes` are (N, 1, 32, 40, 32) intensities as a scanner gives them, 0 outside the brain (see
-    `mdnorm_experiments.data.bids.standardize`); labels and sites (N,) int64, numbers in `CLASSES` and
-    `SITES`; age (N,) years, 40 to 95, to one decimal; sex (N,) int64, 0 female and 1 male; `hippocampus` (N,)
-    its volume, standardised, which tells the label.
+    Labels and sites (N,) int64 are numbers in `CLASSES` and `SITES`; age (N,) years, 40 to 95; sex (N,)
+    int64, 0 female and 1 male; `hippocampus` (N,) its volume, standardised, which tells the label.
     """
 
     volumes: Tensor
@@ -70,17 +66,13 @@ class Brains:
     site: Tensor
     hippocampus: Tensor
 
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
 
 def make_brains(size: int, *, seed: int, correlation: float = 0.8) -> Brains:
     """Draw `size` brains, half of each class; the same seed gives the same ones.
 
     A share `correlation`, from 0 to 1, of the patients comes from the old cohort (age 74 ± 6, mostly sites C
-    and D) and of the controls from the young one (62 ± 6, mostly A and B), the others from either; 0 makes
-    diagnosis independent of age and site, which still go together. ValueError for a number out of range,
-    MissingExtraError without nilearn.
+    and D) and of the controls from the young one (62 ± 6, mostly A and B), the others from either. ValueError
+    for a number out of range, MissingExtraError without nilearn.
     """
     if size < 2:
         raise ValueError(f"size must be at least 2, one of each class, got {size}.")
@@ -100,14 +92,8 @@ def make_brains(size: int, *, seed: int, correlation: float = 0.8) -> Brains:
     for start in range(0, size, _CHUNK):
         rows = slice(start, start + _CHUNK)
         volumes[rows] = _draw(age[rows], sex[rows], site[rows], hippocampus[rows], generator)
-    return Brains(
-        volumes,
-        torch.from_numpy(labels),
-        torch.from_numpy(age).float(),
-        torch.from_numpy(sex),
-        torch.from_numpy(site),
-        torch.from_numpy(hippocampus).float(),
-    )
+    values = (labels, age.astype(np.float32), sex, site, hippocampus.astype(np.float32))
+    return Brains(volumes, *map(torch.from_numpy, values))
 
 
 @lru_cache(maxsize=1)
@@ -119,14 +105,8 @@ def _template() -> tuple[Tensor, Tensor]:
 
     maps = []
     for load in (datasets.load_mni152_gm_template, datasets.load_mni152_wm_template):
-        image = resample_img(
-            load(resolution=3),
-            _affine(),
-            SHAPE,
-            interpolation="linear",
-            force_resample=True,
-            copy_header=True,
-        )
+        image = load(resolution=3)
+        image = resample_img(image, _affine(), SHAPE, "linear", force_resample=True, copy_header=True)
         maps.append(torch.from_numpy(np.asarray(image.get_fdata(), np.float32)))
     axes = [torch.arange(n) * SPACING + low for n, low in zip(SHAPE, _ORIGIN, strict=True)]
     return torch.stack(maps).clamp(0, 1), torch.stack(torch.meshgrid(*axes, indexing="ij"))
@@ -185,16 +165,14 @@ def _draw(
     grey, white = warped.split(1, 1)
 
     # Lost tissue leaves fluid. The hippocampus is thinned where the template has it.
-    bump = sum(_blob(source, centre, _HIPPOCAMPUS_RADII) for centre in _HIPPOCAMPUS)
-    assert isinstance(bump, Tensor)
+    bump = torch.stack([_blob(source, centre, _HIPPOCAMPUS_RADII) for centre in _HIPPOCAMPUS]).sum(0)
     loss = (0.30 - 0.08 * column(hippocampus)).clamp(0, 0.9) * bump
     cortex = (0.15 + 0.05 * years + 0.03 * normal(1, 1, 1, 1)).clamp(0, 0.5)
     inside = (grey + white).clamp(0, 1)
     grey, white = grey * (1 - cortex) * (1 - loss), white * (1 - loss)
 
     # Fluid fills the ventricles and what was lost; the skull is stripped, so that the outside is 0.
-    ventricle = sum(_blob(source, centre, _VENTRICLE_RADII) for centre in _VENTRICLES)
-    assert isinstance(ventricle, Tensor)
+    ventricle = torch.stack([_blob(source, centre, _VENTRICLE_RADII) for centre in _VENTRICLES]).sum(0)
     brain = torch.maximum(inside, ventricle.clamp(0, 1))
     fluid = (brain - grey - white).clamp(min=0)
     image = white + column(np.take(_SITE_GREY, site)) * grey + column(np.take(_SITE_CSF, site)) * fluid
@@ -207,10 +185,9 @@ def _draw(
 
 
 def write_bids(folder: Path, brains: Brains) -> None:
-    """Write brains as a BIDS folder, which `mdnorm_experiments.data.bids.load_bids` reads.
+    """Write brains as a new BIDS folder, which appears only when complete, as `load_bids` reads it.
 
-    It appears only when complete. FileExistsError if there is such a folder, MissingExtraError without
-    nibabel.
+    FileExistsError if there is such a folder, MissingExtraError without nibabel.
     """
     with requires("mri", "mdnorm-experiments"):
         import nibabel as nib
@@ -224,15 +201,10 @@ def write_bids(folder: Path, brains: Brains) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
         partial = Path(scratch) / folder.name
         partial.mkdir()
-        description = {
-            "Name": "Brains drawn from the MNI152 template",
-            "BIDSVersion": "1.9.0",
-            "DatasetType": "raw",
-        }
-        path = partial / "dataset_description.json"
-        path.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        description = {"Name": "Brains drawn from the MNI152 template", "BIDSVersion": "1.9.0"}
+        (partial / "dataset_description.json").write_text(json.dumps(description), encoding="utf-8")
         lines = ["participant_id\tage\tsex\tsite\tdiagnosis"]
-        for row in range(len(brains)):
+        for row in range(len(brains.labels)):
             subject = f"sub-{row + 1:04d}"
             lines.append(
                 f"{subject}\t{float(brains.age[row]):.1f}\t{'FM'[int(brains.sex[row])]}\t"

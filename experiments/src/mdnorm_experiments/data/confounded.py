@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,10 +16,9 @@ from mdnorm.metrics.samples import MIN_SAMPLES
 class Samples:
     """N samples in memory.
 
-    `inputs` are (N, C, *spatial) float32: images, clips (C, T, H, W) or volumes (C, D, H, W), scaled to about
-    [0, 1] or standardised. `labels` (N,) int64 are classes from 0. `metadata` (N, K) is the design: a
-    flexible basis of every metadata variable, no intercept, columns of similar size. `confounders` (N, Q) are
-    the variables themselves, against which dependence is measured and which the adversary predicts;
+    `inputs` are (N, C, *spatial) float32: images, clips (C, T, H, W) or volumes (C, D, H, W). `labels` (N,)
+    int64 are classes from 0. `metadata` (N, K) is the design: a flexible basis of every metadata variable, no
+    intercept. `confounders` (N, Q) are the variables themselves, against which dependence is measured;
     categories as one-hot columns. `groups` (N,) int64 are the metadata groups, for rates by group. ValueError
     for numbers of rows that differ, or a value that is not finite.
     """
@@ -91,8 +90,7 @@ class LoadedData:
 
     def divide(self, seed: int) -> ConfoundedData:
         """Return training, test and confound-free data; see `split`."""
-        parts = split(self.samples, seed=seed)
-        return ConfoundedData(*parts, self.classes, self.groups, self.confounders)
+        return ConfoundedData(*split(self.samples, seed=seed), self.classes, self.groups, self.confounders)
 
 
 def drawn_data(
@@ -123,45 +121,47 @@ def select(samples: Samples, rows: Tensor) -> Samples:
     return Samples(**{name: tensor[rows] for name, tensor in vars(samples).items()})
 
 
+def as_targets(confounders: Tensor, columns: Sequence[int]) -> list[Tensor]:
+    """Return some columns of (N, Q) confounders, (N,) each; numbers of categories for one-hot ones."""
+    values = confounders[:, list(columns)]
+    is_one_hot = len(columns) > 1 and bool(((values == 0) | (values == 1)).all())
+    return [values.argmax(1)] if is_one_hot else [*values.T]
+
+
 def split(samples: Samples, *, seed: int, test_share: float = 0.3) -> tuple[Samples, Samples, Samples]:
     """Divide real samples into training, test and confound-free test data.
 
     Of each class and group a share `test_share`, between 0 and 1, is held out. The confound-free data are
-    those of the test data of which every group has equally many of every class: there the group says nothing
-    about the label. Groups that lack a class are left out of them. ValueError for a share out of range, fewer
-    than two groups with all classes among the test data, or so few samples in them that dcor² within the
-    classes is not defined.
+    those of the test data of which every group has equally many of every class; groups that lack a class are
+    left out. ValueError for a share out of range, fewer than two groups with all classes, or so few samples
+    in them that dcor² within the classes is not defined.
     """
     if not 0 < test_share < 1:
         raise ValueError(f"test_share must be between 0 and 1, got {test_share}.")
     generator = torch.Generator().manual_seed(seed)
-    classes, groups = samples.labels.unique(), samples.groups.unique()
+    num_classes = len(samples.labels.unique())
     train, test, balanced = [], [], []
-    for group in groups:
+    for group in samples.groups.unique():
         held_out = []
-        for label in classes:
+        for label in samples.labels.unique():
             rows = torch.nonzero((samples.groups == group) & (samples.labels == label))[:, 0]
             rows = rows[torch.randperm(len(rows), generator=generator)]
             count = round(test_share * len(rows))
             held_out.append(rows[:count])
             train.append(rows[count:])
         test += held_out
-        fewest = min(map(len, held_out))
-        if fewest:
+        if fewest := min(map(len, held_out)):
             balanced.append(torch.cat([rows[:fewest] for rows in held_out]))
     if len(balanced) < 2:
         raise ValueError(
             "no confound-free test data: fewer than two groups have every class among the test data; join "
             "groups or classes, or give more samples."
         )
-    of_each_class = sum(map(len, balanced)) // len(classes)
+    of_each_class = sum(map(len, balanced)) // num_classes
     if of_each_class < MIN_SAMPLES:
         raise ValueError(
             f"the confound-free test data have {of_each_class} sample(s) of each class, too few to measure "
             f"dcor² within the classes ({MIN_SAMPLES}): give more samples in which class and group differ."
         )
-    return (
-        select(samples, torch.cat(train)),
-        select(samples, torch.cat(test)),
-        select(samples, torch.cat(balanced)),
-    )
+    train_part, test_part, free = (select(samples, torch.cat(rows)) for rows in (train, test, balanced))
+    return train_part, test_part, free

@@ -1,9 +1,6 @@
-"""Coloured digits: real handwritten digits, the colour of which goes with the label.
+"""Handwritten digits of scikit-learn (UCI, Alpaydin and Kaynak, 1998), coloured as in Coloured MNIST.
 
-The digits are the 1797 that scikit-learn ships (UCI, Alpaydin and Kaynak, 1998); the colouring follows
-Coloured MNIST (Arjovsky et al., arXiv:1907.02893, section 5.2): the label says whether a digit is above 4, a
-share of the labels is wrong, and the colour goes with the label as it stands, wrong ones included. Here the
-colour is continuous.
+Arjovsky et al., arXiv:1907.02893, section 5.2; here the colour is continuous. See docs/image.md.
 """
 
 from __future__ import annotations
@@ -24,11 +21,10 @@ _SCALE = 2
 def colour_digits(rows: Tensor, *, seed: int, correlation: float = 0.8) -> Samples:
     """Colour some of the digits; `rows` (N,) int64 are numbers below `COUNT`.
 
-    Images are (N, 3, 16, 16), the one confounder is the colour from 0 (red) to 1 (green). A share
-    `LABEL_NOISE` of the labels, numbers in `CLASSES`, is wrong. A share `correlation`, from 0 to 1, of the
-    digits has its colour from the label's half of the scale, the others from the whole scale; `seed` is that
-    of label noise and colours. ValueError for a row or a correlation out of range, MissingExtraError without
-    scikit-learn.
+    Images are (N, 3, 16, 16), the one confounder is the colour from 0 (red) to 1 (green). The label is
+    whether a digit is above 4, wrong for a share `LABEL_NOISE`; a share `correlation`, from 0 to 1, of the
+    digits has its colour from the label's half of the scale. ValueError for a row or a correlation out of
+    range, MissingExtraError without scikit-learn.
     """
     with requires("image", "mdnorm-experiments"):
         from sklearn.datasets import load_digits

@@ -8,7 +8,6 @@ background say nothing about the label beyond the correlation that is asked for.
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.extras import requires
-from mdnorm.files import atomic_path
+from mdnorm.files import write_text_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -46,8 +45,8 @@ _OVERSAMPLING = 8
 class Faces:
     """N faces: images (N, 3, size, size) uint8, labels (N,), numbers in `CLASSES`, and their metadata.
 
-    `shade` (N,) is continuous, from 1 (lightest) to 6; rounded it is the Fitzpatrick type. `geometry` (N, 5)
-    are the measures that hold the label, standardised.
+    `shade` (N,) goes from 1 (lightest) to 6; rounded it is the Fitzpatrick type. `geometry` (N, 5) are the
+    standardised measures that hold the label.
     """
 
     images: Tensor
@@ -55,17 +54,13 @@ class Faces:
     shade: Tensor
     geometry: Tensor
 
-    def __len__(self) -> int:
-        return self.labels.shape[0]
-
 
 def make_faces(size: int, *, seed: int, correlation: float = 0.8, image_size: int = 32) -> Faces:
-    """Draw `size` faces of `image_size` pixels a side, half of each class.
+    """Draw `size` faces of `image_size` pixels a side, half of each class, the same ones from the same seed.
 
-    The same seed gives the same faces. Of a share |correlation|, which is from −1 to 1, the shade is from the
-    darker half of the scale for one class and from the lighter half for the other ("male" darker where it is
-    positive); of the rest from the whole scale. ValueError for a number out of range, MissingExtraError
-    without Pillow.
+    Of a share |correlation|, from −1 to 1, the shade is from the darker half of the scale for one class
+    ("male" where it is positive) and from the lighter half for the other; of the rest from the whole scale.
+    ValueError for a number out of range, MissingExtraError without Pillow.
     """
     if size < 2 or image_size < 8:
         raise ValueError(f"size must be at least 2 and image_size at least 8, got {size} and {image_size}.")
@@ -82,12 +77,8 @@ def make_faces(size: int, *, seed: int, correlation: float = 0.8, image_size: in
     for row in range(size):
         picture = _draw(geometry[row], shade[row], generator, image_size)
         images[row] = np.asarray(picture).transpose(2, 0, 1)
-    return Faces(
-        torch.from_numpy(images),
-        torch.from_numpy(labels),
-        torch.from_numpy(shade).float(),
-        torch.from_numpy(geometry).float(),
-    )
+    values = (images, labels, shade.astype(np.float32), geometry.astype(np.float32))
+    return Faces(*map(torch.from_numpy, values))
 
 
 def _skin(shade: float) -> NDArray[Any]:
@@ -116,6 +107,9 @@ def _draw(geometry: NDArray[Any], shade: float, generator: np.random.Generator, 
             ((cx - rx) * unit, (cy - ry) * unit, (cx + rx) * unit, (cy + ry) * unit), _colour(colour)
         )
 
+    def polygon(points: list[tuple[float, float]], colour: NDArray[Any]) -> None:
+        draw.polygon([value * unit for point in points for value in point], _colour(colour))
+
     # Hair behind the head: the longer, the further down it comes. Long hair is the first class's.
     length = 6.0 - 4.0 * hair_length
     ellipse(x, y - 6, width + 5, height, hair)
@@ -128,22 +122,8 @@ def _draw(geometry: NDArray[Any], shade: float, generator: np.random.Generator, 
     # Jaw: a trapezoid with round corners whose lower width is the measure.
     lower = 15.0 + 2.6 * jaw
     chin = y + height - 2
-    draw.polygon(
-        [
-            (px * unit, py * unit)
-            for px, py in (
-                (x - width, y),
-                (x + width, y),
-                (x + width - 2, y + 12),
-                (x + lower, chin - 4),
-                (x + lower * 0.6, chin),
-                (x - lower * 0.6, chin),
-                (x - lower, chin - 4),
-                (x - width + 2, y + 12),
-            )
-        ],
-        _colour(skin),
-    )
+    right = [(width, y), (width - 2, y + 12), (lower, chin - 4), (lower * 0.6, chin)]
+    polygon([(x + dx, py) for dx, py in right] + [(x - dx, py) for dx, py in reversed(right)], skin)
     ellipse(x, y - height + 4, width * 0.95, 9, hair)
     thickness = max(2.2 + 0.7 * brow_thickness, 0.4)
     # Both ends rounded for themselves would change the thickness by two pixels at a time.
@@ -154,10 +134,7 @@ def _draw(geometry: NDArray[Any], shade: float, generator: np.random.Generator, 
         draw.rectangle(((cx - 6.5) * unit, top, (cx + 6.5) * unit, max(bottom, top)), _colour(hair * 0.6))
         ellipse(cx, y - 3, 4.6, 2.6, np.array([240.0, 240.0, 240.0]))
         ellipse(cx + generator.normal(0, 0.5), y - 3, 2.1, 2.3, np.array([40.0, 30.0, 25.0]))
-    draw.polygon(
-        [(x * unit, (y - 2) * unit), ((x + 4) * unit, (y + 9) * unit), ((x - 4) * unit, (y + 9) * unit)],
-        _colour(skin * 0.82),
-    )
+    polygon([(x, y - 2), (x + 4, y + 9), (x - 4, y + 9)], skin * 0.82)
     half = max(8.5 - 1.4 * mouth, 2.0)
     ellipse(x, y + 17, half, max(2.8 - 0.5 * mouth, 0.8), skin * 0.5 + np.array([90.0, 25.0, 30.0]) * 0.6)
     picture = canvas.rotate(
@@ -177,25 +154,17 @@ def _colour(values: NDArray[Any]) -> tuple[int, int, int]:
 
 
 def write_image_folder(folder: Path, faces: Faces) -> Path:
-    """Write faces as PNG files with a table ``labels.csv`` (file, gender, Fitzpatrick type), and return it.
-
-    The layout is that which `load_image_folder` reads.
-    """
+    """Write PNG files and a table ``labels.csv``, as `load_image_folder` reads them; return the table."""
     with requires("image", "mdnorm-experiments"):
         from PIL import Image
 
-    images = folder / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for row in range(len(faces)):
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    lines = ["filename,gender,shade"]
+    for row in range(len(faces.labels)):
         name = f"face-{row:05d}.png"
-        with atomic_path(images / name) as temporary:
-            Image.fromarray(faces.images[row].permute(1, 2, 0).numpy()).save(temporary, format="PNG")
+        Image.fromarray(faces.images[row].permute(1, 2, 0).numpy()).save(folder / "images" / name)
         shade = SHADES[min(max(round(float(faces.shade[row])), 1), 6) - 1]
-        rows.append((name, CLASSES[int(faces.labels[row])], shade))
+        lines.append(f"{name},{CLASSES[int(faces.labels[row])]},{shade}")
     table = folder / "labels.csv"
-    with atomic_path(table) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(("filename", "gender", "shade"))
-        writer.writerows(rows)
+    write_text_atomically(table, "\n".join([*lines, ""]))
     return table

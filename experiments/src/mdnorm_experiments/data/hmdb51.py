@@ -1,13 +1,8 @@
-"""HMDB51 in its published layout, with scene scores as metadata.
-
-Kuehne et al. (2011), serre-lab.clps.brown.edu: ``hmdb51_org/<class>/<clip>.avi`` and, for each class and each
-of three splits, ``testTrainMulti_7030_splits/<class>_test_split1.txt`` with lines "clip.avi 1" (training), 2
-(test) or 0 (neither). The scene scores of each clip, those of a Places365 classifier say, are a table of
-their own.
-"""
+"""HMDB51 in its published layout (Kuehne et al. 2011), with scene scores as metadata: see docs/video.md."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from mdnorm.extras import requires
-from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import column_names
+from mdnorm_experiments.data.reading import Problems, column_names
 
 COLUMNS = {"clip": ("clip",)}
 """What the table has beside a column for each scene → how that is called if no other name is given."""
@@ -56,16 +51,14 @@ def load_hmdb51(
 ) -> VideoFolder:
     """Read the clips of split 1, 2 or 3 and their scene scores, from a folder in the published layout.
 
-    `num_frames` are taken from each clip at equal distances, the last one again where it has fewer; the
-    centre square is resized to `image_size`. The scores are a CSV or Parquet table with a column "clip", or
-    as `columns` name it, and one column a scene; by default ``scene_scores.csv`` or ``.parquet`` in the
-    folder.
+    `num_frames` are taken from each clip at equal distances; the centre square is resized to `image_size`.
+    The scores are a CSV or Parquet table with a column "clip", or as `columns` name it, and one column a
+    scene; by default ``scene_scores.csv`` or ``.parquet`` in the folder.
 
-    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: clips that are
-    named and not in the folder of their class, not named, named twice, cannot be decoded, or have no or bad
-    scores. FileNotFoundError says which part of the layout is not there and where to get it. ValueError:
-    another split, a table that cannot be parsed or lacks a column, fewer than two classes. MissingExtraError:
-    PyAV, pandas or pyarrow is not installed.
+    DataProblemsError lists all clips, lines and scores that cannot be used, unless `on_problem` is "skip",
+    which leaves them out. FileNotFoundError says which part of the layout is not there and where to get it.
+    ValueError: another split, an unusable table, fewer than two classes. MissingExtraError: PyAV, pandas or
+    pyarrow is not installed.
     """
     if split not in (1, 2, 3):
         raise ValueError(f"split must be 1, 2 or 3, got {split!r}.")
@@ -76,10 +69,11 @@ def load_hmdb51(
                 f"there is no folder {part}. Get hmdb51_org.rar and test_train_splits.rar from the Serre Lab "
                 "(HMDB51, Brown University) and unpack both, each class's archive into hmdb51_org/<class>."
             )
-    scenes, table = _read_scores(folder, scores, columns)
+    table = _read_scores(folder, scores, columns)
+    counts = Counter[str](table.index)
     problems = Problems()
-    for name in sorted(name for name, found in table.items() if len(found) > 1):
-        problems.add("duplicate scores", name, f"{len(table[name])} rows")
+    for name in sorted(name for name, count in counts.items() if count > 1):
+        problems.add("duplicate scores", name, f"{counts[name]} rows")
     available = {(path.parent.name, path.name): path for path in files.glob("*/*") if path.is_file()}
     named: dict[str, tuple[str, int]] = {}
     for path in sorted(splits.glob(f"*_test_split{split}.txt")):
@@ -101,39 +95,37 @@ def load_hmdb51(
             continue
         if (action, name) not in available:
             problems.add("no clip", name, f"not in {files / action}")
-            continue
-        rows = table.get(name, [])
-        if len(rows) != 1 or not np.isfinite(rows[0]).all():
-            if len(rows) < 2:
-                problems.add("no scores" if not rows else "bad scores", name, "in the table of scene scores")
-            continue
-        try:
-            frames = decode(available[action, name], num_frames, image_size)
-        except ValueError as error:
-            problems.add("unreadable clip", name, str(error))
-            continue
-        found.append((frames, action, rows[0], use == 2, name))
+        elif counts[name] == 1 and np.isfinite(row := table.loc[name].to_numpy()).all():
+            try:
+                frames = decode(available[action, name], num_frames, image_size)
+            except ValueError as error:
+                problems.add("unreadable clip", name, str(error))
+            else:
+                found.append((frames, action, row, use == 2, name))
+        elif counts[name] < 2:
+            problems.add("bad scores" if counts[name] else "no scores", name, "in the table of scene scores")
     in_split = {(action, name) for name, (action, _) in named.items()}
     for action, name in sorted(available.keys() - in_split):
         problems.add("clip in no split", name, str(available[action, name]))
     problems.settle(on_problem)
-    needed = f"{folder} must have clips of two classes or more"
-    classes = problems.classes((action for _, action, *_ in found), needed)
+    classes = problems.classes(
+        (action for _, action, *_ in found), f"{folder} must have clips of two classes or more"
+    )
+    clips, actions, of_scenes, is_test, names = zip(*found, strict=True)
     return VideoFolder(
-        torch.from_numpy(np.stack([frames for frames, *_ in found])).permute(0, 4, 1, 2, 3).contiguous(),
-        torch.tensor([classes.index(action) for _, action, *_ in found]),
-        torch.from_numpy(np.stack([row for _, _, row, _, _ in found])),
-        torch.tensor([test for *_, test, _ in found]),
-        tuple(name for *_, name in found),
+        torch.from_numpy(np.stack(clips)).permute(0, 4, 1, 2, 3).contiguous(),
+        torch.tensor([classes.index(action) for action in actions]),
+        torch.from_numpy(np.stack(of_scenes)),
+        torch.tensor(is_test),
+        names,
         classes,
-        scenes,
+        tuple(table.columns),
         problems,
     )
 
 
-def _read_scores(
-    folder: Path, path: Path | None, columns: Mapping[str, str] | None
-) -> tuple[tuple[str, ...], dict[str, list[NDArray[np.float32]]]]:
+def _read_scores(folder: Path, path: Path | None, columns: Mapping[str, str] | None) -> Any:
+    """Return a DataFrame of float32 scores: clips × scenes, NaN where a cell is no number."""
     with requires("video", "mdnorm-experiments"):
         import pandas as pd
 
@@ -149,16 +141,12 @@ def _read_scores(
         table = pd.read_parquet(path) if path.suffix == ".parquet" else pd.read_csv(path)
     except ValueError as error:
         raise ValueError(f"{path} cannot be read as a table of scene scores: {error}") from error
-    available = list(map(str, table.columns))
+    table.columns = available = list(map(str, table.columns))
     clip = column_names(path, available, COLUMNS, columns)["clip"]
     if len(available) < 3:
         raise ValueError(f"{path} must have two scenes or more beside {clip!r}, got {', '.join(available)}.")
-    scenes = [name for name in table.columns if str(name) != clip]
-    values = table[scenes].apply(pd.to_numeric, errors="coerce").to_numpy(np.float32)
-    rows: dict[str, list[NDArray[np.float32]]] = {}
-    for name, row in zip(table[clip].astype(str), values, strict=True):
-        rows.setdefault(name, []).append(row)
-    return tuple(map(str, scenes)), rows
+    values = table.set_index(table[clip].astype(str)).drop(columns=clip)
+    return values.apply(pd.to_numeric, errors="coerce").astype(np.float32)
 
 
 def decode(path: Path, num_frames: int, image_size: int) -> NDArray[np.uint8]:
@@ -187,12 +175,8 @@ def decode(path: Path, num_frames: int, image_size: int) -> NDArray[np.uint8]:
         raise ValueError("there are no frames in it")
     if len(frames) < expected:
         raise ValueError(f"{len(frames)} of its {expected} frames can be decoded")
-    chosen = [frames[index] for index in np.linspace(0, len(frames) - 1, num_frames).round().astype(int)]
-    if chosen[0].shape[0] == image_size:
-        return np.stack(chosen)
-    with requires("video", "mdnorm-experiments"):
-        from PIL import Image
-    resized = [
-        Image.fromarray(frame).resize((image_size, image_size), Image.Resampling.BOX) for frame in chosen
-    ]
-    return np.stack([np.asarray(frame) for frame in resized])
+    chosen = np.stack([frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).round().astype(int)])
+    pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2).double()
+    resized = adaptive_avg_pool2d(pixels, image_size).round().to(torch.uint8)
+    result: NDArray[np.uint8] = resized.permute(0, 2, 3, 1).numpy()
+    return result

@@ -18,8 +18,7 @@ from torch import Tensor
 from mdnorm.design.csv_file import csv_delimiter
 from mdnorm.extras import requires
 from mdnorm_experiments.data.faces import SHADES
-from mdnorm_experiments.data.problems import Problems
-from mdnorm_experiments.data.tables import is_missing, read_rows
+from mdnorm_experiments.data.reading import Problems, is_missing, read_rows
 
 COLUMNS = {
     "file": ("filename", "file", "image"),
@@ -36,8 +35,8 @@ _LABELS = {"f": "female", "m": "male"}
 class ImageFolder:
     """N images that can be used, in the order of the table, and what was left out (`problems`).
 
-    `images` are (N, 3, size, size) uint8, `labels` (N,) int64 into `classes`, which are sorted, and `shade`
-    is (N,) float32, the Fitzpatrick type from 1 to 6.
+    `images` are (N, 3, size, size) uint8, `labels` (N,) int64 into the sorted `classes`, and `shade` (N,)
+    float32, the Fitzpatrick type from 1 to 6.
     """
 
     images: Tensor
@@ -59,13 +58,9 @@ def load_image_folder(
     """Read images, anywhere below a folder, and their CSV table, by default the only one in it.
 
     The larger side of an image is cropped about the centre, then it is resized. `columns` are names for some
-    of `COLUMNS`.
-
-    DataProblemsError lists all at once, unless `on_problem` is "skip", which leaves them out: rows without
-    image, images without row, duplicates, files that cannot be read, shades that are no Fitzpatrick type,
-    missing labels. FileNotFoundError without folder or table says what to get. ValueError: the table cannot
-    be parsed, a column is missing or there twice, there are several tables, or one label only.
-    MissingExtraError: Pillow is not installed.
+    of `COLUMNS`. DataProblemsError lists all files and rows that cannot be used, unless `on_problem` is
+    "skip", which leaves them out. FileNotFoundError without folder or table says what to get. ValueError: an
+    unusable table, several tables, or one label only. MissingExtraError: Pillow is not installed.
     """
     table = _table(folder, table)
     rows = read_rows(table, csv_delimiter(table), COLUMNS, columns)
@@ -77,41 +72,36 @@ def load_image_folder(
     for name, paths in available.items():
         if len(paths) > 1:
             problems.add("duplicate image", name, f"in {', '.join(str(p.parent) for p in paths)}")
-    found: list[tuple[str, str, int, np.ndarray[Any, Any]]] = []
+    found = []
     seen: set[str] = set()
     for where, row in rows:
         name = Path(row["file"]).name
+        label, shade, paths = row["label"].lower(), _fitzpatrick(row["shade"]), available.get(name, [])
         if not name:
             problems.add("no file name", where, "the cell is empty")
-            continue
-        if name in seen:
+        elif name in seen:
             problems.add("duplicate row", name, where)
-            continue
-        seen.add(name)
-        if name not in available:
+        elif not paths:
             problems.add("no image", name, f"named in {where}, not below {folder}")
-            continue
-        if len(available[name]) > 1:
-            continue
-        label, shade = row["label"].lower(), _fitzpatrick(row["shade"])
-        if is_missing(label) or shade is None:
+        elif len(paths) == 1 and (is_missing(label) or shade is None):
             kind = "bad shade" if shade is None else "bad label"
             problems.add(kind, name, f"{row['label']!r}, {row['shade']!r} in {where}")
-            continue
-        pixels = _read(available[name][0], image_size, problems)
-        if pixels is not None:
-            found.append((name, _LABELS.get(label, label), shade, pixels))
+        elif len(paths) == 1 and (pixels := _read(paths[0], image_size, problems)) is not None:
+            found.append((pixels, _LABELS.get(label, label), float(shade or 0), name))
+        seen.add(name)
     for name in available.keys() - seen:
         problems.add("no row", name, f"not in {table.name}")
     problems.found.sort()
     problems.settle(on_problem)
-    needed = f"{table} must have two labels or more with images"
-    classes = problems.classes((label for _, label, *_ in found), needed)
+    classes = problems.classes(
+        (label for _, label, *_ in found), f"{table} must have two labels or more with images"
+    )
+    images, labels, shades, files = zip(*found, strict=True)
     return ImageFolder(
-        torch.from_numpy(np.stack([pixels for *_, pixels in found])),
-        torch.tensor([classes.index(label) for _, label, _, _ in found]),
-        torch.tensor([float(shade) for _, _, shade, _ in found]),
-        tuple(name for name, *_ in found),
+        torch.from_numpy(np.stack(images)),
+        torch.tensor([classes.index(label) for label in labels]),
+        torch.tensor(shades),
+        files,
         classes,
         problems,
     )

@@ -1,32 +1,21 @@
 """Two groups of images with a true effect and a confounder of known size (Lu et al., section 4.1).
 
 Each 32×32 image has three Gaussian blobs, one a quadrant. The two on the diagonal have the magnitude of the
-true effect, the third, off the diagonal, has the magnitude of the confounder. Both magnitudes are drawn from
-U(1, 4) in group A and U(3, 6) in group B, so they overlap on a third of their range, and that overlap is all
-a classifier can get wrong:
+true effect, the third that of the confounder: U(1, 4) in group A and U(3, 6) in group B each. In the overlap,
+a third of the range, one can only guess: the best accuracy is 1 − ½·⅓ = 83.3 % from the true effect alone,
+and 1 − ½·⅓·⅓ = 94.4 % with the confounder.
 
-- from the true effect alone the best accuracy is 1 − ½·⅓ = 83.3 %: in the overlap one can only guess;
-- from the confounder too it is 1 − ½·⅓·⅓ = 94.4 %: both must fall into the overlap.
-
-A classifier that does not use the confounder is therefore at 83.3 %, and what lies above was got from the
-confounder.
-
-Variants change what is known of the confounder. In the first two a confounder-free classifier still reaches
-83.3 %:
-
-- "sites": the third blob's magnitude is the sum of the offsets of 16 sites, a curve of age and an effect of
-  sex, all of which differ between the groups; 27 more columns explain nothing;
-- "quadratic": the magnitude is a quadratic function of one metadata column, whose negative arm is rare, so
-  that a straight line explains much of it but leaves a curve;
-- "variance": the metadata change the spread of the measured effect and not its mean, as noisier scanners do:
-  normal noise (cut at three standard deviations) on the two blobs of the diagonal, its standard deviation
-  growing with the metadata by a factor of 16 in each group. There is no third blob. A classifier can reach
-  less than 83.3 %; there is no simple limit.
+Variants change what is known of the confounder (see docs/results-synthetic.md). "sites": the third magnitude
+is the sum of the offsets of 16 sites, a curve of age and an effect of sex; 27 more columns explain nothing.
+"quadratic": it is a quadratic function of one metadata column, whose negative arm is rare, so that a straight
+line explains much of it. "variance": there is no third blob; normal noise on the diagonal, cut at three
+standard deviations, grows with the metadata by a factor of 16 in each group, and no limit is simple.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,11 +32,10 @@ ACCURACY_WITH_CONFOUNDER = 1 - 1 / 2 * 1 / 3 * 1 / 3
 class SyntheticData:
     """2N images (2N, 1, 32, 32) with labels (2N,), 0 in group A, which comes first, and 1 in group B.
 
-    `effect` (2N,) is the magnitude of the true effect. `confounder` (2N,) is what the features must not
-    depend on: the magnitude of the third blob ("plain", "sites") or the one metadata column, −1 to 1
-    ("quadratic") or 0 to 1 ("variance"). Of the variant "sites", empty in the others: `site` (2N,), 0 … 15
-    (int64), `sex` (2N,), 0 or 1, `age` (2N,), years, and `nuisance` (2N, 27), columns without effect, the
-    first five correlated with the label.
+    `effect` (2N,) is the magnitude of the true effect, `confounder` (2N,) what the features must not depend
+    on: the magnitude of the third blob or the one metadata column, −1 to 1 ("quadratic") or 0 to 1
+    ("variance"). Only of the variant "sites": `site` (2N,) int64, 0 … 15, `sex` (2N,), 0 or 1, `age` (2N,),
+    years, and `nuisance` (2N, 27), the first five correlated with the label.
     """
 
     images: Tensor
@@ -58,9 +46,6 @@ class SyntheticData:
     sex: Tensor = field(default_factory=lambda: torch.empty(0))
     age: Tensor = field(default_factory=lambda: torch.empty(0))
     nuisance: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    def __len__(self) -> int:
-        return self.labels.shape[0]
 
 
 def make_synthetic(
@@ -75,12 +60,10 @@ def make_synthetic(
 ) -> SyntheticData:
     """Generate N images a group; the same seed gives the same data.
 
-    `noise` is the standard deviation of the pixel noise, where a blob's peak is its magnitude. The ranges,
-    ((low A, high A), (low B, high B)), are what the magnitudes are drawn from; those of the confounder are
-    fixed in all variants but "plain". `stratified` draws each magnitude of a group once from each of N equal
-    parts of its range, in random order: the distributions stay the same, but the share of a group that lies
-    in the overlap hardly varies, and so neither does the accuracy that an ideal rule gets. ValueError for a
-    group size below 1, a negative noise, an unknown variant, or ranges that do not go with it.
+    `noise` is the standard deviation of the pixels, where a blob's peak is its magnitude. The ranges are what
+    the magnitudes are drawn from; only "plain" may have others of the confounder. `stratified` draws each
+    magnitude of a group once from each of N equal parts of its range, in random order: then the share of a
+    group that lies in the overlap hardly varies. ValueError for an argument out of range.
     """
     if group_size < 1:
         raise ValueError(f"group_size must be at least 1, got {group_size}.")
@@ -156,3 +139,30 @@ def _blob(size: int) -> Tensor:
     profile = torch.exp(-0.5 * axis**2)
     profile = profile / profile.max()
     return torch.outer(profile, profile)
+
+
+# Five stages in which the true effect fades and the confounder takes over (Shah et al., R-MDN, ICML 2025). In
+# the first both magnitudes are U(3, 5) in group A and U(4, 6) in group B; a shift s moves the groups' effects
+# towards each other, by s each, and their confounders apart. The effects overlap on (1 + 2s)/2 of their
+# range, the confounders on (1 − 2s)/2; in the overlap one can only guess.
+SHIFTS = (0.0, 0.125, 0.25, 0.375, 0.5)
+NUM_STAGES = len(SHIFTS)
+CONFOUNDER_RANGE = (2.5, 6.5)
+"""Lowest and highest confounder of all stages."""
+
+EFFECT_LIMITS = tuple(1 - (1 + 2 * shift) / 4 for shift in SHIFTS)
+"""Best accuracy from the true effect alone, by stage."""
+CONFOUNDER_LIMITS = tuple(1 - (1 - 2 * shift) / 4 for shift in SHIFTS)
+"""Best accuracy from the confounder alone, by stage."""
+BOTH_LIMITS = tuple(1 - (1 - 4 * shift**2) / 8 for shift in SHIFTS)
+"""Best accuracy from both, by stage."""
+
+
+def make_stage(stage: int, group_size: int = 1000, **options: Any) -> SyntheticData:
+    """Generate the data of stage 0 … 4, with options of `make_synthetic`, whose errors it raises."""
+    if not 0 <= stage < NUM_STAGES:
+        raise ValueError(f"stage must be 0 … {NUM_STAGES - 1}, got {stage}.")
+    s = SHIFTS[stage]
+    effect = ((3 + s, 5 + s), (4 - s, 6 - s))
+    confounder = ((3 - s, 5 - s), (4 + s, 6 + s))
+    return make_synthetic(group_size, effect_ranges=effect, confounder_ranges=confounder, **options)
