@@ -260,7 +260,9 @@ class MetadataNorm(nn.Module):
             self._last_group = None if group is None else GroupSetting(group)
         return group
 
-    def set_sizes(self, num_features: tuple[int, ...], num_metadata: int, num_labels: int) -> None:
+    def set_sizes(
+        self, num_features: tuple[int, ...], num_metadata: int | None, num_labels: int | None
+    ) -> None:
         """Give a layer of open sizes its sizes."""
         self.num_features, self.num_metadata, self.num_labels = num_features, num_metadata, num_labels
         self._build()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,18 +19,17 @@ from mdnorm.integration.applied import (
     FirstPass,
     Insertion,
     call_on,
-    find_features,
     inserted,
     is_in,
     layer_of,
-    samples_first,
     warn_of_output,
 )
 from mdnorm.integration.batches import evaluating
 from mdnorm.integration.dependence import Selector
 from mdnorm.integration.design import DESIGN_NAME, attach_design, designs_in, remove_designs
 from mdnorm.integration.places import Target
-from mdnorm.layer import MetadataNorm
+from mdnorm.layer import MetadataNorm, coefficient_shape
+from mdnorm.regression import position_dims
 from mdnorm.text import aligned, warn
 
 
@@ -173,10 +172,14 @@ def insert(
                 f"{name!r} is a {type(module).__name__} with batch_first=False, whose samples are in the "
                 "second dimension: give sample_dim=1, or the steps of the sequences are taken for samples."
             )
-    shapes: dict[str, torch.Size] = {}
+    put_behind(model, fresh, settings)
     if example is not None:
-        shapes = _shapes_of_example(model, fresh, output, sample_dim, example)
-    put_behind(model, fresh, settings, shapes)
+        try:
+            _run_example(model, fresh, example)
+        except BaseException:
+            if fresh:
+                remove(model, list(fresh))
+            raise
     if design is not None and not any(attached.json.numel() for attached in designs_in(model).values()):
         attach_design(model, design)
         next(iter(designs_in(model).values())).is_inserted = True
@@ -264,75 +267,57 @@ def without_layer(
     return fresh
 
 
-def put_behind(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    settings: dict[str, Any],
-    shapes: Mapping[str, torch.Size],
-) -> None:
+def put_behind(model: nn.Module, modules: dict[str, nn.Module], settings: dict[str, Any]) -> None:
     """Put a layer behind each of the modules; wrong settings leave the model as it was."""
-    layers = [
-        _make_layer(name, module, model, shapes.get(name), settings) for name, module in modules.items()
-    ]
+    layers = [_make_layer(name, module, model, settings) for name, module in modules.items()]
     for (name, module), layer in zip(modules.items(), layers, strict=True):
         layer.train(module.training)
         layer.inserted_after = name
-        application = Application(settings)
-        application.shape = tuple(shapes[name]) if name in shapes else None
-        application.attach(module, layer)
+        Application(settings).attach(module, layer)
 
 
-def _make_layer(
-    name: str, module: nn.Module, model: nn.Module, shape: torch.Size | None, settings: dict[str, Any]
-) -> MetadataNorm:
+def _make_layer(name: str, module: nn.Module, model: nn.Module, settings: dict[str, Any]) -> MetadataNorm:
     options = {key: value for key, value in settings.items() if key not in ("output", "sample_dim")}
-    num_metadata, num_labels = options.pop("num_metadata"), options.pop("num_labels")
-    num_features: Any = options.pop("num_features", None)
+    sizes = [options.pop(key, None) for key in ("num_features", "num_metadata", "num_labels")]
     tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in (module, model)))
     tensor = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if tensor is not None:
         options = {"device": tensor.device, "dtype": tensor.dtype} | options
-    if shape is not None and num_features is None:
-        if options.get("granularity", "element") == "channel":
-            channel_dim: Any = options.get("channel_dim", 1)
-            if -len(shape) <= channel_dim < len(shape):
-                num_features = shape[channel_dim]
-        else:
-            num_features = tuple(shape[1:])
     try:
-        return MetadataNorm(num_features, num_metadata, num_labels, **options)
+        return MetadataNorm(*sizes, **options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"after {name!r}: {error}") from error
 
 
-def _shapes_of_example(
-    model: nn.Module, modules: dict[str, nn.Module], output: Selector | None, sample_dim: int, example: Any
-) -> dict[str, torch.Size]:
-    outputs: dict[str, Tensor] = {}
-    shapes: dict[str, torch.Size] = {}
+def _run_example(model: nn.Module, modules: dict[str, nn.Module], example: Any) -> None:
+    """Run a model in which no layer corrects anything, for the shapes and for what the output is made of."""
+    given: dict[str, Tensor] = {}
 
-    def note(name: str, _: nn.Module, __: tuple[Any, ...], value: Any) -> None:
-        outputs[name] = find_features(value, output, name)
-        shapes[name] = samples_first(outputs[name], sample_dim, name).shape
+    def note(name: str, features: Tensor) -> Tensor:
+        given[name] = features
+        return features
 
     with ExitStack() as stack, evaluating(model), torch.no_grad():
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(functools.partial(note, name)).remove)
-        # Layers inserted before have no metadata now, and their output has the shape of their input.
-        for _, layer in inserted(model):
-            layer.forward = lambda features: features  # type: ignore[method-assign, misc, assignment]
+        for row, layer in inserted(model):
+            layer.forward = functools.partial(note, row.name)  # type: ignore[method-assign]
             stack.callback(delattr, layer, "forward")
         result = call_on(model, example)
-    idle = [name for name in modules if name not in shapes]
+    idle = [name for name in modules if name not in given]
     if idle:
         raise ValueError(
             f"{', '.join(map(repr, idle))} did not run on the example: a layer there would correct nothing. "
             "Insert after a module that the forward pass calls."
         )
-    for name, features in outputs.items():
-        if name and is_in(features, result):
-            warn_of_output(model, name)
-    return shapes
+    for row, layer in inserted(model):
+        if row.name not in modules:
+            continue
+        features = given[row.name]
+        dims = position_dims(features, layer.granularity, layer.channel_dim)
+        layer.check_features(features, dims)
+        shape = coefficient_shape(features, dims, layer.granularity)
+        layer.set_sizes(shape, layer.num_metadata, layer.num_labels)
+        if row.name and is_in(features, result):
+            warn_of_output(model, row.name)
 
 
 def _sizes_of_design(

@@ -142,7 +142,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         for layer in state["layers"]:
             settings = {"output": None, "sample_dim": 0, "num_metadata": None, "num_labels": None}
             settings |= {key: _from_json(value) for key, value in layer["options"].items()}
-            put_behind(plain, without_layer(plain, targets(plain, layer["after"]), settings), settings, {})
+            put_behind(plain, without_layer(plain, targets(plain, layer["after"]), settings), settings)
         for name, entry in state["designs"].items():
             _attach(plain, name, entry)
             tensors[f"{name}.json"] = designs_in(plain)[name].json
