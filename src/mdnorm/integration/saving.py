@@ -22,10 +22,8 @@ from mdnorm.files import atomic_path
 from mdnorm.integration.applied import inserted
 from mdnorm.integration.design import AttachedDesign, designs_in, device_for_design, remove_designs
 from mdnorm.integration.insert import put_behind, remove, without_layer
-from mdnorm.integration.places import LAYER_NAME, named, refuse_wrapped, targets
+from mdnorm.integration.places import refuse_wrapped, targets
 from mdnorm.integration.wrapper import WithMetadata
-from mdnorm.layer import MetadataNorm
-from mdnorm.text import listed
 
 _FORMAT = "mdnorm.model"
 _VERSION = 1
@@ -138,7 +136,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     designs_before = designs_in(plain).keys()
     try:
         tensors |= {name: tensors[other] for name, other in state["same_as"].items()}
-        _check_plain(plain, state, tensors)
+        if any(tensor.is_meta for tensor in (*plain.parameters(), *plain.buffers())):
+            raise ValueError("the model has no memory (device meta): model.to_empty(device=…) first")
         for layer in state["layers"]:
             settings = {"output": None, "sample_dim": 0, "num_metadata": None, "num_labels": None}
             settings |= {key: _from_json(value) for key, value in layer["options"].items()}
@@ -238,36 +237,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if header.get("crc32") != _checksum(text, tensors):
         raise ValueError(f"{path} is damaged: it has not the values that mdnorm.save wrote.")
     return state, tensors
-
-
-def _check_plain(model: nn.Module, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError where the file has weights of another model."""
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("the model has no memory (device meta): model.to_empty(device=…) first")
-    # A module that the model has in several places has as many names, and so has the layer behind it.
-    after = {layer["after"] for layer in state["layers"]}
-    places = [names for _, names in named(model).values() if after & set(names)]
-    ours = [f"{name}.{LAYER_NAME}.".lstrip(".") for names in places for name in names]
-    ours += [f"{name}." for name in state["designs"]]
-    # Layers of the model's own may get their sizes from the file.
-    ours += [f"{name}.".lstrip(".") for name, part in model.named_modules() if isinstance(part, MetadataNorm)]
-
-    def of_model(names: Any) -> set[str]:
-        return {name for name in names if not name.startswith(tuple(ours))}
-
-    own = model.state_dict()
-    missing, unknown = of_model(own) - of_model(tensors), of_model(tensors) - of_model(own)
-    shapes = [
-        f"{name} is {tuple(tensors[name].shape)} and not {tuple(own[name].shape)}"
-        for name in sorted(of_model(own) & of_model(tensors))
-        # What takes its size from the first batch has none yet.
-        if not nn.parameter.is_lazy(own[name]) and tensors[name].shape != own[name].shape
-    ]
-    faults = [f"it has no {listed(sorted(missing))}"] if missing else []
-    faults += [f"the model has no {listed(sorted(unknown))}"] if unknown else []
-    faults += ["; ".join(shapes[:5])] if shapes else []
-    if faults:
-        raise ValueError("; ".join(faults) + ". Build the model as the one that was saved")
 
 
 def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
