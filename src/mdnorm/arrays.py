@@ -229,6 +229,22 @@ def raise_not_finite(dtype: torch.dtype, **blocks: Tensor) -> NoReturn:
     raise ValueError(f"the squares of the values of {' and '.join(blocks)} overflow together: rescale them.")
 
 
+def design_blocks(
+    metadata: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike | None,
+    num_metadata: int | None = None,
+    num_labels: int | None = None,
+    **expected: Any,
+) -> dict[str, Tensor]:
+    """Return metadata and, if given, labels as columns of one length, as `columns_of` checks them."""
+    blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **expected)}
+    if labels is not None:
+        expected["num_samples"] = len(blocks["metadata"])
+        labels = label_columns(labels, num_labels)
+        blocks["labels"] = columns_of(labels, "labels", num_columns=num_labels, **expected)
+    return blocks
+
+
 def design_columns(
     metadata: Tensor | ArrayLike,
     labels: Tensor | ArrayLike | None,
@@ -239,16 +255,12 @@ def design_columns(
 ) -> tuple[Tensor, int]:
     """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K), and K_m."""
     options: Any = {"num_samples": len(features), "device": features.device}
-    blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **options)}
+    blocks = design_blocks(metadata, labels, num_metadata, num_labels, **options)
     if blocks["metadata"].requires_grad and torch.is_grad_enabled():
         raise ValueError(
             "metadata.requires_grad is True, but in training metadata are constants to the layer: the "
             "gradient through the regression is that of the features. Give metadata.detach(); in evaluation "
             "the gradient reaches metadata."
-        )
-    if labels is not None:
-        blocks["labels"] = columns_of(
-            label_columns(labels, num_labels), "labels", num_columns=num_labels, **options
         )
     dtype = statistics_dtype(features.device)
     parts = [block.detach().to(dtype) for block in reversed(blocks.values())]

@@ -108,14 +108,6 @@ def columns_by_design(
     return columns, labels if own_labels is None else own_labels
 
 
-def is_recomputing() -> bool:
-    """Whether this forward pass is one that activation checkpointing repeats in the backward pass."""
-    if torch.compiler.is_compiling():
-        return False
-    # No public name says so; torch.utils.checkpoint itself asks in this way.
-    return bool(torch._C._current_graph_task_id() != -1)
-
-
 class MetadataSlot:
     """Where a layer finds the metadata of the batch: what this thread put there.
 
@@ -143,7 +135,9 @@ class MetadataSlot:
         given: Given | None = getattr(self.local, "given", None)
         if given is not None or torch.compiler.is_compiling():
             return given
-        if not is_recomputing():
+        # Only where activation checkpointing repeats a forward pass in the backward pass: no public name says
+        # so, and torch.utils.checkpoint itself asks in this way.
+        if torch._C._current_graph_task_id() == -1:
             return None
         if len(self._open) > 1:
             raise RuntimeError(
@@ -173,12 +167,8 @@ class MetadataSlot:
 
 def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
     """Return the layers of a model that take metadata from a context, with their slots."""
-    found = []
-    for module in model.modules():
-        slot = getattr(module, "metadata_slot", None)
-        if isinstance(slot, MetadataSlot):
-            found.append((module, slot))
-    return found
+    slots = ((module, getattr(module, "metadata_slot", None)) for module in model.modules())
+    return [(module, slot) for module, slot in slots if isinstance(slot, MetadataSlot)]
 
 
 def _warn_of_idle(layers: list[tuple[nn.Module, MetadataSlot]]) -> None:

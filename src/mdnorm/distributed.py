@@ -295,27 +295,28 @@ def gather_objects(item: T, group: ProcessGroup) -> list[T]:
     return items
 
 
-def gather_results(work: Callable[[], T], group: ProcessGroup, empty: type[Exception]) -> list[T | None]:
-    """Return what the work gives on each process, None where it raises `empty`.
+def gather_results(work: Callable[[], T], group: ProcessGroup | None, empty: type[Exception]) -> list[T]:
+    """Return what the work gives on each process, but for those where it raises `empty`, unless all do.
 
     Where it fails on some process, raise on all, so that none waits for it: the process's own error, or a
     RuntimeError with that of another.
     """
-    result: T | None = None
-    failure: Exception | None = None
+    if group is None:
+        return [work()]
+    results: list[T] = []
+    failure, message = None, ""
     try:
-        result = work()
-    except empty:
-        pass
+        results = [work()]
     except Exception as error:
-        failure = error
-    answers = gather_objects((result, failure and f"{type(failure).__name__}: {failure}"), group)
-    if failure is not None:
+        failure, message = error, "" if isinstance(error, empty) else f"{type(error).__name__}: {error}"
+    answers = gather_objects((results, message), group)
+    given = [result for results, _ in answers for result in results]
+    if failure is not None and (message or not given):
         raise failure
     for rank, (_, message) in enumerate(answers):
-        if message is not None:
+        if message:
             raise RuntimeError(f"process {rank} of the group failed: {message}")
-    return [answer for answer, _ in answers]
+    return given
 
 
 @contextmanager

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from mdnorm.arrays import (
     as_real_tensor,
     check_finite_columns,
-    columns_of,
-    label_columns,
+    design_blocks,
     plain_features,
     statistics_dtype,
 )
@@ -233,21 +232,14 @@ class EraserFitter:
         values = as_real_tensor(features, "features")
         rows = _channels_last(values, self.channel_dim)
         positions = rows.shape[:-1]
-        blocks = {"metadata": columns_of(metadata, "metadata", num_samples=len(rows))}
-        if labels is not None:
-            if not (self.within_labels or self.preserve_labels):
-                raise ValueError(
-                    "labels were given, but nothing uses them: leave them out, or set within_labels=True or "
-                    "preserve_labels=True."
-                )
-            blocks["labels"] = columns_of(
-                label_columns(labels, self.num_labels),
-                "labels",
-                num_samples=len(rows),
-                num_columns=self.num_labels,
+        if labels is not None and not (self.within_labels or self.preserve_labels):
+            raise ValueError(
+                "labels were given, but nothing uses them: leave them out, or set within_labels=True or "
+                "preserve_labels=True."
             )
-        elif self.preserve_labels:
+        if labels is None and self.preserve_labels:
             raise ValueError("preserve_labels=True needs labels=.")
+        blocks = design_blocks(metadata, labels, num_labels=self.num_labels, num_samples=len(rows))
         sizes = (rows.shape[-1], *(block.shape[1] for block in blocks.values()))
         if sizes != (self._sizes or sizes) or sizes[0] == 0:
             got, before = (", ".join(map(str, numbers)) for numbers in (sizes, self._sizes))

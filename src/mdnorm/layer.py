@@ -385,7 +385,7 @@ class MetadataNorm(nn.Module):
                 columns.shape[1] - 1 - num_metadata,
             )
         weights = row_weights(weights, columns, where, dims, self.check_finite)
-        # As `context.is_recomputing`, whose call would show in the time of a small step.
+        # As in `MetadataSlot.get`: activation checkpointing repeats a forward pass in the backward pass.
         repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         group, eager = self._active_group(repeated), is_eager(columns)
         batch = Batch(columns, weights, dims, where, group, eager, repeated, self.check_finite)

@@ -185,12 +185,7 @@ def recalibrate(
 
 def _agree(order: list[str], group: ProcessGroup | None, work: Callable[[], T]) -> list[T]:
     """Return what the work gave on each process with samples; all have the same order of layers then."""
-    if group is None:
-        return [work()]
-    answers = gather_results(lambda: (work(), list(order)), group, NoSamplesError)
-    given = [answer for answer in answers if answer is not None]
-    if not given:
-        raise NoSamplesError("no samples: the loader is empty on every process.")
+    given = gather_results(lambda: (work(), list(order)), group, NoSamplesError)
     order[:] = dict.fromkeys(name for _, names in given for name in names)
     return [result for result, _ in given]
 
