@@ -165,10 +165,26 @@ class MetadataSlot:
                 self._open = rest if before is None else [*rest, before]
 
 
+def check_module(model: object) -> None:
+    """Raise TypeError where a model is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+
+
 def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
     """Return the layers of a model that take metadata from a context, with their slots."""
     slots = ((module, getattr(module, "metadata_slot", None)) for module in model.modules())
     return [(module, slot) for module, slot in slots if isinstance(slot, MetadataSlot)]
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Return the `MetadataNorm` layers of a model by name; raise ValueError where there are none."""
+    # Told by their slot: their module is built upon this one.
+    slots = ((name, module, getattr(module, "metadata_slot", None)) for name, module in model.named_modules())
+    layers = {name: module for name, module, slot in slots if isinstance(slot, MetadataSlot)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer: mdnorm.insert puts them there.")
+    return layers
 
 
 def _warn_of_idle(layers: list[tuple[nn.Module, MetadataSlot]]) -> None:
@@ -198,8 +214,8 @@ def metadata(
 ) -> Iterator[None]:
     """Give the metadata of a batch to every `MetadataNorm` in a model, for the length of a ``with`` block.
 
-    The layers take them where the forward pass hands them none: layers that `mdnorm.insert` put there, and
-    your own ``MetadataNorm`` called as ``norm(features)``.
+    The layers take them where the forward pass hands them none: those that `mdnorm.insert` put there, and
+    your own called as ``norm(features)``.
 
     Parameters
     ----------
@@ -215,10 +231,9 @@ def metadata(
     weights : (N,), optional
         Of the samples in the fit, in training; see `MetadataNorm.forward`.
     mask : (N, positions) bool, optional
-        Positions that count, for the model as a whole (an attention mask). It is used by the layers whose
-        features have these positions; layers behind a pooling have none and do not need it. A layer with
-        another number of them, or with coefficients of its own for each (``granularity="element"``), does
-        not use it either, and warns.
+        Positions that count, for the model as a whole (an attention mask). The layers whose features have
+        these positions use it. Behind a pooling there are none; a layer with another number of them, or with
+        coefficients of its own for each (``granularity="element"``), does not use it either, and warns.
 
     Raises
     ------
@@ -236,8 +251,7 @@ def metadata(
     - Activation checkpointing runs layers again in the backward pass. Outside of the block they then see
       the metadata of the last block: right where each forward pass is followed by its backward pass. Where
       several come first, have the backward pass inside the block. The running state is not updated twice.
-    - `torch.compile` takes the tensors as inputs of the graph: new metadata do not compile anew. Give tensors
-      then, not arrays.
+    - `torch.compile` takes tensors (not arrays) as inputs of the graph: new metadata do not compile anew.
 
     Examples
     --------
@@ -249,16 +263,12 @@ def metadata(
     >>> logits.shape
     torch.Size([20, 1])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     if metadata is None:
         raise TypeError("metadata must be a tensor or an array with one row per sample, got None.")
     layers = slots_of(model)
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no MetadataNorm that could take metadata: mdnorm.insert puts them "
-            "there."
-        )
+        layers_of(model)  # Says that there are none.
     is_training = any(layer.training for layer, _ in layers)
     if (labels is not None or model.training) and torch.is_grad_enabled() and not is_traced():
         _warn_of_idle(layers)

@@ -1,10 +1,4 @@
-"""Training in several processes: moments over all of them, losses, batches that run out.
-
-Inside a forward pass of `DistributedDataParallel` the layers of a model share their moments with the other
-processes by themselves, so N processes with a share of the batch each give what one process gives on the
-whole batch: coefficients, outputs, running state and gradients. `synchronize` says so where there is no such
-wrapper (FSDP2, a training loop of your own) or where the processes are to be others than the wrapper's.
-"""
+"""Training in several processes: moments over all of them, losses, batches that run out."""
 
 from __future__ import annotations
 
@@ -17,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mdnorm.context import slots_of
+from mdnorm.context import check_module, layers_of
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -34,21 +28,16 @@ _UNKNOWN = object()
 def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") -> nn.Module:
     """Say with which processes the `MetadataNorm` layers of a model share their moments in training.
 
-    Not needed under `DistributedDataParallel`, whose process group is taken in its forward passes ("auto",
-    what every layer starts with). Needed under FSDP2 and in training loops of your own.
+    Not needed under `DistributedDataParallel`, in whose forward passes every layer shares its moments with
+    the other processes by itself. Needed under FSDP2 and in training loops of your own.
 
     Parameters
     ----------
     model : nn.Module
-        Changed in place, on every process in the same way.
+        Changed in place, on every process in the same way, and returned.
     process_group : ProcessGroup, "world", "auto" or "local"
-        A group this process belongs to; "world": all processes; "auto": those of the wrapping
-        `DistributedDataParallel`, and none outside its forward pass; "local": no others.
-
-    Returns
-    -------
-    nn.Module
-        The same model.
+        A group this process belongs to; "world": all processes; "auto" (what every layer starts with): those
+        of the wrapping `DistributedDataParallel`, and none outside its forward pass; "local": no others.
 
     Raises
     ------
@@ -62,13 +51,8 @@ def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") 
     With a group given, or "world", every training forward pass is a collective: a process that runs one alone
     waits for the others until the group's timeout. Evaluation never communicates.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    # The layers are told by their slot for metadata: their module is built upon this one.
-    layers: list[Any] = [layer for layer, _ in slots_of(model)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
-    for layer in layers:
+    check_module(model)
+    for layer in layers_of(model).values():
         layer.process_group = process_group
     return model
 
@@ -76,18 +60,17 @@ def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") 
 def global_mean(losses: Tensor, process_group: ProcessGroupSetting = "world") -> Tensor:
     """Return the loss whose gradient, averaged over the processes, is that of the mean over all samples.
 
-    `DistributedDataParallel` and FSDP2 average gradients over processes, whatever each one's number of
-    samples: with the usual mean over the local batch, a sample of a small batch weighs more. This is the sum
-    of the local losses times the number of processes, divided by the number of samples on all of them (one
-    collective of one number).
+    `DistributedDataParallel` and FSDP2 average gradients over processes: with the usual mean over the local
+    batch, a sample of a small batch weighs more. This is the sum of the local losses times the number of
+    processes, divided by the number of samples on all of them (one collective of one number).
 
     Parameters
     ----------
     losses : tensor
         One loss for each sample of this process, any shape (``reduction="none"``); none at all (a process
         that ran out of data) is a loss of 0.
-    process_group : ProcessGroup, "world", "auto" or "local"
-        The processes over which gradients are averaged.
+    process_group
+        The processes over which gradients are averaged, as of `synchronize`.
 
     Returns
     -------
@@ -120,8 +103,8 @@ def even_batches(
     loader : iterable of batches
         Tensors, or tuples, lists and dicts of tensors, samples in the first dimension. Its shares may differ
         in length between processes; none may be empty, since there is nothing to make an empty batch of.
-    process_group : ProcessGroup, "world", "auto" or "local"
-        The processes that train together.
+    process_group
+        The processes that train together, as of `synchronize`.
     device : torch.device or str
         Where the number is exchanged: "cuda" with NCCL.
 
@@ -242,8 +225,7 @@ def group_of(model: nn.Module, setting: Any) -> tuple[nn.Module, ProcessGroup | 
     "auto" is the wrapper's group, and none without a wrapper. The wrapper's own forward pass would exchange
     buffers, so processes with more batches than others would wait for them. TypeError for wrong arguments.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     setting = GroupSetting(setting).value
     if isinstance(model, nn.parallel.DistributedDataParallel):
         setting = model.process_group if setting == "auto" else setting

@@ -7,9 +7,8 @@ covariance of the features, ``C`` their covariance with that part and ``W`` a wh
 
     out = x − W⁺ P W (x − x̄)        P the orthogonal projection onto the columns of W C
 
-The columns of ``C`` span what `mdnorm.MetadataNorm` subtracts along, the coefficients of the metadata in a
-regression with labels: the layer moves a row along them by its metadata, an eraser brings all rows to the
-mean there.
+The columns of ``C`` span what `mdnorm.MetadataNorm` subtracts along: the layer moves a row along them by its
+metadata, an eraser brings all rows to the mean there.
 """
 
 from __future__ import annotations
@@ -145,19 +144,13 @@ class EraserFitter:
     **What is promised**, for the rows of the fit: the erased features have no covariance with what the labels
     leave of the metadata. So among all readers that add a linear function of the features to an intercept for
     each class, none is better than the intercepts alone: by squared error, and where metadata and labels are
-    one-hot columns by the log-loss; without labels then by every convex loss. It is a statement about all
-    classes together: for readers of *one class alone* give as metadata each column multiplied by each one-hot
-    label. Readers that are not linear, and new rows, are outside of the promise.
+    one-hot columns by the log-loss; without labels then by every convex loss. The page on erasers says what
+    is not promised, and what happens to the label.
 
-    **Why the whitening is by the covariance of all rows**, not within labels. The features' covariance with
-    the metadata is zero either way, and so is what is erased: any two such maps differ by an invertible map,
-    and an unpenalised linear head fitted after either predicts the same. They differ in where the rest is
-    put. By the covariance of all rows the features as a whole change least (in mean square, in whatever
-    units, and in any quadratic norm), which is what the layers behind were trained on.
-
-    **What happens to the label.** Without `preserve_labels` its effect stays but for the part along the
-    erased directions. With it the class means stay; rows are shifted along the label's own directions for
-    that, further the smaller the angle between both.
+    **Why the whitening is by the covariance of all rows**, not within labels. What is erased is the same, and
+    so is what an unpenalised linear head fitted afterwards predicts. By the covariance of all rows the
+    features as a whole change least (in mean square, in whatever units, and in any quadratic norm), which is
+    what the layers behind were trained on.
 
     **Collinear features.** The covariance is taken as if each feature had noise of 1e-12 of its variance,
     below float64 of 1e-6, so that rounding is not magnified. "Least" holds up to that; what is erased does
@@ -219,7 +212,7 @@ class EraserFitter:
         Returns
         -------
         EraserFitter
-            Itself. After an error it is what it was before.
+            Itself; after an error as it was before.
 
         Raises
         ------
@@ -275,12 +268,7 @@ class EraserFitter:
         return self
 
     def eraser(self) -> Eraser:
-        """Return the eraser for all rows so far; more can be added afterwards.
-
-        Returns
-        -------
-        Eraser
-            On the device of the features.
+        """Return the eraser for all rows so far, on the device of the features; more can be added afterwards.
 
         Raises
         ------
@@ -345,19 +333,10 @@ def fit(
         Of `EraserFitter`, which says what is promised: `num_labels`, `channel_dim`, `within_labels`,
         `preserve_labels`.
 
-    Returns
-    -------
-    Eraser
-
     Raises
     ------
     TypeError, ValueError
-        As `EraserFitter.update` and `EraserFitter.eraser`.
-
-    Warns
-    -----
-    UserWarning
-        There is nothing to erase.
+        As `EraserFitter.update` and `EraserFitter.eraser`, which also says when it warns.
 
     Examples
     --------

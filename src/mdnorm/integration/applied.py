@@ -117,8 +117,6 @@ class Application:
             raise ValueError(f"after {name!r}: {error}") from error
         if self.sample_dim:
             corrected = corrected.movedim(0, self.sample_dim)
-        if isinstance(output, Tensor):
-            return corrected
         return replaced(output, self.output, corrected, name)
 
 
@@ -168,7 +166,7 @@ def samples_first(features: Tensor, sample_dim: int, name: str) -> Tensor:
 
 
 def _entries(output: Any) -> list[tuple[Any, Any]]:
-    if isinstance(output, PackedSequence):
+    if isinstance(output, (Tensor, PackedSequence)):
         return [(None, output)]
     if isinstance(output, Mapping):
         return list(output.items())
@@ -179,6 +177,8 @@ def _entries(output: Any) -> list[tuple[Any, Any]]:
 
 def replaced(output: Any, selector: Selector | None, corrected: Tensor, name: str) -> Any:
     """Return a copy of the output with another tensor in the place of the selected one."""
+    if isinstance(output, Tensor):
+        return corrected
     found = find_features(output, selector, name)
     entries = _entries(output)
     new = {key: corrected for key, value in entries if value is found}
@@ -210,11 +210,10 @@ def call_on(model: nn.Module, example: Any) -> Any:
 
 def is_in(features: Tensor, output: Any) -> bool:
     """Whether a tensor, or a view of it, is (a part of) an output."""
-    tensors = [output] if isinstance(output, Tensor) else [value for _, value in _entries(output)]
     own = features if features._base is None else features._base
     return any(
         isinstance(tensor, Tensor) and (tensor is features or tensor is own or tensor._base is own)
-        for tensor in tensors
+        for _, tensor in _entries(output)
     )
 
 

@@ -171,10 +171,9 @@ def _as_rows(output: Tensor) -> Tensor:
 class DependenceRecorder:
     """Measure, in an evaluation pass, what the output of a layer knows about the metadata.
 
-    Inside a ``with`` block it collects what the layer puts out; after each forward pass hand it the metadata
-    of the batch with `update`. `compute` then gives the bias-corrected squared distance correlation
-    (`mdnorm.metrics.distance_correlation_sqr`) with each metadata column. A block begins anew, so one
-    recorder serves all epochs.
+    Inside a ``with`` block, which begins anew, it collects what the layer puts out; after each forward pass
+    hand it the metadata of the batch with `update`. `compute` then gives the bias-corrected squared distance
+    correlation (`mdnorm.metrics.distance_correlation_sqr`) with each metadata column.
 
     Parameters
     ----------
@@ -206,8 +205,7 @@ class DependenceRecorder:
     - Where the layer runs several times between two updates, its rows are those of all runs, in order.
     - Sequences of several lengths (nested tensors, which `nn.TransformerEncoder` makes of padded tokens in
       evaluation) are measured by their means over the positions.
-    - A model compiled by `torch.compile` runs uncompiled inside the block, since a compiled graph does not
-      show what its layers put out.
+    - A model compiled by `torch.compile` runs uncompiled inside the block: its graph bypasses hooks.
     - Of several processes each measures its own samples; `mdnorm.metrics.DistanceCorrelation` measures those
       of all, and `mdnorm.integration.DependenceCallback` does so in Lightning.
     - Rows are kept on the device of the outputs, in float32.
@@ -276,7 +274,7 @@ class DependenceRecorder:
         Parameters
         ----------
         metadata : (n,) or (n, K) tensor or array
-            One row for each row that the layer put out since the last update, n ≥ 0.
+            A row for each that the layer put out since the last update, n ≥ 0.
         labels : (n,) or (n, 1), optional
             Class indices; needed with ``within_labels=True``, ignored otherwise.
 
@@ -300,13 +298,9 @@ class DependenceRecorder:
         self._num_seen += len(rows)
 
     def compute(self) -> dict[str, float]:
-        """Return the dependence in all samples of the pass.
+        """Return the dependence in all samples of the pass, by column name and, of several, ``joint``.
 
-        Returns
-        -------
-        dict from str to float
-            A value for each column name, and ``joint`` for all columns together where there are several.
-            With `within_labels` one for each class: ``age/label_0``, ….
+        With `within_labels` there is one value for each class: ``age/label_0``, ….
 
         Raises
         ------

@@ -140,18 +140,9 @@ def insert_eraser(
     Parameters
     ----------
     model, after, output
-        As of `erase`.
+        As of `erase`, with the same errors.
     eraser : Eraser
-
-    Returns
-    -------
-    Eraser
-        The same.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `erase`.
+        It is returned.
 
     Examples
     --------
@@ -178,10 +169,8 @@ class _Erasure:
         eraser = module._modules.get(_NAME)
         if eraser is None:
             return value
-        erased = eraser(find_features(value, self.output, type(module).__name__))
-        if isinstance(value, Tensor):
-            return erased
-        return replaced(value, self.output, erased, type(module).__name__)
+        name = type(module).__name__
+        return replaced(value, self.output, eraser(find_features(value, self.output, name)), name)
 
 
 def _target(model: nn.Module, after: str | nn.Module, output: Selector | None) -> tuple[str, nn.Module]:

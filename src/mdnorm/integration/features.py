@@ -31,8 +31,7 @@ def features(
 ) -> Tensor:
     """Return what a module of a model puts out for all rows of a loader, in evaluation and in their order.
 
-    For an audit, a probe or a picture. Behind a module with an inserted `MetadataNorm` they are the corrected
-    features.
+    Behind a module with an inserted `MetadataNorm` they are the corrected features.
 
     Parameters
     ----------

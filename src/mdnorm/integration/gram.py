@@ -16,7 +16,6 @@ from mdnorm.distributed import gather_results, group_of
 from mdnorm.integration.batches import Keys, checked_keys, metadata_at
 from mdnorm.integration.dependence import described, select
 from mdnorm.integration.design import designs_in
-from mdnorm.layer import MetadataNorm
 from mdnorm.moments import Moments, NoSamplesError
 
 if TYPE_CHECKING:
@@ -69,7 +68,7 @@ def fit_gram(
     Returns
     -------
     Moments
-        Those of the design, to look at.
+        Those of the design.
 
     Raises
     ------
@@ -84,9 +83,7 @@ def fit_gram(
         Another process of the group failed.
     """
     model, group = group_of(model, process_group)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
+    layers = context.layers_of(model)
     num_metadata = _common("num_metadata", {name: layer.num_metadata for name, layer in layers.items()})
     num_labels = _common("num_labels", {name: layer.num_labels for name, layer in layers.items()})
     batches = functools.partial(_batches, model, metadata, labels, weights, checked_keys(keys), progress)

@@ -107,13 +107,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if held_out and self.eval_dataset is None:
             raise ValueError("held_out=True takes the rows of eval_dataset: give one.")
         self._network = cast(nn.Module, self.model)
-        layers: list[Any] = [layer for layer, _ in context.slots_of(self._network)]
-        if not layers:
-            raise ValueError(
-                f"{type(self._network).__name__} has no MetadataNorm: mdnorm.insert(model, after=…) before "
-                "the Trainer is made."
-            )
-        if labels is not None and all(layer.num_labels == 0 for layer in layers):
+        layers = context.layers_of(self._network)
+        if labels is not None and all(layer.num_labels == 0 for layer in layers.values()):
             raise ValueError(
                 f"labels={labels!r}, but every MetadataNorm of the model has num_labels=0: give "
                 "mdnorm.insert the number of label columns, or labels=None for none."

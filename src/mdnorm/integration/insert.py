@@ -81,7 +81,8 @@ def insert(
 ) -> InsertionReport:
     """Put a `MetadataNorm` behind modules of a model, in place; nothing else about the model changes.
 
-    Afterwards give the metadata of each batch with `mdnorm.metadata` or `mdnorm.WithMetadata`.
+    Afterwards give the metadata of each batch with `mdnorm.metadata` or `mdnorm.WithMetadata`. The page "Into
+    any model" says what stays as it is: names, checkpoints, copies.
 
     Parameters
     ----------
@@ -92,8 +93,8 @@ def insert(
         class (``nn.Conv2d``: all of them), or a module. In a pattern ``*`` stands for any part of a name
         between two dots, ``**`` for any number of parts: ``"encoder.layer.*.output"``, ``"**.conv2"``.
     design : Design, optional
-        A fitted one. The numbers of columns are then its own, and the model takes it along
-        (`mdnorm.attach_design`): `mdnorm.metadata` turns raw tables into columns by it.
+        A fitted one, which says the numbers of columns and goes with the model (`mdnorm.attach_design`):
+        `mdnorm.metadata` turns raw tables into columns by it.
     num_metadata : int, optional
         Number of metadata columns; by default that of the first batch.
     num_labels : int, optional
@@ -114,7 +115,7 @@ def insert(
     Returns
     -------
     InsertionReport
-        What went where; print it. It has the layers inserted before, too.
+        What went where, layers inserted before included; print it.
 
     Raises
     ------
@@ -137,18 +138,15 @@ def insert(
 
     Notes
     -----
-    - **How.** The layer becomes a child of the module, named ``metadata_norm``, and a forward hook of the
-      module applies it. (An `nn.Sequential` gets it as its last module, without a hook.) So names in the
-      ``state_dict``, classes and attributes stay, and a part of a model that is taken out, copied or pickled
-      takes its layer along.
-    - **Checkpoints.** One from before the insertion loads as it is, ``strict`` included: only if it has
-      something of a layer must it have all. One from after it has ``<name>.metadata_norm.…``.
-    - **Calls.** A module that is called several times in a forward pass, or has several places, has one
-      layer with one state: each call is corrected, and its batch counts.
+    - The layer becomes a child of the module, named ``metadata_norm``, and a forward hook of the module
+      applies it. (An `nn.Sequential` gets it as its last module, without a hook.)
+    - A checkpoint from before the insertion loads as it is, ``strict`` included: only if it has something of
+      a layer must it have all.
+    - A module that is called several times in a forward pass, or has several places, has one layer with one
+      state: each call is corrected, and its batch counts.
     - Inserting again with the same options changes nothing.
     - A module whose ``forward`` is called directly, or whose weights alone are used, bypasses its layer; the
       report shows no output shape then. Patterns and classes leave such parts of `nn.MultiheadAttention` out.
-    - An LSTM's hidden state is not corrected, only its output.
 
     Examples
     --------

@@ -171,11 +171,7 @@ class MetadataNormCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for layers, so that a model without any fails before training."""
-        if not context.slots_of(pl_module):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no MetadataNorm: give after=, or build the model with "
-                "layers."
-            )
+        context.layers_of(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the validation loader, if it is needed at the end."""

@@ -36,7 +36,8 @@ def penalty_loss(model: nn.Module) -> Tensor:
     Parameters
     ----------
     model : nn.Module
-        With at least one ``MetadataNorm(estimator="penalty")``.
+        With at least one ``MetadataNorm(estimator="penalty")``. A layer that runs several times in a forward
+        pass leaves the loss of its last run.
 
     Returns
     -------
@@ -49,10 +50,6 @@ def penalty_loss(model: nn.Module) -> Tensor:
     RuntimeError
         A layer has seen no training forward since it was made, reset or copied, or the last one was without
         gradient.
-
-    Notes
-    -----
-    A layer that runs several times in a forward pass leaves the loss of its last run.
     """
     estimators = _estimators(model)
     losses = [estimator.loss for estimator in estimators]

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mdnorm.context import check_module
 from mdnorm.integration.design import AttachedDesign
 from mdnorm.layer import MetadataNorm
 
@@ -139,8 +140,7 @@ def calls_its_children(module: nn.Module) -> bool:
 
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise where the model is none, or compiled or wrapped: something holds on to it as it was."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     if _is_wrapped(model):
         raise ValueError(
             f"the model is compiled or wrapped ({type(model).__name__}), which would not see what is "

@@ -53,22 +53,21 @@ def recalibrate(
 
     Running coefficients lag behind the weights and have the noise of their window; these do not. The noise of
     few rows would *write* the metadata into features that know nothing of them, so coefficients are shrunk as
-    far as the features of a layer together show that they are noise. A network that memorised its training
-    rows has an effect of the metadata there that new rows do not have: `held_out` shows it, and then decides.
+    far as the features of a layer together show that they are noise (`mdnorm.shrinkage.combine`). A network
+    that memorised its training rows has an effect of the metadata there that new rows do not have: `held_out`
+    shows it, and then decides.
 
-    A layer's input changes with the correction of the layers that it depends on, so those come before it.
-    Layers that do not depend on each other share a pass over the data: as many passes are made as the longest
-    chain of dependent layers has layers. Moments are accumulated in float64, so memory does not depend on the
-    size of the data set.
+    A layer's input changes with the correction of the layers that it depends on, so those come before it: as
+    many passes over the data are made as the longest chain of dependent layers has layers. Only moments are
+    kept, in float64.
 
     Parameters
     ----------
     model : nn.Module
         With `MetadataNorm` layers; left in the mode (train or eval) it came in.
     loader : iterable of batches
-        The training rows; others where there are no training rows any more. Iterated once for each pass, so
-        it must not be exhausted after one (a `DataLoader`, a list; not a generator). Labels must
-        reach the layers that have label columns.
+        The training rows; others where there are no training rows any more. Iterated once for each pass (a
+        `DataLoader`, a list; not a generator). Labels must reach the layers that have label columns.
     held_out : iterable of batches, optional
         Rows that the network was not trained on, in the same form; some hundred are enough to tell whether it
         memorised. Do not measure its accuracy on the same rows afterwards.
@@ -93,14 +92,13 @@ def recalibrate(
         Show a progress bar (on a terminal, where tqdm is installed).
     process_group : ProcessGroup, "world", "auto" or "local"
         The processes of which each iterates over its share of the data (none of it, too); the coefficients
-        are the same on all. "auto": those of a `DistributedDataParallel`, where the model is one; else this
-        process has all data. `forward` gets the model inside the wrapper.
+        are the same on all. "auto": those of a `DistributedDataParallel`, where the model is one (`forward`
+        gets the model inside it); else this process has all data.
 
     Returns
     -------
     Recalibration
-        ``print`` shows a table: for each layer how much of its coefficients is noise, how much was kept, and
-        which share of the effect in the training rows new rows show.
+        ``print`` shows a table.
 
     Warns
     -----
@@ -131,10 +129,6 @@ def recalibrate(
       that is no padding counts the same, whatever the batches are padded to.
     - Errors take the rows to be independent, and weights to say how much a row counts, not how often it was
       observed: they are those of ``(Σ w)² / Σ w²`` rows. Several rows of one person count for too much.
-
-    References
-    ----------
-    See `mdnorm.shrinkage.combine`.
     """
     model, group = group_of(model, process_group)
     for name, rows in (("loader", loader), ("held_out", held_out)):
@@ -142,9 +136,7 @@ def recalibrate(
             raise ValueError(
                 f"{name} is exhausted after one pass, but more are needed: give a DataLoader or a list."
             )
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
+    layers = context.layers_of(model)
     run = runner(forward, keys)
     # The layers in the order in which they first run.
     order: list[str] = []

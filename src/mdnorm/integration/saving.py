@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm.arrays import plain_tensor
+from mdnorm.context import check_module
 from mdnorm.design import Design
 from mdnorm.estimators import ESTIMATORS
 from mdnorm.extras import requires
@@ -109,11 +110,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         There is no such file.
     ValueError
         The file is damaged, was not written by `save`, or is of another model. The message names it. The
-        model is then as it was, but for weights that were loaded already.
-
-    Notes
-    -----
-    Nothing in the file is run or unpickled, whoever wrote it.
+        model is then as it was, but for weights that were loaded already. Nothing in the file is run or
+        unpickled, whoever wrote it.
 
     Examples
     --------
@@ -157,8 +155,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 
 def _inside(model: nn.Module) -> nn.Module:
     """Return a model without what is around it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     while True:
         if isinstance(model, WithMetadata):
             model = model.model
