@@ -38,8 +38,7 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
 def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
     """Return an array, a list or a DataFrame as an array of booleans, integers or floating-point numbers.
 
-    Where the columns of a DataFrame are of several types, or of types with a value of their own for what is
-    missing (``Int64``, ``boolean``), numpy makes Python objects of them: these are taken as the numbers that
+    Python objects (of columns of several types, or with gaps, as of ``Int64``) are taken as the numbers that
     they are, as int64 or, with fractions or gaps (NaN), float64. What is complex or not numeric is a
     TypeError that names the argument, and the columns of a DataFrame.
     """
@@ -122,8 +121,7 @@ def columns_of(
 ) -> Tensor:
     """Return metadata or labels (N,) or (N, K), of any real dtype, as a tensor of columns (N, K), checked.
 
-    What is expected of N, K and the device may be None: anything. A wrong number of dimensions, rows or
-    columns, or a wrong device, is a ValueError that has the name of the argument in it.
+    What is expected of N, K and the device may be None: anything. A ValueError names the argument.
     """
     tensor = as_real_tensor(values, name)
     if tensor.ndim == 1:
@@ -153,15 +151,13 @@ def columns_of(
 
 
 def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
-    """Turn class indices into one-hot columns where the number of label columns asks for it.
+    """Turn integer labels (N,) or (N, 1) into one-hot columns where `num_labels` is above 1.
 
-    Integer labels of one column, (N,) or (N, 1), become one-hot columns where `num_labels` is above 1; with 1
-    they stay one column (a binary or ordinal label). An index outside 0 … num_labels − 1 is a ValueError; and
-    so are, without `num_labels`, integers other than two values: class indices, of which one column would
-    make a ranking.
+    An index outside 0 … num_labels − 1 is a ValueError; and so are, without `num_labels`, integers other than
+    two values: class indices, of which one column would make a ranking.
     """
     tensor = as_real_tensor(labels, "labels")
-    if num_labels == 1 or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
+    if num_labels in (0, 1) or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
         return tensor
     is_index = not tensor.is_floating_point() and tensor.dtype != torch.bool
     if num_labels is None:
@@ -175,8 +171,6 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
                     "give num_labels (or, to functions without it, one-hot columns) for class indices, "
                     "labels.float() for one column of an ordinal or continuous label."
                 )
-        return tensor
-    if num_labels == 0:
         return tensor
     if tensor.is_floating_point():
         raise ValueError(
@@ -196,10 +190,9 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
 
 
 def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
-    """Raise ValueError where a block of columns has NaN or infinite values, or values whose squares overflow.
+    """Raise ValueError where columns have NaN or infinite values, or values whose squares overflow.
 
-    `columns` are all columns in the dtype that they are computed in, the blocks have the names of the
-    arguments that they came from.
+    `columns` are all blocks in the dtype that they are computed in, the blocks named by their arguments.
     """
     # While a graph is traced nothing can be looked at; eager calls check every batch.
     if torch.compiler.is_compiling() or math.isfinite(torch.linalg.vector_norm(columns.detach())):
@@ -344,12 +337,10 @@ def position_mask(mask: Tensor | ArrayLike, features: Tensor, dims: tuple[int, .
 
 
 def check_same_order(**tables: Any) -> None:
-    """Refuse pandas objects of which the same row labels come in another order.
+    """Refuse pandas objects of which the same row labels come in another order; by names of arguments.
 
-    Rows belong together by position. Where two indexes hold the same labels in different orders, one of them
-    was sorted or shuffled, and by position every row would get the values of another one. Indexes with other
-    labels say nothing: features often come out of a model without any. What has no
-    index is not looked at. The names are those of the arguments, for the message.
+    Rows belong together by position, where every row would then get the values of another one. Indexes with
+    other labels say nothing: features often come out of a model without any.
     """
     known: dict[str, Any] = {}
     for name, table in tables.items():
@@ -358,14 +349,14 @@ def check_same_order(**tables: Any) -> None:
         if index is None or callable(index) or not hasattr(index, "equals"):
             continue
         for other, labels in known.items():
-            if len(index) == len(labels) and not index.equals(labels):
-                same = index.is_unique and labels.is_unique and not len(index.difference(labels))
-                if same:
-                    row = int(np.flatnonzero(np.asarray(index != labels))[0])
-                    raise ValueError(
-                        f"{name} has the same row labels as {other}, but in another order (row {row}: "
-                        f"{index[row]!r} and {labels[row]!r}): bring them into one order, for example with "
-                        f"{name}.loc[{other}.index], or drop the labels with reset_index(drop=True) where "
-                        "rows do belong together by position."
-                    )
+            if len(index) != len(labels) or index.equals(labels):
+                continue
+            if index.is_unique and labels.is_unique and not len(index.difference(labels)):
+                row = int(np.flatnonzero(np.asarray(index != labels))[0])
+                raise ValueError(
+                    f"{name} has the same row labels as {other}, but in another order (row {row}: "
+                    f"{index[row]!r} and {labels[row]!r}): bring them into one order, for example with "
+                    f"{name}.loc[{other}.index], or drop the labels with reset_index(drop=True) where rows "
+                    "do belong together by position."
+                )
         known[name] = index

@@ -81,24 +81,17 @@ class Eraser(nn.Module):
         return self.left.shape[1]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the features without the erased directions.
+        """Return the features without the erased directions, in the same shape and dtype.
 
         Parameters
         ----------
         features : (N, ...) tensor, any floating dtype
-            D values in the dimension `channel_dim`; all others are rows.
-
-        Returns
-        -------
-        Tensor of the same shape and dtype
-            Computed in float32, or float64 where the features are.
+            D values in the dimension `channel_dim`; all others are rows. Computed in float32 or float64.
 
         Raises
         ------
-        TypeError
-            The features are no tensor of a floating dtype.
-        ValueError
-            They have no dimension `channel_dim`, or another number of values there.
+        TypeError, ValueError
+            The features are no floating-point tensor, or have not D values in that dimension.
         """
         features = plain_features(features)
         rows = _channels_last(features, self.channel_dim)
@@ -161,16 +154,6 @@ class EraserFitter:
     Belrose et al., LEACE: Perfect linear concept erasure in closed form, NeurIPS 2023 (arXiv:2306.03819).
     Holstege, Ravfogel & Wouters, Preserving task-relevant information under linear concept removal,
     NeurIPS 2025 (arXiv:2506.10703).
-
-    Examples
-    --------
-    >>> fitter = EraserFitter()
-    >>> for _ in range(3):
-    ...     age, diagnosis = torch.rand(50), torch.randint(2, (50,))
-    ...     features = torch.randn(50, 8) + age[:, None] + diagnosis[:, None]
-    ...     fitter = fitter.update(features, age, diagnosis)
-    >>> fitter.eraser()
-    Eraser(8, rank=1, channel_dim=1)
     """
 
     def __init__(
@@ -328,15 +311,10 @@ def fit(
     Parameters
     ----------
     features, metadata, labels, weights
-        As of `EraserFitter.update`.
+        As of `EraserFitter.update`, with the same errors and those of `EraserFitter.eraser`.
     **options
         Of `EraserFitter`, which says what is promised: `num_labels`, `channel_dim`, `within_labels`,
         `preserve_labels`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `EraserFitter.update` and `EraserFitter.eraser`, which also says when it warns.
 
     Examples
     --------

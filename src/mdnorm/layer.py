@@ -109,8 +109,7 @@ class MetadataNorm(nn.Module):
 
     Notes
     -----
-    - A batch of any size works, the last partial one included; 1 sample has no variation within the batch, so
-      "batch" returns it unchanged in training.
+    - A batch of any size works; "batch" returns 1 sample unchanged in training.
     - "running" keeps state of the backward pass, too. It takes the loss to be a mean over the batch (for a
       sum give ``reduction="sum"``) and the gradients that reach it to be those of one loss: give all losses
       to one backward pass a training forward, and take another estimator where losses alternate (a GAN) or a
@@ -227,10 +226,7 @@ class MetadataNorm(nn.Module):
     def coefficients(self) -> Tensor:
         """What evaluation removes for one unit of each metadata column: (K_m, *num_features), a copy.
 
-        Raises
-        ------
-        RuntimeError
-            The sizes are not known yet.
+        RuntimeError where the sizes are not known yet.
         """
         if self.estimator is None:
             raise RuntimeError(
@@ -270,10 +266,7 @@ class MetadataNorm(nn.Module):
     def set_gram(self, moments: Moments) -> None:
         """Give the layer the moments of the design over the training set; see `mdnorm.fit_gram`.
 
-        Raises
-        ------
-        ValueError
-            Their numbers of metadata or label columns are not the layer's.
+        ValueError where their numbers of metadata or label columns are not the layer's.
         """
         have = {"metadata": moments.num_metadata, "labels": moments.num_protected - 1}
         for name, number in have.items():
@@ -319,8 +312,8 @@ class MetadataNorm(nn.Module):
         labels : (N,) or (N, K_y), optional
             Needed in training where the layer has label columns, ignored in evaluation.
         weights : (N,), optional
-            Of the samples in the fit, not negative: a sample of weight 2 counts as two, one of weight 0 as
-            none. Its features are corrected all the same.
+            Of the samples in the fit: one of weight 2 counts as two, one of weight 0 as none (its features
+            are corrected all the same).
         mask : (N, ...) bool, optional
             With "channel", the positions that count (tokens that are no padding), in the order of the
             features' dimensions without that of the channels. Only they enter the fit, and only they are
@@ -410,13 +403,7 @@ class MetadataNorm(nn.Module):
         return torch.nested.as_nested_tensor(parts)
 
     def given_metadata(self) -> Given:
-        """Return what `mdnorm.metadata` gave for this batch.
-
-        Raises
-        ------
-        RuntimeError
-            No context is open; the message names the layer where `mdnorm.insert` put it.
-        """
+        """Return what `mdnorm.metadata` gave for this batch; RuntimeError where no context is open."""
         given = self.metadata_slot.get()
         if given is None:
             raise RuntimeError(
@@ -482,28 +469,21 @@ def metadata_norm(
         What is protected: in the regression, never removed.
     weights, mask
         As of `MetadataNorm.forward`.
-    prior : float
-        As of `MetadataNorm`; 0, exact least squares, is the default here.
-    granularity, channel_dim, check_finite
-        As of `MetadataNorm`.
+    prior, granularity, channel_dim, check_finite
+        As of `MetadataNorm`; a prior of 0, exact least squares, is the default here.
     process_group : ProcessGroup, optional
-        The batch is that of all its processes together; each gives its samples and gets them back. None: of
-        this process alone.
+        The batch is that of all its processes together. None: of this process alone.
 
     Returns
     -------
     (N, ...) tensor, dtype of the features
-        With fewer samples than columns, or one sample, the directions that vary within the batch are removed;
-        with none (one sample, constant metadata, an empty batch) the features come back unchanged.
+        With fewer samples than columns the directions that vary within the batch are removed; with none (one
+        sample, constant metadata, an empty batch) the features come back unchanged.
 
     Raises
     ------
     TypeError, ValueError
         As of the layer.
-
-    References
-    ----------
-    Lu et al., Metadata Normalization, CVPR 2021 (arXiv:2104.09052), section 3.
     """
     features = plain_features(features)
     dims = position_dims(features, granularity, channel_dim)
@@ -571,16 +551,10 @@ def _feature_shape(
 ) -> tuple[int, ...] | None:
     if num_features is None:
         return None
-    single = _as_int(num_features)
-    lengths: tuple[object, ...] = ()
-    if single is not None:
-        lengths = (single,)
-    elif isinstance(num_features, Iterable):
-        lengths = tuple(num_features)
-    shape = tuple(length for length in map(_as_int, lengths) if length is not None and length > 0)
-    if not shape or len(shape) < len(lengths) or (granularity == "channel" and len(shape) != 1):
-        wanted = (
-            "a positive int or a tuple of them" if granularity == "element" else "a positive int (channels)"
-        )
+    is_shape = _as_int(num_features) is None and isinstance(num_features, Iterable)
+    lengths: Any = num_features if is_shape else (num_features,)
+    shape = tuple(_as_int(length) or 0 for length in lengths)
+    if not shape or min(shape) < 1 or (granularity == "channel" and len(shape) != 1):
+        wanted = "a positive int" + (" (channels)" if granularity == "channel" else " or a tuple of them")
         raise ValueError(f"num_features must be {wanted}, or None, got {num_features!r}.")
     return shape

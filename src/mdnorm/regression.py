@@ -88,22 +88,10 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def position_dims(features: Tensor, granularity: Granularity, channel_dim: int = 1) -> tuple[int, ...]:
-    """Return the dimensions over which one coefficient is shared: none for "element", else all positions.
+    """Return the dimensions of features (N, ...) over which one coefficient is shared.
 
-    Parameters
-    ----------
-    features : (N, ...) tensor
-        At least 2 dimensions, the first one the samples.
-    granularity : "element" or "channel"
-        "element": every value of a sample has its own coefficients (the paper). "channel": one set of
-        coefficients a channel, shared by all positions, of which there can be any number.
-    channel_dim : int
-        Where the channels are: 1 for (N, C, H, W), −1 for tokens (N, T, D).
-
-    Raises
-    ------
-    ValueError
-        Fewer than 2 dimensions, another granularity, or a channel_dim that is not a feature dimension.
+    None for "element", else all positions; see `mdnorm.MetadataNorm`. ValueError for fewer than 2 dimensions,
+    another granularity, or a channel_dim that is not a feature dimension.
     """
     if features.ndim < 2:
         raise ValueError(
@@ -121,12 +109,6 @@ def position_dims(features: Tensor, granularity: Granularity, channel_dim: int =
             f"{tuple(features.shape)} (dimension 0 holds the samples)."
         )
     return tuple(dim for dim in range(1, features.ndim) if dim != channel)
-
-
-def _spread(matrix: Tensor, dims: tuple[int, ...]) -> Tensor:
-    for dim in dims:
-        matrix = matrix.unsqueeze(dim)
-    return matrix
 
 
 def as_matrix(tensor: Tensor, dims: tuple[int, ...], mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -160,7 +142,9 @@ def _subtract(
 ) -> Tensor:
     """Return ``tensor − left @ right``, the product spread over the positions that count."""
     if dims:
-        product = _spread(left @ right, dims)
+        product = left @ right
+        for dim in dims:
+            product = product.unsqueeze(dim)
         return (tensor - (product if mask is None else torch.where(mask, product, 0))).to(tensor.dtype)
     out = torch.addmm(
         as_matrix(tensor, (), None, left.dtype) if matrix is None else matrix, left, right, alpha=-1
@@ -177,22 +161,17 @@ def remove(
     dims: tuple[int, ...] = (),
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return ``features − basis @ coefficients``, the coefficients taken as given (evaluation).
+    """Return ``features − basis @ coefficients``, (N, ...), the coefficients taken as given (evaluation).
 
     Parameters
     ----------
     features : (N, ...) tensor, any floating dtype
-    basis : (N, R) tensor
-        The gradient reaches it, and with it the metadata.
-    coefficients : (R, D) tensor
+    basis, coefficients : (N, R), (R, D) tensors
+        The gradient reaches the basis, and with it the metadata.
     dims : tuple of int
-        Dimensions that share a coefficient, from `position_dims`.
+        From `position_dims`.
     mask : (N, 1, ...) bool tensor, optional
         Positions that are corrected; the others stay as they are.
-
-    Returns
-    -------
-    (N, ...) tensor, dtype of the features
     """
     dtype = compute_dtype(features)
     with full_precision(features.device):
@@ -203,16 +182,10 @@ def remove(
 
 
 class Standardisation(NamedTuple):
-    """Origin and unit of the design columns ``[y, 1, m]``, fixed once: ``z = (x − origin) · scale``.
+    """Origin and unit of the design columns ``[y, 1, m]``, fixed once: ``z = (x − origin) · scale``."""
 
-    Attributes
-    ----------
-    origin, scale : (K,) tensors
-        0 and 1 for the intercept.
-    """
-
-    origin: Tensor
-    scale: Tensor
+    origin: Tensor  # (K,), 0 for the intercept
+    scale: Tensor  # (K,), 1 for the intercept
 
     @classmethod
     def of(
@@ -363,28 +336,14 @@ def prior_share(prior: float, weight: Any) -> Any:
 
 
 class Memory(NamedTuple):
-    """The running mean of what the losses say about the coefficients, kept by the backward pass of `regress`.
+    """The running mean of what losses say about the coefficients, kept by the backward pass of `regress`."""
 
-    Attributes
-    ----------
-    adjoint : (R, D) tensor
-        Changed in place.
-    weight : (1,) tensor
-        Number of samples behind it, changed in place.
-    added, kept : float or (1,) tensor
-        What this batch weighs, and the share of its weight that it leaves the past.
-    samples : float or (1,) tensor
-        What the gradient of a batch is divided by to be that of a mean over its samples.
-    eager : bool
-        See `is_eager`.
-    """
-
-    adjoint: Tensor
-    weight: Tensor
-    added: float | Tensor
-    kept: float | Tensor
-    samples: float | Tensor = 1
-    eager: bool = False
+    adjoint: Tensor  # (R, D), changed in place
+    weight: Tensor  # (1,), the number of samples behind it, changed in place
+    added: float | Tensor  # what this batch weighs; tensors are (1,)
+    kept: float | Tensor  # the share of its weight that the batch leaves the past
+    samples: float | Tensor = 1  # divides the gradient of a batch to be that of a mean over its samples
+    eager: bool = False  # see `is_eager`
 
 
 def regress(
@@ -560,20 +519,9 @@ def advance(
     """Move weighted averages towards those of a batch, in place; return whether the batch was used.
 
     A batch with a value that is not finite (an overflow of mixed precision) is left out: it would never
-    leave.
-
-    Parameters
-    ----------
-    weight : (1,) tensor
-        Weight of the averages, changed in place.
-    kept : float or (1,) tensor
-        What stays of the weight of the past.
-    count : float or (1,) tensor
-        Weight of the batch.
-    *averages : pairs of tensors
-        Average, changed in place, and its value in the batch; the last one tells whether the batch is finite.
-    eager : bool
-        See `is_eager`. As numbers the weights take a fraction of the time that they take as tensors.
+    leave. The share `kept` of the weight (1,) of the past stays, and `count` is that of the batch. A pair is
+    an average and its value in the batch; the last one tells whether the batch is finite. As numbers
+    (`eager`, see `is_eager`) the weights take a fraction of the time that they take as tensors.
     """
     # What is not finite in the design is not finite in its products with the features, which come last.
     total = averages[-1][1].sum()

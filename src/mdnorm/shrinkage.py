@@ -269,8 +269,8 @@ def combine(trained: Regression, new: Regression | None = None, found: FoundAgai
 
     One: directions of the metadata in which the features together show no more than noise are left out, and
     the others shrunk. Two: what training rows say, times the share of it that new rows found again, is a
-    first guess, which may be wrong since networks memorise; new rows have noise and no such fault. Where they
-    contradict the guess by more than noise, they decide, and else both are averaged by their precision.
+    first guess. Where new rows contradict it by more than noise, they decide, and else both are averaged by
+    their precision.
 
     No feature's coefficients are further than noise reaches (3.2 standard errors for one feature and one
     column, 5.2 for 1000 features) from the least-squares ones, of the new rows where there are two: the

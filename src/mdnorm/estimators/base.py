@@ -28,36 +28,16 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """What an estimator learns from beside the features.
+    """What an estimator learns from beside the features."""
 
-    Attributes
-    ----------
-    columns : (N, K) tensor, float64
-        Checked design columns ``[y, 1, m]``.
-    weights : (N,) tensor or None
-        Of the samples, in the dtype of `columns`.
-    dims : tuple of int
-        Dimensions of the features that share a coefficient, see `mdnorm.regression.position_dims`.
-    mask : (N, 1, ...) bool tensor or None
-        Positions that count.
-    group : ProcessGroup or None
-        Processes whose samples are one batch.
-    eager : bool
-        See `mdnorm.regression.is_eager`.
-    repeated : bool
-        Whether activation checkpointing runs the batch again: it is in the state already.
-    checked : bool
-        Whether values that are not finite are errors.
-    """
-
-    columns: Tensor
-    weights: Tensor | None
-    dims: tuple[int, ...]
-    mask: Tensor | None
-    group: ProcessGroup | None
-    eager: bool
-    repeated: bool
-    checked: bool = True
+    columns: Tensor  # (N, K) checked design columns ``[y, 1, m]``, float64
+    weights: Tensor | None  # (N,) of the samples, in the dtype of the columns
+    dims: tuple[int, ...]  # of the features that share a coefficient: `mdnorm.regression.position_dims`
+    mask: Tensor | None  # (N, 1, ...) bool: the positions that count
+    group: ProcessGroup | None  # processes whose samples are one batch
+    eager: bool  # see `mdnorm.regression.is_eager`
+    repeated: bool  # activation checkpointing runs the batch again: it is in the state already
+    checked: bool = True  # whether values that are not finite are errors
 
 
 class Estimator(nn.Module, ABC):

@@ -43,8 +43,6 @@ class Spread(LeastSquares):
         Running moments of the design and ``log r²``.
     squares : (D,) buffer, float64
         Running mean of the squared features. `cross` is in float64, too.
-    squares : (D,) buffer
-        Running mean of the squared features.
     coefficients : (K_m, *num_features) buffer
         γ_m.
     """
@@ -63,21 +61,12 @@ class Spread(LeastSquares):
         window: float = 2000,
         **options: Any,
     ) -> None:
-        super().__init__(
-            num_metadata,
-            num_labels,
-            num_features,
-            window=window,
-            adjoint="none",
-            prior=0.0,
-            decay=0.0,
-            **options,
-        )
-        self.add_state("cross", *self.cross.shape, precise=True)
-        self.add_state("squares", self.num_values, precise=True)
-        self.add_state("log_gram", *self.gram.shape, precise=True)
-        self.add_state("log_cross", *self.cross.shape, precise=True)
-        self.add_state("log_weight", 1, precise=True)
+        fixed: dict[str, Any] = {"adjoint": "none", "prior": 0.0, "decay": 0.0}
+        super().__init__(num_metadata, num_labels, num_features, window=window, **fixed, **options)
+        sizes = {"cross": self.cross.shape, "squares": (self.num_values,), "log_gram": self.gram.shape}
+        sizes |= {"log_cross": self.cross.shape, "log_weight": (1,)}
+        for name, shape in sizes.items():
+            self.add_state(name, *shape, precise=True)
 
     def _step(self, features: Tensor, batch: Batch) -> Tensor:
         p = self.num_protected

@@ -162,29 +162,24 @@ def metadata_at(
                 "they could be: give keys={'metadata': …}, a key of the batch or a list of them."
             )
         metadata = columns
-    if not attached and isinstance(metadata, (list, tuple)):
-        return _columns_on(model, batch, metadata), _labels_at(model, batch, labels)
     if not isinstance(metadata, (list, tuple)):
         found = select(batch, metadata, _BATCH)
+        # A table has its own labels, unless others are named.
         if not context.is_table(found):
             is_column = metadata in columns
             found = {metadata: found} if is_column else _columns_on(model, batch, metadata)
-        # A table has its own labels, unless others are named.
-        return found, _labels_at(model, batch, labels)
-    table = {str(key): select(batch, key, _BATCH) for key in metadata}
-    ours = [] if design is None else [name for name in design.variables() if name not in columns]
-    if labels is None and isinstance(batch, Mapping) and all(name in batch for name in ours):
-        return table | {name: batch[name] for name in ours}, None
-    named = labels if isinstance(labels, (list, tuple)) else [labels]
-    if ours and set(ours) == set(named):
-        return table | {name: select(batch, name, _BATCH) for name in ours}, None
-    return table, _labels_at(model, batch, labels)
-
-
-def _labels_at(model: nn.Module, batch: Any, labels: Selector | list[Selector] | None) -> Any:
+    elif not attached:
+        found = _columns_on(model, batch, metadata)
+    else:
+        found = {str(key): select(batch, key, _BATCH) for key in metadata}
+        ours = [] if design is None else [name for name in design.variables() if name not in columns]
+        is_there = labels is None and isinstance(batch, Mapping) and all(name in batch for name in ours)
+        named = labels if isinstance(labels, (list, tuple)) else [labels]
+        if is_there or (ours and set(ours) == set(named)):
+            return found | {name: select(batch, name, _BATCH) for name in ours}, None
     if isinstance(labels, (list, tuple)):
-        return _columns_on(model, batch, labels)
-    return None if labels is None else select(batch, labels, _BATCH)
+        return found, _columns_on(model, batch, labels)
+    return found, None if labels is None else select(batch, labels, _BATCH)
 
 
 def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Any:

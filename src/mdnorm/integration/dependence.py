@@ -203,8 +203,7 @@ class DependenceRecorder:
     -----
     - Put the model into evaluation mode yourself; the recorder changes neither mode nor gradients.
     - Where the layer runs several times between two updates, its rows are those of all runs, in order.
-    - Sequences of several lengths (nested tensors, which `nn.TransformerEncoder` makes of padded tokens in
-      evaluation) are measured by their means over the positions.
+    - Sequences of several lengths (nested tensors) are measured by their means over the positions.
     - A model compiled by `torch.compile` runs uncompiled inside the block: its graph bypasses hooks.
     - Of several processes each measures its own samples; `mdnorm.metrics.DistanceCorrelation` measures those
       of all, and `mdnorm.integration.DependenceCallback` does so in Lightning.

@@ -17,12 +17,10 @@ DESIGN_NAME = "metadata_design"
 
 
 class AttachedDesign(nn.Module):
-    """A module without parameters that holds a design as JSON in a buffer of bytes.
+    """A module without parameters that holds a design as JSON in a buffer of bytes, or waits for one.
 
     A checkpoint has only tensors then (``torch.load(weights_only=True)``, safetensors). Bytes are left alone
     by ``.half()`` and ``.to(dtype)``, and loading takes those of the checkpoint whatever their number.
-
-    Without a (fitted) design it waits for a checkpoint.
     """
 
     json: Tensor
@@ -116,18 +114,6 @@ def attach_design(model: nn.Module, design: Design | None = None) -> None:
         The design is not fitted.
     ValueError
         The model has something else of the name ``metadata_design``.
-
-    Examples
-    --------
-    >>> from mdnorm.design import Design
-    >>> design = Design(["age"]).fit({"age": [60, 70, 80]})
-    >>> trained, fresh = nn.Linear(1, 1), nn.Linear(1, 1)
-    >>> attach_design(trained, design)
-    >>> attach_design(fresh)
-    >>> fresh.load_state_dict(trained.state_dict())
-    <All keys matched successfully>
-    >>> design_of(fresh).transform({"age": 70}).metadata
-    tensor([[0.]])
     """
     if present := _only_design(model):
         name, attached = present

@@ -45,10 +45,8 @@ def features(
         so the same loader serves it, and of a tuple the first entry is the input.
     output : str, int or callable, optional
         Where the module returns no tensor: a key, an index, or a function that returns the features, (n, …).
-    forward, keys
+    forward, keys, progress
         As of `mdnorm.recalibrate`.
-    progress : bool
-        Show a progress bar (on a terminal, where tqdm is installed).
 
     Returns
     -------

@@ -58,12 +58,8 @@ def fit_gram(
     keys : mapping, optional
         Where the parts of other batches are, as of `mdnorm.recalibrate`: ``{"metadata": ["age", "site"],
         "labels": "diagnosis"}``; "inputs" and "mask" are not needed, and no error.
-    progress : bool
-        Show a progress bar for an iterable of batches (on a terminal, where tqdm is installed).
-    process_group : ProcessGroup, "world", "auto" or "local"
-        The processes of which each gives its share of the training set (none of it, too); the matrix is the
-        same on all. "auto": those of a `DistributedDataParallel`, where the model is one; else this process
-        has the whole set.
+    progress, process_group
+        As of `mdnorm.recalibrate`.
 
     Returns
     -------
@@ -74,11 +70,9 @@ def fit_gram(
     ------
     TypeError
         `model` is not a module.
-    KeyError, IndexError
-        A batch has no such key or index as `keys` says.
-    ValueError
-        No `MetadataNorm` in the model, layers of different sizes, no samples, `keys` with another name, or
-        what the layer refuses.
+    ValueError, KeyError, IndexError
+        No `MetadataNorm` in the model, layers of different sizes, no samples, `keys` with another name or
+        what a batch has not, or what the layer refuses.
     RuntimeError
         Another process of the group failed.
     """

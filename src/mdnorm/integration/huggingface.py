@@ -29,17 +29,15 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """A `Trainer` that gives the metadata in each batch to the layers that `mdnorm.insert` put into a model.
 
     In training and evaluation it takes the metadata out of the batch (the model does not know them) and runs
-    the model, and the backward pass, inside `mdnorm.metadata`. After training it takes the
-    coefficients of the whole training data, with `mdnorm.recalibrate`.
+    the model, and the backward pass, inside `mdnorm.metadata`.
 
     Parameters
     ----------
     *args, **kwargs
         Of `Trainer`. The model must have its layers already.
     metadata : str or list of str
-        Key of the metadata in a batch, (n,) or (n, K_m) or a table; the data set and the collator must
-        provide it. A list of keys gives one column each, or the table of the model's design.
-        `remove_unused_columns` spares them.
+        Key of the metadata in a batch, (n,) or (n, K_m) or a table. A list of keys gives one column each, or
+        the table of the model's design. `remove_unused_columns` spares them.
     labels : str or None
         Key of the labels whose effect is protected in training, the same that the model learns from as a
         rule; None for none. They stay in the batch.
@@ -51,8 +49,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Key of the mask of the tokens that count, in batches that have it; it stays in the batch. See
         `mdnorm.metadata` for the layers that use it. None: padding counts as data.
     recalibrate : bool
-        Whether to recalibrate at the end of `train`, on the training data, of several processes on the shares
-        of all.
+        Whether to `mdnorm.recalibrate` at the end of `train`, on the training data of all processes.
     evaluate_recalibrated : bool, optional
         Whether an evaluation during `train` is made inside `mdnorm.recalibrated`, so that early stopping and
         the best checkpoint go by the model as it will be used. By default as `recalibrate`.
@@ -179,13 +176,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self._is_recalibrated = False
 
     def recalibrate(self) -> Recalibration:
-        """Take the coefficients of the whole training data; see `mdnorm.recalibrate`.
-
-        Returns
-        -------
-        Recalibration
-            ``print`` shows what was found.
-        """
+        """Take the coefficients of the whole training data, as `mdnorm.recalibrate`."""
         # accelerate would think that a loader which was left in between is still gone through.
         with unchanged_loaders():
             return _recalibrate(

@@ -187,14 +187,7 @@ def insert(
 
 
 def insertions(model: nn.Module) -> InsertionReport:
-    """Return what `insert` put into a model, now or before it was saved or copied.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(8, 4))
-    >>> insertions(model)
-    no MetadataNorm was inserted
-    """
+    """Return what `insert` put into a model, now or before it was saved or copied."""
     return InsertionReport(model)
 
 
@@ -215,14 +208,7 @@ def remove(model: nn.Module, after: Target | Sequence[Target] | None = None) -> 
     Raises
     ------
     ValueError
-        A name or pattern matches nothing, or a named module has no inserted layer.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> report = insert(model, after=["0", "1"])
-    >>> remove(model)
-    ['0', '1']
+        A name or pattern matches nothing, or none of the named modules has an inserted layer.
     """
     if after is None:
         targets = {row.name: model.get_submodule(row.name) for row, _ in inserted(model)}
@@ -232,8 +218,7 @@ def remove(model: nn.Module, after: Target | Sequence[Target] | None = None) -> 
             raise ValueError(f"no MetadataNorm was inserted after {', '.join(map(repr, targets))}.")
     removed = []
     for name, module in targets.items():
-        found = layer_of(module)
-        if found is not None:
+        if found := layer_of(module):
             found[1].detach(module)
             removed.append(name)
     if next(inserted(model), None) is None:

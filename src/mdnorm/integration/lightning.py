@@ -7,7 +7,7 @@ Importing this module needs Lightning (``pip install 'mdnorm[lightning]'``); the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -48,17 +48,13 @@ class MetadataNormCallback(Callback):
     weights, mask : str, int or callable, optional
         Where weights of the samples in the fit and a mask of the positions that count are; see
         `mdnorm.metadata`.
-    after : str, type, or list of them, optional
-        As of `mdnorm.insert`. Without it, the layers are those that the module has (a model that is built in
-        ``configure_model`` inserts them there).
-    output, sample_dim, **options
-        As of `mdnorm.insert`. With `labels` and without a design, `num_labels` is by default that of the
-        first batch.
-    inputs : str, int or callable, optional
-        Where the model's input is in a batch, for the recalibration, which calls
-        ``pl_module(input)``. By default the first entry of a tuple.
-    forward : callable, optional
-        Instead, ``forward(pl_module, batch)`` runs the model.
+    after, output, sample_dim, **options
+        As of `mdnorm.insert`. Without `after`, the layers are those that the module has (a model that is
+        built in ``configure_model`` inserts them there). With `labels` and without a design, `num_labels` is
+        by default that of the first batch.
+    inputs, forward : optional
+        For the recalibration: where the model's input is in a batch, by default the first entry of a tuple,
+        with which it calls ``pl_module(input)``; or, instead, ``forward(pl_module, batch)`` runs the model.
     recalibrate : bool
         Take the coefficients of the whole training loader at the end of a fit (`mdnorm.recalibrate`), of
         several processes on the shares of all. Not after a ``fast_dev_run``.
@@ -69,20 +65,17 @@ class MetadataNormCallback(Callback):
     held_out : bool
         Let the recalibration at the end compare with the (first) validation loader, and take its word where
         the network memorised. An accuracy on the same rows is then no longer that on new ones.
-    log_dependence : bool
-        Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does. Within each
-        class (``dcor2/<column>/label_<class>``), if `labels` gives class indices or one-hot columns in all
-        of the validation data; over all samples for other labels (continuous, several columns). With several
-        layers ``dcor2/<name>/<column>``.
-    column_names
-        As of `DependenceCallback`.
+    log_dependence, column_names : bool, and as of `DependenceCallback`
+        Log ``dcor2/<column>`` of the outputs after each validation; with several layers
+        ``dcor2/<name>/<column>``. Within each class (``…/label_<class>``), if `labels` gives class indices or
+        one-hot columns in all of the validation data; over all samples for other labels.
 
     Attributes
     ----------
     report : InsertionReport or None
         What went where, from the start of a fit on.
     recalibration : Recalibration or None
-        What the recalibration found, after a fit; ``print`` shows it.
+        What was found, after a fit; ``print`` shows it.
 
     Raises
     ------
@@ -194,15 +187,11 @@ class MetadataNormCallback(Callback):
     def _recalibration_options(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         def forward(_: torch.nn.Module, batch: Any) -> None:
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
-            with trainer.precision_plugin.forward_context():
-                self._enter(pl_module, batch, with_labels=True)
-                try:
-                    if self.forward is not None:
-                        self.forward(pl_module, batch)
-                    else:
-                        pl_module(self._input_of(batch))
-                finally:
-                    self._close()
+            with trainer.precision_plugin.forward_context(), self._given(pl_module, batch, True):
+                if self.forward is not None:
+                    self.forward(pl_module, batch)
+                else:
+                    pl_module(self._input_of(batch))
 
         return {
             "forward": forward,
@@ -273,12 +262,17 @@ class MetadataNormCallback(Callback):
 
     # -- parts ------------------------------------------------------------------------------------------
 
-    def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
-        self._close()
+    def _given(
+        self, pl_module: LightningModule, batch: Any, with_labels: bool
+    ) -> AbstractContextManager[None]:
         metadata, labels = metadata_at(pl_module, batch, self.metadata, self.labels if with_labels else None)
         selectors = (self.weights if with_labels else None, self.mask)
         rest = [part if part is None else select(batch, part, "the batch") for part in selectors]
-        self._open.enter_context(context.metadata(pl_module, metadata, labels, *rest))
+        return context.metadata(pl_module, metadata, labels, *rest)
+
+    def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
+        self._close()
+        self._open.enter_context(self._given(pl_module, batch, with_labels))
 
     def _close(self, *_: Any, **__: Any) -> None:
         self._open.close()

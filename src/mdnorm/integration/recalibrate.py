@@ -110,19 +110,16 @@ def recalibrate(
     ------
     TypeError
         `model` is not a module.
-    KeyError, IndexError
-        A batch has no such key or index as `keys` says.
-    ValueError
-        No layer, none that runs, no samples, an iterator, metadata or labels missing; `keys` with another
-        name, or beside `forward`.
+    ValueError, KeyError, IndexError
+        No layer, none that runs, no samples, an iterator, metadata or labels missing; `keys` beside
+        `forward`, with another name, or what a batch has not.
     RuntimeError
         Another process of the group failed.
 
     Notes
     -----
-    - The metadata at which nothing is removed stay the mean of `loader`.
-    - A layer that runs several times in a forward pass gets the fit over all its inputs.
-    - A layer with ``scale=True`` keeps its running scale, and the fit is made behind it.
+    - A layer that runs several times in a forward pass gets the fit over all its inputs. One with
+      ``scale=True`` keeps its running scale, and the fit is made behind it.
     - Which layers depend on each other is seen on the first batch: there a layer depends on the others if its
       input changes when what they put out changes. Layers that run in later batches only have a pass each.
     - With a mask, and where `nn.TransformerEncoder` makes a nested tensor of padded tokens, every position
@@ -199,20 +196,17 @@ class _Opened:
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader, self.first, self.rest = loader, list[Any](), iter(())
+        self.loader, self.first = loader, list[Any]()
+        self.rest: Iterator[Any] | None = None
 
-    def look(self) -> list[Any]:
-        """Open the loader and return its first batch, in a list that is empty where there is none."""
+    def open(self) -> None:
+        """Take the first batch, if there is one."""
         self.rest = iter(self.loader)
         self.first = list(itertools.islice(self.rest, 1))
-        return self.first
 
     def __iter__(self) -> Iterator[Any]:
-        if not self.first:
-            return iter(self.loader)
-        batches = itertools.chain(self.first, self.rest)
-        self.first = []
-        return batches
+        batches, self.rest = self.rest, None
+        return iter(self.loader) if batches is None else itertools.chain(self.first, batches)
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.loader)
@@ -230,17 +224,15 @@ def _passes(
     plain: dict[str, list[Any]] = {}
 
     def first_run() -> None:
-        if not loader.look():
-            raise NoSamplesError("no samples: the loader is empty.")
-        plain.update(_inputs(model, loader.first[0], run, layers, changing=False))
+        loader.open()
+        plain.update(_inputs(model, loader, run, layers, changing=False))
 
     def depending(names: list[str]) -> set[str]:
-        if not loader.first:
-            raise NoSamplesError("no samples: the loader is empty.")
+        some = {name: layers[name] for name in names}
         try:
-            changed = _inputs(
-                model, loader.first[0], run, {name: layers[name] for name in names}, changing=True
-            )
+            changed = _inputs(model, loader, run, some, changing=True)
+        except NoSamplesError:
+            raise
         except Exception:  # The model refuses such values: nothing is known.
             return set(names)
         return {name for name in names if changed[name] != plain[name]}
@@ -259,9 +251,11 @@ def _passes(
 
 
 def _inputs(
-    model: nn.Module, batch: Any, run: Forward, layers: Mapping[str, MetadataNorm], *, changing: bool
+    model: nn.Module, loader: _Opened, run: Forward, layers: Mapping[str, MetadataNorm], *, changing: bool
 ) -> dict[str, list[Any]]:
     """Return what tells the inputs of each layer from others, as they are or where all put out others."""
+    if not loader.first:
+        raise NoSamplesError("no samples: the loader is empty.")
     seen: dict[str, list[Any]] = {name: [] for name in layers}
 
     def note(name: str, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -276,7 +270,7 @@ def _inputs(
         for layer in layers.values() if changing else ():
             stack.callback(layer.register_forward_hook(change).remove)
         # A forward of the user's may take things out of the batch, or change its tensors in place.
-        run(model, tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch))
+        run(model, tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, loader.first[0]))
     return seen
 
 

@@ -26,11 +26,7 @@ def recalibrated(
     Inside the block every `MetadataNorm` has the coefficients that `mdnorm.recalibrate` gives it, and the
     model is in evaluation mode. Behind it everything is as it was before, bit for bit, also after an
     exception: training goes on as if nothing had been. So an accuracy by which an epoch is chosen, or
-    training stopped, is that of the model as it will be used, without the lag and the noise of running
-    coefficients.
-
-    It costs what `recalibrate` costs: a forward pass over `loader`, or as many as there are layers of which
-    each depends on the one before it.
+    training stopped, is that of the model as it will be used. It costs the passes of `recalibrate`.
 
     Parameters
     ----------
