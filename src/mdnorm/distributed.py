@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -178,7 +177,7 @@ class GroupSetting:
         self.value = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupSetting:
-        return copy.copy(self) if isinstance(self.value, str) else self
+        return self
 
     def __reduce__(self) -> tuple[type[GroupSetting], tuple[str]]:
         # A group means nothing in another process.

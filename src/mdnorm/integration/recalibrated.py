@@ -79,21 +79,16 @@ def recalibrated(
 
 def _state_of(layer: MetadataNorm) -> Callable[[], None]:
     """Return what puts all that a layer and the modules in it hold back in place."""
-    attributes = [(module, dict(vars(module))) for module in layer.modules()]
-    # By module the tensors and the modules that it has, since those of open sizes are made later.
-    all_entries: list[tuple[Any, dict[str, Any]]] = [
+    # Attributes, tensors and modules: those of open sizes are made later.
+    kept: list[tuple[Any, dict[str, Any]]] = [
         (entries, dict(entries))
         for module in layer.modules()
-        for entries in (module._buffers, module._parameters, module._modules)
+        for entries in (vars(module), module._buffers, module._parameters, module._modules)
     ]
     values = [(tensor, tensor.detach().clone()) for tensor in (*layer.parameters(), *layer.buffers())]
 
     def put_back() -> None:
-        for module, before in attributes:
-            for name in vars(module).keys() - before.keys():
-                del vars(module)[name]
-            vars(module).update(before)
-        for entries, before in all_entries:
+        for entries, before in kept:
             entries.clear()
             entries.update(before)
         # Tensors that an optimiser or a compiled graph knows stay themselves.
