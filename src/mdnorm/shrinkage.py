@@ -208,10 +208,9 @@ def found_again(trained: Regression, groups: Sequence[Moments]) -> FoundAgain | 
     """Return the share of a trained effect that new rows show; its error needs no model of the noise.
 
     The features of a new row are projected on each direction of the trained effect, ``h = F · values / σ``,
-    and regressed on what the effect predicts from the row's metadata. Features that go together, and noise
-    that differs between rows, are in the differences between the groups, of which each has the moments of the
-    design and of ``h`` (n, Q). The result is None without a trained effect, or where the metadata of the new
-    rows, given their labels, do not differ or differ in a single group only.
+    and regressed on what the effect predicts from the row's metadata. Each group of rows has the moments of
+    the design and of ``h`` (n, Q). The result is None without a trained effect, or where the metadata of the
+    new rows, given their labels, do not differ or differ in a single group only.
 
     References
     ----------

@@ -43,8 +43,7 @@ class Batch(NamedTuple):
 class Estimator(nn.Module, ABC):
     """Base class of the strategies that estimate the metadata's effect, and owner of a layer's state.
 
-    A subclass implements `forward`, the training step: it returns the corrected features and updates
-    `coefficients` and `mean`. Evaluation is the same for all and needs no labels.
+    A subclass implements `forward`, the training step, which updates `coefficients` and `mean`.
 
     Parameters
     ----------

@@ -29,13 +29,11 @@ class Spread(LeastSquares):
     this is ComBat's division by the site's scale (Johnson et al. 2007), for continuous metadata its smooth
     form.
 
-    A sample that pulls the fit to itself has a residual near zero whatever the variance: with its leverage
-    `h`, the residual's variance is 1 − h times that of the noise. So ``log r² / (1 − h)`` is fitted, with the
-    weight 1 − h. Of one sample it is a noisy measure (its variance is π²/2): a prior on γ_m, one unit wide a
-    standard deviation of metadata, holds the fit until there are clearly more than five.
-
-    The features are scaled about their overall mean, since the label, which would give each class a mean of
-    its own, is not there in evaluation. The factors are constants for the gradient.
+    With the leverage `h` of a sample, its residual's variance is 1 − h times that of the noise: so
+    ``log r² / (1 − h)`` is fitted, with the weight 1 − h. Of one sample it is a noisy measure (of
+    variance π²/2): a prior on γ_m, one unit wide a standard deviation of metadata, holds the fit until there
+    are clearly more than five. The features are scaled about their overall mean, since there are no labels in
+    evaluation. The factors are constants for the gradient.
 
     Attributes
     ----------

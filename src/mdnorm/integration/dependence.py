@@ -183,16 +183,8 @@ class DependenceRecorder:
     output : str, int or callable, optional
         Where the layer does not return a tensor: the key or attribute of a dict, a dataclass or a
         `ModelOutput`, the index in a tuple, or a function that returns the features, (n, ...).
-    within_labels : bool
-        Measure within each class of the labels.
-    column_names : sequence of str, or mapping from str to sequence of int, optional
-        Names of the metadata columns (default: ``column_0, column_1, …``); a mapping gives a name to several
-        columns that belong together: ``{"age": [0, 1, 2], "site": [3, 4]}``.
-    max_samples : int or None
-        Keep at most this many samples, drawn uniformly from all; None keeps all. Time grows with the square
-        of the samples, memory is at most twice as many rows.
-    seed : int
-        Of the sample.
+    within_labels, column_names, max_samples, seed
+        As of `mdnorm.metrics.DistanceCorrelation`.
 
     Raises
     ------
@@ -279,10 +271,9 @@ class DependenceRecorder:
 
         Raises
         ------
-        TypeError
-            An input is not real and numeric.
-        ValueError
-            Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing.
+        TypeError, ValueError
+            An input is not real and numeric; wrong shapes, different numbers of rows or columns, NaN or
+            infinite values, labels missing.
         RuntimeError
             Outside the ``with`` block, or the layer did not run.
         """

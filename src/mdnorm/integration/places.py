@@ -157,12 +157,10 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def refuse_wrapped_parts(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Raise ValueError where one of the modules is inside of a compiled or wrapped one."""
-    for around in model.modules():
-        if not _is_wrapped(around):
-            continue
-        inside = {id(module) for module in around.modules()}
+    for around in filter(_is_wrapped, model.modules()):
+        inside = set(around.modules())
         for name, module in modules.items():
-            if id(module) in inside:
+            if module in inside:
                 raise ValueError(
                     f"{name!r} is, or is inside, a compiled or wrapped module ({type(around).__name__}), "
                     "which would not see what is inserted now: insert first, then compile or wrap."
