@@ -153,9 +153,6 @@ def _emptied(values: Any) -> Any:
     )
 
 
-# -- process groups ---------------------------------------------------------------------------------------
-
-
 class GroupSetting:
     """A checked `process_group`; copies of a model share the group, which itself cannot be copied."""
 
@@ -245,9 +242,6 @@ def eager(function: Callable[..., T]) -> Callable[..., T]:
         if torch.compiler.is_compiling()
         else function
     )
-
-
-# -- collectives ------------------------------------------------------------------------------------------
 
 
 class _AllReduceSum(torch.autograd.Function):

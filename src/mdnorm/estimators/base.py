@@ -209,8 +209,6 @@ class Estimator(nn.Module, ABC):
         at[p - 1] = 1
         return torch.cat([rows[p:], (at @ rows).unsqueeze(0)])
 
-    # -- state --------------------------------------------------------------------------------------------
-
     def reset_parameters(self) -> None:
         """Forget everything learned: all state back to zero, the sizes stay."""
         self.__dict__.pop("_standardised", None)

@@ -76,9 +76,6 @@ def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = Non
         return model(*inputs, **keywords)
 
 
-# -- parts of a batch -----------------------------------------------------------------------------------
-
-
 def parts_of(
     model: nn.Module, batch: Any, keys: Mapping[str, Any] | None, has_metadata: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
@@ -139,9 +136,6 @@ def _usual_keys(model: nn.Module, batch: Any, has_metadata: bool) -> dict[str, A
         f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, labels) "
         "or a dict with the key 'metadata': give keys=, where its parts are."
     )
-
-
-# -- metadata of a batch --------------------------------------------------------------------------------
 
 
 def metadata_at(
@@ -208,9 +202,6 @@ def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the metadata differ in their number of rows: {lengths}.")
     return torch.stack(columns, dim=1)
-
-
-# -- the model ------------------------------------------------------------------------------------------
 
 
 def _device_of(model: nn.Module) -> torch.device | None:

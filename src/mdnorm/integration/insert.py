@@ -227,9 +227,6 @@ def remove(model: nn.Module, after: Target | Sequence[Target] | None = None) -> 
     return removed
 
 
-# -- the layer ----------------------------------------------------------------------------------------------
-
-
 def without_layer(
     model: nn.Module, modules: dict[str, nn.Module], settings: dict[str, Any]
 ) -> dict[str, nn.Module]:

@@ -154,8 +154,6 @@ class MetadataNormCallback(Callback):
         self._validation = ExitStack()
         self._measures: list[DependenceCallback] = []
 
-    # -- start and end ----------------------------------------------------------------------------------
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Insert the layers: before the optimiser is made and the model is wrapped."""
         if self.after is not None:
@@ -208,8 +206,6 @@ class MetadataNormCallback(Callback):
 
     on_exception = teardown
 
-    # -- steps ------------------------------------------------------------------------------------------
-
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -259,8 +255,6 @@ class MetadataNormCallback(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Put the state of the training back, before a checkpoint is saved."""
         self._validation.close()
-
-    # -- parts ------------------------------------------------------------------------------------------
 
     def _given(
         self, pl_module: LightningModule, batch: Any, with_labels: bool

@@ -107,9 +107,6 @@ def near_names(part: str, names: Iterable[str]) -> str:
     return f"its modules are {', '.join(known[:30])}, …; {last}"
 
 
-# -- weights without their module -------------------------------------------------------------------------
-
-
 def lenders(model: nn.Module) -> dict[int, str]:
     """Return the modules whose weights alone are used, with the name of the one that calls them by it."""
     return {
@@ -133,9 +130,6 @@ def _without_lenders(model: nn.Module, found: set[int], what: str) -> set[int]:
 def calls_its_children(module: nn.Module) -> bool:
     """Whether this is an `nn.Sequential` that does what one does."""
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
-
-
-# -- what cannot have a layer -----------------------------------------------------------------------------
 
 
 def refuse_wrapped(model: nn.Module) -> None:

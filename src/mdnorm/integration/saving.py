@@ -167,9 +167,6 @@ def _inside(model: nn.Module) -> nn.Module:
             return model
 
 
-# -- tensors ----------------------------------------------------------------------------------------------
-
-
 def _tensors(model: nn.Module, left_out: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the state by name, and for tensors with several names (tied weights) that of the one."""
     tensors: dict[str, Tensor] = {}
@@ -245,9 +242,6 @@ def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
     if not isinstance(getattr(place, own, attached), AttachedDesign):
         raise ValueError(f"it has a design as {name!r}, where the model has something else")
     place.add_module(own, attached.to(device_for_design(model)))
-
-
-# -- options ----------------------------------------------------------------------------------------------
 
 
 def _as_json(after: str, key: str, value: Any) -> Any:
