@@ -24,7 +24,7 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
     if isinstance(values, Tensor):
         if values.is_complex():
             raise TypeError(
-                f"{name} must be real, got dtype {values.dtype}: pass its real and imaginary part as columns."
+                f"{name} must be real, got {values.dtype}: real and imaginary part are two columns."
             )
         return plain_tensor(values)
     if values is None:
@@ -66,8 +66,7 @@ def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
         if wrong:
             what = f"but the column(s) {listed(wrong)} are not"
         raise TypeError(
-            f"{name} must be real and numeric, {what}: encode categories as columns (one-hot) first, or let "
-            "mdnorm.Design do so."
+            f"{name} must be real and numeric, {what}: encode categories as columns, as mdnorm.Design does."
         )
     return array
 
@@ -128,23 +127,16 @@ def columns_of(
         tensor = tensor.unsqueeze(1)
     if tensor.ndim != 2:
         raise ValueError(
-            f"{name} must have shape (num_samples,) or (num_samples, num_columns), got {tuple(tensor.shape)}."
+            f"{name} must have shape (num_samples,) or (num_samples, K), got {tuple(tensor.shape)}."
         )
     if device is not None and tensor.device != device:
         raise ValueError(
-            f"{name} is on {tensor.device} but the features are on {device}: move it with "
-            f"{name}.to({str(device)!r})."
+            f"{name} is on {tensor.device} but the features are on {device}: {name}.to({str(device)!r})."
         )
     if num_samples is not None and tensor.shape[0] != num_samples:
-        raise ValueError(
-            f"{name} has {tensor.shape[0]} rows but there are {num_samples} samples: one row a sample is "
-            "needed."
-        )
+        raise ValueError(f"{name} has {tensor.shape[0]} rows but there are {num_samples} samples.")
     if num_columns is not None and tensor.shape[1] != num_columns:
-        raise ValueError(
-            f"{name} has {tensor.shape[1]} column(s) but num_{name}={num_columns} was expected (shape "
-            f"{tuple(tensor.shape)})."
-        )
+        raise ValueError(f"{name} has {tensor.shape[1]} column(s) but num_{name}={num_columns} was expected.")
     if name == "metadata" and tensor.shape[1] == 0:
         raise ValueError("metadata has no columns: there is nothing to remove.")
     return tensor
@@ -182,8 +174,7 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
         low, high = int(indices.min()), int(indices.max())
         if low < 0 or high >= num_labels:
             raise ValueError(
-                f"labels has class index {low if low < 0 else high}, but num_labels={num_labels} allows 0 to "
-                f"{num_labels - 1} only."
+                f"labels has class index {low if low < 0 else high}, but num_labels={num_labels}."
             )
     # A comparison instead of one_hot: it needs no check of its own, so it can be traced.
     return indices.unsqueeze(1) == torch.arange(num_labels, device=indices.device)
@@ -251,9 +242,8 @@ def design_columns(
     blocks = design_blocks(metadata, labels, num_metadata, num_labels, **options)
     if blocks["metadata"].requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "metadata.requires_grad is True, but in training metadata are constants to the layer: the "
-            "gradient through the regression is that of the features. Give metadata.detach(); in evaluation "
-            "the gradient reaches metadata."
+            "metadata.requires_grad is True, but in training metadata are constants to the layer: give "
+            "metadata.detach(). In evaluation the gradient reaches metadata."
         )
     dtype = statistics_dtype(features.device)
     parts = [block.detach().to(dtype) for block in reversed(blocks.values())]
@@ -320,9 +310,7 @@ def plain_features(features: Tensor) -> Tensor:
 def position_mask(mask: Tensor | ArrayLike, features: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return a mask (N, positions) as one that spreads over the features."""
     if not dims:
-        raise ValueError(
-            "mask= says which positions count: it needs granularity='channel' and features with positions."
-        )
+        raise ValueError("mask= needs granularity='channel' and features with positions.")
     tensor = as_real_tensor(mask, "mask")
     tensor = tensor if isinstance(mask, Tensor) else tensor.to(features.device)
     expected = tuple(features.shape[dim] for dim in (0, *dims))
@@ -355,8 +343,7 @@ def check_same_order(**tables: Any) -> None:
                 row = int(np.flatnonzero(np.asarray(index != labels))[0])
                 raise ValueError(
                     f"{name} has the same row labels as {other}, but in another order (row {row}: "
-                    f"{index[row]!r} and {labels[row]!r}): bring them into one order, for example with "
-                    f"{name}.loc[{other}.index], or drop the labels with reset_index(drop=True) where rows "
-                    "do belong together by position."
+                    f"{index[row]!r} and {labels[row]!r}): take one, as {name}.loc[{other}.index], "
+                    "or drop the labels with reset_index(drop=True) where positions are right."
                 )
         known[name] = index

@@ -100,8 +100,7 @@ def columns_by_design(
         return metadata, labels
     if len(designs) > 1:
         raise ValueError(
-            f"the model has {len(designs)} designs, and the table may be meant for each: give it to the part "
-            "of the model that you mean."
+            f"the model has {len(designs)} designs: give the table to the part of the model that you mean."
         )
     wanted = labels is None and (with_labels or getattr(_tables, "with_labels", False))
     columns, own_labels = designs[0].columns_of_table(metadata, with_labels=wanted)

@@ -168,8 +168,7 @@ class GroupSetting:
                 return
         if not isinstance(value, str) or value not in ("auto", "world", "local"):
             raise TypeError(
-                f"process_group must be a torch.distributed.ProcessGroup, 'auto', 'world' or 'local', "
-                f"got {value!r}."
+                f"process_group must be a ProcessGroup, 'auto', 'world' or 'local', got {value!r}."
             )
         self.value = value
 

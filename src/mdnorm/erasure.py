@@ -210,8 +210,7 @@ class EraserFitter:
         positions = rows.shape[:-1]
         if labels is not None and not (self.within_labels or self.preserve_labels):
             raise ValueError(
-                "labels were given, but nothing uses them: leave them out, or set within_labels=True or "
-                "preserve_labels=True."
+                "labels were given, but nothing uses them: give within_labels=True or preserve_labels=True."
             )
         if labels is None and self.preserve_labels:
             raise ValueError("preserve_labels=True needs labels=.")
@@ -286,8 +285,7 @@ class EraserFitter:
         if not used.any():
             warn(
                 "there is nothing to erase: the features do not covary with what the labels leave of the "
-                "metadata (which is nothing where metadata are constant or determined by the labels). The "
-                "eraser changes nothing."
+                "metadata (nothing, if these are constant or determined by them). The eraser changes nothing."
             )
         elif self.preserve_labels:
             right = _without(right, whitening.mT @ of_labels)
@@ -339,9 +337,8 @@ def _without(directions: Tensor, kept: Tensor) -> Tensor:
     left, sizes, right = torch.linalg.svd(directions - basis @ (basis.mT @ directions), full_matrices=False)
     if len(sizes) < directions.shape[1] or bool((sizes < _PARALLEL).any()):
         raise ValueError(
-            "preserve_labels=True cannot be had: the features covary with the labels along (nearly) the same "
-            "directions as with the metadata (there are fewer features than columns, say). Leave it out, or "
-            "give fewer metadata columns."
+            "preserve_labels=True cannot be had: features covary with labels and metadata along nearly the "
+            "same directions (of few features, say). Leave it out, or give fewer metadata columns."
         )
     unit: Tensor = left / sizes @ right
     return unit

@@ -229,9 +229,7 @@ class MetadataNorm(nn.Module):
         RuntimeError where the sizes are not known yet.
         """
         if self.estimator is None:
-            raise RuntimeError(
-                f"{self._described()} has no coefficients before its first batch: its sizes are open."
-            )
+            raise RuntimeError(f"{self._described()} has no coefficients before its first batch.")
         part = self.estimator
         scale = part.scale[part.num_protected :].to(part.coefficients)
         return part.coefficients[: part.num_metadata] * scale.reshape(-1, *[1] * len(part.num_features))
@@ -272,9 +270,7 @@ class MetadataNorm(nn.Module):
         for name, number in have.items():
             expected = getattr(self, f"num_{name}")
             if expected is not None and number != expected:
-                raise ValueError(
-                    f"the Gram matrix has {number} {name} column(s), the layer num_{name}={expected}."
-                )
+                raise ValueError(f"the Gram matrix has {number} {name} column(s), not num_{name}={expected}.")
         self.num_metadata, self.num_labels = have["metadata"], have["labels"]
         self._gram = moments
         self._build()
@@ -355,14 +351,10 @@ class MetadataNorm(nn.Module):
                     features = part.evaluate(features, columns, dims, where)
             return features
         if labels is None and self.num_labels:
-            raise ValueError(
-                f"labels are needed in training: the layer has num_labels={self.num_labels}. In evaluation "
-                "(model.eval()) they are not."
-            )
+            raise ValueError(f"labels are needed in training: the layer has num_labels={self.num_labels}.")
         if labels is not None and self.num_labels == 0:
             raise ValueError(
-                "labels were given but the layer has num_labels=0: build it with the number of label columns "
-                "to protect them, or leave the labels out."
+                "labels were given but the layer has num_labels=0: build it with their number of columns."
             )
         if labels is not None and self.num_labels == 1 and self._finds_labels:
             # Found from the labels, and binary ones were all there were: indices of more classes are an error
@@ -408,8 +400,7 @@ class MetadataNorm(nn.Module):
         if given is None:
             raise RuntimeError(
                 f"{self._described()} got no metadata: run the model inside `with mdnorm.metadata(model, "
-                "metadata, labels):`, wrap it as mdnorm.WithMetadata(model), or give the layer its metadata "
-                "as an argument."
+                "metadata, labels):`, or as mdnorm.WithMetadata(model), or give the layer its metadata."
             )
         return given
 
@@ -431,8 +422,8 @@ class MetadataNorm(nn.Module):
                 f"{tuple(features.shape)}), the layer was built for {expected[0]}."
             )
         raise ValueError(
-            f"features of a sample have shape {shape}, the layer was built for {expected}; "
-            "granularity='channel' accepts any spatial size."
+            f"features of a sample have shape {shape}, the layer was built for {expected} "
+            "(granularity='channel': for any number of positions)."
         )
 
     def extra_repr(self) -> str:

@@ -131,9 +131,7 @@ class Moments:
         )
         values, columns = _table(features, "features", self.cross), _table(design, "design", self.gram[1:])
         if len(values) != len(columns):
-            raise ValueError(
-                f"features has {len(values)} rows and design {len(columns)}: one row each is needed."
-            )
+            raise ValueError(f"features has {len(values)} rows and design {len(columns)}.")
         weight = None if weights is None else checked_weights(weights, len(values), self.gram)
         if weight is not None and not bool((weight > 0).all()):
             used = weight > 0
@@ -148,8 +146,7 @@ class Moments:
             known = self._names.get(what, columns)
             if known != columns:
                 raise ValueError(
-                    f"{what} has the columns {list(columns[:10])}, before it had {list(known[:10])}: give "
-                    "the same ones in the same order."
+                    f"{what} has the columns {list(columns[:10])}, before it had {list(known[:10])}."
                 )
         return {**self._names, **names}
 
@@ -300,8 +297,7 @@ class Moments:
         names = {part.name for part in fields(cls)} - {"_names"}
         if set(arrays) != names:
             raise ValueError(
-                f"these arrays are not those of Moments: missing {sorted(names - set(arrays))}, unknown "
-                f"{sorted(set(arrays) - names)}."
+                f"no Moments: missing {sorted(names - set(arrays))}, unknown {sorted(set(arrays) - names)}."
             )
         values: dict[str, Any] = {
             name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()
@@ -321,10 +317,7 @@ def _table(values: Any, name: str, like: Tensor) -> Tensor:
     if tensor.ndim != 2:
         raise ValueError(f"{name} must have shape (num_rows, num_columns), got {tuple(tensor.shape)}.")
     if tensor.shape[1] != width:
-        raise ValueError(
-            f"{name} has {tensor.shape[1]} column(s), these moments have {width} "
-            f"(shape {tuple(tensor.shape)})."
-        )
+        raise ValueError(f"{name} has {tensor.shape[1]} column(s), these moments have {width}.")
     return tensor
 
 

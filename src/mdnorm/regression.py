@@ -95,8 +95,7 @@ def position_dims(features: Tensor, granularity: Granularity, channel_dim: int =
     """
     if features.ndim < 2:
         raise ValueError(
-            "features must have shape (num_samples, ...) with at least 2 dimensions, got "
-            f"{tuple(features.shape)}."
+            f"features must have at least 2 dimensions, (num_samples, ...), got {tuple(features.shape)}."
         )
     if granularity == "element":
         return ()
@@ -466,9 +465,8 @@ class _Regress(torch.autograd.Function):
                 if adjoint is not None:
                     if torch.is_grad_enabled():
                         raise RuntimeError(
-                            "estimator='running' keeps state in the backward pass, which can therefore be "
-                            "differentiated only once: for second derivatives take 'batch', 'dataset' or "
-                            "'recursive'."
+                            "estimator='running' keeps state in the backward pass, which can be "
+                            "differentiated only once: take 'batch', 'dataset' or 'recursive'."
                         )
                     # Of several processes, or of weights, the number is a tensor in float64.
                     samples = samples.to(batch.dtype) if isinstance(samples, Tensor) else samples

@@ -211,7 +211,7 @@ class TestErrors:
             model(images)
         mdnorm.attach_design(model)
         with (
-            pytest.raises(RuntimeError, match="has room for a design but none in it"),
+            pytest.raises(RuntimeError, match="has no design yet"),
             mdnorm.metadata(model, pd.DataFrame({"age": [1, 2, 3]})),
         ):
             pass

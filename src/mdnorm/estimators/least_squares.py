@@ -112,10 +112,7 @@ class LeastSquares(Estimator):
         if not 0 <= prior < math.inf:
             raise ValueError(f"prior must be a finite number of samples, at least 0, got {prior}.")
         if not 0 <= (decay or 0) < math.inf or not 0 <= rise < math.inf:
-            raise ValueError(
-                "decay must be a finite share and rise a finite number of samples, both at least 0, got "
-                f"decay={decay}, rise={rise}."
-            )
+            raise ValueError(f"decay and rise must be finite and at least 0, got decay={decay}, rise={rise}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.window, self.prior, self.averaging = float(window), float(prior), float(averaging)

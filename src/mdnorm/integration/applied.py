@@ -270,8 +270,7 @@ class FirstPass:
             if not outputs:
                 warn(
                     f"{name!r} did not run in the first forward pass of the {type(model).__name__}: where "
-                    "its weights alone are used, or its forward is called directly, the layer behind it "
-                    "corrects nothing."
+                    "weights alone are used, or forward is called directly, the layer corrects nothing."
                 )
             if name and any(is_in(features, output) for features in outputs):
                 warn_of_output(model, name)

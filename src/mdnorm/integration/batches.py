@@ -33,8 +33,7 @@ def checked_keys(keys: Keys | None) -> dict[str, Any] | None:
         return None
     if not isinstance(keys, Mapping):
         raise TypeError(
-            f"keys must be a dict such as {{'inputs': 'image', 'metadata': ['age', 'site'], 'labels': "
-            f"'label'}}, got {described(keys)}."
+            f"keys must be a dict as {{'inputs': 0, 'metadata': ['age', 'site']}}, got {described(keys)}."
         )
     unknown = [name for name in keys if name not in _NAMES]
     if unknown:

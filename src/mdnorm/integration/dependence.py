@@ -41,7 +41,7 @@ def select(value: Any, selector: Selector, what: str) -> Any:
         raise TypeError(
             f"{what} has no key or attribute {selector!r}: it is {described(value)}"
             + (f" with the attributes {fields}." if fields and not isinstance(value, Tensor) else ".")
-            + " Give an index, or a function that takes it apart."
+            + " Give an index or a function."
         )
     if isinstance(value, Mapping) and selector in value:
         return value[selector]
@@ -51,10 +51,7 @@ def select(value: Any, selector: Selector, what: str) -> Any:
         if -len(entries) <= selector < len(entries):
             return entries[selector]
         raise IndexError(f"{what} has no entry {selector}: it has {len(entries)}.")
-    raise TypeError(
-        f"{what} has no entry {selector}: it is {described(value)}. Give a key, or a function that takes it "
-        "apart."
-    )
+    raise TypeError(f"{what} has no entry {selector}: it is {described(value)}. Give a key or a function.")
 
 
 class _MissingKeyError(KeyError):
@@ -127,8 +124,7 @@ class LayerOutputs:
             what = f"what output= selects from {what}"
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"{what} is {described(output)}, not a tensor: give output= a key, an index or a function "
-                "that returns the features."
+                f"{what} is {described(output)}, not a tensor: give output= a key, an index or a function."
             )
         if output.ndim == 0:
             raise ValueError(f"{what} is a single number, it must have one row per sample.")

@@ -46,8 +46,7 @@ class AttachedDesign(nn.Module):
         """Return the design; RuntimeError where there is none yet, ValueError where the bytes are none."""
         if self.json.is_meta or self.json.numel() == 0:
             raise RuntimeError(
-                "the model has room for a design but none in it: load a checkpoint, or attach_design(model, "
-                "design)."
+                "the model has no design yet: load a checkpoint, or attach_design(model, design)."
             )
         encoded = bytes(self.json.cpu().tolist())
         if encoded[:8] != b"%08x" % zlib.crc32(encoded[8:]):
@@ -162,9 +161,7 @@ def designs_in(model: nn.Module) -> dict[str, AttachedDesign]:
 def _only_design(model: nn.Module) -> tuple[str, AttachedDesign] | None:
     attached = designs_in(model)
     if len(attached) > 1:
-        raise ValueError(
-            f"the model has {len(attached)} designs: call it with the part of the model that you mean."
-        )
+        raise ValueError(f"the model has {len(attached)} designs: give the part of it that you mean.")
     return next(iter(attached.items()), None)
 
 

@@ -108,10 +108,7 @@ def erase(
                 given |= dict(zip(("metadata", "labels"), columns, strict=True))
                 result = call_on(model, inputs[0]) if len(inputs) == 1 else model(*inputs, **keywords)
                 if not outputs:
-                    raise ValueError(
-                        f"{name!r} did not run: an eraser there would erase nothing. Give a module that the "
-                        "forward pass calls."
-                    )
+                    raise ValueError(f"{name!r} did not run: give a module that the forward pass calls.")
                 is_output = is_output or any(is_in(features, result) for features in outputs)
                 outputs.clear()
     except ValueError as error:

@@ -125,7 +125,4 @@ def _warn_of_order(loader: Iterable[Any]) -> None:
             "their own, not in that of a table. Give a DataLoader without shuffle=True and without a sampler."
         )
     if getattr(batches, "drop_last", False):
-        warn(
-            "the loader leaves out what fills no batch (drop_last=True): give one with drop_last=False for "
-            "features of all samples."
-        )
+        warn("the loader leaves out what fills no batch (drop_last=True): these rows have no features.")

@@ -114,9 +114,7 @@ def _common(argument: str, values: dict[str, int | None]) -> int | None:
     known = {name: value for name, value in values.items() if value is not None}
     if len(set(known.values())) > 1:
         listing = ", ".join(f"{name or 'the layer'}: {value}" for name, value in known.items())
-        raise ValueError(
-            f"the layers have different {argument} ({listing}): call fit_gram on each with its own metadata."
-        )
+        raise ValueError(f"the layers have different {argument} ({listing}): call fit_gram on each.")
     return next(iter(known.values()), None)
 
 

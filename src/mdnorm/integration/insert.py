@@ -240,8 +240,7 @@ def without_layer(
             fresh[name] = module
         elif differences := _differences(existing[1].settings, settings):
             raise ValueError(
-                f"{name!r} has a MetadataNorm already, with other options ({differences}): "
-                f"mdnorm.remove(model, {name!r}) first."
+                f"{name!r} has a MetadataNorm already, with other options ({differences}): remove it first."
             )
     places.refuse_wrapped_parts(model, fresh)
     return fresh

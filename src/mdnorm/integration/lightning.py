@@ -125,9 +125,7 @@ class MetadataNormCallback(Callback):
     ) -> None:
         super().__init__()
         if after is None and options:
-            raise ValueError(
-                f"{', '.join(options)} would be ignored: they are options of layers behind after=."
-            )
+            raise ValueError(f"{', '.join(options)} would be ignored: they belong to after=.")
         if inputs is not None and forward is not None:
             raise ValueError("inputs and forward both say how to run the model: give one of them.")
         self.metadata = metadata

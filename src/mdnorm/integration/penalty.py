@@ -56,8 +56,7 @@ def penalty_loss(model: nn.Module) -> Tensor:
     ready = [loss for loss in losses if loss is not None]
     if len(ready) < len(losses):
         raise RuntimeError(
-            "a layer with estimator='penalty' has no loss yet: call penalty_loss after a forward pass of the "
-            "model in training mode."
+            "a layer with estimator='penalty' has no loss yet: call penalty_loss after a forward pass in training."
         )
     for estimator, loss in zip(estimators, ready, strict=True):
         if torch.is_grad_enabled() and estimator.weight.requires_grad and not loss.requires_grad:

@@ -66,8 +66,7 @@ def _matching(model: nn.Module, names: dict[int, tuple[nn.Module, list[str]]], p
         return _without_lenders(model, found, f"the class {part.__name__}")
     if not isinstance(part, str):
         raise TypeError(
-            "after must be the name of a module, a pattern, a class of modules, a module or a list of them, "
-            f"got {part!r}."
+            f"after must be the name of a module, a pattern, a class, a module or several, got {part!r}."
         )
     exact = {key for key, (_, all_names) in names.items() if part in all_names}
     if exact:
@@ -167,9 +166,7 @@ def refuse_unusable(model: nn.Module, name: str, module: nn.Module, takes_apart:
     `takes_apart` says whether the output is to be taken apart or turned (`output`, `sample_dim`).
     """
     if isinstance(getattr(module, LAYER_NAME, None), MetadataNorm):
-        raise ValueError(
-            f"{name!r} has a MetadataNorm behind it already: name another module, or mdnorm.remove it first."
-        )
+        raise ValueError(f"{name!r} has a MetadataNorm behind it already: mdnorm.remove it first.")
     if hasattr(module, LAYER_NAME):
         raise ValueError(f"{name!r} has something else of the name {LAYER_NAME!r}: rename it.")
     caller = lenders(model).get(id(module))
@@ -181,8 +178,7 @@ def refuse_unusable(model: nn.Module, name: str, module: nn.Module, takes_apart:
     containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
     if isinstance(module, containers):
         raise ValueError(
-            f"{name!r} is an {type(module).__name__}, which has no output: name the modules in it, "
-            f"'{name}.*' say."
+            f"{name!r} is an {type(module).__name__}, which has no output: insert after '{name}.*', say."
         )
     if not isinstance(module, nn.Sequential):
         return
@@ -194,7 +190,4 @@ def refuse_unusable(model: nn.Module, name: str, module: nn.Module, takes_apart:
             f"call all its modules: insert after one of them, {last!r} say."
         )
     if takes_apart:
-        raise ValueError(
-            f"{name!r} is an nn.Sequential: with output= or sample_dim= insert after its last module, "
-            f"{last!r}."
-        )
+        raise ValueError(f"{name!r} is an nn.Sequential: with output= or sample_dim= insert after {last!r}.")

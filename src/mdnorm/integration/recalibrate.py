@@ -130,9 +130,7 @@ def recalibrate(
     model, group = group_of(model, process_group)
     for name, rows in (("loader", loader), ("held_out", held_out)):
         if isinstance(rows, Iterator):
-            raise ValueError(
-                f"{name} is exhausted after one pass, but more are needed: give a DataLoader or a list."
-            )
+            raise ValueError(f"{name} is exhausted after one pass: give a DataLoader or a list.")
     layers = context.layers_of(model)
     run = runner(forward, keys)
     # The layers in the order in which they first run.
