@@ -44,8 +44,7 @@ def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
     """
     if isinstance(values, (list, tuple)) and any(isinstance(part, Tensor) and part.ndim for part in values):
         raise TypeError(
-            f"{name} is a {type(values).__name__} of tensors, which may be its columns or its rows: give one "
-            "tensor, torch.stack(columns, 1) of columns."
+            f"{name} is a {type(values).__name__} of tensors, rows or columns: torch.stack(columns, 1)."
         )
     # NumPy would take what lies behind a mask for data.
     masked: Any = values
@@ -159,9 +158,8 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
             # Two values are one column however they are coded.
             if not (low >= 0 and high <= 1) and not (low == -1 and bool((tensor.abs() == 1).all())):
                 raise ValueError(
-                    f"labels are integers from {low} to {high} and nothing says how many classes there are: "
-                    "give num_labels (or, to functions without it, one-hot columns) for class indices, "
-                    "labels.float() for one column of an ordinal or continuous label."
+                    f"labels are integers from {low} to {high}: give num_labels or one-hot columns for class "
+                    "indices, labels.float() for one column of an ordinal or continuous label."
                 )
         return tensor
     if tensor.is_floating_point():
@@ -200,8 +198,7 @@ def raise_not_finite(dtype: torch.dtype, **blocks: Tensor) -> NoReturn:
             rows = sorted(set(bad_rows.tolist()))
             raise ValueError(
                 f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))[:5]}, "
-                f"row(s) {listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows "
-                "first."
+                f"row(s) {listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these."
             )
     for name, block in blocks.items():
         if not math.isfinite(torch.linalg.vector_norm(block.detach().to(dtype))):

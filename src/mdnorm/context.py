@@ -94,8 +94,7 @@ def columns_by_design(
         if isinstance(metadata, Mapping):
             raise TypeError(
                 f"metadata is a {type(metadata).__name__} of columns, but {type(model).__name__} has no "
-                "design that turns them into numbers: mdnorm.insert(model, after=…, design=design) or "
-                "mdnorm.attach_design(model, design) puts one there."
+                "design that turns them into numbers: mdnorm.attach_design(model, design) puts one there."
             )
         return metadata, labels
     if len(designs) > 1:

@@ -130,10 +130,8 @@ def even_batches(
         waiting = torch.tensor([float(batch is not None)], device=device)
         torch.distributed.all_reduce(waiting, group=group)
         if step == 0 and int(waiting) < world_size(group):
-            raise ValueError(
-                f"the loaders of {world_size(group) - int(waiting)} of {world_size(group)} processes are "
-                "empty: give every process at least one batch to make empty ones of."
-            )
+            missing = world_size(group) - int(waiting)
+            raise ValueError(f"the loaders of {missing} processes are empty: give each one batch at least.")
         if int(waiting) == 0:
             return
         if batch is None:
@@ -148,8 +146,7 @@ def _emptied(values: Any) -> Any:
     if getattr(values, "ndim", 0):
         return values[:0]
     raise TypeError(
-        f"a batch holds a {type(values).__name__}, which has no samples to take away: even_batches takes "
-        "tensors and tuples, lists and dicts of them."
+        f"a batch holds a {type(values).__name__}, which has no samples to take away: give tensors."
     )
 
 
@@ -160,8 +157,7 @@ class GroupSetting:
         if not isinstance(value, str) and torch.distributed.is_available():
             if value is torch.distributed.GroupMember.NON_GROUP_MEMBER:
                 raise ValueError(
-                    "this process does not belong to the process group: make the model share its moments in "
-                    "the group to which each process belongs."
+                    "this process does not belong to the process group: give it one that it is in."
                 )
             if isinstance(value, torch.distributed.ProcessGroup):
                 self.value: Any = value
@@ -201,9 +197,8 @@ def active_group(setting: Any) -> ProcessGroup | None:
     config = getattr(wrapper, "_join_config", None)
     if config is not None and config.enable and not config.throw_on_early_termination:
         raise RuntimeError(
-            "DistributedDataParallel.join cannot stand in for the collectives of metadata layers, so "
-            "processes that still have batches would wait for ever: iterate over "
-            "mdnorm.distributed.even_batches(loader) instead, or give join throw_on_early_termination=True."
+            "DistributedDataParallel.join cannot stand in for the collectives of metadata layers: iterate "
+            "over mdnorm.distributed.even_batches(loader), or give join throw_on_early_termination=True."
         )
     if setting == "auto":
         if wrapper is None:

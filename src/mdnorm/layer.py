@@ -384,8 +384,7 @@ class MetadataNorm(nn.Module):
         """Evaluate sequences of several lengths, the nested tensor that `nn.TransformerEncoder` makes."""
         if self.training or self.granularity != "channel":
             raise ValueError(
-                "nested features, of sequences of several lengths, are corrected in evaluation and with "
-                "granularity='channel' only: give padded features and mask=."
+                "nested features need evaluation and granularity='channel': give padded ones and mask=."
             )
         rows = columns_of(metadata, "metadata", num_samples=features.size(0))
         parts = [

@@ -104,8 +104,7 @@ def position_dims(features: Tensor, granularity: Granularity, channel_dim: int =
     channel = channel_dim + features.ndim if channel_dim < 0 else channel_dim
     if not 1 <= channel < features.ndim:
         raise ValueError(
-            f"channel_dim={channel_dim} is not a feature dimension of features with shape "
-            f"{tuple(features.shape)} (dimension 0 holds the samples)."
+            f"channel_dim={channel_dim} is not a feature dimension of shape {tuple(features.shape)}."
         )
     return tuple(dim for dim in range(1, features.ndim) if dim != channel)
 

@@ -317,8 +317,7 @@ def _refuse_far_columns(columns: Tensor, left: Tensor) -> None:
     """Raise ValueError where finite columns are not finite in the units and the dtype of the regression."""
     if bool(columns.isfinite().all()) and not bool(left.isfinite().all()):
         raise ValueError(
-            f"metadata or labels have values that overflow {left.dtype} in the units of their first batch: "
-            "look for wrong values, or give the column in a larger unit."
+            f"metadata or labels overflow {left.dtype} in the units of their first batch: give larger units."
         )
 
 
@@ -326,9 +325,8 @@ def _refuse_transforms(features: Tensor) -> None:
     if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(features):
         return
     raise RuntimeError(
-        "estimator='running' cannot train inside torch.func (vmap, grad, vjp, ...): it updates state in the "
-        "backward pass, which those transforms do not allow. Train each model by loss.backward(), or take "
-        "'batch', 'dataset', 'recursive' or 'penalty'. Evaluation (model.eval()) works."
+        "estimator='running' cannot train inside torch.func: it updates state in the backward pass. Train by "
+        "loss.backward(), or take 'batch', 'dataset', 'recursive' or 'penalty'. Evaluation works."
     )
 
 
@@ -348,9 +346,8 @@ def _refuse_traced_checkpoint() -> bool:
         if "activation_checkpoint" in str(getattr(tracer, "source_target", "")):
             raise RuntimeError(
                 "'running', 'recursive' and scale=True cannot train inside of an activation-checkpointed "
-                "part of a compiled model: the part is repeated with the state that the batch has already "
-                "entered, and the gradient would be wrong. Keep the layer out of the checkpointed part (it "
-                "saves only the design), or take estimator 'batch' or 'dataset' without scale."
+                "part of a compiled model, which is repeated with the state that the batch has entered. "
+                "Keep the layer out of it, or take estimator 'batch' or 'dataset' without scale."
             )
         tracer = tracer.parent
     return False

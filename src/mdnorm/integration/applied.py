@@ -96,8 +96,7 @@ class Application:
         if not isinstance(arguments[0], Tensor):
             name = getattr(layer, "inserted_after", "")
             raise TypeError(
-                f"the output of {name!r} is {described(arguments[0])}: insert after its last module, not "
-                "after the nn.Sequential, where output= can be given."
+                f"the output of {name!r} is {described(arguments[0])}: insert after its last module."
             )
         if not torch.compiler.is_compiling():
             self.shape = _shape(arguments[0])
@@ -144,8 +143,7 @@ def find_features(output: Any, selector: Selector | None, name: str) -> Tensor:
         return found
     if isinstance(found, PackedSequence):
         raise TypeError(
-            f"the output of {name!r} is a PackedSequence, which has no row per sample: give the module "
-            "padded sequences, or insert behind a later one."
+            f"the output of {name!r} is a PackedSequence, with no row per sample: insert behind a later one."
         )
     raise TypeError(
         f"the output of {name!r} is {described(output)}: no tensor to correct. Give output= a key, an index "
@@ -159,8 +157,7 @@ def samples_first(features: Tensor, sample_dim: int, name: str) -> Tensor:
     """Return a module's output with the dimension of the samples as the first."""
     if not -features.ndim <= sample_dim < features.ndim:
         raise ValueError(
-            f"sample_dim={sample_dim}, but the output of {name!r} has shape {tuple(features.shape)}, "
-            f"{features.ndim} dimension(s): give the one that counts the samples."
+            f"sample_dim={sample_dim}, but the output of {name!r} has shape {tuple(features.shape)}."
         )
     return features.movedim(sample_dim, 0)
 
@@ -184,8 +181,7 @@ def replaced(output: Any, selector: Selector | None, corrected: Tensor, name: st
     new = {key: corrected for key, value in entries if value is found}
     if not new:
         raise TypeError(
-            f"output= must return one of the entries of the output of {name!r} ({described(output)}), "
-            "not a new tensor or one further inside: the corrected one goes back in its place."
+            f"output= must return an entry of the output of {name!r} ({described(output)}), not a new tensor."
         )
     if isinstance(output, tuple):
         values = [new.get(key, value) for key, value in entries]

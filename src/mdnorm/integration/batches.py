@@ -93,8 +93,7 @@ def parts_of(
         keywords = {name: value for name, value in batch.items() if name not in named}
         if unknown := _not_taken(model.model if isinstance(model, WithMetadata) else model, keywords):
             raise TypeError(
-                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=, "
-                "where the parts of the batch are that are needed."
+                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=."
             )
     else:
         several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
@@ -151,8 +150,7 @@ def metadata_at(
     if metadata is None:
         if design is None:
             raise ValueError(
-                "nothing says where the metadata of a batch are, and the model has no design whose columns "
-                "they could be: give keys={'metadata': …}, a key of the batch or a list of them."
+                "nothing says where the metadata are: give keys={'metadata': …}, or attach a design."
             )
         metadata = columns
     if not isinstance(metadata, (list, tuple)):
@@ -192,8 +190,7 @@ def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:
         column = as_real_tensor(select(batch, part, _BATCH), f"metadata {part!r}")
         if column.ndim not in (1, 2) or column.shape[1:].numel() != 1:
             raise ValueError(
-                f"metadata {part!r} must be one column, of shape (n,) or (n, 1), got "
-                f"{tuple(column.shape)}: give a function of the batch that concatenates the columns."
+                f"metadata {part!r} must be one column, (n,) or (n, 1), got {tuple(column.shape)}."
             )
         # Columns of a batch may be tensors and lists, of different types.
         columns.append(column.flatten().cpu().double())

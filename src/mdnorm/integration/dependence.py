@@ -138,8 +138,8 @@ class LayerOutputs:
         self.clear()
         if not outputs:
             raise RuntimeError(
-                f"the layer {self.name!r} did not run since the last update: record while the model runs, "
-                "and a layer that its forward pass calls (as a module, not by its weights)."
+                f"the layer {self.name!r} did not run since the last update: record one that "
+                "the forward pass calls (as a module, not by its weights)."
             )
         runs = f"the layer {self.name!r} ran {len(outputs)} time(s) since the last update"
         counts = [output.shape[0] for output in outputs]

@@ -97,8 +97,7 @@ def features(
                 rows = samples_first(rows, inserted_there[1].sample_dim, name)
             if rows.is_nested:
                 raise TypeError(
-                    f"the output of {name!r} is a nested tensor, not one of one row per sample: give output= "
-                    "a function that returns the features."
+                    f"the output of {name!r} is a nested tensor: give output= a function that returns rows."
                 )
             is_half = rows.is_floating_point() and torch.finfo(rows.dtype).bits < 32
             parts.append((rows.float() if is_half else rows).cpu())

@@ -129,8 +129,7 @@ def _batches(
         return
     if labels is not None or weights is not None:
         raise ValueError(
-            "labels and weights come with each batch, as (metadata, labels, weights) or where keys say, when "
-            "metadata is an iterable of batches."
+            "labels and weights come with each batch, or where keys say, where metadata are batches."
         )
     if keys is None and isinstance(metadata, (list, tuple)):
         bare = [part for part in metadata if not (isinstance(part, (tuple, list)) or context.is_table(part))]

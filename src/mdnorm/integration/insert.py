@@ -284,8 +284,7 @@ def _run_example(model: nn.Module, modules: dict[str, nn.Module], example: Any) 
     idle = [name for name in modules if name not in given]
     if idle:
         raise ValueError(
-            f"{', '.join(map(repr, idle))} did not run on the example: a layer there would correct nothing. "
-            "Insert after a module that the forward pass calls."
+            f"{', '.join(map(repr, idle))} did not run on the example: insert after a module that runs."
         )
     for row, layer in inserted(model):
         if row.name not in modules:
@@ -314,8 +313,7 @@ def _sizes_of_design(
     for attached in designs_in(model).values():
         if attached.json.numel() and attached.design().to_json() != design.to_json():
             raise ValueError(
-                "the model has another design already, for the layers that it has: give that one, or "
-                "mdnorm.remove(model) or mdnorm.attach_design(model, design) first."
+                "the model has another design already: give that one, or mdnorm.remove(model) first."
             )
     if hasattr(model, DESIGN_NAME) and not designs_in(model):
         raise ValueError(f"the model has something else of the name {DESIGN_NAME!r}: rename it.")

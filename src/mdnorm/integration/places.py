@@ -136,8 +136,7 @@ def refuse_wrapped(model: nn.Module) -> None:
     check_module(model)
     if _is_wrapped(model):
         raise ValueError(
-            f"the model is compiled or wrapped ({type(model).__name__}), which would not see what is "
-            "inserted now: insert into the plain model first, then compile or wrap it."
+            f"the model is compiled or wrapped ({type(model).__name__}): insert into the plain model first."
         )
 
 
@@ -172,8 +171,8 @@ def refuse_unusable(model: nn.Module, name: str, module: nn.Module, takes_apart:
     caller = lenders(model).get(id(module))
     if caller is not None:
         raise ValueError(
-            f"{name!r} lends its weights to the nn.MultiheadAttention around it, which never calls it: a "
-            f"layer there would correct nothing. Insert after {caller!r}."
+            f"{name!r} lends its weights to an nn.MultiheadAttention, which never calls it. Insert after "
+            f"{caller!r}."
         )
     containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
     if isinstance(module, containers):

@@ -178,8 +178,7 @@ def _tensors(model: nn.Module, left_out: set[str]) -> tuple[dict[str, Tensor], d
         is_dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
         if not is_dense or hasattr(value, "full_tensor"):
             raise TypeError(
-                f"the state of the model has {name!r}, which is a {type(value).__name__} and not a dense "
-                "tensor with all of its values: the file holds nothing else. Gather a sharded model first."
+                f"the state has {name!r}, a {type(value).__name__} and not a dense tensor: gather it first."
             )
         value = plain_tensor(value.detach())
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
@@ -218,10 +217,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is no JSON ({error}).") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} was not written by mdnorm.save: it is a safetensors file without mdnorm's layers. Load "
-            "its weights by safetensors.torch.load_file and load_state_dict."
-        )
+        raise ValueError(f"{path} was not written by mdnorm.save: load it by safetensors.torch.load_file.")
     if state.get("version") != _VERSION:
         raise ValueError(
             f"{path} has version {state.get('version')!r}, this mdnorm reads {_VERSION}: update it."

@@ -89,8 +89,7 @@ class WithMetadata(nn.Module):
             is_for_model = name == "labels" and self.forward_labels
             if value is not None and metadata is None and not is_for_model:
                 raise ValueError(
-                    f"{name}= was given without metadata=: no layer would get it. Give both here, or both to "
-                    "mdnorm.metadata around this call."
+                    f"{name}= was given without metadata=: give both here or to mdnorm.metadata."
                 )
         if self.forward_labels and labels is not None:
             kwargs["labels"] = labels
