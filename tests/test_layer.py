@@ -544,7 +544,7 @@ class TestBadInput:
                 (4, 1),
                 {"prior": -1.0},
                 ValueError,
-                "prior must be a finite number of samples, at least 0, got -1",
+                "prior must be a finite number, at least 0, got -1",
             ),
             ((4, 1), {"prior": math.nan}, ValueError, "prior must be a finite number"),
             ((4, 1), {"prior": math.inf}, ValueError, "prior must be a finite number"),

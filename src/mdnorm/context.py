@@ -242,13 +242,10 @@ def metadata(
 
     Notes
     -----
-    - Blocks nest; the inner one counts, and the outer one again after it. Each model has its own: blocks of
-      several models with different metadata can be open together. An exception closes the block.
-    - What one thread gives, it alone sees. `nn.DataParallel` runs the model in threads, each with a part of
-      the batch: use `mdnorm.WithMetadata` there, whose metadata it splits as well.
-    - Activation checkpointing runs layers again in the backward pass. Outside of the block they then see
-      the metadata of the last block: right where each forward pass is followed by its backward pass. Where
-      several come first, have the backward pass inside the block. The running state is not updated twice.
+    - Blocks nest, and each model has its own. What one thread gives, it alone sees: with `nn.DataParallel`
+      use `mdnorm.WithMetadata`.
+    - Activation checkpointing runs layers again in the backward pass. Outside of the block they then see the
+      metadata of the last block. Where several forward passes come first, have the backward pass inside it.
     - `torch.compile` takes tensors (not arrays) as inputs of the graph: new metadata do not compile anew.
 
     Examples

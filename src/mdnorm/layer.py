@@ -111,9 +111,8 @@ class MetadataNorm(nn.Module):
     -----
     - A batch of any size works; "batch" returns 1 sample unchanged in training.
     - "running" keeps state of the backward pass, too. It takes the loss to be a mean over the batch (for a
-      sum give ``reduction="sum"``) and the gradients that reach it to be those of one loss: give all losses
-      to one backward pass a training forward, and take another estimator where losses alternate (a GAN) or a
-      second derivative is needed.
+      sum give ``reduction="sum"``), with one backward pass a training forward. Take another estimator where
+      losses alternate (a GAN) or a second derivative is needed.
     - Metadata are constants in training. In evaluation the gradient reaches them.
     - Before the first training batch (or a loaded state) evaluation returns the features unchanged.
     - A batch whose features overflow to infinity or NaN passes them on but does not enter the state.

@@ -43,7 +43,7 @@ class Moments:
     """Weighted means and sums of products about them: all that least squares needs of a data set, in float64.
 
     Start with `Moments.empty`, add rows with `update`, put parts together with `merge`, get coefficients with
-    `solve`. The size does not depend on the number of rows.
+    `solve`.
 
     Attributes
     ----------

@@ -102,17 +102,15 @@ class LeastSquares(Estimator):
         **options: Any,
     ) -> None:
         super().__init__(num_metadata, num_labels, num_features, **options)
-        given = {"window": window, "prior": prior, "averaging": averaging, "rise": rise}
+        given = {"window": window, "averaging": averaging, "prior": prior, "rise": rise}
         for name, value in (given | ({} if decay is None else {"decay": decay})).items():
             # A bool is a number to Python, and never meant as one here.
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {value!r}.")
+            if name in ("prior", "rise", "decay") and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number, at least 0, got {value}.")
         if not window > 0:
             raise ValueError(f"window must be a positive number of samples, got {window}.")
-        if not 0 <= prior < math.inf:
-            raise ValueError(f"prior must be a finite number of samples, at least 0, got {prior}.")
-        if not 0 <= (decay or 0) < math.inf or not 0 <= rise < math.inf:
-            raise ValueError(f"decay and rise must be finite and at least 0, got decay={decay}, rise={rise}.")
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.window, self.prior, self.averaging = float(window), float(prior), float(averaging)

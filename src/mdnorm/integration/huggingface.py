@@ -67,9 +67,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     Notes
     -----
-    - `Trainer` saves its checkpoints before the recalibration, with the state of the training: call
-      ``trainer.save_model()`` after `train`. With ``load_best_model_at_end=True`` it is the best model that
-      is recalibrated.
+    - `Trainer` saves its checkpoints before the recalibration: call ``trainer.save_model()`` after `train`.
+      With ``load_best_model_at_end=True`` it is the best model that is recalibrated.
     - ``from_pretrained`` fills what the constructor of a class made: let a subclass insert there, with
       `num_metadata`, `num_labels` and `num_features`. The original class loads the folder without the layers.
     - Several GPUs in one process (`nn.DataParallel`) would split the batch and not the metadata: start one

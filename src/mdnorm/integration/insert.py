@@ -81,8 +81,10 @@ def insert(
 ) -> InsertionReport:
     """Put a `MetadataNorm` behind modules of a model, in place; nothing else about the model changes.
 
-    Afterwards give the metadata of each batch with `mdnorm.metadata` or `mdnorm.WithMetadata`. The page "Into
-    any model" says what stays as it is: names, checkpoints, copies.
+    The layer becomes a child ``metadata_norm`` of the module. Afterwards give the metadata of each batch with
+    `mdnorm.metadata` or `mdnorm.WithMetadata`. Inserting again with the same options changes nothing. The
+    page "Into any model" says what stays as it is (names, checkpoints, copies), and which modules bypass
+    their layer.
 
     Parameters
     ----------
@@ -120,33 +122,18 @@ def insert(
     Raises
     ------
     ValueError
-        A name or pattern matches nothing (the message lists names that are near); the module has a layer
-        already, with other options; a container that cannot be followed, such as an `nn.ModuleList`; the
-        `out_proj` of an `nn.MultiheadAttention`, whose weights alone are used; the model is compiled or
+        A name or pattern matches nothing; the module has a layer already, with other options, or no output of
+        its own (an `nn.ModuleList`, the `out_proj` of an `nn.MultiheadAttention`); the model is compiled or
         wrapped, or has another design; with `example`, a module that does not run, or whose output has no
         dimension `sample_dim`.
-    TypeError
-        `after` or `design` is something else, or the output has no tensor.
-    RuntimeError
-        The design is not fitted.
+    TypeError, RuntimeError
+        `after` or `design` is something else, or the output has no tensor; the design is not fitted.
 
     Warns
     -----
     UserWarning
         The output of the module is that of the model; or the module did not run in the model's first forward
         pass. Both are known at once with `example`, otherwise after that pass.
-
-    Notes
-    -----
-    - The layer becomes a child of the module, named ``metadata_norm``, and a forward hook of the module
-      applies it. (An `nn.Sequential` gets it as its last module, without a hook.)
-    - A checkpoint from before the insertion loads as it is, ``strict`` included: only if it has something of
-      a layer must it have all.
-    - A module that is called several times in a forward pass, or has several places, has one layer with one
-      state: each call is corrected, and its batch counts.
-    - Inserting again with the same options changes nothing.
-    - A module whose ``forward`` is called directly, or whose weights alone are used, bypasses its layer; the
-      report shows no output shape then. Patterns and classes leave such parts of `nn.MultiheadAttention` out.
 
     Examples
     --------

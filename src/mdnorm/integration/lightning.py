@@ -89,11 +89,10 @@ class MetadataNormCallback(Callback):
 
     Notes
     -----
-    - Checkpoints that were saved during the fit have the running coefficients, so that a fit can go on from
-      them: recalibrate the best one once it is loaded (`mdnorm.recalibrate`). After the fit
-      ``trainer.save_checkpoint(path)`` has the coefficients of the recalibration.
-    - A training loader without an end, or one that cannot be gone through again, is none to recalibrate on:
-      ``recalibrate=False``, with the validation as well.
+    - Checkpoints of the fit have the running coefficients, so that it can go on from them: recalibrate the
+      best one once it is loaded. ``trainer.save_checkpoint(path)`` after the fit has those of the
+      recalibration.
+    - A training loader without an end, or one that cannot be gone through again, needs ``recalibrate=False``.
     - Strategies that start their processes within `fit` ("ddp_spawn") bring back the state of the model only:
       `mdnorm.insert` the layers before, with the same options.
 

@@ -122,10 +122,9 @@ def recalibrate(
       ``scale=True`` keeps its running scale, and the fit is made behind it.
     - Which layers depend on each other is seen on the first batch: there a layer depends on the others if its
       input changes when what they put out changes. Layers that run in later batches only have a pass each.
-    - With a mask, and where `nn.TransformerEncoder` makes a nested tensor of padded tokens, every position
-      that is no padding counts the same, whatever the batches are padded to.
-    - Errors take the rows to be independent, and weights to say how much a row counts, not how often it was
-      observed: they are those of ``(Σ w)² / Σ w²`` rows. Several rows of one person count for too much.
+    - With a mask (or nested tensors), every position that is no padding counts the same, whatever the batches
+      are padded to.
+    - Errors take the rows to be independent: several rows of one person count for too much.
     """
     model, group = group_of(model, process_group)
     for name, rows in (("loader", loader), ("held_out", held_out)):

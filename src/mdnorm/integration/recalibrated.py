@@ -45,10 +45,9 @@ def recalibrated(
 
     Notes
     -----
-    - What comes back: parameters, buffers, sizes and attributes of the layers, the mode of every module,
-      buffers that the passes over `loader` changed, the random numbers of torch, NumPy and Python, and those
-      that the loader, its data set and transforms hold. What the block itself does to the rest of the model
-      or to random numbers stays.
+    - What comes back: all of the layers, the mode of every module, buffers that the passes over `loader`
+      changed, the random numbers of torch, NumPy and Python, and those that the loader, its data set and
+      transforms hold. What the block itself does to the rest of the model or to random numbers stays.
     - Do not train inside the block: the layers would forget it.
     - A pass over the same loader may be under way, in the midst of an epoch: it goes on behind the block.
       Loaders that go through a stream from where they stopped (some iterable data sets) lose what was read.

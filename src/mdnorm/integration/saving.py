@@ -210,7 +210,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(f"{path} is no safetensors file, or damaged: {error}.") from error
+        raise ValueError(f"{path} is no safetensors file, or damaged or truncated: {error}.") from error
     text = header.get("mdnorm", "")
     try:
         state = json.loads(text) if text else {}
