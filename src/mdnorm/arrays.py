@@ -150,30 +150,27 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
     tensor = as_real_tensor(labels, "labels")
     if num_labels in (0, 1) or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
         return tensor
-    is_index = not tensor.is_floating_point() and tensor.dtype != torch.bool
-    if num_labels is None:
-        if is_index and tensor.numel() and not is_traced():
-            # torch has no minimum of the larger unsigned integers.
-            low, high = int(tensor.long().min()), int(tensor.long().max())
-            # Two values are one column however they are coded.
-            if not (low >= 0 and high <= 1) and not (low == -1 and bool((tensor.abs() == 1).all())):
-                raise ValueError(
-                    f"labels are integers from {low} to {high}: give num_labels or one-hot columns for class "
-                    "indices, labels.float() for one column of an ordinal or continuous label."
-                )
+    if num_labels is None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
         return tensor
     if tensor.is_floating_point():
         raise ValueError(
             f"labels has 1 column(s) of {tensor.dtype} but num_labels={num_labels} was expected: class "
             "indices must be integers (labels.long()), label columns must be that many."
         )
+    # As int64: torch has no minimum of the larger unsigned integers.
     indices = tensor.reshape(-1).long()
-    if not torch.compiler.is_compiling() and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= num_labels:
+    is_hidden = is_traced() if num_labels is None else torch.compiler.is_compiling()
+    low, high = (0, 0) if is_hidden or not len(indices) else map(int, indices.aminmax())
+    if num_labels is None:
+        # Two values are one column however they are coded.
+        if (low < 0 or high > 1) and not (low == -1 and bool((indices.abs() == 1).all())):
             raise ValueError(
-                f"labels has class index {low if low < 0 else high}, but num_labels={num_labels}."
+                f"labels are integers from {low} to {high}: give num_labels or one-hot columns for class "
+                "indices, labels.float() for one column of an ordinal or continuous label."
             )
+        return tensor
+    if low < 0 or high >= num_labels:
+        raise ValueError(f"labels has class index {low if low < 0 else high}, but num_labels={num_labels}.")
     # A comparison instead of one_hot: it needs no check of its own, so it can be traced.
     return indices.unsqueeze(1) == torch.arange(num_labels, device=indices.device)
 
