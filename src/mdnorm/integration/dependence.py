@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from mdnorm.arrays import as_real_tensor, plain_tensor
 from mdnorm.integration.places import near_names
-from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling, add_rows
 
 if TYPE_CHECKING:
@@ -86,6 +86,33 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
         if module is layer:
             return name, module
     raise ValueError(f"layer is a {type(layer).__name__} that is not part of the {type(model).__name__}.")
+
+
+_lock = threading.Lock()
+_open = 0
+_stance = ExitStack()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled models eagerly inside the block.
+
+    Blocks may overlap in any order: compiled graphs are used again when the last one ends. PyTorch's own
+    ``torch.compiler.set_stance`` gives back what was there when a block began, so that two blocks which are
+    not nested would leave compilation off for good.
+    """
+    global _open
+    with _lock:
+        if _open == 0:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _open += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _open -= 1
+            if _open == 0:
+                _stance.close()
 
 
 class LayerOutputs:

@@ -15,9 +15,8 @@ from mdnorm import context
 from mdnorm.extras import requires
 from mdnorm.integration.batches import metadata_at
 from mdnorm.integration.dependence import select
-from mdnorm.integration.loader_state import unchanged_loaders
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
-from mdnorm.integration.recalibrated import recalibrated
+from mdnorm.integration.recalibrated import recalibrated, unchanged_loaders
 from mdnorm.integration.recalibration import Recalibration
 
 with requires("huggingface"):

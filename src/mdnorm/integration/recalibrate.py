@@ -19,9 +19,9 @@ from mdnorm.arrays import plain_features, statistics_dtype
 from mdnorm.bars import with_bar
 from mdnorm.distributed import gather_results, group_of
 from mdnorm.integration.batches import Forward, Keys, evaluating, runner
+from mdnorm.integration.dependence import uncompiled
 from mdnorm.integration.layer_moments import NUM_GROUPS, LayerMoments
 from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration, probability_below
-from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import NoSamplesError
 from mdnorm.shrinkage import combine, found_again, with_change
