@@ -123,15 +123,15 @@ def even_batches(
     if group is None:
         yield from loader
         return
-    batches, empty = iter(loader), None
+    batches, empty, size = iter(loader), None, world_size(group)
     for step in range(2**62):
         batch = next(batches, None)
         # How many still have data and, in the first step, whether all have.
         waiting = torch.tensor([float(batch is not None)], device=device)
         torch.distributed.all_reduce(waiting, group=group)
-        if step == 0 and int(waiting) < world_size(group):
-            missing = world_size(group) - int(waiting)
-            raise ValueError(f"the loaders of {missing} processes are empty: give each one batch at least.")
+        if step == 0 and int(waiting) < size:
+            empty_ones = f"{size - int(waiting)} of {size} processes"
+            raise ValueError(f"the loaders of {empty_ones} are empty: give each one batch at least.")
         if int(waiting) == 0:
             return
         if batch is None:
