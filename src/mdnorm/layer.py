@@ -199,22 +199,19 @@ class MetadataNorm(nn.Module):
 
     def _build(self) -> None:
         """Make the estimator as soon as all sizes are known, and hand it the training set's moments."""
-        if self.estimator is None and None not in (self.num_features, self.num_metadata, self.num_labels):
-            self._make_parts()
+        sizes: Any = (self.num_metadata, self.num_labels, self.num_features)
+        if self.estimator is None and None not in sizes:
+            placement: Any = {"device": self._placement.device, "dtype": self._placement.dtype}
+            make: Any = Spread
+            # A state made under inference mode could never be trained on.
+            with torch.inference_mode(False):
+                self.estimator = self._make(*sizes, **placement, **self._options).train(self.training)
+                if self._spread_options is not None:
+                    self.spread = make(*sizes, **placement, **self._spread_options).train(self.training)
         if self.estimator is not None and self._gram is not None:
             for part in self.parts:
                 part.set_gram(self._gram.to(part.origin.device))
             self._gram = None
-
-    def _make_parts(self) -> None:
-        sizes: Any = (self.num_metadata, self.num_labels, self.num_features)
-        placement: Any = {"device": self._placement.device, "dtype": self._placement.dtype}
-        # A state made under inference mode could never be trained on.
-        with torch.inference_mode(False):
-            self.estimator = self._make(*sizes, **placement, **self._options).train(self.training)
-            if self._spread_options is not None:
-                make: Any = Spread
-                self.spread = make(*sizes, **placement, **self._spread_options).train(self.training)
 
     @property
     def parts(self) -> list[Estimator]:

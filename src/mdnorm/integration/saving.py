@@ -251,17 +251,12 @@ def _as_json(after: str, key: str, value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
-    advice = ""
-    if key == "output":
-        advice = " Give insert a key or an index as output=."
-    elif key == "estimator":
-        named = next((name for name, preset in ESTIMATORS.items() if preset is value), None)
-        if named is not None:
-            return named
-        advice = f" Give insert the name of one ({', '.join(ESTIMATORS)}) and its settings as options."
+    for name, preset in ESTIMATORS.items():
+        if preset is value:
+            return name
     raise ValueError(
-        f"the layer after {after!r} has {key}={value!r}, which no file can hold: code is never saved."
-        f"{advice} Or save the state_dict, and insert the layers again before it is loaded."
+        f"the layer after {after!r} has {key}={value!r}, which no file can hold: give insert a name, a key or "
+        "an index, or save the state_dict and insert the layers again before it is loaded."
     )
 
 
