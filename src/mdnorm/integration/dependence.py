@@ -28,23 +28,15 @@ def select(value: Any, selector: Selector, what: str) -> Any:
     """
     if callable(selector):
         return selector(value)
-    if isinstance(selector, str):
-        if isinstance(value, Mapping):
-            if selector in value:
-                return value[selector]
-            raise _MissingKeyError(
-                f"{what} has no key {selector!r}: its keys are {', '.join(map(repr, value)) or 'none'}."
-            )
-        if hasattr(value, selector):
-            return getattr(value, selector)
-        fields = ", ".join(map(repr, vars(value))) if hasattr(value, "__dict__") else ""
-        raise TypeError(
-            f"{what} has no key or attribute {selector!r}: it is {described(value)}"
-            + (f" with the attributes {fields}." if fields and not isinstance(value, Tensor) else ".")
-            + " Give an index or a function."
-        )
     if isinstance(value, Mapping) and selector in value:
         return value[selector]
+    if isinstance(value, Mapping) and isinstance(selector, str):
+        keys = ", ".join(map(repr, value)) or "none"
+        raise _MissingKeyError(f"{what} has no key {selector!r}: its keys are {keys}.")
+    if isinstance(selector, str):
+        if hasattr(value, selector):
+            return getattr(value, selector)
+        raise TypeError(f"{what} has no key or attribute {selector!r}: it is {described(value)}.")
     # ModelOutput of transformers is a mapping that has indices as well.
     if isinstance(value, Sequence) or hasattr(value, "to_tuple"):
         entries = value if isinstance(value, Sequence) else value.to_tuple()
@@ -67,10 +59,10 @@ def described(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with the keys {', '.join(map(repr, value)) or 'none'}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return (
-            f"a {type(value).__name__} of {', '.join(type(entry).__name__ for entry in value) or 'nothing'}"
-        )
-    return f"a {type(value).__name__}"
+        kinds = ", ".join(type(entry).__name__ for entry in value) or "nothing"
+        return f"a {type(value).__name__} of {kinds}"
+    fields = ", ".join(repr(name) for name in getattr(value, "__dict__", ()) if name[0] != "_")
+    return f"a {type(value).__name__}" + (f" with the attributes {fields}" if fields else "")
 
 
 def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:

@@ -255,8 +255,8 @@ def _as_json(after: str, key: str, value: Any) -> Any:
         if preset is value:
             return name
     raise ValueError(
-        f"the layer after {after!r} has {key}={value!r}, which no file can hold: give insert a name, a key or "
-        "an index, or save the state_dict and insert the layers again before it is loaded."
+        f"the layer after {after!r} has {key}={value!r}, which no file can hold: give insert a name, a key "
+        "or an index, or save the state_dict and insert the layers again before it is loaded."
     )
 
 
