@@ -75,15 +75,6 @@ def erase(
     -----
     UserWarning
         There is nothing to erase; or the output of the module is that of the model.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> loader = [(torch.randn(50, 8), torch.rand(50), torch.randint(2, (50,))) for _ in range(4)]
-    >>> erase(model, "1", loader)
-    Eraser(4, rank=1, channel_dim=1)
-    >>> model(torch.randn(3, 8)).shape
-    torch.Size([3, 1])
     """
     parts = checked_keys(keys)
     name, module = _target(model, after, output)

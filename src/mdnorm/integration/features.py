@@ -67,15 +67,6 @@ def features(
     ValueError
         No such module (the message has names that are near); it does not run, or several times in a forward
         pass; samples of different shapes; no samples; what `mdnorm.recalibrate` says of batches.
-
-    Examples
-    --------
-    >>> import mdnorm
-    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> report = mdnorm.insert(model, after="0", num_metadata=1)
-    >>> loader = [(torch.randn(rows, 8), torch.rand(rows)) for rows in (20, 20, 3)]
-    >>> mdnorm.features(model, "0", loader).shape
-    torch.Size([43, 4])
     """
     model, _ = group_of(model, "local")
     run = runner(forward, keys)

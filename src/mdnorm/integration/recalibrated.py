@@ -66,18 +66,6 @@ def recalibrated(
     - Do not train inside the block: the layers would forget it.
     - A pass over the same loader may be under way, in the midst of an epoch: it goes on behind the block.
       Loaders that go through a stream from where they stopped (some iterable data sets) lose what was read.
-
-    Examples
-    --------
-    >>> import mdnorm
-    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> report = mdnorm.insert(model, after="0", num_metadata=1)
-    >>> images, age = torch.randn(200, 8), torch.rand(200)
-    >>> with mdnorm.recalibrated(model, [(images, age)]), torch.no_grad():
-    ...     with mdnorm.metadata(model, age[:10]):
-    ...         logits = model(images[:10])
-    >>> bool(model[0].metadata_norm.training)
-    True
     """
     group_of(model, options.get("process_group", "auto"))  # Says what is wrong with the arguments.
     layers = [module for module in model.modules() if isinstance(module, MetadataNorm)]

@@ -112,19 +112,6 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         The file is damaged, was not written by `save`, or is of another model. The message names it. The
         model is then as it was, but for weights that were loaded already. Nothing in the file is run or
         unpickled, whoever wrote it.
-
-    Examples
-    --------
-    >>> import mdnorm, tempfile
-    >>> def plain():
-    ...     return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> model = plain()
-    >>> report = mdnorm.insert(model, after="0", num_metadata=2, example=torch.randn(5, 8))
-    >>> file = tempfile.mkdtemp() + "/model.safetensors"
-    >>> save(model, file)
-    >>> mdnorm.insertions(load(plain(), file))
-    after  type    layer            output              values  coefficients
-    0      Linear  0.metadata_norm  at the first batch          4
     """
     plain = model.model if isinstance(model, WithMetadata) else model
     refuse_wrapped(plain)
