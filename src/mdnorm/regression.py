@@ -471,8 +471,11 @@ class _Regress(torch.autograd.Function):
                     samples = samples.to(batch.dtype) if isinstance(samples, Tensor) else samples
                     scaled = isinstance(samples, Tensor) or samples != 1
                     batch = batch / samples if scaled else batch
-                if group is not None:
-                    batch, sizes = _reduced(batch, sizes, group)
+                if group is not None and sizes is None:
+                    batch = all_reduce_sum(batch, group)
+                elif group is not None:
+                    sums = all_reduce_sum(torch.cat([batch.flatten(), sizes]), group)
+                    batch, sizes = sums[:-2].view_as(batch), sums[-2:].detach()
                 if adjoint is not None:
                     advance(weight, kept, count, (adjoint, batch), eager=eager)
                     batch = adjoint if adjoint.dtype == batch.dtype else adjoint.to(batch.dtype)
@@ -489,14 +492,6 @@ class _Regress(torch.autograd.Function):
                     left, right = torch.cat([left, terms[1][0]], 1), torch.cat([right, terms[1][1]])
                 grad = _subtract(grad, matrix, left, right, dims, mask)
             return (grad, *(None,) * 14)
-
-
-def _reduced(batch: Tensor, sizes: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None]:
-    """Return the sums of both over the processes, by one collective."""
-    if sizes is None:
-        return all_reduce_sum(batch, group), None
-    sums = all_reduce_sum(torch.cat([batch.flatten(), sizes]), group)
-    return sums[:-2].view_as(batch), sums[-2:].detach()
 
 
 # What `Function.apply` itself calls in the end. Before that it binds the arguments to the signature of
