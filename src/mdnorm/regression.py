@@ -471,11 +471,12 @@ class _Regress(torch.autograd.Function):
                     samples = samples.to(batch.dtype) if isinstance(samples, Tensor) else samples
                     scaled = isinstance(samples, Tensor) or samples != 1
                     batch = batch / samples if scaled else batch
-                if group is not None and sizes is None:
-                    batch = all_reduce_sum(batch, group)
-                elif group is not None:
-                    sums = all_reduce_sum(torch.cat([batch.flatten(), sizes]), group)
-                    batch, sizes = sums[:-2].view_as(batch), sums[-2:].detach()
+                if group is not None:
+                    # By one collective.
+                    parts = [batch.flatten()] if sizes is None else [batch.flatten(), sizes]
+                    sums = all_reduce_sum(torch.cat(parts), group)
+                    sizes = None if sizes is None else sums[-2:].detach()
+                    batch = sums[: batch.numel()].view_as(batch)
                 if adjoint is not None:
                     advance(weight, kept, count, (adjoint, batch), eager=eager)
                     batch = adjoint if adjoint.dtype == batch.dtype else adjoint.to(batch.dtype)
