@@ -47,14 +47,8 @@ class Estimator(nn.Module, ABC):
 
     Parameters
     ----------
-    num_metadata, num_labels : int
-        K_m and K_y.
-    num_features : tuple of int
-        Shape of a sample's features, or (channels,); D is the product.
-    center : bool
-        Remove the intercept as well, as the authors' code does.
-    device, dtype
-        Where and in what precision the state is kept: float32 at least, statistics of the design in float64.
+    num_metadata, num_labels, num_features, center, device, dtype
+        As of `mdnorm.MetadataNorm`, with all sizes known: K_m, K_y, and a shape of D values.
 
     Attributes
     ----------

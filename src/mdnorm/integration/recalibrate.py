@@ -76,18 +76,16 @@ def recalibrate(
     forward : callable, optional
         ``forward(model, batch)`` runs the model; it enters `mdnorm.metadata` where metadata come from a
         context. Default: a batch is what the forward of a model of your own takes, metadata included, which
-        is read off its signature. Otherwise (`mdnorm.insert`, `mdnorm.WithMetadata`, a layer called as
-        ``norm(features)``) it is ``(input, metadata)``, ``(input, metadata, labels)``, or a mapping with
-        "metadata" and perhaps "labels", "weights" and "mask", the rest of which goes to the model; "weights"
-        and "mask" do so, too, where its forward has an argument of that name. Of MONAI's mappings "image" is
-        the input, "label" the labels, and "metadata", or else the columns of the design, the metadata.
-        Metadata may be a table where the model has a design. Tensors are moved to the device of the model.
+        is read off its signature. Otherwise it is ``(input, metadata)``, ``(input, metadata, labels)``, or a
+        mapping with "metadata" and perhaps "labels", "weights" and "mask", the rest of which goes to the
+        model ("weights" and "mask" too, where its forward has an argument of that name); the page "Into any
+        model" has MONAI's. Metadata may be a table where the model has a design. Tensors are moved to the
+        device of the model.
     keys : mapping, optional
         Instead of `forward`, where the parts of a batch are: ``{"inputs": "image", "metadata": ["age",
         "site"], "labels": "diagnosis"}``, and "weights" and "mask". Each is a key, an index or a function of
-        the batch; "inputs", "metadata" and "labels" also a list of them. With a design in the model,
-        "metadata" are columns of its table, by default all of them, and "labels" may be its labels as they
-        stand in the table.
+        the batch; "inputs", "metadata" and "labels" also a list of them. With a design in the model they are
+        columns of its table, by default all of them.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
     process_group : ProcessGroup, "world", "auto" or "local"
