@@ -960,7 +960,7 @@ class TestMask:
             with pytest.raises(ValueError, match=r"mask must have shape \(20, .*\), samples and positions"):
                 layer(features, metadata, labels, mask=wrong)
         by_element = prepared("running", PADDED[kind][0], dtype=torch.float64).train(training)
-        with pytest.raises(ValueError, match="it needs granularity='channel' and features with positions"):
+        with pytest.raises(ValueError, match="needs granularity='channel' and features with positions"):
             by_element(features, metadata, labels, mask=mask)
 
 
@@ -1107,7 +1107,7 @@ class TestNested:
     def test_errors(self):
         nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=torch.strided)
         layer = MetadataNorm(4, 1, granularity="channel", channel_dim=-1)
-        with pytest.raises(ValueError, match=r"in evaluation and with granularity='channel' only: .* mask="):
+        with pytest.raises(ValueError, match=r"need evaluation and granularity='channel': .* mask="):
             layer(nested, torch.randn(2))
         with pytest.raises(ValueError, match="granularity='channel' only"):
             MetadataNorm(4, 1).eval()(nested, torch.randn(2))

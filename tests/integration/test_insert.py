@@ -370,7 +370,7 @@ class TestOutputs:
             (lambda f: ("a", 1), None, "no tensor to correct. Give output="),
             (lambda f: 3, None, "'' is a int: no tensor"),
             (lambda f: ("a", f), 0, "output= selects a str"),
-            (lambda f: (f,), lambda o: o[0] * 2, "must return one of the entries"),
+            (lambda f: (f,), lambda o: o[0] * 2, "must return an entry"),
         ],
     )
     def test_errors(self, structure, selector, message):
@@ -460,7 +460,7 @@ class TestAgain:
     @pytest.mark.parametrize("sample_dim", [2, 9, -3])
     def test_a_dimension_that_the_output_does_not_have(self, sample_dim):
         model, (images, metadata, _) = Net(), data()
-        message = rf"sample_dim={sample_dim}, but the output of 'fc1' has shape \(40, 4\), 2 dimension"
+        message = rf"sample_dim={sample_dim}, but the output of 'fc1' has shape \(40, 4\)\."
         with pytest.raises(ValueError, match=message):
             mdnorm.insert(model, "fc1", sample_dim=sample_dim, example=images)
         assert len(insertions(model)) == 0
