@@ -217,7 +217,7 @@ def design_blocks(
     """Return metadata and, if given, labels as columns of one length, as `columns_of` checks them."""
     blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **expected)}
     if labels is not None:
-        expected["num_samples"] = len(blocks["metadata"])
+        expected["num_samples"] = blocks["metadata"].shape[0]
         labels = label_columns(labels, num_labels)
         blocks["labels"] = columns_of(labels, "labels", num_columns=num_labels, **expected)
     return blocks
