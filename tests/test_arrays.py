@@ -179,7 +179,7 @@ class TestColumns:
             ({"num_samples": 4}, "metadata has 3 rows but there are 4 samples"),
             (
                 {"num_columns": 1},
-                r"metadata has 2 column\(s\) but num_metadata=1 was expected \(shape \(3, 2\)\)",
+                r"metadata has 2 column\(s\) but num_metadata=1 was expected",
             ),
             (
                 {"device": torch.device("meta")},
@@ -223,7 +223,7 @@ class TestLabelColumns:
 
     def test_class_indices_are_no_ordinal_column_unless_asked_for(self):
         classes = torch.arange(9) % 3
-        with pytest.raises(ValueError, match=r"integers from 0 to 2 .* labels.float\(\)"):
+        with pytest.raises(ValueError, match=r"integers from 0 to 2: .*labels.float\(\)"):
             label_columns(classes, None)
         for labels in (
             classes.float(),

@@ -812,7 +812,7 @@ class TestRunningRegression:
     def test_can_be_differentiated_once(self):
         features = torch.randn(8, 3, dtype=torch.float64, requires_grad=True)
         out, *_ = self.call(features)
-        with pytest.raises(RuntimeError, match=r"differentiated only once: .* take 'batch'"):
+        with pytest.raises(RuntimeError, match=r"differentiated only once: take 'batch'"):
             torch.autograd.grad(out.pow(3).sum(), features, create_graph=True)
 
     def test_dtype_follows_the_features(self):

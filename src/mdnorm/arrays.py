@@ -24,7 +24,7 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
     if isinstance(values, Tensor):
         if values.is_complex():
             raise TypeError(
-                f"{name} must be real, got dtype {values.dtype}: pass its real and imaginary part as columns."
+                f"{name} must be real, got {values.dtype}: real and imaginary part are two columns."
             )
         return plain_tensor(values)
     if values is None:
@@ -38,15 +38,13 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
 def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
     """Return an array, a list or a DataFrame as an array of booleans, integers or floating-point numbers.
 
-    Where the columns of a DataFrame are of several types, or of types with a value of their own for what is
-    missing (``Int64``, ``boolean``), numpy makes Python objects of them: these are taken as the numbers that
+    Python objects (of columns of several types, or with gaps, as of ``Int64``) are taken as the numbers that
     they are, as int64 or, with fractions or gaps (NaN), float64. What is complex or not numeric is a
     TypeError that names the argument, and the columns of a DataFrame.
     """
     if isinstance(values, (list, tuple)) and any(isinstance(part, Tensor) and part.ndim for part in values):
         raise TypeError(
-            f"{name} is a {type(values).__name__} of tensors, which may be its columns or its rows: give one "
-            "tensor, torch.stack(columns, 1) of columns."
+            f"{name} is a {type(values).__name__} of tensors, rows or columns: torch.stack(columns, 1)."
         )
     # NumPy would take what lies behind a mask for data.
     masked: Any = values
@@ -67,8 +65,7 @@ def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
         if wrong:
             what = f"but the column(s) {listed(wrong)} are not"
         raise TypeError(
-            f"{name} must be real and numeric, {what}: encode categories as columns (one-hot) first, or let "
-            "mdnorm.Design do so."
+            f"{name} must be real and numeric, {what}: encode categories as columns, as mdnorm.Design does."
         )
     return array
 
@@ -122,84 +119,66 @@ def columns_of(
 ) -> Tensor:
     """Return metadata or labels (N,) or (N, K), of any real dtype, as a tensor of columns (N, K), checked.
 
-    What is expected of N, K and the device may be None: anything. A wrong number of dimensions, rows or
-    columns, or a wrong device, is a ValueError that has the name of the argument in it.
+    What is expected of N, K and the device may be None: anything. A ValueError names the argument.
     """
     tensor = as_real_tensor(values, name)
     if tensor.ndim == 1:
         tensor = tensor.unsqueeze(1)
     if tensor.ndim != 2:
         raise ValueError(
-            f"{name} must have shape (num_samples,) or (num_samples, num_columns), got {tuple(tensor.shape)}."
+            f"{name} must have shape (num_samples,) or (num_samples, K), got {tuple(tensor.shape)}."
         )
     if device is not None and tensor.device != device:
         raise ValueError(
-            f"{name} is on {tensor.device} but the features are on {device}: move it with "
-            f"{name}.to({str(device)!r})."
+            f"{name} is on {tensor.device} but the features are on {device}: {name}.to({str(device)!r})."
         )
     if num_samples is not None and tensor.shape[0] != num_samples:
-        raise ValueError(
-            f"{name} has {tensor.shape[0]} rows but there are {num_samples} samples: one row a sample is "
-            "needed."
-        )
+        raise ValueError(f"{name} has {tensor.shape[0]} rows but there are {num_samples} samples.")
     if num_columns is not None and tensor.shape[1] != num_columns:
-        raise ValueError(
-            f"{name} has {tensor.shape[1]} column(s) but num_{name}={num_columns} was expected (shape "
-            f"{tuple(tensor.shape)})."
-        )
+        raise ValueError(f"{name} has {tensor.shape[1]} column(s) but num_{name}={num_columns} was expected.")
     if name == "metadata" and tensor.shape[1] == 0:
         raise ValueError("metadata has no columns: there is nothing to remove.")
     return tensor
 
 
 def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
-    """Turn class indices into one-hot columns where the number of label columns asks for it.
+    """Turn integer labels (N,) or (N, 1) into one-hot columns where `num_labels` is above 1.
 
-    Integer labels of one column, (N,) or (N, 1), become one-hot columns where `num_labels` is above 1; with 1
-    they stay one column (a binary or ordinal label). An index outside 0 … num_labels − 1 is a ValueError; and
-    so are, without `num_labels`, integers other than two values: class indices, of which one column would
-    make a ranking.
+    An index outside 0 … num_labels − 1 is a ValueError; and so are, without `num_labels`, integers other than
+    two values: class indices, of which one column would make a ranking.
     """
     tensor = as_real_tensor(labels, "labels")
-    if num_labels == 1 or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
+    if num_labels in (0, 1) or not (tensor.ndim == 1 or (tensor.ndim == 2 and tensor.shape[1] == 1)):
         return tensor
-    is_index = not tensor.is_floating_point() and tensor.dtype != torch.bool
-    if num_labels is None:
-        if is_index and tensor.numel() and not is_traced():
-            # torch has no minimum of the larger unsigned integers.
-            low, high = int(tensor.long().min()), int(tensor.long().max())
-            # Two values are one column however they are coded.
-            if not (low >= 0 and high <= 1) and not (low == -1 and bool((tensor.abs() == 1).all())):
-                raise ValueError(
-                    f"labels are integers from {low} to {high} and nothing says how many classes there are: "
-                    "give num_labels (or, to functions without it, one-hot columns) for class indices, "
-                    "labels.float() for one column of an ordinal or continuous label."
-                )
-        return tensor
-    if num_labels == 0:
+    if num_labels is None and (tensor.is_floating_point() or tensor.dtype == torch.bool):
         return tensor
     if tensor.is_floating_point():
         raise ValueError(
             f"labels has 1 column(s) of {tensor.dtype} but num_labels={num_labels} was expected: class "
             "indices must be integers (labels.long()), label columns must be that many."
         )
+    # As int64: torch has no minimum of the larger unsigned integers.
     indices = tensor.reshape(-1).long()
-    if not torch.compiler.is_compiling() and indices.numel():
-        low, high = int(indices.min()), int(indices.max())
-        if low < 0 or high >= num_labels:
+    is_hidden = is_traced() if num_labels is None else torch.compiler.is_compiling()
+    low, high = (0, 0) if is_hidden or not len(indices) else map(int, indices.aminmax())
+    if num_labels is None:
+        # Two values are one column however they are coded.
+        if (low < 0 or high > 1) and not (low == -1 and bool((indices.abs() == 1).all())):
             raise ValueError(
-                f"labels has class index {low if low < 0 else high}, but num_labels={num_labels} allows 0 to "
-                f"{num_labels - 1} only."
+                f"labels are integers from {low} to {high}: give num_labels or one-hot columns for class "
+                "indices, labels.float() for one column of an ordinal or continuous label."
             )
+        return tensor
+    if low < 0 or high >= num_labels:
+        raise ValueError(f"labels has class index {low if low < 0 else high}, but num_labels={num_labels}.")
     # A comparison instead of one_hot: it needs no check of its own, so it can be traced.
     return indices.unsqueeze(1) == torch.arange(num_labels, device=indices.device)
 
 
 def check_finite_columns(columns: Tensor, **blocks: Tensor) -> None:
-    """Raise ValueError where a block of columns has NaN or infinite values, or values whose squares overflow.
+    """Raise ValueError where columns have NaN or infinite values, or values whose squares overflow.
 
-    `columns` are all columns in the dtype that they are computed in, the blocks have the names of the
-    arguments that they came from.
+    `columns` are all blocks in the dtype that they are computed in, the blocks named by their arguments.
     """
     # While a graph is traced nothing can be looked at; eager calls check every batch.
     if torch.compiler.is_compiling() or math.isfinite(torch.linalg.vector_norm(columns.detach())):
@@ -216,8 +195,7 @@ def raise_not_finite(dtype: torch.dtype, **blocks: Tensor) -> NoReturn:
             rows = sorted(set(bad_rows.tolist()))
             raise ValueError(
                 f"{name} has NaN or infinite values in column(s) {sorted(set(bad_columns.tolist()))[:5]}, "
-                f"row(s) {listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these rows "
-                "first."
+                f"row(s) {listed(rows)} ({len(rows)} of {block.shape[0]} rows): drop or impute these."
             )
     for name, block in blocks.items():
         if not math.isfinite(torch.linalg.vector_norm(block.detach().to(dtype))):
@@ -227,6 +205,22 @@ def raise_not_finite(dtype: torch.dtype, **blocks: Tensor) -> NoReturn:
                 "whose squares overflow: give the column in a larger unit."
             )
     raise ValueError(f"the squares of the values of {' and '.join(blocks)} overflow together: rescale them.")
+
+
+def design_blocks(
+    metadata: Tensor | ArrayLike,
+    labels: Tensor | ArrayLike | None,
+    num_metadata: int | None = None,
+    num_labels: int | None = None,
+    **expected: Any,
+) -> dict[str, Tensor]:
+    """Return metadata and, if given, labels as columns of one length, as `columns_of` checks them."""
+    blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **expected)}
+    if labels is not None:
+        expected["num_samples"] = blocks["metadata"].shape[0]
+        labels = label_columns(labels, num_labels)
+        blocks["labels"] = columns_of(labels, "labels", num_columns=num_labels, **expected)
+    return blocks
 
 
 def design_columns(
@@ -239,16 +233,11 @@ def design_columns(
 ) -> tuple[Tensor, int]:
     """Return the checked design columns ``[y, 1, m]`` of a training batch, constants (N, K), and K_m."""
     options: Any = {"num_samples": len(features), "device": features.device}
-    blocks = {"metadata": columns_of(metadata, "metadata", num_columns=num_metadata, **options)}
+    blocks = design_blocks(metadata, labels, num_metadata, num_labels, **options)
     if blocks["metadata"].requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "metadata.requires_grad is True, but in training metadata are constants to the layer: the "
-            "gradient through the regression is that of the features. Give metadata.detach(); in evaluation "
-            "the gradient reaches metadata."
-        )
-    if labels is not None:
-        blocks["labels"] = columns_of(
-            label_columns(labels, num_labels), "labels", num_columns=num_labels, **options
+            "metadata.requires_grad is True, but in training metadata are constants to the layer: give "
+            "metadata.detach(). In evaluation the gradient reaches metadata."
         )
     dtype = statistics_dtype(features.device)
     parts = [block.detach().to(dtype) for block in reversed(blocks.values())]
@@ -315,9 +304,7 @@ def plain_features(features: Tensor) -> Tensor:
 def position_mask(mask: Tensor | ArrayLike, features: Tensor, dims: tuple[int, ...]) -> Tensor:
     """Return a mask (N, positions) as one that spreads over the features."""
     if not dims:
-        raise ValueError(
-            "mask= says which positions count: it needs granularity='channel' and features with positions."
-        )
+        raise ValueError("mask= needs granularity='channel' and features with positions.")
     tensor = as_real_tensor(mask, "mask")
     tensor = tensor if isinstance(mask, Tensor) else tensor.to(features.device)
     expected = tuple(features.shape[dim] for dim in (0, *dims))
@@ -332,12 +319,10 @@ def position_mask(mask: Tensor | ArrayLike, features: Tensor, dims: tuple[int, .
 
 
 def check_same_order(**tables: Any) -> None:
-    """Refuse pandas objects of which the same row labels come in another order.
+    """Refuse pandas objects of which the same row labels come in another order; by names of arguments.
 
-    Rows belong together by position. Where two indexes hold the same labels in different orders, one of them
-    was sorted or shuffled, and by position every row would get the values of another one. Indexes with other
-    labels say nothing: features often come out of a model without any. What has no
-    index is not looked at. The names are those of the arguments, for the message.
+    Rows belong together by position, where every row would then get the values of another one. Indexes with
+    other labels say nothing: features often come out of a model without any.
     """
     known: dict[str, Any] = {}
     for name, table in tables.items():
@@ -346,14 +331,13 @@ def check_same_order(**tables: Any) -> None:
         if index is None or callable(index) or not hasattr(index, "equals"):
             continue
         for other, labels in known.items():
-            if len(index) == len(labels) and not index.equals(labels):
-                same = index.is_unique and labels.is_unique and not len(index.difference(labels))
-                if same:
-                    row = int(np.flatnonzero(np.asarray(index != labels))[0])
-                    raise ValueError(
-                        f"{name} has the same row labels as {other}, but in another order (row {row}: "
-                        f"{index[row]!r} and {labels[row]!r}): bring them into one order, for example with "
-                        f"{name}.loc[{other}.index], or drop the labels with reset_index(drop=True) where "
-                        "rows do belong together by position."
-                    )
+            if len(index) != len(labels) or index.equals(labels):
+                continue
+            if index.is_unique and labels.is_unique and not len(index.difference(labels)):
+                row = int(np.flatnonzero(np.asarray(index != labels))[0])
+                raise ValueError(
+                    f"{name} has the same row labels as {other}, but in another order (row {row}: "
+                    f"{index[row]!r} and {labels[row]!r}): take one, as {name}.loc[{other}.index], "
+                    "or drop the labels with reset_index(drop=True) where positions are right."
+                )
         known[name] = index

@@ -94,26 +94,16 @@ def columns_by_design(
         if isinstance(metadata, Mapping):
             raise TypeError(
                 f"metadata is a {type(metadata).__name__} of columns, but {type(model).__name__} has no "
-                "design that turns them into numbers: mdnorm.insert(model, after=…, design=design) or "
-                "mdnorm.attach_design(model, design) puts one there."
+                "design that turns them into numbers: mdnorm.attach_design(model, design) puts one there."
             )
         return metadata, labels
     if len(designs) > 1:
         raise ValueError(
-            f"the model has {len(designs)} designs, and the table may be meant for each: give it to the part "
-            "of the model that you mean."
+            f"the model has {len(designs)} designs: give the table to the part of the model that you mean."
         )
     wanted = labels is None and (with_labels or getattr(_tables, "with_labels", False))
     columns, own_labels = designs[0].columns_of_table(metadata, with_labels=wanted)
     return columns, labels if own_labels is None else own_labels
-
-
-def is_recomputing() -> bool:
-    """Whether this forward pass is one that activation checkpointing repeats in the backward pass."""
-    if torch.compiler.is_compiling():
-        return False
-    # No public name says so; torch.utils.checkpoint itself asks in this way.
-    return bool(torch._C._current_graph_task_id() != -1)
 
 
 class MetadataSlot:
@@ -143,7 +133,9 @@ class MetadataSlot:
         given: Given | None = getattr(self.local, "given", None)
         if given is not None or torch.compiler.is_compiling():
             return given
-        if not is_recomputing():
+        # Only where activation checkpointing repeats a forward pass in the backward pass: no public name says
+        # so, and torch.utils.checkpoint itself asks in this way.
+        if torch._C._current_graph_task_id() == -1:
             return None
         if len(self._open) > 1:
             raise RuntimeError(
@@ -171,14 +163,26 @@ class MetadataSlot:
                 self._open = rest if before is None else [*rest, before]
 
 
+def check_module(model: object) -> None:
+    """Raise TypeError where a model is none."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+
+
 def slots_of(model: nn.Module) -> list[tuple[nn.Module, MetadataSlot]]:
     """Return the layers of a model that take metadata from a context, with their slots."""
-    found = []
-    for module in model.modules():
-        slot = getattr(module, "metadata_slot", None)
-        if isinstance(slot, MetadataSlot):
-            found.append((module, slot))
-    return found
+    slots = ((module, getattr(module, "metadata_slot", None)) for module in model.modules())
+    return [(module, slot) for module, slot in slots if isinstance(slot, MetadataSlot)]
+
+
+def layers_of(model: nn.Module) -> dict[str, Any]:
+    """Return the `MetadataNorm` layers of a model by name; raise ValueError where there are none."""
+    # Told by their slot: their module is built upon this one.
+    slots = ((name, module, getattr(module, "metadata_slot", None)) for name, module in model.named_modules())
+    layers = {name: module for name, module, slot in slots if isinstance(slot, MetadataSlot)}
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer: mdnorm.insert puts them there.")
+    return layers
 
 
 def _warn_of_idle(layers: list[tuple[nn.Module, MetadataSlot]]) -> None:
@@ -208,8 +212,8 @@ def metadata(
 ) -> Iterator[None]:
     """Give the metadata of a batch to every `MetadataNorm` in a model, for the length of a ``with`` block.
 
-    The layers take them where the forward pass hands them none: layers that `mdnorm.insert` put there, and
-    your own ``MetadataNorm`` called as ``norm(features)``.
+    The layers take them where the forward pass hands them none: those that `mdnorm.insert` put there, and
+    your own called as ``norm(features)``.
 
     Parameters
     ----------
@@ -225,10 +229,9 @@ def metadata(
     weights : (N,), optional
         Of the samples in the fit, in training; see `MetadataNorm.forward`.
     mask : (N, positions) bool, optional
-        Positions that count, for the model as a whole (an attention mask). It is used by the layers whose
-        features have these positions; layers behind a pooling have none and do not need it. A layer with
-        another number of them, or with coefficients of its own for each (``granularity="element"``), does
-        not use it either, and warns.
+        Positions that count, for the model as a whole (an attention mask). The layers whose features have
+        these positions use it. Behind a pooling there are none; a layer with another number of them, or with
+        coefficients of its own for each (``granularity="element"``), does not use it either, and warns.
 
     Raises
     ------
@@ -239,15 +242,11 @@ def metadata(
 
     Notes
     -----
-    - Blocks nest; the inner one counts, and the outer one again after it. Each model has its own: blocks of
-      several models with different metadata can be open together. An exception closes the block.
-    - What one thread gives, it alone sees. `nn.DataParallel` runs the model in threads, each with a part of
-      the batch: use `mdnorm.WithMetadata` there, whose metadata it splits as well.
-    - Activation checkpointing runs layers again in the backward pass. Outside of the block they then see
-      the metadata of the last block: right where each forward pass is followed by its backward pass. Where
-      several come first, have the backward pass inside the block. The running state is not updated twice.
-    - `torch.compile` takes the tensors as inputs of the graph: new metadata do not compile anew. Give tensors
-      then, not arrays.
+    - Blocks nest, and each model has its own. What one thread gives, it alone sees: with `nn.DataParallel`
+      use `mdnorm.WithMetadata`.
+    - Activation checkpointing runs layers again in the backward pass. Outside of the block they then see the
+      metadata of the last block. Where several forward passes come first, have the backward pass inside it.
+    - `torch.compile` takes tensors (not arrays) as inputs of the graph: new metadata do not compile anew.
 
     Examples
     --------
@@ -259,16 +258,12 @@ def metadata(
     >>> logits.shape
     torch.Size([20, 1])
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     if metadata is None:
         raise TypeError("metadata must be a tensor or an array with one row per sample, got None.")
     layers = slots_of(model)
     if not layers:
-        raise ValueError(
-            f"{type(model).__name__} has no MetadataNorm that could take metadata: mdnorm.insert puts them "
-            "there."
-        )
+        layers_of(model)  # Says that there are none.
     is_training = any(layer.training for layer, _ in layers)
     if (labels is not None or model.training) and torch.is_grad_enabled() and not is_traced():
         _warn_of_idle(layers)

@@ -1,14 +1,7 @@
-"""Training in several processes: moments over all of them, losses, batches that run out.
-
-Inside a forward pass of `DistributedDataParallel` the layers of a model share their moments with the other
-processes by themselves, so N processes with a share of the batch each give what one process gives on the
-whole batch: coefficients, outputs, running state and gradients. `synchronize` says so where there is no such
-wrapper (FSDP2, a training loop of your own) or where the processes are to be others than the wrapper's.
-"""
+"""Training in several processes: moments over all of them, losses, batches that run out."""
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -17,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from mdnorm.context import slots_of
+from mdnorm.context import check_module, layers_of
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -34,21 +27,16 @@ _UNKNOWN = object()
 def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") -> nn.Module:
     """Say with which processes the `MetadataNorm` layers of a model share their moments in training.
 
-    Not needed under `DistributedDataParallel`, whose process group is taken in its forward passes ("auto",
-    what every layer starts with). Needed under FSDP2 and in training loops of your own.
+    Not needed under `DistributedDataParallel`, in whose forward passes every layer shares its moments with
+    the other processes by itself. Needed under FSDP2 and in training loops of your own.
 
     Parameters
     ----------
     model : nn.Module
-        Changed in place, on every process in the same way.
+        Changed in place, on every process in the same way, and returned.
     process_group : ProcessGroup, "world", "auto" or "local"
-        A group this process belongs to; "world": all processes; "auto": those of the wrapping
-        `DistributedDataParallel`, and none outside its forward pass; "local": no others.
-
-    Returns
-    -------
-    nn.Module
-        The same model.
+        A group this process belongs to; "world": all processes; "auto" (what every layer starts with): those
+        of the wrapping `DistributedDataParallel`, and none outside its forward pass; "local": no others.
 
     Raises
     ------
@@ -62,13 +50,8 @@ def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") 
     With a group given, or "world", every training forward pass is a collective: a process that runs one alone
     waits for the others until the group's timeout. Evaluation never communicates.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
-    # The layers are told by their slot for metadata: their module is built upon this one.
-    layers: list[Any] = [layer for layer, _ in slots_of(model)]
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
-    for layer in layers:
+    check_module(model)
+    for layer in layers_of(model).values():
         layer.process_group = process_group
     return model
 
@@ -76,18 +59,17 @@ def synchronize(model: nn.Module, process_group: ProcessGroupSetting = "world") 
 def global_mean(losses: Tensor, process_group: ProcessGroupSetting = "world") -> Tensor:
     """Return the loss whose gradient, averaged over the processes, is that of the mean over all samples.
 
-    `DistributedDataParallel` and FSDP2 average gradients over processes, whatever each one's number of
-    samples: with the usual mean over the local batch, a sample of a small batch weighs more. This is the sum
-    of the local losses times the number of processes, divided by the number of samples on all of them (one
-    collective of one number).
+    `DistributedDataParallel` and FSDP2 average gradients over processes: with the usual mean over the local
+    batch, a sample of a small batch weighs more. This is the sum of the local losses times the number of
+    processes, divided by the number of samples on all of them (one collective of one number).
 
     Parameters
     ----------
     losses : tensor
         One loss for each sample of this process, any shape (``reduction="none"``); none at all (a process
         that ran out of data) is a loss of 0.
-    process_group : ProcessGroup, "world", "auto" or "local"
-        The processes over which gradients are averaged.
+    process_group
+        The processes over which gradients are averaged, as of `synchronize`.
 
     Returns
     -------
@@ -120,8 +102,8 @@ def even_batches(
     loader : iterable of batches
         Tensors, or tuples, lists and dicts of tensors, samples in the first dimension. Its shares may differ
         in length between processes; none may be empty, since there is nothing to make an empty batch of.
-    process_group : ProcessGroup, "world", "auto" or "local"
-        The processes that train together.
+    process_group
+        The processes that train together, as of `synchronize`.
     device : torch.device or str
         Where the number is exchanged: "cuda" with NCCL.
 
@@ -141,17 +123,15 @@ def even_batches(
     if group is None:
         yield from loader
         return
-    batches, empty = iter(loader), None
+    batches, empty, size = iter(loader), None, world_size(group)
     for step in range(2**62):
         batch = next(batches, None)
         # How many still have data and, in the first step, whether all have.
         waiting = torch.tensor([float(batch is not None)], device=device)
         torch.distributed.all_reduce(waiting, group=group)
-        if step == 0 and int(waiting) < world_size(group):
-            raise ValueError(
-                f"the loaders of {world_size(group) - int(waiting)} of {world_size(group)} processes are "
-                "empty: give every process at least one batch to make empty ones of."
-            )
+        if step == 0 and int(waiting) < size:
+            empty_ones = f"{size - int(waiting)} of {size} processes"
+            raise ValueError(f"the loaders of {empty_ones} are empty: give each one batch at least.")
         if int(waiting) == 0:
             return
         if batch is None:
@@ -166,12 +146,8 @@ def _emptied(values: Any) -> Any:
     if getattr(values, "ndim", 0):
         return values[:0]
     raise TypeError(
-        f"a batch holds a {type(values).__name__}, which has no samples to take away: even_batches takes "
-        "tensors and tuples, lists and dicts of them."
+        f"a batch holds a {type(values).__name__}, which has no samples to take away: give tensors."
     )
-
-
-# -- process groups ---------------------------------------------------------------------------------------
 
 
 class GroupSetting:
@@ -181,21 +157,19 @@ class GroupSetting:
         if not isinstance(value, str) and torch.distributed.is_available():
             if value is torch.distributed.GroupMember.NON_GROUP_MEMBER:
                 raise ValueError(
-                    "this process does not belong to the process group: make the model share its moments in "
-                    "the group to which each process belongs."
+                    "this process does not belong to the process group: give it one that it is in."
                 )
             if isinstance(value, torch.distributed.ProcessGroup):
                 self.value: Any = value
                 return
         if not isinstance(value, str) or value not in ("auto", "world", "local"):
             raise TypeError(
-                f"process_group must be a torch.distributed.ProcessGroup, 'auto', 'world' or 'local', "
-                f"got {value!r}."
+                f"process_group must be a ProcessGroup, 'auto', 'world' or 'local', got {value!r}."
             )
         self.value = value
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupSetting:
-        return copy.copy(self) if isinstance(self.value, str) else self
+        return self
 
     def __reduce__(self) -> tuple[type[GroupSetting], tuple[str]]:
         # A group means nothing in another process.
@@ -223,9 +197,8 @@ def active_group(setting: Any) -> ProcessGroup | None:
     config = getattr(wrapper, "_join_config", None)
     if config is not None and config.enable and not config.throw_on_early_termination:
         raise RuntimeError(
-            "DistributedDataParallel.join cannot stand in for the collectives of metadata layers, so "
-            "processes that still have batches would wait for ever: iterate over "
-            "mdnorm.distributed.even_batches(loader) instead, or give join throw_on_early_termination=True."
+            "DistributedDataParallel.join cannot stand in for the collectives of metadata layers: iterate "
+            "over mdnorm.distributed.even_batches(loader), or give join throw_on_early_termination=True."
         )
     if setting == "auto":
         if wrapper is None:
@@ -242,8 +215,7 @@ def group_of(model: nn.Module, setting: Any) -> tuple[nn.Module, ProcessGroup | 
     "auto" is the wrapper's group, and none without a wrapper. The wrapper's own forward pass would exchange
     buffers, so processes with more batches than others would wait for them. TypeError for wrong arguments.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     setting = GroupSetting(setting).value
     if isinstance(model, nn.parallel.DistributedDataParallel):
         setting = model.process_group if setting == "auto" else setting
@@ -264,9 +236,6 @@ def eager(function: Callable[..., T]) -> Callable[..., T]:
         if torch.compiler.is_compiling()
         else function
     )
-
-
-# -- collectives ------------------------------------------------------------------------------------------
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -295,27 +264,28 @@ def gather_objects(item: T, group: ProcessGroup) -> list[T]:
     return items
 
 
-def gather_results(work: Callable[[], T], group: ProcessGroup, empty: type[Exception]) -> list[T | None]:
-    """Return what the work gives on each process, None where it raises `empty`.
+def gather_results(work: Callable[[], T], group: ProcessGroup | None, empty: type[Exception]) -> list[T]:
+    """Return what the work gives on each process, but for those where it raises `empty`, unless all do.
 
     Where it fails on some process, raise on all, so that none waits for it: the process's own error, or a
     RuntimeError with that of another.
     """
-    result: T | None = None
-    failure: Exception | None = None
+    if group is None:
+        return [work()]
+    results: list[T] = []
+    failure, message = None, ""
     try:
-        result = work()
-    except empty:
-        pass
+        results = [work()]
     except Exception as error:
-        failure = error
-    answers = gather_objects((result, failure and f"{type(failure).__name__}: {failure}"), group)
-    if failure is not None:
+        failure, message = error, "" if isinstance(error, empty) else f"{type(error).__name__}: {error}"
+    answers = gather_objects((results, message), group)
+    given = [result for results, _ in answers for result in results]
+    if failure is not None and (message or not given):
         raise failure
     for rank, (_, message) in enumerate(answers):
-        if message is not None:
+        if message:
             raise RuntimeError(f"process {rank} of the group failed: {message}")
-    return [answer for answer, _ in answers]
+    return given
 
 
 @contextmanager

@@ -7,9 +7,8 @@ covariance of the features, ``C`` their covariance with that part and ``W`` a wh
 
     out = x − W⁺ P W (x − x̄)        P the orthogonal projection onto the columns of W C
 
-The columns of ``C`` span what `mdnorm.MetadataNorm` subtracts along, the coefficients of the metadata in a
-regression with labels: the layer moves a row along them by its metadata, an eraser brings all rows to the
-mean there.
+The columns of ``C`` span what `mdnorm.MetadataNorm` subtracts along: the layer moves a row along them by its
+metadata, an eraser brings all rows to the mean there.
 """
 
 from __future__ import annotations
@@ -23,8 +22,7 @@ from torch import Tensor, nn
 from mdnorm.arrays import (
     as_real_tensor,
     check_finite_columns,
-    columns_of,
-    label_columns,
+    design_blocks,
     plain_features,
     statistics_dtype,
 )
@@ -83,24 +81,17 @@ class Eraser(nn.Module):
         return self.left.shape[1]
 
     def forward(self, features: Tensor) -> Tensor:
-        """Return the features without the erased directions.
+        """Return the features without the erased directions, in the same shape and dtype.
 
         Parameters
         ----------
         features : (N, ...) tensor, any floating dtype
-            D values in the dimension `channel_dim`; all others are rows.
-
-        Returns
-        -------
-        Tensor of the same shape and dtype
-            Computed in float32, or float64 where the features are.
+            D values in the dimension `channel_dim`; all others are rows. Computed in float32 or float64.
 
         Raises
         ------
-        TypeError
-            The features are no tensor of a floating dtype.
-        ValueError
-            They have no dimension `channel_dim`, or another number of values there.
+        TypeError, ValueError
+            The features are no floating-point tensor, or have not D values in that dimension.
         """
         features = plain_features(features)
         rows = _channels_last(features, self.channel_dim)
@@ -146,19 +137,13 @@ class EraserFitter:
     **What is promised**, for the rows of the fit: the erased features have no covariance with what the labels
     leave of the metadata. So among all readers that add a linear function of the features to an intercept for
     each class, none is better than the intercepts alone: by squared error, and where metadata and labels are
-    one-hot columns by the log-loss; without labels then by every convex loss. It is a statement about all
-    classes together: for readers of *one class alone* give as metadata each column multiplied by each one-hot
-    label. Readers that are not linear, and new rows, are outside of the promise.
+    one-hot columns by the log-loss; without labels then by every convex loss. The page on erasers says what
+    is not promised, and what happens to the label.
 
-    **Why the whitening is by the covariance of all rows**, not within labels. The features' covariance with
-    the metadata is zero either way, and so is what is erased: any two such maps differ by an invertible map,
-    and an unpenalised linear head fitted after either predicts the same. They differ in where the rest is
-    put. By the covariance of all rows the features as a whole change least (in mean square, in whatever
-    units, and in any quadratic norm), which is what the layers behind were trained on.
-
-    **What happens to the label.** Without `preserve_labels` its effect stays but for the part along the
-    erased directions. With it the class means stay; rows are shifted along the label's own directions for
-    that, further the smaller the angle between both.
+    **Why the whitening is by the covariance of all rows**, not within labels. What is erased is the same, and
+    so is what an unpenalised linear head fitted afterwards predicts. By the covariance of all rows the
+    features as a whole change least (in mean square, in whatever units, and in any quadratic norm), which is
+    what the layers behind were trained on.
 
     **Collinear features.** The covariance is taken as if each feature had noise of 1e-12 of its variance,
     below float64 of 1e-6, so that rounding is not magnified. "Least" holds up to that; what is erased does
@@ -169,16 +154,6 @@ class EraserFitter:
     Belrose et al., LEACE: Perfect linear concept erasure in closed form, NeurIPS 2023 (arXiv:2306.03819).
     Holstege, Ravfogel & Wouters, Preserving task-relevant information under linear concept removal,
     NeurIPS 2025 (arXiv:2506.10703).
-
-    Examples
-    --------
-    >>> fitter = EraserFitter()
-    >>> for _ in range(3):
-    ...     age, diagnosis = torch.rand(50), torch.randint(2, (50,))
-    ...     features = torch.randn(50, 8) + age[:, None] + diagnosis[:, None]
-    ...     fitter = fitter.update(features, age, diagnosis)
-    >>> fitter.eraser()
-    Eraser(8, rank=1, channel_dim=1)
     """
 
     def __init__(
@@ -220,7 +195,7 @@ class EraserFitter:
         Returns
         -------
         EraserFitter
-            Itself. After an error it is what it was before.
+            Itself; after an error as it was before.
 
         Raises
         ------
@@ -233,21 +208,13 @@ class EraserFitter:
         values = as_real_tensor(features, "features")
         rows = _channels_last(values, self.channel_dim)
         positions = rows.shape[:-1]
-        blocks = {"metadata": columns_of(metadata, "metadata", num_samples=len(rows))}
-        if labels is not None:
-            if not (self.within_labels or self.preserve_labels):
-                raise ValueError(
-                    "labels were given, but nothing uses them: leave them out, or set within_labels=True or "
-                    "preserve_labels=True."
-                )
-            blocks["labels"] = columns_of(
-                label_columns(labels, self.num_labels),
-                "labels",
-                num_samples=len(rows),
-                num_columns=self.num_labels,
+        if labels is not None and not (self.within_labels or self.preserve_labels):
+            raise ValueError(
+                "labels were given, but nothing uses them: give within_labels=True or preserve_labels=True."
             )
-        elif self.preserve_labels:
+        if labels is None and self.preserve_labels:
             raise ValueError("preserve_labels=True needs labels=.")
+        blocks = design_blocks(metadata, labels, num_labels=self.num_labels, num_samples=len(rows))
         sizes = (rows.shape[-1], *(block.shape[1] for block in blocks.values()))
         if sizes != (self._sizes or sizes) or sizes[0] == 0:
             got, before = (", ".join(map(str, numbers)) for numbers in (sizes, self._sizes))
@@ -283,12 +250,7 @@ class EraserFitter:
         return self
 
     def eraser(self) -> Eraser:
-        """Return the eraser for all rows so far; more can be added afterwards.
-
-        Returns
-        -------
-        Eraser
-            On the device of the features.
+        """Return the eraser for all rows so far, on the device of the features; more can be added afterwards.
 
         Raises
         ------
@@ -323,8 +285,7 @@ class EraserFitter:
         if not used.any():
             warn(
                 "there is nothing to erase: the features do not covary with what the labels leave of the "
-                "metadata (which is nothing where metadata are constant or determined by the labels). The "
-                "eraser changes nothing."
+                "metadata (nothing, if these are constant or determined by them). The eraser changes nothing."
             )
         elif self.preserve_labels:
             right = _without(right, whitening.mT @ of_labels)
@@ -348,32 +309,10 @@ def fit(
     Parameters
     ----------
     features, metadata, labels, weights
-        As of `EraserFitter.update`.
+        As of `EraserFitter.update`, with the same errors and those of `EraserFitter.eraser`.
     **options
         Of `EraserFitter`, which says what is promised: `num_labels`, `channel_dim`, `within_labels`,
         `preserve_labels`.
-
-    Returns
-    -------
-    Eraser
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `EraserFitter.update` and `EraserFitter.eraser`.
-
-    Warns
-    -----
-    UserWarning
-        There is nothing to erase.
-
-    Examples
-    --------
-    >>> age = torch.rand(200)
-    >>> features = torch.randn(200, 8) + 3 * age[:, None]
-    >>> erased = fit(features, age)(features)
-    >>> torch.corrcoef(torch.stack([erased.mean(1), age]))[0, 1].abs() < 1e-4
-    tensor(True)
     """
     return EraserFitter(**options).update(features, metadata, labels, weights).eraser()
 
@@ -390,9 +329,8 @@ def _without(directions: Tensor, kept: Tensor) -> Tensor:
     left, sizes, right = torch.linalg.svd(directions - basis @ (basis.mT @ directions), full_matrices=False)
     if len(sizes) < directions.shape[1] or bool((sizes < _PARALLEL).any()):
         raise ValueError(
-            "preserve_labels=True cannot be had: the features covary with the labels along (nearly) the same "
-            "directions as with the metadata (there are fewer features than columns, say). Leave it out, or "
-            "give fewer metadata columns."
+            "preserve_labels=True cannot be had: features covary with labels and metadata along nearly the "
+            "same directions (of few features, say). Leave it out, or give fewer metadata columns."
         )
     unit: Tensor = left / sizes @ right
     return unit

@@ -15,13 +15,6 @@ def requires(extra: str, distribution: str = "mdnorm") -> Iterator[None]:
     """Turn the failure of an import inside the block into a MissingExtraError that names the extra.
 
     The `distribution` is what has this extra, if not mdnorm: a package that builds on it.
-
-    Examples
-    --------
-    >>> with requires("audit"):
-    ...     import no_such_package
-    Traceback (most recent call last):
-    mdnorm.extras.MissingExtraError: the package 'no_such_package' is missing: pip install 'mdnorm[audit]'
     """
     try:
         yield

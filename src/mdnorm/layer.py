@@ -109,12 +109,10 @@ class MetadataNorm(nn.Module):
 
     Notes
     -----
-    - A batch of any size works, the last partial one included; 1 sample has no variation within the batch, so
-      "batch" returns it unchanged in training.
+    - A batch of any size works; "batch" returns 1 sample unchanged in training.
     - "running" keeps state of the backward pass, too. It takes the loss to be a mean over the batch (for a
-      sum give ``reduction="sum"``) and the gradients that reach it to be those of one loss: give all losses
-      to one backward pass a training forward, and take another estimator where losses alternate (a GAN) or a
-      second derivative is needed.
+      sum give ``reduction="sum"``), with one backward pass a training forward. Take another estimator where
+      losses alternate (a GAN) or a second derivative is needed.
     - Metadata are constants in training. In evaluation the gradient reaches them.
     - Before the first training batch (or a loaded state) evaluation returns the features unchanged.
     - A batch whose features overflow to infinity or NaN passes them on but does not enter the state.
@@ -201,22 +199,19 @@ class MetadataNorm(nn.Module):
 
     def _build(self) -> None:
         """Make the estimator as soon as all sizes are known, and hand it the training set's moments."""
-        if self.estimator is None and None not in (self.num_features, self.num_metadata, self.num_labels):
-            self._make_parts()
+        sizes: Any = (self.num_metadata, self.num_labels, self.num_features)
+        if self.estimator is None and None not in sizes:
+            placement: Any = {"device": self._placement.device, "dtype": self._placement.dtype}
+            make: Any = Spread
+            # A state made under inference mode could never be trained on.
+            with torch.inference_mode(False):
+                self.estimator = self._make(*sizes, **placement, **self._options).train(self.training)
+                if self._spread_options is not None:
+                    self.spread = make(*sizes, **placement, **self._spread_options).train(self.training)
         if self.estimator is not None and self._gram is not None:
             for part in self.parts:
                 part.set_gram(self._gram.to(part.origin.device))
             self._gram = None
-
-    def _make_parts(self) -> None:
-        sizes: Any = (self.num_metadata, self.num_labels, self.num_features)
-        placement: Any = {"device": self._placement.device, "dtype": self._placement.dtype}
-        # A state made under inference mode could never be trained on.
-        with torch.inference_mode(False):
-            self.estimator = self._make(*sizes, **placement, **self._options).train(self.training)
-            if self._spread_options is not None:
-                make: Any = Spread
-                self.spread = make(*sizes, **placement, **self._spread_options).train(self.training)
 
     @property
     def parts(self) -> list[Estimator]:
@@ -227,15 +222,10 @@ class MetadataNorm(nn.Module):
     def coefficients(self) -> Tensor:
         """What evaluation removes for one unit of each metadata column: (K_m, *num_features), a copy.
 
-        Raises
-        ------
-        RuntimeError
-            The sizes are not known yet.
+        RuntimeError where the sizes are not known yet.
         """
         if self.estimator is None:
-            raise RuntimeError(
-                f"{self._described()} has no coefficients before its first batch: its sizes are open."
-            )
+            raise RuntimeError(f"{self._described()} has no coefficients before its first batch.")
         part = self.estimator
         scale = part.scale[part.num_protected :].to(part.coefficients)
         return part.coefficients[: part.num_metadata] * scale.reshape(-1, *[1] * len(part.num_features))
@@ -260,7 +250,9 @@ class MetadataNorm(nn.Module):
             self._last_group = None if group is None else GroupSetting(group)
         return group
 
-    def set_sizes(self, num_features: tuple[int, ...], num_metadata: int, num_labels: int) -> None:
+    def set_sizes(
+        self, num_features: tuple[int, ...], num_metadata: int | None, num_labels: int | None
+    ) -> None:
         """Give a layer of open sizes its sizes."""
         self.num_features, self.num_metadata, self.num_labels = num_features, num_metadata, num_labels
         self._build()
@@ -268,18 +260,13 @@ class MetadataNorm(nn.Module):
     def set_gram(self, moments: Moments) -> None:
         """Give the layer the moments of the design over the training set; see `mdnorm.fit_gram`.
 
-        Raises
-        ------
-        ValueError
-            Their numbers of metadata or label columns are not the layer's.
+        ValueError where their numbers of metadata or label columns are not the layer's.
         """
         have = {"metadata": moments.num_metadata, "labels": moments.num_protected - 1}
         for name, number in have.items():
             expected = getattr(self, f"num_{name}")
             if expected is not None and number != expected:
-                raise ValueError(
-                    f"the Gram matrix has {number} {name} column(s), the layer num_{name}={expected}."
-                )
+                raise ValueError(f"the Gram matrix has {number} {name} column(s), not num_{name}={expected}.")
         self.num_metadata, self.num_labels = have["metadata"], have["labels"]
         self._gram = moments
         self._build()
@@ -317,8 +304,8 @@ class MetadataNorm(nn.Module):
         labels : (N,) or (N, K_y), optional
             Needed in training where the layer has label columns, ignored in evaluation.
         weights : (N,), optional
-            Of the samples in the fit, not negative: a sample of weight 2 counts as two, one of weight 0 as
-            none. Its features are corrected all the same.
+            Of the samples in the fit: one of weight 2 counts as two, one of weight 0 as none (its features
+            are corrected all the same).
         mask : (N, ...) bool, optional
             With "channel", the positions that count (tokens that are no padding), in the order of the
             features' dimensions without that of the channels. Only they enter the fit, and only they are
@@ -360,14 +347,10 @@ class MetadataNorm(nn.Module):
                     features = part.evaluate(features, columns, dims, where)
             return features
         if labels is None and self.num_labels:
-            raise ValueError(
-                f"labels are needed in training: the layer has num_labels={self.num_labels}. In evaluation "
-                "(model.eval()) they are not."
-            )
+            raise ValueError(f"labels are needed in training: the layer has num_labels={self.num_labels}.")
         if labels is not None and self.num_labels == 0:
             raise ValueError(
-                "labels were given but the layer has num_labels=0: build it with the number of label columns "
-                "to protect them, or leave the labels out."
+                "labels were given but the layer has num_labels=0: build it with their number of columns."
             )
         if labels is not None and self.num_labels == 1 and self._finds_labels:
             # Found from the labels, and binary ones were all there were: indices of more classes are an error
@@ -383,7 +366,7 @@ class MetadataNorm(nn.Module):
                 columns.shape[1] - 1 - num_metadata,
             )
         weights = row_weights(weights, columns, where, dims, self.check_finite)
-        # As `context.is_recomputing`, whose call would show in the time of a small step.
+        # As in `MetadataSlot.get`: activation checkpointing repeats a forward pass in the backward pass.
         repeated = not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
         group, eager = self._active_group(repeated), is_eager(columns)
         batch = Batch(columns, weights, dims, where, group, eager, repeated, self.check_finite)
@@ -397,8 +380,7 @@ class MetadataNorm(nn.Module):
         """Evaluate sequences of several lengths, the nested tensor that `nn.TransformerEncoder` makes."""
         if self.training or self.granularity != "channel":
             raise ValueError(
-                "nested features, of sequences of several lengths, are corrected in evaluation and with "
-                "granularity='channel' only: give padded features and mask=."
+                "nested features need evaluation and granularity='channel': give padded ones and mask=."
             )
         rows = columns_of(metadata, "metadata", num_samples=features.size(0))
         parts = [
@@ -408,19 +390,12 @@ class MetadataNorm(nn.Module):
         return torch.nested.as_nested_tensor(parts)
 
     def given_metadata(self) -> Given:
-        """Return what `mdnorm.metadata` gave for this batch.
-
-        Raises
-        ------
-        RuntimeError
-            No context is open; the message names the layer where `mdnorm.insert` put it.
-        """
+        """Return what `mdnorm.metadata` gave for this batch; RuntimeError where no context is open."""
         given = self.metadata_slot.get()
         if given is None:
             raise RuntimeError(
                 f"{self._described()} got no metadata: run the model inside `with mdnorm.metadata(model, "
-                "metadata, labels):`, wrap it as mdnorm.WithMetadata(model), or give the layer its metadata "
-                "as an argument."
+                "metadata, labels):`, or as mdnorm.WithMetadata(model), or give the layer its metadata."
             )
         return given
 
@@ -442,8 +417,8 @@ class MetadataNorm(nn.Module):
                 f"{tuple(features.shape)}), the layer was built for {expected[0]}."
             )
         raise ValueError(
-            f"features of a sample have shape {shape}, the layer was built for {expected}; "
-            "granularity='channel' accepts any spatial size."
+            f"features of a sample have shape {shape}, the layer was built for {expected} "
+            "(granularity='channel': for any number of positions)."
         )
 
     def extra_repr(self) -> str:
@@ -480,28 +455,21 @@ def metadata_norm(
         What is protected: in the regression, never removed.
     weights, mask
         As of `MetadataNorm.forward`.
-    prior : float
-        As of `MetadataNorm`; 0, exact least squares, is the default here.
-    granularity, channel_dim, check_finite
-        As of `MetadataNorm`.
+    prior, granularity, channel_dim, check_finite
+        As of `MetadataNorm`; a prior of 0, exact least squares, is the default here.
     process_group : ProcessGroup, optional
-        The batch is that of all its processes together; each gives its samples and gets them back. None: of
-        this process alone.
+        The batch is that of all its processes together. None: of this process alone.
 
     Returns
     -------
     (N, ...) tensor, dtype of the features
-        With fewer samples than columns, or one sample, the directions that vary within the batch are removed;
-        with none (one sample, constant metadata, an empty batch) the features come back unchanged.
+        With fewer samples than columns the directions that vary within the batch are removed; with none (one
+        sample, constant metadata, an empty batch) the features come back unchanged.
 
     Raises
     ------
     TypeError, ValueError
         As of the layer.
-
-    References
-    ----------
-    Lu et al., Metadata Normalization, CVPR 2021 (arXiv:2104.09052), section 3.
     """
     features = plain_features(features)
     dims = position_dims(features, granularity, channel_dim)
@@ -569,16 +537,10 @@ def _feature_shape(
 ) -> tuple[int, ...] | None:
     if num_features is None:
         return None
-    single = _as_int(num_features)
-    lengths: tuple[object, ...] = ()
-    if single is not None:
-        lengths = (single,)
-    elif isinstance(num_features, Iterable):
-        lengths = tuple(num_features)
-    shape = tuple(length for length in map(_as_int, lengths) if length is not None and length > 0)
-    if not shape or len(shape) < len(lengths) or (granularity == "channel" and len(shape) != 1):
-        wanted = (
-            "a positive int or a tuple of them" if granularity == "element" else "a positive int (channels)"
-        )
+    is_shape = _as_int(num_features) is None and isinstance(num_features, Iterable)
+    lengths: Any = num_features if is_shape else (num_features,)
+    shape = tuple(_as_int(length) or 0 for length in lengths)
+    if not shape or min(shape) < 1 or (granularity == "channel" and len(shape) != 1):
+        wanted = "a positive int" + (" (channels)" if granularity == "channel" else " or a tuple of them")
         raise ValueError(f"num_features must be {wanted}, or None, got {num_features!r}.")
     return shape

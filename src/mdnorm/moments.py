@@ -43,7 +43,7 @@ class Moments:
     """Weighted means and sums of products about them: all that least squares needs of a data set, in float64.
 
     Start with `Moments.empty`, add rows with `update`, put parts together with `merge`, get coefficients with
-    `solve`. The size does not depend on the number of rows.
+    `solve`.
 
     Attributes
     ----------
@@ -114,7 +114,7 @@ class Moments:
         Returns
         -------
         Moments
-            Itself. After an error it is what it was before.
+            Itself; after an error as it was before.
 
         Raises
         ------
@@ -131,9 +131,7 @@ class Moments:
         )
         values, columns = _table(features, "features", self.cross), _table(design, "design", self.gram[1:])
         if len(values) != len(columns):
-            raise ValueError(
-                f"features has {len(values)} rows and design {len(columns)}: one row each is needed."
-            )
+            raise ValueError(f"features has {len(values)} rows and design {len(columns)}.")
         weight = None if weights is None else checked_weights(weights, len(values), self.gram)
         if weight is not None and not bool((weight > 0).all()):
             used = weight > 0
@@ -148,8 +146,7 @@ class Moments:
             known = self._names.get(what, columns)
             if known != columns:
                 raise ValueError(
-                    f"{what} has the columns {list(columns[:10])}, before it had {list(known[:10])}: give "
-                    "the same ones in the same order."
+                    f"{what} has the columns {list(columns[:10])}, before it had {list(known[:10])}."
                 )
         return {**self._names, **names}
 
@@ -195,13 +192,7 @@ class Moments:
         return Moments(k, mass, total, mean, feature_mean, gram, cross, squares)
 
     def merge(self, other: Moments) -> Moments:
-        """Return the moments of both sets of rows together.
-
-        Raises
-        ------
-        ValueError
-            The numbers of columns, or their names, differ.
-        """
+        """Return the moments of both sets of rows; ValueError where numbers or names of columns differ."""
         mine, theirs = ((part.num_metadata, *part.cross.shape) for part in (self, other))
         if mine != theirs:
             raise ValueError(
@@ -270,18 +261,8 @@ class Moments:
     def inverse(self, units: Standardisation | None = None) -> Any:
         """Return the generalised inverse of the Gram matrix of the columns [m, y], (K, K), float64.
 
-        Times the residual variance it is the covariance of what `solve` returns without a ridge; times the
-        Gram matrix it is the identity for all columns that have a direction of their own.
-
-        Parameters
-        ----------
-        units : Standardisation, optional
-            As for `solve`.
-
-        Raises
-        ------
-        ValueError
-            There are no rows.
+        Times the residual variance it is the covariance of what `solve`, whose units and errors it has,
+        returns without a ridge.
         """
         return self._inverse(0.0, units)[:, self._order].numpy(force=True)
 
@@ -312,34 +293,21 @@ class Moments:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Any]) -> Moments:
-        """Return the moments that `to_arrays` gave.
-
-        Raises
-        ------
-        ValueError
-            An array is missing, unknown or of the wrong shape.
-        """
+        """Return the moments that `to_arrays` gave; ValueError for missing, unknown or misshapen arrays."""
         names = {part.name for part in fields(cls)} - {"_names"}
         if set(arrays) != names:
             raise ValueError(
-                f"these arrays are not those of Moments: missing {sorted(names - set(arrays))}, unknown "
-                f"{sorted(set(arrays) - names)}."
+                f"no Moments: missing {sorted(names - set(arrays))}, unknown {sorted(set(arrays) - names)}."
             )
         values: dict[str, Any] = {
             name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()
         }
-        columns, features = values["mean"].numel() // 2, values["squares"].numel()
-        shapes = {
-            "mean": (2, columns),
-            "feature_mean": (2, features),
-            "gram": (columns, columns),
-            "cross": (columns, features),
-            "squares": (features,),
-        }
-        for name, shape in shapes.items():
-            if values[name].shape != shape:
-                raise ValueError(f"{name} must have shape {shape}, got {tuple(values[name].shape)}.")
         numbers = [values.pop(name).item() for name in ("num_metadata", "weight", "num_rows")]
+        like = cls.empty(values["squares"].numel(), values["mean"].numel() // 2 - 1)
+        for name, value in values.items():
+            if value.shape != getattr(like, name).shape:
+                shape = tuple(getattr(like, name).shape)
+                raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}.")
         return cls(int(numbers[0]), numbers[1], int(numbers[2]), **values)
 
 
@@ -349,10 +317,7 @@ def _table(values: Any, name: str, like: Tensor) -> Tensor:
     if tensor.ndim != 2:
         raise ValueError(f"{name} must have shape (num_rows, num_columns), got {tuple(tensor.shape)}.")
     if tensor.shape[1] != width:
-        raise ValueError(
-            f"{name} has {tensor.shape[1]} column(s), these moments have {width} "
-            f"(shape {tuple(tensor.shape)})."
-        )
+        raise ValueError(f"{name} has {tensor.shape[1]} column(s), these moments have {width}.")
     return tensor
 
 

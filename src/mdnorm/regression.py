@@ -88,27 +88,14 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 
 
 def position_dims(features: Tensor, granularity: Granularity, channel_dim: int = 1) -> tuple[int, ...]:
-    """Return the dimensions over which one coefficient is shared: none for "element", else all positions.
+    """Return the dimensions of features (N, ...) over which one coefficient is shared.
 
-    Parameters
-    ----------
-    features : (N, ...) tensor
-        At least 2 dimensions, the first one the samples.
-    granularity : "element" or "channel"
-        "element": every value of a sample has its own coefficients (the paper). "channel": one set of
-        coefficients a channel, shared by all positions, of which there can be any number.
-    channel_dim : int
-        Where the channels are: 1 for (N, C, H, W), −1 for tokens (N, T, D).
-
-    Raises
-    ------
-    ValueError
-        Fewer than 2 dimensions, another granularity, or a channel_dim that is not a feature dimension.
+    None for "element", else all positions; see `mdnorm.MetadataNorm`. ValueError for fewer than 2 dimensions,
+    another granularity, or a channel_dim that is not a feature dimension.
     """
     if features.ndim < 2:
         raise ValueError(
-            "features must have shape (num_samples, ...) with at least 2 dimensions, got "
-            f"{tuple(features.shape)}."
+            f"features must have at least 2 dimensions, (num_samples, ...), got {tuple(features.shape)}."
         )
     if granularity == "element":
         return ()
@@ -117,16 +104,9 @@ def position_dims(features: Tensor, granularity: Granularity, channel_dim: int =
     channel = channel_dim + features.ndim if channel_dim < 0 else channel_dim
     if not 1 <= channel < features.ndim:
         raise ValueError(
-            f"channel_dim={channel_dim} is not a feature dimension of features with shape "
-            f"{tuple(features.shape)} (dimension 0 holds the samples)."
+            f"channel_dim={channel_dim} is not a feature dimension of shape {tuple(features.shape)}."
         )
     return tuple(dim for dim in range(1, features.ndim) if dim != channel)
-
-
-def _spread(matrix: Tensor, dims: tuple[int, ...]) -> Tensor:
-    for dim in dims:
-        matrix = matrix.unsqueeze(dim)
-    return matrix
 
 
 def as_matrix(tensor: Tensor, dims: tuple[int, ...], mask: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -160,7 +140,9 @@ def _subtract(
 ) -> Tensor:
     """Return ``tensor − left @ right``, the product spread over the positions that count."""
     if dims:
-        product = _spread(left @ right, dims)
+        product = left @ right
+        for dim in dims:
+            product = product.unsqueeze(dim)
         return (tensor - (product if mask is None else torch.where(mask, product, 0))).to(tensor.dtype)
     out = torch.addmm(
         as_matrix(tensor, (), None, left.dtype) if matrix is None else matrix, left, right, alpha=-1
@@ -177,22 +159,17 @@ def remove(
     dims: tuple[int, ...] = (),
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return ``features − basis @ coefficients``, the coefficients taken as given (evaluation).
+    """Return ``features − basis @ coefficients``, (N, ...), the coefficients taken as given (evaluation).
 
     Parameters
     ----------
     features : (N, ...) tensor, any floating dtype
-    basis : (N, R) tensor
-        The gradient reaches it, and with it the metadata.
-    coefficients : (R, D) tensor
+    basis, coefficients : (N, R), (R, D) tensors
+        The gradient reaches the basis, and with it the metadata.
     dims : tuple of int
-        Dimensions that share a coefficient, from `position_dims`.
+        From `position_dims`.
     mask : (N, 1, ...) bool tensor, optional
         Positions that are corrected; the others stay as they are.
-
-    Returns
-    -------
-    (N, ...) tensor, dtype of the features
     """
     dtype = compute_dtype(features)
     with full_precision(features.device):
@@ -203,16 +180,10 @@ def remove(
 
 
 class Standardisation(NamedTuple):
-    """Origin and unit of the design columns ``[y, 1, m]``, fixed once: ``z = (x − origin) · scale``.
+    """Origin and unit of the design columns ``[y, 1, m]``, fixed once: ``z = (x − origin) · scale``."""
 
-    Attributes
-    ----------
-    origin, scale : (K,) tensors
-        0 and 1 for the intercept.
-    """
-
-    origin: Tensor
-    scale: Tensor
+    origin: Tensor  # (K,), 0 for the intercept
+    scale: Tensor  # (K,), 1 for the intercept
 
     @classmethod
     def of(
@@ -363,28 +334,14 @@ def prior_share(prior: float, weight: Any) -> Any:
 
 
 class Memory(NamedTuple):
-    """The running mean of what the losses say about the coefficients, kept by the backward pass of `regress`.
+    """The running mean of what losses say about the coefficients, kept by the backward pass of `regress`."""
 
-    Attributes
-    ----------
-    adjoint : (R, D) tensor
-        Changed in place.
-    weight : (1,) tensor
-        Number of samples behind it, changed in place.
-    added, kept : float or (1,) tensor
-        What this batch weighs, and the share of its weight that it leaves the past.
-    samples : float or (1,) tensor
-        What the gradient of a batch is divided by to be that of a mean over its samples.
-    eager : bool
-        See `is_eager`.
-    """
-
-    adjoint: Tensor
-    weight: Tensor
-    added: float | Tensor
-    kept: float | Tensor
-    samples: float | Tensor = 1
-    eager: bool = False
+    adjoint: Tensor  # (R, D), changed in place
+    weight: Tensor  # (1,), the number of samples behind it, changed in place
+    added: float | Tensor  # what this batch weighs; tensors are (1,)
+    kept: float | Tensor  # the share of its weight that the batch leaves the past
+    samples: float | Tensor = 1  # divides the gradient of a batch to be that of a mean over its samples
+    eager: bool = False  # see `is_eager`
 
 
 def regress(
@@ -507,16 +464,19 @@ class _Regress(torch.autograd.Function):
                 if adjoint is not None:
                     if torch.is_grad_enabled():
                         raise RuntimeError(
-                            "estimator='running' keeps state in the backward pass, which can therefore be "
-                            "differentiated only once: for second derivatives take 'batch', 'dataset' or "
-                            "'recursive'."
+                            "estimator='running' keeps state in the backward pass, which can be "
+                            "differentiated only once: take 'batch', 'dataset' or 'recursive'."
                         )
                     # Of several processes, or of weights, the number is a tensor in float64.
                     samples = samples.to(batch.dtype) if isinstance(samples, Tensor) else samples
                     scaled = isinstance(samples, Tensor) or samples != 1
                     batch = batch / samples if scaled else batch
                 if group is not None:
-                    batch, sizes = _reduced(batch, sizes, group)
+                    # By one collective.
+                    parts = [batch.flatten()] if sizes is None else [batch.flatten(), sizes]
+                    sums = all_reduce_sum(torch.cat(parts), group)
+                    sizes = None if sizes is None else sums[-2:].detach()
+                    batch = sums[: batch.numel()].view_as(batch)
                 if adjoint is not None:
                     advance(weight, kept, count, (adjoint, batch), eager=eager)
                     batch = adjoint if adjoint.dtype == batch.dtype else adjoint.to(batch.dtype)
@@ -533,14 +493,6 @@ class _Regress(torch.autograd.Function):
                     left, right = torch.cat([left, terms[1][0]], 1), torch.cat([right, terms[1][1]])
                 grad = _subtract(grad, matrix, left, right, dims, mask)
             return (grad, *(None,) * 14)
-
-
-def _reduced(batch: Tensor, sizes: Tensor | None, group: ProcessGroup) -> tuple[Tensor, Tensor | None]:
-    """Return the sums of both over the processes, by one collective."""
-    if sizes is None:
-        return all_reduce_sum(batch, group), None
-    sums = all_reduce_sum(torch.cat([batch.flatten(), sizes]), group)
-    return sums[:-2].view_as(batch), sums[-2:].detach()
 
 
 # What `Function.apply` itself calls in the end. Before that it binds the arguments to the signature of
@@ -560,20 +512,9 @@ def advance(
     """Move weighted averages towards those of a batch, in place; return whether the batch was used.
 
     A batch with a value that is not finite (an overflow of mixed precision) is left out: it would never
-    leave.
-
-    Parameters
-    ----------
-    weight : (1,) tensor
-        Weight of the averages, changed in place.
-    kept : float or (1,) tensor
-        What stays of the weight of the past.
-    count : float or (1,) tensor
-        Weight of the batch.
-    *averages : pairs of tensors
-        Average, changed in place, and its value in the batch; the last one tells whether the batch is finite.
-    eager : bool
-        See `is_eager`. As numbers the weights take a fraction of the time that they take as tensors.
+    leave. The share `kept` of the weight (1,) of the past stays, and `count` is that of the batch. A pair is
+    an average and its value in the batch; the last one tells whether the batch is finite. As numbers
+    (`eager`, see `is_eager`) the weights take a fraction of the time that they take as tensors.
     """
     # What is not finite in the design is not finite in its products with the features, which come last.
     total = averages[-1][1].sum()

@@ -208,10 +208,9 @@ def found_again(trained: Regression, groups: Sequence[Moments]) -> FoundAgain | 
     """Return the share of a trained effect that new rows show; its error needs no model of the noise.
 
     The features of a new row are projected on each direction of the trained effect, ``h = F · values / σ``,
-    and regressed on what the effect predicts from the row's metadata. Features that go together, and noise
-    that differs between rows, are in the differences between the groups, of which each has the moments of the
-    design and of ``h`` (n, Q). The result is None without a trained effect, or where the metadata of the new
-    rows, given their labels, do not differ or differ in a single group only.
+    and regressed on what the effect predicts from the row's metadata. Each group of rows has the moments of
+    the design and of ``h`` (n, Q). The result is None without a trained effect, or where the metadata of the
+    new rows, given their labels, do not differ or differ in a single group only.
 
     References
     ----------
@@ -269,8 +268,8 @@ def combine(trained: Regression, new: Regression | None = None, found: FoundAgai
 
     One: directions of the metadata in which the features together show no more than noise are left out, and
     the others shrunk. Two: what training rows say, times the share of it that new rows found again, is a
-    first guess, which may be wrong since networks memorise; new rows have noise and no such fault. Where they
-    contradict the guess by more than noise, they decide, and else both are averaged by their precision.
+    first guess. Where new rows contradict it by more than noise, they decide, and else both are averaged by
+    their precision.
 
     No feature's coefficients are further than noise reaches (3.2 standard errors for one feature and one
     column, 5.2 for 1000 features) from the least-squares ones, of the new rows where there are two: the

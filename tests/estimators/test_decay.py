@@ -138,7 +138,7 @@ def test_pooled_maps_are_vectors(shape, options):
 
 def test_wrong_settings_are_errors():
     for name, value in (("decay", -1), ("decay", float("inf")), ("rise", -1)):
-        with pytest.raises(ValueError, match=f"{name}={value}"):
+        with pytest.raises(ValueError, match=f"{name} must be a finite number, at least 0, got {value}"):
             MetadataNorm(4, 1, **{name: value})
     with pytest.raises(TypeError, match="decay must be a number"):
         MetadataNorm(4, 1, decay="strong")

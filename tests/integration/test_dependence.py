@@ -163,7 +163,7 @@ def test_outputs_of_all_kinds(kind: str, output: Any) -> None:
     [
         ("dict", None, TypeError, "output of the layer '' is a dict with the keys 'logits', 'hidden', not a"),
         ("tuple", None, TypeError, "is a tuple of Tensor, list, not a tensor: give output="),
-        ("dataclass", None, TypeError, "is a _Output, not a tensor"),
+        ("dataclass", None, TypeError, "is a _Output with .*, not a tensor"),
         ("dict", "hiden", KeyError, "has no key 'hiden': its keys are 'logits', 'hidden'"),
         ("dict", 0, TypeError, "has no entry 0: it is a dict with the keys 'logits', 'hidden'"),
         ("tuple", 2, IndexError, "has no entry 2: it has 2"),

@@ -226,7 +226,7 @@ class TestKeys:
 
     def test_nothing_says_where_the_metadata_are(self):
         image, age, diagnosis = rows()
-        with pytest.raises(ValueError, match="nothing says where the metadata of a batch are"):
+        with pytest.raises(ValueError, match="nothing says where the metadata are"):
             recalibrate(make_model(), [{"image": image, "age": age, "label": diagnosis}])
 
     def test_fit_gram(self):

@@ -370,7 +370,7 @@ class TestOutputs:
             (lambda f: ("a", 1), None, "no tensor to correct. Give output="),
             (lambda f: 3, None, "'' is a int: no tensor"),
             (lambda f: ("a", f), 0, "output= selects a str"),
-            (lambda f: (f,), lambda o: o[0] * 2, "must return one of the entries"),
+            (lambda f: (f,), lambda o: o[0] * 2, "must return an entry"),
         ],
     )
     def test_errors(self, structure, selector, message):
@@ -425,9 +425,7 @@ class TestOutputs:
     def test_a_sequential_whose_last_module_gives_a_tuple(self):
         model = nn.Sequential(nn.Linear(3, 3), nn.LSTM(3, 4, batch_first=True)).double()
         features, metadata, _ = data(shape=(5, 3))
-        with pytest.raises(
-            ValueError, match=r"with output= or sample_dim= insert after its last module, '0\.1'"
-        ):
+        with pytest.raises(ValueError, match=r"with output= or sample_dim= insert after '0\.1'"):
             mdnorm.insert(nn.Sequential(model), "0", output=0)
         mdnorm.insert(model, "")
         with pytest.raises(TypeError, match="insert after its last module"), mdnorm.metadata(model, metadata):
@@ -462,7 +460,7 @@ class TestAgain:
     @pytest.mark.parametrize("sample_dim", [2, 9, -3])
     def test_a_dimension_that_the_output_does_not_have(self, sample_dim):
         model, (images, metadata, _) = Net(), data()
-        message = rf"sample_dim={sample_dim}, but the output of 'fc1' has shape \(40, 4\), 2 dimension"
+        message = rf"sample_dim={sample_dim}, but the output of 'fc1' has shape \(40, 4\)\."
         with pytest.raises(ValueError, match=message):
             mdnorm.insert(model, "fc1", sample_dim=sample_dim, example=images)
         assert len(insertions(model)) == 0

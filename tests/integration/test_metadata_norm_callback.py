@@ -308,7 +308,7 @@ class TestErrors:
             MetadataNormCallback("age", inputs="images", forward=lambda *_: None)
 
     def test_a_model_without_layers(self, tmp_path):
-        with pytest.raises(ValueError, match="DictModel has no MetadataNorm: give after="):
+        with pytest.raises(ValueError, match="DictModel has no MetadataNorm layer"):
             trainer([MetadataNormCallback("age")], tmp_path).fit(DictModel(), *loaders())
 
     def test_a_name_that_is_not_there(self, tmp_path):

@@ -188,7 +188,7 @@ def test_an_average_of_buffers_is_seen():
     """As of an EMA of buffers whose decay is near 1; some of such bytes are a design, but another one."""
     model, _ = make_model()
     model.metadata_design.json[20:30] -= 1
-    with pytest.raises(ValueError, match=r"design in this model is damaged.*average the parameters alone"):
+    with pytest.raises(ValueError, match=r"design in this model is damaged.*attach it again"):
         mdnorm.design_of(model)
 
 
@@ -211,7 +211,7 @@ class TestErrors:
             model(images)
         mdnorm.attach_design(model)
         with (
-            pytest.raises(RuntimeError, match="has room for a design but none in it"),
+            pytest.raises(RuntimeError, match="has no design yet"),
             mdnorm.metadata(model, pd.DataFrame({"age": [1, 2, 3]})),
         ):
             pass

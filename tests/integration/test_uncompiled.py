@@ -2,7 +2,7 @@
 
 import torch
 
-from mdnorm.integration.uncompiled import uncompiled
+from mdnorm.integration.dependence import uncompiled
 
 
 def graphs_after(function):

@@ -28,54 +28,27 @@ if TYPE_CHECKING:
 
 
 class Batch(NamedTuple):
-    """What an estimator learns from beside the features.
+    """What an estimator learns from beside the features."""
 
-    Attributes
-    ----------
-    columns : (N, K) tensor, float64
-        Checked design columns ``[y, 1, m]``.
-    weights : (N,) tensor or None
-        Of the samples, in the dtype of `columns`.
-    dims : tuple of int
-        Dimensions of the features that share a coefficient, see `mdnorm.regression.position_dims`.
-    mask : (N, 1, ...) bool tensor or None
-        Positions that count.
-    group : ProcessGroup or None
-        Processes whose samples are one batch.
-    eager : bool
-        See `mdnorm.regression.is_eager`.
-    repeated : bool
-        Whether activation checkpointing runs the batch again: it is in the state already.
-    checked : bool
-        Whether values that are not finite are errors.
-    """
-
-    columns: Tensor
-    weights: Tensor | None
-    dims: tuple[int, ...]
-    mask: Tensor | None
-    group: ProcessGroup | None
-    eager: bool
-    repeated: bool
-    checked: bool = True
+    columns: Tensor  # (N, K) checked design columns ``[y, 1, m]``, float64
+    weights: Tensor | None  # (N,) of the samples, in the dtype of the columns
+    dims: tuple[int, ...]  # of the features that share a coefficient: `mdnorm.regression.position_dims`
+    mask: Tensor | None  # (N, 1, ...) bool: the positions that count
+    group: ProcessGroup | None  # processes whose samples are one batch
+    eager: bool  # see `mdnorm.regression.is_eager`
+    repeated: bool  # activation checkpointing runs the batch again: it is in the state already
+    checked: bool = True  # whether values that are not finite are errors
 
 
 class Estimator(nn.Module, ABC):
     """Base class of the strategies that estimate the metadata's effect, and owner of a layer's state.
 
-    A subclass implements `forward`, the training step: it returns the corrected features and updates
-    `coefficients` and `mean`. Evaluation is the same for all and needs no labels.
+    A subclass implements `forward`, the training step, which updates `coefficients` and `mean`.
 
     Parameters
     ----------
-    num_metadata, num_labels : int
-        K_m and K_y.
-    num_features : tuple of int
-        Shape of a sample's features, or (channels,); D is the product.
-    center : bool
-        Remove the intercept as well, as the authors' code does.
-    device, dtype
-        Where and in what precision the state is kept: float32 at least, statistics of the design in float64.
+    num_metadata, num_labels, num_features, center, device, dtype
+        As of `mdnorm.MetadataNorm`, with all sizes known: K_m, K_y, and a shape of D values.
 
     Attributes
     ----------
@@ -166,8 +139,7 @@ class Estimator(nn.Module, ABC):
         """Raise RuntimeError where the moments of the training set, whose weight this is, are missing."""
         if is_eager(weight) and not weight.item():
             raise RuntimeError(
-                f"estimator={name!r} needs the Gram matrix of the training set before training: call "
-                "mdnorm.fit_gram(model, metadata, labels) once with all training metadata (and labels)."
+                f"estimator={name!r} needs the Gram matrix of the training set: call mdnorm.fit_gram first."
             )
 
     @abstractmethod
@@ -229,8 +201,6 @@ class Estimator(nn.Module, ABC):
         at = torch.cat([-(self.origin * self.scale)[: p - 1], gram[p - 1, p - 1 :]])
         at[p - 1] = 1
         return torch.cat([rows[p:], (at @ rows).unsqueeze(0)])
-
-    # -- state --------------------------------------------------------------------------------------------
 
     def reset_parameters(self) -> None:
         """Forget everything learned: all state back to zero, the sizes stay."""

@@ -23,8 +23,7 @@ _COUNTED = 50.0
 class LeastSquares(Estimator):
     """Least squares on weighted moments of past and present batches; the presets are `ESTIMATORS`.
 
-    A batch of weight n leaves the past the share ``1 − n / window`` of its weight, so the running moments
-    look `window` samples back whatever the batch size.
+    A batch of weight n leaves the past the share ``1 − n / window`` of its weight.
 
     Parameters
     ----------
@@ -33,9 +32,9 @@ class LeastSquares(Estimator):
     window : float
         Samples that the running state looks back; infinity: all of them.
     prior : float
-        Shrinkage of the coefficients, in samples: a prior on every column in units of its deviation that
-        weighs as much as so many samples. It fades as samples come, and keeps a few of them, whose labels
-        nearly determine their metadata, from an estimate of any size. 0: exact least squares.
+        Shrinkage of the coefficients: a prior on every column in units of its deviation, that weighs as much
+        as so many samples. It keeps a few samples, whose labels nearly determine their metadata, from an
+        estimate of any size. 0: exact least squares.
     gram : "batch", "dataset" or "window"
         Where ``E[z zᵀ]`` comes from in training. With "batch" and "dataset", ``E[z fᵀ]`` is that of the
         batch; with "window" both are running means.
@@ -51,10 +50,9 @@ class LeastSquares(Estimator):
         Size of the gradient that keeps the removed effect from growing, in shares of the loss's own
         gradient; see `mdnorm.regression.regress`. It rises from 0 to this value while the layer sees `rise`
         samples, and is smaller as long as the features tell less of the labels than of the metadata, since a
-        network that has learned nothing yet would be held where it is. 0: the published gradient, by which a
-        network that memorises its training samples comes to use the metadata on new ones. By default 0.5 for
-        vectors of features, (N, D) or pooled maps as (N, D, 1, 1), and 0 for maps and tokens, in which the
-        metadata show everywhere: to hold that down would leave the network nothing.
+        network that has learned nothing yet would be held where it is. 0: the published gradient. By default
+        0.5 for vectors of features, (N, D) or pooled maps as (N, D, 1, 1), and 0 for maps and tokens, in
+        which the metadata show everywhere: to hold that down would leave the network nothing.
     rise : float
         In samples; of a batch no more than 50 count, since it takes steps for a network to learn anything.
         In a compiled model the decay is ahead by one batch.
@@ -104,20 +102,15 @@ class LeastSquares(Estimator):
         **options: Any,
     ) -> None:
         super().__init__(num_metadata, num_labels, num_features, **options)
-        given = {"window": window, "prior": prior, "averaging": averaging, "rise": rise}
+        given = {"window": window, "averaging": averaging, "prior": prior, "rise": rise}
         for name, value in (given | ({} if decay is None else {"decay": decay})).items():
             # A bool is a number to Python, and never meant as one here.
             if isinstance(value, bool) or not isinstance(value, numbers.Real):
                 raise TypeError(f"{name} must be a number, got {value!r}.")
+            if name in ("prior", "rise", "decay") and not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite number, at least 0, got {value}.")
         if not window > 0:
             raise ValueError(f"window must be a positive number of samples, got {window}.")
-        if not 0 <= prior < math.inf:
-            raise ValueError(f"prior must be a finite number of samples, at least 0, got {prior}.")
-        if not 0 <= (decay or 0) < math.inf or not 0 <= rise < math.inf:
-            raise ValueError(
-                "decay must be a finite share and rise a finite number of samples, both at least 0, got "
-                f"decay={decay}, rise={rise}."
-            )
         if reduction not in ("mean", "sum"):
             raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
         self.window, self.prior, self.averaging = float(window), float(prior), float(averaging)
@@ -173,19 +166,11 @@ class LeastSquares(Estimator):
         return max(1 - count / self.window, 0.0)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """Update the moments by this batch and remove the effect that they show.
-
-        Raises
-        ------
-        RuntimeError
-            The moments of the training set are missing; with `gram="window"`, inside of an
-            activation-checkpointed part of a compiled model; with `adjoint="window"`, inside of a transform
-            of torch.func.
-        """
+        """Update the moments by this batch and remove the effect that they show."""
         if self.gram_source == "dataset":
             self.require_gram(self.weight, "dataset")
-        if not batch.eager and self.gram_source == "window":
-            _refuse_compiled_checkpoint()
+        if not batch.eager and self.gram_source == "window" and torch.compiler.is_compiling():
+            _refuse_traced_checkpoint()
         if not batch.eager and self.adjoint_source == "window":
             _refuse_transforms(features)
         return self._step(features, batch) if batch.group is None else eager(self._step)(features, batch)
@@ -230,7 +215,9 @@ class LeastSquares(Estimator):
                 entered, kept = share * count, 1 - share * (1 - kept)
             decay = self.decay
             if decay is None:
-                decay = _DECAY if features.ndim == 2 or _are_vectors(features) else 0.0
+                # Of vectors only one dimension beside that of the samples has more than one value.
+                is_vector = features.ndim == 2 or sum(size > 1 for size in features.shape[1:]) <= 1
+                decay = _DECAY if is_vector else 0.0
             held, strength = cast("Tensor | None", None), cast("float | Tensor", 0.0)
             if decay:
                 if batch.weights is not None:
@@ -324,17 +311,11 @@ class LeastSquares(Estimator):
         return text if self.reduction == "mean" else f"{text}, reduction={self.reduction!r}"
 
 
-def _are_vectors(features: Tensor) -> bool:
-    """Whether only one dimension beside that of the samples has more than one value."""
-    return sum(size > 1 for size in features.shape[1:]) <= 1
-
-
 def _refuse_far_columns(columns: Tensor, left: Tensor) -> None:
     """Raise ValueError where finite columns are not finite in the units and the dtype of the regression."""
     if bool(columns.isfinite().all()) and not bool(left.isfinite().all()):
         raise ValueError(
-            f"metadata or labels have values that overflow {left.dtype} in the units of their first batch: "
-            "look for wrong values, or give the column in a larger unit."
+            f"metadata or labels overflow {left.dtype} in the units of their first batch: give larger units."
         )
 
 
@@ -342,23 +323,17 @@ def _refuse_transforms(features: Tensor) -> None:
     if torch.compiler.is_compiling() or not torch._C._functorch.is_functorch_wrapped_tensor(features):
         return
     raise RuntimeError(
-        "estimator='running' cannot train inside torch.func (vmap, grad, vjp, ...): it updates state in the "
-        "backward pass, which those transforms do not allow. Train each model by loss.backward(), or take "
-        "'batch', 'dataset', 'recursive' or 'penalty'. Evaluation (model.eval()) works."
+        "estimator='running' cannot train inside torch.func: it updates state in the backward pass. Train by "
+        "loss.backward(), or take 'batch', 'dataset', 'recursive' or 'penalty'. Evaluation works."
     )
 
 
-def _refuse_compiled_checkpoint() -> None:
+def _refuse_traced_checkpoint() -> bool:
     """Raise where `torch.compile` traces an activation-checkpointed part.
 
     Compiled code repeats the part with the state that the batch has already entered, and nothing in it can
     tell the two runs apart.
     """
-    if torch.compiler.is_compiling():
-        _refuse_traced_checkpoint()
-
-
-def _refuse_traced_checkpoint() -> bool:
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
@@ -369,9 +344,8 @@ def _refuse_traced_checkpoint() -> bool:
         if "activation_checkpoint" in str(getattr(tracer, "source_target", "")):
             raise RuntimeError(
                 "'running', 'recursive' and scale=True cannot train inside of an activation-checkpointed "
-                "part of a compiled model: the part is repeated with the state that the batch has already "
-                "entered, and the gradient would be wrong. Keep the layer out of the checkpointed part (it "
-                "saves only the design), or take estimator 'batch' or 'dataset' without scale."
+                "part of a compiled model, which is repeated with the state that the batch has entered. "
+                "Keep the layer out of it, or take estimator 'batch' or 'dataset' without scale."
             )
         tracer = tracer.parent
     return False

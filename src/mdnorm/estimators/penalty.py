@@ -18,8 +18,7 @@ class Penalty(Estimator):
     """β is a parameter, learned by the loss ``½ mean ‖f − x β‖²`` beside the network (PMDN).
 
     The loss sees the features as constants, the network sees β as a constant (Vento et al., MICCAI 2022,
-    arXiv:2207.04607; there with two forward passes a step, here with one). Add it to the task's loss, and
-    give the coefficients a learning rate of their own::
+    arXiv:2207.04607). Add it to the task's loss, and give the coefficients a learning rate of their own::
 
         optimizer = torch.optim.SGD(mdnorm.parameter_groups(model, penalty={"lr": 0.1}), lr=1e-3)
         loss = criterion(logits, labels) + mdnorm.penalty_loss(model)

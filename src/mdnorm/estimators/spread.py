@@ -29,13 +29,11 @@ class Spread(LeastSquares):
     this is ComBat's division by the site's scale (Johnson et al. 2007), for continuous metadata its smooth
     form.
 
-    A sample that pulls the fit to itself has a residual near zero whatever the variance: with its leverage
-    `h`, the residual's variance is 1 − h times that of the noise. So ``log r² / (1 − h)`` is fitted, with the
-    weight 1 − h. Of one sample it is a noisy measure (its variance is π²/2): a prior on γ_m, one unit wide a
-    standard deviation of metadata, holds the fit until there are clearly more than five.
-
-    The features are scaled about their overall mean, since the label, which would give each class a mean of
-    its own, is not there in evaluation. The factors are constants for the gradient.
+    With the leverage `h` of a sample, its residual's variance is 1 − h times that of the noise: so
+    ``log r² / (1 − h)`` is fitted, with the weight 1 − h. Of one sample it is a noisy measure (of
+    variance π²/2): a prior on γ_m, one unit wide a standard deviation of metadata, holds the fit until there
+    are clearly more than five. The features are scaled about their overall mean, since there are no labels in
+    evaluation. The factors are constants for the gradient.
 
     Attributes
     ----------
@@ -43,8 +41,6 @@ class Spread(LeastSquares):
         Running moments of the design and ``log r²``.
     squares : (D,) buffer, float64
         Running mean of the squared features. `cross` is in float64, too.
-    squares : (D,) buffer
-        Running mean of the squared features.
     coefficients : (K_m, *num_features) buffer
         γ_m.
     """
@@ -63,21 +59,12 @@ class Spread(LeastSquares):
         window: float = 2000,
         **options: Any,
     ) -> None:
-        super().__init__(
-            num_metadata,
-            num_labels,
-            num_features,
-            window=window,
-            adjoint="none",
-            prior=0.0,
-            decay=0.0,
-            **options,
-        )
-        self.add_state("cross", *self.cross.shape, precise=True)
-        self.add_state("squares", self.num_values, precise=True)
-        self.add_state("log_gram", *self.gram.shape, precise=True)
-        self.add_state("log_cross", *self.cross.shape, precise=True)
-        self.add_state("log_weight", 1, precise=True)
+        fixed: dict[str, Any] = {"adjoint": "none", "prior": 0.0, "decay": 0.0}
+        super().__init__(num_metadata, num_labels, num_features, window=window, **fixed, **options)
+        sizes = {"cross": self.cross.shape, "squares": (self.num_values,), "log_gram": self.gram.shape}
+        sizes |= {"log_cross": self.cross.shape, "log_weight": (1,)}
+        for name, shape in sizes.items():
+            self.add_state(name, *shape, precise=True)
 
     def _step(self, features: Tensor, batch: Batch) -> Tensor:
         p = self.num_protected

@@ -96,8 +96,7 @@ class Application:
         if not isinstance(arguments[0], Tensor):
             name = getattr(layer, "inserted_after", "")
             raise TypeError(
-                f"the output of {name!r} is {described(arguments[0])}: insert after its last module, not "
-                "after the nn.Sequential, where output= can be given."
+                f"the output of {name!r} is {described(arguments[0])}: insert after its last module."
             )
         if not torch.compiler.is_compiling():
             self.shape = _shape(arguments[0])
@@ -117,8 +116,6 @@ class Application:
             raise ValueError(f"after {name!r}: {error}") from error
         if self.sample_dim:
             corrected = corrected.movedim(0, self.sample_dim)
-        if isinstance(output, Tensor):
-            return corrected
         return replaced(output, self.output, corrected, name)
 
 
@@ -146,8 +143,7 @@ def find_features(output: Any, selector: Selector | None, name: str) -> Tensor:
         return found
     if isinstance(found, PackedSequence):
         raise TypeError(
-            f"the output of {name!r} is a PackedSequence, which has no row per sample: give the module "
-            "padded sequences, or insert behind a later one."
+            f"the output of {name!r} is a PackedSequence, with no row per sample: insert behind a later one."
         )
     raise TypeError(
         f"the output of {name!r} is {described(output)}: no tensor to correct. Give output= a key, an index "
@@ -161,14 +157,13 @@ def samples_first(features: Tensor, sample_dim: int, name: str) -> Tensor:
     """Return a module's output with the dimension of the samples as the first."""
     if not -features.ndim <= sample_dim < features.ndim:
         raise ValueError(
-            f"sample_dim={sample_dim}, but the output of {name!r} has shape {tuple(features.shape)}, "
-            f"{features.ndim} dimension(s): give the one that counts the samples."
+            f"sample_dim={sample_dim}, but the output of {name!r} has shape {tuple(features.shape)}."
         )
     return features.movedim(sample_dim, 0)
 
 
 def _entries(output: Any) -> list[tuple[Any, Any]]:
-    if isinstance(output, PackedSequence):
+    if isinstance(output, (Tensor, PackedSequence)):
         return [(None, output)]
     if isinstance(output, Mapping):
         return list(output.items())
@@ -179,13 +174,14 @@ def _entries(output: Any) -> list[tuple[Any, Any]]:
 
 def replaced(output: Any, selector: Selector | None, corrected: Tensor, name: str) -> Any:
     """Return a copy of the output with another tensor in the place of the selected one."""
+    if isinstance(output, Tensor):
+        return corrected
     found = find_features(output, selector, name)
     entries = _entries(output)
     new = {key: corrected for key, value in entries if value is found}
     if not new:
         raise TypeError(
-            f"output= must return one of the entries of the output of {name!r} ({described(output)}), "
-            "not a new tensor or one further inside: the corrected one goes back in its place."
+            f"output= must return an entry of the output of {name!r} ({described(output)}), not a new tensor."
         )
     if isinstance(output, tuple):
         values = [new.get(key, value) for key, value in entries]
@@ -210,11 +206,10 @@ def call_on(model: nn.Module, example: Any) -> Any:
 
 def is_in(features: Tensor, output: Any) -> bool:
     """Whether a tensor, or a view of it, is (a part of) an output."""
-    tensors = [output] if isinstance(output, Tensor) else [value for _, value in _entries(output)]
     own = features if features._base is None else features._base
     return any(
         isinstance(tensor, Tensor) and (tensor is features or tensor is own or tensor._base is own)
-        for tensor in tensors
+        for _, tensor in _entries(output)
     )
 
 
@@ -271,8 +266,7 @@ class FirstPass:
             if not outputs:
                 warn(
                     f"{name!r} did not run in the first forward pass of the {type(model).__name__}: where "
-                    "its weights alone are used, or its forward is called directly, the layer behind it "
-                    "corrects nothing."
+                    "weights alone are used, or forward is called directly, the layer corrects nothing."
                 )
             if name and any(is_in(features, output) for features in outputs):
                 warn_of_output(model, name)

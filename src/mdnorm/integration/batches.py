@@ -33,8 +33,7 @@ def checked_keys(keys: Keys | None) -> dict[str, Any] | None:
         return None
     if not isinstance(keys, Mapping):
         raise TypeError(
-            f"keys must be a dict such as {{'inputs': 'image', 'metadata': ['age', 'site'], 'labels': "
-            f"'label'}}, got {described(keys)}."
+            f"keys must be a dict as {{'inputs': 0, 'metadata': ['age', 'site']}}, got {described(keys)}."
         )
     unknown = [name for name in keys if name not in _NAMES]
     if unknown:
@@ -76,9 +75,6 @@ def run_on(model: nn.Module, batch: Any, *, keys: Mapping[str, Any] | None = Non
         return model(*inputs, **keywords)
 
 
-# -- parts of a batch -----------------------------------------------------------------------------------
-
-
 def parts_of(
     model: nn.Module, batch: Any, keys: Mapping[str, Any] | None, has_metadata: bool
 ) -> tuple[tuple[Any, ...], dict[str, Any], dict[str, Any]]:
@@ -97,8 +93,7 @@ def parts_of(
         keywords = {name: value for name, value in batch.items() if name not in named}
         if unknown := _not_taken(model.model if isinstance(model, WithMetadata) else model, keywords):
             raise TypeError(
-                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=, "
-                "where the parts of the batch are that are needed."
+                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=."
             )
     else:
         several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
@@ -141,9 +136,6 @@ def _usual_keys(model: nn.Module, batch: Any, has_metadata: bool) -> dict[str, A
     )
 
 
-# -- metadata of a batch --------------------------------------------------------------------------------
-
-
 def metadata_at(
     model: nn.Module, batch: Any, metadata: Any, labels: Selector | list[Selector] | None = None
 ) -> tuple[Any, Any]:
@@ -158,33 +150,27 @@ def metadata_at(
     if metadata is None:
         if design is None:
             raise ValueError(
-                "nothing says where the metadata of a batch are, and the model has no design whose columns "
-                "they could be: give keys={'metadata': …}, a key of the batch or a list of them."
+                "nothing says where the metadata are: give keys={'metadata': …}, or attach a design."
             )
         metadata = columns
-    if not attached and isinstance(metadata, (list, tuple)):
-        return _columns_on(model, batch, metadata), _labels_at(model, batch, labels)
     if not isinstance(metadata, (list, tuple)):
         found = select(batch, metadata, _BATCH)
+        # A table has its own labels, unless others are named.
         if not context.is_table(found):
             is_column = metadata in columns
             found = {metadata: found} if is_column else _columns_on(model, batch, metadata)
-        # A table has its own labels, unless others are named.
-        return found, _labels_at(model, batch, labels)
-    table = {str(key): select(batch, key, _BATCH) for key in metadata}
-    ours = [] if design is None else [name for name in design.variables() if name not in columns]
-    if labels is None and isinstance(batch, Mapping) and all(name in batch for name in ours):
-        return table | {name: batch[name] for name in ours}, None
-    named = labels if isinstance(labels, (list, tuple)) else [labels]
-    if ours and set(ours) == set(named):
-        return table | {name: select(batch, name, _BATCH) for name in ours}, None
-    return table, _labels_at(model, batch, labels)
-
-
-def _labels_at(model: nn.Module, batch: Any, labels: Selector | list[Selector] | None) -> Any:
+    elif not attached:
+        found = _columns_on(model, batch, metadata)
+    else:
+        found = {str(key): select(batch, key, _BATCH) for key in metadata}
+        ours = [] if design is None else [name for name in design.variables() if name not in columns]
+        is_there = labels is None and isinstance(batch, Mapping) and all(name in batch for name in ours)
+        named = labels if isinstance(labels, (list, tuple)) else [labels]
+        if is_there or (ours and set(ours) == set(named)):
+            return found | {name: select(batch, name, _BATCH) for name in ours}, None
     if isinstance(labels, (list, tuple)):
-        return _columns_on(model, batch, labels)
-    return None if labels is None else select(batch, labels, _BATCH)
+        return found, _columns_on(model, batch, labels)
+    return found, None if labels is None else select(batch, labels, _BATCH)
 
 
 def _columns_on(model: nn.Module, batch: Any, selector: Any) -> Any:
@@ -204,8 +190,7 @@ def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:
         column = as_real_tensor(select(batch, part, _BATCH), f"metadata {part!r}")
         if column.ndim not in (1, 2) or column.shape[1:].numel() != 1:
             raise ValueError(
-                f"metadata {part!r} must be one column, of shape (n,) or (n, 1), got "
-                f"{tuple(column.shape)}: give a function of the batch that concatenates the columns."
+                f"metadata {part!r} must be one column, (n,) or (n, 1), got {tuple(column.shape)}."
             )
         # Columns of a batch may be tensors and lists, of different types.
         columns.append(column.flatten().cpu().double())
@@ -213,9 +198,6 @@ def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:
     if len(set(lengths.values())) > 1:
         raise ValueError(f"the metadata differ in their number of rows: {lengths}.")
     return torch.stack(columns, dim=1)
-
-
-# -- the model ------------------------------------------------------------------------------------------
 
 
 def _device_of(model: nn.Module) -> torch.device | None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor, nn
 
 from mdnorm.arrays import as_real_tensor, plain_tensor
 from mdnorm.integration.places import near_names
-from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.metrics.reservoir import ColumnNames, Rows, Sampling, add_rows
 
 if TYPE_CHECKING:
@@ -28,33 +28,22 @@ def select(value: Any, selector: Selector, what: str) -> Any:
     """
     if callable(selector):
         return selector(value)
-    if isinstance(selector, str):
-        if isinstance(value, Mapping):
-            if selector in value:
-                return value[selector]
-            raise _MissingKeyError(
-                f"{what} has no key {selector!r}: its keys are {', '.join(map(repr, value)) or 'none'}."
-            )
-        if hasattr(value, selector):
-            return getattr(value, selector)
-        fields = ", ".join(map(repr, vars(value))) if hasattr(value, "__dict__") else ""
-        raise TypeError(
-            f"{what} has no key or attribute {selector!r}: it is {described(value)}"
-            + (f" with the attributes {fields}." if fields and not isinstance(value, Tensor) else ".")
-            + " Give an index, or a function that takes it apart."
-        )
     if isinstance(value, Mapping) and selector in value:
         return value[selector]
+    if isinstance(value, Mapping) and isinstance(selector, str):
+        keys = ", ".join(map(repr, value)) or "none"
+        raise _MissingKeyError(f"{what} has no key {selector!r}: its keys are {keys}.")
+    if isinstance(selector, str):
+        if hasattr(value, selector):
+            return getattr(value, selector)
+        raise TypeError(f"{what} has no key or attribute {selector!r}: it is {described(value)}.")
     # ModelOutput of transformers is a mapping that has indices as well.
     if isinstance(value, Sequence) or hasattr(value, "to_tuple"):
         entries = value if isinstance(value, Sequence) else value.to_tuple()
         if -len(entries) <= selector < len(entries):
             return entries[selector]
         raise IndexError(f"{what} has no entry {selector}: it has {len(entries)}.")
-    raise TypeError(
-        f"{what} has no entry {selector}: it is {described(value)}. Give a key, or a function that takes it "
-        "apart."
-    )
+    raise TypeError(f"{what} has no entry {selector}: it is {described(value)}. Give a key or a function.")
 
 
 class _MissingKeyError(KeyError):
@@ -70,10 +59,10 @@ def described(value: Any) -> str:
     if isinstance(value, Mapping):
         return f"a {type(value).__name__} with the keys {', '.join(map(repr, value)) or 'none'}"
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return (
-            f"a {type(value).__name__} of {', '.join(type(entry).__name__ for entry in value) or 'nothing'}"
-        )
-    return f"a {type(value).__name__}"
+        kinds = ", ".join(type(entry).__name__ for entry in value) or "nothing"
+        return f"a {type(value).__name__} of {kinds}"
+    fields = ", ".join(repr(name) for name in getattr(value, "__dict__", ()) if name[0] != "_")
+    return f"a {type(value).__name__}" + (f" with the attributes {fields}" if fields else "")
 
 
 def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module]:
@@ -89,6 +78,33 @@ def find_layer(model: nn.Module, layer: str | nn.Module) -> tuple[str, nn.Module
         if module is layer:
             return name, module
     raise ValueError(f"layer is a {type(layer).__name__} that is not part of the {type(model).__name__}.")
+
+
+_lock = threading.Lock()
+_open = 0
+_stance = ExitStack()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Run compiled models eagerly inside the block.
+
+    Blocks may overlap in any order: compiled graphs are used again when the last one ends. PyTorch's own
+    ``torch.compiler.set_stance`` gives back what was there when a block began, so that two blocks which are
+    not nested would leave compilation off for good.
+    """
+    global _open
+    with _lock:
+        if _open == 0:
+            _stance.enter_context(torch.compiler.set_stance("force_eager"))
+        _open += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _open -= 1
+            if _open == 0:
+                _stance.close()
 
 
 class LayerOutputs:
@@ -127,8 +143,7 @@ class LayerOutputs:
             what = f"what output= selects from {what}"
         if not isinstance(output, Tensor):
             raise TypeError(
-                f"{what} is {described(output)}, not a tensor: give output= a key, an index or a function "
-                "that returns the features."
+                f"{what} is {described(output)}, not a tensor: give output= a key, an index or a function."
             )
         if output.ndim == 0:
             raise ValueError(f"{what} is a single number, it must have one row per sample.")
@@ -142,8 +157,8 @@ class LayerOutputs:
         self.clear()
         if not outputs:
             raise RuntimeError(
-                f"the layer {self.name!r} did not run since the last update: record while the model runs, "
-                "and a layer that its forward pass calls (as a module, not by its weights)."
+                f"the layer {self.name!r} did not run since the last update: record one that "
+                "the forward pass calls (as a module, not by its weights)."
             )
         runs = f"the layer {self.name!r} ran {len(outputs)} time(s) since the last update"
         counts = [output.shape[0] for output in outputs]
@@ -171,10 +186,9 @@ def _as_rows(output: Tensor) -> Tensor:
 class DependenceRecorder:
     """Measure, in an evaluation pass, what the output of a layer knows about the metadata.
 
-    Inside a ``with`` block it collects what the layer puts out; after each forward pass hand it the metadata
-    of the batch with `update`. `compute` then gives the bias-corrected squared distance correlation
-    (`mdnorm.metrics.distance_correlation_sqr`) with each metadata column. A block begins anew, so one
-    recorder serves all epochs.
+    Inside a ``with`` block, which begins anew, it collects what the layer puts out; after each forward pass
+    hand it the metadata of the batch with `update`. `compute` then gives the bias-corrected squared distance
+    correlation (`mdnorm.metrics.distance_correlation_sqr`) with each metadata column.
 
     Parameters
     ----------
@@ -184,16 +198,8 @@ class DependenceRecorder:
     output : str, int or callable, optional
         Where the layer does not return a tensor: the key or attribute of a dict, a dataclass or a
         `ModelOutput`, the index in a tuple, or a function that returns the features, (n, ...).
-    within_labels : bool
-        Measure within each class of the labels.
-    column_names : sequence of str, or mapping from str to sequence of int, optional
-        Names of the metadata columns (default: ``column_0, column_1, …``); a mapping gives a name to several
-        columns that belong together: ``{"age": [0, 1, 2], "site": [3, 4]}``.
-    max_samples : int or None
-        Keep at most this many samples, drawn uniformly from all; None keeps all. Time grows with the square
-        of the samples, memory is at most twice as many rows.
-    seed : int
-        Of the sample.
+    within_labels, column_names, max_samples, seed
+        As of `mdnorm.metrics.DistanceCorrelation`.
 
     Raises
     ------
@@ -204,10 +210,8 @@ class DependenceRecorder:
     -----
     - Put the model into evaluation mode yourself; the recorder changes neither mode nor gradients.
     - Where the layer runs several times between two updates, its rows are those of all runs, in order.
-    - Sequences of several lengths (nested tensors, which `nn.TransformerEncoder` makes of padded tokens in
-      evaluation) are measured by their means over the positions.
-    - A model compiled by `torch.compile` runs uncompiled inside the block, since a compiled graph does not
-      show what its layers put out.
+    - Sequences of several lengths (nested tensors) are measured by their means over the positions.
+    - A model compiled by `torch.compile` runs uncompiled inside the block: its graph bypasses hooks.
     - Of several processes each measures its own samples; `mdnorm.metrics.DistanceCorrelation` measures those
       of all, and `mdnorm.integration.DependenceCallback` does so in Lightning.
     - Rows are kept on the device of the outputs, in float32.
@@ -276,16 +280,15 @@ class DependenceRecorder:
         Parameters
         ----------
         metadata : (n,) or (n, K) tensor or array
-            One row for each row that the layer put out since the last update, n ≥ 0.
+            A row for each that the layer put out since the last update, n ≥ 0.
         labels : (n,) or (n, 1), optional
             Class indices; needed with ``within_labels=True``, ignored otherwise.
 
         Raises
         ------
-        TypeError
-            An input is not real and numeric.
-        ValueError
-            Wrong shapes, different numbers of rows or columns, NaN or infinite values, labels missing.
+        TypeError, ValueError
+            An input is not real and numeric; wrong shapes, different numbers of rows or columns, NaN or
+            infinite values, labels missing.
         RuntimeError
             Outside the ``with`` block, or the layer did not run.
         """
@@ -300,13 +303,9 @@ class DependenceRecorder:
         self._num_seen += len(rows)
 
     def compute(self) -> dict[str, float]:
-        """Return the dependence in all samples of the pass.
+        """Return the dependence in all samples of the pass, by column name and, of several, ``joint``.
 
-        Returns
-        -------
-        dict from str to float
-            A value for each column name, and ``joint`` for all columns together where there are several.
-            With `within_labels` one for each class: ``age/label_0``, ….
+        With `within_labels` there is one value for each class: ``age/label_0``, ….
 
         Raises
         ------

@@ -17,12 +17,10 @@ DESIGN_NAME = "metadata_design"
 
 
 class AttachedDesign(nn.Module):
-    """A module without parameters that holds a design as JSON in a buffer of bytes.
+    """A module without parameters that holds a design as JSON in a buffer of bytes, or waits for one.
 
     A checkpoint has only tensors then (``torch.load(weights_only=True)``, safetensors). Bytes are left alone
     by ``.half()`` and ``.to(dtype)``, and loading takes those of the checkpoint whatever their number.
-
-    Without a (fitted) design it waits for a checkpoint.
     """
 
     json: Tensor
@@ -48,14 +46,12 @@ class AttachedDesign(nn.Module):
         """Return the design; RuntimeError where there is none yet, ValueError where the bytes are none."""
         if self.json.is_meta or self.json.numel() == 0:
             raise RuntimeError(
-                "the model has room for a design but none in it: load a checkpoint, or attach_design(model, "
-                "design)."
+                "the model has no design yet: load a checkpoint, or attach_design(model, design)."
             )
         encoded = bytes(self.json.cpu().tolist())
         if encoded[:8] != b"%08x" % zlib.crc32(encoded[8:]):
             raise ValueError(
-                "the design in this model is damaged. An average of the model's buffers does that (an EMA of "
-                "them): average the parameters alone, or attach_design(model, design) again."
+                "the design in this model is damaged, as by averages of buffers (an EMA): attach it again."
             )
         return Design.from_json(encoded[8:].decode("ascii"))
 
@@ -116,18 +112,6 @@ def attach_design(model: nn.Module, design: Design | None = None) -> None:
         The design is not fitted.
     ValueError
         The model has something else of the name ``metadata_design``.
-
-    Examples
-    --------
-    >>> from mdnorm.design import Design
-    >>> design = Design(["age"]).fit({"age": [60, 70, 80]})
-    >>> trained, fresh = nn.Linear(1, 1), nn.Linear(1, 1)
-    >>> attach_design(trained, design)
-    >>> attach_design(fresh)
-    >>> fresh.load_state_dict(trained.state_dict())
-    <All keys matched successfully>
-    >>> design_of(fresh).transform({"age": 70}).metadata
-    tensor([[0.]])
     """
     if present := _only_design(model):
         name, attached = present
@@ -176,9 +160,7 @@ def designs_in(model: nn.Module) -> dict[str, AttachedDesign]:
 def _only_design(model: nn.Module) -> tuple[str, AttachedDesign] | None:
     attached = designs_in(model)
     if len(attached) > 1:
-        raise ValueError(
-            f"the model has {len(attached)} designs: call it with the part of the model that you mean."
-        )
+        raise ValueError(f"the model has {len(attached)} designs: give the part of it that you mean.")
     return next(iter(attached.items()), None)
 
 

@@ -40,7 +40,8 @@ def erase(
     model : nn.Module
         A trained one, not compiled or wrapped for several devices. Left in the mode it came in.
     after : str or nn.Module
-        Behind which module, as in `mdnorm.insert`; one. Behind the last hidden layer as a rule.
+        Behind which module, as in `mdnorm.insert`, but one: the last hidden layer as a rule. One that runs
+        several times in a forward pass has one eraser, fitted on all its outputs.
     loader : iterable of batches
         Iterated once: a `DataLoader` of the training data, a generator. A batch is ``(input, metadata)``,
         ``(input, metadata, labels)``, or a mapping with "metadata" and perhaps "labels" and "weights", the
@@ -52,7 +53,7 @@ def erase(
     keys : mapping, optional
         Where the parts of a batch are, as of `mdnorm.recalibrate`; without "mask": give padding the weight 0.
     progress : bool
-        Show a progress bar (on a terminal, where tqdm is installed).
+        As of `mdnorm.recalibrate`.
     **options
         Of `mdnorm.erasure.EraserFitter`: `num_labels`, `channel_dim` (−1 for tokens (N, T, D)),
         `within_labels`, `preserve_labels`.
@@ -66,29 +67,14 @@ def erase(
     ------
     TypeError
         `model` is not a module, `keys` no mapping, or the output has no tensor.
-    KeyError, IndexError
-        A batch has no such key or index as `keys` says.
-    ValueError
-        `after` names no module or several, one that does not run, or has an eraser; `keys` with another name;
-        no samples; what `EraserFitter` refuses. The model is then as it was.
+    ValueError, KeyError, IndexError
+        `after` names no module or several, one that does not run, or has an eraser; `keys` with another name,
+        or what a batch has not; no samples; what `EraserFitter` refuses. The model is then as it was.
 
     Warns
     -----
     UserWarning
         There is nothing to erase; or the output of the module is that of the model.
-
-    Notes
-    -----
-    A module that runs several times in a forward pass has one eraser, fitted on all its outputs.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> loader = [(torch.randn(50, 8), torch.rand(50), torch.randint(2, (50,))) for _ in range(4)]
-    >>> erase(model, "1", loader)
-    Eraser(4, rank=1, channel_dim=1)
-    >>> model(torch.randn(3, 8)).shape
-    torch.Size([3, 1])
     """
     parts = checked_keys(keys)
     name, module = _target(model, after, output)
@@ -113,10 +99,7 @@ def erase(
                 given |= dict(zip(("metadata", "labels"), columns, strict=True))
                 result = call_on(model, inputs[0]) if len(inputs) == 1 else model(*inputs, **keywords)
                 if not outputs:
-                    raise ValueError(
-                        f"{name!r} did not run: an eraser there would erase nothing. Give a module that the "
-                        "forward pass calls."
-                    )
+                    raise ValueError(f"{name!r} did not run: give a module that the forward pass calls.")
                 is_output = is_output or any(is_in(features, result) for features in outputs)
                 outputs.clear()
     except ValueError as error:
@@ -140,24 +123,9 @@ def insert_eraser(
     Parameters
     ----------
     model, after, output
-        As of `erase`.
+        As of `erase`, with the same errors.
     eraser : Eraser
-
-    Returns
-    -------
-    Eraser
-        The same.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `erase`.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> insert_eraser(model, "0", Eraser(4, rank=1))
-    Eraser(4, rank=1, channel_dim=1)
+        It is returned.
     """
     _, module = _target(model, after, output)
     eraser.train(module.training)
@@ -178,10 +146,8 @@ class _Erasure:
         eraser = module._modules.get(_NAME)
         if eraser is None:
             return value
-        erased = eraser(find_features(value, self.output, type(module).__name__))
-        if isinstance(value, Tensor):
-            return erased
-        return replaced(value, self.output, erased, type(module).__name__)
+        name = type(module).__name__
+        return replaced(value, self.output, eraser(find_features(value, self.output, name)), name)
 
 
 def _target(model: nn.Module, after: str | nn.Module, output: Selector | None) -> tuple[str, nn.Module]:

@@ -31,8 +31,7 @@ def features(
 ) -> Tensor:
     """Return what a module of a model puts out for all rows of a loader, in evaluation and in their order.
 
-    For an audit, a probe or a picture. Behind a module with an inserted `MetadataNorm` they are the corrected
-    features.
+    Behind a module with an inserted `MetadataNorm` they are the corrected features.
 
     Parameters
     ----------
@@ -46,10 +45,8 @@ def features(
         so the same loader serves it, and of a tuple the first entry is the input.
     output : str, int or callable, optional
         Where the module returns no tensor: a key, an index, or a function that returns the features, (n, …).
-    forward, keys
+    forward, keys, progress
         As of `mdnorm.recalibrate`.
-    progress : bool
-        Show a progress bar (on a terminal, where tqdm is installed).
 
     Returns
     -------
@@ -70,15 +67,6 @@ def features(
     ValueError
         No such module (the message has names that are near); it does not run, or several times in a forward
         pass; samples of different shapes; no samples; what `mdnorm.recalibrate` says of batches.
-
-    Examples
-    --------
-    >>> import mdnorm
-    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> report = mdnorm.insert(model, after="0", num_metadata=1)
-    >>> loader = [(torch.randn(rows, 8), torch.rand(rows)) for rows in (20, 20, 3)]
-    >>> mdnorm.features(model, "0", loader).shape
-    torch.Size([43, 4])
     """
     model, _ = group_of(model, "local")
     run = runner(forward, keys)
@@ -100,8 +88,7 @@ def features(
                 rows = samples_first(rows, inserted_there[1].sample_dim, name)
             if rows.is_nested:
                 raise TypeError(
-                    f"the output of {name!r} is a nested tensor, not one of one row per sample: give output= "
-                    "a function that returns the features."
+                    f"the output of {name!r} is a nested tensor: give output= a function that returns rows."
                 )
             is_half = rows.is_floating_point() and torch.finfo(rows.dtype).bits < 32
             parts.append((rows.float() if is_half else rows).cpu())
@@ -128,7 +115,4 @@ def _warn_of_order(loader: Iterable[Any]) -> None:
             "their own, not in that of a table. Give a DataLoader without shuffle=True and without a sampler."
         )
     if getattr(batches, "drop_last", False):
-        warn(
-            "the loader leaves out what fills no batch (drop_last=True): give one with drop_last=False for "
-            "features of all samples."
-        )
+        warn("the loader leaves out what fills no batch (drop_last=True): these rows have no features.")

@@ -10,18 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm import context
-from mdnorm.arrays import check_finite_columns, columns_of, label_columns, statistics_dtype
+from mdnorm.arrays import check_finite_columns, design_blocks, statistics_dtype
 from mdnorm.bars import with_bar
 from mdnorm.distributed import gather_results, group_of
 from mdnorm.integration.batches import Keys, checked_keys, metadata_at
 from mdnorm.integration.dependence import described, select
 from mdnorm.integration.design import designs_in
-from mdnorm.layer import MetadataNorm
 from mdnorm.moments import Moments, NoSamplesError
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
-    from torch.distributed import ProcessGroup
 
     from mdnorm.distributed import ProcessGroupSetting
 
@@ -60,39 +58,33 @@ def fit_gram(
     keys : mapping, optional
         Where the parts of other batches are, as of `mdnorm.recalibrate`: ``{"metadata": ["age", "site"],
         "labels": "diagnosis"}``; "inputs" and "mask" are not needed, and no error.
-    progress : bool
-        Show a progress bar for an iterable of batches (on a terminal, where tqdm is installed).
-    process_group : ProcessGroup, "world", "auto" or "local"
-        The processes of which each gives its share of the training set (none of it, too); the matrix is the
-        same on all. "auto": those of a `DistributedDataParallel`, where the model is one; else this process
-        has the whole set.
+    progress, process_group
+        As of `mdnorm.recalibrate`.
 
     Returns
     -------
     Moments
-        Those of the design, to look at.
+        Those of the design.
 
     Raises
     ------
     TypeError
         `model` is not a module.
-    KeyError, IndexError
-        A batch has no such key or index as `keys` says.
-    ValueError
-        No `MetadataNorm` in the model, layers of different sizes, no samples, `keys` with another name, or
-        what the layer refuses.
+    ValueError, KeyError, IndexError
+        No `MetadataNorm` in the model, layers of different sizes, no samples, `keys` with another name or
+        what a batch has not, or what the layer refuses.
     RuntimeError
         Another process of the group failed.
     """
     model, group = group_of(model, process_group)
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
+    layers = context.layers_of(model)
     num_metadata = _common("num_metadata", {name: layer.num_metadata for name, layer in layers.items()})
     num_labels = _common("num_labels", {name: layer.num_labels for name, layer in layers.items()})
     batches = functools.partial(_batches, model, metadata, labels, weights, checked_keys(keys), progress)
     work = functools.partial(_moments, batches, num_metadata, num_labels)
-    moments = work() if group is None else _shared_moments(work, group)
+    # In the order of the ranks, so that all processes get the same bits.
+    shares = gather_results(lambda: work() if group is None else work().to("cpu"), group, NoSamplesError)
+    moments = functools.reduce(Moments.merge, shares)
     for layer in layers.values():
         layer.set_gram(moments)
     return moments
@@ -104,46 +96,25 @@ def _moments(
     """Return the moments of the design of a whole training set, in one call or streamed."""
     moments: Moments | None = None
     for metadata, labels, weights in batches():
-        block = columns_of(metadata, "metadata", num_columns=num_metadata)
-        blocks = {"metadata": block}
-        if labels is not None:
-            columns = label_columns(labels, num_labels)
-            blocks["labels"] = columns_of(columns, "labels", num_samples=len(block), num_columns=num_labels)
-        elif num_labels:
+        if labels is None and num_labels:
             raise ValueError(f"labels are needed: the layers have num_labels={num_labels}.")
+        blocks = design_blocks(metadata, labels, num_metadata, num_labels)
         design = torch.cat([part.detach().to(statistics_dtype(part.device)) for part in blocks.values()], 1)
         check_finite_columns(design, **blocks)
         if moments is None:
-            moments = Moments.empty(0, block.shape[1], design.shape[1] - block.shape[1], design.device)
-        width = len(moments.gram) - 1
-        if design.shape[1] != width:
-            raise ValueError(
-                f"a batch has {design.shape[1]} design columns, the batches before it had {width}."
-            )
+            columns = blocks["metadata"].shape[1]
+            moments = Moments.empty(0, columns, design.shape[1] - columns, design.device)
         moments.update(design[:, :0], design, weights)
     if moments is None or moments.units is None:
         raise NoSamplesError("no samples: the Gram matrix needs the metadata of the training set.")
     return moments
 
 
-def _shared_moments(work: Callable[[], Moments], group: ProcessGroup) -> Moments:
-    """Merge the moments of all processes, in the order of their ranks, so that all get the same bits."""
-    answers = gather_results(lambda: work().to("cpu"), group, NoSamplesError)
-    shares = [share for share in answers if share is not None]
-    if not shares:
-        raise NoSamplesError(
-            "no samples on any process: the Gram matrix needs the metadata of the training set."
-        )
-    return functools.reduce(Moments.merge, shares)
-
-
 def _common(argument: str, values: dict[str, int | None]) -> int | None:
     known = {name: value for name, value in values.items() if value is not None}
     if len(set(known.values())) > 1:
         listing = ", ".join(f"{name or 'the layer'}: {value}" for name, value in known.items())
-        raise ValueError(
-            f"the layers have different {argument} ({listing}): call fit_gram on each with its own metadata."
-        )
+        raise ValueError(f"the layers have different {argument} ({listing}): call fit_gram on each.")
     return next(iter(known.values()), None)
 
 
@@ -158,8 +129,7 @@ def _batches(
         return
     if labels is not None or weights is not None:
         raise ValueError(
-            "labels and weights come with each batch, as (metadata, labels, weights) or where keys say, when "
-            "metadata is an iterable of batches."
+            "labels and weights come with each batch, or where keys say, where metadata are batches."
         )
     if keys is None and isinstance(metadata, (list, tuple)):
         bare = [part for part in metadata if not (isinstance(part, (tuple, list)) or context.is_table(part))]

@@ -15,9 +15,8 @@ from mdnorm import context
 from mdnorm.extras import requires
 from mdnorm.integration.batches import metadata_at
 from mdnorm.integration.dependence import select
-from mdnorm.integration.loader_state import unchanged_loaders
 from mdnorm.integration.recalibrate import recalibrate as _recalibrate
-from mdnorm.integration.recalibrated import recalibrated
+from mdnorm.integration.recalibrated import recalibrated, unchanged_loaders
 from mdnorm.integration.recalibration import Recalibration
 
 with requires("huggingface"):
@@ -29,17 +28,15 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     """A `Trainer` that gives the metadata in each batch to the layers that `mdnorm.insert` put into a model.
 
     In training and evaluation it takes the metadata out of the batch (the model does not know them) and runs
-    the model, and the backward pass, inside `mdnorm.metadata`. After training it takes the
-    coefficients of the whole training data, with `mdnorm.recalibrate`.
+    the model, and the backward pass, inside `mdnorm.metadata`.
 
     Parameters
     ----------
     *args, **kwargs
         Of `Trainer`. The model must have its layers already.
     metadata : str or list of str
-        Key of the metadata in a batch, (n,) or (n, K_m) or a table; the data set and the collator must
-        provide it. A list of keys gives one column each, or the table of the model's design.
-        `remove_unused_columns` spares them.
+        Key of the metadata in a batch, (n,) or (n, K_m) or a table. A list of keys gives one column each, or
+        the table of the model's design. `remove_unused_columns` spares them.
     labels : str or None
         Key of the labels whose effect is protected in training, the same that the model learns from as a
         rule; None for none. They stay in the batch.
@@ -51,8 +48,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Key of the mask of the tokens that count, in batches that have it; it stays in the batch. See
         `mdnorm.metadata` for the layers that use it. None: padding counts as data.
     recalibrate : bool
-        Whether to recalibrate at the end of `train`, on the training data, of several processes on the shares
-        of all.
+        Whether to `mdnorm.recalibrate` at the end of `train`, on the training data of all processes.
     evaluate_recalibrated : bool, optional
         Whether an evaluation during `train` is made inside `mdnorm.recalibrated`, so that early stopping and
         the best checkpoint go by the model as it will be used. By default as `recalibrate`.
@@ -70,9 +66,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
 
     Notes
     -----
-    - `Trainer` saves its checkpoints before the recalibration, with the state of the training: call
-      ``trainer.save_model()`` after `train`. With ``load_best_model_at_end=True`` it is the best model that
-      is recalibrated.
+    - `Trainer` saves its checkpoints before the recalibration: call ``trainer.save_model()`` after `train`.
+      With ``load_best_model_at_end=True`` it is the best model that is recalibrated.
     - ``from_pretrained`` fills what the constructor of a class made: let a subclass insert there, with
       `num_metadata`, `num_labels` and `num_features`. The original class loads the folder without the layers.
     - Several GPUs in one process (`nn.DataParallel`) would split the batch and not the metadata: start one
@@ -107,13 +102,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         if held_out and self.eval_dataset is None:
             raise ValueError("held_out=True takes the rows of eval_dataset: give one.")
         self._network = cast(nn.Module, self.model)
-        layers: list[Any] = [layer for layer, _ in context.slots_of(self._network)]
-        if not layers:
-            raise ValueError(
-                f"{type(self._network).__name__} has no MetadataNorm: mdnorm.insert(model, after=…) before "
-                "the Trainer is made."
-            )
-        if labels is not None and all(layer.num_labels == 0 for layer in layers):
+        layers = context.layers_of(self._network)
+        if labels is not None and all(layer.num_labels == 0 for layer in layers.values()):
             raise ValueError(
                 f"labels={labels!r}, but every MetadataNorm of the model has num_labels=0: give "
                 "mdnorm.insert the number of label columns, or labels=None for none."
@@ -184,13 +174,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
             self._is_recalibrated = False
 
     def recalibrate(self) -> Recalibration:
-        """Take the coefficients of the whole training data; see `mdnorm.recalibrate`.
-
-        Returns
-        -------
-        Recalibration
-            ``print`` shows what was found.
-        """
+        """Take the coefficients of the whole training data, as `mdnorm.recalibrate`."""
         # accelerate would think that a loader which was left in between is still gone through.
         with unchanged_loaders():
             return _recalibrate(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,18 +19,17 @@ from mdnorm.integration.applied import (
     FirstPass,
     Insertion,
     call_on,
-    find_features,
     inserted,
     is_in,
     layer_of,
-    samples_first,
     warn_of_output,
 )
 from mdnorm.integration.batches import evaluating
 from mdnorm.integration.dependence import Selector
 from mdnorm.integration.design import DESIGN_NAME, attach_design, designs_in, remove_designs
 from mdnorm.integration.places import Target
-from mdnorm.layer import MetadataNorm
+from mdnorm.layer import MetadataNorm, coefficient_shape
+from mdnorm.regression import position_dims
 from mdnorm.text import aligned, warn
 
 
@@ -82,7 +81,10 @@ def insert(
 ) -> InsertionReport:
     """Put a `MetadataNorm` behind modules of a model, in place; nothing else about the model changes.
 
-    Afterwards give the metadata of each batch with `mdnorm.metadata` or `mdnorm.WithMetadata`.
+    The layer becomes a child ``metadata_norm`` of the module. Afterwards give the metadata of each batch with
+    `mdnorm.metadata` or `mdnorm.WithMetadata`. Inserting again with the same options changes nothing. The
+    page "Into any model" says what stays as it is (names, checkpoints, copies), and which modules bypass
+    their layer.
 
     Parameters
     ----------
@@ -93,8 +95,8 @@ def insert(
         class (``nn.Conv2d``: all of them), or a module. In a pattern ``*`` stands for any part of a name
         between two dots, ``**`` for any number of parts: ``"encoder.layer.*.output"``, ``"**.conv2"``.
     design : Design, optional
-        A fitted one. The numbers of columns are then its own, and the model takes it along
-        (`mdnorm.attach_design`): `mdnorm.metadata` turns raw tables into columns by it.
+        A fitted one, which says the numbers of columns and goes with the model (`mdnorm.attach_design`):
+        `mdnorm.metadata` turns raw tables into columns by it.
     num_metadata : int, optional
         Number of metadata columns; by default that of the first batch.
     num_labels : int, optional
@@ -115,41 +117,23 @@ def insert(
     Returns
     -------
     InsertionReport
-        What went where; print it. It has the layers inserted before, too.
+        What went where, layers inserted before included; print it.
 
     Raises
     ------
     ValueError
-        A name or pattern matches nothing (the message lists names that are near); the module has a layer
-        already, with other options; a container that cannot be followed, such as an `nn.ModuleList`; the
-        `out_proj` of an `nn.MultiheadAttention`, whose weights alone are used; the model is compiled or
+        A name or pattern matches nothing; the module has a layer already, with other options, or no output of
+        its own (an `nn.ModuleList`, the `out_proj` of an `nn.MultiheadAttention`); the model is compiled or
         wrapped, or has another design; with `example`, a module that does not run, or whose output has no
         dimension `sample_dim`.
-    TypeError
-        `after` or `design` is something else, or the output has no tensor.
-    RuntimeError
-        The design is not fitted.
+    TypeError, RuntimeError
+        `after` or `design` is something else, or the output has no tensor; the design is not fitted.
 
     Warns
     -----
     UserWarning
         The output of the module is that of the model; or the module did not run in the model's first forward
         pass. Both are known at once with `example`, otherwise after that pass.
-
-    Notes
-    -----
-    - **How.** The layer becomes a child of the module, named ``metadata_norm``, and a forward hook of the
-      module applies it. (An `nn.Sequential` gets it as its last module, without a hook.) So names in the
-      ``state_dict``, classes and attributes stay, and a part of a model that is taken out, copied or pickled
-      takes its layer along.
-    - **Checkpoints.** One from before the insertion loads as it is, ``strict`` included: only if it has
-      something of a layer must it have all. One from after it has ``<name>.metadata_norm.…``.
-    - **Calls.** A module that is called several times in a forward pass, or has several places, has one
-      layer with one state: each call is corrected, and its batch counts.
-    - Inserting again with the same options changes nothing.
-    - A module whose ``forward`` is called directly, or whose weights alone are used, bypasses its layer; the
-      report shows no output shape then. Patterns and classes leave such parts of `nn.MultiheadAttention` out.
-    - An LSTM's hidden state is not corrected, only its output.
 
     Examples
     --------
@@ -173,10 +157,14 @@ def insert(
                 f"{name!r} is a {type(module).__name__} with batch_first=False, whose samples are in the "
                 "second dimension: give sample_dim=1, or the steps of the sequences are taken for samples."
             )
-    shapes: dict[str, torch.Size] = {}
+    put_behind(model, fresh, settings)
     if example is not None:
-        shapes = _shapes_of_example(model, fresh, output, sample_dim, example)
-    put_behind(model, fresh, settings, shapes)
+        try:
+            _run_example(model, fresh, example)
+        except BaseException:
+            if fresh:
+                remove(model, list(fresh))
+            raise
     if design is not None and not any(attached.json.numel() for attached in designs_in(model).values()):
         attach_design(model, design)
         next(iter(designs_in(model).values())).is_inserted = True
@@ -186,14 +174,7 @@ def insert(
 
 
 def insertions(model: nn.Module) -> InsertionReport:
-    """Return what `insert` put into a model, now or before it was saved or copied.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(8, 4))
-    >>> insertions(model)
-    no MetadataNorm was inserted
-    """
+    """Return what `insert` put into a model, now or before it was saved or copied."""
     return InsertionReport(model)
 
 
@@ -214,14 +195,7 @@ def remove(model: nn.Module, after: Target | Sequence[Target] | None = None) -> 
     Raises
     ------
     ValueError
-        A name or pattern matches nothing, or a named module has no inserted layer.
-
-    Examples
-    --------
-    >>> model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> report = insert(model, after=["0", "1"])
-    >>> remove(model)
-    ['0', '1']
+        A name or pattern matches nothing, or none of the named modules has an inserted layer.
     """
     if after is None:
         targets = {row.name: model.get_submodule(row.name) for row, _ in inserted(model)}
@@ -231,17 +205,13 @@ def remove(model: nn.Module, after: Target | Sequence[Target] | None = None) -> 
             raise ValueError(f"no MetadataNorm was inserted after {', '.join(map(repr, targets))}.")
     removed = []
     for name, module in targets.items():
-        found = layer_of(module)
-        if found is not None:
+        if found := layer_of(module):
             found[1].detach(module)
             removed.append(name)
     if next(inserted(model), None) is None:
         FirstPass.unwatch(model)
         remove_designs(model, (name for name, design in designs_in(model).items() if design.is_inserted))
     return removed
-
-
-# -- the layer ----------------------------------------------------------------------------------------------
 
 
 def without_layer(
@@ -257,82 +227,62 @@ def without_layer(
             fresh[name] = module
         elif differences := _differences(existing[1].settings, settings):
             raise ValueError(
-                f"{name!r} has a MetadataNorm already, with other options ({differences}): "
-                f"mdnorm.remove(model, {name!r}) first."
+                f"{name!r} has a MetadataNorm already, with other options ({differences}): remove it first."
             )
     places.refuse_wrapped_parts(model, fresh)
     return fresh
 
 
-def put_behind(
-    model: nn.Module,
-    modules: dict[str, nn.Module],
-    settings: dict[str, Any],
-    shapes: Mapping[str, torch.Size],
-) -> None:
+def put_behind(model: nn.Module, modules: dict[str, nn.Module], settings: dict[str, Any]) -> None:
     """Put a layer behind each of the modules; wrong settings leave the model as it was."""
-    layers = [
-        _make_layer(name, module, model, shapes.get(name), settings) for name, module in modules.items()
-    ]
+    layers = [_make_layer(name, module, model, settings) for name, module in modules.items()]
     for (name, module), layer in zip(modules.items(), layers, strict=True):
         layer.train(module.training)
         layer.inserted_after = name
-        application = Application(settings)
-        application.shape = tuple(shapes[name]) if name in shapes else None
-        application.attach(module, layer)
+        Application(settings).attach(module, layer)
 
 
-def _make_layer(
-    name: str, module: nn.Module, model: nn.Module, shape: torch.Size | None, settings: dict[str, Any]
-) -> MetadataNorm:
+def _make_layer(name: str, module: nn.Module, model: nn.Module, settings: dict[str, Any]) -> MetadataNorm:
     options = {key: value for key, value in settings.items() if key not in ("output", "sample_dim")}
-    num_metadata, num_labels = options.pop("num_metadata"), options.pop("num_labels")
-    num_features: Any = options.pop("num_features", None)
+    sizes = [options.pop(key, None) for key in ("num_features", "num_metadata", "num_labels")]
     tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in (module, model)))
     tensor = next((tensor for tensor in tensors if tensor.is_floating_point()), None)
     if tensor is not None:
         options = {"device": tensor.device, "dtype": tensor.dtype} | options
-    if shape is not None and num_features is None:
-        if options.get("granularity", "element") == "channel":
-            channel_dim: Any = options.get("channel_dim", 1)
-            if -len(shape) <= channel_dim < len(shape):
-                num_features = shape[channel_dim]
-        else:
-            num_features = tuple(shape[1:])
     try:
-        return MetadataNorm(num_features, num_metadata, num_labels, **options)
+        return MetadataNorm(*sizes, **options)
     except (TypeError, ValueError) as error:
         raise type(error)(f"after {name!r}: {error}") from error
 
 
-def _shapes_of_example(
-    model: nn.Module, modules: dict[str, nn.Module], output: Selector | None, sample_dim: int, example: Any
-) -> dict[str, torch.Size]:
-    outputs: dict[str, Tensor] = {}
-    shapes: dict[str, torch.Size] = {}
+def _run_example(model: nn.Module, modules: dict[str, nn.Module], example: Any) -> None:
+    """Run a model in which no layer corrects anything, for the shapes and for what the output is made of."""
+    given: dict[str, Tensor] = {}
 
-    def note(name: str, _: nn.Module, __: tuple[Any, ...], value: Any) -> None:
-        outputs[name] = find_features(value, output, name)
-        shapes[name] = samples_first(outputs[name], sample_dim, name).shape
+    def note(name: str, features: Tensor) -> Tensor:
+        given[name] = features
+        return features
 
     with ExitStack() as stack, evaluating(model), torch.no_grad():
-        for name, module in modules.items():
-            stack.callback(module.register_forward_hook(functools.partial(note, name)).remove)
-        # Layers inserted before have no metadata now, and their output has the shape of their input.
-        for _, layer in inserted(model):
-            layer.forward = lambda features: features  # type: ignore[method-assign, misc, assignment]
+        for row, layer in inserted(model):
+            layer.forward = functools.partial(note, row.name)  # type: ignore[method-assign]
             stack.callback(delattr, layer, "forward")
         result = call_on(model, example)
-    idle = [name for name in modules if name not in shapes]
+    idle = [name for name in modules if name not in given]
     if idle:
         raise ValueError(
-            f"{', '.join(map(repr, idle))} did not run on the example: a layer there would correct nothing. "
-            "Insert after a module that the forward pass calls."
+            f"{', '.join(map(repr, idle))} did not run on the example: insert after a module that runs."
         )
-    for name, features in outputs.items():
-        if name and is_in(features, result):
-            warn_of_output(model, name)
-    return shapes
+    for row, layer in inserted(model):
+        if row.name not in modules:
+            continue
+        features = given[row.name]
+        dims = position_dims(features, layer.granularity, layer.channel_dim)
+        layer.check_features(features, dims)
+        shape = coefficient_shape(features, dims, layer.granularity)
+        layer.set_sizes(shape, layer.num_metadata, layer.num_labels)
+        if row.name and is_in(features, result):
+            warn_of_output(model, row.name)
 
 
 def _sizes_of_design(
@@ -350,8 +300,7 @@ def _sizes_of_design(
     for attached in designs_in(model).values():
         if attached.json.numel() and attached.design().to_json() != design.to_json():
             raise ValueError(
-                "the model has another design already, for the layers that it has: give that one, or "
-                "mdnorm.remove(model) or mdnorm.attach_design(model, design) first."
+                "the model has another design already: give that one, or mdnorm.remove(model) first."
             )
     if hasattr(model, DESIGN_NAME) and not designs_in(model):
         raise ValueError(f"the model has something else of the name {DESIGN_NAME!r}: rename it.")

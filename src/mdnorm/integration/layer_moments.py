@@ -129,10 +129,8 @@ class LayerMoments:
         Without any samples it raises NoSamplesError.
         """
         if group is not None:
-            mine = None
-            if self.moments:
-                mine = ([part.to("cpu") for part in self.moments], self.layer.num_features, self.sums)
-            self._merge([part for part in gather_objects(mine, group) if part is not None])
+            mine = [part.to("cpu") for part in self.moments], self.layer.num_features, self.sums
+            self._merge([parts for parts in gather_objects(mine, group) if parts[0]])
         if not self.moments or self.moments[0].weight == 0 or self.layer.estimator is None:
             raise NoSamplesError(f"no samples: {missing}.")
 

@@ -7,7 +7,7 @@ Importing this module needs Lightning (``pip install 'mdnorm[lightning]'``); the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -48,17 +48,13 @@ class MetadataNormCallback(Callback):
     weights, mask : str, int or callable, optional
         Where weights of the samples in the fit and a mask of the positions that count are; see
         `mdnorm.metadata`.
-    after : str, type, or list of them, optional
-        As of `mdnorm.insert`. Without it, the layers are those that the module has (a model that is built in
-        ``configure_model`` inserts them there).
-    output, sample_dim, **options
-        As of `mdnorm.insert`. With `labels` and without a design, `num_labels` is by default that of the
-        first batch.
-    inputs : str, int or callable, optional
-        Where the model's input is in a batch, for the recalibration, which calls
-        ``pl_module(input)``. By default the first entry of a tuple.
-    forward : callable, optional
-        Instead, ``forward(pl_module, batch)`` runs the model.
+    after, output, sample_dim, **options
+        As of `mdnorm.insert`. Without `after`, the layers are those that the module has (a model that is
+        built in ``configure_model`` inserts them there). With `labels` and without a design, `num_labels` is
+        by default that of the first batch.
+    inputs, forward : optional
+        For the recalibration: where the model's input is in a batch, by default the first entry of a tuple,
+        with which it calls ``pl_module(input)``; or, instead, ``forward(pl_module, batch)`` runs the model.
     recalibrate : bool
         Take the coefficients of the whole training loader at the end of a fit (`mdnorm.recalibrate`), of
         several processes on the shares of all. Not after a ``fast_dev_run``.
@@ -69,20 +65,17 @@ class MetadataNormCallback(Callback):
     held_out : bool
         Let the recalibration at the end compare with the (first) validation loader, and take its word where
         the network memorised. An accuracy on the same rows is then no longer that on new ones.
-    log_dependence : bool
-        Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does. Within each
-        class (``dcor2/<column>/label_<class>``), if `labels` gives class indices or one-hot columns in all
-        of the validation data; over all samples for other labels (continuous, several columns). With several
-        layers ``dcor2/<name>/<column>``.
-    column_names
-        As of `DependenceCallback`.
+    log_dependence, column_names : bool, and as of `DependenceCallback`
+        Log ``dcor2/<column>`` of the outputs after each validation; with several layers
+        ``dcor2/<name>/<column>``. Within each class (``…/label_<class>``), if `labels` gives class indices or
+        one-hot columns in all of the validation data; over all samples for other labels.
 
     Attributes
     ----------
     report : InsertionReport or None
         What went where, from the start of a fit on.
     recalibration : Recalibration or None
-        What the recalibration found, after a fit; ``print`` shows it.
+        What was found, after a fit; ``print`` shows it.
 
     Raises
     ------
@@ -96,11 +89,10 @@ class MetadataNormCallback(Callback):
 
     Notes
     -----
-    - Checkpoints that were saved during the fit have the running coefficients, so that a fit can go on from
-      them: recalibrate the best one once it is loaded (`mdnorm.recalibrate`). After the fit
-      ``trainer.save_checkpoint(path)`` has the coefficients of the recalibration.
-    - A training loader without an end, or one that cannot be gone through again, is none to recalibrate on:
-      ``recalibrate=False``, with the validation as well.
+    - Checkpoints of the fit have the running coefficients, so that it can go on from them: recalibrate the
+      best one once it is loaded. ``trainer.save_checkpoint(path)`` after the fit has those of the
+      recalibration.
+    - A training loader without an end, or one that cannot be gone through again, needs ``recalibrate=False``.
     - Strategies that start their processes within `fit` ("ddp_spawn") bring back the state of the model only:
       `mdnorm.insert` the layers before, with the same options.
 
@@ -132,9 +124,7 @@ class MetadataNormCallback(Callback):
     ) -> None:
         super().__init__()
         if after is None and options:
-            raise ValueError(
-                f"{', '.join(options)} would be ignored: they are options of layers behind after=."
-            )
+            raise ValueError(f"{', '.join(options)} would be ignored: they belong to after=.")
         if inputs is not None and forward is not None:
             raise ValueError("inputs and forward both say how to run the model: give one of them.")
         self.metadata = metadata
@@ -161,8 +151,6 @@ class MetadataNormCallback(Callback):
         self._validation = ExitStack()
         self._measures: list[DependenceCallback] = []
 
-    # -- start and end ----------------------------------------------------------------------------------
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Insert the layers: before the optimiser is made and the model is wrapped."""
         if self.after is not None:
@@ -171,11 +159,7 @@ class MetadataNormCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for layers, so that a model without any fails before training."""
-        if not context.slots_of(pl_module):
-            raise ValueError(
-                f"{type(pl_module).__name__} has no MetadataNorm: give after=, or build the model with "
-                "layers."
-            )
+        context.layers_of(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the validation loader, if it is needed at the end."""
@@ -198,15 +182,11 @@ class MetadataNormCallback(Callback):
     def _recalibration_options(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         def forward(_: torch.nn.Module, batch: Any) -> None:
             batch = trainer.strategy.batch_to_device(batch, pl_module.device)
-            with trainer.precision_plugin.forward_context():
-                self._enter(pl_module, batch, with_labels=True)
-                try:
-                    if self.forward is not None:
-                        self.forward(pl_module, batch)
-                    else:
-                        pl_module(self._input_of(batch))
-                finally:
-                    self._close()
+            with trainer.precision_plugin.forward_context(), self._given(pl_module, batch, True):
+                if self.forward is not None:
+                    self.forward(pl_module, batch)
+                else:
+                    pl_module(self._input_of(batch))
 
         return {
             "forward": forward,
@@ -222,8 +202,6 @@ class MetadataNormCallback(Callback):
             measure.close()
 
     on_exception = teardown
-
-    # -- steps ------------------------------------------------------------------------------------------
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -275,14 +253,17 @@ class MetadataNormCallback(Callback):
         """Put the state of the training back, before a checkpoint is saved."""
         self._validation.close()
 
-    # -- parts ------------------------------------------------------------------------------------------
-
-    def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
-        self._close()
+    def _given(
+        self, pl_module: LightningModule, batch: Any, with_labels: bool
+    ) -> AbstractContextManager[None]:
         metadata, labels = metadata_at(pl_module, batch, self.metadata, self.labels if with_labels else None)
         selectors = (self.weights if with_labels else None, self.mask)
         rest = [part if part is None else select(batch, part, "the batch") for part in selectors]
-        self._open.enter_context(context.metadata(pl_module, metadata, labels, *rest))
+        return context.metadata(pl_module, metadata, labels, *rest)
+
+    def _enter(self, pl_module: LightningModule, batch: Any, with_labels: bool = False) -> None:
+        self._close()
+        self._open.enter_context(self._given(pl_module, batch, with_labels))
 
     def _close(self, *_: Any, **__: Any) -> None:
         self._open.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -35,9 +36,8 @@ class DependenceCallback(Callback):
     """Log, after each validation, the distance correlation of a layer's output with the metadata.
 
     Logs ``dcor2/<column>`` for each metadata column, and ``dcor2/joint`` for all columns together where there
-    are several, with ``pl_module.log``: loggers and the progress bar show them, and `EarlyStopping` and
-    `ModelCheckpoint` can monitor them. The value is the bias-corrected squared distance correlation of
-    `mdnorm.metrics.DistanceCorrelation`, over the samples of all processes.
+    are several, with ``pl_module.log``, so that `EarlyStopping` and `ModelCheckpoint` can monitor them. The
+    value is that of `mdnorm.metrics.DistanceCorrelation`, over the samples of all processes.
 
     Parameters
     ----------
@@ -45,8 +45,7 @@ class DependenceCallback(Callback):
         As of `mdnorm.integration.DependenceRecorder`.
     metadata : str, int, callable, or list of them
         Where the metadata are in a validation batch: a key (or the name of an attribute), an index, or a
-        function of the batch, that gives (n,) or (n, K). A list of them gives one column each, named by its
-        keys.
+        function of the batch, that gives (n,) or (n, K). A list of them gives one column each.
     labels : str, int or callable, optional
         Where class indices are in the batch. If given, the dependence is measured within each class, and
         logged as ``dcor2/<column>/label_<class>``.
@@ -152,19 +151,16 @@ class DependenceCallback(Callback):
         """Log the values."""
         if self._outputs is None:
             return
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), closing(self):
             # A process whose loader is empty takes part with no samples of its own.
             warnings.filterwarnings("ignore", "The ``compute`` method of metric", UserWarning)
             try:
                 values: Any = self._metric.compute()
             except TooFewSamplesError as error:
                 # All processes have the same samples by now, and so come here together.
-                values = error
-        self.close()
-        if isinstance(values, TooFewSamplesError):
-            if trainer.is_global_zero:
-                warn(f"{self.prefix} of {self.layer!r} is not logged: {values}")
-            return
+                if trainer.is_global_zero:
+                    warn(f"{self.prefix} of {self.layer!r} is not logged: {error}")
+                return
         for name, value in values.items():
             # The same value everywhere; sync_dist says so to Lightning.
             pl_module.log(self._logged(name, values), value, sync_dist=True)

@@ -20,8 +20,7 @@ def _estimators(model: nn.Module) -> list[Penalty]:
             made = getattr(layer._make, "func", layer._make)
             if isinstance(made, type) and issubclass(made, Penalty):
                 raise ValueError(
-                    "a layer with estimator='penalty' does not know its sizes yet: give num_features, "
-                    "num_metadata and num_labels, or run one batch first."
+                    "a 'penalty' layer does not know its sizes yet: give them, or run one batch first."
                 )
     if not found:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm with estimator='penalty'.")
@@ -36,7 +35,8 @@ def penalty_loss(model: nn.Module) -> Tensor:
     Parameters
     ----------
     model : nn.Module
-        With at least one ``MetadataNorm(estimator="penalty")``.
+        With at least one ``MetadataNorm(estimator="penalty")``. A layer that runs several times in a forward
+        pass leaves the loss of its last run.
 
     Returns
     -------
@@ -49,24 +49,18 @@ def penalty_loss(model: nn.Module) -> Tensor:
     RuntimeError
         A layer has seen no training forward since it was made, reset or copied, or the last one was without
         gradient.
-
-    Notes
-    -----
-    A layer that runs several times in a forward pass leaves the loss of its last run.
     """
     estimators = _estimators(model)
     losses = [estimator.loss for estimator in estimators]
     ready = [loss for loss in losses if loss is not None]
     if len(ready) < len(losses):
         raise RuntimeError(
-            "a layer with estimator='penalty' has no loss yet: call penalty_loss after a forward pass of the "
-            "model in training mode."
+            "a 'penalty' layer has no loss yet: call penalty_loss after a forward pass in training."
         )
     for estimator, loss in zip(estimators, ready, strict=True):
         if torch.is_grad_enabled() and estimator.weight.requires_grad and not loss.requires_grad:
             raise RuntimeError(
-                "the last forward pass of a layer with estimator='penalty' was without gradient (under "
-                "torch.no_grad, or in reentrant activation checkpointing): its coefficients would not learn."
+                "the last forward pass of a 'penalty' layer was without gradient: it would not learn."
             )
     return torch.stack(ready).sum()
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mdnorm.context import check_module
 from mdnorm.integration.design import AttachedDesign
 from mdnorm.layer import MetadataNorm
 
@@ -65,8 +66,7 @@ def _matching(model: nn.Module, names: dict[int, tuple[nn.Module, list[str]]], p
         return _without_lenders(model, found, f"the class {part.__name__}")
     if not isinstance(part, str):
         raise TypeError(
-            "after must be the name of a module, a pattern, a class of modules, a module or a list of them, "
-            f"got {part!r}."
+            f"after must be the name of a module, a pattern, a class, a module or several, got {part!r}."
         )
     exact = {key for key, (_, all_names) in names.items() if part in all_names}
     if exact:
@@ -106,9 +106,6 @@ def near_names(part: str, names: Iterable[str]) -> str:
     return f"its modules are {', '.join(known[:30])}, …; {last}"
 
 
-# -- weights without their module -------------------------------------------------------------------------
-
-
 def lenders(model: nn.Module) -> dict[int, str]:
     """Return the modules whose weights alone are used, with the name of the one that calls them by it."""
     return {
@@ -134,17 +131,12 @@ def calls_its_children(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
-# -- what cannot have a layer -----------------------------------------------------------------------------
-
-
 def refuse_wrapped(model: nn.Module) -> None:
     """Raise where the model is none, or compiled or wrapped: something holds on to it as it was."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     if _is_wrapped(model):
         raise ValueError(
-            f"the model is compiled or wrapped ({type(model).__name__}), which would not see what is "
-            "inserted now: insert into the plain model first, then compile or wrap it."
+            f"the model is compiled or wrapped ({type(model).__name__}): insert into the plain model first."
         )
 
 
@@ -157,12 +149,10 @@ def _is_wrapped(module: nn.Module) -> bool:
 
 def refuse_wrapped_parts(model: nn.Module, modules: dict[str, nn.Module]) -> None:
     """Raise ValueError where one of the modules is inside of a compiled or wrapped one."""
-    for around in model.modules():
-        if not _is_wrapped(around):
-            continue
-        inside = {id(module) for module in around.modules()}
+    for around in filter(_is_wrapped, model.modules()):
+        inside = set(around.modules())
         for name, module in modules.items():
-            if id(module) in inside:
+            if module in inside:
                 raise ValueError(
                     f"{name!r} is, or is inside, a compiled or wrapped module ({type(around).__name__}), "
                     "which would not see what is inserted now: insert first, then compile or wrap."
@@ -175,22 +165,19 @@ def refuse_unusable(model: nn.Module, name: str, module: nn.Module, takes_apart:
     `takes_apart` says whether the output is to be taken apart or turned (`output`, `sample_dim`).
     """
     if isinstance(getattr(module, LAYER_NAME, None), MetadataNorm):
-        raise ValueError(
-            f"{name!r} has a MetadataNorm behind it already: name another module, or mdnorm.remove it first."
-        )
+        raise ValueError(f"{name!r} has a MetadataNorm behind it already: mdnorm.remove it first.")
     if hasattr(module, LAYER_NAME):
         raise ValueError(f"{name!r} has something else of the name {LAYER_NAME!r}: rename it.")
     caller = lenders(model).get(id(module))
     if caller is not None:
         raise ValueError(
-            f"{name!r} lends its weights to the nn.MultiheadAttention around it, which never calls it: a "
-            f"layer there would correct nothing. Insert after {caller!r}."
+            f"{name!r} lends its weights to an nn.MultiheadAttention, which never calls it. Insert after "
+            f"{caller!r}."
         )
     containers = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
     if isinstance(module, containers):
         raise ValueError(
-            f"{name!r} is an {type(module).__name__}, which has no output: name the modules in it, "
-            f"'{name}.*' say."
+            f"{name!r} is an {type(module).__name__}, which has no output: insert after '{name}.*', say."
         )
     if not isinstance(module, nn.Sequential):
         return
@@ -202,7 +189,4 @@ def refuse_unusable(model: nn.Module, name: str, module: nn.Module, takes_apart:
             f"call all its modules: insert after one of them, {last!r} say."
         )
     if takes_apart:
-        raise ValueError(
-            f"{name!r} is an nn.Sequential: with output= or sample_dim= insert after its last module, "
-            f"{last!r}."
-        )
+        raise ValueError(f"{name!r} is an nn.Sequential: with output= or sample_dim= insert after {last!r}.")

@@ -19,9 +19,9 @@ from mdnorm.arrays import plain_features, statistics_dtype
 from mdnorm.bars import with_bar
 from mdnorm.distributed import gather_results, group_of
 from mdnorm.integration.batches import Forward, Keys, evaluating, runner
+from mdnorm.integration.dependence import uncompiled
 from mdnorm.integration.layer_moments import NUM_GROUPS, LayerMoments
 from mdnorm.integration.recalibration import RecalibratedLayer, Recalibration, probability_below
-from mdnorm.integration.uncompiled import uncompiled
 from mdnorm.layer import MetadataNorm
 from mdnorm.moments import NoSamplesError
 from mdnorm.shrinkage import combine, found_again, with_change
@@ -53,22 +53,21 @@ def recalibrate(
 
     Running coefficients lag behind the weights and have the noise of their window; these do not. The noise of
     few rows would *write* the metadata into features that know nothing of them, so coefficients are shrunk as
-    far as the features of a layer together show that they are noise. A network that memorised its training
-    rows has an effect of the metadata there that new rows do not have: `held_out` shows it, and then decides.
+    far as the features of a layer together show that they are noise (`mdnorm.shrinkage.combine`). A network
+    that memorised its training rows has an effect of the metadata there that new rows do not have: `held_out`
+    shows it, and then decides.
 
-    A layer's input changes with the correction of the layers that it depends on, so those come before it.
-    Layers that do not depend on each other share a pass over the data: as many passes are made as the longest
-    chain of dependent layers has layers. Moments are accumulated in float64, so memory does not depend on the
-    size of the data set.
+    A layer's input changes with the correction of the layers that it depends on, so those come before it: as
+    many passes over the data are made as the longest chain of dependent layers has layers. Only moments are
+    kept, in float64.
 
     Parameters
     ----------
     model : nn.Module
         With `MetadataNorm` layers; left in the mode (train or eval) it came in.
     loader : iterable of batches
-        The training rows; others where there are no training rows any more. Iterated once for each pass, so
-        it must not be exhausted after one (a `DataLoader`, a list; not a generator). Labels must
-        reach the layers that have label columns.
+        The training rows; others where there are no training rows any more. Iterated once for each pass (a
+        `DataLoader`, a list; not a generator). Labels must reach the layers that have label columns.
     held_out : iterable of batches, optional
         Rows that the network was not trained on, in the same form; some hundred are enough to tell whether it
         memorised. Do not measure its accuracy on the same rows afterwards.
@@ -77,30 +76,27 @@ def recalibrate(
     forward : callable, optional
         ``forward(model, batch)`` runs the model; it enters `mdnorm.metadata` where metadata come from a
         context. Default: a batch is what the forward of a model of your own takes, metadata included, which
-        is read off its signature. Otherwise (`mdnorm.insert`, `mdnorm.WithMetadata`, a layer called as
-        ``norm(features)``) it is ``(input, metadata)``, ``(input, metadata, labels)``, or a mapping with
-        "metadata" and perhaps "labels", "weights" and "mask", the rest of which goes to the model; "weights"
-        and "mask" do so, too, where its forward has an argument of that name. Of MONAI's mappings "image" is
-        the input, "label" the labels, and "metadata", or else the columns of the design, the metadata.
-        Metadata may be a table where the model has a design. Tensors are moved to the device of the model.
+        is read off its signature. Otherwise it is ``(input, metadata)``, ``(input, metadata, labels)``, or a
+        mapping with "metadata" and perhaps "labels", "weights" and "mask", the rest of which goes to the
+        model ("weights" and "mask" too, where its forward has an argument of that name); the page "Into any
+        model" has MONAI's. Metadata may be a table where the model has a design. Tensors are moved to the
+        device of the model.
     keys : mapping, optional
         Instead of `forward`, where the parts of a batch are: ``{"inputs": "image", "metadata": ["age",
         "site"], "labels": "diagnosis"}``, and "weights" and "mask". Each is a key, an index or a function of
-        the batch; "inputs", "metadata" and "labels" also a list of them. With a design in the model,
-        "metadata" are columns of its table, by default all of them, and "labels" may be its labels as they
-        stand in the table.
+        the batch; "inputs", "metadata" and "labels" also a list of them. With a design in the model they are
+        columns of its table, by default all of them.
     progress : bool
         Show a progress bar (on a terminal, where tqdm is installed).
     process_group : ProcessGroup, "world", "auto" or "local"
         The processes of which each iterates over its share of the data (none of it, too); the coefficients
-        are the same on all. "auto": those of a `DistributedDataParallel`, where the model is one; else this
-        process has all data. `forward` gets the model inside the wrapper.
+        are the same on all. "auto": those of a `DistributedDataParallel`, where the model is one (`forward`
+        gets the model inside it); else this process has all data.
 
     Returns
     -------
     Recalibration
-        ``print`` shows a table: for each layer how much of its coefficients is noise, how much was kept, and
-        which share of the effect in the training rows new rows show.
+        ``print`` shows a table.
 
     Warns
     -----
@@ -112,39 +108,27 @@ def recalibrate(
     ------
     TypeError
         `model` is not a module.
-    KeyError, IndexError
-        A batch has no such key or index as `keys` says.
-    ValueError
-        No layer, none that runs, no samples, an iterator, metadata or labels missing; `keys` with another
-        name, or beside `forward`.
+    ValueError, KeyError, IndexError
+        No layer, none that runs, no samples, an iterator, metadata or labels missing; `keys` beside
+        `forward`, with another name, or what a batch has not.
     RuntimeError
         Another process of the group failed.
 
     Notes
     -----
-    - The metadata at which nothing is removed stay the mean of `loader`.
-    - A layer that runs several times in a forward pass gets the fit over all its inputs.
-    - A layer with ``scale=True`` keeps its running scale, and the fit is made behind it.
+    - A layer that runs several times in a forward pass gets the fit over all its inputs. One with
+      ``scale=True`` keeps its running scale, and the fit is made behind it.
     - Which layers depend on each other is seen on the first batch: there a layer depends on the others if its
       input changes when what they put out changes. Layers that run in later batches only have a pass each.
-    - With a mask, and where `nn.TransformerEncoder` makes a nested tensor of padded tokens, every position
-      that is no padding counts the same, whatever the batches are padded to.
-    - Errors take the rows to be independent, and weights to say how much a row counts, not how often it was
-      observed: they are those of ``(Σ w)² / Σ w²`` rows. Several rows of one person count for too much.
-
-    References
-    ----------
-    See `mdnorm.shrinkage.combine`.
+    - With a mask (or nested tensors), every position that is no padding counts the same, whatever the batches
+      are padded to.
+    - Errors take the rows to be independent: several rows of one person count for too much.
     """
     model, group = group_of(model, process_group)
     for name, rows in (("loader", loader), ("held_out", held_out)):
         if isinstance(rows, Iterator):
-            raise ValueError(
-                f"{name} is exhausted after one pass, but more are needed: give a DataLoader or a list."
-            )
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, MetadataNorm)}
-    if not layers:
-        raise ValueError(f"{type(model).__name__} has no MetadataNorm layer.")
+            raise ValueError(f"{name} is exhausted after one pass: give a DataLoader or a list.")
+    layers = context.layers_of(model)
     run = runner(forward, keys)
     # The layers in the order in which they first run.
     order: list[str] = []
@@ -185,12 +169,7 @@ def recalibrate(
 
 def _agree(order: list[str], group: ProcessGroup | None, work: Callable[[], T]) -> list[T]:
     """Return what the work gave on each process with samples; all have the same order of layers then."""
-    if group is None:
-        return [work()]
-    answers = gather_results(lambda: (work(), list(order)), group, NoSamplesError)
-    given = [answer for answer in answers if answer is not None]
-    if not given:
-        raise NoSamplesError("no samples: the loader is empty on every process.")
+    given = gather_results(lambda: (work(), list(order)), group, NoSamplesError)
     order[:] = dict.fromkeys(name for _, names in given for name in names)
     return [result for result, _ in given]
 
@@ -212,20 +191,17 @@ class _Opened:
     """
 
     def __init__(self, loader: Iterable[Any]) -> None:
-        self.loader, self.first, self.rest = loader, list[Any](), iter(())
+        self.loader, self.first = loader, list[Any]()
+        self.rest: Iterator[Any] | None = None
 
-    def look(self) -> list[Any]:
-        """Open the loader and return its first batch, in a list that is empty where there is none."""
+    def open(self) -> None:
+        """Take the first batch, if there is one."""
         self.rest = iter(self.loader)
         self.first = list(itertools.islice(self.rest, 1))
-        return self.first
 
     def __iter__(self) -> Iterator[Any]:
-        if not self.first:
-            return iter(self.loader)
-        batches = itertools.chain(self.first, self.rest)
-        self.first = []
-        return batches
+        batches, self.rest = self.rest, None
+        return iter(self.loader) if batches is None else itertools.chain(self.first, batches)
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.loader)
@@ -243,17 +219,15 @@ def _passes(
     plain: dict[str, list[Any]] = {}
 
     def first_run() -> None:
-        if not loader.look():
-            raise NoSamplesError("no samples: the loader is empty.")
-        plain.update(_inputs(model, loader.first[0], run, layers, changing=False))
+        loader.open()
+        plain.update(_inputs(model, loader, run, layers, changing=False))
 
     def depending(names: list[str]) -> set[str]:
-        if not loader.first:
-            raise NoSamplesError("no samples: the loader is empty.")
+        some = {name: layers[name] for name in names}
         try:
-            changed = _inputs(
-                model, loader.first[0], run, {name: layers[name] for name in names}, changing=True
-            )
+            changed = _inputs(model, loader, run, some, changing=True)
+        except NoSamplesError:
+            raise
         except Exception:  # The model refuses such values: nothing is known.
             return set(names)
         return {name for name in names if changed[name] != plain[name]}
@@ -272,9 +246,11 @@ def _passes(
 
 
 def _inputs(
-    model: nn.Module, batch: Any, run: Forward, layers: Mapping[str, MetadataNorm], *, changing: bool
+    model: nn.Module, loader: _Opened, run: Forward, layers: Mapping[str, MetadataNorm], *, changing: bool
 ) -> dict[str, list[Any]]:
     """Return what tells the inputs of each layer from others, as they are or where all put out others."""
+    if not loader.first:
+        raise NoSamplesError("no samples: the loader is empty.")
     seen: dict[str, list[Any]] = {name: [] for name in layers}
 
     def note(name: str, _: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
@@ -289,7 +265,7 @@ def _inputs(
         for layer in layers.values() if changing else ():
             stack.callback(layer.register_forward_hook(change).remove)
         # A forward of the user's may take things out of the batch, or change its tensors in place.
-        run(model, tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, batch))
+        run(model, tree_map(lambda part: part.clone() if isinstance(part, Tensor) else part, loader.first[0]))
     return seen
 
 

@@ -30,11 +30,10 @@ class RecalibratedLayer:
     columns : int
         Metadata and label columns that differ from each other.
     standard_errors : (K_m, *num_features) array, float64
-        Of the least-squares coefficients of `loader`, for one unit of each metadata column, as
-        `MetadataNorm.coefficients`; infinite where rows are too few to tell.
+        Of the least-squares coefficients of `loader`, in the units of `MetadataNorm.coefficients`; infinite
+        where rows are too few to tell.
     noise : float
-        What the least-squares coefficients of `loader` owe to chance: the mean square that noise has over
-        the one that they have, at most 1.
+        The mean square that noise has over the one that these coefficients have, at most 1.
     kept : float
         Length of the new coefficients over that of the least-squares ones (of `held_out` where it is given),
         both in standard errors. 1: nothing was shrunk.

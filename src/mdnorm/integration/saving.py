@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from mdnorm.arrays import plain_tensor
+from mdnorm.context import check_module
 from mdnorm.design import Design
 from mdnorm.estimators import ESTIMATORS
 from mdnorm.extras import requires
@@ -22,10 +23,8 @@ from mdnorm.files import atomic_path
 from mdnorm.integration.applied import inserted
 from mdnorm.integration.design import AttachedDesign, designs_in, device_for_design, remove_designs
 from mdnorm.integration.insert import put_behind, remove, without_layer
-from mdnorm.integration.places import LAYER_NAME, named, refuse_wrapped, targets
+from mdnorm.integration.places import refuse_wrapped, targets
 from mdnorm.integration.wrapper import WithMetadata
-from mdnorm.layer import MetadataNorm
-from mdnorm.text import listed
 
 _FORMAT = "mdnorm.model"
 _VERSION = 1
@@ -111,24 +110,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         There is no such file.
     ValueError
         The file is damaged, was not written by `save`, or is of another model. The message names it. The
-        model is then as it was, but for weights that were loaded already.
-
-    Notes
-    -----
-    Nothing in the file is run or unpickled, whoever wrote it.
-
-    Examples
-    --------
-    >>> import mdnorm, tempfile
-    >>> def plain():
-    ...     return nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 1))
-    >>> model = plain()
-    >>> report = mdnorm.insert(model, after="0", num_metadata=2, example=torch.randn(5, 8))
-    >>> file = tempfile.mkdtemp() + "/model.safetensors"
-    >>> save(model, file)
-    >>> mdnorm.insertions(load(plain(), file))
-    after  type    layer            output              values  coefficients
-    0      Linear  0.metadata_norm  at the first batch          4
+        model is then as it was, but for weights that were loaded already. Nothing in the file is run or
+        unpickled, whoever wrote it.
     """
     plain = model.model if isinstance(model, WithMetadata) else model
     refuse_wrapped(plain)
@@ -138,11 +121,12 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     designs_before = designs_in(plain).keys()
     try:
         tensors |= {name: tensors[other] for name, other in state["same_as"].items()}
-        _check_plain(plain, state, tensors)
+        if any(tensor.is_meta for tensor in (*plain.parameters(), *plain.buffers())):
+            raise ValueError("the model has no memory (device meta): model.to_empty(device=…) first")
         for layer in state["layers"]:
             settings = {"output": None, "sample_dim": 0, "num_metadata": None, "num_labels": None}
             settings |= {key: _from_json(value) for key, value in layer["options"].items()}
-            put_behind(plain, without_layer(plain, targets(plain, layer["after"]), settings), settings, {})
+            put_behind(plain, without_layer(plain, targets(plain, layer["after"]), settings), settings)
         for name, entry in state["designs"].items():
             _attach(plain, name, entry)
             tensors[f"{name}.json"] = designs_in(plain)[name].json
@@ -158,8 +142,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
 
 def _inside(model: nn.Module) -> nn.Module:
     """Return a model without what is around it."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    check_module(model)
     while True:
         if isinstance(model, WithMetadata):
             model = model.model
@@ -169,9 +152,6 @@ def _inside(model: nn.Module) -> nn.Module:
             model = model._orig_mod  # type: ignore[assignment]
         else:
             return model
-
-
-# -- tensors ----------------------------------------------------------------------------------------------
 
 
 def _tensors(model: nn.Module, left_out: set[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -185,8 +165,7 @@ def _tensors(model: nn.Module, left_out: set[str]) -> tuple[dict[str, Tensor], d
         is_dense = isinstance(value, Tensor) and value.layout is torch.strided and not value.is_meta
         if not is_dense or hasattr(value, "full_tensor"):
             raise TypeError(
-                f"the state of the model has {name!r}, which is a {type(value).__name__} and not a dense "
-                "tensor with all of its values: the file holds nothing else. Gather a sharded model first."
+                f"the state has {name!r}, a {type(value).__name__} and not a dense tensor: gather it first."
             )
         value = plain_tensor(value.detach())
         key = (value.data_ptr(), value.shape, value.stride(), value.dtype, value.device)
@@ -218,19 +197,14 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{path} is no safetensors file, or damaged or truncated: {error}. Files of mdnorm.save are."
-        ) from error
+        raise ValueError(f"{path} is no safetensors file, or damaged or truncated: {error}.") from error
     text = header.get("mdnorm", "")
     try:
         state = json.loads(text) if text else {}
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is damaged: its header is no JSON ({error}).") from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ValueError(
-            f"{path} was not written by mdnorm.save: it is a safetensors file without mdnorm's layers. Load "
-            "its weights by safetensors.torch.load_file and load_state_dict."
-        )
+        raise ValueError(f"{path} was not written by mdnorm.save: load it by safetensors.torch.load_file.")
     if state.get("version") != _VERSION:
         raise ValueError(
             f"{path} has version {state.get('version')!r}, this mdnorm reads {_VERSION}: update it."
@@ -238,36 +212,6 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     if header.get("crc32") != _checksum(text, tensors):
         raise ValueError(f"{path} is damaged: it has not the values that mdnorm.save wrote.")
     return state, tensors
-
-
-def _check_plain(model: nn.Module, state: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Raise ValueError where the file has weights of another model."""
-    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
-        raise ValueError("the model has no memory (device meta): model.to_empty(device=…) first")
-    # A module that the model has in several places has as many names, and so has the layer behind it.
-    after = {layer["after"] for layer in state["layers"]}
-    places = [names for _, names in named(model).values() if after & set(names)]
-    ours = [f"{name}.{LAYER_NAME}.".lstrip(".") for names in places for name in names]
-    ours += [f"{name}." for name in state["designs"]]
-    # Layers of the model's own may get their sizes from the file.
-    ours += [f"{name}.".lstrip(".") for name, part in model.named_modules() if isinstance(part, MetadataNorm)]
-
-    def of_model(names: Any) -> set[str]:
-        return {name for name in names if not name.startswith(tuple(ours))}
-
-    own = model.state_dict()
-    missing, unknown = of_model(own) - of_model(tensors), of_model(tensors) - of_model(own)
-    shapes = [
-        f"{name} is {tuple(tensors[name].shape)} and not {tuple(own[name].shape)}"
-        for name in sorted(of_model(own) & of_model(tensors))
-        # What takes its size from the first batch has none yet.
-        if not nn.parameter.is_lazy(own[name]) and tensors[name].shape != own[name].shape
-    ]
-    faults = [f"it has no {listed(sorted(missing))}"] if missing else []
-    faults += [f"the model has no {listed(sorted(unknown))}"] if unknown else []
-    faults += ["; ".join(shapes[:5])] if shapes else []
-    if faults:
-        raise ValueError("; ".join(faults) + ". Build the model as the one that was saved")
 
 
 def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
@@ -279,9 +223,6 @@ def _attach(model: nn.Module, name: str, entry: Mapping[str, Any]) -> None:
     if not isinstance(getattr(place, own, attached), AttachedDesign):
         raise ValueError(f"it has a design as {name!r}, where the model has something else")
     place.add_module(own, attached.to(device_for_design(model)))
-
-
-# -- options ----------------------------------------------------------------------------------------------
 
 
 def _as_json(after: str, key: str, value: Any) -> Any:
@@ -297,17 +238,12 @@ def _as_json(after: str, key: str, value: Any) -> Any:
         return int(value)
     if isinstance(value, numbers.Real):
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
-    advice = ""
-    if key == "output":
-        advice = " Give insert a key or an index as output=."
-    elif key == "estimator":
-        named = next((name for name, preset in ESTIMATORS.items() if preset is value), None)
-        if named is not None:
-            return named
-        advice = f" Give insert the name of one ({', '.join(ESTIMATORS)}) and its settings as options."
+    for name, preset in ESTIMATORS.items():
+        if preset is value:
+            return name
     raise ValueError(
-        f"the layer after {after!r} has {key}={value!r}, which no file can hold: code is never saved."
-        f"{advice} Or save the state_dict, and insert the layers again before it is loaded."
+        f"the layer after {after!r} has {key}={value!r}, which no file can hold: give insert a name, a key "
+        "or an index, or save the state_dict and insert the layers again before it is loaded."
     )
 
 

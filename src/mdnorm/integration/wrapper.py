@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 class WithMetadata(nn.Module):
     """A model that takes ``metadata=``, ``labels=``, ``weights=`` and ``mask=`` for the layers inside.
 
-    The same as ``with mdnorm.metadata(model, metadata, labels, …): model(...)``, where a training stack calls
-    the model itself and can hand it more arguments, or where the arguments must be split over devices
-    (`nn.DataParallel`) or be inputs of an exported graph.
+    The same as ``with mdnorm.metadata(model, …): model(...)``, where a training stack calls the model itself
+    and can hand it more arguments, or where these must be split over devices (`nn.DataParallel`) or be inputs
+    of an exported graph.
 
     Parameters
     ----------
@@ -47,8 +47,7 @@ class WithMetadata(nn.Module):
 
     def __init__(self, model: nn.Module, *, forward_labels: bool = False) -> None:
         super().__init__()
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        context.check_module(model)
         self.model = model
         self.forward_labels = forward_labels
         self._ambiguous = {"weights", "mask"} & inspect.signature(model.forward).parameters.keys()
@@ -68,17 +67,9 @@ class WithMetadata(nn.Module):
         ----------
         *args, **kwargs
             Of the model.
-        metadata : (N,) or (N, K_m), or a table, optional
-            As of `mdnorm.metadata`. Without them the model runs in the context around it, if there is one.
-        labels : (N,) or (N, K_y), optional
-            Needed in training where a layer has label columns. They belong to the metadata given here, as
-            weights and mask do; those of a context are given with it.
-        weights, mask : optional
-            As of `mdnorm.metadata`.
-
-        Returns
-        -------
-        What the model returns.
+        metadata, labels, weights, mask : optional
+            As of `mdnorm.metadata`. Without metadata the model runs in the context around it, if there is
+            one, which then has the others, too.
 
         Raises
         ------
@@ -98,8 +89,7 @@ class WithMetadata(nn.Module):
             is_for_model = name == "labels" and self.forward_labels
             if value is not None and metadata is None and not is_for_model:
                 raise ValueError(
-                    f"{name}= was given without metadata=: no layer would get it. Give both here, or both to "
-                    "mdnorm.metadata around this call."
+                    f"{name}= was given without metadata=: give both here or to mdnorm.metadata."
                 )
         if self.forward_labels and labels is not None:
             kwargs["labels"] = labels
