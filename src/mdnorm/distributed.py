@@ -272,20 +272,23 @@ def gather_results(work: Callable[[], T], group: ProcessGroup | None, empty: typ
     """
     if group is None:
         return [work()]
-    results: list[T] = []
-    failure, message = None, ""
+    result: T | None = None
+    failure: Exception | None = None
     try:
-        results = [work()]
+        result = work()
     except Exception as error:
-        failure, message = error, "" if isinstance(error, empty) else f"{type(error).__name__}: {error}"
-    answers = gather_objects((results, message), group)
-    given = [result for results, _ in answers for result in results]
-    if failure is not None and (message or not given):
-        raise failure
-    for rank, (_, message) in enumerate(answers):
-        if message:
+        failure = error
+    is_empty = isinstance(failure, empty)
+    said = f"{type(failure).__name__}: {failure}" if failure is not None and not is_empty else None
+    answers = gather_objects((result, is_empty, said), group)
+    if said is not None:
+        raise cast(Exception, failure)
+    for rank, (_, _, message) in enumerate(answers):
+        if message is not None:
             raise RuntimeError(f"process {rank} of the group failed: {message}")
-    return given
+    if failure is not None and all(was_empty for _, was_empty, _ in answers):
+        raise failure
+    return [cast(T, answer) for answer, was_empty, _ in answers if not was_empty]
 
 
 @contextmanager

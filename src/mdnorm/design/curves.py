@@ -136,7 +136,7 @@ def _breaks_and_columns(
     )
     inner = [float(knot) for knot in options.get("knots") or ()]
     points = [low, *inner, high]
-    if (np.diff(points) <= 0).any() and function != "poly":
+    if not (np.diff(points) > 0).all() and function != "poly":
         raise ValueError(f"{what}: the knots must ascend between the ends of the range, got {points}.")
     df, inside = options.get("df"), values[(values >= low) & (values <= high)]
     most = options["degree"] if function == "poly" else df

@@ -6,9 +6,11 @@ import datetime
 import difflib
 import math
 import uuid
+from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -138,8 +140,9 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
     """
     names = list(dict.fromkeys(names))
     present, cell_at = _cells(table)
+    places = {name: place for place, name in enumerate(present)}
     for name in names:
-        if name not in present:
+        if name not in places:
             texts = [each for each in present if isinstance(each, str)]
             close = difflib.get_close_matches(name, texts, 1)
             hint = f"did you mean {close[0]!r}? " if close else ""
@@ -148,7 +151,7 @@ def read_columns(table: Any, names: Iterable[str]) -> tuple[dict[str, Column], i
                 f"{listed(texts, 20) or 'none'}."
             )
     _check_once(present, names)
-    cells = {name: cell_at(present.index(name)) for name in names}
+    cells = {name: cell_at(places[name]) for name in names}
     cells = _as_sequences(cells) if isinstance(table, Mapping) else cells
     columns = {name: read_column(name, cell) for name, cell in cells.items()}
     return columns, _check_lengths(columns, "the columns")
@@ -186,8 +189,7 @@ def read_table(
                 f"an array, got {type(table).__name__}."
             ) from error
         texts = list(map(str, present))  # the names of pandas may be numbers
-        if len(set(texts)) < len(texts):
-            _check_once(texts, texts)
+        _check_once(texts, texts)
         columns = {name: read_column(name, cell_at(place)) for place, name in enumerate(texts)}
     _check_lengths(columns, f"the columns of {what}")
     return columns
@@ -259,11 +261,12 @@ def _cells(table: Any) -> tuple[list[Any], Callable[[int], Any]]:
         import pyarrow
 
         table = pyarrow.Table.from_batches([table])
-    if hasattr(table, "column_names"):  # pyarrow
+    has = partial(hasattr, type(table))  # A frame itself has attributes of the names of its columns.
+    if has("column_names") and has("column"):  # pyarrow
         return list(table.column_names), table.column
-    if hasattr(table, "to_series") and hasattr(table, "columns"):  # polars
+    if has("to_series") and has("columns"):  # polars
         return list(table.columns), table.to_series
-    if hasattr(table, "iloc") and hasattr(table, "columns") and not hasattr(table, "compute"):
+    if has("iloc") and has("columns") and not has("compute"):
         return list(table.columns), lambda place: table.iloc[:, place]
     raise TypeError(
         "table must be a DataFrame (pandas, polars), a pyarrow table or a mapping from names to columns, "
@@ -273,8 +276,9 @@ def _cells(table: Any) -> tuple[list[Any], Callable[[int], Any]]:
 
 
 def _check_once(names: Sequence[Any], asked: Iterable[Any]) -> None:
+    counts = Counter(names)
     for name in asked:
-        if names.count(name) > 1:
+        if counts[name] > 1:
             raise ValueError(f"there is more than one column of the name {name!r}: rename or drop one.")
 
 
