@@ -32,7 +32,8 @@ from four_processes import (
     whole,
 )
 from mdnorm import MetadataNorm
-from mdnorm.distributed import even_batches, global_mean, synchronize
+from mdnorm.distributed import even_batches, gather_results, global_mean, synchronize
+from mdnorm.moments import NoSamplesError
 from reference import residual
 
 TOLERANCES = {"float64": 1e-10, "float32": 1e-6}
@@ -416,6 +417,19 @@ class TestGramAndRecalibration:
             assert ("process 2 of the group failed" in answers["nan features"]) == (rank != 2)
             assert "no samples: the loader is empty" in answers["no samples"]
             assert "does not belong to the process group" in answers["stranger"]
+
+
+def test_a_failure_elsewhere_is_told_to_a_process_without_samples(monkeypatch):
+    def work():
+        raise NoSamplesError("no samples here")
+
+    for others, error, message in (
+        ([(None, False, "ValueError: NaN")], RuntimeError, "process 1 of the group failed: ValueError: NaN"),
+        ([(None, True, None)], NoSamplesError, "no samples here"),
+    ):
+        monkeypatch.setattr("mdnorm.distributed.gather_objects", lambda own, group, rest=others: [own, *rest])
+        with pytest.raises(error, match=message):
+            gather_results(work, object(), NoSamplesError)
 
 
 class TestSettings:

@@ -101,10 +101,19 @@ def test_tables_of_every_kind_have_names() -> None:
     for fails in (lambda: read_columns(twice, ["a"]), lambda: read_table(twice)):
         with pytest.raises(ValueError, match="more than one column of the name 'a'"):
             fails()
+    odd = pd.DataFrame({"compute": [1, 2], "to_series": [3, 4], "column_names": [5, 6]})
+    assert list(read_table(odd)) == list(read_columns(odd, odd.columns)[0]) == list(odd)
     with pytest.raises(ValueError, match="same number of rows, got 'a': 2, 'b': 1"):
         read_table({"a": [1, 2], "b": [1]})
     with pytest.raises(TypeError, match=r"'x' mixes numbers .* and strings"):
         read_column("x", [1, "a"])
+
+
+def test_a_table_of_many_columns_is_read_in_seconds() -> None:
+    """Not in time that grows with the square of their number: minutes."""
+    column = read_column("age", [1.0, 2.0])
+    table = {f"c{index}": column for index in range(50_000)}
+    assert len(read_columns(table, table)[0]) == len(read_table(table)) == len(table)
 
 
 def _ages(odd: dict[int, Any]) -> list[Any]:

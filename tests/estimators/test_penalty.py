@@ -158,6 +158,8 @@ def test_a_forgotten_loss_is_warned_of_before_evaluation():
     layer = prepared(metadata, labels)
     optimizer = torch.optim.SGD([layer.estimator.weight], 0.1)
     layer(features, metadata, labels)
+    layer.eval().train()  # One batch may be there for the sizes.
+    layer(features, metadata, labels)
     with pytest.warns(UserWarning, match="it removes nothing: add mdnorm.penalty_loss"):
         layer.eval()
     layer.train()(features, metadata, labels)

@@ -643,6 +643,18 @@ class TestReport:
         with mdnorm.metadata(model, metadata, labels):
             assert model(images).shape == (5, 1)
 
+    def test_an_example_that_does_not_fit_and_is_no_first_forward_pass(self):
+        model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+        mdnorm.insert(model, "2", num_metadata=1)
+        with pytest.raises(ValueError, match=r"^after '0': features of a sample have shape"):
+            mdnorm.insert(model, "0", num_metadata=1, num_features=9, example=torch.randn(5, 3))
+        mdnorm.insert(model, "0", num_metadata=1, example=torch.randn(5, 3))
+        with (
+            mdnorm.metadata(model, torch.randn(20, 1)),
+            pytest.warns(UserWarning, match="the output of '2' is"),
+        ):
+            model(torch.randn(20, 3))
+
     def test_an_example_that_does_not_reach_it(self):
         model = Net()
         model.unused = nn.Linear(2, 2)

@@ -13,6 +13,9 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler, TensorDataset
 import mdnorm
 from mdnorm import recalibrate, recalibrated
 
+# With any estimator the networks are trained without the loss of "penalty": its fit is what is looked at.
+pytestmark = pytest.mark.filterwarnings("ignore:a layer with estimator='penalty' has been in training")
+
 
 def bits(model):
     """All that a model holds, to be compared bit for bit."""

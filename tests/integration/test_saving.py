@@ -294,6 +294,7 @@ class TestErrors:
         assert str(path) in str(caught.value)
         assert repr(model) == text
         assert list(model.state_dict()) == list(before)
+        assert all(after.is_meta or torch.equal(after, before[n]) for n, after in model.state_dict().items())
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -361,11 +362,14 @@ class TestErrors:
 
     def test_of_another_model(self, tmp_path):
         path = self.saved(tmp_path)
-        self.refused(path, r"size mismatch for encoder\.0\.bias: .*\[8\].*\[9\]", Network(9))
+        self.refused(path, r"encoder\.0\.bias is \(8,\) and not \(9,\).*Build the model as", Network(9))
         self.refused(path, "Sequential has no module 'encoder'", nn.Sequential(nn.Linear(3, 2)))
         more = Network()
         more.tail = nn.Linear(2, 2)
-        self.refused(path, r"Missing key\(s\) in state_dict: \"tail\.weight\"", more)
+        self.refused(path, r"it has no 'tail\.bias', 'tail\.weight'", more)
+        fewer = Network()
+        fewer.head = nn.Identity()
+        self.refused(path, r"the model has no 'head\.", fewer)
         self.refused(path, "device meta", Network().to("meta"))
         model = Network()
         mdnorm.insert(model, "encoder.0", window=3, num_metadata=4, num_labels=1, num_features=8)

@@ -381,6 +381,16 @@ def test_weights_of_0_are_rows_that_are_not_fitted_to(folder) -> None:
         np.testing.assert_allclose(result, results[0], rtol=1e-12)
 
 
+def test_errors_about_rows_say_how_they_are_counted(folder) -> None:
+    features = np.load(folder / "fortran.npy")
+    features[3, 0], features[9, 1] = np.nan, np.inf
+    np.save(folder / "odd.npy", features)
+    given = options("odd.npy", folder, missing_features="skip")
+    with pytest.raises(ValueError, match=f"row 8 .*counted from 0|row 8 .*of {N - 1}") as caught:
+        residualize_file(folder / "odd.npy", folder / "out.npy", **given)
+    assert f"counted among the {N - 1} of them that are fitted to" in str(caught.value)
+
+
 def test_a_share_of_rows_is_the_same_whatever_the_batches(folder) -> None:
     results = []
     for batch_rows, seed in ((17, 3), (700, 3), (700, 4)):

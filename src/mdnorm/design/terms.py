@@ -104,10 +104,13 @@ class Product:
 class Terms:
     """The columns of a fitted design: blocks of products, then a 0/1 column for each variable with gaps.
 
-    `indicators` are the variables with a column that says where they are missing.
+    `indicators` are the variables with a column that says where they are missing; `what` they all are, for
+    messages.
     """
 
-    def __init__(self, products: Sequence[Product], indicators: Sequence[str]) -> None:
+    def __init__(
+        self, products: Sequence[Product], indicators: Sequence[str], what: str = "the design"
+    ) -> None:
         self.products = tuple(products)
         self.indicators = tuple(indicators)
         widths = [product.width for product in self.products]
@@ -115,14 +118,14 @@ class Terms:
         self.width = sum(widths) + len(self.indicators)
         if self.width > MAX_COLUMNS:
             raise FormulaError(
-                f"the design would have {self.width:,} columns, and the limit is {MAX_COLUMNS:,}: merge rare "
-                "levels, or leave out interactions."
+                f"{what} would have {self.width:,} columns, and the limit is {MAX_COLUMNS:,}: merge rare "
+                "levels, leave out interactions, or make numbers of what was read as text."
             )
         one_hot = max((product.width for product in self.products if product.is_one_hot), default=0)
         if self.width - one_hot > _MAX_OTHERS:
             raise FormulaError(
-                f"the design would have {self.width - one_hot:,} columns beside those of its widest "
-                f"category, and the limit is {_MAX_OTHERS:,}: merge rare levels, or leave out interactions."
+                f"{what} would have {self.width - one_hot:,} columns beside those of the widest category, "
+                f"and the limit is {_MAX_OTHERS:,}: merge rare levels, or leave out interactions."
             )
 
     @cached_property
@@ -222,7 +225,8 @@ class TermValues:
 
 def label_terms(labels: Sequence[FittedFactor]) -> Terms:
     """Return the columns of labels: categories without their references."""
-    return Terms([Product(label.factor.text, ((label, label.kind == "category"),)) for label in labels], ())
+    products = [Product(label.factor.text, ((label, label.kind == "category"),)) for label in labels]
+    return Terms(products, (), "the labels")
 
 
 def scoped_products(

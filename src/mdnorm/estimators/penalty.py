@@ -56,6 +56,7 @@ class Penalty(Estimator):
         self.add_state("gram_weight", 1, precise=True)
         self.weight = nn.Parameter(torch.zeros(columns, self.num_values, **self._placement))
         self.loss: Tensor | None = None
+        self._is_trained = False  # beyond a first batch, which may be there for the sizes alone
 
     def _whitening(self) -> Tensor:
         """Return the (K, K) matrix that takes rows z to whitened columns, the intercept in its place."""
@@ -107,7 +108,7 @@ class Penalty(Estimator):
     def reset_parameters(self) -> None:
         """Forget the coefficients and the moments of the training set."""
         super().reset_parameters()
-        self.loss = None
+        self.loss, self._is_trained = None, False
         nn.init.zeros_(self.weight)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -128,6 +129,7 @@ class Penalty(Estimator):
         count = weights.sum()
         if batch.group is not None:
             count = eager(all_reduce_sum)(count, batch.group) / world_size(batch.group)
+        self._is_trained = self.loss is not None
         self.loss = 0.5 * total / count.clamp_min(1e-30).to(dtype)
         with torch.no_grad():
             self.coefficients.flatten(1).copy_(self._learned())
@@ -142,7 +144,7 @@ class Penalty(Estimator):
         if not mode and not self.weight.is_meta:
             with torch.no_grad(), full_precision(self.weight.device):
                 self.coefficients.flatten(1).copy_(self._learned())
-            if self.loss is not None and not self.weight.any():
+            if self._is_trained and not self.weight.any():
                 warn(
                     "a layer with estimator='penalty' has been in training, and all of its coefficients are "
                     "still 0, so that it removes nothing: add mdnorm.penalty_loss(model) to the loss, and "

@@ -233,13 +233,14 @@ class FirstPass:
         self.outputs: dict[str, list[Tensor]] = {}
 
     @staticmethod
-    def unwatch(model: nn.Module) -> None:
-        """Take the hooks away."""
-        for hook in list(model._forward_hooks.values()):
-            watching = getattr(hook, "__self__", None)
-            if isinstance(watching, FirstPass):
-                for handle in (*watching.handles, *watching.of_layers):
-                    handle.remove()
+    def unwatch(model: nn.Module) -> bool:
+        """Take the hooks away; say whether there were some."""
+        hooks = (getattr(hook, "__self__", None) for hook in model._forward_hooks.values())
+        found = [watching for watching in hooks if isinstance(watching, FirstPass)]
+        for watching in found:
+            for handle in (*watching.handles, *watching.of_layers):
+                handle.remove()
+        return bool(found)
 
     def begin(self, model: nn.Module, _: tuple[Any, ...]) -> None:
         """Note from now on what the layers put out."""

@@ -264,6 +264,8 @@ def _run_example(model: nn.Module, modules: dict[str, nn.Module], example: Any) 
         return features
 
     with ExitStack() as stack, evaluating(model), torch.no_grad():
+        if FirstPass.unwatch(model):  # This is not the first pass that it waits for.
+            stack.callback(FirstPass, model)
         for row, layer in inserted(model):
             layer.forward = functools.partial(note, row.name)  # type: ignore[method-assign]
             stack.callback(delattr, layer, "forward")
@@ -277,10 +279,13 @@ def _run_example(model: nn.Module, modules: dict[str, nn.Module], example: Any) 
         if row.name not in modules:
             continue
         features = given[row.name]
-        dims = position_dims(features, layer.granularity, layer.channel_dim)
-        layer.check_features(features, dims)
-        shape = coefficient_shape(features, dims, layer.granularity)
-        layer.set_sizes(shape, layer.num_metadata, layer.num_labels)
+        try:
+            dims = position_dims(features, layer.granularity, layer.channel_dim)
+            layer.check_features(features, dims)
+            shape = coefficient_shape(features, dims, layer.granularity)
+            layer.set_sizes(shape, layer.num_metadata, layer.num_labels)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"after {row.name!r}: {error}") from error
         if row.name and is_in(features, result):
             warn_of_output(model, row.name)
 

@@ -200,8 +200,11 @@ class _Opened:
         self.first = list(itertools.islice(self.rest, 1))
 
     def __iter__(self) -> Iterator[Any]:
-        batches, self.rest = self.rest, None
-        return iter(self.loader) if batches is None else itertools.chain(self.first, batches)
+        if self.rest is None:
+            return iter(self.loader)
+        batches = itertools.chain(self.first, self.rest)
+        self.first, self.rest = [], None
+        return batches
 
     def __length_hint__(self) -> int:
         return operator.length_hint(self.loader)

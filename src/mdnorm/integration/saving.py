@@ -25,6 +25,8 @@ from mdnorm.integration.design import AttachedDesign, designs_in, device_for_des
 from mdnorm.integration.insert import put_behind, remove, without_layer
 from mdnorm.integration.places import refuse_wrapped, targets
 from mdnorm.integration.wrapper import WithMetadata
+from mdnorm.layer import MetadataNorm
+from mdnorm.text import listed
 
 _FORMAT = "mdnorm.model"
 _VERSION = 1
@@ -109,9 +111,8 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
     FileNotFoundError
         There is no such file.
     ValueError
-        The file is damaged, was not written by `save`, or is of another model. The message names it. The
-        model is then as it was, but for weights that were loaded already. Nothing in the file is run or
-        unpickled, whoever wrote it.
+        The file is damaged, was not written by `save`, or is of another model. The message names it, and the
+        model is as it was. Nothing in the file is run or unpickled, whoever wrote it.
     """
     plain = model.model if isinstance(model, WithMetadata) else model
     refuse_wrapped(plain)
@@ -130,6 +131,7 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         for name, entry in state["designs"].items():
             _attach(plain, name, entry)
             tensors[f"{name}.json"] = designs_in(plain)[name].json
+        _check_weights(plain, tensors)
         plain.load_state_dict(tensors, strict=True)
     except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
         added = [row.name for row, _ in inserted(plain) if row.name not in layers_before]
@@ -138,6 +140,29 @@ def load(model: Model, path: str | os.PathLike[str]) -> Model:
         remove_designs(plain, designs_in(plain).keys() - designs_before)
         raise ValueError(f"{path} does not fit the {type(plain).__name__}: {error}") from error
     return model
+
+
+def _check_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where the file has other weights than the model, before any of them is loaded."""
+    # A layer may get its sizes from the file.
+    parts = model.named_modules(remove_duplicate=False)
+    ours = tuple(
+        f"{name}.".lstrip(".") for name, part in parts if isinstance(part, (MetadataNorm, AttachedDesign))
+    )
+    own, given = (
+        {name: tensor for name, tensor in each.items() if not name.startswith(ours)}
+        for each in (model.state_dict(), tensors)
+    )
+    faults = [f"it has no {listed(sorted(names))}" for names in [own.keys() - given.keys()] if names]
+    faults += [f"the model has no {listed(sorted(names))}" for names in [given.keys() - own.keys()] if names]
+    faults += [
+        f"{name} is {tuple(given[name].shape)} and not {tuple(own[name].shape)}"
+        for name in sorted(own.keys() & given.keys())
+        # What takes its size from the first batch has none yet.
+        if not nn.parameter.is_lazy(own[name]) and given[name].shape != own[name].shape
+    ]
+    if faults:
+        raise ValueError("; ".join(faults[:6]) + ". Build the model as the one that was saved")
 
 
 def _inside(model: nn.Module) -> nn.Module:

@@ -45,7 +45,7 @@ class DesignSample:
         if not table.num_rows:
             return
         columns = self._find_witnesses(table)
-        if self._design.missing == "error":  # Here rows are those of the table still.
+        if self._design.missing == "error":  # Here rows are those of a block still.
             check_missing(self._design, {name: columns[name] for name in self._design.variables()})
         self.num_rows += table.num_rows
         self._tables.append(table)

@@ -86,14 +86,16 @@ class ResidualizeSummary(PlainResult):
 
 
 @contextmanager
-def _at_rows(path: Path, start: int, rows: int) -> Iterator[None]:
-    """Say in errors which rows of the file the message is about."""
+def _at_rows(path: Path, start: int, rows: int, used: int | None = None) -> Iterator[None]:
+    """Say in errors which rows of the file the message is about, or how many `used` ones of them."""
     try:
         yield
     except TableFileError:
         raise
     except (TypeError, ValueError) as error:
         offset = " (below, rows are counted from there)" if start else ""
+        if used not in (None, rows):
+            offset = f" (below, rows are counted among the {used} of them that are fitted to)"
         raise TableFileError(f"{path}, rows {start} to {start + rows - 1}{offset}: {error}") from error
 
 
@@ -397,8 +399,9 @@ class _Passes:
             rows = block.start, len(block.features)
             with _at_rows(self.rows.table.path, *rows):
                 used = used_rows(block.features, table, weights, self.skips_missing, chosen(table))
+            with _at_rows(self.rows.table.path, *rows, len(used[0])):
                 columns = specification.columns(design, used[1])
-            with _at_rows(features_of.path, *rows):
+            with _at_rows(features_of.path, *rows, len(used[0])):
                 part = moments_of_rows(*used, columns, weights, features_of.feature_names)
                 moments = add_moments(moments, part)
             self.progress("fit", sum(rows), features_of.num_rows)
