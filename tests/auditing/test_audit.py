@@ -338,6 +338,13 @@ def test_feature_maps_are_flattened():
         ({"features": np.full((240, 2), np.nan)}, "only 0 rows with finite features"),
         ({"features": np.ones((100, 2))}, "100 rows in features and 240 in metadata"),
         ({"after": np.ones((100, 2))}, "240 rows in features, 240 in metadata and 100 in after"),
+        *(
+            (
+                {"features": {"raw": np.ones((240, 2)), name: np.ones((100, 2))}},
+                rf"240 rows in features, 240 in metadata and 100 in features\['{name}'\]",
+            )
+            for name in ("features", "metadata")
+        ),
         ({"labels": "disease"}, "no metadata column 'disease' for the labels"),
         ({"keep": ["sight"]}, "no metadata column 'sight' for what is meant to stay"),
         ({"intersect": [("site", "sight")]}, "no metadata column 'sight' for an intersection"),
@@ -346,7 +353,7 @@ def test_feature_maps_are_flattened():
         ({"held_out": "site"}, "held_out must say true or false for each row, got 'a', 'b'"),
         ({"held_out": np.arange(240) < 5}, "only 5 held-out rows are left of 240"),
         ({"features": {}}, "a mapping without treatments"),
-        ({"features": {"raw": np.ones((240, 2))}, "after": np.ones((240, 2))}, "leaves nothing for after"),
+        ({"features": {"raw": np.ones((240, 2))}, "after": np.ones((240, 2))}, "as one more entry of it"),
         (
             {"predictions": {"raw": "predicted"}},
             "has 'raw', but there are no such features; there are 'before'",
@@ -366,6 +373,15 @@ def test_feature_maps_are_flattened():
         ({"subjects": np.zeros(3)}, r"subjects must have shape \(240,\)"),
         ({"max_rows": 3}, "max_rows must be at least 20, got 3"),
         ({"max_rows": True}, "max_rows"),
+        ({"labels": [{}] * 240}, "^the argument labels has values of type dict"),
+        ({"labels": 3}, r"^the argument labels must have shape \(n,\), got \(\)"),
+        (
+            {"labels": ["?", *map(str, np.arange(239) / 8)]},
+            "^the argument labels has numbers, but '[?]' in row 0",
+        ),
+        ({"predictions": np.array([{}] * 240)}, "^the argument predictions has values of type dict"),
+        ({"predictions": "predicted", "positive": {}}, "^the argument positive has values of type dict"),
+        ({"held_out": np.array([b"x", None] * 120)}, "^the argument held_out has values of type bytes"),
     ],
 )
 def test_errors_say_what_is_wrong(changes, message):

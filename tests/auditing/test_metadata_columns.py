@@ -161,6 +161,22 @@ def test_errors(metadata, kinds, ignore, message):
         as_columns(metadata, kinds, ignore)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([{}], "metadata column 'a' has values of type dict"),
+        (np.ones((2, 3)), r"metadata column 'a' must have shape \(number of rows,\), got \(2, 3\)"),
+        ([[1, 2]], r"metadata column 'a' must have shape \(n,\), got \(1, 2\)"),
+        (3, r"metadata column 'a' must have shape \(n,\), got \(\)"),
+        ([*map(str, np.arange(20) / 8), "?"], "metadata column 'a' has numbers, but '[?]' in row 20"),
+    ],
+)
+def test_an_error_names_the_column_once(values, message):
+    with pytest.raises(InputError, match=f"^{message}") as caught:
+        as_column("a", values)
+    assert str(caught.value).count("column 'a'") == 1
+
+
 def test_columns_are_ignored_by_pattern():
     table = {"age": RNG.standard_normal(N), "roi_1": RNG.standard_normal(N), "roi_2": RNG.standard_normal(N)}
     assert [column.name for column in as_columns(table, ignore=["roi_*"])] == ["age"]

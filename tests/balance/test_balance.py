@@ -485,7 +485,7 @@ WRONG = {
     "clip 1": ({"clip": 1.0}, ValueError, "clip must be a quantile"),
     "clip NaN": ({"clip": float("nan")}, ValueError, "clip must be a quantile"),
     "clip text": ({"clip": "0.9"}, TypeError, "clip must be a number"),
-    "names": ({"metadata_names": ["a"]}, ValueError, "one name for each of the 3"),
+    "names": ({"metadata_names": ["a"]}, ValueError, "one name for each of the 3 metadata columns"),
     "base": ({"base_weights": np.arange(40)}, ValueError, "base_weights must be finite and above 0.*0 are"),
     "base rows": ({"base_weights": np.ones(39)}, ValueError, "base_weights has 39 rows"),
 }

@@ -65,6 +65,14 @@ def test_every_command_and_extra_is_there():
     assert extras <= set(importlib.metadata.metadata("mdnorm").get_all("Provides-Extra"))
 
 
+@pytest.mark.parametrize(
+    ("command", "default"), [("audit", "(default: the larger)"), ("residualize", "(default: all measures)")]
+)
+def test_defaults_that_are_described_are_in_the_help(command, default):
+    printed = CliRunner().invoke(app, [command, "--help"]).stdout
+    assert default in " ".join(printed.replace("│", " ").split())
+
+
 def test_info():
     def call(*arguments):
         return CliRunner().invoke(app, list(arguments))

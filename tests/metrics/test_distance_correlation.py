@@ -282,7 +282,7 @@ def test_odd_memory_layouts() -> None:
         (np.full((9, 2), np.nan), np.zeros(9), ValueError, r"x has NaN .* 0, 1, 2, 3, 4, … \(9 of 9 rows\)"),
         (np.zeros(5, dtype=complex), np.zeros(5), TypeError, "x must be real and numeric.*complex128"),
         (torch.zeros(5), torch.zeros(5, dtype=torch.complex64), TypeError, "y must be real.*complex64"),
-        (np.array(["a"] * 5), np.zeros(5), TypeError, "x must be real and numeric.*one-hot"),
+        (np.array(["a"] * 5), np.zeros(5), TypeError, "x must be real and numeric.*encode categories"),
         (np.zeros(5), np.array([None] * 5), TypeError, "y must be real and numeric.*object"),
         (torch.zeros(5, device="meta"), torch.zeros(5), ValueError, r"x is on meta but y is on cpu.*y\.to"),
     ],

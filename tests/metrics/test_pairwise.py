@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiles import tiles_of
 
-from mdnorm.metrics import distance_correlation_sqr
+from mdnorm.metrics import distance_correlation_sqr, partial_distance_correlation
 from mdnorm.metrics import pairwise as pairwise_module
 from mdnorm.metrics.pairwise import (
     Distances,
@@ -151,6 +151,23 @@ def test_a_constant_has_no_products() -> None:
     assert result.products[1, 1] > 0
     result.products[1, 1] = 0
     assert (result.products == 0).all()
+
+
+def test_scalars_beside_constants_are_sorted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All pairs of so many samples would take minutes."""
+    monkeypatch.setattr(pairwise_module, "_tiled_sums", None)
+    n = 100_000
+    x, noise = np.random.default_rng(0).standard_normal((2, n))
+    y, constant = x + noise, np.full(n, 3.0)
+    assert distance_correlation_sqr(x, constant) == 0
+    assert distance_correlation_sqr(constant, constant + 1) == 0
+    assert distance_correlation_sqr(constant, constant, weights=1 + x**2) == 0
+    expected = dcor.u_distance_correlation_sqr(x, y)
+    assert partial_distance_correlation(x, y, constant) == pytest.approx(expected, rel=1e-10)
+    correlations = centred_products(
+        [Distances(torch.from_numpy(rows)) for rows in (x[:, None], np.empty((n, 0)), y[:, None])]
+    ).correlations()
+    np.testing.assert_allclose(correlations, [[1, 0, expected], [0, 0, 0], [expected, 0, 1]], rtol=1e-10)
 
 
 @pytest.mark.gpu

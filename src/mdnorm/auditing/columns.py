@@ -123,28 +123,31 @@ def as_columns(
     return [as_column(name, values, kinds.get(name)) for name, values in table.items() if name not in ignored]
 
 
-def as_column(name: str, values: Any, kind: str | None = None) -> Column:
-    """Return a column, its kind inferred unless given.
+def as_column(name: str, values: Any, kind: str | None = None, what: str | None = None) -> Column:
+    """Return a column, its kind inferred unless given; `what` it is in messages, by default metadata.
 
     Whole numbers of at most ten distinct values are classes, other numbers continuous; strings and booleans
     are classes. Strings that are nearly all different, and whole numbers that count the rows or are called an
     id, are identifiers. Of dates, the seconds count.
     """
     name = printable(name)
+    what = what or f"metadata column {name!r}"
     if kind not in (None, "continuous", "categorical"):
-        raise InputError(
-            f"metadata column {name!r}: the kind must be continuous or categorical, got {kind!r}."
-        )
-    if isinstance(values, (list, tuple)) and np.ndim(np.asarray(values, dtype=object)) != 1:
-        raise InputError(f"metadata column {name!r} must have shape (n,), got {np.shape(values)}.")
-    with as_input_error(f"metadata column {name!r}: "):
+        raise InputError(f"{what}: the kind must be continuous or categorical, got {kind!r}.")
+    if np.isscalar(values) or (
+        isinstance(values, (list, tuple)) and np.ndim(np.asarray(values, dtype=object)) != 1
+    ):
+        raise InputError(f"{what} must have shape (n,), got {np.shape(values)}.")
+    try:
         column = read_column(name, values)
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error).replace(f"column {name!r}", what, 1)) from error
     if column.kind == "date" and not column.categorical:
         seconds = np.where(column.missing, np.nan, column.values * _SECONDS_OF_A_DAY)
         numeric = _numeric(name, seconds, kind)
         return replace(numeric, is_date=numeric.kind == "continuous", num_codes=0)
     if kind == "continuous" and column.kind in ("string", "boolean"):
-        with as_input_error(f"metadata column {name!r} cannot be read as continuous: "):
+        with as_input_error(f"{what} cannot be read as continuous: "):
             numbers = [float(text) if text else np.nan for text in _texts(column).tolist()]
         return _numeric(name, np.array(numbers), kind)
     if column.kind in ("number", "empty") and not (column.categorical or _is_too_long(column)):
@@ -152,6 +155,7 @@ def as_column(name: str, values: Any, kind: str | None = None) -> Column:
     if kind is None and column.kind == "string" and not column.declared:
         problem = odd_cell(column)
         if problem is not None:
+            problem = problem.replace(f"column {name!r}", what, 1)
             raise InputError(
                 f"{problem}: correct it or make it missing, or give the kind of the column, categorical."
             )

@@ -85,7 +85,7 @@ def as_treatments(features: Any, after: Any) -> tuple[dict[str, NDArray[Any]], d
     if isinstance(features, Mapping):
         if after is not None:
             raise InputError(
-                "features is a mapping of treatments, which leaves nothing for after: add it there."
+                "features is a mapping of treatments: give the features of after as one more entry of it."
             )
         if not features:
             raise InputError("features is a mapping without treatments: give one at least.")
@@ -138,11 +138,14 @@ class Metadata:
         self.by_name = {column.name: column for column in self.columns}
         # Columns that are an argument, and not audited.
         self.used: set[str] = set()
-        first, *others = features.items()
-        self.num_rows = len(first[1])
+        first, *others = features
+        self.num_rows = len(features[first])
         counts = {"features": self.num_rows, "metadata": len(self.columns[0].values)}
+        # What the argument after is called among the treatments.
+        is_after = (first, *others) == ("before", "after")
+        counts |= {name if is_after else f"features[{name!r}]": len(features[name]) for name in others}
         with as_input_error():
-            check_same_rows(**counts, **{name: len(values) for name, values in others})
+            check_same_rows(**counts)
 
     def named(self, name: str, where: str) -> Column:
         """Return a column; `where` says what for, in a message."""
@@ -173,7 +176,7 @@ class Metadata:
             self.used.add(column.name)
         else:
             name = "label" if "label" not in self.by_name else "label given"
-            column = as_column(name, labels, self.kinds.get(name))
+            column = as_column(name, labels, self.kinds.get(name), "the argument labels")
         if len(column.values) != self.num_rows:
             raise InputError(f"labels have {len(column.values)} rows, features {self.num_rows}.")
         return column
@@ -226,7 +229,7 @@ class Metadata:
 
 
 def _classes(values: Any, name: str) -> NDArray[np.str_]:
-    return as_column(name, values, "categorical").values
+    return as_column(name, values, "categorical", f"the argument {name}").values
 
 
 def _finite(values: NDArray[Any], name: str) -> NDArray[np.float64]:

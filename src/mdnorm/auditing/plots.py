@@ -269,7 +269,8 @@ def point_values(column: Column, projections: Mapping[str, Projection]) -> dict[
             for value, there in zip(shown.values.tolist(), shown.present, strict=True)
         ]
         if not column.is_date:
-            return {"name": name, "numbers": [part and float(f"{part:.4g}") for part in numbers]}
+            rounded = [None if part is None else float(f"{part:.4g}") for part in numbers]
+            return {"name": name, "numbers": rounded}
         there = shown.values[shown.present]
         ticks = np.linspace(there.min(), there.max(), 4).tolist()
         texts = ["" if value is None else shown.text(value) for value in numbers]

@@ -153,6 +153,8 @@ class Report:
 
         Raises
         ------
+        OSError
+            The folder cannot be written.
         mdnorm.extras.MissingExtraError
             jinja2, plotly or matplotlib is missing.
         """

@@ -62,7 +62,8 @@ def audit(
         samples; the first is what the others are compared with.
     metadata : DataFrame, mapping, array or sequence of Column
         A DataFrame (pandas, polars, pyarrow), names to columns, or what `mdnorm.auditing.columns.as_columns`
-        made of these; rows in the order of `features`. A column is measured on the rows where it is there.
+        made of these; rows in the order of `features`. Missing values are fine: a column is measured on the
+        rows where it is there.
     labels : str or (n,) array, optional
         Name of a metadata column, or the labels themselves: what the features are meant to know.
     after : (n, …) array or tensor, optional
@@ -97,6 +98,11 @@ def audit(
     progress : bool or callable
         Show a progress bar (on a terminal, where tqdm is installed); or a function that is called before each
         step with what is done next, the number of steps so far, and that of all.
+
+    Returns
+    -------
+    Report
+        The verdict on every column, the findings, and what was measured; ``report.save(folder)`` writes it.
 
     Raises
     ------

@@ -283,7 +283,9 @@ def _smallest_on_simplex(quadratic: Tensor) -> Tensor:
     for _ in range(10 * num_samples):
         index = free.nonzero()[:, 0]
         weights.zero_()
-        factor = torch.linalg.cholesky(quadratic[index[:, None], index])
+        # No copy of the whole matrix while all are free.
+        part = quadratic if len(index) == num_samples else quadratic[index[:, None], index]
+        factor = torch.linalg.cholesky(part)
         weights[index] = torch.cholesky_solve(quadratic.new_ones(len(index), 1), factor)[:, 0]
         gradient = quadratic @ weights - 1
         wrong = torch.where(free, weights < -1e-12 * weights.abs().max(), gradient < -1e-9)

@@ -107,7 +107,12 @@ class BalancingWeights:
         return "\n".join([*lines, *aligned(table)])
 
     def plot(self, axes: Axes | None = None) -> Axes:
-        """Draw a love plot, the balance of each metadata column, before and after; by default a new figure.
+        """Draw a love plot: the balance of each metadata column, before and after.
+
+        Parameters
+        ----------
+        axes : matplotlib.axes.Axes, optional
+            Where to draw; by default a new figure. The axes drawn on are returned.
 
         Raises
         ------
@@ -139,6 +144,18 @@ class BalancingWeights:
         Use it *instead of* weights in the loss and in the layer: with both, every weight would count twice.
         It is for ``DataLoader(data_set, sampler=…)``, of the data set whose rows the weights belong to, and
         draws `num_samples` in an epoch (by default as many as there are samples), with replacement.
+
+        Parameters
+        ----------
+        num_samples : int, optional
+            Draws in an epoch.
+        generator : torch.Generator, optional
+            Of the draws, on the CPU; by default the global one of torch.
+
+        Returns
+        -------
+        torch.utils.data.WeightedRandomSampler
+            Gives indices of rows, as int.
         """
         weights: Any = self.weights
         num_samples = len(self) if num_samples is None else num_samples
@@ -187,6 +204,11 @@ def balancing_weights(
         independent with each distributed as it is under them, and the result has them in it.
     metadata_names : sequence of str, optional
         Of the columns, for the table and for errors. Default: those of a DataFrame, or ``column 0``, ….
+
+    Returns
+    -------
+    BalancingWeights
+        Weights (N,) float64 of mean 1, and what they achieve.
 
     Raises
     ------
@@ -302,7 +324,8 @@ def _column_names(metadata: Any, names: Sequence[str] | None, num_columns: int) 
         names = [f"column {index}" for index in range(num_columns)] if own is None else list(map(str, own))
     if isinstance(names, str) or len(names) != num_columns:
         raise ValueError(
-            f"metadata_names must have one name for each of the {num_columns} columns, got {names!r}."
+            f"metadata_names must have one name for each of the {num_columns} metadata columns, got "
+            f"{names!r}."
         )
     return tuple(names)
 

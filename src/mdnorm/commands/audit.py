@@ -67,7 +67,7 @@ def audit(
         list[str] | None,
         Option(help="Column with the predicted probability, for the calibration; in the same way."),
     ] = None,
-    positive: Annotated[str | None, Option(help="The positive class. [default: the larger]")] = None,
+    positive: Annotated[str | None, Option(help="The positive class. (default: the larger)")] = None,
     missing_values: Annotated[
         list[str] | None,
         Option(help='Text that stands for a missing value in a table, such as "?"; may be repeated.'),
@@ -91,7 +91,7 @@ def audit(
         Option(help="Metadata column with the subject of each row, where subjects have several rows."),
     ] = None,
     key: Annotated[
-        str | None, Option(help="Name of the array in .npz and .safetensors files. [default: features]")
+        str | None, Option(help="Name of the array in .npz and .safetensors files. (default: features)")
     ] = None,
     columns: Annotated[
         str, Option(help="Columns of a table of features, by names and patterns: 'volume,voxel_*'.")

@@ -28,7 +28,7 @@ def residualize(
     ] = None,
     metadata: Annotated[
         Path | None,
-        Option(help="Table with the metadata of the same rows in the same order. [default: TABLE]"),
+        Option(help="Table with the metadata of the same rows in the same order. (default: TABLE)"),
     ] = None,
     key: Annotated[
         str | None, Option(help="Column of TABLE and --metadata that must agree, row by row.")
@@ -38,7 +38,7 @@ def residualize(
     ] = None,
     features: Annotated[
         str | None,
-        Option(help='Features: names and patterns, such as "volume,voxel_*". [default: all measures]'),
+        Option(help='Features: names and patterns, such as "volume,voxel_*". (default: all measures)'),
     ] = None,
     site: Annotated[str | None, Option(help="Metadata column with the site, batch or scanner.")] = None,
     scale: Annotated[bool, Option("--scale", help="Sites differ in scale, too (ComBat).")] = False,
@@ -47,10 +47,10 @@ def residualize(
     ] = False,
     ridge: Annotated[float, Option(min=0, help="Penalty on the effects of metadata.")] = 0.0,
     missing: Annotated[
-        str | None, Option(help="A missing value of the metadata: error, mean or indicator. [default: error]")
+        str | None, Option(help="A missing value of the metadata: error, mean or indicator. (default: error)")
     ] = None,
     unseen: Annotated[
-        str | None, Option(help="A level or site that no row of the fit has: error or mean. [default: error]")
+        str | None, Option(help="A level or site that no row of the fit has: error or mean. (default: error)")
     ] = None,
     missing_features: Annotated[
         str, Option(help="A missing value of a feature: error, or skip its row in the fit.")
@@ -61,7 +61,7 @@ def residualize(
     weights: Annotated[str | None, Option(help="Metadata column with the weights of the rows.")] = None,
     fit_rows: Annotated[
         str | None,
-        Option(help="Rows to fit to: a column of booleans, or a share such as 0.1. [default: all]"),
+        Option(help="Rows to fit to: a column of booleans, or a share such as 0.1. (default: all)"),
     ] = None,
     save_model: Annotated[Path | None, Option(help="Save what was fitted to this .safetensors file.")] = None,
     apply: Annotated[

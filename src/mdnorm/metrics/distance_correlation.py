@@ -111,8 +111,15 @@ def distance_covariance_sqr(
     """Return the bias-corrected squared distance covariance of two samples.
 
     An unbiased estimate of a population value that is 0 if and only if the two random vectors are
-    independent. Under independence it is **negative** about half of the time. Parameters, errors and sources
-    are those of `distance_correlation_sqr`.
+    independent. Under independence it is **negative** about half of the time. Notes and sources are those of
+    `distance_correlation_sqr`.
+
+    Parameters
+    ----------
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `distance_correlation_sqr`.
+    weights : tensor or array, (n,), optional
+        As of `distance_correlation_sqr`.
 
     Returns
     -------
@@ -122,6 +129,8 @@ def distance_covariance_sqr(
 
     Raises
     ------
+    TypeError, ValueError
+        As for `distance_correlation_sqr`.
     OverflowError
         The result is larger than any float64 number.
 
@@ -143,13 +152,16 @@ def partial_distance_correlation(
 
     The correlation of the U-centred distances of `x` and of `y` after those of `z` were projected out of
     both. That it is 0 does not mean that `x` and `y` are independent given `z`, nor the reverse: to test this
-    use `conditional_independence_test`, or for classes `conditional_distance_correlation_sqr`. Other
-    parameters, errors and sources are those of `distance_correlation_sqr`.
+    use `conditional_independence_test`, or for classes `conditional_distance_correlation_sqr`.
 
     Parameters
     ----------
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `distance_correlation_sqr`.
     z : tensor or array, (n,) or (n, number of columns)
         The variables to take account of, rows in the order of `x`.
+    weights : tensor or array, (n,), optional
+        As of `distance_correlation_sqr`.
 
     Returns
     -------
@@ -157,6 +169,16 @@ def partial_distance_correlation(
         ``(R_xy − R_xz R_yz) / √((1 − R_xz²)(1 − R_yz²))`` with the bias-corrected squared distance
         correlations R, between −1 and 1: a tensor on the device of the inputs where one is a tensor, a Python
         float otherwise. It is 0 where the projection leaves nothing of `x` or `y`, up to rounding.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `distance_correlation_sqr`.
+
+    References
+    ----------
+    .. [1] Székely, G. J., & Rizzo, M. L. (2014). Partial distance correlation with methods for
+       dissimilarities. The Annals of Statistics, 42(6), 2382–2412.
 
     Examples
     --------
@@ -254,8 +276,8 @@ class DistanceCorrelationInterval:
     """A bias-corrected squared distance correlation with a confidence interval.
 
     The `estimate` from all samples; its `standard_error` by the jackknife; the bounds `lower` and `upper`,
-    between −1 and 1; the `confidence` with which such intervals contain the population value, approximately;
-    and the estimates that `leave_one_out` each sample, (n,) float64.
+    between −1 and 1; the `confidence` with which such intervals contain the population value, approximately.
+    `leave_one_out`, (n,) float64, has the estimates without each sample.
     """
 
     estimate: float
@@ -273,8 +295,19 @@ def distance_correlation_interval(
 
     It is the interval of the jackknife, widened for the case near independence, where the estimate is far
     from normal. A nominal 95 % interval covers the population value at least 90 % of the time, from 10 rows
-    on. It is not a test: use `distance_correlation_permutation_test` for that. `x` and `y` are those of
-    `distance_correlation_sqr`, but n ≥ 5.
+    on. It is not a test: use `distance_correlation_permutation_test` for that.
+
+    Parameters
+    ----------
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `distance_correlation_sqr`, but n ≥ 5.
+    confidence : float
+        Between 0 and 1.
+
+    Returns
+    -------
+    DistanceCorrelationInterval
+        Its fields are Python floats, and an array of the estimates without each sample.
 
     Raises
     ------

@@ -41,8 +41,8 @@ _SUM_TOLERANCE = 1e-3
 class GroupResult:
     """The `rates` of one group, by the names that `group_gaps` lists.
 
-    `group` is the value of the group column, `label_counts` gives the rows of each label class, and a group
-    that `is_small` has too few rows to be compared.
+    `group` is the value of the group column, `num_rows` the number of its rows, `label_counts` gives the rows
+    of each label class, and a group that `is_small` has too few rows to be compared.
     """
 
     group: Any
@@ -54,7 +54,11 @@ class GroupResult:
 
 @dataclass(frozen=True)
 class Difference:
-    """The `rate` of the group `higher` minus that of the group `lower`, with its simultaneous interval."""
+    """How much a rate, by its name `rate`, differs between the groups `lower` and `higher`.
+
+    The `value` is the rate of `higher` minus that of `lower`. Its interval from `low` to `high` is
+    simultaneous: it holds for all pairs of groups at once.
+    """
 
     rate: str
     value: float
@@ -69,10 +73,10 @@ class Gap:
     """How much a rate differs between groups.
 
     The `value` is the difference of the pair of groups whose interval has the largest lower limit (of several
-    pairs, the largest difference), None where fewer than two groups can be compared; `low` and `high` are its
-    interval, which holds for all pairs at once, `lowest` and `highest` the two groups. The `bound` is the
-    largest upper limit of all pairs: no two groups differ by more. The gap in several rates is the gap in one
-    of them, the `rate`.
+    pairs, the largest difference), None where fewer than two groups can be compared; `low` and `high` are the
+    limits of its interval, which holds for all pairs at once, `lowest` and `highest` the two groups. The
+    `bound` is the largest upper limit of all pairs: no two groups differ by more. The `rate` is the name of
+    the rate; the gap in several rates is the gap in one of them.
     """
 
     value: float | None

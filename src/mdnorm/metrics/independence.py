@@ -69,11 +69,14 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
     """Test the independence of two samples of **many columns** in the time of one distance correlation.
 
     As the number of columns of both variables grows, the statistic under independence tends to Student's t
-    with ``n(n−3)/2 − 1`` degrees of freedom (Székely & Rizzo 2013). With few columns, or columns that depend
+    with ``n(n−3)/2 − 1`` degrees of freedom [1]_. With few columns, or columns that depend
     strongly on each other, it does not, and the test rejects too often: use
     `distance_correlation_permutation_test` there.
 
-    Samples, errors for them and the reference are those of `mdnorm.metrics.distance_correlation_sqr`.
+    Parameters
+    ----------
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `mdnorm.metrics.distance_correlation_sqr`.
 
     Returns
     -------
@@ -83,8 +86,15 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
 
     Raises
     ------
+    TypeError, ValueError
+        As for `mdnorm.metrics.distance_correlation_sqr`.
     mdnorm.extras.MissingExtraError
         SciPy is not installed.
+
+    References
+    ----------
+    .. [1] Székely, G. J., & Rizzo, M. L. (2013). The distance correlation t-test of independence in high
+       dimension. Journal of Multivariate Analysis, 117, 193–213.
 
     Examples
     --------
@@ -166,11 +176,12 @@ def distance_correlation_permutation_test(
     """Test the independence of two samples by permuting the samples of one.
 
     Valid for any distribution and any number of samples and columns. With `strata` samples are permuted
-    within each stratum only: a test of independence given the stratum, for example given the label. `x` and
-    `y` are those of `mdnorm.metrics.distance_correlation_sqr`.
+    within each stratum only: a test of independence given the stratum, for example given the label.
 
     Parameters
     ----------
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `mdnorm.metrics.distance_correlation_sqr`.
     num_permutations : int
         At least 20. No p-value is below ``1 / (1 + num_permutations)``.
     seed : int
@@ -284,13 +295,19 @@ def conditional_independence_test(
     The means of `x` and `y` as smooth functions of `given` are taken away, and the distance correlation of
     what is left is compared with its values when rows of similar `given` are exchanged. Partial distance
     correlation does not answer this question: it is not 0 for two variables that share nothing but a function
-    of the third. Other parameters are those of `distance_correlation_permutation_test`, but n ≥ 40.
+    of the third.
 
     Parameters
     ----------
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `mdnorm.metrics.distance_correlation_sqr`, but n ≥ 40.
     given : tensor or array, (n,)
         The variable that may explain both. Of classes use `distance_correlation_permutation_test` with them
         as `strata`.
+    num_permutations : int
+        At least 20. No p-value is below ``1 / (1 + num_permutations)``.
+    seed : int
+        Seed of the permutations.
 
     Returns
     -------

@@ -39,7 +39,7 @@ def hsic(
 
     Parameters
     ----------
-    x, y
+    x, y : tensor or array, (n,) or (n, number of columns)
         As of `mdnorm.metrics.distance_correlation_sqr`.
     kernel : {"rbf", "linear"}
         ``exp(−|x_i − x_j|² / (2σ²))`` or ``x_i·x_j``, for both variables.
@@ -97,7 +97,14 @@ def cka(
     How similar two representations of the same samples are: 1 where the kernel matrices agree up to scale,
     for the linear kernel where one is a rotation and scaling of the other. The biased estimate tends to 1
     with the number of columns even for independent variables; this one is about 0 there, and **negative**
-    half of the time. Parameters and errors are those of `hsic`.
+    half of the time.
+
+    Parameters
+    ----------
+    x, y : tensor or array, (n,) or (n, number of columns)
+        As of `mdnorm.metrics.distance_correlation_sqr`.
+    kernel, bandwidth
+        As of `hsic`, but the kernel is linear by default.
 
     Returns
     -------
@@ -105,6 +112,11 @@ def cka(
         ``HSIC(x, y) / √(HSIC(x, x)·HSIC(y, y))`` of unbiased estimates, between −1 and 1: a tensor on the
         device of the inputs where `x` or `y` is a tensor, a Python float otherwise. It is 0 where `x` or `y`
         is constant.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As for `hsic`.
 
     References
     ----------

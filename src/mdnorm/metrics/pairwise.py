@@ -102,7 +102,7 @@ class PairwiseMatrix(ABC):
         """Return what rounding of the entries may leave of ``Σ_{i≠j} A_ij²``."""
         num_samples = effects.shape[0]
         values = 2 * (num_samples - 2) * effects.square().sum() + 2 * effects.sum().square()
-        return _ROUNDING**2 * max(1, self.num_columns) * values
+        return _ROUNDING**2 * self.num_columns * values
 
 
 class Distances(PairwiseMatrix):
@@ -291,18 +291,30 @@ def centred_products(matrices: Sequence[PairwiseMatrix], weights: Tensor | None 
 
     Weights (n,), for distances only, are above 0; see `quadruple_weight`.
     """
-    num_samples = matrices[0].num_samples
+    rows, num_samples, count = matrices[0].rows, matrices[0].num_samples, len(matrices)
+    # A constant, which has no columns, is 0 after U-centring.
+    found = CentredProducts(
+        rows.new_zeros(count, count),
+        rows.new_ones(count, dtype=torch.bool),
+        rows.new_zeros(count, num_samples),
+    )
+    varying = [k for k, matrix in enumerate(matrices) if matrix.num_columns > 0]
+    if not varying:
+        return found
+    index, matrices = torch.tensor(varying, device=rows.device), [matrices[k] for k in varying]
     if weights is not None:
-        products, is_zero = _weighted_products(matrices, weights / weights.sum())
-        return CentredProducts(products, is_zero, weights.new_zeros(len(matrices), num_samples))
+        products, found.is_zero[index] = _weighted_products(matrices, weights / weights.sum())
+        found.products[index[:, None], index] = products
+        return found
     reduced, row_sums, pair_sums = _sorted_sums(matrices) if _sorts(matrices) else _tiled_sums(matrices)
     row_sums = row_sums[:, 0]
     centred = expansion(pair_sums, row_sums, row_sums)
     rounding = torch.stack([matrix.rounding(r) for matrix, r in zip(matrices, reduced, strict=True)])
     means = row_sums.sum(dim=1, keepdim=True) / (2 * (num_samples - 1) * (num_samples - 2))
-    effects = reduced + row_sums / (num_samples - 2) - means
-    products = centred / (num_samples * (num_samples - 3))
-    return CentredProducts(products, centred.diagonal() <= rounding, effects)
+    found.effects[index] = reduced + row_sums / (num_samples - 2) - means
+    found.products[index[:, None], index] = centred / (num_samples * (num_samples - 3))
+    found.is_zero[index] = centred.diagonal() <= rounding
+    return found
 
 
 def expansion(pair_sums: Tensor, x_sums: Tensor, y_sums: Tensor) -> Tensor:

@@ -98,7 +98,10 @@ def check_column_names(column_names: ColumnNames | None) -> None:
         if not isinstance(name, str):
             raise TypeError(f"column_names must be strings, got {name!r}.")
         if name == JOINT:
-            raise ValueError(f"column_names must not contain {JOINT!r}: the value of all columns together.")
+            raise ValueError(
+                f"column_names must not contain {JOINT!r}: that is the name of the value of all columns "
+                "together, choose another name."
+            )
         if names.count(name) > 1:
             raise ValueError(f"column_names has {name!r} {names.count(name)} times: names must differ.")
     if not isinstance(column_names, Mapping):

@@ -62,14 +62,14 @@ class SortedScalar:
         sums = torch.zeros_like(self.values)
         for half in self.halves:
             size = self.values[half].abs_()
-            sums[half] = pad(size, (1, 0))[:-1].cumsum(0).addcmul_(size, _countdown(size))
+            sums[half] = pad(size, (1, 0))[:-1].cumsum(0).addcmul_(size, _countdown(len(size), size))
         return sums
 
     def sum_of_squares(self) -> Tensor:
         """Return ``Σ_{i<j} m_ij²``."""
         total = self.values.new_zeros(())
         for half in self.halves:
-            total += torch.dot(self.values[half].square_(), _countdown(half.to(total)))
+            total += torch.dot(self.values[half].square_(), _countdown(len(half), total))
         return total
 
 
@@ -95,9 +95,9 @@ def _argsort(values: Tensor) -> Tensor:
     return values.argsort()
 
 
-def _countdown(values: Tensor) -> Tensor:
-    """Return ``n − 1, …, 1, 0`` in the dtype of `values`."""
-    return torch.arange(values.shape[0] - 1, -1, -1, dtype=values.dtype, device=values.device)
+def _countdown(length: int, like: Tensor) -> Tensor:
+    """Return ``length − 1, …, 1, 0`` in the dtype and on the device of `like`."""
+    return torch.arange(length - 1, -1, -1, dtype=like.dtype, device=like.device)
 
 
 def _sum_of_minimum_products(quadrants: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
