@@ -381,7 +381,7 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         Returns
         -------
         Summary
-            With the tables `coefficients`, `variables` (columns of the metadata with all their levels),
+            With the tables `coefficients`, `variables` (a column of the tables with all its levels),
             `features`, `sites` and `site_effects`, each a list of records and with `to_frame` one of pandas.
             Its text is a report of the strongest of them, and `plot` draws the sites.
 
