@@ -216,7 +216,7 @@ class TestLabelColumns:
         assert label_columns(indices, 1) is indices
 
     def test_class_index_out_of_range(self):
-        with pytest.raises(ValueError, match="class index 3, but num_labels=3"):
+        with pytest.raises(ValueError, match="class index 3, but num_labels=3 allows 0 to 2 only"):
             label_columns(torch.tensor([0, 3]), 3)
         with pytest.raises(ValueError, match="class index -1"):
             label_columns(torch.tensor([-1, 2]), 3)

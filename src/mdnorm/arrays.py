@@ -24,7 +24,7 @@ def as_real_tensor(values: Tensor | ArrayLike, name: str) -> Tensor:
     if isinstance(values, Tensor):
         if values.is_complex():
             raise TypeError(
-                f"{name} must be real, got {values.dtype}: real and imaginary part are two columns."
+                f"{name} must be real, got {values.dtype}: give real and imaginary part as two columns."
             )
         return plain_tensor(values)
     if values is None:
@@ -44,7 +44,8 @@ def as_real_array(values: ArrayLike, name: str) -> NDArray[Any]:
     """
     if isinstance(values, (list, tuple)) and any(isinstance(part, Tensor) and part.ndim for part in values):
         raise TypeError(
-            f"{name} is a {type(values).__name__} of tensors, rows or columns: torch.stack(columns, 1)."
+            f"{name} is a {type(values).__name__} of tensors, which may be its columns or its rows: give one "
+            "tensor, torch.stack(columns, 1)."
         )
     # NumPy would take what lies behind a mask for data.
     masked: Any = values
@@ -170,7 +171,10 @@ def label_columns(labels: Tensor | ArrayLike, num_labels: int | None) -> Tensor:
             )
         return tensor
     if low < 0 or high >= num_labels:
-        raise ValueError(f"labels has class index {low if low < 0 else high}, but num_labels={num_labels}.")
+        raise ValueError(
+            f"labels has class index {low if low < 0 else high}, but num_labels={num_labels} allows 0 to "
+            f"{num_labels - 1} only."
+        )
     # A comparison instead of one_hot: it needs no check of its own, so it can be traced.
     return indices.unsqueeze(1) == torch.arange(num_labels, device=indices.device)
 

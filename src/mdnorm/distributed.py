@@ -146,7 +146,8 @@ def _emptied(values: Any) -> Any:
     if getattr(values, "ndim", 0):
         return values[:0]
     raise TypeError(
-        f"a batch holds a {type(values).__name__}, which has no samples to take away: give tensors."
+        f"a batch holds a {type(values).__name__}, which has no samples to take away: give tensors, or "
+        "tuples, lists and dicts of them."
     )
 
 

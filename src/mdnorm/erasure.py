@@ -137,8 +137,8 @@ class EraserFitter:
     **What is promised**, for the rows of the fit: the erased features have no covariance with what the labels
     leave of the metadata. So among all readers that add a linear function of the features to an intercept for
     each class, none is better than the intercepts alone: by squared error, and where metadata and labels are
-    one-hot columns by the log-loss; without labels then by every convex loss. The page on erasers says what
-    is not promised, and what happens to the label.
+    one-hot columns by the log-loss; without labels then by every convex loss. The page "Where metadata will
+    not be known" (docs/erasure.md) says what is not promised, and what happens to the label.
 
     **Why the whitening is by the covariance of all rows**, not within labels. What is erased is the same, and
     so is what an unpenalised linear head fitted afterwards predicts. By the covariance of all rows the
@@ -313,6 +313,16 @@ def fit(
     **options
         Of `EraserFitter`, which says what is promised: `num_labels`, `channel_dim`, `within_labels`,
         `preserve_labels`.
+
+    Returns
+    -------
+    Eraser
+        A module that takes features without metadata; see its `forward`.
+
+    Warns
+    -----
+    UserWarning
+        There is nothing to erase.
     """
     return EraserFitter(**options).update(features, metadata, labels, weights).eraser()
 

@@ -347,7 +347,10 @@ class MetadataNorm(nn.Module):
                     features = part.evaluate(features, columns, dims, where)
             return features
         if labels is None and self.num_labels:
-            raise ValueError(f"labels are needed in training: the layer has num_labels={self.num_labels}.")
+            raise ValueError(
+                f"labels are needed in training: the layer has num_labels={self.num_labels}. In evaluation "
+                "(model.eval()) they are not."
+            )
         if labels is not None and self.num_labels == 0:
             raise ValueError(
                 "labels were given but the layer has num_labels=0: build it with their number of columns."
@@ -470,6 +473,10 @@ def metadata_norm(
     ------
     TypeError, ValueError
         As of the layer.
+
+    References
+    ----------
+    Lu et al., Metadata Normalization, CVPR 2021 (arXiv:2104.09052), section 3.
     """
     features = plain_features(features)
     dims = position_dims(features, granularity, channel_dim)

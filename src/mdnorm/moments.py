@@ -131,7 +131,7 @@ class Moments:
         )
         values, columns = _table(features, "features", self.cross), _table(design, "design", self.gram[1:])
         if len(values) != len(columns):
-            raise ValueError(f"features has {len(values)} rows and design {len(columns)}.")
+            raise ValueError(f"features has {len(values)} rows and design {len(columns)}: give one row each.")
         weight = None if weights is None else checked_weights(weights, len(values), self.gram)
         if weight is not None and not bool((weight > 0).all()):
             used = weight > 0
@@ -146,7 +146,8 @@ class Moments:
             known = self._names.get(what, columns)
             if known != columns:
                 raise ValueError(
-                    f"{what} has the columns {list(columns[:10])}, before it had {list(known[:10])}."
+                    f"{what} has the columns {list(columns[:10])}, before it had {list(known[:10])}: give "
+                    "the same ones in the same order."
                 )
         return {**self._names, **names}
 
@@ -261,8 +262,8 @@ class Moments:
     def inverse(self, units: Standardisation | None = None) -> Any:
         """Return the generalised inverse of the Gram matrix of the columns [m, y], (K, K), float64.
 
-        Times the residual variance it is the covariance of what `solve`, whose units and errors it has,
-        returns without a ridge.
+        Times the residual variance it is the covariance of the coefficients that `solve` returns without a
+        ridge. `units` are as for `solve`; ValueError where there are no rows.
         """
         return self._inverse(0.0, units)[:, self._order].numpy(force=True)
 

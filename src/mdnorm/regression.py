@@ -104,7 +104,8 @@ def position_dims(features: Tensor, granularity: Granularity, channel_dim: int =
     channel = channel_dim + features.ndim if channel_dim < 0 else channel_dim
     if not 1 <= channel < features.ndim:
         raise ValueError(
-            f"channel_dim={channel_dim} is not a feature dimension of shape {tuple(features.shape)}."
+            f"channel_dim={channel_dim} is not a feature dimension of shape {tuple(features.shape)} "
+            "(dimension 0 holds the samples)."
         )
     return tuple(dim for dim in range(1, features.ndim) if dim != channel)
 
@@ -159,7 +160,7 @@ def remove(
     dims: tuple[int, ...] = (),
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Return ``features − basis @ coefficients``, (N, ...), the coefficients taken as given (evaluation).
+    """Return ``features − basis @ coefficients``, the coefficients taken as given (evaluation).
 
     Parameters
     ----------
@@ -170,6 +171,10 @@ def remove(
         From `position_dims`.
     mask : (N, 1, ...) bool tensor, optional
         Positions that are corrected; the others stay as they are.
+
+    Returns
+    -------
+    (N, ...) tensor, dtype of the features
     """
     dtype = compute_dtype(features)
     with full_precision(features.device):

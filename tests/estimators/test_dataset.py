@@ -62,7 +62,7 @@ def test_one_epoch_of_the_cumulative_average_is_the_fit_over_the_training_set():
 def test_needs_the_gram_matrix():
     layer = MetadataNorm(5, 2, 1, estimator="dataset")
     features, metadata, labels = data()
-    with pytest.raises(RuntimeError, match=r"call mdnorm\.fit_gram first"):
+    with pytest.raises(RuntimeError, match=r"call mdnorm\.fit_gram\(model, metadata, labels\) first"):
         layer(features, metadata, labels)
     fit_gram(layer, metadata, labels)
     layer(features, metadata, labels)

@@ -85,6 +85,16 @@ def test_errors():
         fit_gram(MetadataNorm(4, 2, estimator="dataset"), torch.randn(9, 3))
     with pytest.raises(ValueError, match=r"row\(s\) 4 "):
         fit_gram(MetadataNorm(4, 1, estimator="dataset"), torch.tensor([1, 2, 3, 4, float("nan")]))
+    for batches, sizes in (  # What no layer knows is what the first batch has.
+        ([(torch.randn(9, 3),), (torch.randn(9, 4),)], ("4 .* 0 of labels", "3 and 0")),
+        (
+            [(torch.randn(9, 3), torch.rand(9)), (torch.randn(9, 2), torch.rand(9, 2))],
+            ("2 .* 2 of labels", "3 and 1"),
+        ),
+    ):
+        message = rf"a batch has {sizes[0]}, the batches before it had {sizes[1]}"
+        with pytest.raises(ValueError, match=message):
+            fit_gram(MetadataNorm(4, None, None, estimator="dataset"), batches)
     with pytest.raises(ValueError, match="labels has 1"):
         fit_gram(MetadataNorm(4, 1, 2, estimator="dataset"), torch.randn(9), torch.randn(9))
 

@@ -302,13 +302,13 @@ def test_the_validation_loader_as_held_out_rows(tmp_path):
 
 class TestErrors:
     def test_settings(self):
-        with pytest.raises(ValueError, match="window would be ignored"):
+        with pytest.raises(ValueError, match="window would be ignored without after="):
             MetadataNormCallback("age", window=100)
         with pytest.raises(ValueError, match="give one of them"):
             MetadataNormCallback("age", inputs="images", forward=lambda *_: None)
 
     def test_a_model_without_layers(self, tmp_path):
-        with pytest.raises(ValueError, match="DictModel has no MetadataNorm layer"):
+        with pytest.raises(ValueError, match="DictModel has no MetadataNorm layer: give after="):
             trainer([MetadataNormCallback("age")], tmp_path).fit(DictModel(), *loaders())
 
     def test_a_name_that_is_not_there(self, tmp_path):

@@ -188,7 +188,9 @@ def test_an_average_of_buffers_is_seen():
     """As of an EMA of buffers whose decay is near 1; some of such bytes are a design, but another one."""
     model, _ = make_model()
     model.metadata_design.json[20:30] -= 1
-    with pytest.raises(ValueError, match=r"design in this model is damaged.*attach it again"):
+    with pytest.raises(
+        ValueError, match=r"design in this model is damaged.*attach_design\(model, design\) again"
+    ):
         mdnorm.design_of(model)
 
 

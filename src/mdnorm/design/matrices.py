@@ -426,7 +426,10 @@ class Design:
         return diagnose_columns(self, columns, self._evaluate(columns), min_rows)
 
     def to_json(self) -> str:
-        """Return the fitted design as JSON, to be read by `from_json`: what it transforms stays the same."""
+        """Return the fitted design as JSON, to be read by `from_json`: what it transforms stays the same.
+
+        RuntimeError where the design is not fitted.
+        """
         self._check_fitted()
         return design_to_json(self)
 

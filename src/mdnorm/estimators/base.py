@@ -139,7 +139,8 @@ class Estimator(nn.Module, ABC):
         """Raise RuntimeError where the moments of the training set, whose weight this is, are missing."""
         if is_eager(weight) and not weight.item():
             raise RuntimeError(
-                f"estimator={name!r} needs the Gram matrix of the training set: call mdnorm.fit_gram first."
+                f"estimator={name!r} needs the Gram matrix of the training set: call mdnorm.fit_gram(model, "
+                "metadata, labels) first."
             )
 
     @abstractmethod

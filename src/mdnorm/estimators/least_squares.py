@@ -166,7 +166,17 @@ class LeastSquares(Estimator):
         return max(1 - count / self.window, 0.0)
 
     def forward(self, features: Tensor, batch: Batch) -> Tensor:
-        """Update the moments by this batch and remove the effect that they show."""
+        """Update the moments by this batch and remove the effect that they show.
+
+        Raises
+        ------
+        RuntimeError
+            The moments of the training set are missing; with `gram="window"`, inside of an
+            activation-checkpointed part of a compiled model; with `adjoint="window"`, inside of a transform
+            of torch.func.
+        ValueError
+            Columns that overflow in the units of their first batch.
+        """
         if self.gram_source == "dataset":
             self.require_gram(self.weight, "dataset")
         if not batch.eager and self.gram_source == "window" and torch.compiler.is_compiling():
@@ -315,7 +325,8 @@ def _refuse_far_columns(columns: Tensor, left: Tensor) -> None:
     """Raise ValueError where finite columns are not finite in the units and the dtype of the regression."""
     if bool(columns.isfinite().all()) and not bool(left.isfinite().all()):
         raise ValueError(
-            f"metadata or labels overflow {left.dtype} in the units of their first batch: give larger units."
+            f"metadata or labels overflow {left.dtype} in the units of their first batch: look for wrong "
+            "values, or give larger units."
         )
 
 

@@ -93,7 +93,8 @@ def parts_of(
         keywords = {name: value for name, value in batch.items() if name not in named}
         if unknown := _not_taken(model.model if isinstance(model, WithMetadata) else model, keywords):
             raise TypeError(
-                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=."
+                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=, "
+                "where the parts are that it needs."
             )
     else:
         several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
@@ -163,11 +164,14 @@ def metadata_at(
         found = _columns_on(model, batch, metadata)
     else:
         found = {str(key): select(batch, key, _BATCH) for key in metadata}
-        ours = [] if design is None else [name for name in design.variables() if name not in columns]
-        is_there = labels is None and isinstance(batch, Mapping) and all(name in batch for name in ours)
-        named = labels if isinstance(labels, (list, tuple)) else [labels]
-        if is_there or (ours and set(ours) == set(named)):
-            return found | {name: select(batch, name, _BATCH) for name in ours}, None
+        own = [] if design is None else [name for name in design.variables() if name not in columns]
+        if labels is None:
+            are_columns = isinstance(batch, Mapping) and all(name in batch for name in own)
+        else:
+            named = labels if isinstance(labels, (list, tuple)) else [labels]
+            are_columns = bool(own) and set(named) == set(own)
+        if are_columns:
+            return found | {name: select(batch, name, _BATCH) for name in own}, None
     if isinstance(labels, (list, tuple)):
         return found, _columns_on(model, batch, labels)
     return found, None if labels is None else select(batch, labels, _BATCH)
@@ -190,7 +194,8 @@ def columns_at(batch: Any, selector: Selector | list[Selector]) -> Tensor:
         column = as_real_tensor(select(batch, part, _BATCH), f"metadata {part!r}")
         if column.ndim not in (1, 2) or column.shape[1:].numel() != 1:
             raise ValueError(
-                f"metadata {part!r} must be one column, (n,) or (n, 1), got {tuple(column.shape)}."
+                f"metadata {part!r} must be one column, (n,) or (n, 1), got {tuple(column.shape)}: give a "
+                "function of the batch that concatenates the columns."
             )
         # Columns of a batch may be tensors and lists, of different types.
         columns.append(column.flatten().cpu().double())

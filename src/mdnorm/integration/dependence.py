@@ -36,7 +36,10 @@ def select(value: Any, selector: Selector, what: str) -> Any:
     if isinstance(selector, str):
         if hasattr(value, selector):
             return getattr(value, selector)
-        raise TypeError(f"{what} has no key or attribute {selector!r}: it is {described(value)}.")
+        raise TypeError(
+            f"{what} has no key or attribute {selector!r}: it is {described(value)}. Give an index, or a "
+            "function that takes it apart."
+        )
     # ModelOutput of transformers is a mapping that has indices as well.
     if isinstance(value, Sequence) or hasattr(value, "to_tuple"):
         entries = value if isinstance(value, Sequence) else value.to_tuple()

@@ -51,7 +51,8 @@ class AttachedDesign(nn.Module):
         encoded = bytes(self.json.cpu().tolist())
         if encoded[:8] != b"%08x" % zlib.crc32(encoded[8:]):
             raise ValueError(
-                "the design in this model is damaged, as by averages of buffers (an EMA): attach it again."
+                "the design in this model is damaged. An average of the model's buffers does that (an EMA of "
+                "them): average the parameters alone, and attach_design(model, design) again."
             )
         return Design.from_json(encoded[8:].decode("ascii"))
 

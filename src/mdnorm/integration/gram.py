@@ -101,9 +101,15 @@ def _moments(
         blocks = design_blocks(metadata, labels, num_metadata, num_labels)
         design = torch.cat([part.detach().to(statistics_dtype(part.device)) for part in blocks.values()], 1)
         check_finite_columns(design, **blocks)
+        columns = (blocks["metadata"].shape[1], design.shape[1] - blocks["metadata"].shape[1])
         if moments is None:
-            columns = blocks["metadata"].shape[1]
-            moments = Moments.empty(0, columns, design.shape[1] - columns, design.device)
+            moments = Moments.empty(0, *columns, design.device)
+        before = (moments.num_metadata, moments.num_protected - 1)
+        if columns != before:
+            raise ValueError(
+                f"a batch has {columns[0]} metadata column(s) and {columns[1]} of labels, the batches before "
+                f"it had {before[0]} and {before[1]}."
+            )
         moments.update(design[:, :0], design, weights)
     if moments is None or moments.units is None:
         raise NoSamplesError("no samples: the Gram matrix needs the metadata of the training set.")
@@ -129,7 +135,8 @@ def _batches(
         return
     if labels is not None or weights is not None:
         raise ValueError(
-            "labels and weights come with each batch, or where keys say, where metadata are batches."
+            "labels= and weights= are for one table: where metadata is an iterable of batches they come in "
+            "it, as (metadata, labels, weights) or by keys=."
         )
     if keys is None and isinstance(metadata, (list, tuple)):
         bare = [part for part in metadata if not (isinstance(part, (tuple, list)) or context.is_table(part))]

@@ -48,13 +48,21 @@ class MetadataNormCallback(Callback):
     weights, mask : str, int or callable, optional
         Where weights of the samples in the fit and a mask of the positions that count are; see
         `mdnorm.metadata`.
-    after, output, sample_dim, **options
-        As of `mdnorm.insert`. Without `after`, the layers are those that the module has (a model that is
-        built in ``configure_model`` inserts them there). With `labels` and without a design, `num_labels` is
-        by default that of the first batch.
-    inputs, forward : optional
-        For the recalibration: where the model's input is in a batch, by default the first entry of a tuple,
-        with which it calls ``pl_module(input)``; or, instead, ``forward(pl_module, batch)`` runs the model.
+    after : str, type, or list of them, optional
+        As of `mdnorm.insert`. Without it, the layers are those that the module has (a model that is built in
+        ``configure_model`` inserts them there).
+    output : str, int or callable, optional
+        Where the features are in the output of the module, as of `mdnorm.insert`.
+    sample_dim : int
+        The dimension of the samples in that output, as of `mdnorm.insert`.
+    **options
+        Of `MetadataNorm`, or ``design=``, as of `mdnorm.insert`. With `labels` and without a design,
+        `num_labels` is by default that of the first batch.
+    inputs : str, int or callable, optional
+        Where the model's input is in a batch, for the recalibration, which calls ``pl_module(input)``. By
+        default the first entry of a tuple.
+    forward : callable, optional
+        Instead, ``forward(pl_module, batch)`` runs the model.
     recalibrate : bool
         Take the coefficients of the whole training loader at the end of a fit (`mdnorm.recalibrate`), of
         several processes on the shares of all. Not after a ``fast_dev_run``.
@@ -65,10 +73,12 @@ class MetadataNormCallback(Callback):
     held_out : bool
         Let the recalibration at the end compare with the (first) validation loader, and take its word where
         the network memorised. An accuracy on the same rows is then no longer that on new ones.
-    log_dependence, column_names : bool, and as of `DependenceCallback`
-        Log ``dcor2/<column>`` of the outputs after each validation; with several layers
-        ``dcor2/<name>/<column>``. Within each class (``…/label_<class>``), if `labels` gives class indices or
-        one-hot columns in all of the validation data; over all samples for other labels.
+    log_dependence : bool
+        Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does; with
+        several layers ``dcor2/<name>/<column>``. Within each class (``…/label_<class>``), if `labels` gives
+        class indices or one-hot columns in all of the validation data; over all samples for other labels.
+    column_names : sequence of str, or mapping from str to sequence of int, optional
+        As of `DependenceCallback`.
 
     Attributes
     ----------
@@ -124,7 +134,7 @@ class MetadataNormCallback(Callback):
     ) -> None:
         super().__init__()
         if after is None and options:
-            raise ValueError(f"{', '.join(options)} would be ignored: they belong to after=.")
+            raise ValueError(f"{', '.join(options)} would be ignored without after=: give it as well.")
         if inputs is not None and forward is not None:
             raise ValueError("inputs and forward both say how to run the model: give one of them.")
         self.metadata = metadata
@@ -159,7 +169,10 @@ class MetadataNormCallback(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for layers, so that a model without any fails before training."""
-        context.layers_of(pl_module)
+        if not context.slots_of(pl_module):
+            raise ValueError(
+                f"{type(pl_module).__name__} has no MetadataNorm layer: give after=, or build it with layers."
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Look for the validation loader, if it is needed at the end."""

@@ -20,7 +20,8 @@ def _estimators(model: nn.Module) -> list[Penalty]:
             made = getattr(layer._make, "func", layer._make)
             if isinstance(made, type) and issubclass(made, Penalty):
                 raise ValueError(
-                    "a 'penalty' layer does not know its sizes yet: give them, or run one batch first."
+                    "a 'penalty' layer does not know its sizes yet: give num_features, num_metadata and "
+                    "num_labels, or run one batch first."
                 )
     if not found:
         raise ValueError(f"{type(model).__name__} has no MetadataNorm with estimator='penalty'.")
@@ -60,7 +61,8 @@ def penalty_loss(model: nn.Module) -> Tensor:
     for estimator, loss in zip(estimators, ready, strict=True):
         if torch.is_grad_enabled() and estimator.weight.requires_grad and not loss.requires_grad:
             raise RuntimeError(
-                "the last forward pass of a 'penalty' layer was without gradient: it would not learn."
+                "the last forward pass of a 'penalty' layer was without gradient (under torch.no_grad, or in "
+                "reentrant activation checkpointing): it would not learn."
             )
     return torch.stack(ready).sum()
 

@@ -33,7 +33,7 @@ class RecalibratedLayer:
         Of the least-squares coefficients of `loader`, in the units of `MetadataNorm.coefficients`; infinite
         where rows are too few to tell.
     noise : float
-        The mean square that noise has over the one that these coefficients have, at most 1.
+        Share of the mean square of the least-squares coefficients that is noise, at most 1.
     kept : float
         Length of the new coefficients over that of the least-squares ones (of `held_out` where it is given),
         both in standard errors. 1: nothing was shrunk.

@@ -67,9 +67,17 @@ class WithMetadata(nn.Module):
         ----------
         *args, **kwargs
             Of the model.
-        metadata, labels, weights, mask : optional
-            As of `mdnorm.metadata`. Without metadata the model runs in the context around it, if there is
-            one, which then has the others, too.
+        metadata : (N,) or (N, K_m), or a table, optional
+            As of `mdnorm.metadata`. Without them the model runs in the context around it, if there is one;
+            labels, weights and mask are then given to that context, not here.
+        labels : (N,) or (N, K_y), optional
+            Needed in training where a layer has label columns.
+        weights, mask : optional
+            As of `mdnorm.metadata`.
+
+        Returns
+        -------
+        What the model returns.
 
         Raises
         ------

@@ -116,6 +116,11 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
     divided by its scale, the effect of `y` in that site is divided with the rest. `labels`, which
     `transform` gets again, are held out of the scaling exactly, as in ComBat.
 
+    **Data types.** float32 tables come back as float32; sums and coefficients are float64.
+
+    **All rows at once.** `covariance` and `subject` need the rows themselves: with them there is no
+    `partial_fit` and no `summary`.
+
     **Rows.** Fitting needs more rows than there are linearly independent columns, site columns and
     intercept included, or a ridge; otherwise the metadata would explain everything.
 
@@ -376,7 +381,9 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         Returns
         -------
         Summary
-            Its text is a report. A variable is a column of the table with all its levels.
+            With the tables `coefficients`, `variables` (a column of the tables with all its levels),
+            `features`, `sites` and `site_effects`, each a list of records and with `to_frame` one of pandas.
+            Its text is a report of the strongest of them, and `plot` draws the sites.
 
         Raises
         ------

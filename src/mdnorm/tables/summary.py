@@ -100,7 +100,19 @@ class Summary:
         return self._records("site_effects")
 
     def to_frame(self, table: str = "coefficients") -> Any:
-        """Return one of the tables, by its name, as a pandas DataFrame; another name is a ValueError."""
+        """Return one of the tables as a pandas DataFrame.
+
+        Parameters
+        ----------
+        table : "coefficients", "variables", "features", "sites" or "site_effects"
+
+        Raises
+        ------
+        ValueError
+            There is no such table.
+        MissingExtraError
+            pandas is not installed.
+        """
         if table not in self._tables:
             raise ValueError(f"table must be one of {list(self._tables)}, got {table!r}.")
         with requires("tables"):
@@ -156,8 +168,17 @@ class Summary:
         Location: mean of the site, less the mean of all rows, over the deviation within sites. Scale:
         deviation of the site over that within sites. Without site effects they are about 0 and 1.
 
-        The figure is of pyplot, with the axes location before, after; scale before, after. Fewer than two
-        sites are a ValueError.
+        Returns
+        -------
+        matplotlib.figure.Figure
+            Of pyplot, with the axes location before, after; scale before, after.
+
+        Raises
+        ------
+        ValueError
+            There are fewer than two sites.
+        MissingExtraError
+            matplotlib is not installed.
         """
         names, weight = (self._tables["sites"].get(key, np.zeros(0)) for key in ("site", "weight"))
         if len(names) < 2:

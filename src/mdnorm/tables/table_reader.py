@@ -164,7 +164,13 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
     def _finite(self, features: NDArray[Any], places: NDArray[np.intp]) -> NDArray[Any]:
         """Return features after a check for missing and infinite values."""
         names = getattr(self, "feature_names_in_", range(self.n_features_in_))
-        check_finite(features, [names[place] for place in places], self.missing_features == "skip")
+        skips = self.missing_features == "skip"
+        try:
+            check_finite(features, [names[place] for place in places], skips)
+        except ValueError as error:
+            kinds = [] if skips or not np.isnan(features).any() else ["missing (NaN)"]
+            kinds += ["infinite"] if np.isinf(features).any() else []
+            raise ValueError(f"X has {' and '.join(kinds)} values: {error}") from None
         return features
 
     def _metadata_of(self, X: Any) -> list[Any]:  # noqa: N803
