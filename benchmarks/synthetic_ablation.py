@@ -63,7 +63,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs = plan(SETTING, list(VARIANTS), arguments.seeds, batch_sizes=arguments.batch_sizes)
     store = ResultStore(arguments.out / "results.json")
-    rows = Runner(store, train, os.cpu_count() or 1).run(runs)
+    try:
+        rows = Runner(store, train, os.cpu_count() or 1).run(runs)
+    finally:
+        store.clear_claims()
     (table,) = SETTING.tables(rows)
     text = table.markdown()
     (arguments.out / "table.md").write_text(text, encoding="utf-8")
