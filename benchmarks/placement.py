@@ -223,25 +223,25 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     options.json.parent.mkdir(parents=True, exist_ok=True)
     store = ResultStore(options.json)
-    for seed, name in product(options.seeds, options.networks):
-        architecture = NETWORKS[name]
-        architecture = replace(
-            architecture,
-            size=options.size or architecture.size,
-            epochs=options.epochs or architecture.epochs,
-            learning_rate=options.learning_rate or architecture.learning_rate,
-        )
-        for place in options.places or ["none", "oracle", *architecture.places]:
-            key = {"network": name, "place": place, "seed": seed}
-            key |= {field: getattr(architecture, field) for field in ("size", "epochs", "learning_rate")}
-            if store.find(key):
-                continue
-            row = key | train(architecture, place, seed)
-            store.add(row)
-            print(
-                f"{name} {place}, seed {seed}: {100 * row['bacc']:.1f} %, {row['seconds_per_epoch']:.1f} s",
-                flush=True,
+    try:
+        for seed, name in product(options.seeds, options.networks):
+            architecture = NETWORKS[name]
+            architecture = replace(
+                architecture,
+                size=options.size or architecture.size,
+                epochs=options.epochs or architecture.epochs,
+                learning_rate=options.learning_rate or architecture.learning_rate,
             )
+            for place in options.places or ["none", "oracle", *architecture.places]:
+                key = {"network": name, "place": place, "seed": seed}
+                key |= {field: getattr(architecture, field) for field in ("size", "epochs", "learning_rate")}
+                if store.find(key):
+                    continue
+                row = store.add(key, train(architecture, place, seed))
+                result = f"{100 * row['bacc']:.1f} %, {row['seconds_per_epoch']:.1f} s"
+                print(f"{name} {place}, seed {seed}: {result}", flush=True)
+    finally:
+        store.clear_claims()
     for name in options.networks:
         print("", name, "", *summary([row for row in store.rows if row["network"] == name]), sep="\n")
 

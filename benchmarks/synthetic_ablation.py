@@ -21,7 +21,7 @@ from mdnorm_experiments.methods import METHODS, Method
 from mdnorm_experiments.results import ResultStore
 from mdnorm_experiments.runner import Runner
 from mdnorm_experiments.settings import plan, train
-from mdnorm_experiments.synthetic import SETTING
+from mdnorm_experiments.synthetic import SETTING, SyntheticSetting
 
 # Running coefficients as constants: the effect is removed, the incentive to use it stays. And running
 # coefficients whose gradient comes from the batch at hand alone.
@@ -50,6 +50,7 @@ VARIANTS = {
 }
 # At module level, since worker processes import this file anew.
 METHODS.update(VARIANTS)
+SyntheticSetting.methods = (*SyntheticSetting.methods, *VARIANTS)
 
 
 def main() -> None:
@@ -63,7 +64,10 @@ def main() -> None:
     arguments.out.mkdir(parents=True, exist_ok=True)
     runs = plan(SETTING, list(VARIANTS), arguments.seeds, batch_sizes=arguments.batch_sizes)
     store = ResultStore(arguments.out / "results.json")
-    rows = Runner(store, train, os.cpu_count() or 1).run(runs)
+    try:
+        rows = Runner(store, train, os.cpu_count() or 1).run(runs)
+    finally:
+        store.clear_claims()
     (table,) = SETTING.tables(rows)
     text = table.markdown()
     (arguments.out / "table.md").write_text(text, encoding="utf-8")

@@ -1,6 +1,7 @@
 """Where to put the layer: the page shows the stored rows, and the benchmark runs."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,3 +28,18 @@ def test_a_small_training(place):
     has_layer = place not in ("none", "oracle")
     assert (row["bacc_shuffled"] is not None) == has_layer
     assert 0.3 < row["bacc"] < 0.9
+
+
+def test_an_interruption_leaves_the_rows_and_nothing_else(tmp_path, monkeypatch):
+    def train(architecture, place, seed):
+        if place == "oracle":
+            raise KeyboardInterrupt
+        return {"bacc": 0.5, "seconds_per_epoch": 1.0}
+
+    monkeypatch.setattr(placement, "train", train)
+    arguments = ["--networks", "vit", "--seeds", "100", "--json", str(tmp_path / "rows.json")]
+    monkeypatch.setattr(sys, "argv", ["placement.py", *arguments])
+    with pytest.raises(KeyboardInterrupt):
+        placement.main()
+    assert [row["place"] for row in json.loads((tmp_path / "rows.json").read_text())] == ["none"]
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.json"]

@@ -131,13 +131,19 @@ def test_sigterm_keeps_the_finished_trainings(tmp_path):
     assert process.returncode == 130, stderr
     assert "interrupted; finished trainings are stored" in " ".join(stderr.split())
     assert json.loads(results.read_text())[0]["method"] == "none"
+    assert not (tmp_path / ".claims").exists()
 
 
 def test_a_failed_training_ends_with_1_and_keeps_the_others(tmp_path):
+    # The two rows of the first call are claimed and stored; those of the second fail.
+    assert synthetic(tmp_path).exit_code == 0
+    assert not (tmp_path / ".claims").exists()
     result = synthetic(tmp_path, "--learning-rate", "1e30")
     assert result.exit_code == 1
     assert "some trainings failed" in result.stderr
     assert "NaN or infinite" in " ".join(result.stderr.split())
+    assert len(json.loads((tmp_path / "results.json").read_text())) == 2
+    assert not (tmp_path / ".claims").exists()
 
 
 def continual(out, *arguments):

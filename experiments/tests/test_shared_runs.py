@@ -100,14 +100,20 @@ def square(task, epoch_done):
 class TestSharedStore:
     def test_rows_of_others_are_kept_and_seen(self, tmp_path):
         first, second = (ResultStore(tmp_path / "results.json") for _ in range(2))
-        first.add({"seed": 0})
-        second.add({"seed": 1})
+        first.add({"seed": 0}, {})
+        second.add({"seed": 1}, {})
         assert second.rows == [{"seed": 0}, {"seed": 1}]
         assert first.find({"seed": 1}) is None
         first.refresh()
         assert first.find({"seed": 1}) == {"seed": 1}
         first.clear_claims()
         assert [file.name for file in tmp_path.iterdir()] == ["results.json"]
+
+    def test_a_run_that_two_have_trained_has_one_row(self, tmp_path):
+        first, second = (ResultStore(tmp_path / "results.json") for _ in range(2))
+        assert first.add({"seed": 0}, {"value": 1}) == {"seed": 0, "value": 1}
+        assert second.add({"seed": 0}, {"value": 2}) == {"seed": 0, "value": 1}
+        assert second.rows == ResultStore(tmp_path / "results.json").rows == first.rows
 
     def test_a_claim_is_held_once_and_given_back(self, tmp_path):
         first, second = (ResultStore(tmp_path / "results.json") for _ in range(2))
@@ -127,7 +133,7 @@ class TestSharedStore:
         def training(task, epoch_done):
             trained.append(task.seed)
             if task.seed == 0:
-                other.add(Task(1).settings() | {"value": "of the other"})
+                other.add(Task(1).settings(), {"value": "of the other"})
             return square(task, epoch_done)
 
         rows = Runner(store, training).run([Task(0), Task(1), Task(2)])

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from mdnorm.distributed import one_thread
@@ -76,6 +76,17 @@ class TestPlan:
     def test_errors(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             plan(SETTING, **arguments)
+
+    def test_a_mistyped_option_is_named_with_those_there_are(self):
+        with pytest.raises(
+            TypeError, match=r"plan has no option epoch, seed: .* epochs, learning_rate, .*data"
+        ):
+            plan(SETTING, epoch=3, seed=1)
+
+    def test_what_changes_in_a_run(self):
+        (run,) = plan(SETTING, ["none"], 1, batch_sizes=[20], warmup_epochs=2, test_size=9, on_problem="skip")
+        assert (run.warmup_epochs, run.test_size, run.on_problem) == (2, 9, "skip")
+        assert (run.epochs, run.learning_rate) == SETTING.schedule(20)
 
 
 def built(method, seed):
@@ -233,10 +244,20 @@ def test_outputs(tmp_path):
     assert write_outputs(tmp_path, runs, rows, command="").read_text().count("<img") == 3
 
 
+def test_of_two_batch_sizes_as_near_to_200_one_is_drawn(tmp_path):
+    runs = plan(SETTING, ["none"], 1, batch_sizes=[100, 400], features_dir=tmp_path)
+    for run in runs:
+        save_file({"batch_size": torch.tensor(run.batch_size)}, run.features_file)
+    rows = [run.settings() | {"bacc": 0.5, "dcor2": dict.fromkeys("AB", run.batch_size)} for run in runs]
+    drawn = synthetic._projections(runs, rows)
+    assert [tensors["batch_size"].item() for tensors in drawn.values()] == [100]
+    assert synthetic._projections([], []) == {}
+
+
 def test_a_row_of_another_variant_does_not_count_as_finished(tmp_path):
     store = ResultStore(tmp_path / "results.json")
     runs = [small("none", variant=variant) for variant in ("sites", "plain")]
-    store.add(runs[0].settings() | {"bacc": 0.5})
+    store.add(runs[0].settings(), {"bacc": 0.5})
     assert Runner(store, train).pending(runs) == runs[1:]
 
 
@@ -246,6 +267,8 @@ def test_outputs_of_a_variant_without_limits_claim_none(tmp_path):
     text = write_outputs(tmp_path, runs, rows, command="").read_text(encoding="utf-8")
     assert "No simple analytic limit" in text
     assert "83.3" not in text
+    assert "Each image shows blobs whose brightness is the true effect plus noise" in text
+    assert "one whose brightness" not in text
     table = (tmp_path / "table.md").read_text(encoding="utf-8")
     assert "limit |" not in table
     assert "confounded" not in table

@@ -102,9 +102,10 @@ def refit(
 ) -> None:
     """Fit the head of a trained network again, all before it frozen; the network is changed in place.
 
-    "balanced": on `draws` balanced draws from samples that are confounded and held out, averaged (DFR:
-    Kirichenko et al., ICLR 2023). "erased": on the training samples, with a LEACE eraser of the metadata
-    within labels before the head, which stays. `features_of` returns the features (N, D) of samples.
+    "balanced": on `draws` draws, balanced by class and group, from samples that are confounded and held out,
+    averaged (DFR: Kirichenko et al., Last layer re-training is sufficient for robustness to spurious
+    correlations, ICLR 2023). "erased": on the training samples, with a LEACE eraser of the metadata within
+    labels before the head, which stays. `features_of` returns the features (N, D) of samples.
     """
     if fit == "balanced":
         generator = torch.Generator().manual_seed(seed)
@@ -132,11 +133,12 @@ def squared_correlation(first: Tensor, second: Tensor) -> Tensor:
 class Adversary:
     """BR-Net's predictor of the confounder from features, and its term in the encoder's loss.
 
-    Adeli et al., WACV 2021 (arXiv:1910.03676). It sees samples of one class only, so that the confounder's
-    link with the label is not taken for an effect on the features. Over `total_steps` the learning rate of
-    its Adam falls to 0 by a half cosine. It makes `steps` steps for each of the network; `strength` is the
-    weight of the squared correlation. Where a batch has fewer than `memory` samples of the class, the last
-    ones before it fill it up, so that a small batch too has a correlation.
+    Adeli et al., WACV 2021 (arXiv:1910.03676); Zhao et al., Nature Communications 2020. It sees features (N,
+    `num_features`) of one class only, so that the confounder's link with the label is not taken for an effect
+    on the features. Over `total_steps` the learning rate of its Adam falls to 0 by a half cosine. It makes
+    `steps` steps for each of the network; `strength` is the weight of the squared correlation. `memory` is a
+    number of samples: where a batch has fewer of the class, the last ones before it, without gradient, fill
+    it up to that number, so that a small batch too has a correlation.
     """
 
     def __init__(

@@ -212,7 +212,7 @@ class ConfoundedSetting(Setting):
 def load(run: Run) -> LoadedData:
     """Return the real data set of a run; kept until another is asked for.
 
-    DataProblemsError, FileNotFoundError and ValueError: what the loader raises; ValueError: it has none.
+    Raises what the loader raises, and ValueError for a setting without a loader.
     """
     assert run.data is not None
     return _loaded(run.setting, run.data, run.on_problem, run.columns)

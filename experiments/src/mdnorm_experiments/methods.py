@@ -11,35 +11,25 @@ from mdnorm_experiments.results import Row
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: its title, and which normalisation sits where.
-
-    `layers` ("none", "last" or "every") says where `MetadataNorm` sits, with these `options`, and `norm`
-    ("none", "batch" or "group"; None is the setting's own) what normalises every layer beside it. The
-    confounder of the synthetic images enters as a polynomial of a `degree`. Estimator "penalty": the
-    coefficients follow the gradient with the rate batch size / `penalty` "window", at most 1.
-
-    `adversary`, `dependence`, `group_dro` and `head` are options of `Adversary` (BR-Net), of
-    `mdnorm.DependenceLoss` on the logits, of `GroupWeights` and of `refit`, or None; `weights` says whether
-    samples have weights of `mdnorm.balancing_weights`, and `oracle` whether they are unconfounded. A cell of
-    the synthetic table has so many `seeds`; its "all" are the methods `in_table`. Smaller batches than
-    `least_batch_size` cannot be trained on.
-    """
+    """A row of the table: its title, and which normalisation sits where. None is a training without it."""
 
     title: str
-    layers: str = "none"
-    norm: str | None = None
-    degree: int = 1
-    options: dict[str, Any] | None = None
+    layers: str = "none"  # where `MetadataNorm` sits: "none", "last" or "every"
+    norm: str | None = None  # of every layer beside it: "none", "batch", "group"; None: the setting's own
+    degree: int = 1  # of the polynomial as which the confounder of the synthetic images enters
+    options: dict[str, Any] | None = None  # of `MetadataNorm`
+    # For its estimator "penalty": the coefficients are trained by gradient descent with the rate batch size /
+    # "window", at most 1.
     penalty: dict[str, Any] | None = None
-    adversary: dict[str, Any] | None = None
-    dependence: dict[str, Any] | None = None
-    weights: bool = False
-    group_dro: dict[str, Any] | None = None
-    head: dict[str, Any] | None = None
-    oracle: bool = False
-    seeds: int = 3
-    in_table: bool = True
-    least_batch_size: int = 1
+    adversary: dict[str, Any] | None = None  # options of `Adversary` (BR-Net)
+    dependence: dict[str, Any] | None = None  # options of `mdnorm.DependenceLoss`, on the logits
+    weights: bool = False  # whether samples have those of `mdnorm.balancing_weights`, in loss and layers
+    group_dro: dict[str, Any] | None = None  # options of `GroupWeights`
+    head: dict[str, Any] | None = None  # options of `refit`, by which the last layer is fitted again
+    oracle: bool = False  # whether it trains on unconfounded data instead: what the others could reach
+    seeds: int = 3  # of a cell of the synthetic table
+    in_table: bool = True  # whether it is one of "all" of the synthetic table; the others serve a variant
+    least_batch_size: int = 1  # on smaller batches it cannot be trained
 
     @property
     def of_confounded_only(self) -> bool:

@@ -47,18 +47,23 @@ class ResultStore:
         wanted = settings.items()
         return next((row for row in self.rows if all(k in row and row[k] == v for k, v in wanted)), None)
 
-    def add(self, row: Row) -> None:
-        """Append a row and write the file: complete in its old or its new form at any moment.
+    def add(self, settings: Row, measured: Row) -> Row:
+        """Append the row of a run and write the file: complete in its old or its new form at any moment.
 
+        Returns the row; where another process has added one with these settings, that one, and adds none.
         Raises ValueError, and writes nothing, where a value is not finite or no JSON value.
         """
         with self._lock("results"):
             self.refresh()
+            if (found := self.find(settings)) is not None:
+                return found
+            row = settings | measured
             rows = [*self.rows, row]
             # One row a line: a file of thousands of rows stays readable and diffs well.
             lines = ",\n".join(json.dumps(row, allow_nan=False) for row in rows)
             write_text_atomically(self.path, f"[\n{lines}\n]\n")
             self.rows = rows
+        return row
 
     @contextmanager
     def claim(self, settings: Mapping[str, Any]) -> Iterator[bool]:
@@ -80,7 +85,7 @@ class ResultStore:
         return FileLock(self.claims / f"{name}.lock")
 
     def clear_claims(self) -> None:
-        """Remove the files of the claims, once every run has its row."""
+        """Remove the files of the claims, once every run has its row or no other process is at work."""
         shutil.rmtree(self.claims, ignore_errors=True)
 
 

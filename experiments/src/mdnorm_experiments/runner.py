@@ -37,7 +37,8 @@ class Runner:
 
     Every run has one thread to itself, so a row does not depend on how many run beside it. `train` is a
     module-level function, since the `jobs` worker processes import it; one job trains in this process, beside
-    others that share the store.
+    others that share the store. With more jobs let no other process train for the store: it might train the
+    same runs, of which the first row is kept.
     """
 
     def __init__(self, store: ResultStore, train: Train, jobs: int = 1) -> None:
@@ -69,7 +70,7 @@ class Runner:
             # A failure becomes a message, so that it costs no other run.
             settings = run.settings()
             try:
-                self.store.add(row := settings | measure())
+                row = self.store.add(settings, measure())
             except Exception as error:
                 keys = (key for key in ("method", "batch_size", "seed") if key in settings)
                 name = ", ".join(f"{key}={settings[key]}" for key in keys)

@@ -77,8 +77,8 @@ class Setting(ABC):
     `title` and `introduction` stand on the page; for sizes and epochs see `Run`. "Every layer" corrects after
     the `slots`, modules inside the backbone, and builds on `base_norm`. Without other wishes the
     `default_methods` (all of them) and `batch_sizes` (the one) are trained; the quick form has its own
-    methods, seeds, size and epochs. `tuned` are options of methods, by field of `Method`, that differ here
-    (``benchmarks/settings_tuning.py``).
+    methods, seeds, size and epochs. `tuned` are options of methods, by field of `Method`, that differ here,
+    tuned on the seeds 100 to 103 for accuracy on confound-free data (``benchmarks/settings_tuning.py``).
     """
 
     name: str
@@ -197,15 +197,18 @@ def plan(
     `changes` are other attributes of `Run`; None there too takes the setting's own values. Batches smaller
     than a method can train on are left out. `features_dir` is a folder for the held-out features of the first
     seed of each cell. ValueError: an unknown method, variant or `on_problem`, a number out of range, the
-    oracle on real data, or nothing left to run.
+    oracle on real data, or nothing left to run. TypeError: a change that there is not.
     """
+    own = ("epochs", "learning_rate", "size", "test_size", "warmup_epochs")
+    options = (*own, "variant", "data", "on_problem")
+    if strange := sorted(changes.keys() - options):
+        raise TypeError(f"plan has no option {', '.join(strange)}: of a run it changes {', '.join(options)}.")
     methods = methods if methods is not None else setting.default_methods or setting.all_methods
     batch_sizes = batch_sizes if batch_sizes is not None else setting.batch_sizes or [setting.batch_size]
     changes = {name: value for name, value in changes.items() if value is not None}
     changes["columns"] = tuple(sorted((columns or {}).items()))
     if "data" in changes:
         changes["data"] = str(changes["data"])
-    own = ("epochs", "learning_rate", "size", "test_size", "warmup_epochs")
     common = Run(setting.name, "", 0, 0, **({name: getattr(setting, name) for name in own} | changes))
     unknown = [method for method in methods if method not in setting.methods]
     if unknown or not methods:
@@ -231,7 +234,8 @@ def plan(
         raise ValueError(f"learning rate must be a positive number, got {common.learning_rate}.")
     runs = []
     for batch_size in dict.fromkeys(batch_sizes):
-        tuned: dict[str, Any] = dict(zip(own, setting.schedule(batch_size), strict=False))
+        epochs, rate = setting.schedule(batch_size)
+        tuned: dict[str, Any] = {"epochs": epochs, "learning_rate": rate}
         for method in dict.fromkeys(methods):
             if batch_size < METHODS[method].least_batch_size:
                 continue

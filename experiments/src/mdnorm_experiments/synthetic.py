@@ -55,32 +55,37 @@ LIMITS = (
 NO_LIMITS = "No simple analytic limit of accuracy; dcor² 0 without the confounder."
 # Epochs and learning rate by batch size, tuned for the network without normalisation to reach its plateau.
 _SCHEDULES = {1: (3, 5e-5), 4: (5, 1e-4), 20: (10, 1e-4), 200: (15, 2e-4), 2000: (30, 5e-4)}
-_INTRODUCTION = (
+_IMAGES = (
     "Each image shows blobs whose brightness is the true effect (on the diagonal) and one whose brightness "
     "is a confounder (lower left). Both differ between the groups A and B and overlap on a third of their "
-    "range.",
+    "range."
+)
+_DEPENDENCE = (
     "dcor², the squared distance correlation between the network's features and the confounder within a "
-    "group, shows how much of the confounder the features still hold.",
+    "group, shows how much of the confounder the features still hold."
 )
 _HONEST = (
     "A classifier that uses the true effect alone is right in 83.3 % of all cases; with the confounder it "
     "reaches 94.4 %. Accuracy above 83.3 % is therefore not better but confounded."
 )
 _VARIANT_TEXTS = {
-    "plain": (_HONEST,),
+    "plain": (_IMAGES, _HONEST),
     "sites": (
+        _IMAGES,
         _HONEST,
         "In this variant the confounder is the sum of the offsets of 16 sites, a curve of age and an effect "
         "of sex; with columns that explain nothing the layer gets 50 metadata columns.",
     ),
     "quadratic": (
+        _IMAGES,
         _HONEST,
         "In this variant the confounder's brightness is a quadratic function of the metadata column, and "
         "dcor² is measured against that column.",
     ),
     "variance": (
-        "In this variant the lower left is empty: the confounder is a metadata column that says how much "
-        "noise there is on the true effect, as a scanner might. There is no simple limit of accuracy.",
+        "Each image shows blobs whose brightness is the true effect plus noise. The confounder is a metadata "
+        "column, different in the groups A and B, that says how much noise, as a scanner might. There is no "
+        "simple limit of accuracy.",
     ),
 }
 
@@ -228,8 +233,9 @@ class SyntheticSetting(Setting):
         return shown
 
     def more(self, out: Path, runs: Sequence[Run], rows: Sequence[Row]) -> list[str]:
-        """Write ``metadata.csv``: of each kept feature's image the group, effects and networks'
-        predictions.
+        """Write ``metadata.csv``, a row for each held-out image in the order of the kept features.
+
+        It holds the group, the effect, the confounder, and the prediction and score of each kept network.
         """
         columns: dict[str, list[Any]] = {}
         for run, tensors in _kept(runs):
@@ -245,7 +251,7 @@ class SyntheticSetting(Setting):
             lines = [columns, *zip(*columns.values(), strict=True)]
             text = "".join(",".join(map(str, line)) + "\n" for line in lines)
             write_text_atomically(out / "metadata.csv", text)
-        return [*self.introduction, *_VARIANT_TEXTS[runs[0].variant]]
+        return [*_VARIANT_TEXTS[runs[0].variant], *self.introduction]
 
 
 def _has_limits(rows: Sequence[Row]) -> bool:
@@ -327,12 +333,12 @@ def _result_figure(
 ) -> Figure:
     """Draw what rows have under the keys of `parts` (title → key), mean ± standard deviation over seeds."""
     names = [name for group in panels.values() for name in group]
-    series = {
-        title: figures.series_of(rows, names, lambda row, key=key: axis.values(row, key))  # type: ignore[misc]
-        for title, key in parts.items()
-    }
-    labels = (axis.label, label)
-    return figures.series_figure(series, panels, axis.ticks, labels=labels, **options, **axis.options)
+
+    def series(key: str) -> figures.Series:
+        return figures.series_of(rows, names, lambda row: axis.values(row, key))
+
+    labels, lines = (axis.label, label), {title: series(key) for title, key in parts.items()}
+    return figures.series_figure(lines, panels, axis.ticks, labels=labels, **options, **axis.options)
 
 
 def accuracy_figure(rows: Sequence[Row], panels: figures.Panels, axis: ResultAxis) -> Figure:
@@ -382,12 +388,13 @@ def result_figures(
 def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, dict[str, Tensor]]:
     """Kept features of a few methods by title, at the batch size nearest to 200."""
     kept = _kept(runs)
-    nearest = min((abs(math.log(run.batch_size / 200)) for run, _ in kept), default=0.0)
+    batch_sizes = (run.batch_size for run, _ in kept)
+    batch_size = min(batch_sizes, key=lambda size: abs(math.log(size / 200)), default=None)
     shown = {}
     for method in ("none", "mdn-last-running", "mdn-every-running"):
         for run, tensors in kept:
             row = next((row for row in rows if run.settings().items() <= row.items()), None)
-            if run.method == method and abs(math.log(run.batch_size / 200)) == nearest and row is not None:
+            if (run.method, run.batch_size) == (method, batch_size) and row is not None:
                 dependence = " / ".join(mean_with_deviation([row["dcor2"][group]], 3) for group in GROUPS)
                 title = f"{METHODS[method].title}\ndcor² {dependence}\naccuracy {100 * row['bacc']:.1f} %"
                 shown[title] = tensors
@@ -397,7 +404,7 @@ def _projections(runs: Sequence[Run], rows: Sequence[Row]) -> dict[str, dict[str
 SETTING = SyntheticSetting(
     name="synthetic",
     title="Metadata Normalization on synthetic images",
-    introduction=_INTRODUCTION,
+    introduction=(_DEPENDENCE,),
     batch_size=200,
     epochs=15,
     learning_rate=2e-4,

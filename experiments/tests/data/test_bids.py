@@ -179,6 +179,30 @@ def test_a_table_as_it_is_in_a_real_folder(folder):
         load_bids(folder, columns=columns | {"site": "Scanner"}, shape=SHAPE)
 
 
+def test_images_elsewhere_are_no_images_of_the_subject(folder):
+    moved = folder / "sub-b" / "derivatives"
+    moved.mkdir()
+    (folder / "sub-b" / "anat").rename(moved / "anat")
+    with pytest.raises(DataProblemsError) as error:
+        load_bids(folder, shape=SHAPE)
+    assert "no image: sub-b: no *_T1w.nii(.gz) in sub-b/anat or sub-b/ses-*/anat" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("places that are not finite", "its voxels have no places in space"),
+        ("voxels as large as a house", "the volume would be 90000 mm long, more than 2000"),
+    ],
+)
+def test_what_is_wrong_with_an_affine(folder, damage, message):
+    path = folder / "sub-b" / "anat" / "sub-b_T1w.nii.gz"
+    path.write_bytes(gzip.compress(DAMAGES[damage](gzip.decompress(path.read_bytes()))))
+    with pytest.raises(DataProblemsError) as error:
+        load_bids(folder, shape=SHAPE)
+    assert f"bad affine: sub-b: sub-b_T1w.nii.gz: {message}" in str(error.value)
+
+
 def test_orientation(folder):
     voxels = np.random.default_rng(0).random(SHAPE).astype(np.float32) + 1
     save(folder, "sub-a", voxels)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from scipy.stats import norm, spearmanr
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 
@@ -105,6 +107,23 @@ def test_files_hold_what_was_drawn(tmp_path):
     assert not read.problems
     written = sorted(path.name for path in table.parent.rglob("*") if path.is_file())
     assert written == sorted([*read.files, "labels.csv"])
+
+
+def test_an_interruption_leaves_no_part_of_a_picture(tmp_path, monkeypatch):
+    whole, calls = Image.Image.save, []
+
+    def save(picture, path, *args, **kwargs):
+        whole(picture, path, *args, **kwargs)
+        calls.append(path)
+        if len(calls) == 2:
+            Path(path).write_bytes(Path(path).read_bytes()[:50])
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        write_image_folder(tmp_path, make_faces(4, seed=0))
+    assert len(calls) == 2
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["face-00000.png"]
 
 
 @pytest.mark.parametrize(

@@ -167,6 +167,17 @@ class TestDecode:
         assert decoded.shape == (6, 32, 32, 3)
         assert np.abs(decoded.astype(float) - 200).mean() < 6
 
+    def test_each_pixel_is_in_one_mean_where_sizes_do_not_divide(self, tmp_path):
+        drawn = np.random.default_rng(0).integers(0, 256, (2, 50, 50, 3), np.uint8)
+        path = encode(drawn, tmp_path / "noise.mp4")
+        # In float64: a pixel belongs to the one of 32 cells, open to the left, in which its centre lies.
+        cells = np.ceil((np.arange(50) + 0.5) * 32 / 50) - 1
+        member = cells == np.arange(32)[:, None]
+        shares = member / member.sum(1, keepdims=True)
+        expected = np.einsum("yh,thwc,xw->tyxc", shares, decode(path, 2, 50).astype(float), shares)
+        # Pillow rounds after each of two passes.
+        assert np.abs(decode(path, 2, 32) - expected).max() <= 1
+
     def test_no_video(self, tmp_path):
         (tmp_path / "text.mp4").write_text("no video at all")
         with pytest.raises(ValueError, match="cannot be decoded"):

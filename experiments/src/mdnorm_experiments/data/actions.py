@@ -201,7 +201,10 @@ def encode(frames: Pixels, path: Path, *, rate: int = 8) -> Path:
 
 
 def write_hmdb51(folder: Path, train: Clips | None, test: Clips) -> Path:
-    """Write clips and scene scores in HMDB51's layout, as `load_hmdb51` reads them; return the folder."""
+    """Write clips and scene scores in HMDB51's layout, as `load_hmdb51` reads them; return the folder.
+
+    None for `train` writes test clips only.
+    """
     scores, lines = [",".join(("clip", *SCENES))], {action: list[str]() for action in ACTIONS}
     parts = [("test", 2, test)] if train is None else [("train", 1, train), ("test", 2, test)]
     for part, use, clips in parts:

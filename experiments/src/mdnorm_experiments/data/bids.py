@@ -6,7 +6,6 @@ BIDS: Gorgolewski et al. (2016), The brain imaging data structure, Scientific Da
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -110,7 +109,7 @@ def load_bids(
     cells = read_rows(table, "\t", COLUMNS, columns)
     problems = Problems()
     images = _images(folder)
-    rows = [(where, row, re.sub("^(?!sub-|$)", "sub-", row["subject"])) for where, row in cells]
+    rows = [(where, row, _subject(row["subject"])) for where, row in cells]
     count = Counter(subject for *_, subject in rows)
     found = []
     for where, row, subject in rows:
@@ -129,7 +128,8 @@ def load_bids(
         elif len(paths) != 1:
             listing = ", ".join(str(path.relative_to(folder)) for path in paths)
             kind = "several images" if paths else "no image"
-            problems.add(kind, subject, listing or f"no *_T1w.nii.gz in {subject}/**/anat")
+            lacking = f"no *_T1w.nii(.gz) in {subject}/anat or {subject}/ses-*/anat"
+            problems.add(kind, subject, listing or lacking)
         elif (volume := _read(paths[0], shape, spacing, subject, problems)) is not None:
             found.append((volume, row["label"], age, sex, row["site"], subject))
     for subject in sorted(images.keys() - count.keys()):
@@ -153,6 +153,10 @@ def load_bids(
     )
 
 
+def _subject(text: str) -> str:
+    return text if not text or text.startswith("sub-") else f"sub-{text}"
+
+
 def _age(text: str) -> float | None:
     try:
         age = float(text)
@@ -165,7 +169,7 @@ def _images(folder: Path) -> dict[str, list[Path]]:
     """Return the T1 images of every subject; a subject's folder without any has an empty list."""
     found = {}
     for subject in sorted(path for path in folder.glob("sub-*") if path.is_dir()):
-        images = subject.glob("**/anat/*_T1w.nii*")
+        images = [*subject.glob("anat/*_T1w.nii*"), *subject.glob("ses-*/anat/*_T1w.nii*")]
         found[subject.name] = sorted(path for path in images if path.name.endswith((".nii", ".nii.gz")))
     return found
 
@@ -190,20 +194,16 @@ def _read(
         problem = "wrong shape", f"{voxels.shape}, not three-dimensional"
     elif not np.isfinite(voxels).all():
         problem = "not finite", f"{int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite"
-    elif not _has_places(affine, voxels.shape):
-        problem = "bad affine", f"its voxels have no places in space, or span more than {_LARGEST:g} mm"
+    elif not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
+        problem = "bad affine", "its voxels have no places in space"
+    elif (length := (np.linalg.norm(affine[:3, :3], axis=0) * voxels.shape).max()) > _LARGEST:
+        problem = "bad affine", f"the volume would be {length:g} mm long, more than {_LARGEST:g}"
     elif len((volume := _resample(voxels, affine, shape, spacing)).unique()) == 1:
         problem = "empty image", "all voxels are the same"
     else:
         return volume
     problems.add(problem[0], subject, f"{path.name}: {problem[1]}")
     return None
-
-
-def _has_places(affine: NDArray[np.float64], shape: tuple[int, ...]) -> bool:
-    if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-9:
-        return False
-    return bool((np.linalg.norm(affine[:3, :3], axis=0) * shape).max() <= _LARGEST)
 
 
 def _resample(

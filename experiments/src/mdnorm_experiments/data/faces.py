@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mdnorm.extras import requires
-from mdnorm.files import write_text_atomically
+from mdnorm.files import atomic_path, write_text_atomically
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,7 +162,8 @@ def write_image_folder(folder: Path, faces: Faces) -> Path:
     lines = ["filename,gender,shade"]
     for row in range(len(faces.labels)):
         name = f"face-{row:05d}.png"
-        Image.fromarray(faces.images[row].permute(1, 2, 0).numpy()).save(folder / "images" / name)
+        with atomic_path(folder / "images" / name) as temporary:
+            Image.fromarray(faces.images[row].permute(1, 2, 0).numpy()).save(temporary, format="PNG")
         shade = SHADES[min(max(round(float(faces.shade[row])), 1), 6) - 1]
         lines.append(f"{name},{CLASSES[int(faces.labels[row])]},{shade}")
     table = folder / "labels.csv"

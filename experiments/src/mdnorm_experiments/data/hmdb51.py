@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
 
 from mdnorm.extras import requires
 from mdnorm_experiments.data.reading import Problems, column_names
@@ -156,6 +155,7 @@ def decode(path: Path, num_frames: int, image_size: int) -> NDArray[np.uint8]:
     """
     with requires("video", "mdnorm-experiments"):
         import av
+        from PIL import Image
 
     frames: list[Any] = []
     try:
@@ -175,8 +175,6 @@ def decode(path: Path, num_frames: int, image_size: int) -> NDArray[np.uint8]:
         raise ValueError("there are no frames in it")
     if len(frames) < expected:
         raise ValueError(f"{len(frames)} of its {expected} frames can be decoded")
-    chosen = np.stack([frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).round().astype(int)])
-    pixels = torch.from_numpy(chosen).permute(0, 3, 1, 2).double()
-    resized = adaptive_avg_pool2d(pixels, image_size).round().to(torch.uint8)
-    result: NDArray[np.uint8] = resized.permute(0, 2, 3, 1).numpy()
-    return result
+    chosen = [frames[i] for i in np.linspace(0, len(frames) - 1, num_frames).round().astype(int)]
+    size, box = (image_size, image_size), Image.Resampling.BOX
+    return np.stack([np.asarray(Image.fromarray(frame).resize(size, box)) for frame in chosen])
