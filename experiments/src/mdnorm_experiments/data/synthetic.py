@@ -47,6 +47,9 @@ class SyntheticData:
     age: Tensor = field(default_factory=lambda: torch.empty(0))
     nuisance: Tensor = field(default_factory=lambda: torch.empty(0))
 
+    def __len__(self) -> int:
+        return len(self.labels)
+
 
 def make_synthetic(
     group_size: int = 1000,
