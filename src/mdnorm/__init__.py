@@ -1,12 +1,12 @@
 """Metadata Normalization: remove what metadata explain from a network's features, and measure what is left.
 
-The layer is `MetadataNorm`; `insert` puts it into a model of others, and `insertions` says where; `fit_gram`
-prepares the paper's estimator, `recalibrate` takes the coefficients of a trained network from all data, and
-`recalibrated` those for one evaluation in between; `features` collects what a module puts out; `save` and
-`load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
-`balancing_weights` weighs samples so that labels and metadata are independent; `DependenceLoss` is a penalty
-on what the outputs know of metadata; `erase` takes metadata out where they will not be known; `audit` reports
-what features know of metadata.
+The layer is `MetadataNorm`; `insert` puts it into an existing model, and `insertions` says where; `fit_gram`
+prepares the paper's estimator; `recalibrate` refits the coefficients of a trained network on all data, and
+`recalibrated` does so for one evaluation during training; `features` collects the output of a module; `save`
+and `load` keep model, layers and design in one file; `Design` turns tables into metadata columns;
+`balancing_weights` weights samples so that labels and metadata are independent; `DependenceLoss` penalises
+dependence of the outputs on the metadata; `erase` removes metadata that will be unknown at inference; `audit`
+reports what features reveal of the metadata.
 
 `mdnorm.regression` holds the maths, `mdnorm.erasure` erasers, `mdnorm.design` metadata columns,
 `mdnorm.estimators` the strategies, `mdnorm.metrics` the measures of dependence, `mdnorm.integration` what

@@ -197,8 +197,8 @@ def _warn_of_idle(layers: list[tuple[nn.Module, MetadataSlot]]) -> None:
             where = "of the model" if name is None else f"after {name!r}"
             warn(
                 f"the MetadataNorm {where} is in evaluation mode and has seen no data: it does nothing, and "
-                "learns nothing. Call model.train() before training; where a part of the model stays in "
-                "evaluation mode, the train() of the layer in it. Evaluate in torch.no_grad()."
+                "learns nothing. Call model.train() before training; if a part of the model must stay in "
+                "evaluation mode, call train() on the layer in it. To evaluate, use torch.no_grad()."
             )
 
 
@@ -212,8 +212,8 @@ def metadata(
 ) -> Iterator[None]:
     """Give the metadata of a batch to every `MetadataNorm` in a model, for the length of a ``with`` block.
 
-    The layers take them where the forward pass hands them none: those that `mdnorm.insert` put there, and
-    your own called as ``norm(features)``.
+    They reach the layers that get no metadata in the forward pass itself: those that `mdnorm.insert` put
+    there, and your own if called as ``norm(features)``.
 
     Parameters
     ----------

@@ -59,8 +59,8 @@ class DependenceLoss(nn.Module):
         before it, whose outputs are remembered. More are less noise, but come from older weights.
     unit : float
         What counts as a small difference of outputs. Below it the penalty fades, so that it cannot hold
-        outputs at a constant. Suits logits at 1; for other outputs their standard deviation, about. 0 is the
-        plain distance correlation, which has no such safety ("dcor2" only).
+        outputs at a constant. 1 suits logits; for other outputs take about their standard deviation. 0 gives
+        the plain distance correlation, which has no such safeguard ("dcor2" only).
     softmax : bool
         The outputs are logits of a softmax, which does not see what is common to all classes: that is taken
         away. False for features, and for one logit a class.
@@ -79,11 +79,11 @@ class DependenceLoss(nn.Module):
 
     Notes
     -----
-    - The gradient is that of ``Σ λ_v dCov²(outputs, variable v) / scale``, the scale a constant. For the
-      distances d of the outputs ``√(d² + unit²)`` stands, of negative type as well, so that the population
-      value is 0 if and only if outputs and metadata are independent; the scale has at least `unit` for the
-      spread of the outputs. With a plain ratio, and d itself, the gradient stays as large however small the
-      outputs become, and keeps the network from learning anything.
+    - The gradient is that of ``Σ λ_v dCov²(outputs, variable v) / scale``, the scale a constant. The
+      distances d of the outputs are replaced by ``√(d² + unit²)``, of negative type as well, so that the
+      population value is 0 if and only if outputs and metadata are independent; the scale takes the spread
+      of the outputs to be at least `unit`. With a plain ratio of d itself, the gradient would not shrink with
+      the outputs, and would keep the network from learning anything.
     - Only the samples of the batch have a gradient; it is scaled so that its expectation is that of the
       window as a whole. A class with fewer than 4 samples in the window contributes nothing.
     - In evaluation mode the value is that of the given samples alone, and nothing is remembered.

@@ -91,7 +91,7 @@ def global_mean(losses: Tensor, process_group: ProcessGroupSetting = "world") ->
 def even_batches(
     loader: Iterable[T], process_group: ProcessGroupSetting = "world", *, device: torch.device | str = "cpu"
 ) -> Iterator[T]:
-    """Iterate until the loaders of all processes have ended, with empty batches where this one has before.
+    """Iterate until the loaders of all processes have ended, yielding empty batches once this one has.
 
     The layers communicate in every training forward pass, and `DistributedDataParallel.join` cannot stand in
     for them (nor for `SyncBatchNorm`); an empty batch takes part and weighs nothing. Each step costs one
@@ -146,7 +146,7 @@ def _emptied(values: Any) -> Any:
     if getattr(values, "ndim", 0):
         return values[:0]
     raise TypeError(
-        f"a batch holds a {type(values).__name__}, which has no samples to take away: give tensors, or "
+        f"a batch holds a {type(values).__name__}, which has no dimension of samples: give tensors, or "
         "tuples, lists and dicts of them."
     )
 

@@ -119,7 +119,7 @@ class EraserFitter:
     num_labels : int, optional
         Number of label columns, as of `mdnorm.MetadataNorm`: class indices become that many one-hot columns.
     channel_dim : int
-        As of `Eraser`.
+        As in `Eraser`.
     within_labels : bool
         Whether to erase only what the labels leave of the metadata. False erases all of the metadata, and
         with it what the label shares with them.
@@ -145,9 +145,9 @@ class EraserFitter:
     features as a whole change least (in mean square, in whatever units, and in any quadratic norm), which is
     what the layers behind were trained on.
 
-    **Collinear features.** The covariance is taken as if each feature had noise of 1e-12 of its variance,
-    below float64 of 1e-6, so that rounding is not magnified. "Least" holds up to that; what is erased does
-    not depend on it. What the labels determine of the metadata stays.
+    **Collinear features.** The covariance is taken as if each feature had noise of 1e-12 of its variance
+    (1e-6 where they are not float64), so that rounding is not magnified. The change is least up to that;
+    what is erased does not depend on it. What the labels determine of the metadata stays.
 
     References
     ----------
@@ -284,8 +284,8 @@ class EraserFitter:
         left, right = cross @ (combinations[used].mT / sizes[used]), directions[:, used]
         if not used.any():
             warn(
-                "there is nothing to erase: the features do not covary with what the labels leave of the "
-                "metadata (nothing, if these are constant or determined by them). The eraser changes nothing."
+                "there is nothing to erase: the metadata are constant or determined by the labels, or the "
+                "features do not covary with what the labels leave of them. The eraser changes nothing."
             )
         elif self.preserve_labels:
             right = _without(right, whitening.mT @ of_labels)
@@ -309,7 +309,7 @@ def fit(
     Parameters
     ----------
     features, metadata, labels, weights
-        As of `EraserFitter.update`, with the same errors and those of `EraserFitter.eraser`.
+        As in `EraserFitter.update`, with the same errors and those of `EraserFitter.eraser`.
     **options
         Of `EraserFitter`, which says what is promised: `num_labels`, `channel_dim`, `within_labels`,
         `preserve_labels`.

@@ -79,9 +79,9 @@ class MetadataNorm(nn.Module):
         by 1 / N, a full window hardly. 0: exact least squares, which moves features without bound where the
         labels of a few samples nearly determine their metadata.
     decay : float, optional
-        How strongly the gradient holds down the effect that is removed, in shares of its own size (default,
-        after a slow rise: 0.5 for vectors of features, 0 for maps and tokens). 0: the published gradient,
-        by which a network that memorises its training samples uses the metadata as an input on new ones.
+        Size of an added gradient that shrinks the removed effect, relative to the gradient of the loss (by
+        default 0.5 for feature vectors, after a slow rise; 0 for maps and tokens). 0: the published gradient,
+        with which a network that memorises its training samples uses the metadata as an input on new ones.
         See `mdnorm.estimators.LeastSquares`.
     center : bool
         Remove the intercept as well, as the authors' code does. The default keeps the mean of the features,
@@ -299,8 +299,8 @@ class MetadataNorm(nn.Module):
         ----------
         features : (N, ...) tensor
         metadata : (N,) or (N, K_m)
-            Tensor on the features' device, or an array. Without it, all that follows is that of
-            `mdnorm.metadata` or `mdnorm.WithMetadata`.
+            Tensor on the features' device, or an array. If omitted, it and the arguments below are taken
+            from `mdnorm.metadata` or `mdnorm.WithMetadata`.
         labels : (N,) or (N, K_y), optional
             Needed in training where the layer has label columns, ignored in evaluation.
         weights : (N,), optional
@@ -383,7 +383,7 @@ class MetadataNorm(nn.Module):
         """Evaluate sequences of several lengths, the nested tensor that `nn.TransformerEncoder` makes."""
         if self.training or self.granularity != "channel":
             raise ValueError(
-                "nested features need evaluation and granularity='channel': give padded ones and mask=."
+                "nested features need model.eval() and granularity='channel'; else pad them and give mask=."
             )
         rows = columns_of(metadata, "metadata", num_samples=features.size(0))
         parts = [
@@ -457,9 +457,9 @@ def metadata_norm(
     labels : (N,) or (N, K_y), optional
         What is protected: in the regression, never removed.
     weights, mask
-        As of `MetadataNorm.forward`.
+        As in `MetadataNorm.forward`.
     prior, granularity, channel_dim, check_finite
-        As of `MetadataNorm`; a prior of 0, exact least squares, is the default here.
+        As in `MetadataNorm`; a prior of 0, exact least squares, is the default here.
     process_group : ProcessGroup, optional
         The batch is that of all its processes together. None: of this process alone.
 

@@ -298,7 +298,7 @@ class Moments:
         names = {part.name for part in fields(cls)} - {"_names"}
         if set(arrays) != names:
             raise ValueError(
-                f"no Moments: missing {sorted(names - set(arrays))}, unknown {sorted(set(arrays) - names)}."
+                f"arrays lacks {sorted(names - set(arrays))}, has unknown {sorted(set(arrays) - names)}."
             )
         values: dict[str, Any] = {
             name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()

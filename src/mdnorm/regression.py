@@ -90,8 +90,8 @@ def full_precision(device: torch.device) -> AbstractContextManager[None]:
 def position_dims(features: Tensor, granularity: Granularity, channel_dim: int = 1) -> tuple[int, ...]:
     """Return the dimensions of features (N, ...) over which one coefficient is shared.
 
-    None for "element", else all positions; see `mdnorm.MetadataNorm`. ValueError for fewer than 2 dimensions,
-    another granularity, or a channel_dim that is not a feature dimension.
+    An empty tuple for "element", all position dimensions for "channel"; see `mdnorm.MetadataNorm`. ValueError
+    for fewer than 2 dimensions, another granularity, or a channel_dim that is not a feature dimension.
     """
     if features.ndim < 2:
         raise ValueError(
@@ -362,7 +362,7 @@ def regress(
     held: Tensor | None = None,
     decay: float | Tensor = 0.0,
 ) -> Tensor:
-    """Return ``features − basis @ coefficients`` with the gradient of coefficients made of the features.
+    """Return ``features − basis @ coefficients``, the gradient flowing through the coefficients as well.
 
     Where the coefficients are ``rows @ features``, the gradient of the features is ``g − rowsᵀ (basisᵀ g)``.
     What stands in the brackets, the *adjoint* of the coefficients, is a sum over all samples behind them: of
@@ -386,11 +386,11 @@ def regress(
     dims, mask
         As in `remove`.
     memory : Memory, optional
-        The gradient can then be taken once, and not inside of torch.func.
+        With it, the backward pass can run only once, and not inside torch.func.
     group : ProcessGroup, optional
         The processes whose samples are one batch; one collective in the backward pass.
     held : (N, R) tensor, optional
-        What of the basis the gradient holds down, weighted as the samples are. None: all of it.
+        The part of the basis that `decay` acts on, with the weights of the samples. None: all of it.
     decay : float or (1,) tensor
         Size of that part of the gradient, in shares of the size of g (mean over the positions).
 

@@ -176,7 +176,7 @@ def _limited(z: Tensor, shrunk: Tensor) -> Tensor:
 
 
 class FoundAgain(NamedTuple):
-    """Which share of the effect that training rows have new rows show."""
+    """How much of the effect in the training rows also shows in new rows."""
 
     share: float  # 1: all of it, 0: nothing
     error: float  # its standard error (jackknife over groups of rows)

@@ -363,7 +363,7 @@ def test_feature_maps_are_flattened():
         ({"metadata": {"scanner": ["x"] * 240}, "labels": None}, "no metadata column can be audited"),
         ({"metadata": {}, "labels": None}, "no metadata columns"),
         ({"labels": None, "predictions": "predicted"}, "need the labels"),
-        ({"predictions": np.array(["sick"] * 240)}, "hold 'sick', which no label is"),
+        ({"predictions": np.array(["sick"] * 240)}, "hold 'sick', but the labels are only"),
         ({"predictions": "predicted", "scores": np.full(240, 1.2)}, "must be probabilities from 0 to 1"),
         ({"predictions": "predicted", "scores": np.full(240, np.nan)}, "some are NaN or infinite"),
         ({"predictions": "predicted", "scores": "predicted later"}, "scores must be numbers: could not"),

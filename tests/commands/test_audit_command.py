@@ -118,7 +118,7 @@ def test_json_and_options(files):
         (["--ignore", "sight"], "no metadata column 'sight'"),
         (["--prediction", "a", "--prediction", "b"], "--prediction was given 2 times, but there are 1 set"),
         (["--prediction", "predicted"], "need the labels"),
-        (["--label", "diagnosis", "--prediction", "site"], "which no label is"),
+        (["--label", "diagnosis", "--prediction", "site"], "but the labels are only"),
         (["--label", "diagnosis", "--subject", "age"], "12 missing value(s)"),
         (["--key", "hidden"], "no named arrays, so a key ('hidden') says nothing"),
         (["--columns", "roi_*"], "no named columns, so columns ('roi_*') say nothing"),
@@ -159,7 +159,7 @@ def test_columns_that_are_no_features_are_said(files):
     table = files / "metadata.csv"
     result = call(table, table, "--permutations", 20, "--out", files / "out")
     assert result.exit_code == 0, result.stderr
-    assert re.search(r"taken for no features: .*\(text\)", " ".join(result.stderr.split()))
+    assert re.search(r"not taken as features: .*\(text\)", " ".join(result.stderr.split()))
 
 
 def test_outputs_that_cannot_be_written_exit_with_2(files):

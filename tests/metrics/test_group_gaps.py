@@ -385,7 +385,7 @@ def test_probabilities_that_reach_0_and_1_are_no_classes() -> None:
     logits = rng.normal(0, 30, 400)
     y, saturated = (logits > 0).astype(int), torch.sigmoid(torch.from_numpy(logits).float())
     assert {0.0, 1.0} & {*saturated.tolist()}
-    with pytest.raises(ValueError, match=r"which no label is; there are 0, 1.*probabilities as scores"):
+    with pytest.raises(ValueError, match=r"but the labels are only 0, 1.*probabilities as scores"):
         group_gaps(y, saturated, groups)
     expected = fairlearn.MetricFrame(
         metrics=accuracy_score, y_true=y, y_pred=saturated.numpy() > 0.5, sensitive_features=groups
@@ -415,7 +415,7 @@ A, G = np.array([0, 1, 0, 1]), ["a", "a", "b", "b"]
         (A, ["n", "y"] * 2, G, {}, TypeError, "must be of one kind, got 0 in labels and 'n'"),
         (A, [0.3, 0.7, 0.2, 0.9], G, {}, ValueError, "hold 0.2, .*no label is.*probabilities as scores"),
         (A, np.float32([0, 1, 0.25, 0.5]), G, {}, ValueError, "hold 0.25, 0.5, which .* probabilities"),
-        (A, A + 5, G, {}, ValueError, "predictions hold 5, 6, which no label is; there are 0, 1"),
+        (A, A + 5, G, {}, ValueError, "predictions hold 5, 6, but the labels are only 0, 1"),
         (
             A,
             A,

@@ -260,7 +260,7 @@ def test_a_worker_that_is_killed_midway_changes_nothing(tmp_path) -> None:
         ({"formula": "height"}, ValueError, "no column 'height'"),
         ({"ridge": -1.0}, ValueError, "ridge must be"),
         ({"scale": True}, ValueError, "scale=True needs site"),
-        ({"feature_names": ["a"]}, ValueError, "1 names of features for 4 columns"),
+        ({"feature_names": ["a"]}, ValueError, "feature_names= has 1 names for 4 columns"),
     ],
 )
 def test_arguments_are_checked(change: dict[str, Any], error: type[Exception], message: str) -> None:

@@ -113,7 +113,7 @@ def as_columns(
     kinds = dict(kinds or {})
     if isinstance(metadata, (list, tuple)) and all(isinstance(column, Column) for column in metadata):
         if kinds:
-            raise InputError("these metadata columns were read before: give their kinds there.")
+            raise InputError("these metadata columns were read before: give kinds= to as_columns.")
         ignored = matching([column.name for column in metadata], ignore, "metadata column")
         return [column for column in metadata if column.name not in ignored]
     with as_input_error():
@@ -157,7 +157,7 @@ def as_column(name: str, values: Any, kind: str | None = None, what: str | None 
         if problem is not None:
             problem = problem.replace(f"column {name!r}", what, 1)
             raise InputError(
-                f"{problem}: correct it or make it missing, or give the kind of the column, categorical."
+                f"{problem}: correct it, make it missing, or say that the column is categorical (kinds=)."
             )
     return _categorical(name, _texts(column), forced=kind is not None)
 

@@ -160,7 +160,9 @@ class Metadata:
             column = self.named(argument, name)
             self.used.add(column.name)
             if column.num_missing:
-                raise InputError(f"column {argument!r} for {name} has {column.num_missing} missing value(s).")
+                raise InputError(
+                    f"{name}={argument!r} has {column.num_missing} missing value(s): fill them in."
+                )
             return column.values
         values = argument.detach().cpu().numpy() if isinstance(argument, Tensor) else np.asarray(argument)
         if values.shape != (self.num_rows,):
@@ -206,14 +208,14 @@ class Metadata:
         values = self.values(classes, "predictions")
         if label.kind == "continuous":
             if scores is not None or positive is not None:
-                raise InputError("scores and a positive class are for labels of classes, not for numbers.")
+                raise InputError("the labels are continuous, not classes: leave out scores and positive.")
             return Predictions(_finite(values, "predictions"))
         # Read as the labels are, so that 1, 1.0 and "1" of a table mean the same class.
         names = _classes(values, "predictions")
         known = np.unique(label.values[label.present]).tolist()
         strange = listed(sorted(set(names.tolist()) - set(known)))
         if strange:
-            raise InputError(f"predictions hold {strange}, which no label is; there are {listed(known, 10)}.")
+            raise InputError(f"predictions hold {strange}, but the labels are only {listed(known, 10)}.")
         if scores is not None:
             scores = _finite(self.values(scores, "scores"), "scores")
             if scores.min() < 0 or scores.max() > 1:

@@ -125,7 +125,7 @@ def _measure_column(
         shown = column.rows(rows)
         if len(rows) < MIN_ROWS or len(np.unique(shown.values)) < 2:
             where = f" of the {part.part}" if part.part else ""
-            raise ValueError(f"{len(rows)} rows{where} with fewer than two values or fewer than {MIN_ROWS}.")
+            raise ValueError(f"{len(rows)} rows{where}: {MIN_ROWS} are needed, with two different values.")
         owners = None if subjects is None else subjects[rows]
         measured[key] = _Measuring(
             part.values[rows],

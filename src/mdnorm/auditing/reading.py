@@ -177,8 +177,8 @@ def _read_columns(path: Path, columns: Sequence[str], missing_values: Sequence[s
     if left_alone:
         reasons = [f"{name or '(no name)'} ({reason})" for name, reason in left_alone.items()]
         warn(
-            f"{path}: these columns are taken for no features: {shown(reasons, 20)}. Name the features where "
-            "that is not meant.",
+            f"{path}: these columns are not taken as features: {shown(reasons, 20)}. If any is one, "
+            "name the features (columns=, --columns).",
             TableWarning,
         )
     batches = [

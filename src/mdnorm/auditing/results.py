@@ -148,9 +148,9 @@ class ColumnAudit:
 class Finding:
     """A verdict with its sentence, a `text` in plain words.
 
-    The `topic` is what features know ("dependence"), predictions by group ("gap") or given the target
-    ("prediction"), a label and a column that go together in the data ("confounding"), or what kind of column
-    it was taken for ("kind"). The `level` is harm ("strong"), little ("weak"), cannot be decided ("open"),
+    The `topic` is what features know ("dependence"), predictions by group ("gap") or given the label
+    ("prediction"), a label and a column that are associated in the data ("confounding"), or what kind of
+    column it was taken for ("kind"). The `level` is harm ("strong"), little ("weak"), undecided ("open"),
     "none", or "note", something the reader should know; the `badge` says it in words. `column` and `key` are
     the names of the column and of the set of features. What `is_decisive` is part of the verdict on the
     column.

@@ -69,10 +69,10 @@ def audit(
     after : (n, …) array or tensor, optional
         Features of the same samples after a treatment, or from another model: two treatments.
     predictions, scores : str or (n,) array, or mapping, optional
-        What is predicted from the first features (the name of a metadata column, or the values): classes
-        where the label is of classes, numbers where it is continuous; and probabilities of the positive
-        class, for calibration. Or mappings of the names of treatments to such; those of `features` and
-        `after` are "before" and "after".
+        Predictions from the first features (the name of a metadata column, or the values): classes where
+        the label is categorical, numbers where it is continuous. Scores are probabilities of the positive
+        class, for calibration. Or mappings from names of treatments to these; `features` and `after` are
+        called "before" and "after".
     positive : optional
         Which label is the positive one. The larger of two by default.
     kinds : mapping, optional

@@ -30,7 +30,7 @@ class Settings:
     min_group_rows : int
         Groups with fewer rows are not compared with others.
     alpha : float
-        Probability that any column at all is found where the features know none of them (Holm's method).
+        Family-wise error rate: probability of finding any column where features know none (Holm's method).
     max_probe, max_dcor2, max_gap : float
         A probe whose score is further than this from chance (0) to perfect (1) is harm; so is a larger dcor²,
         and a larger difference of a rate between two groups.

@@ -196,7 +196,7 @@ def propensity(problem: Problem) -> Tensor:
         )
         if len(where) > _MAX_SHARE_WITHOUT_OVERLAP * len(never):
             raise ValueError(what + _NO_OVERLAP)
-        warn(f"{what}So few hardly matter, but better {_WHAT_TO_DO}")
+        warn(f"{what}So few samples hardly matter, but it is better to {_WHAT_TO_DO}")
     shares = _mean(problem.labels, problem.base)
     own = probabilities.gather(1, problem.codes[:, None])[:, 0]
     return problem.base * shares[problem.codes] / own

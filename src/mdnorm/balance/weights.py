@@ -34,9 +34,9 @@ _MAX_ROWS_OF_DEPENDENCE = 2000
 class ColumnBalance(NamedTuple):
     """How far labels and the metadata column `name` go together, `before` and `after` weighting.
 
-    For classes the largest difference between the means of two classes, in standard deviations within the
-    classes before weighting; for continuous labels the largest absolute correlation with a label column. 0 of
-    a constant column.
+    For classes, the largest standardised mean difference between two of them (by the standard deviation
+    within classes before weighting); for continuous labels, the largest absolute correlation with a label
+    column. 0 for a constant column.
     """
 
     name: str
@@ -201,7 +201,7 @@ def balancing_weights(
         effective sample size.
     base_weights : (N,), optional
         Weights above 0 that the samples have already (of a survey, say). Labels and metadata become
-        independent with each distributed as it is under them, and the result has them in it.
+        independent, each keeps its distribution under them, and the result includes them.
     metadata_names : sequence of str, optional
         Of the columns, for the table and for errors. Default: those of a DataFrame, or ``column 0``, ….
 

@@ -59,8 +59,8 @@ def audit(
     prediction: Annotated[
         list[str] | None,
         Option(
-            help="Column with what is predicted, for the gaps between groups; of several treatments once for "
-            "each, in their order."
+            help="Column with the predictions, for the gaps between groups; with several treatments, repeat "
+            "it in their order."
         ),
     ] = None,
     score: Annotated[
@@ -107,7 +107,7 @@ def audit(
     max_gap: Annotated[float, Option(help="A larger gap between two groups is harm.")] = 0.1,
     fail_on: Annotated[
         list[str] | None,
-        Option(help="'sex: probe > 0.6, gap > 0.05', of probe, share, dcor2, gap; '*' is every column."),
+        Option(help="Fail if one holds: 'sex: probe > 0.6, gap > 0.05'; or share, dcor2; '*': all columns."),
     ] = None,
     project: Annotated[str | None, Option(help="Name of what is audited, for the page.")] = None,
     pdf: Annotated[

@@ -81,8 +81,8 @@ class DesignDiagnosis:
     determined_by_labels : tuple of str
         Metadata columns that are a function (a combination) of the label columns.
     determined_labels : dict
-        From each label column that the metadata determine, to the variables each of which does so alone;
-        empty where it takes several together.
+        Maps each label column that the metadata determine to the variables that do so on their own; empty
+        where only several together do.
     label_r2 : dict
         R² of the regression of each label column on the metadata.
     association : dict

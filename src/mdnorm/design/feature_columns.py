@@ -44,8 +44,8 @@ def _default_features(table: TableFile, reserved: Sequence[str]) -> tuple[tuple[
     if not chosen:
         reasons = "; ".join(f"{name!r} ({reason})" for name, reason in list(left_alone.items())[:8])
         raise TableFileError(
-            f"{table.path} has no column of measures that is not metadata: nothing to residualise. Left "
-            f"alone: {reasons or 'none'}. Name the features (features=, --features) where these are some."
+            f"{table.path} has no measurements except metadata: nothing to residualise. Left alone: "
+            f"{reasons or 'none'}. If some of these are features, name them (features=, --features)."
         )
     return chosen, left_alone
 

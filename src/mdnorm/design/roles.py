@@ -112,8 +112,8 @@ def stand_in_warning(column: Column) -> str | None:
         return None
     numbers = " and ".join(f"{value:g} in {int((values == value).sum())} row(s)" for value in found)
     return (
-        f"column {column.name!r} has {numbers}, far from all other values: it seems to stand for missing "
-        "values. Make them missing if it does."
+        f"column {column.name!r} has {numbers}, far from all other values, which probably stands for missing "
+        "values: if so, replace it by NaN."
     )
 
 

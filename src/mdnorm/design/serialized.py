@@ -63,7 +63,7 @@ def design_from_json(design: Design, text: str) -> Design:
         raise ValueError(f"this is not a saved design: it is JSON, but its format is not {_FORMAT!r}.")
     if state.get("version") != _VERSION:
         raise ValueError(
-            f"the saved design has version {state.get('version')!r}, this mdnorm reads {_VERSION}: update it."
+            f"the saved design has version {state.get('version')!r}, mdnorm reads {_VERSION}: update mdnorm."
         )
     try:
         _restore(design, state)

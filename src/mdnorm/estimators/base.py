@@ -48,7 +48,7 @@ class Estimator(nn.Module, ABC):
     Parameters
     ----------
     num_metadata, num_labels, num_features, center, device, dtype
-        As of `mdnorm.MetadataNorm`, with all sizes known: K_m, K_y, and a shape of D values.
+        As in `mdnorm.MetadataNorm`, with all sizes known: K_m, K_y, and a shape of D values.
 
     Attributes
     ----------

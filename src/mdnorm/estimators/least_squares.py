@@ -32,9 +32,9 @@ class LeastSquares(Estimator):
     window : float
         Samples that the running state looks back; infinity: all of them.
     prior : float
-        Shrinkage of the coefficients: a prior on every column in units of its deviation, that weighs as much
-        as so many samples. It keeps a few samples, whose labels nearly determine their metadata, from an
-        estimate of any size. 0: exact least squares.
+        Shrinkage of the coefficients: a prior on every column in units of its deviation that weighs as much
+        as this many samples. It bounds the estimate from a few samples whose labels nearly determine their
+        metadata. 0: exact least squares.
     gram : "batch", "dataset" or "window"
         Where ``E[z zᵀ]`` comes from in training. With "batch" and "dataset", ``E[z fᵀ]`` is that of the
         batch; with "window" both are running means.

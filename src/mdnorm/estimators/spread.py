@@ -30,9 +30,9 @@ class Spread(LeastSquares):
     form.
 
     With the leverage `h` of a sample, its residual's variance is 1 − h times that of the noise: so
-    ``log r² / (1 − h)`` is fitted, with the weight 1 − h. Of one sample it is a noisy measure (of
-    variance π²/2): a prior on γ_m, one unit wide a standard deviation of metadata, holds the fit until there
-    are clearly more than five. The features are scaled about their overall mean, since there are no labels in
+    ``log(r² / (1 − h))`` is fitted, with the weight 1 − h. One sample of it is noisy (variance π²/2), so
+    a prior on γ_m, one unit wide per standard deviation of the metadata, dominates the fit until there are
+    clearly more than five. The features are scaled about their overall mean, since there are no labels in
     evaluation. The factors are constants for the gradient.
 
     Attributes

@@ -143,7 +143,7 @@ def find_features(output: Any, selector: Selector | None, name: str) -> Tensor:
         return found
     if isinstance(found, PackedSequence):
         raise TypeError(
-            f"the output of {name!r} is a PackedSequence, with no row per sample: insert behind a later one."
+            f"the output of {name!r} is a PackedSequence, without a row per sample: insert after a later one."
         )
     raise TypeError(
         f"the output of {name!r} is {described(output)}: no tensor to correct. Give output= a key, an index "
@@ -216,10 +216,10 @@ def is_in(features: Tensor, output: Any) -> bool:
 def warn_of_output(model: nn.Module, name: str) -> None:
     """Warn that the output of a module is that of the model."""
     warn(
-        f"the output of {name!r} is that of the {type(model).__name__}: logits would be corrected, and what "
-        "the metadata rightly say about the label taken out of them. Insert after the last hidden layer; or "
-        "after '' where the model is an encoder, and its output are features. Where the model returns these "
-        "features beside its logits, all is well."
+        f"the output of {name!r} is that of the {type(model).__name__}: logits would be corrected, and lose "
+        "what the metadata rightly say about the label. Insert after the last hidden layer; or after '' if "
+        "the model is an encoder, whose output is features. If the model returns these features alongside "
+        "its logits, ignore this warning."
     )
 
 
@@ -266,8 +266,8 @@ class FirstPass:
         for name, outputs in self.outputs.items():
             if not outputs:
                 warn(
-                    f"{name!r} did not run in the first forward pass of the {type(model).__name__}: where "
-                    "weights alone are used, or forward is called directly, the layer corrects nothing."
+                    f"{name!r} did not run in the first forward pass of the {type(model).__name__}: if only "
+                    "its weights are used, or its forward is called directly, nothing is corrected there."
                 )
             if name and any(is_in(features, output) for features in outputs):
                 warn_of_output(model, name)

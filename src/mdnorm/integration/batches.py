@@ -93,8 +93,8 @@ def parts_of(
         keywords = {name: value for name, value in batch.items() if name not in named}
         if unknown := _not_taken(model.model if isinstance(model, WithMetadata) else model, keywords):
             raise TypeError(
-                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys=, "
-                "where the parts are that it needs."
+                f"the batch has {listed(unknown)}, which the forward of the model does not take: give keys= "
+                "to say where the parts are that it needs."
             )
     else:
         several = wanted if isinstance(wanted, (list, tuple)) else [wanted]
@@ -133,7 +133,7 @@ def _usual_keys(model: nn.Module, batch: Any, has_metadata: bool) -> dict[str, A
     missing = ", without 'metadata'" if isinstance(batch, Mapping) and "metadata" not in batch else ""
     raise ValueError(
         f"a batch is {described(batch)}{missing}, but must be (input, metadata), (input, metadata, labels) "
-        "or a dict with the key 'metadata': give keys=, where its parts are."
+        "or a dict with the key 'metadata': give keys= to say where its parts are."
     )
 
 

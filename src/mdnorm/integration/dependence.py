@@ -202,7 +202,7 @@ class DependenceRecorder:
         Where the layer does not return a tensor: the key or attribute of a dict, a dataclass or a
         `ModelOutput`, the index in a tuple, or a function that returns the features, (n, ...).
     within_labels, column_names, max_samples, seed
-        As of `mdnorm.metrics.DistanceCorrelation`.
+        As in `mdnorm.metrics.DistanceCorrelation`.
 
     Raises
     ------
@@ -296,7 +296,7 @@ class DependenceRecorder:
             Outside the ``with`` block, or the layer did not run.
         """
         if not self._outputs.is_open:
-            raise RuntimeError("update outside of the recorder's block: `with recorder:` around the pass.")
+            raise RuntimeError("update outside of the recorder's block: call it inside `with recorder:`.")
         metadata = as_real_tensor(metadata, "metadata")
         if metadata.ndim == 0:
             raise ValueError("metadata must have one row per sample, got a single number.")
@@ -306,7 +306,7 @@ class DependenceRecorder:
         self._num_seen += len(rows)
 
     def compute(self) -> dict[str, float]:
-        """Return the dependence in all samples of the pass, by column name and, of several, ``joint``.
+        """Return the dependence over all samples, by column name, and ``joint`` for several columns.
 
         With `within_labels` there is one value for each class: ``age/label_0``, ….
 

@@ -51,8 +51,8 @@ class AttachedDesign(nn.Module):
         encoded = bytes(self.json.cpu().tolist())
         if encoded[:8] != b"%08x" % zlib.crc32(encoded[8:]):
             raise ValueError(
-                "the design in this model is damaged. An average of the model's buffers does that (an EMA of "
-                "them): average the parameters alone, and attach_design(model, design) again."
+                "the design in this model is damaged, probably because its buffers were averaged (EMA): "
+                "average the parameters only, and call attach_design(model, design) again."
             )
         return Design.from_json(encoded[8:].decode("ascii"))
 
@@ -147,8 +147,8 @@ def design_of(model: nn.Module) -> Design:
     attached = _only_design(model)
     if attached is None:
         raise RuntimeError(
-            "the model has no design: attach_design(model, design) before it is saved, attach_design(model) "
-            "before a checkpoint with one is loaded."
+            "the model has no design: attach_design(model, design) adds one before you save it, "
+            "attach_design(model) prepares it for loading a checkpoint with one."
         )
     return attached[1].design()
 

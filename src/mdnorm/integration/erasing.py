@@ -53,7 +53,7 @@ def erase(
     keys : mapping, optional
         Where the parts of a batch are, as of `mdnorm.recalibrate`; without "mask": give padding the weight 0.
     progress : bool
-        As of `mdnorm.recalibrate`.
+        As in `mdnorm.recalibrate`.
     **options
         Of `mdnorm.erasure.EraserFitter`: `num_labels`, `channel_dim` (−1 for tokens (N, T, D)),
         `within_labels`, `preserve_labels`.
@@ -68,8 +68,8 @@ def erase(
     TypeError
         `model` is not a module, `keys` no mapping, or the output has no tensor.
     ValueError, KeyError, IndexError
-        `after` names no module or several, one that does not run, or has an eraser; `keys` with another name,
-        or what a batch has not; no samples; what `EraserFitter` refuses. The model is then as it was.
+        `after` names no module or several, one that does not run, or has an eraser; `keys` has an unknown
+        name or a key that a batch lacks; no samples; what `EraserFitter` refuses. The model is unchanged.
 
     Warns
     -----
@@ -94,7 +94,7 @@ def erase(
             for batch in with_bar(loader, f"erase after {name or 'the model'}", progress):
                 inputs, keywords, given = parts_of(model, on_device_of(model, batch), parts, True)
                 if "mask" in given:
-                    raise ValueError("an eraser takes no mask: give padding the weight 0, 'weights'.")
+                    raise ValueError("an eraser takes no 'mask': give padding weight 0 in 'weights'.")
                 columns = columns_by_design(model, given["metadata"], given.get("labels"))
                 given |= dict(zip(("metadata", "labels"), columns, strict=True))
                 result = call_on(model, inputs[0]) if len(inputs) == 1 else model(*inputs, **keywords)
@@ -123,7 +123,7 @@ def insert_eraser(
     Parameters
     ----------
     model, after, output
-        As of `erase`, with the same errors.
+        As in `erase`, with the same errors.
     eraser : Eraser
         It is returned.
     """

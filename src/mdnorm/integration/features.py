@@ -29,7 +29,7 @@ def features(
     keys: Keys | None = None,
     progress: bool = True,
 ) -> Tensor:
-    """Return what a module of a model puts out for all rows of a loader, in evaluation and in their order.
+    """Return the output of a module for all rows of a loader, in evaluation mode and in the loader's order.
 
     Behind a module with an inserted `MetadataNorm` they are the corrected features.
 
@@ -41,12 +41,12 @@ def features(
         A module of the model, by its name in ``model.named_modules()`` or itself; it must run once in a
         forward pass.
     loader : iterable of batches
-        As of `mdnorm.recalibrate`; a generator will do. A model without `MetadataNorm` gets the inputs only,
+        As in `mdnorm.recalibrate`; a generator will do. A model without `MetadataNorm` gets the inputs only,
         so the same loader serves it, and of a tuple the first entry is the input.
     output : str, int or callable, optional
         Where the module returns no tensor: a key, an index, or a function that returns the features, (n, …).
     forward, keys, progress
-        As of `mdnorm.recalibrate`.
+        As in `mdnorm.recalibrate`.
 
     Returns
     -------
@@ -111,8 +111,8 @@ def _warn_of_order(loader: Iterable[Any]) -> None:
     sampler = getattr(batches, "sampler", batches)
     if not isinstance(sampler, SequentialSampler):
         warn(
-            f"the loader takes its samples by a {type(sampler).__name__}: the features come in an order of "
-            "their own, not in that of a table. Give a DataLoader without shuffle=True and without a sampler."
+            f"the loader takes its samples by a {type(sampler).__name__}: the features are not in the order "
+            "of the data set or a table. Give a DataLoader without shuffle=True and without a sampler."
         )
     if getattr(batches, "drop_last", False):
-        warn("the loader leaves out what fills no batch (drop_last=True): these rows have no features.")
+        warn("the loader drops its last incomplete batch (drop_last=True): these rows have no features.")

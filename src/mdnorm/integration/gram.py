@@ -59,7 +59,7 @@ def fit_gram(
         Where the parts of other batches are, as of `mdnorm.recalibrate`: ``{"metadata": ["age", "site"],
         "labels": "diagnosis"}``; "inputs" and "mask" are not needed, and no error.
     progress, process_group
-        As of `mdnorm.recalibrate`.
+        As in `mdnorm.recalibrate`.
 
     Returns
     -------
@@ -71,8 +71,8 @@ def fit_gram(
     TypeError
         `model` is not a module.
     ValueError, KeyError, IndexError
-        No `MetadataNorm` in the model, layers of different sizes, no samples, `keys` with another name or
-        what a batch has not, or what the layer refuses.
+        No `MetadataNorm` in the model, layers of different sizes, no samples, `keys` with an unknown name or
+        with a key that a batch lacks, or what the layer refuses.
     RuntimeError
         Another process of the group failed.
     """

@@ -53,8 +53,8 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
         Whether an evaluation during `train` is made inside `mdnorm.recalibrated`, so that early stopping and
         the best checkpoint go by the model as it will be used. By default as `recalibrate`.
     held_out : bool
-        Whether the recalibration after training compares with the evaluation data set and takes its word
-        where the network memorised. An accuracy on the same rows is then no longer that on new ones.
+        Whether the recalibration after training also uses the evaluation data set, which decides where the
+        network memorised. The accuracy on these rows is then no longer that on new ones.
 
     Raises
     ------
@@ -68,7 +68,7 @@ class MetadataTrainer(Trainer):  # type: ignore[misc, unused-ignore]
     -----
     - `Trainer` saves its checkpoints before the recalibration: call ``trainer.save_model()`` after `train`.
       With ``load_best_model_at_end=True`` it is the best model that is recalibrated.
-    - ``from_pretrained`` fills what the constructor of a class made: let a subclass insert there, with
+    - ``from_pretrained`` loads weights into what the constructor made: insert in that of a subclass, with
       `num_metadata`, `num_labels` and `num_features`. The original class loads the folder without the layers.
     - Several GPUs in one process (`nn.DataParallel`) would split the batch and not the metadata: start one
       process for each (``torchrun``, ``accelerate launch``).

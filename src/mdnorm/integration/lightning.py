@@ -49,7 +49,7 @@ class MetadataNormCallback(Callback):
         Where weights of the samples in the fit and a mask of the positions that count are; see
         `mdnorm.metadata`.
     after : str, type, or list of them, optional
-        As of `mdnorm.insert`. Without it, the layers are those that the module has (a model that is built in
+        As in `mdnorm.insert`. Without it, the layers are those that the module has (a model that is built in
         ``configure_model`` inserts them there).
     output : str, int or callable, optional
         Where the features are in the output of the module, as of `mdnorm.insert`.
@@ -71,14 +71,14 @@ class MetadataNormCallback(Callback):
         checkpoints go by the model as it will be used. By default as `recalibrate`. Not in the sanity check,
         and not in a ``fast_dev_run``.
     held_out : bool
-        Let the recalibration at the end compare with the (first) validation loader, and take its word where
-        the network memorised. An accuracy on the same rows is then no longer that on new ones.
+        Let the recalibration at the end also use the (first) validation loader, which decides where the
+        network memorised. The accuracy on these rows is then no longer that on new ones.
     log_dependence : bool
         Log ``dcor2/<column>`` of the outputs after each validation, as `DependenceCallback` does; with
         several layers ``dcor2/<name>/<column>``. Within each class (``…/label_<class>``), if `labels` gives
         class indices or one-hot columns in all of the validation data; over all samples for other labels.
     column_names : sequence of str, or mapping from str to sequence of int, optional
-        As of `DependenceCallback`.
+        As in `DependenceCallback`.
 
     Attributes
     ----------

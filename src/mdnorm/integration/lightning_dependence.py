@@ -42,7 +42,7 @@ class DependenceCallback(Callback):
     Parameters
     ----------
     layer, output, max_samples, seed
-        As of `mdnorm.integration.DependenceRecorder`.
+        As in `mdnorm.integration.DependenceRecorder`.
     metadata : str, int, callable, or list of them
         Where the metadata are in a validation batch: a key (or the name of an attribute), an index, or a
         function of the batch, that gives (n,) or (n, K). A list of them gives one column each.

@@ -75,9 +75,9 @@ def recalibrate(
         False: the exact least-squares fit of `loader`; `held_out` is then only compared with it.
     forward : callable, optional
         ``forward(model, batch)`` runs the model; it enters `mdnorm.metadata` where metadata come from a
-        context. Default: a batch is what the forward of a model of your own takes, metadata included, which
-        is read off its signature. Otherwise it is ``(input, metadata)``, ``(input, metadata, labels)``, or a
-        mapping with "metadata" and perhaps "labels", "weights" and "mask", the rest of which goes to the
+        context. By default, a model whose own forward takes the metadata (as its signature tells) gets the
+        whole batch. Otherwise a batch is ``(input, metadata)``, ``(input, metadata, labels)``, or a mapping
+        with "metadata" and perhaps "labels", "weights" and "mask", the rest of which goes to the
         model ("weights" and "mask" too, where its forward has an argument of that name); the page "Into any
         model" has MONAI's. Metadata may be a table where the model has a design. Tensors are moved to the
         device of the model.
@@ -109,8 +109,8 @@ def recalibrate(
     TypeError
         `model` is not a module.
     ValueError, KeyError, IndexError
-        No layer, none that runs, no samples, an iterator, metadata or labels missing; `keys` beside
-        `forward`, with another name, or what a batch has not.
+        No layer, none that runs, no samples, an iterator, metadata or labels missing; both `keys` and
+        `forward`; `keys` with an unknown name, or with a key that a batch lacks.
     RuntimeError
         Another process of the group failed.
 
@@ -118,8 +118,8 @@ def recalibrate(
     -----
     - A layer that runs several times in a forward pass gets the fit over all its inputs. One with
       ``scale=True`` keeps its running scale, and the fit is made behind it.
-    - Which layers depend on each other is seen on the first batch: there a layer depends on the others if its
-      input changes when what they put out changes. Layers that run in later batches only have a pass each.
+    - The first batch shows which layers depend on each other: a layer depends on the others if its input
+      changes when their outputs change. Layers that run only in later batches get one pass each.
     - With a mask (or nested tensors), every position that is no padding counts the same, whatever the batches
       are padded to.
     - Errors take the rows to be independent: several rows of one person count for too much.

@@ -39,14 +39,14 @@ def recalibrated(
     """Evaluate with the coefficients of a whole data set, in the midst of training.
 
     Inside the block every `MetadataNorm` has the coefficients that `mdnorm.recalibrate` gives it, and the
-    model is in evaluation mode. Behind it everything is as it was before, bit for bit, also after an
-    exception: training goes on as if nothing had been. So an accuracy by which an epoch is chosen, or
+    model is in evaluation mode. After it everything is as it was before, bit for bit, even after an
+    exception: training goes on as if nothing had happened. So the accuracy by which an epoch is chosen, or
     training stopped, is that of the model as it will be used. It costs the passes of `recalibrate`.
 
     Parameters
     ----------
     model, loader, held_out, **options
-        As of `mdnorm.recalibrate`: `shrink`, `forward`, `keys`, `progress`, `process_group`.
+        As in `mdnorm.recalibrate`: `shrink`, `forward`, `keys`, `progress`, `process_group`.
 
     Returns
     -------

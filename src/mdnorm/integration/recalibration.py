@@ -28,7 +28,7 @@ class RecalibratedLayer:
     rows, new_rows : int
         Of `loader` and of `held_out`, those of positive weight; 0 without.
     columns : int
-        Metadata and label columns that differ from each other.
+        Number of linearly independent metadata and label columns.
     standard_errors : (K_m, *num_features) array, float64
         Of the least-squares coefficients of `loader`, in the units of `MetadataNorm.coefficients`; infinite
         where rows are too few to tell.
@@ -39,7 +39,7 @@ class RecalibratedLayer:
         both in standard errors. 1: nothing was shrunk.
     found_again, found_again_error, p_value : float or None
         The share of the effect in `loader` that the rows of `held_out` show, 1 for all of it and 0 for none;
-        its standard error; and how probable so small a share is where it is 1 in truth. None without
+        its standard error; and the one-sided p-value of the hypothesis that it is 1. None without
         `held_out`, or without an effect.
     """
 

@@ -232,7 +232,7 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{path} was not written by mdnorm.save: load it by safetensors.torch.load_file.")
     if state.get("version") != _VERSION:
         raise ValueError(
-            f"{path} has version {state.get('version')!r}, this mdnorm reads {_VERSION}: update it."
+            f"{path} has version {state.get('version')!r}, this mdnorm reads {_VERSION}: update mdnorm."
         )
     if header.get("crc32") != _checksum(text, tensors):
         raise ValueError(f"{path} is damaged: it has not the values that mdnorm.save wrote.")

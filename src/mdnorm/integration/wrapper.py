@@ -68,12 +68,12 @@ class WithMetadata(nn.Module):
         *args, **kwargs
             Of the model.
         metadata : (N,) or (N, K_m), or a table, optional
-            As of `mdnorm.metadata`. Without them the model runs in the context around it, if there is one;
+            As in `mdnorm.metadata`. Without them the model runs in the context around it, if there is one;
             labels, weights and mask are then given to that context, not here.
         labels : (N,) or (N, K_y), optional
             Needed in training where a layer has label columns.
         weights, mask : optional
-            As of `mdnorm.metadata`.
+            As in `mdnorm.metadata`.
 
         Returns
         -------

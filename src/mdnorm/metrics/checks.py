@@ -26,7 +26,7 @@ def check_permutations(value: Any, *, none_is_allowed: bool = False) -> None:
         raise ValueError(
             f"num_permutations must be at least {MIN_PERMUTATIONS}, got {value}: the p-value of {value} "
             f"permutations is never below {1 / (1 + value):.2g}, so that nothing can be found at 0.05"
-            + (", or 0 for no p-value." if none_is_allowed else ".")
+            + (". Pass more, or 0 for no p-value." if none_is_allowed else ".")
         )
 
 

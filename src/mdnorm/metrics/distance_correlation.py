@@ -53,8 +53,8 @@ def distance_correlation_sqr(
         a tensor is taken to the tensor's device.
     weights : tensor or array, (n,), optional
         Of the rows, such as those of `mdnorm.balancing_weights`: finite, not negative, above 0 in at least 4
-        rows. Only their ratios matter. The estimate is that of the weighted population; equal weights are
-        none, and a row of weight 0 might as well be left out.
+        rows. Only their ratios matter. The estimate is that of the weighted population; equal weights change
+        nothing, and a row of weight 0 is ignored.
 
     Returns
     -------
@@ -117,9 +117,9 @@ def distance_covariance_sqr(
     Parameters
     ----------
     x, y : tensor or array, (n,) or (n, number of columns)
-        As of `distance_correlation_sqr`.
+        As in `distance_correlation_sqr`.
     weights : tensor or array, (n,), optional
-        As of `distance_correlation_sqr`.
+        As in `distance_correlation_sqr`.
 
     Returns
     -------
@@ -157,11 +157,11 @@ def partial_distance_correlation(
     Parameters
     ----------
     x, y : tensor or array, (n,) or (n, number of columns)
-        As of `distance_correlation_sqr`.
+        As in `distance_correlation_sqr`.
     z : tensor or array, (n,) or (n, number of columns)
         The variables to take account of, rows in the order of `x`.
     weights : tensor or array, (n,), optional
-        As of `distance_correlation_sqr`.
+        As in `distance_correlation_sqr`.
 
     Returns
     -------
@@ -223,7 +223,7 @@ def conditional_distance_correlation_sqr(
     Parameters
     ----------
     x, y, weights
-        As of `distance_correlation_sqr`; with weights above 0 in at least 4 samples of each class.
+        As in `distance_correlation_sqr`; with weights above 0 in at least 4 samples of each class.
     labels : tensor or array, (n,)
         Class of every sample: booleans, numbers or strings; at least 4 samples of each class.
 
@@ -300,7 +300,7 @@ def distance_correlation_interval(
     Parameters
     ----------
     x, y : tensor or array, (n,) or (n, number of columns)
-        As of `distance_correlation_sqr`, but n ≥ 5.
+        As in `distance_correlation_sqr`, but n ≥ 5.
     confidence : float
         Between 0 and 1.
 

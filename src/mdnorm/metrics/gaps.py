@@ -138,7 +138,7 @@ def group_gaps(
         Predicted probabilities, for calibration: of the positive class, or one column for each class in the
         order of `GroupGaps.classes` (sorted).
     positive : object, optional
-        The positive one of two classes. The default is 1 or True of 0 and 1 (or −1 and 1), False and True.
+        Which of two classes is positive. Default: 1 where they are 0 and 1 or −1 and 1, True of booleans.
     subjects : array-like, (n,), optional
         The subject of each row, where subjects have several rows: intervals are then wider, since rows of the
         same subject carry less information than independent ones.
@@ -327,7 +327,7 @@ def _classes(
     fractions = [name for name in unknown if isinstance(name, float) and not name.is_integer()]
     if fractions or (unknown and not set(true.names) & set(guessed.names)):
         raise ValueError(
-            f"predictions hold {listed(fractions or unknown)}, which no label is; there are "
+            f"predictions hold {listed(fractions or unknown)}, but the labels are only "
             f"{listed(true.names)}: pass predicted classes, and probabilities as scores."
         )
     if unknown:

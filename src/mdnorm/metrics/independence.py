@@ -76,7 +76,7 @@ def distance_correlation_t_test(x: Tensor | ArrayLike, y: Tensor | ArrayLike) ->
     Parameters
     ----------
     x, y : tensor or array, (n,) or (n, number of columns)
-        As of `mdnorm.metrics.distance_correlation_sqr`.
+        As in `mdnorm.metrics.distance_correlation_sqr`.
 
     Returns
     -------
@@ -181,7 +181,7 @@ def distance_correlation_permutation_test(
     Parameters
     ----------
     x, y : tensor or array, (n,) or (n, number of columns)
-        As of `mdnorm.metrics.distance_correlation_sqr`.
+        As in `mdnorm.metrics.distance_correlation_sqr`.
     num_permutations : int
         At least 20. No p-value is below ``1 / (1 + num_permutations)``.
     seed : int
@@ -230,8 +230,8 @@ def distance_correlation_permutation_test(
         check_same_rows(strata=len(codes), x=samples.num_samples)
         if len(classes.names) == samples.num_samples:
             raise ValueError(
-                "every sample has a stratum of its own, so that nothing can be permuted: merge strata, for "
-                "example by intervals of a continuous variable."
+                "every sample has a stratum of its own in strata=, so that nothing can be permuted: merge "
+                "strata, for example by intervals of a continuous variable."
             )
 
     with torch.no_grad():
@@ -300,7 +300,7 @@ def conditional_independence_test(
     Parameters
     ----------
     x, y : tensor or array, (n,) or (n, number of columns)
-        As of `mdnorm.metrics.distance_correlation_sqr`, but n ≥ 40.
+        As in `mdnorm.metrics.distance_correlation_sqr`, but n ≥ 40.
     given : tensor or array, (n,)
         The variable that may explain both. Of classes use `distance_correlation_permutation_test` with them
         as `strata`.

@@ -40,7 +40,7 @@ def hsic(
     Parameters
     ----------
     x, y : tensor or array, (n,) or (n, number of columns)
-        As of `mdnorm.metrics.distance_correlation_sqr`.
+        As in `mdnorm.metrics.distance_correlation_sqr`.
     kernel : {"rbf", "linear"}
         ``exp(−|x_i − x_j|² / (2σ²))`` or ``x_i·x_j``, for both variables.
     bandwidth : float or pair of float, optional
@@ -102,9 +102,9 @@ def cka(
     Parameters
     ----------
     x, y : tensor or array, (n,) or (n, number of columns)
-        As of `mdnorm.metrics.distance_correlation_sqr`.
+        As in `mdnorm.metrics.distance_correlation_sqr`.
     kernel, bandwidth
-        As of `hsic`, but the kernel is linear by default.
+        As in `hsic`, but the kernel is linear by default.
 
     Returns
     -------

@@ -332,7 +332,7 @@ def _weighted_products(matrices: Sequence[PairwiseMatrix], weights: Tensor) -> t
     of_rows = crossed + crossed.T - (weights * (1 + weights) * sums) @ sums.T
     centred = 2 * pair_sums + 2 * of_rows + totals[:, None] * totals
     columns = weights.new_tensor([matrix.num_columns for matrix in matrices])
-    # As of `PairwiseMatrix.rounding`: at most the mean of (r_i + r_j)².
+    # As in `PairwiseMatrix.rounding`: at most the mean of (r_i + r_j)².
     values = 2 * (reduced.square() @ weights + (reduced @ weights).square())
     return centred / quadruple_weight(weights), centred.diagonal() <= _ROUNDING**2 * columns * values
 

@@ -150,11 +150,11 @@ def probe(
     The non-linear probe offers three representations of the standardised features, and takes for each target
     the one with the smallest left-out error: the features themselves; functions of single features (cosines
     of their ranks; of principal components where there are more than 600); and Nyström features (Williams &
-    Seeger 2001) of Gaussian kernels of two widths beside the features. All end in the same ridge, so that
-    permutations share one factorisation each a fold, where a network or boosted trees would have to be
-    trained again for each; the page "Speed and memory" has its balanced accuracy beside theirs. An exclusive
-    or of two features among 84 it does not find (0.51), boosted trees do (0.75): a large p-value does not
-    show independence.
+    Seeger 2001) of Gaussian kernels of two widths beside the features. All end in the same ridge, so that all
+    permutations share one factorisation of each in a fold, where a network or boosted trees would have to
+    be trained again for each. The page "Speed and memory" compares balanced accuracies. This probe
+    does not find an exclusive or of two features among 84 (0.51), but boosted trees do (0.75): a large
+    p-value does not show independence.
 
     Arithmetic is O(n·q² + n·q·num_permutations) a fold with q the number of (transformed) columns, or n where
     that is smaller; memory is O(n·(p + q)) beside it.

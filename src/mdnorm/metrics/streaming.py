@@ -47,8 +47,8 @@ class DistanceCorrelation(Metric):
         Measure within each class of the labels: what features know of the metadata beyond the label.
     max_samples : int, optional
         Keep at most this many samples, at least 4, drawn uniformly without replacement from the stream (of
-        all processes). Memory is then bounded by twice as many rows in each process, and time for `compute`,
-        which grows with the square of the samples. 2000 are plenty for one number. None keeps all.
+        all processes). This bounds memory, by twice as many rows in each process, and the time of `compute`,
+        which grows with the square of their number. 2000 are plenty for one value. None keeps all.
     seed : int
         Of the sample, which depends on the order of the stream, not on the batches it comes in.
     per_column : bool

@@ -378,8 +378,8 @@ def _check_design(
         raise ValueError(
             f"too few rows (n_samples={rows}): {rows} row(s) for {kept if alone else needed} linearly "
             f"independent columns of {'' if alone else 'metadata, '}protected columns and intercept (sites "
-            "included) would explain every feature. Use more rows, or fewer "
-            f"{'protected columns' if alone else 'columns, or ridge='}."
+            "included), which would explain every feature. Use more rows, or fewer "
+            f"{'protected columns' if alone else 'columns, or set ridge='}."
         )
     if num_sites == 1 or rank(within.gram) - rank(within.gram, p) == rank(total.gram) - rank(total.gram, p):
         return
@@ -388,8 +388,8 @@ def _check_design(
     shown = [names[k + i] if names else f"protected column {i}" for i in constant or range(p - 1)]
     raise ValueError(
         f"the sites determine what is to be protected, {', '.join(shown)}"
-        f"{' (constant within each site)' if constant else ' (together with the metadata)'}: nothing tells "
-        "the two effects apart. Leave the column(s) unprotected, or use more sites with both values."
+        f"{' (constant within each site)' if constant else ' (together with the metadata)'}: the two effects "
+        "are confounded. Leave the column(s) unprotected, or use more sites in which they vary."
     )
 
 
@@ -431,7 +431,7 @@ def _site_effects(
     varies = pooled_scale > 0
     if empirical_bayes and np.count_nonzero(varies) < 2:
         raise ValueError(
-            f"empirical_bayes pools over features, and n_features={np.count_nonzero(varies)} with residual "
+            f"empirical_bayes pools over features, got n_features={np.count_nonzero(varies)} with residual "
             "variance: it needs at least 2. Set empirical_bayes=False."
         )
     unit = np.where(varies, pooled_scale, 1.0)

@@ -230,7 +230,7 @@ def _feature_names(
 ) -> tuple[str, ...]:
     if not hasattr(features, "columns"):
         if wanted is not None and len(wanted) != features.shape[1]:
-            raise ValueError(f"there are {len(wanted)} names of features for {features.shape[1]} columns.")
+            raise ValueError(f"feature_names= has {len(wanted)} names for {features.shape[1]} columns.")
         return tuple(wanted) if wanted is not None else tuple(map(str, range(features.shape[1])))
     numeric = [name for name, dtype in features.dtypes.items() if getattr(dtype, "kind", "O") in "iuf"]
     if wanted is None:
@@ -242,13 +242,13 @@ def _feature_names(
         chosen = [name for name in candidates if reasons.get(name) is None]
         if not chosen:
             raise ValueError(
-                f"no column of measures of {list(features.columns)[:10]} is left for the features (left "
-                f"alone: {shown(left_alone)}): name them with feature_names=."
+                f"none of the columns {list(features.columns)[:10]} is taken as a feature (left out: "
+                f"{shown(left_alone)}): name the features with feature_names=."
             )
         if left_alone:
             warn(
-                f"these columns are taken for no features and stay as they are: {shown(left_alone, 20)}. "
-                "Name the features with feature_names= where that is not meant.",
+                f"these columns are not taken as features and stay as they are: {shown(left_alone, 20)}. "
+                "If any of them is one, name the features with feature_names=.",
                 TableWarning,
             )
         return tuple(chosen)

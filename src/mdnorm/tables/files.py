@@ -63,8 +63,8 @@ def open_features(
         checked_suffix(path, (".npy",))
         if features is not None:
             raise TableFileError(
-                f"{path} has no names of columns that features could choose among: every column of a .npy "
-                "file is a feature."
+                f"{path} has no column names for features= (--features) to choose from: every column of a "
+                ".npy file is a feature."
             )
         return FeatureArray(ArrayFile(path))
     checked_suffix(path, (*TABLE_FORMATS, ".npy"))
@@ -274,7 +274,7 @@ class Rows:
                 f"{features.path} has no columns for the metadata: give a table of them, metadata=."
             )
         if key is not None and (metadata is None or self._own is None):
-            raise ValueError("key= compares two tables: both, features and metadata, need that column.")
+            raise ValueError("key= compares two tables: give metadata=, and no .npy file of features.")
         self._separate = metadata
         table = metadata if metadata is not None else self._own
         assert table is not None
@@ -361,13 +361,13 @@ class Rows:
             values = [each[int(rows[0])].as_py() for each in (here, there)]
             raise TableFileError(
                 f"row {block.start + rows[0]} (counted from 0) has {name!r} {values[0]!r} in "
-                f"{self.features.path} and {values[1]!r} in {self.table.path}, and so have {len(rows) - 1} "
-                "rows more: bring the tables into the same order."
+                f"{self.features.path} and {values[1]!r} in {self.table.path}, and {len(rows) - 1} "
+                "rows more differ: bring the tables into the same order."
                 + (
                     ""
                     if self._has_key
-                    else f" If their rows are the same and only {name!r} is not, name a column that says so, "
-                    "key= (--key), or rename one of the two."
+                    else f" If the rows match and only {name!r} differs, name a column that identifies the "
+                    "rows, key= (--key), or rename one of the two columns."
                 )
             )
 

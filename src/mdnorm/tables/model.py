@@ -514,7 +514,7 @@ def what_to_remove(
         if (len(value) if hasattr(value, "__len__") else value)
     ]
     if given:
-        raise ValueError(f"{', '.join(given)}: not with apply=, a model that was fitted before.")
+        raise ValueError(f"{', '.join(given)}: not with apply=, a fitted model: leave these out.")
     if isinstance(apply, str | Path):
         apply = MetadataModel.load(apply)
     if not isinstance(apply, MetadataModel):

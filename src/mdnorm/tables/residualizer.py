@@ -58,16 +58,16 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         position in `metadata`, or what `metadata_columns` calls it. Of several columns, as
         ``["site", "scanner"]``, each combination that rows have is a site, named by a tuple.
     subject : int or str, optional
-        The metadata column that says whom a row is from, where there are several rows of a subject. Each has
-        a random intercept in each feature then, which stays: a mixed model, fitted by REML, and with `site`,
-        `scale` and `empirical_bayes` longitudinal ComBat (Beer et al. 2020). Subjects that were not in `fit`
+        The metadata column with the subject of each row, where subjects have several rows. Each subject then
+        has a random intercept in each feature, which stays: a mixed model, fitted by REML; with `site`,
+        `scale` and `empirical_bayes`, longitudinal ComBat (Beer et al. 2020). Subjects that were not in `fit`
         have the intercept 0. As for sites, the number 1 and the text "1" are the same.
     scale : bool
         Remove effects of the site on the scale of the features, too.
     covariance : bool or float
         Remove effects of the site on the covariances of the features, too (CovBat, Chen et al. 2022): on
-        location and scale of as many principal components as have more than this share of the variance.
-        True: 0.95, as published. Needs ``scale=True``.
+        location and scale of as many principal components as explain more than this share of the
+        variance. True: 0.95, as published. Needs ``scale=True``.
     empirical_bayes : bool
         Shrink site effects towards their distribution over features (see
         `mdnorm.tables.fit_location_scale`).
@@ -76,10 +76,10 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
     missing : "error", "mean" or "indicator"
         What a missing value of the metadata does, as for `mdnorm.Design`. The site is never missing.
     unseen : "error" or "mean"
-        What `transform` does with a level or a site that no row had which `fit` used (of positive weight and
-        with all features): raise, or correct it as the average one, so that only the effects of the other
-        metadata are removed, location and scale stay. Rows of such sites, and of new subjects, are then
-        counted in a `TableWarning`. For a site a third way is to call `adapt` first.
+        What `transform` does with a level or a site that is in no row used by `fit` (of positive weight and
+        with all features): raise, or correct it as the average one. Then only the effects of the other
+        metadata are removed; location and scale stay. A `TableWarning` counts the rows of such sites, and
+        of new subjects. For a site, the third way is to call `adapt` first.
     missing_features : "error" or "skip"
         What a missing value of a feature does: raise, naming the columns; or its row is left out of the fit,
         it stays missing, and the other features of the row are corrected.
@@ -375,8 +375,8 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
 
         The regression is that of the features on metadata, protected columns, an intercept and, with `site`,
         one for each site, as statsmodels' ``OLS`` (with `sample_weight`: ``WLS`` on the rows of positive
-        weight). It is there after `partial_fit`, too. Errors hold for rows that are independent and of one
-        variance; those of sites with other scales are approximate.
+        weight). It is available after `partial_fit`, too. Standard errors assume independent rows of equal
+        variance; where sites differ in scale they are approximate.
 
         Returns
         -------
@@ -388,9 +388,9 @@ class MetadataResidualizer(TransformerMixin, TableFitter):  # type: ignore[misc]
         Raises
         ------
         ValueError
-            There is a ridge, under which coefficients are biased and have no such errors; rows are no more
-            than independent columns; `covariance`, `subject` or a `strength` below 1, which it knows nothing
-            of.
+            There is a ridge, under which coefficients are biased and have no such errors; there are no more
+            rows than independent columns; `covariance`, `subject` or a `strength` below 1 is set, which
+            it does not cover.
 
         References
         ----------

@@ -165,8 +165,8 @@ class Summary:
     def plot(self) -> Figure:
         """Draw location and scale of each site, before and after: a box over the features for each site.
 
-        Location: mean of the site, less the mean of all rows, over the deviation within sites. Scale:
-        deviation of the site over that within sites. Without site effects they are about 0 and 1.
+        Location: mean of the site, less that of all rows, over the standard deviation (SD) within sites.
+        Scale: SD of the site over the SD within sites. Without site effects they are about 0 and 1.
 
         Returns
         -------

@@ -52,7 +52,7 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
         if given["metadata"] is None and self.metadata_columns is None:
             warn(
                 "no metadata: X is returned unchanged. Pass metadata= to fit and transform (in a pipeline: "
-                "by metadata routing) or name metadata_columns=; metadata_columns=() says that it is meant.",
+                "by metadata routing) or set metadata_columns=; if this is meant, metadata_columns=().",
                 UserWarning,
             )
         if given["metadata"] is not None:
@@ -211,9 +211,9 @@ class TableReader(BaseEstimator):  # type: ignore[misc]
             elif what == "metadata":
                 raise ValueError(
                     "metadata=None, but fit had metadata: pass those of these rows. In a pipeline, "
-                    "set_transform_request(metadata=True) routes them here; with a scorer that passes them "
-                    "to no one (scores by name, and all before scikit-learn 1.8), let them be columns of X "
-                    "(metadata_columns=)."
+                    "set_transform_request(metadata=True) routes them here; where a scorer does not pass "
+                    "them on (scorers given by name, and all before scikit-learn 1.8), make them columns of "
+                    "X (metadata_columns=)."
                 )
             elif training or (self.scale and what == "labels"):
                 raise ValueError(f"{what}=None, but fit had {what}, needed here as well: pass {what}=.")
