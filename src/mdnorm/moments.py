@@ -298,7 +298,8 @@ class Moments:
         names = {part.name for part in fields(cls)} - {"_names"}
         if set(arrays) != names:
             raise ValueError(
-                f"arrays lacks {sorted(names - set(arrays))}, has unknown {sorted(set(arrays) - names)}."
+                f"these are not the arrays of Moments: missing {sorted(names - set(arrays))}, unknown "
+                f"{sorted(set(arrays) - names)}."
             )
         values: dict[str, Any] = {
             name: torch.tensor(np.array(value, np.float64)) for name, value in arrays.items()

@@ -92,7 +92,7 @@ def test_other_mistakes_with_features(tmp_path):
     with pytest.raises(InputError, match="must be real numbers"):
         read_features(tmp_path / "texts.npy")
     (tmp_path / "mixed.csv").write_text("a,b,c\n1,x,2\n3,y,4\n")
-    with pytest.warns(TableWarning, match=r"no features: b \(text\)"):
+    with pytest.warns(TableWarning, match=r"not taken as features: b \(text\)"):
         np.testing.assert_array_equal(read_features(tmp_path / "mixed.csv"), [[1, 2], [3, 4]])
     with pytest.raises(InputError, match=r"the feature\(s\) 'b' are not numeric"):
         read_features(tmp_path / "mixed.csv", columns=["b"])

@@ -194,7 +194,7 @@ def test_a_formula_that_expands_without_end_is_an_error_at_once(formula: str, me
         ("cr(x, df=500)", "would have 500 columns: df must be between 1 and 100"),
         ("C(id):C(other)", r"would have 35,999,999 columns, and the limit is 10,000"),
         ("C(id) + C(other)", r"would have 11,998 columns, and the limit is 10,000"),
-        ("C(few)*x + C(other)", r"would have 2,999 columns beside those of its widest category"),
+        ("C(few)*x + C(other)", r"would have 2,999 columns beside those of the widest category"),
         (":".join(f"C(c{i})" for i in range(14)), r"at least 16,384 columns"),
     ],
 )

@@ -413,8 +413,15 @@ A, G = np.array([0, 1, 0, 1]), ["a", "a", "b", "b"]
         (A, A, G, {"positive": 7}, ValueError, "positive must be one of the classes 0, 1, got 7"),
         ([0, 1, 2, 1], A, G, {"positive": 1}, ValueError, "positive is for two classes, got 3"),
         (A, ["n", "y"] * 2, G, {}, TypeError, "must be of one kind, got 0 in labels and 'n'"),
-        (A, [0.3, 0.7, 0.2, 0.9], G, {}, ValueError, "hold 0.2, .*no label is.*probabilities as scores"),
-        (A, np.float32([0, 1, 0.25, 0.5]), G, {}, ValueError, "hold 0.25, 0.5, which .* probabilities"),
+        (
+            A,
+            [0.3, 0.7, 0.2, 0.9],
+            G,
+            {},
+            ValueError,
+            "hold 0.2, .*the labels are only.*probabilities as scores",
+        ),
+        (A, np.float32([0, 1, 0.25, 0.5]), G, {}, ValueError, "hold 0.25, 0.5, but .* probabilities"),
         (A, A + 5, G, {}, ValueError, "predictions hold 5, 6, but the labels are only 0, 1"),
         (
             A,

@@ -567,7 +567,7 @@ def test_parameters_are_checked(folder) -> None:
     fails(folder, r"weights='weight'\) chooses no row", "fortran.npy", weights="weight")
     fails(folder, "batch_rows must be at least 1", batch_rows=0)
     fails(folder, "missing must be", missing="drop")
-    fails(folder, "has no names of columns", source="features.npy", features=["f0"])
+    fails(folder, "has no column names", source="features.npy", features=["f0"])
     fails(folder, "both a feature and metadata|take it out", labels=["age"])
     fails(folder, "key= compares two tables", key="subject")
 

@@ -129,7 +129,8 @@ class Penalty(Estimator):
         count = weights.sum()
         if batch.group is not None:
             count = eager(all_reduce_sum)(count, batch.group) / world_size(batch.group)
-        self._is_trained = self.loss is not None
+        if not torch.compiler.is_compiling():
+            self._is_trained = self.loss is not None
         self.loss = 0.5 * total / count.clamp_min(1e-30).to(dtype)
         with torch.no_grad():
             self.coefficients.flatten(1).copy_(self._learned())
