@@ -1109,7 +1109,7 @@ class TestNested:
         layer = MetadataNorm(4, 1, granularity="channel", channel_dim=-1)
         with pytest.raises(ValueError, match=r"need .*eval.* and granularity='channel'; .* mask="):
             layer(nested, torch.randn(2))
-        with pytest.raises(ValueError, match="need evaluation and granularity='channel'"):
+        with pytest.raises(ValueError, match=r"need .*eval.* and granularity='channel'"):
             MetadataNorm(4, 1).eval()(nested, torch.randn(2))
         with pytest.raises(ValueError, match="metadata has 3 rows but there are 2 samples"):
             layer.eval()(nested, torch.randn(3))
