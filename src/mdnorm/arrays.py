@@ -341,7 +341,8 @@ def check_same_order(**tables: Any) -> None:
                 row = int(np.flatnonzero(np.asarray(index != labels))[0])
                 raise ValueError(
                     f"{name} has the same row labels as {other}, but in another order (row {row}: "
-                    f"{index[row]!r} and {labels[row]!r}): take one, as {name}.loc[{other}.index], "
-                    "or drop the labels with reset_index(drop=True) where positions are right."
+                    f"{index[row]!r} and {labels[row]!r}): bring them into one order, for example with "
+                    f"{name}.loc[{other}.index], or drop the labels with reset_index(drop=True) if rows "
+                    "belong together by position."
                 )
         known[name] = index
