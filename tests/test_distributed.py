@@ -342,7 +342,7 @@ class TestUnevenNumbersOfBatches:
             answers = left["nothing_to_empty"]
             assert "the loaders of 1 of 4 processes are empty" in answers["empty"]
             assert answers["shapes"] == [(3, 3, 3), (0, 0, 0) if rank % 2 else (3, 3, 3)]
-            assert "holds a str, which has no samples" in answers["names"]
+            assert "holds a str, which has no dimension of samples" in answers["names"]
 
     def test_join_is_an_error_and_not_a_wait(self, results):
         for left in results:

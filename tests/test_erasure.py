@@ -535,7 +535,7 @@ def test_keys_say_where_the_parts_of_a_batch_are():
     found = mdnorm.erase(copy.deepcopy(model), "encoder", doubled, keys=keys | {"weights": "weight"})
     torch.testing.assert_close(found.state_dict(), expected)
     for wrong, error, message in (
-        (keys | {"mask": "age"}, ValueError, "give padding the weight 0"),
+        (keys | {"mask": "age"}, ValueError, "give padding weight 0"),
         ({"input": "scan"}, ValueError, "its names are 'inputs', 'metadata'"),
         (keys | {"metadata": "years"}, KeyError, "years"),
     ):

@@ -566,7 +566,7 @@ def test_truncated_json_is_an_error_at_every_length() -> None:
         ("", "truncated or no JSON"),
         ("[1, 2]", "its format is not 'mdnorm.Design'"),
         ('{"format": "else"}', "its format is not"),
-        ('{"format": "mdnorm.Design", "version": 2}', "version 2, this mdnorm reads 1"),
+        ('{"format": "mdnorm.Design", "version": 2}', "version 2, .*mdnorm reads 1"),
         ('{"format": "mdnorm.Design", "version": 1}', "damaged"),
         ("[" * 100_000, "truncated or no JSON"),
         ("9" * 10_000, "not a saved design"),
