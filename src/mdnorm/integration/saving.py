@@ -153,8 +153,9 @@ def _check_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         {name: tensor for name, tensor in each.items() if not name.startswith(ours)}
         for each in (model.state_dict(), tensors)
     )
-    faults = [f"it has no {listed(sorted(names))}" for names in [own.keys() - given.keys()] if names]
-    faults += [f"the model has no {listed(sorted(names))}" for names in [given.keys() - own.keys()] if names]
+    missing, unknown = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
+    faults = [f"it has no {listed(missing)}"] if missing else []
+    faults += [f"the model has no {listed(unknown)}"] if unknown else []
     faults += [
         f"{name} is {tuple(given[name].shape)} and not {tuple(own[name].shape)}"
         for name in sorted(own.keys() & given.keys())
