@@ -329,9 +329,9 @@ def _tree(combine: Callable[..., T], parts: list[Any]) -> Any:
 
 def _moments(part: _Part, shared: tuple[Specification, Design | None, Sequence[str], bool]) -> SiteMoments:
     specification, design, names, skips_missing = shared
-    features, table = used_rows(*part, specification.weights, skips_missing)
+    features, table, weights = used_rows(*part, specification.weights, skips_missing)
     columns = specification.columns(design, table)
-    return moments_of_rows(features, table, columns, specification.weights, names)
+    return moments_of_rows(features, columns, weights, names)
 
 
 def _fitted_design(

@@ -545,29 +545,27 @@ def used_rows(
     weights: str | None,
     skips_missing: bool,
     chosen: NDArray[np.bool_] | None = None,
-) -> tuple[NDArray[Any], pyarrow.Table]:
-    """Return the rows that are fitted to: the chosen ones of positive weight, and with all features."""
+) -> tuple[NDArray[Any], pyarrow.Table, FloatArray | None]:
+    """Return the rows that are fitted to, with weights: chosen, of positive weight, with all features."""
     used = np.ones(len(features), bool) if chosen is None else chosen
     if (weight := row_weights(table, weights)) is not None:
         used &= weight > 0
     if skips_missing:
         used &= ~np.isnan(features).any(1)
     # Columns that are contiguous stay so.
-    return (features, table) if used.all() else (features.T[:, used].T, table.filter(used))
+    if used.all():
+        return features, table, weight
+    return features.T[:, used].T, table.filter(used), None if weight is None else weight[used]
 
 
 def moments_of_rows(
-    features: NDArray[Any],
-    table: pyarrow.Table,
-    columns: DesignColumns,
-    weights: str | None,
-    names: Sequence[str],
+    features: NDArray[Any], columns: DesignColumns, weights: FloatArray | None, names: Sequence[str]
 ) -> SiteMoments:
     """Return the moments of the rows of each site, from their design; errors name the features."""
     metadata, labels, sites = columns
     assert labels is not None
     try:
-        return site_moments(features, metadata, labels, sites, row_weights(table, weights))
+        return site_moments(features, metadata, labels, sites, weights)
     except ValueError:
         check_finite(features, names)
         raise

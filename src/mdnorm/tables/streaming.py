@@ -402,7 +402,7 @@ class _Passes:
             with _at_rows(self.rows.table.path, *rows, len(used[0])):
                 columns = specification.columns(design, used[1])
             with _at_rows(features_of.path, *rows, len(used[0])):
-                part = moments_of_rows(*used, columns, weights, features_of.feature_names)
+                part = moments_of_rows(used[0], columns, used[2], features_of.feature_names)
                 moments = add_moments(moments, part)
             self.progress("fit", sum(rows), features_of.num_rows)
         num_fitted = sum(part.num_rows for part in moments.values())
